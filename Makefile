@@ -1,0 +1,50 @@
+# Two commands matter: `make demo` shows what the scripts do, `make test` proves it. Both install by themselves.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check clean
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+# Tests run in processes of their own with one thread each: more threads on few cores only wait for each other.
+TEST_WORKERS ?= 2
+PYTEST_ARGS ?=
+
+# `accelerate launch` gives a process one thread unless it is told otherwise.
+THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
+LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	--num_cpu_threads_per_process $(THREADS)
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED)  ## make .venv and install requirements.txt into it (demo, test and check do this themselves)
+
+# The stamp is written last, so that an interrupted install is taken up again by the next target.
+$(INSTALLED): requirements.txt
+	$(BIN)/python -c "" 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+demo: $(INSTALLED) demo/creatures/metadata.jsonl  ## fine-tune the miniature on drawn creatures, show before and after
+	HF_HUB_OFFLINE=1 $(LAUNCH) examples/text_to_image/train_text_to_image.py \
+		--config examples/configs/demo_creatures.yaml --overwrite_output_dir
+	@HF_HUB_OFFLINE=1 $(BIN)/python miniature/compare.py \
+		--base miniature/pipeline --model demo/model --output demo/base_above_result.png
+
+demo/creatures/metadata.jsonl: miniature/render.py | $(INSTALLED)
+	rm -rf demo/creatures
+	$(BIN)/python miniature/render.py creatures --output_dir demo/creatures --num_images 240 --seed 0 --split train
+
+test: $(INSTALLED)  ## run all tests, offline and on the CPU; PYTEST_ARGS="-k resume" picks some
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+check: $(INSTALLED)  ## lint
+	$(BIN)/ruff check .
+
+clean:  ## remove what the demo and the tests left (not .venv)
+	rm -rf demo .pytest_cache .ruff_cache .coverage htmlcov
+	find . -name __pycache__ -type d -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
