@@ -1,0 +1,63 @@
+"""Runs a script as a user does: in a process of its own, by itself or through a launcher."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[1]
+TRAIN_TEXT_TO_IMAGE = REPO / "examples" / "text_to_image" / "train_text_to_image.py"
+
+
+def command_for(args, script=TRAIN_TEXT_TO_IMAGE, launcher="python", nproc=1):
+    """Returns (command, environment additions).
+
+    launcher: "python", "accelerate" (`accelerate launch`, one process) or "torchrun".
+    nproc: more than one means that many CPU processes under torchrun, whatever the launcher:
+        `accelerate launch --cpu --num_processes 2` silently runs one.
+    """
+    args = [str(arg) for arg in args]
+    if nproc > 1 or launcher == "torchrun":
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(nproc)]
+        return command + [str(script)] + args, {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    if launcher == "accelerate":
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+        command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--cpu"]
+        return command + [str(script)] + args, {"OMP_NUM_THREADS": "1"}
+    if launcher == "python":
+        return [sys.executable, str(script)] + args, {}
+    raise ValueError(f"unknown launcher {launcher!r}")
+
+
+def run_script(args, env=None, nproc=1, launcher="python", script=TRAIN_TEXT_TO_IMAGE, cwd=None, timeout=300):
+    """Runs the script to its end; returns the CompletedProcess with stdout and stderr as text (never raises for its
+    status). `env` is added to the environment; None as a value removes a variable."""
+    command, additions = command_for(args, script, launcher, nproc)
+    process_env = environment(additions | (env or {}))
+    return subprocess.run(
+        command, env=process_env, cwd=cwd, timeout=timeout, text=True, capture_output=True, check=False
+    )
+
+
+def start_script(args, env=None, nproc=1, launcher="python", script=TRAIN_TEXT_TO_IMAGE, cwd=None):
+    """Starts the script and returns the Popen (stderr goes into stdout, as text), for tests that send signals.
+
+    It leads a process group of its own, so that a test can end a launcher and its workers together.
+    """
+    command, additions = command_for(args, script, launcher, nproc)
+    process_env = environment(additions | {"PYTHONUNBUFFERED": "1"} | (env or {}))
+    return subprocess.Popen(
+        command,
+        env=process_env,
+        cwd=cwd,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def environment(additions):
+    """Returns a copy of the environment with the additions; None as a value removes a variable."""
+    merged = os.environ | additions
+    return {name: value for name, value in merged.items() if value is not None}
