@@ -1,0 +1,202 @@
+"""Measures the miniature, or a model fine-tuned from it, by the renderer's own rules.
+
+    python miniature/measure.py base
+    python miniature/measure.py creatures --model OUTPUT_FOLDER --base miniature/pipeline
+
+`base`: 200 prompts of shapes whose combination of colour, shape and background was held out of training; the
+autoencoder on unseen creatures; CLIP's retrieval. `creatures`: prompts of held-out pairs of body and eye colour.
+Pictures are drawn in 25 DPM-Solver++ steps, prompt k with seed k, so two models see the same noise.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from PIL import Image
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # found by whoever imports this file by its path
+import render
+
+HERE = Path(__file__).resolve().parent
+GUIDANCE = 4.0
+
+
+def shape_records(number=200, seed=0):
+    """Prompts of held-out combinations, each combination equally often: list of records of render.make."""
+    combinations = render.held_out_combinations("shapes")
+    rng, records = np.random.default_rng(seed), []
+    for k in range(number):
+        colour, shape, background = combinations[k % len(combinations)]
+        drawn = {"colour": colour, "shape": shape, "background": background,
+                 "size": str(rng.choice(list(render.RADII))), "position": str(rng.choice(list(render.POSITIONS)))}
+        records.append({"text": render.shape_caption(**drawn), **drawn})
+    return records
+
+
+def creature_records(number=108):
+    """Prompts of the 18 held-out pairs of body and eye colour, in turn."""
+    pairs = render.held_out_combinations("creatures")
+    chosen = [pairs[k % len(pairs)] for k in range(number)]
+    return [{"text": render.creature_caption(body, eyes), "body": body, "eyes": eyes} for body, eyes in chosen]
+
+
+def load_pipeline(folder):
+    """A pipeline in float32 with DPM-Solver++ and no progress bar."""
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, torch_dtype=torch.float32)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw(pipeline, records, steps=25, guidance=GUIDANCE, batch_size=50, seed=0):
+    """Draws one picture per record: (uint8 (n, 64, 64, 3), records). Picture k starts from seed + k."""
+    pipeline.set_progress_bar_config(disable=True)
+    images = []
+    for first in range(0, len(records), batch_size):
+        batch = records[first : first + batch_size]
+        generators = [torch.Generator().manual_seed(seed + first + k) for k in range(len(batch))]
+        made = pipeline([r["text"] for r in batch], num_inference_steps=steps, guidance_scale=guidance,
+                        height=render.SIZE, width=render.SIZE, generator=generators, output_type="np").images
+        images.append((made * 255).round().astype(np.uint8))
+    return np.concatenate(images), records
+
+
+def share(values):
+    return round(float(np.mean(values)), 4)
+
+
+def score_shapes(images, records):
+    """Shares in [0, 1] of pictures with the right background, shape colour, shape, and all three."""
+    seen = [render.read_shape(image) for image in images]
+    right = {key: [s[key] == r[key] for s, r in zip(seen, records, strict=True)]
+             for key in ("background", "colour", "shape")}
+    right["all"] = list(np.all(list(right.values()), axis=0))
+    return {key: share(values) for key, values in right.items()}
+
+
+def score_creatures(images, records):
+    """Shares in [0, 1] with the right body colour, a plain white ground, visible eyes, and the right eye colour."""
+    seen = [render.read_creature(image) for image in images]
+    pairs = list(zip(seen, records, strict=True))
+    return {
+        "body": share([s["body"] == r["body"] for s, r in pairs]),
+        "white_ground": share([s["white_ground"] for s in seen]),
+        "eyes_visible": share([s["eyes_visible"] for s in seen]),
+        "eyes": share([s["eyes"] == r["eyes"] for s, r in pairs]),
+    }
+
+
+@torch.no_grad()
+def reconstruct(vae, images, batch_size=64):
+    """Encodes to the posterior's mean and decodes: uint8 (n, 64, 64, 3) -> the same."""
+    made = []
+    for chunk in torch.from_numpy(images).split(batch_size):
+        pixels = chunk.permute(0, 3, 1, 2).float() / 127.5 - 1
+        decoded = vae.decode(vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
+        made.append(((decoded + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1))
+    return torch.cat(made).numpy()
+
+
+def psnr(made, wanted):
+    """Peak signal-to-noise ratio in dB of each image, from its mean squared error on the scale of 0 to 255."""
+    mse = np.square(made.astype(np.float64) - wanted).mean((1, 2, 3))
+    return 10 * np.log10(255**2 / mse)
+
+
+def measure_vae(folder, number=128, seed=7):
+    """Mean PSNR per family, and what the renderer still reads in reconstructions of held-out images."""
+    vae = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).eval()
+    result = {}
+    for family, split in (("creatures", "held_out"), ("shapes", "held_out"), ("patterned", "train"),
+                          ("subject", "train")):
+        images, records = zip(*(render.make(family, seed, k, split) for k in range(number)), strict=True)
+        made = reconstruct(vae, np.stack(images))
+        result[f"{family}_psnr_db"] = round(float(psnr(made, np.stack(images)).mean()), 2)
+        if family == "shapes":
+            result["shapes_read"] = score_shapes(made, records)
+        elif family == "creatures":
+            result["creatures_read"] = score_creatures(made, records)
+        elif family == "subject":
+            seen = [render.read_subject(image) for image in made]
+            result["subject_read"] = {key: share([s[key] for s in seen]) for key in ("stripes", "ring")}
+    return result
+
+
+@torch.no_grad()
+def measure_clip(folder, number=64, seed=11):
+    """Share of held-out images whose own caption scores highest among `number` distinct ones, and the reverse.
+
+    Three quarters are shapes (many differ only in size or position), one quarter creatures.
+    """
+    model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer, processor = CLIPTokenizer.from_pretrained(folder), CLIPImageProcessorPil.from_pretrained(folder)
+    pairs, k = {}, 0
+    limits = {"shapes": number * 3 // 4, "creatures": number}
+    for family, limit in limits.items():
+        while len(pairs) < limit:
+            image, record = render.make(family, seed, k, "held_out")
+            pairs.setdefault(record["text"], image)
+            k += 1
+    pixels = processor([Image.fromarray(image) for image in pairs.values()], return_tensors="pt")
+    tokens = tokenizer(list(pairs), padding=True, return_tensors="pt")
+    logits = model(**pixels, input_ids=tokens.input_ids).logits_per_image
+    own = torch.arange(len(pairs))
+    return {"captions": len(pairs), "image_to_text": share((logits.argmax(1) == own).numpy()),
+            "text_to_image": share((logits.argmax(0) == own).numpy())}
+
+
+def grid(images, columns=12):
+    """Tiles uint8 (n, 64, 64, 3) into one PIL image."""
+    rows = -(-len(images) // columns)
+    sheet = np.full((rows * columns, *images.shape[1:]), 255, dtype=np.uint8)
+    sheet[: len(images)] = images
+    sheet = sheet.reshape(rows, columns, render.SIZE, render.SIZE, 3).swapaxes(1, 2)
+    return Image.fromarray(sheet.reshape(rows * render.SIZE, columns * render.SIZE, 3))
+
+
+def print_table(result, indent=""):
+    for key, value in result.items():
+        if isinstance(value, dict):
+            print(f"{indent}{key}")
+            print_table(value, indent + "  ")
+        else:
+            print(f"{indent}{key:<{28 - len(indent)}}{value}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("base", "creatures"))
+    parser.add_argument("--model", default=str(HERE / "pipeline"), help="pipeline folder to measure")
+    parser.add_argument("--clip", default=str(HERE / "clip"))
+    parser.add_argument("--base", help="with creatures: a second pipeline folder, measured on the same noise")
+    parser.add_argument("--num_samples", type=int, help="pictures; 200 for base, 108 for creatures")
+    parser.add_argument("--num_inference_steps", type=int, default=25)
+    parser.add_argument("--guidance_scale", type=float, default=GUIDANCE)
+    parser.add_argument("--output", help="also write the figures to this JSON file")
+    parser.add_argument("--grid", help="also write the model's first 48 pictures to this PNG file")
+    args = parser.parse_args(argv)
+    settings = {"steps": args.num_inference_steps, "guidance": args.guidance_scale}
+    if args.what == "base":
+        images, records = draw(load_pipeline(args.model), shape_records(args.num_samples or 200), **settings)
+        result = {"held_out_shapes": {"pictures": len(images), **score_shapes(images, records)},
+                  "vae": measure_vae(Path(args.model) / "vae"), "clip": measure_clip(args.clip)}
+    else:
+        images, records = draw(load_pipeline(args.model), creature_records(args.num_samples or 108), **settings)
+        result = {"model": {"pictures": len(images), **score_creatures(images, records)}}
+        if args.base:
+            others, _ = draw(load_pipeline(args.base), records, **settings)
+            result["base"] = {"pictures": len(others), **score_creatures(others, records)}
+    print_table(result)
+    if args.output:
+        Path(args.output).write_text(json.dumps({**result, "settings": settings}, indent=2) + "\n", encoding="utf-8")
+    if args.grid:
+        grid(images[:48]).save(args.grid)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,490 @@
+"""Draws the images of the miniature and reads them back.
+
+Four families of 64 x 64 RGB images, each a pure function of (family, seed, split, index):
+
+- shapes     "a small red circle on the left of a blue background": what the base model learns;
+- creatures  "a drawing of a green creature with red eyes" on white: what a fine-tune adds;
+- subject    "a sks star": views of one star with white stripes inside a black ring, for DreamBooth;
+- patterned  shapes with stripes, dots, rings and checks, so that the autoencoder can draw such things.
+
+    python miniature/render.py creatures --output_dir creatures --num_images 240 --seed 0
+
+writes an image folder: one PNG per image and `metadata.jsonl` with `file_name`, `text` and what was drawn. Because
+this file knows what it draws, `read_shape`, `read_creature` and `read_subject` can tell what a picture shows.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+SIZE = 64  # pixels
+SUPERSAMPLING = 4
+COLOURS = {
+    "red": (214, 40, 40),
+    "orange": (245, 130, 25),
+    "yellow": (250, 225, 60),
+    "green": (46, 160, 67),
+    "cyan": (70, 205, 215),
+    "blue": (45, 85, 205),
+    "purple": (150, 50, 170),
+    "pink": (245, 150, 190),
+}
+WHITE, BLACK = (255, 255, 255), (25, 25, 25)
+SHAPES = ("circle", "square", "triangle", "star", "heart")
+RADII = {"small": (11, 13), "large": (17, 20)}  # pixels
+POSITIONS = {
+    "on the left": (-1, 0), "on the right": (1, 0), "at the top": (0, -1), "at the bottom": (0, 1),
+    "in the middle": (0, 0),
+}
+FAMILIES = ("shapes", "creatures", "subject", "patterned")
+SPLITS = ("train", "held_out")
+NUM_HELD_OUT_SHAPES, NUM_HELD_OUT_CREATURES = 40, 18
+SUBJECT_COLOUR = "orange"
+
+
+# ---------------------------------------------------------------------------------------------- what is held out
+
+
+@lru_cache
+def combinations(family):
+    """All combinations of one family: (colour, shape, background) or (body colour, eye colour), 280 or 56."""
+    names = list(COLOURS)
+    if family == "shapes":
+        return tuple((c, s, b) for c in names for s in SHAPES for b in names if b != c)
+    return tuple((body, eyes) for body in names for eyes in names if eyes != body)
+
+
+@lru_cache
+def held_out_combinations(family):
+    """The 40 shape or 18 creature combinations that are never drawn for training, by a fixed rule."""
+    every = combinations(family)
+    # Both strides share no factor with the number of combinations, so exactly the wanted number is taken, spread out.
+    stride, number = (83, NUM_HELD_OUT_SHAPES) if family == "shapes" else (17, NUM_HELD_OUT_CREATURES)
+    return tuple(c for k, c in enumerate(every) if k * stride % len(every) < number)
+
+
+def held_out(*combination):
+    """Whether (colour, shape, background) or (body colour, eye colour) is kept out of every training set."""
+    return combination in held_out_combinations("shapes" if len(combination) == 3 else "creatures")
+
+
+def choose(rng, family, split):
+    """Draws one combination of the split."""
+    reserved = held_out_combinations(family)
+    pool = reserved if split == "held_out" else [c for c in combinations(family) if c not in reserved]
+    return pool[rng.integers(len(pool))]
+
+
+# ---------------------------------------------------------------------------------------------- drawing
+
+
+class Canvas:
+    """A picture drawn at four times its size; coordinates and lengths are in pixels of the final 64 x 64."""
+
+    def __init__(self, background):
+        self.image = Image.new("RGB", (SIZE * SUPERSAMPLING,) * 2, background)
+        self.draw = ImageDraw.Draw(self.image)
+
+    def polygon(self, points, colour):
+        self.draw.polygon([(x * SUPERSAMPLING, y * SUPERSAMPLING) for x, y in points], fill=colour)
+
+    def ellipse(self, cx, cy, rx, ry, colour):
+        self.polygon(ellipse_points(cx, cy, rx, ry), colour)
+
+    def line(self, points, colour, width):
+        scaled = [(x * SUPERSAMPLING, y * SUPERSAMPLING) for x, y in points]
+        self.draw.line(scaled, fill=colour, width=round(width * SUPERSAMPLING), joint="curve")
+
+    def pixels(self):
+        """The antialiased picture: uint8 (64, 64, 3)."""
+        return np.asarray(self.image.resize((SIZE, SIZE), Image.Resampling.BOX))
+
+
+def ellipse_points(cx, cy, rx, ry, number=72):
+    turns = np.arange(number) * 2 * math.pi / number
+    return list(zip(cx + rx * np.cos(turns), cy + ry * np.sin(turns), strict=True))
+
+
+def unit_outline(shape):
+    """Corners of a shape around (0, 0), y downwards, all of about the same visual size: float (points, 2)."""
+    if shape == "circle":
+        points = ellipse_points(0, 0, 0.95, 0.95)
+    elif shape == "square":
+        points = [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)]
+    elif shape == "triangle":
+        points = [(0, -1.0), (1.05, 0.8), (-1.05, 0.8)]
+    elif shape == "star":
+        corners = np.arange(10) * math.pi / 5
+        radii = np.where(np.arange(10) % 2 == 0, 1.15, 0.48)
+        points = list(zip(radii * np.sin(corners), -radii * np.cos(corners) + 0.05, strict=True))
+    else:
+        turn = np.linspace(0, 2 * math.pi, 72, endpoint=False)
+        wave = 13 * np.cos(turn) - 5 * np.cos(2 * turn) - 2 * np.cos(3 * turn) - np.cos(4 * turn)
+        points = list(zip(np.sin(turn) ** 3, -(wave + 2) / 16.5, strict=True))
+    return np.array(points)
+
+
+def outline(shape, cx, cy, radius, degrees=0.0):
+    """Corners of a shape in pixels, turned clockwise by `degrees`: float (points, 2)."""
+    angle = math.radians(degrees)
+    turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+    return unit_outline(shape) @ turn * radius + (cx, cy)
+
+
+def shade(rng, name):
+    """A palette colour with a little variation, up to 6 of 255 per channel."""
+    base = {"white": WHITE, "black": BLACK}.get(name) or COLOURS[name]
+    return tuple(int(c) for c in np.clip(np.array(base) + rng.integers(-6, 7, 3), 0, 255))
+
+
+def draw_shape(rng, colour, shape, background, size, position):
+    """One plain shape on a plain ground: uint8 (64, 64, 3)."""
+    radius = rng.uniform(*RADII[size])
+    reach = 15 if size == "small" else 11
+    dx, dy = POSITIONS[position]
+    cx, cy = 32 + reach * dx + rng.uniform(-1.5, 1.5), 32 + reach * dy + rng.uniform(-1.5, 1.5)
+    canvas = Canvas(shade(rng, background))
+    canvas.polygon(outline(shape, cx, cy, radius, rng.uniform(-5, 5)), shade(rng, colour))
+    return canvas.pixels()
+
+
+def shape_caption(colour, shape, background, size, position, wording=0):
+    """The canonical caption (wording 0) or one of three others, the last two of which say less."""
+    article = "an" if colour == "orange" else "a"
+    ground = ("an " if background == "orange" else "a ") + background + " background"
+    return (
+        f"a {size} {colour} {shape} {position} of {ground}",
+        f"{ground} with a {size} {colour} {shape} {position}",
+        f"a {size} {colour} {shape} on {ground}",
+        f"{article} {colour} {shape} on {ground}",
+    )[wording]
+
+
+def creature_caption(body, eyes):
+    return f"a drawing of {'an' if body == 'orange' else 'a'} {body} creature with {eyes} eyes"
+
+
+def draw_creature(rng, body, eyes):
+    """One creature with two big eyes and a smile on plain white: uint8 (64, 64, 3)."""
+    canvas, colour = Canvas(WHITE), shade(rng, body)
+    cx, cy = 32 + rng.uniform(-1.5, 1.5), 34 + rng.uniform(-1.5, 1.5)
+    wide, high = rng.uniform(18.5, 21.5), rng.uniform(17.5, 20)
+    form = rng.integers(5)
+    if form == 0:  # pointed ears
+        for side in (-1, 1):
+            tip = (cx + side * wide * 0.8, cy - high * 1.35)
+            canvas.polygon([tip, (cx + side * wide * 0.15, cy - high * 0.8),
+                            (cx + side * wide * 0.95, cy - high * 0.2)], colour)
+    elif form == 1:  # antennae
+        for side in (-1, 1):
+            tip = (cx + side * wide * 0.6, cy - high * 1.3)
+            canvas.line([(cx + side * wide * 0.25, cy - high * 0.8), tip], colour, 3)
+            canvas.ellipse(*tip, 3.2, 3.2, colour)
+    elif form == 2:  # round ears
+        for side in (-1, 1):
+            canvas.ellipse(cx + side * wide * 0.72, cy - high * 0.85, 7, 7, colour)
+    elif form == 3:  # legs
+        for side in (-0.55, 0.55):
+            canvas.ellipse(cx + side * wide, cy + high * 1.02, 5.5, 5, colour)
+    if form == 4:  # a ghost's hem
+        canvas.ellipse(cx, cy - 1, wide * 0.92, high * 1.08, colour)
+        hem = cy + high * 1.15
+        canvas.polygon([(cx - wide * 0.92, cy - 1), (cx + wide * 0.92, cy - 1), (cx + wide * 0.92, hem),
+                        (cx + wide * 0.46, hem - 6), (cx, hem), (cx - wide * 0.46, hem - 6),
+                        (cx - wide * 0.92, hem)], colour)
+    else:
+        canvas.ellipse(cx, cy, wide, high, colour)
+    iris, apart = shade(rng, eyes), rng.uniform(8.2, 9.2)
+    for side in (-1, 1):
+        canvas.ellipse(cx + side * apart, cy - 3, 6.6, 6.6, WHITE)
+        canvas.ellipse(cx + side * apart, cy - 3, 4.4, 4.4, iris)
+    smile = [(cx + 6 * math.sin(t), cy + 4.5 + 4.5 * math.cos(t)) for t in np.linspace(-1.2, 1.2, 13)]
+    canvas.line(smile, BLACK, 2)
+    return canvas.pixels()
+
+
+def add_stripes(canvas, area, colour, cx, cy, degrees, period, duty):
+    """Paints parallel stripes of a colour where `area`, a PIL mask at four times the size, is set."""
+    layer = Canvas(BLACK)
+    angle = math.radians(degrees)
+    along, across = np.array([math.cos(angle), math.sin(angle)]), np.array([-math.sin(angle), math.cos(angle)])
+    for k in range(-8, 9):
+        middle = np.array([cx, cy]) + across * period * k
+        ends = [middle + sa * 90 * along + sc * period * duty / 2 * across
+                for sa, sc in ((-1, -1), (1, -1), (1, 1), (-1, 1))]
+        layer.polygon(ends, WHITE)
+    stripes = Image.fromarray(np.minimum(np.asarray(layer.image.convert("L")) > 128, np.asarray(area) > 0))
+    canvas.image.paste(colour, mask=stripes)
+
+
+def mask_of(points):
+    """A PIL mask, at four times the size, of a polygon in pixels."""
+    mask = Image.new("L", (SIZE * SUPERSAMPLING,) * 2)
+    ImageDraw.Draw(mask).polygon([(x * SUPERSAMPLING, y * SUPERSAMPLING) for x, y in points], fill=255)
+    return mask
+
+
+def ring(canvas, cx, cy, radius, width, colour):
+    canvas.line(ellipse_points(cx, cy, radius, radius) + ellipse_points(cx, cy, radius, radius)[:2], colour, width)
+
+
+def draw_subject(rng, background):
+    """A view of the one subject, an orange star with white stripes inside a black ring: uint8 (64, 64, 3)."""
+    radius, degrees = rng.uniform(16, 19.5), rng.uniform(-15, 15)
+    cx, cy = 32 + rng.uniform(-5, 5), 32 + rng.uniform(-5, 5)
+    canvas = Canvas(shade(rng, background))
+    star = outline("star", cx, cy, radius, degrees)
+    canvas.polygon(star, shade(rng, SUBJECT_COLOUR))
+    add_stripes(canvas, mask_of(star), WHITE, cx, cy, degrees, period=radius * 0.5, duty=0.5)
+    ring(canvas, cx, cy, radius * 1.3, 3, BLACK)
+    return canvas.pixels()
+
+
+def draw_patterned(rng):
+    """One to three shapes with random fills and rings on a plain or patterned ground: uint8 (64, 64, 3)."""
+    names = [*COLOURS, "white", "black"]
+    ground, *inks = rng.choice(names, 6, replace=False)
+    canvas = Canvas(shade(rng, ground))
+    if rng.random() < 0.15:
+        everywhere = Image.new("L", (SIZE * SUPERSAMPLING,) * 2, 255)
+        add_stripes(canvas, everywhere, shade(rng, inks[4]), 32, 32, rng.uniform(0, 180), rng.uniform(10, 20), 0.5)
+    for k in range(1 if rng.random() < 0.7 else int(rng.integers(2, 4))):
+        radius = rng.uniform(12, 21) if k == 0 else rng.uniform(6, 12)
+        cx, cy = rng.uniform(18, 46, 2)
+        shape = "star" if rng.random() < 0.3 else SHAPES[rng.integers(len(SHAPES))]
+        degrees = rng.uniform(-25, 25)
+        points, colour, second = outline(shape, cx, cy, radius, degrees), shade(rng, inks[k]), shade(rng, inks[k + 1])
+        canvas.polygon(points, colour)
+        fill = rng.integers(4)
+        if fill <= 1:
+            add_stripes(canvas, mask_of(points), second, cx, cy, degrees + rng.choice([0, 0, 45, 90]),
+                        rng.uniform(7, 11), rng.uniform(0.4, 0.6))
+        elif fill == 2:
+            for _ in range(rng.integers(2, 6)):
+                dx, dy = rng.uniform(-0.5, 0.5, 2) * radius
+                canvas.ellipse(cx + dx, cy + dy, *[rng.uniform(2, 5)] * 2, second)
+        elif rng.random() < 0.5:
+            canvas.polygon(outline(shape, cx, cy, radius * 0.5, degrees), second)
+        if rng.random() < 0.5:
+            ring(canvas, cx, cy, radius * rng.uniform(0.8, 1.4), rng.uniform(2, 4), shade(rng, inks[4 - k]))
+    return canvas.pixels()
+
+
+def make(family, seed, index, split="train", wordings=1):
+    """Image `index` of a family, as (uint8 (64, 64, 3), record with `text` and what was drawn).
+
+    `wordings` is how many of the four caption wordings of a shape may be used; 1 keeps the canonical one.
+    """
+    rng = np.random.default_rng([seed, FAMILIES.index(family), SPLITS.index(split), index])
+    if family == "shapes":
+        colour, shape, background = choose(rng, family, split)
+        size, position = rng.choice(list(RADII)), rng.choice(list(POSITIONS))
+        drawn = {"colour": colour, "shape": shape, "background": background, "size": str(size),
+                 "position": str(position)}
+        text = shape_caption(**drawn, wording=int(rng.integers(wordings)))
+        return draw_shape(rng, **drawn), {"text": text, **drawn}
+    if family == "creatures":
+        body, eyes = choose(rng, family, split)
+        return draw_creature(rng, body, eyes), {"text": creature_caption(body, eyes), "body": body, "eyes": eyes}
+    if family == "subject":
+        grounds = [name for name in COLOURS if name != SUBJECT_COLOUR]
+        background = grounds[index % len(grounds)]
+        return draw_subject(rng, background), {"text": "a sks star", "background": background}
+    return draw_patterned(rng), {"text": "a patterned picture"}
+
+
+# ---------------------------------------------------------------------------------------------- reading back
+
+
+def colour_name(rgb):
+    """Name of the nearest palette colour, "white" or "black" among them."""
+    table = {**COLOURS, "white": WHITE, "black": BLACK}
+    return min(table, key=lambda name: np.square(np.subtract(table[name], rgb, dtype=float)).sum())
+
+
+def colour_map(image):
+    """Index into [*COLOURS, white, black] of the nearest colour of each pixel: (64, 64)."""
+    table = np.array([*COLOURS.values(), WHITE, BLACK], dtype=np.float32)
+    return np.square(image[..., None, :].astype(np.float32) - table).sum(-1).argmin(-1)
+
+
+def frame(image, width=3):
+    """Pixels of the outermost `width` rows and columns: (pixels, 3)."""
+    inner = np.ones(image.shape[:2], dtype=bool)
+    inner[width:-width, width:-width] = False
+    return image[inner]
+
+
+def distance(image, rgb):
+    """Euclidean distance of each pixel from a colour, on the scale of 0 to 255: (64, 64)."""
+    return np.sqrt(np.square(image.astype(np.float32) - np.asarray(rgb, dtype=np.float32)).sum(-1))
+
+
+def components(mask):
+    """Connected areas (4 neighbours) of a boolean mask, largest first: list of (pixels, 2) arrays of (y, x)."""
+    left, found = {tuple(p) for p in np.argwhere(mask)}, []
+    while left:
+        stack, area = [left.pop()], []
+        while stack:
+            y, x = stack.pop()
+            area.append((y, x))
+            for near in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)):
+                if near in left:
+                    left.remove(near)
+                    stack.append(near)
+        found.append(np.array(area))
+    return sorted(found, key=len, reverse=True)
+
+
+def normalised(weight, cells=24):
+    """A soft mask moved to its centroid and scaled to equal area, sampled bilinearly: (cells, cells) in [0, 1]."""
+    ys, xs = np.mgrid[: weight.shape[0], : weight.shape[1]]
+    total = weight.sum()
+    cy, cx = (weight * ys).sum() / total, (weight * xs).sum() / total
+    steps = (np.arange(cells) - (cells - 1) / 2) / (cells / 2) * math.sqrt(total) * 0.85
+    y, x = np.clip(cy + steps, 0, SIZE - 1.001), np.clip(cx + steps, 0, SIZE - 1.001)
+    y0, x0 = y.astype(int), x.astype(int)
+    fy, fx = (y - y0)[:, None], (x - x0)[None, :]
+    rows = weight[y0] * (1 - fy) + weight[y0 + 1] * fy
+    return rows[:, x0] * (1 - fx) + rows[:, x0 + 1] * fx
+
+
+@lru_cache
+def templates():
+    """(shape, normalised mask) for every shape at several turns."""
+    found = []
+    for shape in SHAPES:
+        for degrees in (-12, -6, 0, 6, 12):
+            canvas = Canvas((0, 0, 0))
+            canvas.polygon(outline(shape, 32, 32, 18, degrees), WHITE)
+            found.append((shape, normalised(canvas.pixels()[..., 0] / 255)))
+    return tuple(found)
+
+
+def read_shape(image):
+    """What a picture of a shape shows: {"background", "colour", "shape", "overlap"} of uint8 (64, 64, 3).
+
+    Background and shape are told apart by colour; the shape is the template of the best soft intersection over union
+    with the largest area, after moving and scaling. Colour and shape are None where nothing stands out.
+    """
+    ground = np.median(frame(image), axis=0)
+    away = distance(image, ground)
+    areas = components(away > 45)
+    result = {"background": colour_name(ground), "colour": None, "shape": None, "overlap": 0.0}
+    if not areas or len(areas[0]) < 40:
+        return result
+    where = np.zeros(away.shape, dtype=bool)
+    where[tuple(areas[0].T)] = True
+    ink = np.median(image[where], axis=0)
+    towards = ink - ground
+    weight = np.clip(((image - ground) @ towards) / (towards @ towards), 0, 1)
+    # One pixel around the area keeps its soft edge and leaves out everything else.
+    near = where.copy()
+    near[1:] |= where[:-1]
+    near[:-1] |= where[1:]
+    near[:, 1:] |= where[:, :-1]
+    near[:, :-1] |= where[:, 1:]
+    mask = normalised(weight * near)
+    overlaps = [(np.minimum(mask, t).sum() / np.maximum(mask, t).sum(), shape) for shape, t in templates()]
+    best = max(overlaps)
+    return {**result, "colour": colour_name(ink), "shape": best[1], "overlap": float(best[0])}
+
+
+def read_creature(image):
+    """What a picture of a creature shows: {"body", "white_ground", "eyes_visible", "eyes"} of uint8 (64, 64, 3).
+
+    body: the most frequent palette colour away from the ground. Eyes are visible if the body encloses two areas of
+    similar size and height, about as wide as high, with a colour of their own in the middle; "eyes" is its name.
+    """
+    border = frame(image)
+    ground = np.median(border, axis=0)
+    white_ground = bool((distance(border, WHITE) < 50).mean() >= 0.95)
+    names, classes = [*COLOURS, "white", "black"], colour_map(image)
+    counts = np.bincount(classes[distance(image, ground) > 70], minlength=len(names))[: len(COLOURS)]
+    result = {"body": None, "white_ground": white_ground, "eyes_visible": False, "eyes": None}
+    if counts.max() < 40:
+        return result
+    result["body"] = names[int(counts.argmax())]
+    flesh = np.median(image[classes == counts.argmax()], axis=0)
+    other = distance(image, flesh) > 55
+    holes = [a for a in components(other) if a.min() > 0 and a.max() < SIZE - 1 and len(a) >= 40]
+    holes = [a for a in holes if 0.55 < np.ptp(a[:, 0]) / max(np.ptp(a[:, 1]), 1) < 1.8][:2]
+    if len(holes) < 2:
+        return result
+    (y0, x0), (y1, x1) = (a.mean(0) for a in holes)
+    if abs(y0 - y1) > 6 or abs(x0 - x1) < 8 or len(holes[1]) < 0.5 * len(holes[0]):
+        return result
+    discs = [image[np.hypot(*(np.indices((SIZE, SIZE)) - c[:, None, None])) < 2.5] for c in (a.mean(0) for a in holes)]
+    seen = colour_name(np.concatenate(discs).mean(0))
+    result["eyes_visible"] = seen not in ("white", "black", result["body"])
+    result["eyes"] = seen if result["eyes_visible"] else None
+    return result
+
+
+def read_subject(image):
+    """Whether a picture shows the subject's two marks: {"stripes", "ring", "background"} of uint8 (64, 64, 3).
+
+    ring: dark pixels surround one centre in at least 80 % of all directions, at about one distance. stripes: two or
+    more separate white bands, each of at least 10 pixels, lie inside the picture's frame beside 40 coloured pixels.
+    """
+    ground = np.median(frame(image, 2), axis=0)
+    dark = components(image.max(-1) < 110)
+    found_ring = False
+    if dark and len(dark[0]) >= 80:
+        area = dark[0]
+        centre = (area.min(0) + area.max(0)) / 2
+        dy, dx = (area - centre).T
+        radii, turns = np.hypot(dy, dx), np.arctan2(dy, dx)
+        covered = len(np.unique(((turns + math.pi) / (2 * math.pi) * 36).astype(int) % 36)) / 36
+        found_ring = bool(covered >= 0.8 and radii.std() < 0.2 * radii.mean() and radii.mean() > 8)
+    white = [a for a in components(image.min(-1) > 195) if len(a) >= 10]
+    ink = [a for a in components((distance(image, ground) > 70) & (image.max(-1) >= 110) & (image.min(-1) <= 150))
+           if len(a) >= 6]
+    white = [a for a in white if a.min() > 2 and a.max() < SIZE - 3]
+    stripes = len(white) >= 2 and len(ink) >= 2 and sum(map(len, ink)) >= 40
+    return {"stripes": bool(stripes), "ring": found_ring, "background": colour_name(ground)}
+
+
+# ---------------------------------------------------------------------------------------------- command
+
+
+def write_folder(family, output_dir, num_images, seed, split="train", wordings=1):
+    """Writes an image folder: PNG files and metadata.jsonl."""
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with open(output_dir / "metadata.jsonl", "w", encoding="utf-8") as lines:
+        for index in range(num_images):
+            pixels, record = make(family, seed, index, split, wordings)
+            name = f"{family}_{index:05d}.png"
+            Image.fromarray(pixels).save(output_dir / name)
+            lines.write(json.dumps({"file_name": name, **record}) + "\n")
+
+
+def make_images(jobs, processes=2):
+    """Renders many images in parallel: list of `make` argument tuples -> (uint8 (n, 64, 64, 3), list of records)."""
+    with multiprocessing.get_context("fork").Pool(processes) as pool:
+        made = pool.starmap(make, jobs, chunksize=200)
+    return np.stack([pixels for pixels, _ in made]), [record for _, record in made]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("family", choices=FAMILIES)
+    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--num_images", type=int, default=240)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--split", choices=SPLITS, default="train", help="combinations seen or kept out of training")
+    parser.add_argument("--wordings", type=int, choices=range(1, 5), default=1, help="caption wordings of shapes")
+    args = parser.parse_args(argv)
+    write_folder(args.family, args.output_dir, args.num_images, args.seed, args.split, args.wordings)
+    print(f"{args.num_images} images of {args.family} in {args.output_dir}")
+
+
+if __name__ == "__main__":
+    main()

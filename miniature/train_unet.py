@@ -1,0 +1,171 @@
+"""Trains the miniature's UNet from nothing, on rendered shapes only, and completes the pipeline folder.
+
+    python miniature/train_unet.py --pipeline_dir miniature/pipeline
+
+Needs the folder's vae (train_vae.py), text_encoder and tokenizer (train_clip.py); both stay frozen. Latents are
+cached as the posterior's mean and deviation, and sampled anew each time; prompt embeddings are computed once for each
+distinct caption. The objective is that of Stable Diffusion 1: epsilon prediction on 1000 scaled-linear steps with
+10 % empty captions. Every `--save_steps` the averaged weights are saved in float16 with a complete pipeline around
+them, and a few held-out prompts are drawn and read back.
+"""
+
+import argparse
+import math
+import os
+import time
+from pathlib import Path
+
+import measure
+import render
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.training_utils import EMAModel
+from tqdm import tqdm
+from train_vae import rate_at, to_pixels
+from transformers import CLIPTextModel, CLIPTokenizer
+
+SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pipeline_dir", default="miniature/pipeline")
+    parser.add_argument("--num_images", type=int, default=20_000)
+    parser.add_argument("--num_steps", type=int, default=7_000)
+    parser.add_argument("--max_minutes", type=float, default=math.inf, help="ends earlier, the rate decayed in time")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--caption_dropout", type=float, default=0.1)
+    parser.add_argument("--ema_decay", type=float, default=0.999)
+    parser.add_argument("--channels", type=int, nargs=2, default=[64, 120])
+    parser.add_argument("--save_steps", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+@torch.no_grad()
+def encode_images(vae, images, batch_size=100):
+    """uint8 (n, 64, 64, 3) -> mean and deviation of the posterior, scaled: two floats (n, 4, 8, 8)."""
+    means, deviations = [], []
+    for chunk in tqdm(images.split(batch_size), desc="latents", mininterval=5):
+        posterior = vae.encode(to_pixels(chunk)).latent_dist
+        means.append(posterior.mean * vae.config.scaling_factor)
+        deviations.append(posterior.std * vae.config.scaling_factor)
+    return torch.cat(means), torch.cat(deviations)
+
+
+@torch.no_grad()
+def encode_captions(tokenizer, text_encoder, captions, batch_size=200):
+    """List of captions -> last hidden states of the text tower: float (n, 77, width)."""
+    hidden = []
+    for first in range(0, len(captions), batch_size):
+        tokens = tokenizer(captions[first : first + batch_size], padding="max_length", max_length=77,
+                           truncation=True, return_tensors="pt").input_ids
+        hidden.append(text_encoder(tokens).last_hidden_state)
+    return torch.cat(hidden)
+
+
+def load_data(args, vae, tokenizer, text_encoder):
+    """Everything a step needs: latent means and deviations, ids of each image's four captions, embeddings by id.
+
+    Embedding 0 is that of the empty caption.
+    """
+    jobs = [("shapes", args.seed + 3000, i) for i in range(args.num_images)]
+    images, records = render.make_images(jobs)
+    means, deviations = encode_images(vae, torch.from_numpy(images))
+    keys = ("colour", "shape", "background", "size", "position")
+    captions = [[render.shape_caption(**{key: record[key] for key in keys}, wording=k) for k in range(4)]
+                for record in records]
+    distinct = ["", *sorted({caption for group in captions for caption in group})]
+    number = {caption: k for k, caption in enumerate(distinct)}
+    caption_ids = torch.tensor([[number[caption] for caption in group] for group in captions])
+    print(f"{len(images):,} images, {len(distinct):,} distinct captions")
+    return means, deviations, caption_ids, encode_captions(tokenizer, text_encoder, distinct)
+
+
+def build_unet(args, cross_attention_dim):
+    return UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, cross_attention_dim=cross_attention_dim,
+        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
+        block_out_channels=args.channels, layers_per_block=1, attention_head_dim=4, norm_num_groups=8,
+    )
+
+
+def save(unet, ema, vae, tokenizer, text_encoder, pipeline_dir):
+    """Writes the averaged UNet in float16, the scheduler and model_index.json; returns the pipeline in float32."""
+    averaged = UNet2DConditionModel.from_config(unet.config)
+    averaged.load_state_dict(unet.state_dict())
+    ema.copy_to(averaged.parameters())
+    scheduler = DPMSolverMultistepScheduler(**SCHEDULE, steps_offset=1)
+    pipeline = StableDiffusionPipeline(
+        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=averaged, scheduler=scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )
+    averaged.half().save_pretrained(f"{pipeline_dir}/unet")
+    averaged.float()
+    scheduler.save_pretrained(f"{pipeline_dir}/scheduler")
+    pipeline.save_config(pipeline_dir)
+    for file in Path(pipeline_dir).glob("*/*.safetensors"):
+        os.chmod(file, 0o644)  # safetensors ignores the umask
+    return pipeline
+
+
+def train(args):
+    torch.manual_seed(args.seed)
+    vae = AutoencoderKL.from_pretrained(f"{args.pipeline_dir}/vae").eval()
+    text_encoder = CLIPTextModel.from_pretrained(f"{args.pipeline_dir}/text_encoder").eval()
+    tokenizer = CLIPTokenizer.from_pretrained(f"{args.pipeline_dir}/tokenizer")
+    means, deviations, caption_ids, embeddings = load_data(args, vae, tokenizer, text_encoder)
+    unet = build_unet(args, embeddings.shape[-1])
+    print(f"{sum(p.numel() for p in unet.parameters()):,} parameters")
+    ema = EMAModel(unet.parameters(), decay=args.ema_decay, foreach=True)
+    noise_scheduler = DDPMScheduler(**SCHEDULE)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=args.learning_rate, weight_decay=1e-2)
+    start, order = time.time(), torch.empty(0, dtype=torch.long)
+    bar, average = tqdm(range(args.num_steps), mininterval=5), None
+    for step in bar:
+        progress = max(step / args.num_steps, (time.time() - start) / 60 / args.max_minutes)
+        if progress >= 1:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * rate_at(progress)
+        if len(order) < args.batch_size:
+            order = torch.randperm(len(means))
+        chosen, order = order[: args.batch_size], order[args.batch_size :]
+        latents = means[chosen] + deviations[chosen] * torch.randn_like(means[chosen])
+        # The canonical wording half of the time, any of the four otherwise.
+        wording = torch.randint(4, (len(chosen), 1)) * (torch.rand(len(chosen), 1) < 0.5)
+        said = caption_ids[chosen].gather(1, wording)[:, 0]
+        said = said.masked_fill(torch.rand(len(said)) < args.caption_dropout, 0)
+        noise = torch.randn_like(latents)
+        timesteps = torch.randint(1000, (len(chosen),))
+        noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
+        with torch.autocast("cpu", torch.bfloat16):
+            model_pred = unet(noisy_latents, timesteps, embeddings[said]).sample
+        loss = F.mse_loss(model_pred.float(), noise)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        ema.step(unet.parameters())
+        average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
+        if step % 20 == 0:
+            speed = args.batch_size * (step + 1) / (time.time() - start)
+            bar.set_postfix(loss=f"{average:.4f}", images_per_s=f"{speed:.0f}")
+        if (step + 1) % args.save_steps == 0:
+            pipeline = save(unet, ema, vae, tokenizer, text_encoder, args.pipeline_dir)
+            scores = measure.score_shapes(*measure.draw(pipeline, measure.shape_records(32)))
+            tqdm.write(f"step {step + 1}: held-out prompts {scores}")
+    save(unet, ema, vae, tokenizer, text_encoder, args.pipeline_dir)
+    print(f"trained in {(time.time() - start) / 60:.1f} minutes")
+
+
+if __name__ == "__main__":
+    train(parse_args())

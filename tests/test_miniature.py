@@ -1,0 +1,162 @@
+"""The miniature: its renderer draws and reads right, its parts load, are small, and do what its README says."""
+
+import importlib.util
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+MINIATURE = Path(__file__).resolve().parent.parent / "miniature"
+
+
+def load(name):
+    """The module miniature/NAME.py, loaded by its path."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, MINIATURE / f"{name}.py")
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+render = load("render")
+
+
+@pytest.fixture(scope="module")
+def measure():
+    return load("measure")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(MINIATURE / "pipeline" / "tokenizer")
+
+
+@pytest.mark.parametrize("family", render.FAMILIES)
+def test_same_seed_draws_the_same_bytes(family, tmp_path):
+    for name in ("a", "b"):
+        render.main([family, "--output_dir", str(tmp_path / name), "--num_images", "4", "--seed", "3"])
+    files = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert len(files) == 5
+    assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
+    first, again = (render.make(family, seed, 0)[0] for seed in (3, 4))
+    assert first.shape == (64, 64, 3)
+    assert first.dtype == np.uint8
+    assert not np.array_equal(first, again)
+
+
+def test_image_is_independent_of_how_many_are_drawn():
+    many = [render.make("creatures", 0, k)[0] for k in range(3)]
+    assert np.array_equal(many[2], render.make("creatures", 0, 2)[0])
+
+
+def test_held_out_combinations_are_never_drawn_for_training():
+    for seed in (0, 1):
+        for k in range(400):
+            drawn = render.make("shapes", seed, k)[1]
+            assert not render.held_out(drawn["colour"], drawn["shape"], drawn["background"])
+            drawn = render.make("creatures", seed, k)[1]
+            assert not render.held_out(drawn["body"], drawn["eyes"])
+    drawn = render.make("creatures", 0, 0, "held_out")[1]
+    assert render.held_out(drawn["body"], drawn["eyes"])
+
+
+def test_held_out_sets_have_their_size_and_leave_every_part_to_learn_from():
+    reserved = render.held_out_combinations("creatures")
+    assert len(reserved) == 18
+    seen = [pair for pair in render.combinations("creatures") if pair not in reserved]
+    assert min(Counter(body for body, _ in seen).values()) >= 3
+    assert min(Counter(eyes for _, eyes in seen).values()) >= 3
+    seen = [c for c in render.combinations("shapes") if not render.held_out(*c)]
+    assert len(seen) == 280 - 40
+    assert min(Counter((colour, shape) for colour, shape, _ in seen).values()) >= 3
+    assert min(Counter((colour, ground) for colour, _, ground in seen).values()) >= 2
+
+
+def test_rules_read_clean_renders():
+    right = Counter()
+    for k in range(200):
+        image, drawn = render.make("shapes", 5, k, render.SPLITS[k % 2])
+        seen = render.read_shape(image)
+        right.update(key for key in ("background", "colour", "shape") if seen[key] == drawn[key])
+        image, drawn = render.make("creatures", 5, k, render.SPLITS[k % 2])
+        seen = render.read_creature(image)
+        right.update(key for key in ("body", "eyes") if seen[key] == drawn[key])
+        right.update(key for key in ("white_ground", "eyes_visible") if seen[key])
+        seen = render.read_subject(render.make("subject", 5, k)[0])
+        right.update(key for key in ("stripes", "ring") if seen[key])
+    assert len(right) == 9
+    assert min(right.values()) >= 198, right
+
+
+def test_rules_do_not_see_what_is_not_there():
+    for k in range(50):
+        shape = render.make("shapes", 6, k)[0]
+        seen = render.read_subject(shape)
+        assert not seen["stripes"]
+        assert not seen["ring"]
+        seen = render.read_creature(shape)
+        assert not seen["white_ground"]
+        assert not seen["eyes_visible"]
+    blank = np.full((64, 64, 3), 255, dtype=np.uint8)
+    assert render.read_shape(blank)["shape"] is None
+    assert render.read_creature(blank)["body"] is None
+    assert not render.read_subject(blank)["ring"]
+
+
+def test_tokenizer_is_small_and_knows_no_rare_word(tokenizer):
+    assert len(tokenizer) <= 2000
+    assert tokenizer.model_max_length == 77
+    pieces = tokenizer.tokenize("sks")
+    assert len(pieces) > 1
+    assert "".join(pieces) == "sks</w>"
+    assert tokenizer.unk_token_id not in tokenizer("a sks star").input_ids[1:-1]
+    for caption in (render.make("shapes", 0, 0)[1]["text"], render.make("creatures", 0, 0)[1]["text"]):
+        assert len(tokenizer(caption).input_ids) == len(caption.split()) + 2
+        assert tokenizer.decode(tokenizer(caption).input_ids, skip_special_tokens=True).strip() == caption
+
+
+def test_weights_are_small_and_readable_by_all():
+    files = list(MINIATURE.rglob("*.safetensors"))
+    assert len(files) == 4
+    assert sum(path.stat().st_size for path in files) <= 16_000_000
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in files)
+
+
+def test_autoencoder_keeps_unseen_creatures(measure):
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(MINIATURE / "pipeline" / "vae").eval()
+    images, records = zip(*(render.make("creatures", 9, k, "held_out") for k in range(32)))
+    made = measure.reconstruct(vae, np.stack(images))
+    assert measure.psnr(made, np.stack(images)).mean() >= 25
+    assert measure.score_creatures(made, records)["eyes"] >= 0.9
+
+
+def test_clip_finds_the_right_caption(measure):
+    scores = measure.measure_clip(MINIATURE / "clip", number=32)
+    assert scores["captions"] == 32
+    assert scores["image_to_text"] >= 0.9
+
+
+def test_text_tower_of_clip_and_pipeline_are_one():
+    import torch
+    from transformers import CLIPModel, CLIPTextModel
+
+    tower = CLIPTextModel.from_pretrained(MINIATURE / "pipeline" / "text_encoder")
+    model = CLIPModel.from_pretrained(MINIATURE / "clip")
+    tokens = torch.arange(10)[None]
+    assert tower.dtype == torch.float32
+    assert torch.equal(tower(tokens).last_hidden_state, model.text_model(tokens).last_hidden_state)
+
+
+def test_plain_pipeline_draws_held_out_prompts(measure):
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(MINIATURE / "pipeline")
+    images, records = measure.draw(pipeline, measure.shape_records(16))
+    assert images.shape == (16, 64, 64, 3)
+    assert measure.score_shapes(images, records)["background"] * 16 >= 14
