@@ -51,7 +51,8 @@ def test_images_are_distinct():
 
 def test_messy_folder_has_every_defect_once(messy_folder):
     messy = messy_folder(num_good=3)
-    rows = {row["file_name"]: row for row in map(json.loads, open(messy.path / "metadata.jsonl", encoding="utf-8"))}
+    lines = (messy.path / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = {row["file_name"]: row for row in map(json.loads, lines)}
     assert len(rows) == 3 + 5
     with Image.open(messy.bad["truncated"]) as image, pytest.raises(OSError, match="truncated"):
         image.load()
@@ -59,9 +60,10 @@ def test_messy_folder_has_every_defect_once(messy_folder):
         Image.open(messy.bad["not_an_image"])
     assert rows["no_caption.png"]["text"] is None
     assert not messy.bad["no_file"].exists()
-    assert min(Image.open(messy.bad["too_small"]).size) == 3
-    for path in messy.good:
-        Image.open(path).load()
+    for path, side in [(messy.bad["too_small"], 3), *((path, 32) for path in messy.good)]:
+        with Image.open(path) as image:
+            image.load()
+            assert min(image.size) == side
 
 
 def test_snapshot_sees_every_change(image_folder):
@@ -95,7 +97,8 @@ def test_two_processes_are_two(tmp_path):
     script.write_text(
         "from accelerate import Accelerator\n"
         "state = Accelerator()\n"
-        "open(f'rank_{state.process_index}', 'w').write(f'{state.num_processes} {state.device.type}')\n"
+        "from pathlib import Path\n"
+        "Path(f'rank_{state.process_index}').write_text(f'{state.num_processes} {state.device.type}')\n"
         "state.end_training()\n"
     )
     command, additions = command_for([], script=script, nproc=2)

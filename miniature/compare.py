@@ -1,0 +1,104 @@
+"""Draws the same captions with the same seeds by two pipelines and sets the pictures one above the other.
+
+    python miniature/compare.py --base miniature/pipeline --model demo/model --output demo/base_above_result.png
+
+The captions are pairs of body and eye colour that `render.py creatures` keeps out of the training set; `--prompts`
+replaces them.
+"""
+
+import argparse
+from pathlib import Path
+
+import render
+import torch
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from PIL import Image, ImageDraw, ImageFont
+
+TILE = 160  # pixels of a column: 64-pixel images are enlarged to be seen
+MARGIN = 8
+LABEL_WIDTH = 90
+FONT_SIZE = 15
+
+
+def held_out_captions(number):
+    """Returns captions of held-out creatures, every body colour once before any comes twice."""
+    rest, ordered = list(render.held_out_combinations("creatures")), []
+    while rest:
+        bodies = set()
+        turn = [pair for pair in rest if not (pair[0] in bodies or bodies.add(pair[0]))]
+        ordered += turn
+        rest = [pair for pair in rest if pair not in turn]
+    return [render.creature_caption(*pair) for pair in ordered[:number]]
+
+
+@torch.no_grad()
+def draw(folder, prompts, seed, num_inference_steps, guidance_scale):
+    """Returns one image per prompt. The noise of prompt i depends on (seed, i) alone, on the CPU whatever the device,
+    so that two models start from the same."""
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+    return pipeline(
+        prompts, generator=generators, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale
+    ).images
+
+
+def wrap(text, font, width):
+    """Returns the text broken into lines of at most `width` pixels, a word at least."""
+    lines = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return "\n".join(lines)
+
+
+def make_grid(rows, captions):
+    """Returns the picture: captions on top, then for each (label, images) of `rows` the label and its images."""
+    font = ImageFont.load_default(FONT_SIZE)
+    texts = [wrap(caption, font, TILE - MARGIN) for caption in captions]
+    header = max(text.count("\n") + 1 for text in texts) * round(FONT_SIZE * 1.4) + MARGIN
+    size = (LABEL_WIDTH + len(captions) * (TILE + MARGIN), header + len(rows) * (TILE + MARGIN))
+    grid = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(grid)
+    for column, text in enumerate(texts):
+        pen.multiline_text((LABEL_WIDTH + column * (TILE + MARGIN), MARGIN // 2), text, fill="black", font=font)
+    for row, (label, images) in enumerate(rows):
+        top = header + row * (TILE + MARGIN)
+        pen.text((MARGIN, top + TILE // 2), label, fill="black", font=font, anchor="lm")
+        for column, image in enumerate(images):
+            left = LABEL_WIDTH + column * (TILE + MARGIN)
+            grid.paste(image.convert("RGB").resize((TILE, TILE), Image.Resampling.BICUBIC), (left, top))
+            pen.rectangle([left - 1, top - 1, left + TILE, top + TILE], outline="lightgrey")
+    return grid
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", required=True, help="pipeline folder, drawn in the upper row")
+    parser.add_argument("--model", required=True, help="pipeline folder, drawn in the lower row")
+    parser.add_argument("--output", required=True, help="PNG to write")
+    parser.add_argument("--prompts", nargs="+", help="captions, instead of held-out creatures")
+    parser.add_argument("--num_images", type=int, default=8, help="columns, where --prompts is not given")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num_inference_steps", type=int, default=25)
+    parser.add_argument("--guidance_scale", type=float, default=4.0)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    prompts = args.prompts or held_out_captions(args.num_images)
+    options = (prompts, args.seed, args.num_inference_steps, args.guidance_scale)
+    rows = [("base", draw(args.base, *options)), ("fine-tuned", draw(args.model, *options))]
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    make_grid(rows, prompts).save(args.output)
+    print(f"Base above result, for captions that were held out: {args.output}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
