@@ -1,0 +1,1057 @@
+#!/usr/bin/env python
+"""Fine-tune the UNet of Stable Diffusion 1.x or 2.x on captioned images.
+
+    accelerate launch train_text_to_image.py --pretrained_model_name_or_path=MODEL --train_data_dir=my_images \
+        --resolution=512 --train_batch_size=4 --learning_rate=1e-5 --max_train_steps=5000 --use_ema \
+        --mixed_precision=bf16 --validation_prompts "a drawing of a cat" --output_dir=my_model
+
+`my_images` holds images and a metadata.jsonl (file_name, text), or a .txt beside each image. The result is a pipeline
+folder, StableDiffusionPipeline.from_pretrained("my_model"). What is random in a sample depends on (seed, epoch, index
+of the sample) alone, so a run that is killed and resumed ends in the same bits.
+
+Papers: latent diffusion (arXiv 2112.10752), DDPM (2006.11239), v-prediction (2202.00512), min-SNR (2303.09556), zero
+terminal SNR (2305.08891), input perturbation (2301.11706).
+"""
+
+import argparse
+import contextlib
+import csv
+import functools
+import hashlib
+import io
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import datasets
+import diffusers
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+import yaml
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import ProjectConfiguration, extract_model_from_parallel, parse_flag_from_env, send_to_device
+from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.training_utils import EMAModel, compute_snr
+from diffusers.utils import is_bitsandbytes_available, is_xformers_available, make_image_grid
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from PIL import Image, ImageOps
+from safetensors.torch import load_model
+from tqdm.auto import tqdm
+from transformers import CLIPTextConfig, CLIPTokenizer
+
+IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+MIN_SIDE = 16  # pixels; anything smaller is an icon or a broken file
+HELD_OUT_TIMESTEPS = 4  # at which the loss of each held-out image is measured
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# A stream of random numbers each, so that switching one option on leaves the numbers of the others as they were.
+ORDER, AUGMENT, POSTERIOR, NOISE, TIMESTEP, OFFSET, PERTURBATION, DROPOUT, SUBSET, HELD_OUT = range(10)
+REPLACED_FLAGS = {
+    "--local_rank": "start with `accelerate launch` or torchrun, which set the rank",
+    "--non_ema_revision": "name the revision with --revision; the UNet and its average start from the same weights",
+    "--dream_training": "use --snr_gamma=5 to weigh timesteps",
+    "--dream_detail_preservation": "use --snr_gamma=5 to weigh timesteps",
+}
+# Settings that a resume may change: they leave the result as it is, or `train` compares what follows from them.
+FREE_ON_RESUME = """allow_changed_resume cache_dir caption_column checkpointing_steps checkpoints_total_limit config
+    dataloader_num_workers dataset_config_name dataset_name dry_run gradient_accumulation_steps gradient_checkpointing
+    hub_model_id hub_private_repo hub_token image_column logging_dir logging_steps max_train_samples max_train_steps
+    num_train_epochs num_validation_samples offload_ema output_dir overwrite_output_dir push_to_hub report_to
+    resume_from_checkpoint save_precision skip_bad_images tracker_project_name train_batch_size train_data_dir
+    validation_epochs validation_prompts validation_steps""".split()
+
+
+class InputError(ValueError):
+    """A mistake in what the user gave; its text is all that they need to see."""
+
+
+# ------------------------------------------------------------------------------------------------------- arguments
+
+def parse_args(argv=None):
+    """Reads the command line and `--config`; a flag that is wrong by itself ends with status 2 and one message."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s --pretrained_model_name_or_path MODEL (--train_data_dir FOLDER | --dataset_name NAME) [flags]",
+        description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    switch = {"action": argparse.BooleanOptionalAction, "default": False}
+    add = parser.add_argument_group("model").add_argument
+    add("--pretrained_model_name_or_path", help="pipeline folder, Hub id, or original .ckpt/.safetensors file")
+    add("--revision", help="branch, tag or commit of the model on the Hub")
+    add("--variant", help="variant of the weight files, such as fp16")
+    add("--single_file_config", help="pipeline folder or Hub id with the configs for a single-file model")
+    add("--cache_dir", help="where downloads and remembered checks go, instead of the Hugging Face cache")
+    add = parser.add_argument_group("data").add_argument
+    add("--train_data_dir", help="folder of images with metadata.jsonl/.csv (file_name, text), or a .txt beside each")
+    add("--dataset_name", help="dataset on the Hub, or a local path that `datasets` can load")
+    add("--dataset_config_name", help="configuration of that dataset")
+    add("--image_column", default="image", help="column of the images in that dataset")
+    add("--caption_column", default="text", help="column with a caption, or a list of them: one is drawn per epoch")
+    add("--max_train_samples", type=int, help="use so many images, drawn by the seed")
+    add("--skip_bad_images", **switch, help="go on without images that cannot be used, instead of stopping")
+    add("--resolution", type=int, default=512, help="side of the square training images in pixels")
+    add("--center_crop", **switch, help="crop the centre, not a random place")
+    add("--random_flip", **switch, help="mirror half of the images, drawn anew each epoch")
+    add("--image_interpolation_mode", default="lanczos", help="filter for resizing",
+        choices=["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"])
+    add("--caption_dropout", type=float, default=0.0, help="share of captions replaced by the empty one")
+    add("--dataloader_num_workers", type=int, default=0, help="processes that load images; 0: the main process does")
+    add = parser.add_argument_group("objective").add_argument
+    add("--prediction_type", choices=["epsilon", "v_prediction"], help="what the UNet predicts; default: the model's")
+    add("--snr_gamma", type=float, help="min-SNR loss weights with this gamma; 5.0 in the paper")
+    add("--noise_offset", type=float, default=0.0, help="scale of noise that shifts whole channels; 0.05 is common")
+    add("--input_perturbation", type=float, default=0.0, help="scale of extra noise in the input; 0.1 in the paper")
+    add("--rescale_betas_zero_snr", **switch, help="rescale the schedule to zero terminal SNR; needs v_prediction")
+    add = parser.add_argument_group("optimization").add_argument
+    add("--learning_rate", type=float, default=1e-4, help="initial learning rate")
+    add("--scale_lr", **switch, help="multiply the learning rate by batch size, accumulation steps and processes")
+    add("--lr_scheduler", default="constant", choices=[kind.value for kind in SchedulerType], help="its schedule")
+    add("--lr_warmup_steps", type=int, default=0, help="steps in which the learning rate rises from 0")
+    add("--lr_num_cycles", type=int, help="cycles of cosine_with_restarts; 1 if not given")
+    add("--lr_power", type=float, help="power of the polynomial schedule; 1 if not given")
+    add("--lr_step_rules", help="rules of piecewise_constant: factor:until_step, ..., last factor: 1:10,0.1")
+    add("--train_batch_size", type=int, default=16, help="images per forward pass and process")
+    add("--gradient_accumulation_steps", type=int, default=1, help="forward passes per optimizer step")
+    add("--num_train_epochs", type=int, default=100, help="passes over the images, if --max_train_steps is not given")
+    add("--max_train_steps", type=int, help="optimizer steps")
+    add("--max_grad_norm", type=float, default=1.0, help="clip the gradient's norm to this; inf for no clipping")
+    add("--adam_beta1", type=float, default=0.9, help="AdamW's beta1")
+    add("--adam_beta2", type=float, default=0.999, help="AdamW's beta2")
+    add("--adam_weight_decay", type=float, default=1e-2, help="AdamW's weight decay")
+    add("--adam_epsilon", type=float, default=1e-8, help="AdamW's epsilon")
+    add("--use_8bit_adam", **switch, help="AdamW with 8-bit state, by bitsandbytes")
+    add("--use_ema", **switch, help="average the weights over the steps; samples and result use the average")
+    add("--ema_decay", type=float, help="highest decay of the average; 0.9999 if not given")
+    add("--ema_warmup", **switch, help="raise the decay slowly, as 1 - (1 + step) ** -2/3")
+    add("--offload_ema", **switch, help="keep the average in CPU memory between steps")
+    add("--foreach_ema", **switch, help="update the average with fused operations")
+    add = parser.add_argument_group("memory and speed").add_argument
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="precision of passes; default: accelerate's config")
+    add("--gradient_checkpointing", **switch, help="compute activations twice: slower, less memory")
+    add("--enable_xformers_memory_efficient_attention", **switch, help="xFormers' attention instead of torch's")
+    add("--allow_tf32", **switch, help="TensorFloat-32 matrix products, on GPUs that have them")
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", default="sd-model-finetuned", help="where everything is written")
+    add("--overwrite_output_dir", **switch, help="write over the run in --output_dir and remove its checkpoints")
+    add("--save_precision", default="no", choices=list(DTYPES), help="half precision of the saved UNet and VAE, or no")
+    add("--checkpointing_steps", type=int, default=500, help="write a checkpoint every so many steps")
+    add("--checkpoints_total_limit", type=int, help="keep only so many checkpoints, the newest")
+    add("--resume_from_checkpoint", metavar="PATH|latest", help="go on from a checkpoint, if there is a latest")
+    add("--allow_changed_resume", **switch, help="resume although settings that change the result differ")
+    add("--validation_prompts", nargs="+", help="prompts to draw samples for")
+    add("--num_validation_samples", type=int, default=0, help="images held out of training to measure the loss on")
+    add("--validation_steps", type=int, help="draw and measure every so many steps; 500 if not given")
+    add("--validation_epochs", type=int, help="the same in epochs")
+    add("--report_to", default="tensorboard", help="tracker of accelerate's (tensorboard, wandb, ...), all or none")
+    add("--tracker_project_name", default="text2image-fine-tune", help="project name in the tracker")
+    add("--logging_dir", default="logs", help="folder for the tracker's files, in --output_dir")
+    add("--logging_steps", type=int, default=10, help="log the mean loss every so many steps")
+    add("--push_to_hub", **switch, help="upload the result to the Hub")
+    add("--hub_model_id", help="repository to upload to; default: the name of --output_dir")
+    add("--hub_token", help="token for the Hub; default: the one that `hf auth login` stored")
+    add("--hub_private_repo", **switch, help="make the repository private")
+    add = parser.add_argument_group("run").add_argument
+    add("--seed", type=int, default=0, help="seed of everything that is drawn at random")
+    add("--config", metavar="FILE.yaml", help="flags by name, maybe under `training:`; the command line wins")
+    add("--dry_run", **switch, help="check everything, print the plan and stop")
+
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if replaced := [flag for word in argv if (flag := word.split("=")[0]) in REPLACED_FLAGS]:
+        parser.error(f"{replaced[0]} is not taken: {REPLACED_FLAGS[replaced[0]]}")
+    config = parser.parse_known_args(argv)[0].config
+    return parser.parse_args((read_config(parser, config) if config else []) + argv)
+
+
+def read_config(parser, path):
+    """Turns a YAML recipe into command-line words, so that argparse checks names, types and choices."""
+    try:
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        recipe = {**recipe, **(recipe.get("training") or {})}
+    except (OSError, yaml.YAMLError, AttributeError, TypeError) as error:
+        parser.error(f"--config={path}: is no YAML file of flags ({' '.join(str(error).split())})")
+    flags = vars(parser.parse_args([]))
+    if unknown := sorted(map(str, recipe.keys() - (flags.keys() - {"config"}) - {"training", "evaluation"})):
+        parser.error(f"--config={path}: unknown key {', '.join(unknown)}; keys are the flags of --help without dashes")
+    words = []
+    for key, value in recipe.items():
+        if key in ("training", "evaluation") or value is None:
+            continue
+        if isinstance(flags[key], bool) and isinstance(value, bool):
+            words.append(f"--{key}" if value else f"--no-{key}")
+        elif isinstance(value, list):
+            words += [f"--{key}", *map(str, value)]
+        else:  # YAML reads a bare `no` as false, but --mixed_precision means the word
+            words.append(f"--{key}={'no' if value is False else value}")
+    return words
+
+
+def check_args(args):
+    """Raises one `InputError` that names every flag that is wrong, its value, what is accepted and the remedy."""
+    problems, output, resume = [], Path(args.output_dir), args.resume_from_checkpoint
+
+    def refuse(wrong, flag, remedy):
+        if wrong:
+            problems.append(f"--{flag}={getattr(args, flag)}: {remedy}")
+
+    for accepted, holds, flags in (
+        ("1 or more", lambda value: value >= 1, "resolution train_batch_size gradient_accumulation_steps "
+         "logging_steps num_train_epochs max_train_steps checkpointing_steps checkpoints_total_limit validation_steps "
+         "validation_epochs max_train_samples lr_num_cycles"),
+        ("0 or more", lambda value: value >= 0, "seed dataloader_num_workers lr_warmup_steps num_validation_samples "
+         "noise_offset input_perturbation adam_weight_decay"),
+        ("above 0", lambda value: value > 0, "learning_rate max_grad_norm adam_epsilon snr_gamma lr_power"),
+        ("from 0 to 1", lambda value: 0 <= value <= 1, "caption_dropout ema_decay adam_beta1 adam_beta2"),
+    ):
+        for flag in flags.split():
+            value = getattr(args, flag)
+            refuse(value is not None and not holds(value), flag, f"must be {accepted}")
+    schedule, validates = args.lr_scheduler, args.validation_prompts or args.num_validation_samples
+    for needed, given, flags in (
+        ("--use_ema", args.use_ema, "ema_decay ema_warmup offload_ema foreach_ema"),
+        ("--push_to_hub", args.push_to_hub, "hub_model_id hub_private_repo"),
+        ("--resume_from_checkpoint", resume, "allow_changed_resume"),
+        ("--dataset_name", args.dataset_name, "dataset_config_name"),
+        ("--validation_prompts or --num_validation_samples", validates, "validation_steps validation_epochs"),
+        ("--lr_scheduler=cosine_with_restarts", schedule == "cosine_with_restarts", "lr_num_cycles"),
+        ("--lr_scheduler=polynomial", schedule == "polynomial", "lr_power"),
+        ("--lr_scheduler=piecewise_constant", schedule == "piecewise_constant", "lr_step_rules"),
+        ("a schedule that warms up, such as constant_with_warmup",
+         schedule not in ("constant", "piecewise_constant"), "lr_warmup_steps"),
+    ):
+        for flag in flags.split():
+            refuse(getattr(args, flag) and not given, flag, f"does nothing without {needed}; add that or drop this")
+    rules = re.fullmatch(r"([\d.e-]+:\d+,)+[\d.e-]+", args.lr_step_rules or "")
+    refuse(schedule == "piecewise_constant" and not rules, "lr_step_rules", "give rules such as 1:10,0.1:20,0.01")
+    if bool(args.dataset_name) == bool(args.train_data_dir):
+        problems.append("give the images by one of --train_data_dir and --dataset_name")
+    refuse(args.validation_steps and args.validation_epochs, "validation_epochs", "give this or --validation_steps")
+    trackers = ["all", "none", *(str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers())]
+    refuse(args.report_to not in trackers, "report_to", f"installed are {', '.join(trackers)}")
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    if on_cpu and (args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")) == "fp16":
+        problems.append("--mixed_precision=fp16 (or accelerate's config): a CPU cannot train in it; use bf16 or no")
+    refuse(on_cpu and args.allow_tf32, "allow_tf32", "needs an NVIDIA GPU; drop it")
+    refuse(args.enable_xformers_memory_efficient_attention and (on_cpu or not is_xformers_available()),
+           "enable_xformers_memory_efficient_attention", "needs a GPU and `pip install xformers`; drop it")
+    refuse(args.use_8bit_adam and not is_bitsandbytes_available(), "use_8bit_adam", "needs `pip install bitsandbytes`")
+    refuse(output.exists() and not output.is_dir(), "output_dir", "is a file; name a folder")
+    refuse(output.is_dir() and any(output.iterdir()) and not (resume or args.overwrite_output_dir), "output_dir", "is "
+           "in use; name another, go on with --resume_from_checkpoint=latest, or start over: --overwrite_output_dir")
+    refuse(resume and args.overwrite_output_dir, "overwrite_output_dir", "drop this or --resume_from_checkpoint")
+    refuse(resume and resume != "latest" and not (Path(resume) / "progress.json").is_file(), "resume_from_checkpoint",
+           "is no whole checkpoint (a folder checkpoint-N); name one, or latest")
+    problems += check_model(**vars(args))
+    if problems:
+        raise InputError("\n  ".join(["", *problems] if len(problems) > 1 else problems))
+
+
+def check_model(pretrained_model_name_or_path, single_file_config, revision, cache_dir, resolution, prediction_type,
+                rescale_betas_zero_snr, **_):
+    """Lists what is wrong with the model's configs, or between them and the flags; reads no weights."""
+    name, source = f"--pretrained_model_name_or_path={pretrained_model_name_or_path}", pretrained_model_name_or_path
+    if not source:
+        return [f"{name}: name a pipeline folder, a Hub id or a file"]
+    if (single_file := source.endswith((".ckpt", ".safetensors"))) and not Path(source).is_file():
+        return [f"{name}: there is no such file"]
+    if single_file != bool(single_file_config):
+        return [f"{name}: a single file, and only that, needs --single_file_config: pipeline folder or Hub id of the "
+                "same architecture, such as stable-diffusion-v1-5/stable-diffusion-v1-5"]
+    source, where = single_file_config or source, {"revision": revision, "cache_dir": cache_dir}
+    try:
+        parts = diffusers.StableDiffusionPipeline.load_config(source, **where)
+        if foreign := [part for part in ("text_encoder_2", "transformer") if part in parts]:
+            return [f"{name}: has a {foreign[0]} (SDXL, SD 3 or the like); use a Stable Diffusion 1.x or 2.x model"]
+        unet = diffusers.UNet2DConditionModel.load_config(source, subfolder="unet", **where)
+        vae = diffusers.AutoencoderKL.load_config(source, subfolder="vae", **where)
+        scheduler = diffusers.DDPMScheduler.load_config(source, subfolder="scheduler", **where)
+    except (OSError, ValueError) as error:
+        missing = "is no whole pipeline" if Path(source).is_dir() else "is no folder, nor to be had from the Hub"
+        return [f"the model {source} {missing}; check its name and the connection ({last_line(error)})"]
+    problems, divisor = [], 2 ** (len(vae["block_out_channels"]) - 1)
+    if resolution % divisor:
+        usable = max(divisor, resolution // divisor * divisor)
+        problems.append(f"--resolution={resolution}: must be a multiple of {divisor} for this VAE; use {usable}")
+    if unet["in_channels"] != vae["latent_channels"]:
+        problems.append(f"{name}: its UNet takes {unet['in_channels']} channels; use a text-to-image model")
+    prediction_type = prediction_type or scheduler.get("prediction_type", "epsilon")
+    if prediction_type not in ("epsilon", "v_prediction"):
+        problems.append(f"{name}: predicts {prediction_type!r}; only epsilon and v_prediction can be trained")
+    if prediction_type == "epsilon" and (rescale_betas_zero_snr or scheduler.get("rescale_betas_zero_snr")):
+        problems.append("--rescale_betas_zero_snr: pure noise teaches an epsilon model nothing, its loss weight is "
+                        "undefined; add --prediction_type=v_prediction or drop this")
+    return problems
+
+
+# ------------------------------------------------------------------------------------------------------------ data
+
+def read_folder(folder, caption_column):
+    """Reads a folder of images into rows of `image` (a path) and `captions` (a list, empty if there is none).
+
+    Captions come from metadata.jsonl or metadata.csv (columns file_name and `caption_column`) or a .txt beside the
+    image. A metadata row without its file gives a row too, so that the check names it.
+    Raises `InputError` for a folder without images and for metadata that cannot be read.
+    """
+    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")]
+    metadata = [path for path in files if path.name in ("metadata.jsonl", "metadata.csv")]
+    if not images:
+        missing = "holds no images" if Path(folder).is_dir() else "does not exist"
+        raise InputError(f"the folder {folder} {missing}; give one with {', '.join(sorted(IMAGE_SUFFIXES))}")
+    captions, problems = {}, []
+    for path in metadata:
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+            rows = list(csv.DictReader(io.StringIO(text)))
+            if path.suffix == ".jsonl":
+                rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+            for row in rows:
+                caption = row.get(caption_column)
+                captions[path.parent / row["file_name"]] = caption if isinstance(caption, list) else [caption or ""]
+            if not any(caption_column in row for row in rows):
+                problems.append(f"{path}: has no {caption_column!r}; set --caption_column, of {', '.join(rows[0])}")
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError, csv.Error) as error:
+            problems.append(f"{path}: every row needs a file_name and a caption, in UTF-8 ({error!r})")
+    if problems:
+        raise InputError("\n  ".join(["captions cannot be read:", *problems]))
+    for image in images:
+        if image not in captions:
+            text = image.with_suffix(".txt")
+            text = text.read_text(encoding="utf-8-sig", errors="replace") if text.is_file() else ""
+            captions[image] = [" ".join(text.split())]
+    aside = [path.name for path in files if path not in captions and path not in metadata and path.suffix != ".txt"]
+    if aside:
+        print(f"Left aside in {folder}: {len(aside)} files that are no images, such as {', '.join(aside[:5])}.")
+    paths = sorted(captions)
+    rows = datasets.Dataset.from_dict({"image": [*map(str, paths)], "captions": [captions[path] for path in paths]})
+    return rows.cast_column("image", datasets.Image(decode=False))
+
+
+def read_dataset(name, config_name, image_column, caption_column, cache_dir, token):
+    """Loads the train split of a dataset from the Hub or a local path as columns `image` (undecoded) and `captions`.
+
+    A local folder of image files is left to `read_folder`: `datasets` drops images without a caption in silence.
+    Raises `InputError` if it cannot be loaded or lacks a column.
+    """
+    if Path(name).is_dir() and any(path.suffix.lower() in IMAGE_SUFFIXES for path in Path(name).rglob("*")):
+        return read_folder(name, caption_column)
+    try:
+        dataset = datasets.load_dataset(name, config_name, split="train", cache_dir=cache_dir, token=token)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise InputError(f"--dataset_name={name}: cannot be loaded; name one on the Hub with a train split, or a "
+                         f"local folder ({last_line(error)})") from None
+    if missing := [column for column in (image_column, caption_column) if column not in dataset.column_names]:
+        raise InputError(f"--dataset_name={name}: has no column {' or '.join(missing)}; set --image_column and "
+                         f"--caption_column to two of {', '.join(dataset.column_names)}")
+    dataset = dataset.select_columns([image_column, caption_column])
+    dataset = dataset.rename_columns({image_column: "image", caption_column: "captions"})
+    return dataset.cast_column("image", datasets.Image(decode=False))
+
+
+def image_bytes(image):
+    """The encoded image of a row, {bytes, path}: from the dataset where it holds it, else from the path."""
+    return image["bytes"] or Path(image["path"]).read_bytes()
+
+
+def open_image(encoded):
+    """Decodes an image to 8-bit RGB as a viewer shows it: upright, 16-bit greys scaled, alpha over white.
+
+    Raises `OSError`, `ValueError` or `SyntaxError` if Pillow cannot read it to the end.
+    """
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded)))
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no defined white")
+    if image.mode.startswith("I"):  # Pillow would saturate 16-bit greys
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def check_image(image, known):
+    """Opens one image, unless `known` has it; returns a key and [sha256, width, height, what is wrong or ""].
+
+    The key is made of path, size and time, or of the content where a dataset holds the image.
+    """
+    try:
+        path = os.path.abspath(image["path"]) if not image["bytes"] else None
+        key = "{0}|{1.st_size}|{1.st_mtime_ns}".format(path, os.stat(path)) if path else None
+        if key in known:
+            return key, known[key]
+        digest = hashlib.sha256(encoded := image_bytes(image)).hexdigest()
+        if (key := key or digest) in known:
+            return key, known[key]
+        width, height = open_image(encoded).size
+        tiny = f"{width} x {height} pixels; a side needs at least {MIN_SIDE}" if min(width, height) < MIN_SIDE else ""
+        return key, [digest, width, height, tiny]
+    except FileNotFoundError:
+        problem = "there is no such file"
+    except TypeError:
+        problem = "the row holds no image"
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        problem = "no image that Pillow knows" if "cannot identify" in str(error) else f"cannot be read: {error}"
+    return None, ["", 0, 0, problem]
+
+
+def check_images(rows, memory):
+    """Opens every image once, in parallel, and remembers them in the file `memory`; returns `check_image`'s lists."""
+    try:
+        known = json.loads(memory.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding releases the interpreter's lock
+        results = pool.map(lambda index: check_image(rows[index]["image"], known), range(len(rows)))
+        results = list(tqdm(results, "Checking images", len(rows), unit="image", disable=None, leave=False))
+    found = {key: result for key, result in results if key}
+    if not found.keys() <= known.keys():
+        with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            beside = memory.with_suffix(f".{os.getpid()}")
+            beside.write_text(json.dumps({**known, **found}), encoding="utf-8")
+            beside.replace(memory)
+    return [result for _, result in results]
+
+
+def all_captions(captions):
+    """The usable captions of a row that holds a string or a list of them."""
+    captions = [captions] if isinstance(captions, str) else captions or []
+    return [caption for caption in captions if isinstance(caption, str) and caption.strip()]
+
+
+def check_rows(rows, memory, skip_bad_images, tokenizer, max_length, resolution):
+    """Checks every image and caption; returns the good rows and a digest of each one's content and captions.
+
+    Unreadable or tiny images and missing captions are left out if `skip_bad_images`, else one `InputError` lists them
+    by path. Captions over `max_length` tokens and images below `resolution` pixels are warned of.
+    """
+    bad, small, cut, good, digests = [], [], [], [], []
+    captions = [all_captions(captions) for captions in rows["captions"]]
+    for index, (digest, width, height, problem) in enumerate(check_images(rows, memory)):
+        if problem or not captions[index] or min(width, height) < resolution:
+            name = (rows[index]["image"] or {}).get("path") or f"row {index}"
+        if problem or not captions[index]:
+            bad.append(f"{name}: {problem or 'has no caption, in metadata or a .txt beside it'}")
+            continue
+        good.append(index)
+        digests.append(hashlib.sha256(json.dumps([digest, captions[index]]).encode()).hexdigest())
+        if min(width, height) < resolution:
+            small.append(f"{name} ({width} x {height})")
+        if max(map(len, tokenizer(captions[index], verbose=False).input_ids)) > max_length:
+            cut.append(f"{captions[index][0][:80]}...")
+    listed = "\n  ".join(["", *bad[:100], *([f"and {len(bad) - 100} more"] if len(bad) > 100 else [])])
+    if bad and (not skip_bad_images or not good):
+        raise InputError(f"{len(bad)} of {len(rows)} images are unusable; mend them or add --skip_bad_images{listed}")
+    if bad:
+        print(f"Left out (--skip_bad_images): {len(bad)} of {len(rows)} images{listed}")
+    for what, warned in ((f"images are smaller than --resolution={resolution} and are enlarged", small),
+                         (f"captions have more than {max_length} tokens and are cut", cut)):
+        if warned:
+            print("\n  ".join([f"Warning: {len(warned)} {what}, such as", *warned[:5]]))
+    return rows.select(good), digests
+
+
+class CaptionedImages(torch.utils.data.Dataset):
+    """Maps (epoch, index, weight) to {pixel_values: uint8 (3, height, width), input_ids: (max_length,), epoch, index,
+    weight}. Crop, flip, choice and dropout of the caption depend on (seed, epoch, index) alone."""
+
+    def __init__(self, rows, tokenizer, max_length, resolution, interpolation, seed, center_crop, flip, dropout):
+        self.rows, self.tokenizer, self.max_length, self.seed = rows, tokenizer, max_length, seed
+        self.resolution, self.center_crop, self.random_flip = resolution, center_crop, flip
+        self.resample, self.dropout = Image.Resampling[interpolation.upper()], dropout
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, item):
+        epoch, index, weight = item
+        row = self.rows[index]
+        left, top, flip, choice, drop = np.random.default_rng((self.seed, AUGMENT, epoch, index)).random(5)
+        left, top = (0.5, 0.5) if self.center_crop else (left, top)
+        image = open_image(image_bytes(row["image"]))
+        side = min(image.size)
+        left, top = left * (image.width - side), top * (image.height - side)
+        image = image.resize((self.resolution,) * 2, self.resample, box=(left, top, left + side, top + side))
+        if self.random_flip and flip < 0.5:
+            image = ImageOps.mirror(image)
+        captions = all_captions(row["captions"])
+        caption = "" if drop < self.dropout else captions[int(choice * len(captions))]
+        tokens = self.tokenizer(caption, max_length=self.max_length, padding="max_length", truncation=True)
+        return {"pixel_values": torch.from_numpy(np.array(image)).permute(2, 0, 1), "epoch": epoch, "index": index,
+                "input_ids": torch.tensor(tokens.input_ids), "weight": np.float32(weight)}
+
+
+def load_data(pretrained_model_name_or_path, single_file_config, revision, cache_dir, train_data_dir, dataset_name,
+              dataset_config_name, image_column, caption_column, hub_token, max_train_samples, num_validation_samples,
+              skip_bad_images, resolution, center_crop, random_flip, image_interpolation_mode, caption_dropout,
+              seed, **_):
+    """Reads, checks and splits the images; returns (training images, held-out images, fingerprint of the former).
+
+    The held-out ones are the same for every seed, and always seen alike.
+    """
+    source = single_file_config or pretrained_model_name_or_path
+    where = {"revision": revision, "cache_dir": cache_dir}
+    max_length = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where).max_position_embeddings
+    tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)
+    rows = read_folder(train_data_dir, caption_column) if train_data_dir else read_dataset(
+        dataset_name, dataset_config_name, image_column, caption_column, cache_dir, hub_token)
+    if max_train_samples and max_train_samples < len(rows):
+        order = np.random.default_rng((seed, SUBSET)).permutation(len(rows))
+        rows = rows.select(np.sort(order[:max_train_samples]))
+    place = hashlib.sha256(os.path.abspath(train_data_dir or dataset_name).encode()).hexdigest()[:16]
+    memory = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "checked_images" / f"{place}.json"
+    rows, digests = check_rows(rows, memory, skip_bad_images, tokenizer, max_length, resolution)
+    if num_validation_samples >= len(rows):
+        raise InputError(f"--num_validation_samples={num_validation_samples}; there are {len(rows)} images")
+    order = np.random.default_rng(HELD_OUT).permutation(len(rows))
+    held_out, training = np.sort(order[:num_validation_samples]), np.sort(order[num_validation_samples:])
+    fingerprint = hashlib.sha256("".join(digests[index] for index in training).encode()).hexdigest()
+    common = (tokenizer, max_length, resolution, image_interpolation_mode)
+    return (CaptionedImages(rows.select(training), *common, seed, center_crop, random_flip, caption_dropout),
+            CaptionedImages(rows.select(held_out), *common, 0, True, False, 0.0), fingerprint)
+
+
+def micro_batches(num_samples, batch_size, num_processes, process_index, accumulation, seed, first_step, last_step):
+    """Yields this process's lists of (epoch, index, weight), one per pass of the steps first_step to last_step - 1.
+
+    An epoch is a permutation by (seed, epoch), cut into optimizer steps; its last one may be short. The weights of a
+    step sum to 1 over all processes and passes, so that sums are means over its samples; a process without a sample in
+    a pass gets one of weight 0.
+    """
+    per_pass = batch_size * num_processes
+    steps_per_epoch = math.ceil(num_samples / (per_pass * accumulation))
+    for step in range(first_step, last_step):
+        epoch, step_in_epoch = divmod(step, steps_per_epoch)
+        if step == first_step or step_in_epoch == 0:
+            order = np.random.default_rng((seed, ORDER, epoch)).permutation(num_samples).tolist()
+        samples = order[step_in_epoch * per_pass * accumulation :][: per_pass * accumulation]
+        for start in range(0, len(samples), per_pass):
+            mine = samples[start:][:per_pass][process_index * batch_size :][:batch_size]
+            yield [(epoch, index, 1 / len(samples)) for index in mine] or [(epoch, samples[0], 0.0)]
+
+
+def ignore_signals(_):
+    """For workers: the main process alone answers SIGTERM and SIGINT, and needs its workers to finish the step."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+# ---------------------------------------------------------------------------------------------------------- models
+
+def last_line(error):
+    """The last line of an exception's text, for a message of one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
+
+
+def load_pipeline(pretrained_model_name_or_path, single_file_config, revision, variant, cache_dir, parts=None, **_):
+    """Loads the base in float32, without its safety checker; `parts` replace components. Raises `InputError`."""
+    name, where = pretrained_model_name_or_path, {"cache_dir": cache_dir, "safety_checker": None, **(parts or {})}
+    try:
+        if single_file_config:  # a .ckpt is read as weights only
+            where["config"] = single_file_config
+            return diffusers.StableDiffusionPipeline.from_single_file(name, dtype=torch.float32, **where)
+        where |= {"revision": revision, "variant": variant}
+        return diffusers.StableDiffusionPipeline.from_pretrained(name, dtype=torch.float32, **where)
+    except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+        raise InputError(f"the weights of {name} cannot be loaded ({last_line(error)})") from None
+
+
+def load_models(args, weight_dtype, device):
+    """Loads the base; returns (UNet in float32, frozen VAE and text encoder in `weight_dtype`, noise scheduler)."""
+    pipeline = load_pipeline(**vars(args))
+    objective = {"prediction_type": args.prediction_type} if args.prediction_type else {}
+    if args.rescale_betas_zero_snr:
+        objective |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    noise_scheduler = diffusers.DDPMScheduler.from_config(pipeline.scheduler.config, **objective)
+    for frozen in (pipeline.vae, pipeline.text_encoder):
+        frozen.requires_grad_(False).eval().to(device, dtype=weight_dtype)
+    unet = pipeline.unet.requires_grad_(True).train()
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if args.enable_xformers_memory_efficient_attention:
+        unet.enable_xformers_memory_efficient_attention()
+    return unet, pipeline.vae, pipeline.text_encoder, noise_scheduler
+
+
+@contextlib.contextmanager
+def averaged_weights(ema, parameters):
+    """Within the block `parameters` hold the average that `ema` keeps, if there is one."""
+    if ema:
+        ema.store(parameters)
+        ema.copy_to(parameters)
+    try:
+        yield
+    finally:
+        if ema:
+            ema.restore(parameters)
+
+
+# ----------------------------------------------------------------------------------------------------- mathematics
+
+def draw(seed, stream, batch, sample):
+    """What `sample` draws from generators made of (seed, stream, epoch, index), as a tensor (batch, ...)."""
+    pairs = zip(batch["epoch"].tolist(), batch["index"].tolist(), strict=True)
+    drawn = np.stack([sample(np.random.default_rng((seed, stream, *pair))) for pair in pairs])
+    return torch.from_numpy(drawn).to(batch["index"].device)
+
+
+def draw_normal(seed, stream, batch, shape):
+    """Standard normal numbers (batch, *shape) in float32."""
+    return draw(seed, stream, batch, lambda generator: generator.standard_normal(shape, np.float32))
+
+
+def draw_timesteps(seed, batch, num_train_timesteps):
+    """Timesteps (batch,), uniform in [0, num_train_timesteps)."""
+    return draw(seed, TIMESTEP, batch, lambda generator: generator.integers(num_train_timesteps))
+
+
+def draw_noise(seed, batch, latents, noise_offset, input_perturbation):
+    """The noise to predict and the noise to add, each like `latents`; they differ by input perturbation alone
+    (arXiv 2301.11706, eq. 3). `noise_offset` shifts whole channels of both."""
+    noise = draw_normal(seed, NOISE, batch, latents.shape[1:])
+    if noise_offset:
+        noise = noise + noise_offset * draw_normal(seed, OFFSET, batch, (latents.shape[1], 1, 1))
+    if not input_perturbation:
+        return noise, noise
+    return noise, noise + input_perturbation * draw_normal(seed, PERTURBATION, batch, latents.shape[1:])
+
+
+@torch.no_grad()
+def encode(vae, text_encoder, batch, seed):
+    """Encodes images to latents (batch, 4, height / 8, width / 8) in float32, drawn from the VAE's posterior, and
+    captions to prompt_embeds (batch, max_length, width)."""
+    pixel_values = batch["pixel_values"].to(vae.dtype) / 127.5 - 1  # [-1, 1]
+    posterior = vae.encode(pixel_values).latent_dist
+    mean, std = posterior.mean.float(), posterior.std.float()
+    latents = (mean + std * draw_normal(seed, POSTERIOR, batch, mean.shape[1:])) * vae.config.scaling_factor
+    return latents, text_encoder(batch["input_ids"])[0]
+
+
+def snr_weights(noise_scheduler, timesteps, snr_gamma):
+    """Min-SNR loss weights (batch,), arXiv 2303.09556, section 3.4: min(snr, gamma) / snr for epsilon and
+    min(snr, gamma) / (snr + 1) for v."""
+    snr = compute_snr(noise_scheduler, timesteps)
+    return snr.clamp(max=snr_gamma) / (snr + (noise_scheduler.config.prediction_type == "v_prediction"))
+
+
+def diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, noise, added_noise, timesteps, snr_gamma=None):
+    """One diffusion step: the loss of each sample (batch,), the mean over its latents (arXiv 2006.11239, eq. 14).
+
+    Noise is added in float32: bfloat16 would add none at the first timesteps.
+    """
+    noisy_latents = noise_scheduler.add_noise(latents, added_noise, timesteps)
+    if noise_scheduler.config.prediction_type == "v_prediction":
+        target = noise_scheduler.get_velocity(latents, noise, timesteps)
+    else:
+        target = noise
+    model_pred = unet(noisy_latents, timesteps, prompt_embeds).sample
+    losses = F.mse_loss(model_pred.float(), target, reduction="none").mean(dim=(1, 2, 3))
+    return losses if snr_gamma is None else losses * snr_weights(noise_scheduler, timesteps, snr_gamma)
+
+
+# ----------------------------------------------------------------------------------------------------- checkpoints
+
+def save_unwrapped(models, weights, _):
+    """Save hook: weights without the wrapper's prefix, so that any number of processes can read them."""
+    weights[:] = [extract_model_from_parallel(model).state_dict() for model in models]
+
+
+def load_unwrapped(models, input_dir):
+    """Load hook, the counterpart of `save_unwrapped`; what it takes from `models` is not loaded again."""
+    load_model(extract_model_from_parallel(models.pop()), Path(input_dir) / "model.safetensors")
+
+
+def make_readable(folder):
+    """Gives weights the permissions that new files get here; safetensors makes them for the owner alone."""
+    os.umask(umask := os.umask(0))
+    for path in Path(folder).rglob("*.safetensors"):
+        path.chmod(0o666 & ~umask)
+
+
+def save_checkpoint(accelerator, output_dir, settings, progress, total_limit):
+    """Writes checkpoint-N beside its place, then renames it; only then do older ones beyond `total_limit` go."""
+    final = output_dir / f"checkpoint-{progress['global_step']}"
+    partial = final.with_suffix(".partial")
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)  # of a save that was killed
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        make_readable(partial)
+        (partial / "args.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        (partial / "progress.json").write_text(json.dumps(progress) + "\n", encoding="utf-8")
+        os.sync()  # files before names, or a crash could leave a whole name with half a file
+        shutil.rmtree(final, ignore_errors=True)  # of this run, if it went on from an earlier one
+        partial.rename(final)
+        for old in list_checkpoints(output_dir)[: -total_limit if total_limit else 0]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def list_checkpoints(output_dir):
+    """The whole checkpoints of a run, oldest first; half-written ones have another name or no progress.json."""
+    found = [path.parent for path in Path(output_dir).glob("checkpoint-*/progress.json")]
+    return sorted((path for path in found if path.name[11:].isdigit()), key=lambda path: int(path.name[11:]))
+
+
+def resume(accelerator, checkpoint, settings, allow_changed_resume):
+    """Loads a checkpoint and returns its progress. Raises `InputError` if settings that change the result differ from
+    the checkpoint's; only says so if that is allowed."""
+    before = json.loads((checkpoint / "args.json").read_text(encoding="utf-8"))
+    changed = [f"{name}: {before.get(name)} there, {value} now" for name, value in settings.items()
+               if name not in FREE_ON_RESUME and before.get(name) != value]
+    if changed and not allow_changed_resume:
+        raise InputError("\n  ".join([f"--resume_from_checkpoint: {checkpoint} was made under other settings; use "
+                                      "them, or add --allow_changed_resume", *changed]))
+    if changed:
+        accelerator.print("\n  ".join([f"Resuming {checkpoint} under changed settings:", *changed]))
+    accelerator.load_state(str(checkpoint))
+    return json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
+
+
+def watch_signals():
+    """Returns a list to which SIGTERM and SIGINT are appended; a second signal ends the process at once."""
+    received = []
+
+    def note(number, _):
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, note)
+    signal.signal(signal.SIGINT, note)
+    return received
+
+
+def launcher_died(first_parent):
+    """Whether this process was started by a launcher that is gone: a SIGTERM reaches the launcher alone."""
+    launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
+    return bool(launched) and os.getppid() != first_parent
+
+
+# -------------------------------------------------------------------------------------------- samples, held-out loss
+
+@torch.no_grad()
+def held_out_losses(accelerator, unet, vae, text_encoder, noise_scheduler, images, batch_size):
+    """The unweighted loss of every held-out image (num_images,), a mean over timesteps spread evenly; noise and
+    timesteps are the same in every call and run. Each process does its share."""
+    mine = [(0, index, 1.0) for index in range(accelerator.process_index, len(images), accelerator.num_processes)]
+    batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+    losses, num_timesteps = torch.zeros(len(images), device=accelerator.device), len(noise_scheduler.alphas_cumprod)
+    for batch in torch.utils.data.DataLoader(images, batch_sampler=batches):
+        batch = send_to_device(batch, accelerator.device)
+        with accelerator.autocast():
+            latents, prompt_embeds = encode(vae, text_encoder, batch, seed=0)
+            for part in range(HELD_OUT_TIMESTEPS):
+                noise = draw_normal(part, HELD_OUT, batch, latents.shape[1:])
+                timesteps = (draw_timesteps(0, batch, num_timesteps) + part * num_timesteps) // HELD_OUT_TIMESTEPS
+                part_losses = diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, noise, noise, timesteps)
+                losses[batch["index"]] += part_losses / HELD_OUT_TIMESTEPS
+    return accelerator.reduce(losses, "sum").cpu()
+
+
+@torch.no_grad()
+def draw_samples(accelerator, parts, prompts, resolution, seed, path):
+    """Draws an image per prompt by 25 steps of DPM-Solver++ (arXiv 2211.01095), and their grid to `path`."""
+    scheduler = diffusers.DPMSolverMultistepScheduler.from_config(parts["scheduler"].config)
+    parts = {**parts, "scheduler": scheduler, "safety_checker": None, "feature_extractor": None}
+    pipeline = diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    settings = {"height": resolution, "width": resolution, "num_inference_steps": 25}
+    with accelerator.autocast():
+        images = [pipeline(prompt, generator=torch.Generator().manual_seed(seed), **settings).images[0]
+                  for prompt in prompts]
+    columns = min(len(images), 4)
+    padding = [Image.new("RGB", images[0].size, "white")] * (-len(images) % columns)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    make_image_grid(images + padding, math.ceil(len(images) / columns), columns).save(path)
+    return images
+
+
+def validate(accelerator, parts, ema, images, batch_size, prompts, resolution, seed, output_dir, progress):
+    """Draws samples to samples/step-N.png and logs the held-out loss, under the averaged weights if there are any.
+
+    The first losses are kept in `progress`: what later ones gain over them is logged with its standard error, paired.
+    """
+    step, unet = progress["global_step"], parts["unet"].eval()
+    with averaged_weights(ema, list(unet.parameters())):
+        if len(images):
+            frozen = (parts["vae"], parts["text_encoder"], parts["scheduler"])
+            losses = held_out_losses(accelerator, unet, *frozen, images, batch_size)
+            progress["base_losses"] = progress["base_losses"] or losses.tolist()
+            gain = torch.tensor(progress["base_losses"]) - losses
+            error = gain.std().item() / len(gain) ** 0.5 if len(gain) > 1 else 0.0
+            numbers = {"held_out_loss": losses.mean().item(), "held_out_gain": gain.mean().item(), "gain_error": error}
+            write_log(accelerator, output_dir, step, numbers)
+            accelerator.print("\nStep {}: held-out loss {:.5f}, {:.5f} +- {:.5f} below the start".format(
+                step, *numbers.values()))
+        if prompts and accelerator.is_main_process:
+            path = output_dir / "samples" / f"step-{step:06d}.png"
+            drawn = draw_samples(accelerator, parts, prompts, resolution, seed, path)
+            for tracker in [tracker for tracker in accelerator.trackers if hasattr(tracker, "log_images")]:
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"samples": np.stack([np.asarray(image) for image in drawn])}, step=step, **layout)
+    unet.train()
+    accelerator.wait_for_everyone()
+
+
+def write_log(accelerator, output_dir, step, numbers):
+    """Appends numbers to log.jsonl and sends them to the trackers."""
+    if accelerator.is_main_process:
+        with (output_dir / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **numbers}) + "\n")
+    accelerator.log(numbers, step=step)
+
+
+# -------------------------------------------------------------------------------------------------------- training
+
+def print_plan(accelerator, settings, unet, num_images, num_held_out, first_step, last_step):
+    """Says, before the first step, what will be done."""
+    epochs = last_step / math.ceil(num_images / settings["samples_per_step"])
+    trained = sum(parameter.numel() for parameter in unet.parameters())
+    accelerator.print("""Plan
+  images     {0:,} to train on, {1:,} held out, at {resolution} x {resolution} pixels
+  steps      {2:,} to {3:,}, {4:,.1f} epochs
+  per step   {samples_per_step:,} images: {train_batch_size} a pass x {gradient_accumulation_steps} passes x {5} ranks
+  trained    UNet, {6:,} parameters in float32, passes in precision {7!r}
+  frozen     VAE, text encoder
+  optimizer  AdamW at {peak_learning_rate:g}, {lr_scheduler}; 8-bit: {use_8bit_adam}; EMA: {use_ema}
+  output     {output_dir}, a checkpoint every {checkpointing_steps:,} steps""".format(
+        num_images, num_held_out, first_step, last_step, epochs, accelerator.num_processes, trained,
+        accelerator.mixed_precision, **settings))
+
+
+def prepare_output(accelerator, output_dir, settings, first_step):
+    """Makes the output folder with args.json and a log up to `first_step`, and starts the trackers."""
+    if accelerator.is_main_process:
+        if settings["overwrite_output_dir"]:
+            for old in [*list_checkpoints(output_dir), output_dir / "samples"]:
+                shutil.rmtree(old, ignore_errors=True)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "args.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        log = output_dir / "log.jsonl"  # steps after the checkpoint are done again, and so logged again
+        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() and first_step else []
+        kept = [line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= first_step]
+        log.write_text("".join(kept), encoding="utf-8")
+    accelerator.wait_for_everyone()
+    accelerator.init_trackers(settings["tracker_project_name"], {name: str(value) for name, value in settings.items()})
+
+
+def train(args):
+    """Trains as `args` say. Ends with status 128 + signal after SIGTERM or SIGINT, 1 if a loss is not finite."""
+    check_args(args)
+    signals, parent, output_dir = watch_signals(), os.getppid(), Path(args.output_dir)
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(str(output_dir), str(output_dir / args.logging_dir)),
+    )
+    if args.allow_tf32:
+        torch.set_float32_matmul_precision("high")
+    with accelerator.main_process_first():  # the others read what it remembers
+        images, held_out, fingerprint = load_data(**vars(args))
+    repo_id = None
+    if args.push_to_hub and accelerator.is_main_process and not args.dry_run:
+        repo_id = create_repo(args.hub_model_id or output_dir.resolve().name, args.hub_token, args.hub_private_repo)
+    dtype, device = DTYPES[accelerator.mixed_precision], accelerator.device
+    unet, vae, text_encoder, noise_scheduler = load_models(args, dtype, device)
+
+    per_pass = args.train_batch_size * accelerator.num_processes
+    samples_per_step = per_pass * args.gradient_accumulation_steps
+    steps_per_epoch = math.ceil(len(images) / samples_per_step)
+    last_step = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+    validation_steps = args.validation_steps or (args.validation_epochs or 0) * steps_per_epoch or 500
+    learning_rate = args.learning_rate * (samples_per_step if args.scale_lr else 1)
+    parameters = list(unet.parameters())
+    if args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit as AdamW
+    else:
+        AdamW = functools.partial(torch.optim.AdamW, fused=True)
+    optimizer = AdamW(parameters, lr=learning_rate, betas=(args.adam_beta1, args.adam_beta2),
+                      weight_decay=args.adam_weight_decay, eps=args.adam_epsilon)
+    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, args.lr_step_rules, args.lr_warmup_steps, last_step,
+                                 args.lr_num_cycles or 1, args.lr_power or 1.0)
+    unet, optimizer = accelerator.prepare(unet, optimizer)  # not the schedule: a prepared one counts processes
+    accelerator.register_for_checkpointing(lr_scheduler)
+    ema = None
+    if args.use_ema:
+        ema = EMAModel(parameters, args.ema_decay or 0.9999, use_ema_warmup=args.ema_warmup, foreach=args.foreach_ema)
+        accelerator.register_for_checkpointing(ema)
+    accelerator.register_save_state_pre_hook(save_unwrapped)
+    accelerator.register_load_state_pre_hook(load_unwrapped)
+
+    settings = {**vars(args), "hub_token": None, "data": fingerprint, "samples_per_step": samples_per_step,
+                "peak_learning_rate": learning_rate,
+                "schedule_steps": None if args.lr_scheduler.startswith("constant") else last_step}
+    progress = {"global_step": 0, "base_losses": None, "losses": []}
+    checkpoint = args.resume_from_checkpoint and Path(args.resume_from_checkpoint)
+    if args.resume_from_checkpoint == "latest":
+        checkpoint = (list_checkpoints(output_dir) or [None])[-1]
+    if checkpoint:
+        progress = resume(accelerator, checkpoint, settings, args.allow_changed_resume)
+    first_step = progress["global_step"]
+    print_plan(accelerator, settings, unet, len(images), len(held_out), first_step, last_step)
+    if args.dry_run:
+        return
+    prepare_output(accelerator, output_dir, settings, first_step)
+    parts = {"vae": vae, "text_encoder": text_encoder, "tokenizer": images.tokenizer, "scheduler": noise_scheduler,
+             "unet": accelerator.unwrap_model(unet)}
+    look = functools.partial(validate, accelerator, parts, ema, held_out, args.train_batch_size,
+                             args.validation_prompts, args.resolution, args.seed, output_dir, progress)
+    if not first_step:
+        look()
+    order = micro_batches(len(images), args.train_batch_size, accelerator.num_processes, accelerator.process_index,
+                          args.gradient_accumulation_steps, args.seed, first_step, last_step)
+    batches = iter(torch.utils.data.DataLoader(
+        images, batch_sampler=order, num_workers=args.dataloader_num_workers, worker_init_fn=ignore_signals,
+        pin_memory=accelerator.device.type != "cpu"))
+    bar = tqdm(total=last_step, initial=first_step, unit="step", disable=not accelerator.is_local_main_process)
+
+    for step in range(first_step, last_step):
+        started, step_loss = time.perf_counter(), torch.zeros((), device=accelerator.device)
+        # Only dropout layers, where a UNet has them, use torch's own generator.
+        torch.manual_seed(np.random.default_rng((args.seed, DROPOUT, step, accelerator.process_index)).integers(2**32))
+        num_samples = min(samples_per_step, len(images) - step % steps_per_epoch * samples_per_step)
+        for passes_left in reversed(range(math.ceil(num_samples / per_pass))):
+            batch = send_to_device(next(batches), accelerator.device)
+            latents, prompt_embeds = encode(vae, text_encoder, batch, args.seed)
+            noise, added_noise = draw_noise(args.seed, batch, latents, args.noise_offset, args.input_perturbation)
+            timesteps = draw_timesteps(args.seed, batch, noise_scheduler.config.num_train_timesteps)
+            with accelerator.no_sync(unet) if passes_left else contextlib.nullcontext():
+                losses = diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, noise, added_noise, timesteps,
+                                          args.snr_gamma)
+                loss = (losses * batch["weight"]).sum()
+                accelerator.backward(loss * accelerator.num_processes)  # gradients are averaged over processes
+            step_loss += loss.detach()
+        grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+
+        # The step's one exchange: the loss, whether it is finite (fp16's scaler sees to gradients), whether to stop.
+        broken = ~torch.isfinite(step_loss) | (~torch.isfinite(grad_norm) & (accelerator.mixed_precision != "fp16"))
+        stop = torch.tensor(bool(signals) or launcher_died(parent), device=accelerator.device)
+        loss, broken, stop = accelerator.reduce(torch.stack([step_loss, broken.float(), stop.float()])).tolist()
+        if not broken:
+            optimizer.step()
+            optimizer.zero_grad()
+            progress["global_step"] = step + 1
+            progress["losses"].append(loss)
+            if not accelerator.optimizer_step_was_skipped:
+                lr_scheduler.step()
+                if ema:
+                    ema.to(accelerator.device)
+                    ema.step(parameters)
+                    ema.to("cpu" if args.offload_ema else None)
+            images_per_second = num_samples / (time.perf_counter() - started)
+            bar.set_postfix(loss=f"{loss:.4f}", images_per_second=f"{images_per_second:.1f}", refresh=False)
+            bar.update()
+        done = progress["global_step"]
+        if done > step and (done % args.logging_steps == 0 or done == last_step):
+            write_log(accelerator, output_dir, done, {
+                "loss": sum(progress["losses"]) / len(progress["losses"]), "lr": lr_scheduler.get_last_lr()[0],
+                "grad_norm": grad_norm.item(), "images_per_second": images_per_second})
+            progress["losses"] = []
+        if stop or broken or done % args.checkpointing_steps == 0:
+            save_checkpoint(accelerator, output_dir, settings, progress, args.checkpoints_total_limit)
+        if stop or broken:
+            leave(accelerator, output_dir, done, broken, signals)
+        if done % validation_steps == 0 or done == last_step:
+            look()
+    bar.close()
+    if accelerator.is_main_process:
+        with averaged_weights(ema, parameters):
+            save_model(args, noise_scheduler, parts["unet"], last_step)
+        if repo_id:
+            push(repo_id, args.hub_token, output_dir, f"Train {last_step} steps")
+    accelerator.end_training()
+
+
+def leave(accelerator, output_dir, step, broken, signals):
+    """Ends the process after its last checkpoint, and says why."""
+    accelerator.end_training()
+    why = "a signal" if not broken else f"a loss or gradient that is not finite, in step {step + 1}"
+    remedy = "" if not broken else " --allow_changed_resume and a lower --learning_rate"
+    accelerator.print(f"Stopped by {why}. {output_dir / f'checkpoint-{step}'} holds the state after step {step}; go "
+                      f"on with --resume_from_checkpoint=latest{remedy}", file=sys.stderr)
+    sys.exit(1 if broken else 128 + (signals or [signal.SIGTERM])[0])
+
+
+def save_model(args, noise_scheduler, unet, step):
+    """Writes the pipeline folder, with the base's own VAE and text encoder, and its model card."""
+    pipeline = load_pipeline(**vars(args), parts={"unet": unet})
+    kind, changes = type(pipeline.scheduler), {"prediction_type": noise_scheduler.config.prediction_type}
+    if noise_scheduler.config.rescale_betas_zero_snr:  # few samplers can start from pure noise
+        kind = diffusers.DDIMScheduler
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    pipeline.register_modules(scheduler=kind.from_config(pipeline.scheduler.config, **changes))
+    for part in (pipeline.unet, pipeline.vae):  # not the text encoder: half would stay half when loaded, and fail
+        part.to(DTYPES[args.save_precision])
+    pipeline.save_pretrained(args.output_dir)
+    make_readable(args.output_dir)
+    write_card(**{**vars(args), "output_dir": Path(args.output_dir)}, step=step)
+
+
+def write_card(output_dir, step, pretrained_model_name_or_path, validation_prompts, **settings):
+    """Writes README.md, the Hub's model card: licence of the base, last samples, use, settings but paths."""
+    base, local = pretrained_model_name_or_path, Path(pretrained_model_name_or_path).exists()
+    try:
+        licence = ModelCard.load(Path(base) / "README.md" if local else base).data.license
+    except (OSError, ValueError):  # a base without a card, or no connection
+        licence = None
+    data = ModelCardData(base_model=None if local else base, license=licence or "other", library_name="diffusers",
+                         pipeline_tag="text-to-image", tags=["stable-diffusion", "stable-diffusion-diffusers"])
+    grid = f"![samples](samples/step-{step:06d}.png)\n\n"
+    samples = grid + "; ".join(validation_prompts) if validation_prompts else ""
+    rows = [f"| {flag} | {value} |" for flag, value in settings.items() if value not in (None, False)
+            and not re.search("_dir$|_token|config|resume", flag) and not Path(str(value)).exists()]
+    base = Path(base).name if local else base
+    text = ["---", data.to_yaml(), "---", f"# {output_dir.resolve().name}", f"The UNet of {base}, after {step} steps "
+            "of fine-tuning.", samples, "Load it with `StableDiffusionPipeline.from_pretrained(...)`.",
+            "\n".join(["| setting | value |", "|---|---|", *rows]), ""]
+    (output_dir / "README.md").write_text("\n\n".join(text).replace("\n\n---", "\n---", 1), encoding="utf-8")
+
+
+def create_repo(repo_id, token, private):
+    """Makes the repository on the Hub, or finds it; returns its full name. Raises `InputError` if that cannot be."""
+    try:
+        return HfApi(token=token).create_repo(repo_id, private=private or None, exist_ok=True).repo_id
+    except (OSError, ValueError) as error:
+        raise InputError(f"--push_to_hub: the repository {repo_id} cannot be made; log in with `hf auth login` or "
+                         f"--hub_token, and check --hub_model_id ({last_line(error)})") from None
+
+
+def push(repo_id, token, output_dir, message):
+    """Uploads the result; if that fails, says how to do it by hand and ends with status 1."""
+    try:
+        HfApi(token=token).upload_folder(repo_id=repo_id, folder_path=output_dir, commit_message=message,
+                                         ignore_patterns=["checkpoint-*", "logs/*", "args.json"])
+    except Exception as error:  # whatever it is, the result is safe and the user should hear that
+        print(f"The upload failed ({last_line(error)}). The result is whole in {output_dir}; to send it again:\n"
+              f"  hf upload {repo_id} {output_dir} --exclude 'checkpoint-*'", file=sys.stderr)
+        sys.exit(1)
+
+
+def main(argv=None):
+    """Runs the script; a mistake of the user's ends with status 2 and its message."""
+    args = parse_args(argv)
+    for library in (diffusers, transformers):  # their bars and remarks would drown the plan
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    try:
+        train(args)
+    except InputError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{Path(__file__).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
