@@ -29,6 +29,7 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import datasets
@@ -58,11 +59,11 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ORDER, AUGMENT, POSTERIOR, NOISE, TIMESTEP, OFFSET, PERTURBATION, DROPOUT, SUBSET, HELD_OUT = range(10)
 REPLACED_FLAGS = {
     "--local_rank": "start with `accelerate launch` or torchrun, which set the rank",
-    "--non_ema_revision": "name the revision with --revision; the UNet and its average start from the same weights",
+    "--non_ema_revision": "use --revision; the UNet and its average start from the same weights",
     "--dream_training": "use --snr_gamma=5 to weigh timesteps",
     "--dream_detail_preservation": "use --snr_gamma=5 to weigh timesteps",
 }
-# Settings that a resume may change: they leave the result as it is, or `train` compares what follows from them.
+# Settings that a resume may change: they leave the result as it is, or what follows from them is compared instead.
 FREE_ON_RESUME = """allow_changed_resume cache_dir caption_column checkpointing_steps checkpoints_total_limit config
     dataloader_num_workers dataset_config_name dataset_name dry_run gradient_accumulation_steps gradient_checkpointing
     hub_model_id hub_private_repo hub_token image_column logging_dir logging_steps max_train_samples max_train_steps
@@ -103,8 +104,8 @@ def parse_args(argv=None):
     add("--resolution", type=int, default=512, help="side of the square training images in pixels")
     add("--center_crop", **switch, help="crop the centre, not a random place")
     add("--random_flip", **switch, help="mirror half of the images, drawn anew each epoch")
-    add("--image_interpolation_mode", default="lanczos", help="filter for resizing",
-        choices=["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"])
+    filters = [kind.name.lower() for kind in Image.Resampling]
+    add("--image_interpolation_mode", default="lanczos", choices=filters, help="filter for resizing")
     add("--caption_dropout", type=float, default=0.0, help="share of captions replaced by the empty one")
     add("--dataloader_num_workers", type=int, default=0, help="processes that load images; 0: the main process does")
     add = parser.add_argument_group("objective").add_argument
@@ -184,9 +185,7 @@ def read_config(parser, path):
     if unknown := sorted(map(str, recipe.keys() - (flags.keys() - {"config"}) - {"training", "evaluation"})):
         parser.error(f"--config={path}: unknown key {', '.join(unknown)}; keys are the flags of --help without dashes")
     words = []
-    for key, value in recipe.items():
-        if key in ("training", "evaluation") or value is None:
-            continue
+    for key, value in [(key, value) for key, value in recipe.items() if key in flags and value is not None]:
         if isinstance(flags[key], bool) and isinstance(value, bool):
             words.append(f"--{key}" if value else f"--no-{key}")
         elif isinstance(value, list):
@@ -226,8 +225,7 @@ def check_args(args):
         ("--lr_scheduler=cosine_with_restarts", schedule == "cosine_with_restarts", "lr_num_cycles"),
         ("--lr_scheduler=polynomial", schedule == "polynomial", "lr_power"),
         ("--lr_scheduler=piecewise_constant", schedule == "piecewise_constant", "lr_step_rules"),
-        ("a schedule that warms up, such as constant_with_warmup",
-         schedule not in ("constant", "piecewise_constant"), "lr_warmup_steps"),
+        ("constant_with_warmup or the like", schedule not in ("constant", "piecewise_constant"), "lr_warmup_steps"),
     ):
         for flag in flags.split():
             refuse(getattr(args, flag) and not given, flag, f"does nothing without {needed}; add that or drop this")
@@ -236,7 +234,7 @@ def check_args(args):
     if bool(args.dataset_name) == bool(args.train_data_dir):
         problems.append("give the images by one of --train_data_dir and --dataset_name")
     refuse(args.validation_steps and args.validation_epochs, "validation_epochs", "give this or --validation_steps")
-    trackers = ["all", "none", *(str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers())]
+    trackers = ["all", "none", *map(str, get_available_trackers())]
     refuse(args.report_to not in trackers, "report_to", f"installed are {', '.join(trackers)}")
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     if on_cpu and (args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")) == "fp16":
@@ -246,8 +244,9 @@ def check_args(args):
            "enable_xformers_memory_efficient_attention", "needs a GPU and `pip install xformers`; drop it")
     refuse(args.use_8bit_adam and not is_bitsandbytes_available(), "use_8bit_adam", "needs `pip install bitsandbytes`")
     refuse(output.exists() and not output.is_dir(), "output_dir", "is a file; name a folder")
-    refuse(output.is_dir() and any(output.iterdir()) and not (resume or args.overwrite_output_dir), "output_dir", "is "
-           "in use; name another, go on with --resume_from_checkpoint=latest, or start over: --overwrite_output_dir")
+    if not resume and not args.overwrite_output_dir:
+        refuse(output.is_dir() and any(output.iterdir()), "output_dir", "is in use; name another folder, or add "
+               "--resume_from_checkpoint=latest or --overwrite_output_dir")
     refuse(resume and args.overwrite_output_dir, "overwrite_output_dir", "drop this or --resume_from_checkpoint")
     refuse(resume and resume != "latest" and not (Path(resume) / "progress.json").is_file(), "resume_from_checkpoint",
            "is no whole checkpoint (a folder checkpoint-N); name one, or latest")
@@ -259,11 +258,10 @@ def check_args(args):
 def check_model(pretrained_model_name_or_path, single_file_config, revision, cache_dir, resolution, prediction_type,
                 rescale_betas_zero_snr, **_):
     """Lists what is wrong with the model's configs, or between them and the flags; reads no weights."""
-    name, source = f"--pretrained_model_name_or_path={pretrained_model_name_or_path}", pretrained_model_name_or_path
-    if not source:
-        return [f"{name}: name a pipeline folder, a Hub id or a file"]
-    if (single_file := source.endswith((".ckpt", ".safetensors"))) and not Path(source).is_file():
-        return [f"{name}: there is no such file"]
+    source = pretrained_model_name_or_path or ""
+    name, single_file = f"--pretrained_model_name_or_path={source}", source.endswith((".ckpt", ".safetensors"))
+    if not source or (single_file and not Path(source).is_file()):
+        return [f"{name}: there is no such file; name a pipeline folder, a Hub id or a file"]
     if single_file != bool(single_file_config):
         return [f"{name}: a single file, and only that, needs --single_file_config: pipeline folder or Hub id of the "
                 "same architecture, such as stable-diffusion-v1-5/stable-diffusion-v1-5"]
@@ -280,7 +278,7 @@ def check_model(pretrained_model_name_or_path, single_file_config, revision, cac
         return [f"the model {source} {missing}; check its name and the connection ({last_line(error)})"]
     problems, divisor = [], 2 ** (len(vae["block_out_channels"]) - 1)
     if resolution % divisor:
-        usable = max(divisor, resolution // divisor * divisor)
+        usable = resolution // divisor * divisor or divisor
         problems.append(f"--resolution={resolution}: must be a multiple of {divisor} for this VAE; use {usable}")
     if unet["in_channels"] != vae["latent_channels"]:
         problems.append(f"{name}: its UNet takes {unet['in_channels']} channels; use a text-to-image model")
@@ -406,21 +404,18 @@ def check_image(image, known):
 
 def check_images(rows, memory):
     """Opens every image once, in parallel, and remembers them in the file `memory`; returns `check_image`'s lists."""
-    try:
+    known = {}
+    with contextlib.suppress(OSError, ValueError):  # not there yet, or half written
         known = json.loads(memory.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        known = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding releases the interpreter's lock
         results = pool.map(lambda index: check_image(rows[index]["image"], known), range(len(rows)))
         results = list(tqdm(results, "Checking images", len(rows), unit="image", disable=None, leave=False))
-    found = {key: result for key, result in results if key}
-    if not found.keys() <= known.keys():
-        with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
-            memory.parent.mkdir(parents=True, exist_ok=True)
-            beside = memory.with_suffix(f".{os.getpid()}")
-            beside.write_text(json.dumps({**known, **found}), encoding="utf-8")
-            beside.replace(memory)
-    return [result for _, result in results]
+    with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        beside = memory.with_suffix(f".{os.getpid()}")
+        beside.write_text(json.dumps({**known, **{key: found for key, found in results if key}}), encoding="utf-8")
+        beside.replace(memory)
+    return [found for _, found in results]
 
 
 def all_captions(captions):
@@ -438,17 +433,15 @@ def check_rows(rows, memory, skip_bad_images, tokenizer, max_length, resolution)
     bad, small, cut, good, digests = [], [], [], [], []
     captions = [all_captions(captions) for captions in rows["captions"]]
     for index, (digest, width, height, problem) in enumerate(check_images(rows, memory)):
-        if problem or not captions[index] or min(width, height) < resolution:
+        problem = problem or ("" if captions[index] else "has no caption, in metadata or a .txt beside it")
+        if problem or min(width, height) < resolution:
             name = (rows[index]["image"] or {}).get("path") or f"row {index}"
-        if problem or not captions[index]:
-            bad.append(f"{name}: {problem or 'has no caption, in metadata or a .txt beside it'}")
-            continue
-        good.append(index)
-        digests.append(hashlib.sha256(json.dumps([digest, captions[index]]).encode()).hexdigest())
-        if min(width, height) < resolution:
-            small.append(f"{name} ({width} x {height})")
-        if max(map(len, tokenizer(captions[index], verbose=False).input_ids)) > max_length:
-            cut.append(f"{captions[index][0][:80]}...")
+            (bad if problem else small).append(f"{name}: {problem or f'{width} x {height}'}")
+        if not problem:
+            good.append(index)
+            digests.append(hashlib.sha256(json.dumps([digest, captions[index]]).encode()).hexdigest())
+            if max(map(len, tokenizer(captions[index], verbose=False).input_ids)) > max_length:
+                cut.append(f"{captions[index][0][:80]}...")
     listed = "\n  ".join(["", *bad[:100], *([f"and {len(bad) - 100} more"] if len(bad) > 100 else [])])
     if bad and (not skip_bad_images or not good):
         raise InputError(f"{len(bad)} of {len(rows)} images are unusable; mend them or add --skip_bad_images{listed}")
@@ -583,17 +576,13 @@ def load_models(args, weight_dtype, device):
     return unet, pipeline.vae, pipeline.text_encoder, noise_scheduler
 
 
-@contextlib.contextmanager
-def averaged_weights(ema, parameters):
-    """Within the block `parameters` hold the average that `ema` keeps, if there is one."""
-    if ema:
-        ema.store(parameters)
-        ema.copy_to(parameters)
-    try:
-        yield
-    finally:
-        if ema:
-            ema.restore(parameters)
+def make_optimizer(parameters, peak_rate, use_8bit_adam, adam_beta1, adam_beta2, adam_weight_decay, adam_epsilon, **_):
+    """AdamW (arXiv 1711.05101) over `parameters`, or its 8-bit form (2110.02861)."""
+    if use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit as AdamW
+    else:
+        AdamW = functools.partial(torch.optim.AdamW, fused=True)
+    return AdamW(parameters, peak_rate, (adam_beta1, adam_beta2), weight_decay=adam_weight_decay, eps=adam_epsilon)
 
 
 # ----------------------------------------------------------------------------------------------------- mathematics
@@ -705,9 +694,15 @@ def list_checkpoints(output_dir):
     return sorted((path for path in found if path.name[11:].isdigit()), key=lambda path: int(path.name[11:]))
 
 
-def resume(accelerator, checkpoint, settings, allow_changed_resume):
-    """Loads a checkpoint and returns its progress. Raises `InputError` if settings that change the result differ from
-    the checkpoint's; only says so if that is allowed."""
+def resume(accelerator, output_dir, resume_from_checkpoint, allow_changed_resume, settings):
+    """Loads the checkpoint to resume from, if there is one; returns the progress: steps, held-out losses before
+    the first, losses not yet logged. Raises `InputError` if settings that change the result differ from the checkpoint's,
+    or only says so if that is allowed."""
+    checkpoint = resume_from_checkpoint and Path(resume_from_checkpoint)
+    if resume_from_checkpoint == "latest":
+        checkpoint = (list_checkpoints(output_dir) or [None])[-1]
+    if not checkpoint:
+        return {"global_step": 0, "base_losses": None, "losses": []}
     before = json.loads((checkpoint / "args.json").read_text(encoding="utf-8"))
     changed = [f"{name}: {before.get(name)} there, {value} now" for name, value in settings.items()
                if name not in FREE_ON_RESUME and before.get(name) != value]
@@ -784,23 +779,27 @@ def validate(accelerator, parts, ema, images, batch_size, prompts, resolution, s
     The first losses are kept in `progress`: what later ones gain over them is logged with its standard error, paired.
     """
     step, unet = progress["global_step"], parts["unet"].eval()
-    with averaged_weights(ema, list(unet.parameters())):
-        if len(images):
-            frozen = (parts["vae"], parts["text_encoder"], parts["scheduler"])
-            losses = held_out_losses(accelerator, unet, *frozen, images, batch_size)
-            progress["base_losses"] = progress["base_losses"] or losses.tolist()
-            gain = torch.tensor(progress["base_losses"]) - losses
-            error = gain.std().item() / len(gain) ** 0.5 if len(gain) > 1 else 0.0
-            numbers = {"held_out_loss": losses.mean().item(), "held_out_gain": gain.mean().item(), "gain_error": error}
-            write_log(accelerator, output_dir, step, numbers)
-            accelerator.print("\nStep {}: held-out loss {:.5f}, {:.5f} +- {:.5f} below the start".format(
-                step, *numbers.values()))
-        if prompts and accelerator.is_main_process:
-            path = output_dir / "samples" / f"step-{step:06d}.png"
-            drawn = draw_samples(accelerator, parts, prompts, resolution, seed, path)
-            for tracker in [tracker for tracker in accelerator.trackers if hasattr(tracker, "log_images")]:
-                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({"samples": np.stack([np.asarray(image) for image in drawn])}, step=step, **layout)
+    if ema:
+        ema.store(unet.parameters())
+        ema.copy_to(unet.parameters())
+    if len(images):
+        frozen = (parts["vae"], parts["text_encoder"], parts["scheduler"])
+        losses = held_out_losses(accelerator, unet, *frozen, images, batch_size)
+        progress["base_losses"] = progress["base_losses"] or losses.tolist()
+        gain = torch.tensor(progress["base_losses"]) - losses
+        error = gain.std().item() / len(gain) ** 0.5 if len(gain) > 1 else 0.0
+        numbers = {"held_out_loss": losses.mean().item(), "held_out_gain": gain.mean().item(), "gain_error": error}
+        write_log(accelerator, output_dir, step, numbers)
+        accelerator.print("\nStep {}: held-out loss {:.5f}, {:.5f} +- {:.5f} below the start".format(
+            step, *numbers.values()))
+    if prompts and accelerator.is_main_process:
+        path = output_dir / "samples" / f"step-{step:06d}.png"
+        drawn = draw_samples(accelerator, parts, prompts, resolution, seed, path)
+        for tracker in [tracker for tracker in accelerator.trackers if hasattr(tracker, "log_images")]:
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"samples": np.stack([np.asarray(image) for image in drawn])}, step=step, **layout)
+    if ema:
+        ema.restore(unet.parameters())
     unet.train()
     accelerator.wait_for_everyone()
 
@@ -815,10 +814,9 @@ def write_log(accelerator, output_dir, step, numbers):
 
 # -------------------------------------------------------------------------------------------------------- training
 
-def print_plan(accelerator, settings, unet, num_images, num_held_out, first_step, last_step):
+def print_plan(accelerator, settings, num_trained, num_images, num_held_out, first_step, last_step):
     """Says, before the first step, what will be done."""
     epochs = last_step / math.ceil(num_images / settings["samples_per_step"])
-    trained = sum(parameter.numel() for parameter in unet.parameters())
     accelerator.print("""Plan
   images     {0:,} to train on, {1:,} held out, at {resolution} x {resolution} pixels
   steps      {2:,} to {3:,}, {4:,.1f} epochs
@@ -827,7 +825,7 @@ def print_plan(accelerator, settings, unet, num_images, num_held_out, first_step
   frozen     VAE, text encoder
   optimizer  AdamW at {peak_learning_rate:g}, {lr_scheduler}; 8-bit: {use_8bit_adam}; EMA: {use_ema}
   output     {output_dir}, a checkpoint every {checkpointing_steps:,} steps""".format(
-        num_images, num_held_out, first_step, last_step, epochs, accelerator.num_processes, trained,
+        num_images, num_held_out, first_step, last_step, epochs, accelerator.num_processes, num_trained,
         accelerator.mixed_precision, **settings))
 
 
@@ -851,19 +849,16 @@ def train(args):
     """Trains as `args` say. Ends with status 128 + signal after SIGTERM or SIGINT, 1 if a loss is not finite."""
     check_args(args)
     signals, parent, output_dir = watch_signals(), os.getppid(), Path(args.output_dir)
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(str(output_dir), str(output_dir / args.logging_dir)),
-    )
+    project = ProjectConfiguration(str(output_dir), str(output_dir / args.logging_dir))
+    tracker = None if args.report_to == "none" else args.report_to
+    accelerator = Accelerator(mixed_precision=args.mixed_precision, log_with=tracker, project_config=project)
     if args.allow_tf32:
         torch.set_float32_matmul_precision("high")
-    with accelerator.main_process_first():  # the others read what it remembers
+    # The main process checks and tells; then the others read what it remembers.
+    with accelerator.main_process_first(), redirect_stdout(sys.stdout if accelerator.is_main_process else None):
         images, held_out, fingerprint = load_data(**vars(args))
-    repo_id = None
-    if args.push_to_hub and accelerator.is_main_process and not args.dry_run:
-        repo_id = create_repo(args.hub_model_id or output_dir.resolve().name, args.hub_token, args.hub_private_repo)
-    dtype, device = DTYPES[accelerator.mixed_precision], accelerator.device
+    repo_id = create_repo(**vars(args)) if accelerator.is_main_process else None
+    device, dtype = accelerator.device, DTYPES[accelerator.mixed_precision]
     unet, vae, text_encoder, noise_scheduler = load_models(args, dtype, device)
 
     per_pass = args.train_batch_size * accelerator.num_processes
@@ -873,12 +868,7 @@ def train(args):
     validation_steps = args.validation_steps or (args.validation_epochs or 0) * steps_per_epoch or 500
     learning_rate = args.learning_rate * (samples_per_step if args.scale_lr else 1)
     parameters = list(unet.parameters())
-    if args.use_8bit_adam:
-        from bitsandbytes.optim import AdamW8bit as AdamW
-    else:
-        AdamW = functools.partial(torch.optim.AdamW, fused=True)
-    optimizer = AdamW(parameters, lr=learning_rate, betas=(args.adam_beta1, args.adam_beta2),
-                      weight_decay=args.adam_weight_decay, eps=args.adam_epsilon)
+    optimizer = make_optimizer(parameters, peak_rate=learning_rate, **vars(args))
     lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, args.lr_step_rules, args.lr_warmup_steps, last_step,
                                  args.lr_num_cycles or 1, args.lr_power or 1.0)
     unet, optimizer = accelerator.prepare(unet, optimizer)  # not the schedule: a prepared one counts processes
@@ -893,14 +883,9 @@ def train(args):
     settings = {**vars(args), "hub_token": None, "data": fingerprint, "samples_per_step": samples_per_step,
                 "peak_learning_rate": learning_rate,
                 "schedule_steps": None if args.lr_scheduler.startswith("constant") else last_step}
-    progress = {"global_step": 0, "base_losses": None, "losses": []}
-    checkpoint = args.resume_from_checkpoint and Path(args.resume_from_checkpoint)
-    if args.resume_from_checkpoint == "latest":
-        checkpoint = (list_checkpoints(output_dir) or [None])[-1]
-    if checkpoint:
-        progress = resume(accelerator, checkpoint, settings, args.allow_changed_resume)
-    first_step = progress["global_step"]
-    print_plan(accelerator, settings, unet, len(images), len(held_out), first_step, last_step)
+    progress = resume(accelerator, output_dir, args.resume_from_checkpoint, args.allow_changed_resume, settings)
+    first_step, num_trained = progress["global_step"], sum(parameter.numel() for parameter in parameters)
+    print_plan(accelerator, settings, num_trained, len(images), len(held_out), first_step, last_step)
     if args.dry_run:
         return
     prepare_output(accelerator, output_dir, settings, first_step)
@@ -912,18 +897,17 @@ def train(args):
         look()
     order = micro_batches(len(images), args.train_batch_size, accelerator.num_processes, accelerator.process_index,
                           args.gradient_accumulation_steps, args.seed, first_step, last_step)
-    batches = iter(torch.utils.data.DataLoader(
-        images, batch_sampler=order, num_workers=args.dataloader_num_workers, worker_init_fn=ignore_signals,
-        pin_memory=accelerator.device.type != "cpu"))
+    batches = iter(torch.utils.data.DataLoader(images, batch_sampler=order, num_workers=args.dataloader_num_workers,
+                                               pin_memory=device.type != "cpu", worker_init_fn=ignore_signals))
     bar = tqdm(total=last_step, initial=first_step, unit="step", disable=not accelerator.is_local_main_process)
 
     for step in range(first_step, last_step):
-        started, step_loss = time.perf_counter(), torch.zeros((), device=accelerator.device)
+        started, step_loss = time.perf_counter(), torch.zeros((), device=device)
         # Only dropout layers, where a UNet has them, use torch's own generator.
         torch.manual_seed(np.random.default_rng((args.seed, DROPOUT, step, accelerator.process_index)).integers(2**32))
         num_samples = min(samples_per_step, len(images) - step % steps_per_epoch * samples_per_step)
         for passes_left in reversed(range(math.ceil(num_samples / per_pass))):
-            batch = send_to_device(next(batches), accelerator.device)
+            batch = send_to_device(next(batches), device)
             latents, prompt_embeds = encode(vae, text_encoder, batch, args.seed)
             noise, added_noise = draw_noise(args.seed, batch, latents, args.noise_offset, args.input_perturbation)
             timesteps = draw_timesteps(args.seed, batch, noise_scheduler.config.num_train_timesteps)
@@ -937,7 +921,7 @@ def train(args):
 
         # The step's one exchange: the loss, whether it is finite (fp16's scaler sees to gradients), whether to stop.
         broken = ~torch.isfinite(step_loss) | (~torch.isfinite(grad_norm) & (accelerator.mixed_precision != "fp16"))
-        stop = torch.tensor(bool(signals) or launcher_died(parent), device=accelerator.device)
+        stop = torch.tensor(bool(signals) or launcher_died(parent), device=device)
         loss, broken, stop = accelerator.reduce(torch.stack([step_loss, broken.float(), stop.float()])).tolist()
         if not broken:
             optimizer.step()
@@ -947,7 +931,7 @@ def train(args):
             if not accelerator.optimizer_step_was_skipped:
                 lr_scheduler.step()
                 if ema:
-                    ema.to(accelerator.device)
+                    ema.to(device)
                     ema.step(parameters)
                     ema.to("cpu" if args.offload_ema else None)
             images_per_second = num_samples / (time.perf_counter() - started)
@@ -967,8 +951,9 @@ def train(args):
             look()
     bar.close()
     if accelerator.is_main_process:
-        with averaged_weights(ema, parameters):
-            save_model(args, noise_scheduler, parts["unet"], last_step)
+        if ema:
+            ema.copy_to(parameters)
+        save_model(args, noise_scheduler, parts["unet"], last_step)
         if repo_id:
             push(repo_id, args.hub_token, output_dir, f"Train {last_step} steps")
     accelerator.end_training()
@@ -1019,12 +1004,15 @@ def write_card(output_dir, step, pretrained_model_name_or_path, validation_promp
     (output_dir / "README.md").write_text("\n\n".join(text).replace("\n\n---", "\n---", 1), encoding="utf-8")
 
 
-def create_repo(repo_id, token, private):
-    """Makes the repository on the Hub, or finds it; returns its full name. Raises `InputError` if that cannot be."""
+def create_repo(push_to_hub, dry_run, output_dir, hub_model_id, hub_token, hub_private_repo, **_):
+    """Makes the repository on the Hub if it is asked for; returns its full name. Raises `InputError`."""
+    if not push_to_hub or dry_run:
+        return None
+    name = hub_model_id or Path(output_dir).resolve().name
     try:
-        return HfApi(token=token).create_repo(repo_id, private=private or None, exist_ok=True).repo_id
+        return HfApi(token=hub_token).create_repo(name, private=hub_private_repo or None, exist_ok=True).repo_id
     except (OSError, ValueError) as error:
-        raise InputError(f"--push_to_hub: the repository {repo_id} cannot be made; log in with `hf auth login` or "
+        raise InputError(f"--push_to_hub: the repository {name} cannot be made; log in with `hf auth login` or "
                          f"--hub_token, and check --hub_model_id ({last_line(error)})") from None
 
 
