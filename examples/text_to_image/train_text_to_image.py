@@ -5,12 +5,10 @@
         --resolution=512 --train_batch_size=4 --learning_rate=1e-5 --max_train_steps=5000 --use_ema \
         --mixed_precision=bf16 --validation_prompts "a drawing of a cat" --output_dir=my_model
 
-`my_images` holds images and a metadata.jsonl (file_name, text), or a .txt beside each image. The result is a pipeline
-folder, StableDiffusionPipeline.from_pretrained("my_model"). What is random in a sample depends on (seed, epoch, index
-of the sample) alone, so a run that is killed and resumed ends in the same bits.
-
-Papers: latent diffusion (arXiv 2112.10752), DDPM (2006.11239), v-prediction (2202.00512), min-SNR (2303.09556), zero
-terminal SNR (2305.08891), input perturbation (2301.11706).
+`my_images` holds images and a metadata.jsonl (file_name, text), or a .txt beside each image; the result is a pipeline
+folder. What is random in a sample depends on (seed, epoch, index of the sample) alone, so a run that is killed and
+resumed ends in the same bits. Papers: latent diffusion (arXiv 2112.10752), DDPM (2006.11239), v-prediction (2202.00512),
+min-SNR (2303.09556), zero terminal SNR (2305.08891), input perturbation (2301.11706).
 """
 
 import argparse
@@ -240,9 +238,9 @@ def check_args(args):
     if on_cpu and (args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")) == "fp16":
         problems.append("--mixed_precision=fp16 (or accelerate's config): a CPU cannot train in it; use bf16 or no")
     refuse(on_cpu and args.allow_tf32, "allow_tf32", "needs an NVIDIA GPU; drop it")
-    refuse(args.enable_xformers_memory_efficient_attention and (on_cpu or not is_xformers_available()),
-           "enable_xformers_memory_efficient_attention", "needs a GPU and `pip install xformers`; drop it")
-    refuse(args.use_8bit_adam and not is_bitsandbytes_available(), "use_8bit_adam", "needs `pip install bitsandbytes`")
+    for flag, available in (("enable_xformers_memory_efficient_attention", is_xformers_available() and not on_cpu),
+                            ("use_8bit_adam", is_bitsandbytes_available())):
+        refuse(getattr(args, flag) and not available, flag, "its package does not work here; install it or drop this")
     refuse(output.exists() and not output.is_dir(), "output_dir", "is a file; name a folder")
     if not resume and not args.overwrite_output_dir:
         refuse(output.is_dir() and any(output.iterdir()), "output_dir", "is in use; name another folder, or add "
@@ -294,12 +292,9 @@ def check_model(pretrained_model_name_or_path, single_file_config, revision, cac
 # ------------------------------------------------------------------------------------------------------------ data
 
 def read_folder(folder, caption_column):
-    """Reads a folder of images into rows of `image` (a path) and `captions` (a list, empty if there is none).
-
-    Captions come from metadata.jsonl or metadata.csv (columns file_name and `caption_column`) or a .txt beside the
-    image. A metadata row without its file gives a row too, so that the check names it.
-    Raises `InputError` for a folder without images and for metadata that cannot be read.
-    """
+    """Reads a folder into rows of `image` and `captions`, from metadata.jsonl or .csv (columns file_name and
+    `caption_column`) or a .txt beside the image. What is missing gives a row too, so that the check names it.
+    Raises `InputError` for a folder without images and for metadata that cannot be read."""
     files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
     images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")]
     metadata = [path for path in files if path.name in ("metadata.jsonl", "metadata.csv")]
@@ -322,11 +317,9 @@ def read_folder(folder, caption_column):
             problems.append(f"{path}: every row needs a file_name and a caption, in UTF-8 ({error!r})")
     if problems:
         raise InputError("\n  ".join(["captions cannot be read:", *problems]))
-    for image in images:
-        if image not in captions:
-            text = image.with_suffix(".txt")
-            text = text.read_text(encoding="utf-8-sig", errors="replace") if text.is_file() else ""
-            captions[image] = [" ".join(text.split())]
+    for image in [image for image in images if image not in captions]:
+        beside = image.with_suffix(".txt")
+        captions[image] = [beside.read_text("utf-8-sig", "replace").strip()] if beside.is_file() else []
     aside = [path.name for path in files if path not in captions and path not in metadata and path.suffix != ".txt"]
     if aside:
         print(f"Left aside in {folder}: {len(aside)} files that are no images, such as {', '.join(aside[:5])}.")
@@ -337,10 +330,8 @@ def read_folder(folder, caption_column):
 
 def read_dataset(name, config_name, image_column, caption_column, cache_dir, token):
     """Loads the train split of a dataset from the Hub or a local path as columns `image` (undecoded) and `captions`.
-
-    A local folder of image files is left to `read_folder`: `datasets` drops images without a caption in silence.
-    Raises `InputError` if it cannot be loaded or lacks a column.
-    """
+    Raises `InputError` if it cannot be loaded or lacks a column."""
+    # A local folder of image files is not for `datasets`, which drops images without a caption in silence.
     if Path(name).is_dir() and any(path.suffix.lower() in IMAGE_SUFFIXES for path in Path(name).rglob("*")):
         return read_folder(name, caption_column)
     try:
@@ -363,9 +354,7 @@ def image_bytes(image):
 
 def open_image(encoded):
     """Decodes an image to 8-bit RGB as a viewer shows it: upright, 16-bit greys scaled, alpha over white.
-
-    Raises `OSError`, `ValueError` or `SyntaxError` if Pillow cannot read it to the end.
-    """
+    Raises `OSError`, `ValueError` or `SyntaxError` if Pillow cannot read it to the end."""
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded)))
     if image.mode == "F":
         raise ValueError("floating-point pixels have no defined white")
@@ -378,10 +367,8 @@ def open_image(encoded):
 
 
 def check_image(image, known):
-    """Opens one image, unless `known` has it; returns a key and [sha256, width, height, what is wrong or ""].
-
-    The key is made of path, size and time, or of the content where a dataset holds the image.
-    """
+    """Opens one image, unless `known` has it; returns a key, of path, size and time or of the content where a dataset
+    holds it, and [sha256, width, height, what is wrong or ""]."""
     try:
         path = os.path.abspath(image["path"]) if not image["bytes"] else None
         key = "{0}|{1.st_size}|{1.st_mtime_ns}".format(path, os.stat(path)) if path else None
@@ -425,11 +412,9 @@ def all_captions(captions):
 
 
 def check_rows(rows, memory, skip_bad_images, tokenizer, max_length, resolution):
-    """Checks every image and caption; returns the good rows and a digest of each one's content and captions.
-
-    Unreadable or tiny images and missing captions are left out if `skip_bad_images`, else one `InputError` lists them
-    by path. Captions over `max_length` tokens and images below `resolution` pixels are warned of.
-    """
+    """Checks every image and caption; returns the good rows and a digest of each one's content and captions. Unusable
+    ones are left out if `skip_bad_images`, else one `InputError` lists them by path. Captions over `max_length` tokens
+    and images below `resolution` pixels are warned of."""
     bad, small, cut, good, digests = [], [], [], [], []
     captions = [all_captions(captions) for captions in rows["captions"]]
     for index, (digest, width, height, problem) in enumerate(check_images(rows, memory)):
@@ -488,10 +473,8 @@ def load_data(pretrained_model_name_or_path, single_file_config, revision, cache
               dataset_config_name, image_column, caption_column, hub_token, max_train_samples, num_validation_samples,
               skip_bad_images, resolution, center_crop, random_flip, image_interpolation_mode, caption_dropout,
               seed, **_):
-    """Reads, checks and splits the images; returns (training images, held-out images, fingerprint of the former).
-
-    The held-out ones are the same for every seed, and always seen alike.
-    """
+    """Reads, checks and splits the images; returns (training images, held-out images, fingerprint of the former). The
+    held-out ones are the same for every seed, and always seen alike."""
     source = single_file_config or pretrained_model_name_or_path
     where = {"revision": revision, "cache_dir": cache_dir}
     max_length = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where).max_position_embeddings
@@ -517,10 +500,8 @@ def load_data(pretrained_model_name_or_path, single_file_config, revision, cache
 def micro_batches(num_samples, batch_size, num_processes, process_index, accumulation, seed, first_step, last_step):
     """Yields this process's lists of (epoch, index, weight), one per pass of the steps first_step to last_step - 1.
 
-    An epoch is a permutation by (seed, epoch), cut into optimizer steps; its last one may be short. The weights of a
-    step sum to 1 over all processes and passes, so that sums are means over its samples; a process without a sample in
-    a pass gets one of weight 0.
-    """
+    An epoch is a permutation by (seed, epoch), cut into steps, the last of which may be short. The weights of a step
+    sum to 1 over all processes and passes; a process without a sample in a pass gets one of weight 0."""
     per_pass = batch_size * num_processes
     steps_per_epoch = math.ceil(num_samples / (per_pass * accumulation))
     for step in range(first_step, last_step):
@@ -634,15 +615,11 @@ def snr_weights(noise_scheduler, timesteps, snr_gamma):
 
 
 def diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, noise, added_noise, timesteps, snr_gamma=None):
-    """One diffusion step: the loss of each sample (batch,), the mean over its latents (arXiv 2006.11239, eq. 14).
-
-    Noise is added in float32: bfloat16 would add none at the first timesteps.
-    """
+    """One diffusion step: the loss of each sample (batch,), the mean over its latents (arXiv 2006.11239, eq. 14)."""
+    # All is float32 up to the UNet: in bfloat16 the first timesteps would get no noise at all.
     noisy_latents = noise_scheduler.add_noise(latents, added_noise, timesteps)
-    if noise_scheduler.config.prediction_type == "v_prediction":
-        target = noise_scheduler.get_velocity(latents, noise, timesteps)
-    else:
-        target = noise
+    predicts_noise = noise_scheduler.config.prediction_type == "epsilon"
+    target = noise if predicts_noise else noise_scheduler.get_velocity(latents, noise, timesteps)
     model_pred = unet(noisy_latents, timesteps, prompt_embeds).sample
     losses = F.mse_loss(model_pred.float(), target, reduction="none").mean(dim=(1, 2, 3))
     return losses if snr_gamma is None else losses * snr_weights(noise_scheduler, timesteps, snr_gamma)
@@ -716,15 +693,10 @@ def resume(accelerator, output_dir, resume_from_checkpoint, allow_changed_resume
 
 
 def watch_signals():
-    """Returns a list to which SIGTERM and SIGINT are appended; a second signal ends the process at once."""
+    """Returns a list to which SIGTERM and SIGINT are appended; a second one of a kind ends the process at once."""
     received = []
-
-    def note(number, _):
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    signal.signal(signal.SIGTERM, note)
-    signal.signal(signal.SIGINT, note)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: (received.append(number), signal.signal(number, signal.SIG_DFL)))
     return received
 
 
@@ -774,10 +746,8 @@ def draw_samples(accelerator, parts, prompts, resolution, seed, path):
 
 
 def validate(accelerator, parts, ema, images, batch_size, prompts, resolution, seed, output_dir, progress):
-    """Draws samples to samples/step-N.png and logs the held-out loss, under the averaged weights if there are any.
-
-    The first losses are kept in `progress`: what later ones gain over them is logged with its standard error, paired.
-    """
+    """Draws samples to samples/step-N.png and logs the held-out loss, under the averaged weights if there are any: also
+    its gain over the first call's, which `progress` keeps, with the standard error of the paired difference."""
     step, unet = progress["global_step"], parts["unet"].eval()
     if ema:
         ema.store(unet.parameters())
@@ -839,7 +809,8 @@ def prepare_output(accelerator, output_dir, settings, first_step):
         (output_dir / "args.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         log = output_dir / "log.jsonl"  # steps after the checkpoint are done again, and so logged again
         lines = log.read_text(encoding="utf-8").splitlines() if log.exists() and first_step else []
-        kept = [line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= first_step]
+        rows = [json.loads(line) for line in lines if line.endswith("}")]
+        kept = [json.dumps(row) + "\n" for row in rows if row["step"] < first_step + ("loss" in row)]
         log.write_text("".join(kept), encoding="utf-8")
     accelerator.wait_for_everyone()
     accelerator.init_trackers(settings["tracker_project_name"], {name: str(value) for name, value in settings.items()})
@@ -893,7 +864,7 @@ def train(args):
              "unet": accelerator.unwrap_model(unet)}
     look = functools.partial(validate, accelerator, parts, ema, held_out, args.train_batch_size,
                              args.validation_prompts, args.resolution, args.seed, output_dir, progress)
-    if not first_step:
+    if first_step % validation_steps == 0 or first_step == last_step:  # a stop comes before the look at its step
         look()
     order = micro_batches(len(images), args.train_batch_size, accelerator.num_processes, accelerator.process_index,
                           args.gradient_accumulation_steps, args.seed, first_step, last_step)
@@ -1005,7 +976,7 @@ def write_card(output_dir, step, pretrained_model_name_or_path, validation_promp
 
 
 def create_repo(push_to_hub, dry_run, output_dir, hub_model_id, hub_token, hub_private_repo, **_):
-    """Makes the repository on the Hub if it is asked for; returns its full name. Raises `InputError`."""
+    """Makes the repository on the Hub if asked to; returns its full name. Raises `InputError`."""
     if not push_to_hub or dry_run:
         return None
     name = hub_model_id or Path(output_dir).resolve().name

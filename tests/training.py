@@ -1,0 +1,94 @@
+"""Runs the training script inside the test process, many times faster than as a process, and reads what it wrote."""
+
+import json
+import signal
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+
+DEFAULTS = {
+    "resolution": 32,
+    "train_batch_size": 2,
+    "max_train_steps": 4,
+    "learning_rate": 1e-3,
+    "logging_steps": 1,
+    "report_to": "none",
+}
+
+
+def words(base, images, output_dir, **settings):
+    """Returns the command line: settings by flag name; True is a bare flag, None and False leave it out."""
+    settings = {
+        "pretrained_model_name_or_path": base,
+        "train_data_dir": images,
+        "output_dir": output_dir,
+        **DEFAULTS,
+        **settings,
+    }
+    line = []
+    for flag, value in settings.items():
+        if value is True:
+            line.append(f"--{flag}")
+        elif isinstance(value, (list, tuple)):
+            line += [f"--{flag}", *map(str, value)]
+        elif value is not None and value is not False:
+            line.append(f"--{flag}={value}")
+    return line
+
+
+def train(script, base, images, output_dir, **settings):
+    """Calls main() of the script; returns the exit status that its process would have."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        script.main(words(base, images, output_dir, **settings))
+    except SystemExit as stop:
+        return stop.code or 0
+    finally:  # accelerate keeps its state in the process, and would refuse another precision
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return 0
+
+
+def unet(folder):
+    """The UNet's weights in a pipeline folder, by name."""
+    return load_file(Path(folder) / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def checkpoint_unet(folder):
+    """The UNet's weights in a checkpoint, by name."""
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def checkpoint_state(folder):
+    """All that a checkpoint holds and a resume needs: weights, optimizer, schedule, average and progress."""
+    folder = Path(folder)
+    state = {"unet": checkpoint_unet(folder), "progress": json.loads((folder / "progress.json").read_text())}
+    for path in sorted([*folder.glob("custom_checkpoint_*.pkl"), folder / "optimizer.bin"]):
+        state[path.name] = torch.load(path, weights_only=False)
+    return state
+
+
+def same(a, b):
+    """Whether two nested structures are equal, tensors to the bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def read_log(folder):
+    """The rows of log.jsonl without what the clock decides."""
+    rows = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "images_per_second"} for row in rows]
+
+
+def losses(folder):
+    """The logged losses in the order of the steps."""
+    return [row["loss"] for row in read_log(folder) if "loss" in row]
