@@ -1,0 +1,359 @@
+"""Checkpoints are whole or absent, old ones go last, and a resume under other conditions is refused."""
+
+import json
+import math
+import os
+import shutil
+import stat
+from pathlib import Path
+
+import accelerate
+import pytest
+import torch
+from image_data import snapshot, write_image_folder
+from training import checkpoint_state, checkpoint_unet, losses, read_log, same, train, unet
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_image_folder(tmp_path_factory.mktemp("data") / "images", 6)
+
+
+@pytest.fixture(scope="module")
+def straight(train_script, tiny_pipeline, images, tmp_path_factory):
+    """The output of four steps, with a checkpoint after each."""
+    folder = tmp_path_factory.mktemp("straight") / "out"
+    assert train(train_script, tiny_pipeline, images, folder, checkpointing_steps=1) == 0
+    return folder
+
+
+@pytest.fixture
+def stopped(straight, tmp_path):
+    """A copy of that run as it was after two steps."""
+    folder = tmp_path / "stopped"
+    shutil.copytree(straight, folder)
+    for name in ("checkpoint-3", "checkpoint-4", "unet"):
+        shutil.rmtree(folder / name)
+    return folder
+
+
+def checkpoints(folder):
+    return sorted(path.name for path in folder.glob("checkpoint-*"))
+
+
+# ------------------------------------------------------------------------------------------------- written whole
+
+
+def break_save_state(monkeypatch):
+    """The third checkpoint fails when some of its files are written."""
+    save_state = accelerate.Accelerator.save_state
+
+    def fail(self, folder, **options):
+        save_state(self, folder, **options)
+        if "checkpoint-3" in folder:
+            (Path(folder) / "optimizer.bin").unlink()
+            raise OSError("no space left")
+
+    monkeypatch.setattr(accelerate.Accelerator, "save_state", fail)
+
+
+def break_json(monkeypatch):
+    """The third checkpoint fails while its last file is written, the one that tells how far it is."""
+    write_text = Path.write_text
+
+    def fail(self, text, **options):
+        if self.name == "progress.json" and "checkpoint-3" in str(self):
+            write_text(self, text[:5], **options)
+            raise OSError("no space left")
+        return write_text(self, text, **options)
+
+    monkeypatch.setattr(Path, "write_text", fail)
+
+
+def break_rename(monkeypatch):
+    """The third checkpoint is whole but fails to get its name."""
+    rename = Path.rename
+
+    def fail(self, target):
+        if "checkpoint-3" in str(self):
+            raise OSError("no space left")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+
+
+@pytest.mark.parametrize("break_it", [break_save_state, break_json, break_rename])
+def test_failed_save_leaves_the_older_checkpoints(
+    train_script, tiny_pipeline, images, straight, tmp_path, monkeypatch, break_it
+):
+    settings = {"checkpointing_steps": 1, "checkpoints_total_limit": 2}
+    with monkeypatch.context() as patch:
+        break_it(patch)
+        with pytest.raises(OSError, match="no space left"):
+            train(train_script, tiny_pipeline, images, tmp_path, **settings)
+    assert checkpoints(tmp_path) == ["checkpoint-1", "checkpoint-2", "checkpoint-3.partial"]
+    for name in ("checkpoint-1", "checkpoint-2"):
+        assert same(checkpoint_state(tmp_path / name), checkpoint_state(straight / name))
+    # The next start goes on from the second and is not disturbed by what lies about.
+    settings["resume_from_checkpoint"] = "latest"
+    assert train(train_script, tiny_pipeline, images, tmp_path, **settings) == 0
+    assert checkpoints(tmp_path) == ["checkpoint-3", "checkpoint-4"]
+    assert same(checkpoint_state(tmp_path / "checkpoint-4"), checkpoint_state(straight / "checkpoint-4"))
+    assert same(unet(tmp_path), unet(straight))
+
+
+def test_a_whole_checkpoint_holds_what_a_resume_needs(straight):
+    for step in range(1, 5):
+        folder = straight / f"checkpoint-{step}"
+        assert json.loads((folder / "progress.json").read_text())["global_step"] == step
+        assert json.loads((folder / "args.json").read_text())["learning_rate"] == 1e-3
+        optimizer = torch.load(folder / "optimizer.bin", weights_only=False)
+        assert {int(state["step"]) for state in optimizer["state"].values()} == {step}
+    assert same(checkpoint_unet(straight / "checkpoint-4"), unet(straight))
+
+
+@pytest.mark.parametrize("limit, kept", [(1, [4]), (3, [2, 3, 4]), (9, [1, 2, 3, 4])])
+def test_limit_keeps_the_newest(train_script, tiny_pipeline, images, tmp_path, limit, kept):
+    settings = {"checkpointing_steps": 1, "checkpoints_total_limit": limit}
+    assert train(train_script, tiny_pipeline, images, tmp_path, **settings) == 0
+    assert checkpoints(tmp_path) == [f"checkpoint-{step}" for step in kept]
+
+
+def test_newest_is_by_number_not_by_name(train_script, tmp_path):
+    for step in (9, 10, 100):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "progress.json").write_text("{}")
+    for other in ("checkpoint-best", "checkpoint-11.partial", "checkpoint-"):
+        (tmp_path / other).mkdir()
+        (tmp_path / other / "progress.json").write_text("{}")
+    (tmp_path / "checkpoint-200").mkdir()
+    found = [path.name for path in train_script.list_checkpoints(tmp_path)]
+    assert found == ["checkpoint-9", "checkpoint-10", "checkpoint-100"]
+
+
+def test_older_go_only_when_the_new_one_is_whole(train_script, tiny_pipeline, images, tmp_path, monkeypatch):
+    rmtree, removals = shutil.rmtree, []
+
+    def watch(path, *args, **options):
+        path = Path(path)
+        if path.name[11:].isdigit() and path.exists():
+            removals.append((path.name, [whole.name for whole in train_script.list_checkpoints(path.parent)]))
+        return rmtree(path, *args, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", watch)
+    settings = {"checkpointing_steps": 1, "checkpoints_total_limit": 1}
+    assert train(train_script, tiny_pipeline, images, tmp_path, **settings) == 0
+    pairs = [(f"checkpoint-{step}", [f"checkpoint-{step}", f"checkpoint-{step + 1}"]) for step in (1, 2, 3)]
+    assert removals == pairs
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o007, 0o660)])
+def test_files_honour_the_umask(train_script, tiny_pipeline, images, tmp_path, umask, mode):
+    """safetensors writes for the owner alone; on a shared machine the others could not load the result."""
+    before = os.umask(umask)
+    try:
+        settings = {"max_train_steps": 1, "checkpointing_steps": 1, "use_ema": True, "validation_prompts": ["a"]}
+        assert train(train_script, tiny_pipeline, images, tmp_path, **settings) == 0
+        assert os.umask(umask) == umask  # the script asks for it by setting it, and has to set it back
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len([path for path in files if path.suffix == ".safetensors"]) == 4
+    modes = {path.name: oct(stat.S_IMODE(path.stat().st_mode)) for path in files}
+    assert set(modes.values()) == {oct(mode)}, modes
+
+
+# -------------------------------------------------------------------------------------- under other conditions
+
+
+def edit_caption(images, folder):
+    shutil.copytree(images, folder)
+    metadata = folder / "metadata.jsonl"
+    metadata.write_text(metadata.read_text().replace("number zero", "number ten"))
+
+
+def edit_image(images, folder):
+    shutil.copytree(images, folder)
+    shutil.copy(folder / "01.png", folder / "00.png")
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"seed": 3}, "seed: 0 there, 3 now"),
+        ({"train_batch_size": 3}, "samples_per_step: 2 there, 3 now"),
+        ({"gradient_accumulation_steps": 2}, "samples_per_step: 2 there, 4 now"),
+        ({"learning_rate": 1e-4}, "learning_rate: 0.001 there, 0.0001 now"),
+        ({"caption_dropout": 0.1}, "caption_dropout: 0.0 there, 0.1 now"),
+        ({"random_flip": True}, "random_flip: False there, True now"),
+        ({"noise_offset": 0.1}, "noise_offset: 0.0 there, 0.1 now"),
+        ({"lr_scheduler": "linear"}, "lr_scheduler: constant there, linear now"),
+        ({"num_validation_samples": 1}, "data: "),
+        ({"max_train_samples": 5}, "data: "),
+        (edit_caption, "data: "),
+        (edit_image, "data: "),
+    ],
+    ids=str,
+)
+def test_changed_resume_is_refused_unless_allowed(
+    train_script, tiny_pipeline, images, stopped, tmp_path, capsys, changes, named
+):
+    settings, data = {"checkpointing_steps": 1, "resume_from_checkpoint": "latest"}, images
+    if callable(changes):
+        data = tmp_path / "changed"
+        changes(images, data)
+    else:
+        settings |= changes
+    before = snapshot(stopped)
+    assert train(train_script, tiny_pipeline, data, stopped, **settings) == 2
+    message = capsys.readouterr().err
+    assert named in message
+    assert "--allow_changed_resume" in message
+    assert len(message.splitlines()) <= 12
+    assert snapshot(stopped) == before
+
+    settings |= {"allow_changed_resume": True}
+    assert train(train_script, tiny_pipeline, data, stopped, **settings) == 0
+    assert named in capsys.readouterr().out
+    assert len(losses(stopped)) == 4
+    assert all(map(math.isfinite, losses(stopped)))
+
+
+def test_changed_model_is_refused(train_script, tiny_pipeline, images, stopped, tmp_path, capsys):
+    other = shutil.copytree(tiny_pipeline, tmp_path / "other")
+    settings = {"checkpointing_steps": 1, "resume_from_checkpoint": "latest"}
+    assert train(train_script, other, images, stopped, **settings) == 2
+    assert "pretrained_model_name_or_path" in capsys.readouterr().err
+
+
+def test_held_out_images_may_change_on_an_allowed_resume(train_script, tiny_pipeline, images, tmp_path, capsys):
+    """Losses of other images than at the start cannot be compared with it in pairs."""
+    settings = {"num_validation_samples": 2, "checkpointing_steps": 2, "validation_steps": 2}
+    assert train(train_script, tiny_pipeline, images, tmp_path, **settings, max_train_steps=2) == 0
+    settings |= {"num_validation_samples": 3, "resume_from_checkpoint": "latest", "allow_changed_resume": True}
+    assert train(train_script, tiny_pipeline, images, tmp_path, **settings) == 0
+    assert [row["step"] for row in read_log(tmp_path) if "held_out_loss" in row] == [0, 2, 4]
+
+
+def test_what_leaves_the_result_may_change(train_script, tiny_pipeline, images, straight, stopped, capsys):
+    settings = {
+        "checkpointing_steps": 1,
+        "checkpoints_total_limit": 1,
+        "resume_from_checkpoint": "latest",
+        "dataloader_num_workers": 1,
+        "validation_prompts": ["a red circle"],
+        "tracker_project_name": "another",
+    }
+    assert train(train_script, tiny_pipeline, images, stopped, **settings) == 0
+    assert same(unet(stopped), unet(straight))
+    assert checkpoints(stopped) == ["checkpoint-4"]
+
+
+def test_same_step_in_other_passes_may_be_resumed(train_script, tiny_pipeline, images, straight, stopped):
+    """1 x 2 images instead of 2 x 1: the same step up to rounding."""
+    settings = {"checkpointing_steps": 1, "train_batch_size": 1, "gradient_accumulation_steps": 2}
+    settings |= {"resume_from_checkpoint": "latest", "gradient_checkpointing": True}
+    assert train(train_script, tiny_pipeline, images, stopped, **settings) == 0
+    assert losses(stopped)[:2] == losses(straight)[:2]
+    assert losses(stopped) == pytest.approx(losses(straight), rel=1e-3)
+
+
+def test_constant_schedule_may_be_extended(train_script, tiny_pipeline, images, straight, stopped):
+    settings = {"checkpointing_steps": 1, "resume_from_checkpoint": "latest", "max_train_steps": 3}
+    assert train(train_script, tiny_pipeline, images, stopped, **settings) == 0
+    assert same(unet(stopped), checkpoint_unet(straight / "checkpoint-3"))
+    assert train(train_script, tiny_pipeline, images, stopped, **settings | {"max_train_steps": 4}) == 0
+    assert same(unet(stopped), unet(straight))
+    assert read_log(stopped) == read_log(straight)
+
+
+def test_schedule_that_ends_may_not_be_extended(train_script, tiny_pipeline, images, tmp_path, capsys):
+    settings = {"checkpointing_steps": 1, "lr_scheduler": "cosine"}
+    assert train(train_script, tiny_pipeline, images, tmp_path, **settings, max_train_steps=2) == 0
+    assert train(train_script, tiny_pipeline, images, tmp_path, **settings, resume_from_checkpoint="latest") == 2
+    assert "schedule_steps: 2 there, 4 now" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------- over an older run
+
+
+def test_used_folder_is_left_alone(train_script, tiny_pipeline, images, stopped, capsys):
+    before = snapshot(stopped)
+    assert train(train_script, tiny_pipeline, images, stopped) == 2
+    message = capsys.readouterr().err
+    assert "--overwrite_output_dir" in message
+    assert "--resume_from_checkpoint" in message
+    assert snapshot(stopped) == before
+
+
+def test_overwriting_removes_the_old_run_and_nothing_else(
+    train_script, tiny_pipeline, images, straight, stopped, monkeypatch
+):
+    (stopped / "notes.txt").write_text("mine")
+    (stopped / "checkpoint-best").mkdir()
+    (stopped / "checkpoint-best" / "mine.txt").write_text("mine")
+    (stopped / "samples").mkdir()
+    (stopped / "samples" / "step-000900.png").write_bytes(b"old")
+    shutil.copytree(stopped / "checkpoint-1", stopped / "checkpoint-900")
+    settings = {"checkpointing_steps": 2, "overwrite_output_dir": True}
+    assert train(train_script, tiny_pipeline, images, stopped, **settings) == 0
+    assert (stopped / "notes.txt").read_text() == "mine"
+    assert (stopped / "checkpoint-best" / "mine.txt").read_text() == "mine"
+    assert checkpoints(stopped) == ["checkpoint-2", "checkpoint-4", "checkpoint-best"]
+    assert not (stopped / "samples").exists()
+    assert same(unet(stopped), unet(straight))
+    assert read_log(stopped) == read_log(straight)
+
+
+def test_wrong_flag_overwrites_nothing(train_script, tiny_pipeline, images, stopped, capsys):
+    before = snapshot(stopped)
+    settings = {"overwrite_output_dir": True, "resolution": 33}
+    assert train(train_script, tiny_pipeline, images, stopped, **settings) == 2
+    assert "--resolution=33" in capsys.readouterr().err
+    assert snapshot(stopped) == before
+
+
+# ------------------------------------------------------------------------------------- a loss that is not finite
+
+
+@pytest.mark.parametrize("broken_in", ["loss", "gradient"])
+def test_broken_step_ends_the_run_before_it_does_harm(
+    train_script, tiny_pipeline, images, straight, tmp_path, monkeypatch, capsys, broken_in
+):
+    """The checkpoint holds the weights before the step, so that the run may go on as if the step had been whole."""
+    diffusion_losses, calls = train_script.diffusion_losses, []
+
+    def break_third(*args, **options):
+        calls.append(None)
+        result = diffusion_losses(*args, **options)
+        if len(calls) != 3:
+            return result
+        if broken_in == "loss":
+            return result * torch.tensor([1.0, math.nan])
+        result.register_hook(lambda grad: grad * math.inf)
+        return result
+
+    settings = {"checkpointing_steps": 100}
+    with monkeypatch.context() as patch:
+        patch.setattr(train_script, "diffusion_losses", break_third)
+        assert train(train_script, tiny_pipeline, images, tmp_path, **settings) == 1
+    message = capsys.readouterr().err
+    assert "not finite, in step 3" in message
+    assert "checkpoint-2 holds the state after step 2" in message
+    assert not (tmp_path / "unet").exists()
+    assert checkpoints(tmp_path) == ["checkpoint-2"]
+    assert same(checkpoint_state(tmp_path / "checkpoint-2"), checkpoint_state(straight / "checkpoint-2"))
+    assert read_log(tmp_path) == read_log(straight)[:2]
+    assert train(train_script, tiny_pipeline, images, tmp_path, **settings, resume_from_checkpoint="latest") == 0
+    assert same(unet(tmp_path), unet(straight))
+
+
+def test_huge_learning_rate_ends_with_finite_weights(train_script, tiny_pipeline, images, tmp_path, capsys):
+    """By themselves, without a patch: the first step throws the weights far off, a later loss overflows."""
+    status = train(train_script, tiny_pipeline, images, tmp_path, learning_rate=1e30, adam_weight_decay=0)
+    assert status == 1
+    message = capsys.readouterr().err
+    assert "not finite" in message
+    assert "a lower --learning_rate" in message
+    (name,) = checkpoints(tmp_path)
+    assert all(weight.isfinite().all() for weight in checkpoint_unet(tmp_path / name).values())
