@@ -7,8 +7,8 @@
 
 `my_images` holds images and a metadata.jsonl (file_name, text), or a .txt beside each image; the result is a pipeline
 folder. What is random in a sample depends on (seed, epoch, index of the sample) alone, so a run that is killed and
-resumed ends in the same bits. Papers: latent diffusion (arXiv 2112.10752), DDPM (2006.11239), v-prediction (2202.00512),
-min-SNR (2303.09556), zero terminal SNR (2305.08891), input perturbation (2301.11706).
+resumed ends in the same bits. Papers: latent diffusion (arXiv 2112.10752), DDPM (2006.11239), v-prediction
+(2202.00512), min-SNR (2303.09556), zero terminal SNR (2305.08891), input perturbation (2301.11706).
 """
 
 import argparse
@@ -75,7 +75,6 @@ class InputError(ValueError):
 
 
 # ------------------------------------------------------------------------------------------------------- arguments
-
 def parse_args(argv=None):
     """Reads the command line and `--config`; a flag that is wrong by itself ends with status 2 and one message."""
     parser = argparse.ArgumentParser(
@@ -290,7 +289,6 @@ def check_model(pretrained_model_name_or_path, single_file_config, revision, cac
 
 
 # ------------------------------------------------------------------------------------------------------------ data
-
 def read_folder(folder, caption_column):
     """Reads a folder into rows of `image` and `captions`, from metadata.jsonl or .csv (columns file_name and
     `caption_column`) or a .txt beside the image. What is missing gives a row too, so that the check names it.
@@ -305,14 +303,16 @@ def read_folder(folder, caption_column):
     for path in metadata:
         try:
             text = path.read_text(encoding="utf-8-sig")
-            rows = list(csv.DictReader(io.StringIO(text)))
+            rows, lines = list(csv.DictReader(io.StringIO(text))), text.split("\n")  # JSON may hold other line ends
             if path.suffix == ".jsonl":
-                rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+                rows = [json.loads(line) for line in lines if line.strip()]
             for row in rows:
                 caption = row.get(caption_column)
                 captions[path.parent / row["file_name"]] = caption if isinstance(caption, list) else [caption or ""]
             if not any(caption_column in row for row in rows):
                 problems.append(f"{path}: has no {caption_column!r}; set --caption_column, of {', '.join(rows[0])}")
+        except json.JSONDecodeError as error:
+            problems.append(f"{path}: line {lines.index(error.doc) + 1} is no JSON ({error.msg})")
         except (ValueError, TypeError, KeyError, AttributeError, IndexError, csv.Error) as error:
             problems.append(f"{path}: every row needs a file_name and a caption, in UTF-8 ({error!r})")
     if problems:
@@ -521,7 +521,6 @@ def ignore_signals(_):
 
 
 # ---------------------------------------------------------------------------------------------------------- models
-
 def last_line(error):
     """The last line of an exception's text, for a message of one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
@@ -567,7 +566,6 @@ def make_optimizer(parameters, peak_rate, use_8bit_adam, adam_beta1, adam_beta2,
 
 
 # ----------------------------------------------------------------------------------------------------- mathematics
-
 def draw(seed, stream, batch, sample):
     """What `sample` draws from generators made of (seed, stream, epoch, index), as a tensor (batch, ...)."""
     pairs = zip(batch["epoch"].tolist(), batch["index"].tolist(), strict=True)
@@ -626,7 +624,6 @@ def diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, noise, added
 
 
 # ----------------------------------------------------------------------------------------------------- checkpoints
-
 def save_unwrapped(models, weights, _):
     """Save hook: weights without the wrapper's prefix, so that any number of processes can read them."""
     weights[:] = [extract_model_from_parallel(model).state_dict() for model in models]
@@ -672,9 +669,8 @@ def list_checkpoints(output_dir):
 
 
 def resume(accelerator, output_dir, resume_from_checkpoint, allow_changed_resume, settings):
-    """Loads the checkpoint to resume from, if there is one; returns the progress: steps, held-out losses before
-    the first, losses not yet logged. Raises `InputError` if settings that change the result differ from the checkpoint's,
-    or only says so if that is allowed."""
+    """Loads the checkpoint to resume from, if any, and returns the progress: steps, held-out losses before them,
+    losses not yet logged. Settings that change the result and differ raise `InputError`, or are told if allowed."""
     checkpoint = resume_from_checkpoint and Path(resume_from_checkpoint)
     if resume_from_checkpoint == "latest":
         checkpoint = (list_checkpoints(output_dir) or [None])[-1]
@@ -707,7 +703,6 @@ def launcher_died(first_parent):
 
 
 # -------------------------------------------------------------------------------------------- samples, held-out loss
-
 @torch.no_grad()
 def held_out_losses(accelerator, unet, vae, text_encoder, noise_scheduler, images, batch_size):
     """The unweighted loss of every held-out image (num_images,), a mean over timesteps spread evenly; noise and
@@ -746,7 +741,7 @@ def draw_samples(accelerator, parts, prompts, resolution, seed, path):
 
 
 def validate(accelerator, parts, ema, images, batch_size, prompts, resolution, seed, output_dir, progress):
-    """Draws samples to samples/step-N.png and logs the held-out loss, under the averaged weights if there are any: also
+    """Draws samples to samples/step-N.png and logs the held-out loss, under the averaged weights if there are any, and
     its gain over the first call's, which `progress` keeps, with the standard error of the paired difference."""
     step, unet = progress["global_step"], parts["unet"].eval()
     if ema:
@@ -755,7 +750,8 @@ def validate(accelerator, parts, ema, images, batch_size, prompts, resolution, s
     if len(images):
         frozen = (parts["vae"], parts["text_encoder"], parts["scheduler"])
         losses = held_out_losses(accelerator, unet, *frozen, images, batch_size)
-        progress["base_losses"] = progress["base_losses"] or losses.tolist()
+        if len(progress["base_losses"] or []) != len(losses):  # the first, or others since a changed resume
+            progress["base_losses"] = losses.tolist()
         gain = torch.tensor(progress["base_losses"]) - losses
         error = gain.std().item() / len(gain) ** 0.5 if len(gain) > 1 else 0.0
         numbers = {"held_out_loss": losses.mean().item(), "held_out_gain": gain.mean().item(), "gain_error": error}
@@ -783,7 +779,6 @@ def write_log(accelerator, output_dir, step, numbers):
 
 
 # -------------------------------------------------------------------------------------------------------- training
-
 def print_plan(accelerator, settings, num_trained, num_images, num_held_out, first_step, last_step):
     """Says, before the first step, what will be done."""
     epochs = last_step / math.ceil(num_images / settings["samples_per_step"])
