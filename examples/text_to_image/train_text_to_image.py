@@ -13,6 +13,7 @@ resumed ends in the same bits. Papers: latent diffusion (arXiv 2112.10752), DDPM
 
 import argparse
 import contextlib
+import copy
 import csv
 import functools
 import hashlib
@@ -526,34 +527,38 @@ def last_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
 
 
-def load_pipeline(pretrained_model_name_or_path, single_file_config, revision, variant, cache_dir, parts=None, **_):
-    """Loads the base in float32, without its safety checker; `parts` replace components. Raises `InputError`."""
-    name, where = pretrained_model_name_or_path, {"cache_dir": cache_dir, "safety_checker": None, **(parts or {})}
+def load_pipeline(pretrained_model_name_or_path, single_file_config, revision, variant, cache_dir, **_):
+    """Loads the base in float32, without its safety checker. Raises `InputError`."""
+    name = pretrained_model_name_or_path
+    where = {"cache_dir": cache_dir, "safety_checker": None, "dtype": torch.float32}
     try:
         if single_file_config:  # a .ckpt is read as weights only
-            where["config"] = single_file_config
-            return diffusers.StableDiffusionPipeline.from_single_file(name, dtype=torch.float32, **where)
-        where |= {"revision": revision, "variant": variant}
-        return diffusers.StableDiffusionPipeline.from_pretrained(name, dtype=torch.float32, **where)
+            return diffusers.StableDiffusionPipeline.from_single_file(name, config=single_file_config, **where)
+        return diffusers.StableDiffusionPipeline.from_pretrained(name, revision=revision, variant=variant, **where)
     except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
         raise InputError(f"the weights of {name} cannot be loaded ({last_line(error)})") from None
 
 
 def load_models(args, weight_dtype, device):
-    """Loads the base; returns (UNet in float32, frozen VAE and text encoder in `weight_dtype`, noise scheduler)."""
+    """Loads the base; returns its pipeline, whose UNet is to be trained, frozen copies of VAE and text encoder in
+    `weight_dtype`, and the noise scheduler."""
     pipeline = load_pipeline(**vars(args))
     objective = {"prediction_type": args.prediction_type} if args.prediction_type else {}
     if args.rescale_betas_zero_snr:
         objective |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     noise_scheduler = diffusers.DDPMScheduler.from_config(pipeline.scheduler.config, **objective)
-    for frozen in (pipeline.vae, pipeline.text_encoder):
-        frozen.requires_grad_(False).eval().to(device, dtype=weight_dtype)
-    unet = pipeline.unet.requires_grad_(True).train()
+    frozen = [copy.deepcopy(part).requires_grad_(False).eval() for part in (pipeline.vae, pipeline.text_encoder)]
+    vae, text_encoder = [part.to(device, dtype=weight_dtype) for part in frozen]
+    pipeline.unet.requires_grad_(True).train()
     if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+        pipeline.unet.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
-        unet.enable_xformers_memory_efficient_attention()
-    return unet, pipeline.vae, pipeline.text_encoder, noise_scheduler
+        try:
+            pipeline.unet.enable_xformers_memory_efficient_attention()
+        except Exception as error:  # it has its own way of failing for every mismatch of versions
+            raise InputError(f"--enable_xformers_memory_efficient_attention: fails here ({last_line(error)}); drop "
+                             "it, torch's own attention is as good") from None
+    return pipeline, vae, text_encoder, noise_scheduler
 
 
 def make_optimizer(parameters, peak_rate, use_8bit_adam, adam_beta1, adam_beta2, adam_weight_decay, adam_epsilon, **_):
@@ -814,7 +819,7 @@ def prepare_output(accelerator, output_dir, settings, first_step):
 def train(args):
     """Trains as `args` say. Ends with status 128 + signal after SIGTERM or SIGINT, 1 if a loss is not finite."""
     check_args(args)
-    signals, parent, output_dir = watch_signals(), os.getppid(), Path(args.output_dir)
+    output_dir = Path(args.output_dir)
     project = ProjectConfiguration(str(output_dir), str(output_dir / args.logging_dir))
     tracker = None if args.report_to == "none" else args.report_to
     accelerator = Accelerator(mixed_precision=args.mixed_precision, log_with=tracker, project_config=project)
@@ -825,7 +830,7 @@ def train(args):
         images, held_out, fingerprint = load_data(**vars(args))
     repo_id = create_repo(**vars(args)) if accelerator.is_main_process else None
     device, dtype = accelerator.device, DTYPES[accelerator.mixed_precision]
-    unet, vae, text_encoder, noise_scheduler = load_models(args, dtype, device)
+    pipeline, vae, text_encoder, noise_scheduler = load_models(args, dtype, device)
 
     per_pass = args.train_batch_size * accelerator.num_processes
     samples_per_step = per_pass * args.gradient_accumulation_steps
@@ -833,11 +838,11 @@ def train(args):
     last_step = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     validation_steps = args.validation_steps or (args.validation_epochs or 0) * steps_per_epoch or 500
     learning_rate = args.learning_rate * (samples_per_step if args.scale_lr else 1)
-    parameters = list(unet.parameters())
+    parameters = list(pipeline.unet.parameters())
     optimizer = make_optimizer(parameters, peak_rate=learning_rate, **vars(args))
     lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, args.lr_step_rules, args.lr_warmup_steps, last_step,
                                  args.lr_num_cycles or 1, args.lr_power or 1.0)
-    unet, optimizer = accelerator.prepare(unet, optimizer)  # not the schedule: a prepared one counts processes
+    unet, optimizer = accelerator.prepare(pipeline.unet, optimizer)  # the schedule would count processes
     accelerator.register_for_checkpointing(lr_scheduler)
     ema = None
     if args.use_ema:
@@ -855,12 +860,13 @@ def train(args):
     if args.dry_run:
         return
     prepare_output(accelerator, output_dir, settings, first_step)
-    parts = {"vae": vae, "text_encoder": text_encoder, "tokenizer": images.tokenizer, "scheduler": noise_scheduler,
-             "unet": accelerator.unwrap_model(unet)}
+    parts = {"unet": pipeline.unet, "vae": vae, "text_encoder": text_encoder, "tokenizer": images.tokenizer,
+             "scheduler": noise_scheduler}
     look = functools.partial(validate, accelerator, parts, ema, held_out, args.train_batch_size,
                              args.validation_prompts, args.resolution, args.seed, output_dir, progress)
     if first_step % validation_steps == 0 or first_step == last_step:  # a stop comes before the look at its step
         look()
+    signals, parent = watch_signals(), os.getppid()
     order = micro_batches(len(images), args.train_batch_size, accelerator.num_processes, accelerator.process_index,
                           args.gradient_accumulation_steps, args.seed, first_step, last_step)
     batches = iter(torch.utils.data.DataLoader(images, batch_sampler=order, num_workers=args.dataloader_num_workers,
@@ -919,9 +925,9 @@ def train(args):
     if accelerator.is_main_process:
         if ema:
             ema.copy_to(parameters)
-        save_model(args, noise_scheduler, parts["unet"], last_step)
+        save_model(args, pipeline, noise_scheduler.config, last_step)
         if repo_id:
-            push(repo_id, args.hub_token, output_dir, f"Train {last_step} steps")
+            push(repo_id, f"Train {last_step} steps", **vars(args))
     accelerator.end_training()
 
 
@@ -935,13 +941,13 @@ def leave(accelerator, output_dir, step, broken, signals):
     sys.exit(1 if broken else 128 + (signals or [signal.SIGTERM])[0])
 
 
-def save_model(args, noise_scheduler, unet, step):
-    """Writes the pipeline folder, with the base's own VAE and text encoder, and its model card."""
-    pipeline = load_pipeline(**vars(args), parts={"unet": unet})
-    kind, changes = type(pipeline.scheduler), {"prediction_type": noise_scheduler.config.prediction_type}
-    if noise_scheduler.config.rescale_betas_zero_snr:  # few samplers can start from pure noise
-        kind = diffusers.DDIMScheduler
-        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+def save_model(args, pipeline, objective, step):
+    """Writes the pipeline, trained UNet beside the base's own VAE and text encoder, and its model card. The scheduler
+    takes over what `objective`, the noise scheduler's config, says."""
+    kind, changes = type(pipeline.scheduler), {"prediction_type": objective.prediction_type}
+    if objective.rescale_betas_zero_snr:  # few samplers can start from pure noise
+        kind, changes["rescale_betas_zero_snr"] = diffusers.DDIMScheduler, True
+        changes["timestep_spacing"] = "trailing"
     pipeline.register_modules(scheduler=kind.from_config(pipeline.scheduler.config, **changes))
     for part in (pipeline.unet, pipeline.vae):  # not the text encoder: half would stay half when loaded, and fail
         part.to(DTYPES[args.save_precision])
@@ -982,11 +988,11 @@ def create_repo(push_to_hub, dry_run, output_dir, hub_model_id, hub_token, hub_p
                          f"--hub_token, and check --hub_model_id ({last_line(error)})") from None
 
 
-def push(repo_id, token, output_dir, message):
+def push(repo_id, message, output_dir, hub_token, logging_dir, **_):
     """Uploads the result; if that fails, says how to do it by hand and ends with status 1."""
     try:
-        HfApi(token=token).upload_folder(repo_id=repo_id, folder_path=output_dir, commit_message=message,
-                                         ignore_patterns=["checkpoint-*", "logs/*", "args.json"])
+        HfApi(token=hub_token).upload_folder(repo_id=repo_id, folder_path=output_dir, commit_message=message,
+                                             ignore_patterns=["checkpoint-*", f"{logging_dir}/*", "args.json"])
     except Exception as error:  # whatever it is, the result is safe and the user should hear that
         print(f"The upload failed ({last_line(error)}). The result is whole in {output_dir}; to send it again:\n"
               f"  hf upload {repo_id} {output_dir} --exclude 'checkpoint-*'", file=sys.stderr)
