@@ -119,6 +119,21 @@ def test_resumed_equals_straight(train_script, base, images, straight, tmp_path,
 
 
 @pytest.mark.parametrize(
+    "settings",
+    [{"use_8bit_adam": True}, {"mixed_precision": "bf16"}, {"offload_ema": True}, {"foreach_ema": True}],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_resumed_equals_straight_in_every_precision(train_script, base, images, tmp_path, settings):
+    settings = {**EVERYTHING, "max_train_steps": 4, "checkpointing_steps": 2, **settings}
+    assert train(train_script, base, images, tmp_path / "straight", **settings) == 0
+    shutil.copytree(tmp_path / "straight", tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "checkpoint-4")
+    shutil.rmtree(tmp_path / "out" / "unet")
+    assert train(train_script, base, images, tmp_path / "out", **settings, resume_from_checkpoint="latest") == 0
+    assert_same_run(tmp_path / "out", tmp_path / "straight", step=4)
+
+
+@pytest.mark.parametrize(
     "number, workers", [(signal.SIGTERM, 0), (signal.SIGTERM, 2), (signal.SIGINT, 0), (signal.SIGINT, 2)]
 )
 def test_signal_at_a_random_step(train_script, base, images, straight, tmp_path, monkeypatch, number, workers):

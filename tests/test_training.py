@@ -1,0 +1,550 @@
+"""What a run trains and what it leaves alone, its rates, averages and precisions, and what it shows on the way."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from image_data import caption_of, make_image, snapshot, write_image_folder
+from PIL import Image
+from safetensors.torch import load_file
+from training import checkpoint_unet, losses, read_log, same, train, unet
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_image_folder(tmp_path_factory.mktemp("data") / "images", 6)
+
+
+@pytest.fixture(scope="module")
+def plain(train_script, tiny_pipeline, images, tmp_path_factory):
+    """The output of four steps of two images, with a checkpoint after each."""
+    folder = tmp_path_factory.mktemp("plain") / "out"
+    assert train(train_script, tiny_pipeline, images, folder, checkpointing_steps=1) == 0
+    return folder
+
+
+@pytest.fixture
+def fit(train_script, tiny_pipeline, images, tmp_path):
+    """Runs the script on the tiny pipeline and the images; returns the folder of its output."""
+
+    def run(name="out", base=tiny_pipeline, data=images, **settings):
+        assert train(train_script, base, data, tmp_path / name, **settings) == 0
+        return tmp_path / name
+
+    return run
+
+
+def largest_difference(a, b):
+    assert a.keys() == b.keys()
+    return max((a[name].float() - b[name].float()).abs().max().item() for name in a)
+
+
+# --------------------------------------------------------------------------------------------------- what is trained
+
+
+def test_every_weight_of_the_unet_is_trained(fit, tiny_pipeline):
+    """Without weight decay, which would move a weight that gets no gradient."""
+    after, before = unet(fit(adam_weight_decay=0)), unet(tiny_pipeline)
+    assert after.keys() == before.keys()
+    assert not [name for name in after if torch.equal(after[name], before[name])]
+    assert all(weight.dtype == torch.float32 for weight in after.values())
+
+
+@pytest.mark.parametrize("part, file", [("vae", "diffusion_pytorch_model"), ("text_encoder", "model")])
+def test_frozen_parts_are_the_base_to_the_bit(plain, tiny_pipeline, part, file):
+    weights = [load_file(folder / part / f"{file}.safetensors") for folder in (plain, tiny_pipeline)]
+    assert same(*weights)
+
+
+def test_tokenizer_is_the_base(plain, tiny_pipeline):
+    tokens = [json.loads((folder / "tokenizer" / "tokenizer.json").read_text()) for folder in (plain, tiny_pipeline)]
+    assert tokens[0]["model"] == tokens[1]["model"]
+
+
+def test_losses_fall_where_there_is_little_to_learn(fit, tmp_path):
+    """Two images by heart: the loss on them, measured alike before and after, falls far below its start of 1."""
+    data = write_image_folder(tmp_path / "two", 2)
+    history = losses(fit(data=data, max_train_steps=100, learning_rate=3e-3, checkpointing_steps=1000))
+    assert np.mean(history[:5]) == pytest.approx(1.1, abs=0.2)
+    assert np.mean(history[-20:]) < 0.6 * np.mean(history[:5])
+
+
+def test_held_out_loss_falls_on_what_resembles_the_training_images(fit):
+    folder = fit(num_validation_samples=2, max_train_steps=60, validation_steps=30, checkpointing_steps=1000)
+    rows = [row for row in read_log(folder) if "held_out_loss" in row]
+    assert [row["step"] for row in rows] == [0, 30, 60]
+    assert rows[0]["held_out_gain"] == 0
+    assert rows[2]["held_out_loss"] < rows[1]["held_out_loss"] < rows[0]["held_out_loss"]
+    assert rows[2]["held_out_gain"] == pytest.approx(rows[0]["held_out_loss"] - rows[2]["held_out_loss"], rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------------- rates
+
+RATE, STEPS, WARMUP = 1e-3, 8, 2
+
+
+def warmed(after):
+    """A schedule that rises for WARMUP steps and goes on as `after` of the progress from there, 0 to 1."""
+    return lambda step: step / WARMUP if step < WARMUP else after((step - WARMUP) / (STEPS - WARMUP))
+
+
+def restarts(cycles):
+    return warmed(lambda x: 0.5 * (1 + math.cos(math.pi * (x * cycles % 1))) if x < 1 else 0.0)
+
+
+def polynomial(power):
+    return warmed(lambda x: (1 - 1e-7 / RATE) * (1 - x) ** power + 1e-7 / RATE)
+
+
+@pytest.mark.parametrize(
+    "settings, factor",
+    [
+        ({"lr_scheduler": "constant"}, lambda step: 1),
+        ({"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 2}, warmed(lambda x: 1)),
+        ({"lr_scheduler": "linear", "lr_warmup_steps": 2}, warmed(lambda x: 1 - x)),
+        ({"lr_scheduler": "cosine", "lr_warmup_steps": 2}, warmed(lambda x: 0.5 * (1 + math.cos(math.pi * x)))),
+        ({"lr_scheduler": "cosine_with_restarts", "lr_warmup_steps": 2}, restarts(1)),
+        ({"lr_scheduler": "cosine_with_restarts", "lr_warmup_steps": 2, "lr_num_cycles": 2}, restarts(2)),
+        ({"lr_scheduler": "polynomial", "lr_warmup_steps": 2}, polynomial(1)),
+        ({"lr_scheduler": "polynomial", "lr_warmup_steps": 2, "lr_power": 2.0}, polynomial(2)),
+        (
+            {"lr_scheduler": "piecewise_constant", "lr_step_rules": "1:2,0.5:5,0.1"},
+            lambda step: 1 if step < 2 else 0.5 if step < 5 else 0.1,
+        ),
+    ],
+    ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else "",
+)
+def test_rates_follow_their_schedule(fit, settings, factor):
+    """The log gives the rate of the step that comes next; with accumulation a step is still a step."""
+    folder = fit(max_train_steps=STEPS, learning_rate=RATE, gradient_accumulation_steps=2, **settings)
+    rates = [row["lr"] for row in read_log(folder)]
+    assert rates == pytest.approx([RATE * factor(step) for step in range(1, STEPS + 1)], rel=1e-6, abs=1e-12)
+
+
+def test_warm_up_begins_at_zero(fit, tiny_pipeline):
+    """A first step at rate 0 leaves every weight as it was, weight decay or not."""
+    folder = fit(max_train_steps=1, lr_scheduler="constant_with_warmup", lr_warmup_steps=5)
+    assert same(unet(folder), unet(tiny_pipeline))
+
+
+def test_scaled_rate_counts_batch_and_accumulation(fit, capsys):
+    settings = {"train_batch_size": 2, "gradient_accumulation_steps": 3, "max_train_steps": 1}
+    scaled = fit("scaled", learning_rate=1e-4, scale_lr=True, **settings)
+    by_hand = fit("by_hand", learning_rate=6e-4, **settings)
+    assert read_log(scaled)[0]["lr"] == pytest.approx(6e-4, rel=1e-12)
+    assert largest_difference(unet(scaled), unet(by_hand)) < 1e-9
+    assert "0.0006" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------------- gradients
+
+
+def clipped_norm(folder):
+    """The norm of the gradient that the first step used: AdamW's first average is (1 - beta1) of it."""
+    optimizer = torch.load(folder / "checkpoint-1" / "optimizer.bin", weights_only=False)
+    return 10 * math.sqrt(sum(state["exp_avg"].square().sum().item() for state in optimizer["state"].values()))
+
+
+@pytest.mark.parametrize("limit", [0.01, 1.0, math.inf])
+def test_gradient_is_clipped_to_the_limit(fit, plain, limit):
+    folder = fit(max_grad_norm=limit, max_train_steps=1, checkpointing_steps=1)
+    norm = read_log(folder)[0]["grad_norm"]
+    assert norm > 1
+    assert norm == read_log(plain)[0]["grad_norm"]
+    assert clipped_norm(folder) == pytest.approx(min(norm, limit), rel=1e-3)
+
+
+def test_accumulation_equals_a_larger_batch(fit):
+    """Six images in steps of four: the second step of an epoch is short in both. A large epsilon keeps AdamW from
+    blowing up the rounding of gradients near zero."""
+    settings = {"max_train_steps": 6, "adam_epsilon": 1e-3, "learning_rate": 1e-4, "checkpointing_steps": 1000}
+    whole = fit("whole", train_batch_size=4, **settings)
+    parts = fit("parts", train_batch_size=2, gradient_accumulation_steps=2, **settings)
+    single = fit("single", train_batch_size=1, gradient_accumulation_steps=4, **settings)
+    for other in (parts, single):
+        assert losses(other) == pytest.approx(losses(whole), rel=1e-5)
+        assert largest_difference(unet(other), unet(whole)) < 1e-6
+
+
+def test_gradient_checkpointing_changes_nothing(fit, plain):
+    folder = fit(gradient_checkpointing=True)
+    assert losses(folder) == pytest.approx(losses(plain), rel=1e-6)
+    assert largest_difference(unet(folder), unet(plain)) < 1e-4
+
+
+def test_8bit_adam_trains(fit, plain, tiny_pipeline):
+    folder = fit(use_8bit_adam=True, checkpointing_steps=2)
+    optimizer = torch.load(folder / "checkpoint-4" / "optimizer.bin", weights_only=False)
+    states = [state["__bnb_optimizer_quant_state__"] for state in optimizer["state"].values()]
+    assert torch.uint8 in {state["state1"].dtype for state in states}
+    assert losses(folder)[0] == losses(plain)[0]
+    assert losses(folder) == pytest.approx(losses(plain), rel=0.05)
+    assert 1e-4 < largest_difference(unet(folder), unet(tiny_pipeline)) < 2 * 4 * 1e-3
+
+
+# ------------------------------------------------------------------------------------------------------------- average
+
+
+def average_by_hand(start, folder, decay_of):
+    """The average over the checkpoints of every step, in double precision."""
+    average = {name: weight.double() for name, weight in start.items()}
+    for step in range(1, 5):
+        weights, decay = checkpoint_unet(folder / f"checkpoint-{step}"), decay_of(step)
+        average = {name: decay * average[name] + (1 - decay) * weights[name].double() for name in average}
+    return average
+
+
+@pytest.mark.parametrize(
+    "settings, decay_of",
+    [
+        ({}, lambda step: 0 if step == 1 else step / (9 + step)),
+        ({"ema_decay": 0.2}, lambda step: 0 if step == 1 else min(step / (9 + step), 0.2)),
+        ({"ema_decay": 0.45, "ema_warmup": True}, lambda step: 0 if step == 1 else min(1 - step ** (-2 / 3), 0.45)),
+        ({"ema_decay": 0.0}, lambda step: 0),
+    ],
+    ids=str,
+)
+def test_result_is_the_average_over_the_steps(fit, plain, tiny_pipeline, settings, decay_of):
+    """EMAModel's decay begins at (1 + n) / (10 + n), n steps after the first; the training itself stays as it is."""
+    folder = fit(use_ema=True, checkpointing_steps=1, **settings)
+    assert same(checkpoint_unet(folder / "checkpoint-4"), unet(plain))
+    assert largest_difference(unet(folder), average_by_hand(unet(tiny_pipeline), folder, decay_of)) < 1e-6
+
+
+def test_where_and_how_the_average_is_kept_does_not_matter(fit):
+    settings = {"use_ema": True, "ema_decay": 0.5}
+    result = unet(fit("plain_ema", **settings))
+    assert same(unet(fit("offloaded", offload_ema=True, **settings)), result)
+    assert largest_difference(unet(fit("foreach", foreach_ema=True, **settings)), result) < 1e-6
+    assert largest_difference(unet(fit("both", foreach_ema=True, offload_ema=True, **settings)), result) < 1e-6
+
+
+# --------------------------------------------------------------------------------------------------------- precisions
+
+
+def test_bf16_trains_float32_weights(fit, plain, tiny_pipeline):
+    folder = fit(mixed_precision="bf16", checkpointing_steps=4)
+    assert losses(folder) != losses(plain)
+    assert losses(folder) == pytest.approx(losses(plain), rel=0.03)
+    assert all(weight.dtype == torch.float32 for weight in checkpoint_unet(folder / "checkpoint-4").values())
+    optimizer = torch.load(folder / "checkpoint-4" / "optimizer.bin", weights_only=False)
+    assert {state["exp_avg"].dtype for state in optimizer["state"].values()} == {torch.float32}
+    assert same(checkpoint_unet(folder / "checkpoint-4"), unet(folder))
+    for file in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
+        assert same(load_file(folder / file), load_file(tiny_pipeline / file))  # not through bf16 and back
+
+
+@pytest.mark.parametrize("precision, dtype", [("fp16", torch.float16), ("bf16", torch.bfloat16)])
+def test_saved_precision_is_that_of_unet_and_vae(fit, plain, tiny_pipeline, precision, dtype):
+    folder = fit(save_precision=precision)
+    assert same(unet(folder), {name: weight.to(dtype) for name, weight in unet(plain).items()})
+    vae = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
+    assert {weight.dtype for weight in vae.values()} == {dtype}
+    encoder = "text_encoder/model.safetensors"
+    assert same(load_file(folder / encoder), load_file(tiny_pipeline / encoder))
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline("a red circle", height=32, width=32, num_inference_steps=2, output_type="np").images[0]
+    assert np.isfinite(image).all()
+
+
+def test_base_in_half_precision_trains_in_float32(fit, plain, tiny_pipeline, tmp_path):
+    """As most published files are; transformers would keep the half of a text encoder."""
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_pipeline, dtype=torch.float16)
+    pipeline.save_pretrained(tmp_path / "half")
+    folder = fit(base=tmp_path / "half")
+    assert {weight.dtype for weight in unet(folder).values()} == {torch.float32}
+    encoder = load_file(folder / "text_encoder" / "model.safetensors")
+    assert {weight.dtype for weight in encoder.values() if weight.is_floating_point()} == {torch.float32}
+    assert losses(folder) == pytest.approx(losses(plain), rel=0.02)
+
+
+# ---------------------------------------------------------------------------------------------------------- objectives
+
+
+def one_image(tmp_path):
+    return write_image_folder(tmp_path / "one", 1)
+
+
+def parts_of_first_step(script, base, **config):
+    """Latents, embeddings, noise, timestep and schedule of image 0 in epoch 0, from the definitions alone."""
+    pipeline = StableDiffusionPipeline.from_pretrained(base)
+    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, **config)
+    latents, embeddings = encode_by_hand(script, pipeline, make_image(0), caption_of(0), index=0)
+
+    def draw(stream, shape):
+        return torch.from_numpy(np.random.default_rng((0, stream, 0, 0)).standard_normal(shape, np.float32))
+
+    timestep = torch.tensor(np.random.default_rng((0, script.TIMESTEP, 0, 0)).integers(1000))
+    return pipeline.unet, latents, embeddings, draw, timestep, scheduler.alphas_cumprod[timestep]
+
+
+@torch.no_grad()
+def encode_by_hand(script, pipeline, image, caption, index):
+    """Latents (1, 4, 4, 4) of a 32 x 32 image and the embeddings of its caption."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
+    posterior = pipeline.vae.encode(pixels).latent_dist
+    noise = np.random.default_rng((0, script.POSTERIOR, 0, index)).standard_normal((4, 4, 4), np.float32)
+    tokens = pipeline.tokenizer(caption, max_length=77, padding="max_length", return_tensors="pt").input_ids
+    return (posterior.mean + posterior.std * noise) * 0.18215, pipeline.text_encoder(tokens)[0]
+
+
+@pytest.mark.parametrize(
+    "prediction_type, settings",
+    [
+        *itertools.product(
+            ["epsilon", "v_prediction"],
+            [{}, {"noise_offset": 0.5}, {"input_perturbation": 0.5}, {"snr_gamma": 1.0}],
+        ),
+        ("v_prediction", {"rescale_betas_zero_snr": True}),  # refused for epsilon
+    ],
+    ids=str,
+)
+def test_first_loss_by_hand(train_script, fit, tiny_pipeline, tiny_pipeline_v, tmp_path, prediction_type, settings):
+    """One image, one step: its loss from the papers' formulas."""
+    zero_snr = "rescale_betas_zero_snr" in settings
+    base = tiny_pipeline if prediction_type == "epsilon" else tiny_pipeline_v
+    config = {"rescale_betas_zero_snr": True} if zero_snr else {}
+    model, latents, embeddings, draw, timestep, a = parts_of_first_step(train_script, base, **config)
+    noise = draw(train_script.NOISE, (4, 4, 4))
+    noise = noise + settings.get("noise_offset", 0) * draw(train_script.OFFSET, (4, 1, 1))
+    added = noise + settings.get("input_perturbation", 0) * draw(train_script.PERTURBATION, (4, 4, 4))
+    with torch.no_grad():
+        predicted = model(a.sqrt() * latents + (1 - a).sqrt() * added, timestep, embeddings).sample
+    target = noise[None] if prediction_type == "epsilon" else a.sqrt() * noise - (1 - a).sqrt() * latents
+    expected = F.mse_loss(predicted, target).item()
+    if "snr_gamma" in settings:
+        snr = (a / (1 - a)).item()
+        expected *= min(snr, 1.0) / (snr if prediction_type == "epsilon" else snr + 1)
+    data = one_image(tmp_path)
+    folder = fit(base=base, data=data, train_batch_size=1, max_train_steps=1, **settings)
+    assert losses(folder) == pytest.approx([expected], rel=1e-5)
+
+
+def test_prediction_type_of_the_base_stays(plain, fit, tiny_pipeline_v):
+    assert StableDiffusionPipeline.from_pretrained(plain).scheduler.config.prediction_type == "epsilon"
+    folder = fit(base=tiny_pipeline_v)
+    assert StableDiffusionPipeline.from_pretrained(folder).scheduler.config.prediction_type == "v_prediction"
+    assert losses(folder)[0] != losses(plain)[0]
+
+
+def test_prediction_type_by_flag_is_saved(fit, tiny_pipeline_v):
+    """The result has to be sampled as it was trained, whatever the base said."""
+    folder = fit("flag", prediction_type="v_prediction")
+    scheduler = StableDiffusionPipeline.from_pretrained(folder).scheduler
+    assert scheduler.config.prediction_type == "v_prediction"
+    assert losses(folder) == losses(fit("base", base=tiny_pipeline_v))
+
+
+def test_zero_terminal_snr_is_saved(fit):
+    folder = fit(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    scheduler = StableDiffusionPipeline.from_pretrained(folder).scheduler
+    assert isinstance(scheduler, DDIMScheduler)
+    assert scheduler.config.rescale_betas_zero_snr
+    assert scheduler.config.timestep_spacing == "trailing"
+    assert scheduler.config.prediction_type == "v_prediction"
+    assert scheduler.alphas_cumprod[-1] < 1e-6
+    assert scheduler.config.beta_schedule == "scaled_linear"
+
+
+# ---------------------------------------------------------------------------------------------------------------- plan
+
+
+def test_plan_gives_the_numbers_of_the_run(train_script, tiny_pipeline, images, tmp_path, capsys):
+    """Five of six images in steps of 1 x 3: two steps an epoch."""
+    settings = {"train_batch_size": 1, "gradient_accumulation_steps": 3, "num_validation_samples": 1, "use_ema": True}
+    settings |= {"max_train_steps": None, "num_train_epochs": 4, "dry_run": True}
+    before, folder = snapshot(images), tmp_path / "out"
+    assert train(train_script, tiny_pipeline, images, folder, **settings) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    parameters = sum(weight.numel() for weight in unet(tiny_pipeline).values())
+    for part in (
+        "5 to train on, 1 held out, at 32 x 32 pixels",
+        "0 to 8, 4.0 epochs",
+        "3 images: 1 a pass x 3 passes x 1 ranks",
+        f"UNet, {parameters:,} parameters in float32",
+        "AdamW at 0.001, constant",
+        "EMA: True",
+        str(folder),
+    ):
+        assert part in said
+    assert not folder.exists()
+    assert snapshot(images) == before
+
+
+def test_epochs_are_whole(fit):
+    """Six images in steps of four: an epoch is a step of 4 and one of 2."""
+    folder = fit(max_train_steps=None, num_train_epochs=3, train_batch_size=4)
+    assert [row["step"] for row in read_log(folder)] == list(range(1, 7))
+
+
+# ---------------------------------------------------------------------------------------------------------- validation
+
+PROMPTS = ["a red circle", "a green star on the left", "a picture of number one"]
+
+
+@pytest.fixture(scope="module")
+def validated(train_script, tiny_pipeline, images, tmp_path_factory):
+    """Four steps with samples at 0, 2 and 4 and a held-out loss on two of six images."""
+    folder = tmp_path_factory.mktemp("validated") / "out"
+    settings = {"validation_prompts": PROMPTS, "validation_steps": 2, "num_validation_samples": 2, "use_ema": True}
+    status = train(train_script, tiny_pipeline, images, folder, **settings, ema_decay=0.3, learning_rate=1e-2)
+    assert status == 0
+    return folder
+
+
+def test_samples_are_drawn_on_time(validated):
+    names = sorted(path.name for path in (validated / "samples").iterdir())
+    assert names == [f"step-{step:06d}.png" for step in (0, 2, 4)]
+    pictures = [Image.open(validated / "samples" / name).convert("RGB") for name in names]
+    assert [picture.size for picture in pictures] == [(3 * 32, 32)] * 3
+    assert len({picture.tobytes() for picture in pictures}) == 3
+
+
+def test_samples_are_those_of_the_saved_weights(validated):
+    """The last grid, drawn again by somebody who has only the result: the average's weights, the prompts, the seed."""
+    pipeline = StableDiffusionPipeline.from_pretrained(validated)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    grid = np.asarray(Image.open(validated / "samples" / "step-000004.png").convert("RGB"))
+    for column, prompt in enumerate(PROMPTS):
+        generator = torch.Generator().manual_seed(0)
+        image = pipeline(prompt, height=32, width=32, num_inference_steps=25, generator=generator).images[0]
+        assert np.array_equal(grid[:, 32 * column : 32 * (column + 1)], np.asarray(image)), prompt
+
+
+def test_samples_of_equal_weights_are_equal(fit, validated):
+    """Other training, same base: the grid before the first step is the same."""
+    folder = fit(validation_prompts=PROMPTS, max_train_steps=1, num_validation_samples=1)
+    name = "samples/step-000000.png"
+    assert (folder / name).read_bytes() == (validated / name).read_bytes()
+
+
+def test_seven_prompts_fill_two_rows(fit):
+    folder = fit(validation_prompts=["a"] * 7, max_train_steps=1)
+    assert Image.open(folder / "samples" / "step-000001.png").convert("RGB").size == (4 * 32, 2 * 32)
+
+
+def test_validation_does_not_change_training(fit, plain):
+    folder = fit(validation_prompts=["a star"], validation_steps=1)
+    assert same(unet(folder), unet(plain))
+    assert losses(folder) == losses(plain)
+    settings = {"num_validation_samples": 2, "use_ema": True}
+    often, rare = (fit(name, validation_steps=n, **settings) for name, n in (("often", 1), ("rare", 100)))
+    assert same(unet(often), unet(rare))
+    assert losses(often) == losses(rare)
+
+
+def test_validation_epochs_count_steps_of_an_epoch(fit):
+    folder = fit(validation_prompts=["a"], validation_epochs=1, max_train_steps=7)
+    names = sorted(path.name for path in (folder / "samples").iterdir())
+    assert names == [f"step-{step:06d}.png" for step in (0, 3, 6, 7)]
+
+
+def held_out_names(script, number):
+    """Which of six images are held out for every seed, from the definition alone."""
+    return {f"{index:02d}.png" for index in np.random.default_rng(script.HELD_OUT).permutation(6)[:number]}
+
+
+def test_held_out_images_are_never_trained_on(train_script, fit, monkeypatch):
+    """Two epochs without the two that are held out, under any seed."""
+    get, seen = train_script.CaptionedImages.__getitem__, []
+
+    def watch(self, item):
+        seen.append((len(self), Path(self.rows[item[1]]["image"]["path"]).name))
+        return get(self, item)
+
+    monkeypatch.setattr(train_script.CaptionedImages, "__getitem__", watch)
+    held_out = held_out_names(train_script, 2)
+    everything = {f"{index:02d}.png" for index in range(6)}
+    for seed in (0, 5):
+        seen.clear()
+        fit(f"seed_{seed}", num_validation_samples=2, max_train_steps=4, seed=seed)
+        trained = [name for size, name in seen if size == 4]
+        assert sorted(trained) == sorted([*(everything - held_out)] * 2)
+        assert {name for size, name in seen if size == 2} == held_out
+
+
+@torch.no_grad()
+def test_held_out_loss_by_hand(train_script, tiny_pipeline, validated):
+    """Each image at four timesteps, one in each quarter, with noise of its own: before training and after."""
+    names = sorted(held_out_names(train_script, 2))
+    means = {}
+    for step, base in ((0, tiny_pipeline), (4, validated)):
+        pipeline = StableDiffusionPipeline.from_pretrained(base)
+        scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+        found = []
+        for index, name in enumerate(names):
+            number = int(name[:2])
+            image, caption = make_image(number), caption_of(number)
+            latents, embeddings = encode_by_hand(train_script, pipeline, image, caption, index)
+            first = np.random.default_rng((0, train_script.TIMESTEP, 0, index)).integers(1000)
+            for part in range(4):
+                stream = (part, train_script.HELD_OUT, 0, index)
+                noise = torch.from_numpy(np.random.default_rng(stream).standard_normal((4, 4, 4), np.float32))[None]
+                timestep = torch.tensor([(first + part * 1000) // 4])
+                assert part * 250 <= timestep < (part + 1) * 250
+                a = scheduler.alphas_cumprod[timestep]
+                predicted = pipeline.unet(a.sqrt() * latents + (1 - a).sqrt() * noise, timestep, embeddings).sample
+                found.append(F.mse_loss(predicted, noise).item())
+        means[step] = np.mean(found)
+    rows = {row["step"]: row for row in read_log(validated) if "held_out_loss" in row}
+    assert {step: rows[step]["held_out_loss"] for step in means} == pytest.approx(means, rel=1e-5)
+    assert rows[4]["held_out_gain"] == pytest.approx(means[0] - means[4], rel=1e-3)
+    assert rows[4]["gain_error"] > 0
+
+
+# --------------------------------------------------------------------------------------------------------- logs
+
+
+def test_log_gives_means_over_the_steps_since_the_last(fit, plain):
+    """Every third step and the last; the mean counts all, not the last one alone."""
+    each = losses(plain)
+    rows = read_log(fit(logging_steps=3))
+    assert [row["step"] for row in rows] == [3, 4]
+    assert [row["loss"] for row in rows] == pytest.approx([sum(each[:3]) / 3, each[3]], rel=1e-6)
+
+
+def test_log_rows(plain):
+    rows = [json.loads(line) for line in (plain / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    for row in rows:
+        assert row.keys() == {"step", "loss", "lr", "grad_norm", "images_per_second"}
+        assert row["lr"] == 1e-3
+        assert row["images_per_second"] > 0
+
+
+def test_tensorboard_holds_what_the_log_holds(fit):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = fit(report_to="tensorboard", validation_prompts=["a star", "a circle"], validation_steps=2,
+                 num_validation_samples=1)  # fmt: skip
+    (run,) = {path.parent for path in (folder / "logs").rglob("events.out.tfevents.*")
+              if EventAccumulator(str(path.parent)).Reload().Tags()["scalars"]}  # fmt: skip
+    events = EventAccumulator(str(run), size_guidance={"images": 0}).Reload()
+    for name in ("loss", "lr", "grad_norm", "held_out_loss"):
+        expected = {row["step"]: pytest.approx(row[name], rel=1e-6) for row in read_log(folder) if name in row}
+        assert {event.step: event.value for event in events.Scalars(name)} == expected
+    images = {tag: [event.step for event in events.Images(tag)] for tag in events.Tags()["images"]}
+    assert set(images) == {"samples/0", "samples/1"} or set(images) == {"samples"}
+    assert all(steps == [0, 2, 4] for steps in images.values())
+
+
+@pytest.mark.slow
+def test_wandb_works_offline(fit, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "wandb_files"))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    (tmp_path / "wandb_files").mkdir()
+    fit(report_to="wandb", validation_prompts=["a star"], tracker_project_name="a_project")
+    (run,) = (tmp_path / "wandb_files").rglob("run-*.wandb")
+    content = run.read_bytes()
+    for word in (b"a_project", b"grad_norm", b"images_per_second", b"learning_rate"):
+        assert word in content
+    assert list((tmp_path / "wandb_files").rglob("media/images/*.png"))
