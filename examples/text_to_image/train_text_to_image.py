@@ -177,7 +177,7 @@ def read_config(parser, path):
     try:
         recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
         recipe = {**recipe, **(recipe.get("training") or {})}
-    except (OSError, yaml.YAMLError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, yaml.YAMLError, AttributeError, TypeError) as error:
         parser.error(f"--config={path}: is no YAML file of flags ({' '.join(str(error).split())})")
     flags = vars(parser.parse_args([]))
     if unknown := sorted(map(str, recipe.keys() - (flags.keys() - {"config"}) - {"training", "evaluation"})):
@@ -208,7 +208,8 @@ def check_args(args):
         ("0 or more", lambda value: value >= 0, "seed dataloader_num_workers lr_warmup_steps num_validation_samples "
          "noise_offset input_perturbation adam_weight_decay"),
         ("above 0", lambda value: value > 0, "learning_rate max_grad_norm adam_epsilon snr_gamma lr_power"),
-        ("from 0 to 1", lambda value: 0 <= value <= 1, "caption_dropout ema_decay adam_beta1 adam_beta2"),
+        ("from 0 to 1", lambda value: 0 <= value <= 1, "caption_dropout ema_decay"),
+        ("0 or more and below 1", lambda value: 0 <= value < 1, "adam_beta1 adam_beta2"),
     ):
         for flag in flags.split():
             value = getattr(args, flag)
@@ -846,13 +847,14 @@ def train(args):
     accelerator.register_for_checkpointing(lr_scheduler)
     ema = None
     if args.use_ema:
-        ema = EMAModel(parameters, args.ema_decay or 0.9999, use_ema_warmup=args.ema_warmup, foreach=args.foreach_ema)
+        decay = 0.9999 if args.ema_decay is None else args.ema_decay
+        ema = EMAModel(parameters, decay, use_ema_warmup=args.ema_warmup, foreach=args.foreach_ema)
         accelerator.register_for_checkpointing(ema)
     accelerator.register_save_state_pre_hook(save_unwrapped)
     accelerator.register_load_state_pre_hook(load_unwrapped)
 
     settings = {**vars(args), "hub_token": None, "data": fingerprint, "samples_per_step": samples_per_step,
-                "peak_learning_rate": learning_rate,
+                "peak_learning_rate": learning_rate, "mixed_precision": accelerator.mixed_precision,
                 "schedule_steps": None if args.lr_scheduler.startswith("constant") else last_step}
     progress = resume(accelerator, output_dir, args.resume_from_checkpoint, args.allow_changed_resume, settings)
     first_step, num_trained = progress["global_step"], sum(parameter.numel() for parameter in parameters)
