@@ -1,0 +1,550 @@
+"""Every command of the README files runs, every link leads somewhere, every flag and target that they name exists.
+
+Commands run as they stand, in a folder where small stand-ins lie at the places that they name: a folder called like a
+model of the Hub comes before the Hub. Only counts are cut, by words added at the end (CUTS, MINIATURE_CUTS). A command
+that no test here knows is a failure.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from conftest import load_script
+from diffusers import StableDiffusionPipeline
+from image_data import snapshot, write_image_folder
+from original_layout import save_original
+from PIL import Image
+from running import REPO, TRAIN_TEXT_TO_IMAGE, environment, run_script
+from safetensors.torch import load_file
+
+FOLDERS = ("examples", "miniature", "tools", "benchmarks")
+DOCUMENTS = [REPO / "README.md", REPO / "CONTRIBUTING.md"]
+DOCUMENTS += sorted(path for folder in FOLDERS for path in (REPO / folder).rglob("README.md"))
+
+# The most that a training command keeps of each; smaller values stay.
+CUTS = {
+    "max_train_steps": 3,
+    "resolution": 32,
+    "train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "num_validation_samples": 2,
+    "logging_steps": 1,
+}
+# Given to each of the miniature's scripts that has the flag.
+MINIATURE_CUTS = {"num_images": 16, "num_steps": 2, "batch_size": 4, "num_samples": 4, "num_inference_steps": 2}
+MODELS = ("miniature/pipeline", "stable-diffusion-v1-5/stable-diffusion-v1-5")
+SINGLE_FILE = "v1-5-pruned.safetensors"
+
+
+# --------------------------------------------------------------------------------------------- reading the documents
+
+
+@dataclass(frozen=True)
+class Block:
+    """Code in a document: its language, its text, and the line of the document on which the text starts."""
+
+    document: Path
+    line: int
+    language: str
+    text: str
+
+    def __str__(self):
+        return f"{self.document.relative_to(REPO)}:{self.line}"
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of a shell block, as words."""
+
+    place: str
+    words: tuple
+
+    def __str__(self):
+        return self.place
+
+    @property
+    def kind(self):
+        """Which test runs it: train, miniature, make or pip; None if none does."""
+        match self.words:
+            case ("accelerate", "launch", script, *_) | ("python", script, *_) if script.startswith("examples/"):
+                return "train"
+            case ("python", script, *_) if script.startswith("miniature/"):
+                return "miniature"
+            case ("make", *_):
+                return "make"
+            case ("pip", "install", "-r", _):
+                return "pip"
+        return None
+
+    @property
+    def script(self):
+        return next(word for word in self.words if word.endswith(".py"))
+
+    @property
+    def flags(self):
+        return list(self.words[self.words.index(self.script) + 1 :])
+
+
+def blocks_in(text, document=REPO / "README.md"):
+    """Returns the fenced blocks, and the indented ones as blocks of the language "bash"."""
+    blocks, lines = [], text.splitlines()
+    start, fence = None, None
+    for number, line in enumerate(lines):
+        match = re.match(r"\s*```(.*)", line)
+        if match and start is None:
+            start, fence = number + 1, match[1].strip()
+        elif match:
+            blocks.append(Block(document, start + 1, fence, "\n".join(lines[start:number])))
+            start = None
+        elif start is None and line.startswith("    "):
+            blocks.append(Block(document, number + 1, "bash", line.strip()))
+    assert start is None, f"{document}:{start}: the block is not closed"
+    return blocks
+
+
+def commands_in(block):
+    """Returns the commands of a shell block: continued lines joined, comments dropped."""
+    commands, parts = [], []
+    for number, line in enumerate(block.text.splitlines(), block.line):
+        parts.append(line.removesuffix("\\"))
+        if line.endswith("\\"):
+            continue
+        words = shlex.split(" ".join(parts), comments=True)
+        if words:
+            commands.append(Command(f"{block.document.relative_to(REPO)}:{number - len(parts) + 1}", tuple(words)))
+        parts = []
+    assert not parts, f"{block}: the last line is continued"
+    return commands
+
+
+def prose(document):
+    """Returns the document's text without its fenced blocks."""
+    return re.sub(r"^\s*```.*?^\s*```", "", document.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+def inline_code(document):
+    """Returns the spans of code in the prose, with line breaks as spaces."""
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose(document))]
+
+
+BLOCKS = [block for document in DOCUMENTS for block in blocks_in(document.read_text(encoding="utf-8"), document)]
+COMMANDS = [command for block in BLOCKS if block.language == "bash" for command in commands_in(block)]
+
+
+def each(kind):
+    """Parametrizes a test with the commands of a kind, named by document and line."""
+    commands = [command for command in COMMANDS if command.kind == kind]
+    slow = {command: pytest.mark.slow for command in commands if "--push_to_hub" in command.words}  # a process
+    params = [pytest.param(command, id=str(command), marks=slow.get(command, ())) for command in commands]
+    return pytest.mark.parametrize("command", params)
+
+
+def test_commands_are_found_however_they_are_written():
+    text = """
+```bash
+make demo   # it isn't long
+# a remark
+
+accelerate launch examples/a.py \\
+  --prompt "two words" \\
+  --seed=1
+```
+text
+
+    make test
+
+```python
+make = 1
+```
+"""
+    blocks = blocks_in(text)
+    assert [(block.language, block.line) for block in blocks] == [("bash", 3), ("bash", 12), ("python", 15)]
+    commands = [command for block in blocks[:2] for command in commands_in(block)]
+    assert [(command.place, command.kind) for command in commands] == [
+        ("README.md:3", "make"),
+        ("README.md:6", "train"),
+        ("README.md:12", "make"),
+    ]
+    assert commands[1].script == "examples/a.py"
+    assert commands[1].flags == ["--prompt", "two words", "--seed=1"]
+    for unknown in ("python tools/other.py", "pip install torch", "rm -rf demo", "HF_HOME=x make demo"):
+        assert Command("", tuple(unknown.split())).kind is None
+
+
+def test_every_block_is_run():
+    assert not [f"{block} ({block.language})" for block in BLOCKS if block.language not in ("bash", "python")]
+    operators = {"&&", "||", ";", "|", "&", ">", ">>", "<"}
+    assert not [str(command) for command in COMMANDS if command.kind is None or operators & set(command.words)]
+    # Counted another way: what starts a training in the text is a command here.
+    for document in DOCUMENTS:
+        launched = len(re.findall(r"(?:launch|python) examples/\S+\.py", document.read_text(encoding="utf-8")))
+        place = f"{document.relative_to(REPO)}:"
+        assert launched == sum(c.kind == "train" and c.place.startswith(place) for c in COMMANDS), document
+    assert {"train", "make", "pip"} <= {command.kind for command in COMMANDS}
+    given = {flag.partition("=")[0] for command in COMMANDS if command.kind == "train" for flag in command.flags}
+    assert {"--config", "--dry_run", "--push_to_hub", "--resume_from_checkpoint", "--single_file_config"} <= given
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory, tiny_pipeline):
+    """What the commands of the documents name, small: models, a single file, two folders of images."""
+    folder = tmp_path_factory.mktemp("stand_ins")
+    for name in MODELS:
+        shutil.copytree(tiny_pipeline, folder / name)
+    save_original(StableDiffusionPipeline.from_pretrained(tiny_pipeline), folder / SINGLE_FILE)
+    write_image_folder(folder / "demo" / "creatures", 8)
+    mine = write_image_folder(folder / "my_images", 8)
+    for row in map(json.loads, (mine / "metadata.jsonl").read_text().splitlines()):
+        (mine / row["file_name"]).with_suffix(".txt").write_text(row["text"] + "\n")
+    (mine / "metadata.jsonl").unlink()
+    return folder
+
+
+@pytest.fixture
+def clone(tmp_path, stand_ins, monkeypatch):
+    """A working folder like a clone of the repository, with the stand-ins in place."""
+    folder = shutil.copytree(stand_ins, tmp_path / "clone")
+    for name in ("Makefile", "requirements.txt", "examples", "tools", "benchmarks"):
+        if (REPO / name).exists():
+            (folder / name).symlink_to(REPO / name)
+    for path in (REPO / "miniature").glob("*.py"):
+        shutil.copy(path, folder / "miniature")  # they look for weights beside themselves, links followed
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def few_steps(monkeypatch):
+    """Lets pipelines draw in two steps, whatever they are asked for."""
+    draw = StableDiffusionPipeline.__call__
+
+    def draw_quickly(self, *args, **kwargs):
+        return draw(self, *args, **{**kwargs, "num_inference_steps": 2})
+
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", draw_quickly)
+
+
+@pytest.fixture(scope="module")
+def modules(train_script):
+    """A function: the module of a script in examples/, by its path from the root."""
+    loaded = {TRAIN_TEXT_TO_IMAGE: train_script}
+
+    def module(path):
+        path = REPO / path
+        if path not in loaded:
+            loaded[path] = load_script(path)
+        return loaded[path]
+
+    return module
+
+
+def cut(script, flags):
+    """Returns the flags with those of CUTS that ask for less than they do."""
+    asked = vars(script.parse_args(flags))
+    more = {flag: most for flag, most in CUTS.items() if flag in asked and (asked[flag] is None or asked[flag] > most)}
+    return flags + [f"--{flag}={most}" for flag, most in more.items()]
+
+
+def call_main(script, flags):
+    """Calls the script's main(); returns the exit status that its process would have."""
+    try:
+        script.main(flags)
+    except SystemExit as stop:
+        return stop.code or 0
+    finally:  # accelerate keeps its state in the process, and would refuse another precision
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+    return 0
+
+
+def unet_of(folder):
+    return load_file(Path(folder) / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+def check_result(args):
+    """Asserts that a run left what the documents promise: a pipeline that was trained, a log, a card, samples."""
+    output = Path(args.output_dir)
+    StableDiffusionPipeline.from_pretrained(output)
+    before, after = unet_of(MODELS[0]), unet_of(output)
+    assert before.keys() == after.keys()
+    assert all(torch.isfinite(weight).all() for weight in after.values())
+    assert sum(not torch.equal(before[name], after[name]) for name in before) > len(before) / 2
+    rows = log_of(output)
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, args.max_train_steps + 1))
+    looks = sorted({0, *range(0, args.max_train_steps, args.validation_steps or 500), args.max_train_steps})
+    held_out = [row["step"] for row in rows if "held_out_loss" in row]
+    assert held_out == (looks if args.num_validation_samples else [])
+    samples = sorted(path.name for path in output.glob("samples/*"))
+    assert samples == ([f"step-{step:06d}.png" for step in looks] if args.validation_prompts else [])
+    for name in samples:
+        with Image.open(output / "samples" / name) as image:
+            assert image.width == args.resolution * min(len(args.validation_prompts), 4)
+    used = json.loads((output / "args.json").read_text())
+    asked = {name: value for name, value in vars(args).items() if value is not None}
+    assert {name: used[name] for name in asked} == asked
+    assert "license:" in (output / "README.md").read_text()
+
+
+@each("train")
+def test_training_command(command, clone, modules, few_steps, fake_hub, monkeypatch, capsys):
+    assert (clone / command.script).is_file()
+    script = modules(command.script)
+    flags = cut(script, command.flags)
+    args = script.parse_args(flags)
+    if args.dry_run:
+        check_dry_run(script, flags, clone, capsys)
+    elif args.push_to_hub:
+        flags += ["--validation_prompts", "a creature"]  # drawn in all 25 steps, for few_steps ends at this process
+        check_push(command.script, flags, script.parse_args(flags), fake_hub)
+    elif args.resume_from_checkpoint:
+        check_resume(script, flags, monkeypatch, capsys)
+    else:
+        images = snapshot(args.train_data_dir)
+        assert call_main(script, flags) == 0, capsys.readouterr().err
+        check_result(args)
+        assert snapshot(args.train_data_dir) == images
+
+
+def check_dry_run(script, flags, clone, capsys):
+    """The plan is printed, and nothing is written."""
+    before = snapshot(clone)
+    assert call_main(script, flags) == 0, capsys.readouterr().err
+    printed = capsys.readouterr().out
+    for part in ("Plan", "images", "steps", "epochs", "per step", "trained", "output"):
+        assert part in printed
+    assert snapshot(clone) == before
+    assert not Path(script.parse_args(flags).output_dir).exists()
+
+
+def check_push(path, flags, args, fake_hub):
+    """The whole command, launcher included, uploads the result that it leaves here."""
+    done = run_script(flags, script=REPO / path, launcher="accelerate", env=fake_hub.env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    check_result(args)
+    repo = fake_hub.repos[args.hub_model_id]
+    assert repo.private == args.hub_private_repo
+    weights = Path("unet", "diffusion_pytorch_model.safetensors")
+    assert repo.files[str(weights)] == (Path(args.output_dir) / weights).read_bytes()
+    assert {"model_index.json", "README.md"} <= repo.files.keys()
+    assert not [name for name in repo.files if name.startswith("checkpoint-")]
+
+
+def check_resume(script, flags, monkeypatch, capsys):
+    """The command goes on after the step in which the same one without --resume_from_checkpoint was stopped, to the
+    same bits as one that was never stopped."""
+    args = script.parse_args(flags)
+    output = Path(args.output_dir)
+    resumed = [flag for flag in flags if flag.startswith("--resume_from_checkpoint")]
+    assert resumed == ["--resume_from_checkpoint=latest"]
+    first = [flag for flag in flags if flag not in resumed]
+    assert call_main(script, [*first, "--output_dir=straight"]) == 0, capsys.readouterr().err
+
+    write_log = script.write_log
+
+    def stop_after_the_first_step(accelerator, output_dir, step, numbers):
+        write_log(accelerator, output_dir, step, numbers)
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "write_log", stop_after_the_first_step)
+        assert call_main(script, first) == 128 + signal.SIGTERM
+    assert (output / "checkpoint-2").is_dir()
+    assert not (output / "model_index.json").exists()
+
+    capsys.readouterr()
+    assert call_main(script, flags) == 0, capsys.readouterr().err
+    assert re.search(rf"steps +2 to {args.max_train_steps},", capsys.readouterr().out)
+    check_result(args)
+    straight, result = unet_of("straight"), unet_of(output)
+    assert all(torch.equal(straight[name], result[name]) for name in straight)
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "python"], ids=str)
+def test_python_block(block, clone, modules, few_steps, capsys):
+    """What a document does with a result works on the result of the command above it, and leaves a picture."""
+    above = [c for c in COMMANDS if c.kind == "train" and c.place.startswith(f"{block.document.relative_to(REPO)}:")]
+    above = [command for command in above if int(command.place.rpartition(":")[2]) < block.line]
+    if above:
+        script = modules(above[-1].script)
+        assert call_main(script, cut(script, above[-1].flags)) == 0, capsys.readouterr().err
+    before = set(clone.rglob("*"))
+    exec(compile(block.text, str(block), "exec"), {"__name__": "__main__"})
+    pictures = sorted(set(clone.rglob("*")) - before)
+    assert pictures
+    for path in pictures:
+        with Image.open(path) as image:
+            image.load()
+
+
+# ------------------------------------------------------------------------------------------- miniature, make and pip
+
+
+@pytest.mark.slow
+def test_commands_of_the_miniature_one_after_another(clone, few_steps, monkeypatch):
+    """They make the miniature from nothing, so they are run in their order, in one folder."""
+    commands = [command for command in COMMANDS if command.kind == "miniature"]
+    assert commands
+    shutil.rmtree(clone / "miniature" / "pipeline")
+    monkeypatch.syspath_prepend(clone / "miniature")
+    for path in (clone / "miniature").glob("*.py"):  # the copies are forgotten at the end
+        monkeypatch.setitem(sys.modules, path.stem, None)
+        del sys.modules[path.stem]
+    for command in commands:
+        known = re.findall(r'"--(\w+)"', (REPO / command.script).read_text(encoding="utf-8"))
+        flags = command.flags + [f"--{flag}={most}" for flag, most in MINIATURE_CUTS.items() if flag in known]
+        script = load_script(clone / command.script)
+        before = snapshot(clone)
+        script.main(flags) if hasattr(script, "main") else script.train(script.parse_args(flags))
+        assert snapshot(clone) != before or "measure" in command.script, command
+
+
+def run_make(*words):
+    """Runs make in the repository, as from a shell even where the tests themselves were started by make."""
+    env = environment(dict.fromkeys(("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PYTEST_ARGS")))
+    return subprocess.run(["make", *words], cwd=REPO, env=env, text=True, capture_output=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def targets():
+    """The targets that `make help` lists, with their descriptions."""
+    done = run_make("help")
+    assert done.returncode == 0, done.stderr
+    assert run_make().stdout == done.stdout
+    return dict(re.fullmatch(r"make (\w+) +(\S.*)", line).groups() for line in done.stdout.splitlines())
+
+
+def test_help_lists_the_targets(targets):
+    assert {"demo", "test", "check", "clean"} <= targets.keys()
+    makefile = (REPO / "Makefile").read_text(encoding="utf-8")
+    phony = re.search(r"^\.PHONY: (.*)$", makefile, flags=re.M)[1].split()
+    assert set(phony) == {*targets}
+
+
+@each("make")
+def test_make_command(command, targets):
+    check_make(command.words[1:], targets)
+
+
+def check_make(words, targets):
+    """The targets are listed, make knows what to do for them, and variables arrive in what it does."""
+    variables = [word for word in words if "=" in word]
+    named = [word for word in words if word not in variables]
+    assert named
+    assert set(named) <= targets.keys()
+    done = run_make("-n", *words)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+    for variable in variables:
+        assert variable.partition("=")[2] in done.stdout, variable
+
+
+@each("pip")
+def test_pip_command(command):
+    lines = (REPO / command.words[-1]).read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if line.strip() and not line.startswith(("#", "--"))]
+    assert len(pins) > 5
+    assert all("==" in pin for pin in pins)
+
+
+def test_continuous_integration_calls_the_commands_of_the_readme():
+    path = REPO / ".ci" / "run"
+    assert os.access(path, os.X_OK)
+    for text in (path.read_text(encoding="utf-8"), (REPO / ".github/workflows/ci.yml").read_text(encoding="utf-8")):
+        assert re.search(r"^[\s-]*(?:run: )?make test$", text, flags=re.M)
+        assert re.search(r"^[\s-]*(?:run: )?make check$", text, flags=re.M)
+
+
+# ---------------------------------------------------------------------------------------------------- links and names
+
+every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(REPO)))
+
+
+def anchors(document):
+    """The anchors that GitHub makes of a document's headings."""
+    headings = re.findall(r"^#+ +(.*)$", prose(document), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@every_document
+def test_links_lead_somewhere(document):
+    missing = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(document)):
+        if target.startswith(("http://", "https://")):
+            continue
+        name, _, anchor = target.partition("#")
+        path = document.parent / name if name else document
+        if not path.exists() or (anchor and anchor not in anchors(path)):
+            missing.append(target)
+    assert not missing
+
+
+@every_document
+def test_targets_named_in_the_text_exist(document, targets):
+    for span in inline_code(document):
+        if span.startswith("make "):
+            check_make(shlex.split(span)[1:], targets)
+
+
+@every_document
+def test_paths_named_in_the_text_exist(document):
+    spans = [span for span in inline_code(document) if re.fullmatch(r"[\w./-]+", span)]
+    top = (*FOLDERS, "tests", ".ci", ".github")
+    paths = [span for span in spans if span.startswith(tuple(f"{folder}/" for folder in top))]
+    assert not [path for path in paths if not (REPO / path).exists()]
+
+
+@every_document
+def test_flags_named_in_the_text_exist(document, modules):
+    """A flag in the text is one of a script in the same folder (of any, from the root), and takes the value shown."""
+    folder = document.parent if document.is_relative_to(REPO / "examples") else REPO / "examples"
+    if document.is_relative_to(REPO / "miniature"):
+        folder = REPO / "miniature"
+    scripts = sorted(folder.rglob("*.py"))
+    known = {"--help", "--no-", "--flag"}
+    for path in scripts:
+        known |= set(re.findall(r'"(--\w+)"', path.read_text(encoding="utf-8")))
+    known |= {flag.replace("--", "--no-", 1) for flag in known}
+    for span in inline_code(document):
+        if span.startswith(("pip ", "hf ")):
+            continue
+        flags = re.findall(r"(?<!\S)--[a-z][\w-]*", span)
+        assert not [flag for flag in flags if flag not in known], span
+        for word in span.split():
+            if folder != REPO / "miniature" and re.fullmatch(r"--\w+=[\w.]+", word) and "config" not in word:
+                assert any(takes(modules(path), word) for path in scripts), word
+
+
+def takes(script, word):
+    """Whether the script's command line takes the flag with its value."""
+    try:
+        script.parse_args([word])
+    except SystemExit:
+        return False
+    return True
+
+
+def test_fixtures_named_in_the_guide_exist(request):
+    text = prose(REPO / "CONTRIBUTING.md")
+    paragraph = next(part for part in text.split("\n\n") if "has the fixtures" in part)
+    names = re.findall(r"`(\w+)`", paragraph)
+    assert "tiny_pipeline" in names
+    for name in names:
+        assert request._fixturemanager.getfixturedefs(name, request.node), name
