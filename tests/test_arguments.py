@@ -432,6 +432,13 @@ def test_settings_that_leave_the_result_alone_may_change(train_script, command, 
     assert last_step(run) == 3
 
 
+def test_checkpoints_are_found_by_their_name_in_the_output_folder(train_script, command, run, capsys):
+    """As diffusers' users write it. The path as it stands is tested above."""
+    train_script.main(command("--resume_from_checkpoint=checkpoint-1", "--max_train_steps=3", "--dry_run"))
+    assert "steps      1 to 3" in capsys.readouterr().out
+    assert "no whole checkpoint" in problems(train_script, command("--resume_from_checkpoint=checkpoint-7"))
+
+
 def test_latest_without_a_checkpoint_starts_from_the_beginning(train_script, command, capsys):
     train_script.main(command("--resume_from_checkpoint=latest", "--dry_run"))
     assert "steps      0 to 2" in capsys.readouterr().out

@@ -247,8 +247,9 @@ def check_args(args):
         refuse(output.is_dir() and any(output.iterdir()), "output_dir", "is in use; name another folder, or add "
                "--resume_from_checkpoint=latest or --overwrite_output_dir")
     refuse(resume and args.overwrite_output_dir, "overwrite_output_dir", "drop this or --resume_from_checkpoint")
-    refuse(resume and resume != "latest" and not (Path(resume) / "progress.json").is_file(), "resume_from_checkpoint",
-           "is no whole checkpoint (a folder checkpoint-N); name one, or latest")
+    if resume and resume != "latest":
+        refuse(not (find_checkpoint(output, resume) / "progress.json").is_file(), "resume_from_checkpoint",
+               "is no whole checkpoint (a folder checkpoint-N); name one, or latest")
     problems += check_model(**vars(args))
     if problems:
         raise InputError("\n  ".join(["", *problems] if len(problems) > 1 else problems))
@@ -674,12 +675,18 @@ def list_checkpoints(output_dir):
     return sorted((path for path in found if path.name[11:].isdigit()), key=lambda path: int(path.name[11:]))
 
 
+def find_checkpoint(output_dir, wanted):
+    """The checkpoint that `wanted` means: a folder in `output_dir`, a path, or "latest": None if there is none."""
+    if wanted == "latest":
+        return (list_checkpoints(output_dir) or [None])[-1]
+    inside = Path(output_dir, wanted)
+    return inside if inside.is_dir() else Path(wanted)
+
+
 def resume(accelerator, output_dir, resume_from_checkpoint, allow_changed_resume, settings):
     """Loads the checkpoint to resume from, if any, and returns the progress: steps, held-out losses before them,
     losses not yet logged. Settings that change the result and differ raise `InputError`, or are told if allowed."""
-    checkpoint = resume_from_checkpoint and Path(resume_from_checkpoint)
-    if resume_from_checkpoint == "latest":
-        checkpoint = (list_checkpoints(output_dir) or [None])[-1]
+    checkpoint = resume_from_checkpoint and find_checkpoint(output_dir, resume_from_checkpoint)
     if not checkpoint:
         return {"global_step": 0, "base_losses": None, "losses": []}
     before = json.loads((checkpoint / "args.json").read_text(encoding="utf-8"))
