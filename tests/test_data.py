@@ -12,6 +12,7 @@ import pytest
 import torch
 from image_data import caption_of, make_image, snapshot, write_metadata
 from PIL import Image
+from running import run_script
 from tiny import make_tokenizer
 
 RESOLUTION = 32
@@ -616,6 +617,16 @@ def test_all_bad_images_are_named_in_one_message_before_a_model_loads(
     assert "Traceback" not in message
     assert snapshot(messy.path) == before
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_say_it_once(tiny_pipeline, messy_folder, tmp_path):
+    """The second waits for the first to check: it has to hear of the error, not of a lost connection."""
+    messy = messy_folder()
+    result = run_script(arguments(tiny_pipeline, messy.path, tmp_path / "out"), nproc=2)
+    assert result.returncode == 1  # torchrun's
+    assert "[rank1]" not in result.stderr
+    assert all(result.stderr.count(str(path)) == 1 for path in messy.bad.values())
 
 
 def test_skip_bad_images_trains_on_the_good_ones(train_script, tiny_pipeline, messy_folder, tmp_path, capsys):

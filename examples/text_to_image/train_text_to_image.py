@@ -500,6 +500,19 @@ def load_data(pretrained_model_name_or_path, single_file_config, revision, cache
             CaptionedImages(rows.select(held_out), *common, 0, True, False, 0.0), fingerprint)
 
 
+@contextlib.contextmanager
+def main_process_first(accelerator):
+    """The block runs in the main process, then in the others; under accelerate's own an error would leave them waiting
+    for a process that is gone, where so they meet the same error."""
+    if not accelerator.is_main_process:
+        accelerator.wait_for_everyone()
+    try:
+        yield
+    finally:
+        if accelerator.is_main_process:
+            accelerator.wait_for_everyone()
+
+
 def micro_batches(num_samples, batch_size, num_processes, process_index, accumulation, seed, first_step, last_step):
     """Yields this process's lists of (epoch, index, weight), one per pass of the steps first_step to last_step - 1.
 
@@ -834,7 +847,7 @@ def train(args):
     if args.allow_tf32:
         torch.set_float32_matmul_precision("high")
     # The main process checks and tells; then the others read what it remembers.
-    with accelerator.main_process_first(), redirect_stdout(sys.stdout if accelerator.is_main_process else None):
+    with main_process_first(accelerator), redirect_stdout(sys.stdout if accelerator.is_main_process else None):
         images, held_out, fingerprint = load_data(**vars(args))
     repo_id = create_repo(**vars(args)) if accelerator.is_main_process else None
     device, dtype = accelerator.device, DTYPES[accelerator.mixed_precision]
