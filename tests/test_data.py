@@ -421,6 +421,18 @@ def test_metadata_of_another_form_is_named(train_script, image_folder, line):
     assert str(folder / "metadata.jsonl") in str(caught.value)
 
 
+@pytest.mark.parametrize("caption", [5, 0.5, True])
+def test_captions_that_are_no_text_are_named(train_script, image_folder, caption):
+    folder = image_folder(2, captions=["one", caption])
+    with pytest.raises(train_script.InputError, match=r"metadata\.jsonl: every row needs"):
+        train_script.read_folder(folder, "text")
+
+
+def test_only_texts_of_a_list_are_captions(train_script, image_folder):
+    rows = train_script.read_folder(image_folder(2, captions=["one", ["two", 3, None, " ", "four"]]), "text")
+    assert as_dict(rows) == {"00.png": ["one"], "01.png": ["two", "four"]}
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
 def test_wrong_caption_column_is_named_with_those_that_are_there(train_script, image_folder, kind):
     folder = image_folder(2)

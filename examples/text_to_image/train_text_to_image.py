@@ -310,8 +310,7 @@ def read_folder(folder, caption_column):
             if path.suffix == ".jsonl":
                 rows = [json.loads(line) for line in lines if line.strip()]
             for row in rows:
-                caption = row.get(caption_column)
-                captions[path.parent / row["file_name"]] = caption if isinstance(caption, list) else [caption or ""]
+                captions[path.parent / row["file_name"]] = all_captions(row.get(caption_column))
             if not any(caption_column in row for row in rows):
                 problems.append(f"{path}: has no {caption_column!r}; set --caption_column, of {', '.join(rows[0])}")
         except json.JSONDecodeError as error:
