@@ -168,18 +168,43 @@ def test_signal_in_the_last_step_costs_nothing(train_script, base, images, tmp_p
             assert (folder / "samples" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-def test_signal_before_the_first_step(train_script, base, images, straight, tmp_path, monkeypatch):
+def test_signal_while_loading_ends_the_run_at_once(train_script, base, images, tmp_path, monkeypatch):
+    """There is nothing to save yet, and loading may take minutes."""
     load_models = train_script.load_models
 
     def load_models_and_signal(*args):
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        return load_models(*args)
+
+    monkeypatch.setattr(train_script, "load_models", load_models_and_signal)
+    with pytest.raises(KeyboardInterrupt):
+        train(train_script, base, images, tmp_path / "out", **EVERYTHING)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_launcher_that_died_while_loading_is_noticed(
+    train_script, base, images, straight, tmp_path, monkeypatch, launched
+):
+    """Only under a launcher: who starts the script in the background and logs out wants it to go on."""
+    load_models, parent = train_script.load_models, [os.getppid()]
+
+    def load_models_and_lose_the_parent(*args):
+        parent[:] = [1]
         return load_models(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_script, "load_models", load_models_and_signal)
-        assert train(train_script, base, images, tmp_path, **EVERYTHING) == 143
-    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
-    assert train(train_script, base, images, tmp_path, **EVERYTHING, resume_from_checkpoint="latest") == 0
+        patch.setattr(train_script, "load_models", load_models_and_lose_the_parent)
+        patch.setattr(os, "getppid", lambda: parent[0])
+        if launched:
+            patch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+        status = train(train_script, base, images, tmp_path, **EVERYTHING)
+    if not launched:
+        assert status == 0
+    else:
+        assert status == 143
+        assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+        assert train(train_script, base, images, tmp_path, **EVERYTHING, resume_from_checkpoint="latest") == 0
     assert_same_run(tmp_path, straight)
 
 

@@ -838,6 +838,7 @@ def prepare_output(accelerator, output_dir, settings, first_step):
 
 def train(args):
     """Trains as `args` say. Ends with status 128 + signal after SIGTERM or SIGINT, 1 if a loss is not finite."""
+    parent = os.getppid()
     check_args(args)
     output_dir = Path(args.output_dir)
     project = ProjectConfiguration(str(output_dir), str(output_dir / args.logging_dir))
@@ -887,7 +888,7 @@ def train(args):
                              args.validation_prompts, args.resolution, args.seed, output_dir, progress)
     if first_step % validation_steps == 0 or first_step == last_step:  # a stop comes before the look at its step
         look()
-    signals, parent = watch_signals(), os.getppid()
+    signals = watch_signals()
     order = micro_batches(len(images), args.train_batch_size, accelerator.num_processes, accelerator.process_index,
                           args.gradient_accumulation_steps, args.seed, first_step, last_step)
     batches = iter(torch.utils.data.DataLoader(images, batch_sampler=order, num_workers=args.dataloader_num_workers,
@@ -988,7 +989,7 @@ def write_card(output_dir, step, pretrained_model_name_or_path, validation_promp
                          pipeline_tag="text-to-image", tags=["stable-diffusion", "stable-diffusion-diffusers"])
     grid = f"![samples](samples/step-{step:06d}.png)\n\n"
     samples = grid + "; ".join(validation_prompts) if validation_prompts else ""
-    rows = [f"| {flag} | {value} |" for flag, value in settings.items() if value not in (None, False)
+    rows = [f"| {flag} | {value} |" for flag, value in settings.items() if value is not None and value is not False
             and not re.search("_dir$|_token|config|resume", flag) and not Path(str(value)).exists()]
     base = Path(base).name if local else base
     text = ["---", data.to_yaml(), "---", f"# {output_dir.resolve().name}", f"The UNet of {base}, after {step} steps "
