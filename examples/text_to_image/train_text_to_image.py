@@ -78,12 +78,9 @@ class InputError(ValueError):
 # ------------------------------------------------------------------------------------------------------- arguments
 def parse_args(argv=None):
     """Reads the command line and `--config`; a flag that is wrong by itself ends with status 2 and one message."""
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s --pretrained_model_name_or_path MODEL (--train_data_dir FOLDER | --dataset_name NAME) [flags]",
-        description=__doc__.split("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
+    usage = "%(prog)s --pretrained_model_name_or_path MODEL (--train_data_dir FOLDER | --dataset_name NAME) [flags]"
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__.split("\n")[0], allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     switch = {"action": argparse.BooleanOptionalAction, "default": False}
     add = parser.add_argument_group("model").add_argument
     add("--pretrained_model_name_or_path", help="pipeline folder, Hub id, or original .ckpt/.safetensors file")
@@ -184,10 +181,10 @@ def read_config(parser, path):
         parser.error(f"--config={path}: unknown key {', '.join(unknown)}; keys are the flags of --help without dashes")
     words = []
     for key, value in [(key, value) for key, value in recipe.items() if key in flags and value is not None]:
-        if isinstance(flags[key], bool) and isinstance(value, bool):
-            words.append(f"--{key}" if value else f"--no-{key}")
-        elif isinstance(value, list):
+        if isinstance(value, list):
             words += [f"--{key}", *map(str, value)]
+        elif isinstance(value, bool) and isinstance(flags[key], bool):
+            words.append(f"--{'' if value else 'no-'}{key}")
         else:  # YAML reads a bare `no` as false, but --mixed_precision means the word
             words.append(f"--{key}={'no' if value is False else value}")
     return words
@@ -230,17 +227,18 @@ def check_args(args):
             refuse(getattr(args, flag) and not given, flag, f"does nothing without {needed}; add that or drop this")
     rules = re.fullmatch(r"([\d.e-]+:\d+,)+[\d.e-]+", args.lr_step_rules or "")
     refuse(schedule == "piecewise_constant" and not rules, "lr_step_rules", "give rules such as 1:10,0.1:20,0.01")
+    refuse(args.validation_steps and args.validation_epochs, "validation_epochs", "give this or --validation_steps")
     if bool(args.dataset_name) == bool(args.train_data_dir):
         problems.append("give the images by one of --train_data_dir and --dataset_name")
-    refuse(args.validation_steps and args.validation_epochs, "validation_epochs", "give this or --validation_steps")
     trackers = ["all", "none", *map(str, get_available_trackers())]
     refuse(args.report_to not in trackers, "report_to", f"installed are {', '.join(trackers)}")
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     if on_cpu and (args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")) == "fp16":
         problems.append("--mixed_precision=fp16 (or accelerate's config): a CPU cannot train in it; use bf16 or no")
     refuse(on_cpu and args.allow_tf32, "allow_tf32", "needs an NVIDIA GPU; drop it")
-    for flag, available in (("enable_xformers_memory_efficient_attention", is_xformers_available() and not on_cpu),
-                            ("use_8bit_adam", is_bitsandbytes_available())):
+    packages = {"use_8bit_adam": is_bitsandbytes_available(),
+                "enable_xformers_memory_efficient_attention": is_xformers_available() and not on_cpu}
+    for flag, available in packages.items():
         refuse(getattr(args, flag) and not available, flag, "its package does not work here; install it or drop this")
     refuse(output.exists() and not output.is_dir(), "output_dir", "is a file; name a folder")
     if not resume and not args.overwrite_output_dir:
@@ -268,11 +266,11 @@ def check_model(pretrained_model_name_or_path, single_file_config, revision, cac
     source, where = single_file_config or source, {"revision": revision, "cache_dir": cache_dir}
     try:
         parts = diffusers.StableDiffusionPipeline.load_config(source, **where)
-        if foreign := [part for part in ("text_encoder_2", "transformer") if part in parts]:
-            return [f"{name}: has a {foreign[0]} (SDXL, SD 3 or the like); use a Stable Diffusion 1.x or 2.x model"]
-        unet = diffusers.UNet2DConditionModel.load_config(source, subfolder="unet", **where)
-        vae = diffusers.AutoencoderKL.load_config(source, subfolder="vae", **where)
-        scheduler = diffusers.DDPMScheduler.load_config(source, subfolder="scheduler", **where)
+        if foreign := {"text_encoder_2", "transformer"} & parts.keys():
+            return [f"{name}: has a {min(foreign)} (SDXL, SD 3 or the like); use a Stable Diffusion 1.x or 2.x model"]
+        unet, vae, scheduler = [kind.load_config(source, subfolder=part, **where) for part, kind in (
+            ("unet", diffusers.UNet2DConditionModel), ("vae", diffusers.AutoencoderKL),
+            ("scheduler", diffusers.DDPMScheduler))]
     except (OSError, ValueError) as error:
         missing = "is no whole pipeline" if Path(source).is_dir() else "is no folder, nor to be had from the Hub"
         return [f"the model {source} {missing}; check its name and the connection ({last_line(error)})"]
@@ -558,8 +556,8 @@ def load_models(args, weight_dtype, device):
     `weight_dtype`, and the noise scheduler."""
     pipeline = load_pipeline(**vars(args))
     objective = {"prediction_type": args.prediction_type} if args.prediction_type else {}
-    if args.rescale_betas_zero_snr:
-        objective |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    zero_snr = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    objective |= zero_snr if args.rescale_betas_zero_snr else {}
     noise_scheduler = diffusers.DDPMScheduler.from_config(pipeline.scheduler.config, **objective)
     frozen = [copy.deepcopy(part).requires_grad_(False).eval() for part in (pipeline.vae, pipeline.text_encoder)]
     vae, text_encoder = [part.to(device, dtype=weight_dtype) for part in frozen]
