@@ -7,7 +7,8 @@ Writes a CLIPModel folder with image processor and tokenizer, and into the pipel
 
 The objective is the symmetric contrastive one of Radford et al. 2021 (arXiv 2103.00020, section 2.3), with a
 departure: pairs off the diagonal that are true as well (equal captions, or one that leaves out size and position)
-are masked instead of being pushed apart.
+are masked instead of being pushed apart. Batches are made of groups of images that share their two colours, so that
+shape, size and position must be told apart.
 """
 
 import argparse
@@ -38,7 +39,7 @@ def parse_args(argv=None):
     parser.add_argument("--output_dir", default="miniature/clip")
     parser.add_argument("--pipeline_dir", default="miniature/pipeline")
     parser.add_argument("--num_images", type=int, default=20_000)
-    parser.add_argument("--num_steps", type=int, default=800)
+    parser.add_argument("--num_steps", type=int, default=1_000)
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--learning_rate", type=float, default=1.5e-3)
     parser.add_argument("--width", type=int, default=96)
@@ -77,6 +78,23 @@ def wordings(record):
         return [record["text"]] * 4
     facts = {key: record[key] for key in ("colour", "shape", "background", "size", "position")}
     return [render.shape_caption(**facts, wording=k) for k in range(4)]
+
+
+def group_by_colours(records):
+    """Indices of the images of shapes by (colour, background), and those of the creatures: tensors."""
+    groups = {}
+    for k, record in enumerate(records):
+        groups.setdefault((record["colour"], record["background"]) if "shape" in record else None, []).append(k)
+    creatures = torch.tensor(groups.pop(None))
+    return [torch.tensor(indices) for indices in groups.values()], creatures
+
+
+def draw_batch(groups, creatures, batch_size, group_size=8):
+    """Indices of a batch: a quarter creatures, the rest groups of 8 shapes that share both colours."""
+    chosen = [creatures[torch.randint(len(creatures), (batch_size // 4,))]]
+    for g in torch.randperm(len(groups))[: (batch_size - batch_size // 4) // group_size]:
+        chosen.append(groups[g][torch.randint(len(groups[g]), (group_size,))])
+    return torch.cat(chosen)
 
 
 def build_model(args, tokenizer):
@@ -138,14 +156,15 @@ def train(args):
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: min(1, (s + 1) / 100) * 0.5 * (1 + math.cos(math.pi * s / args.num_steps)))
-    start, order = time.time(), torch.empty(0, dtype=torch.long)
+    groups, creatures = group_by_colours(records)
+    start = time.time()
     bar = tqdm(range(args.num_steps), mininterval=5)
     for step in bar:
-        if len(order) < args.batch_size:
-            order = torch.randperm(len(images))
-        chosen, order = order[: args.batch_size], order[args.batch_size :]
+        chosen = draw_batch(groups, creatures, args.batch_size)
         pixels = images[chosen].permute(0, 3, 1, 2).float() / 127.5 - 1
-        said = caption_ids[chosen].gather(1, torch.randint(4, (len(chosen), 1)))
+        # The first two wordings say everything, the others leave out the position, or also the size.
+        wording = torch.multinomial(torch.tensor([0.4, 0.3, 0.15, 0.15]), len(chosen), replacement=True)
+        said = caption_ids[chosen].gather(1, wording[:, None])
         true = (said[:, :, None] == caption_ids[chosen][None]).any(-1)
         with torch.autocast("cpu", torch.bfloat16):
             loss = contrastive_loss(model, pixels, table[said[:, 0]], true)

@@ -1,11 +1,15 @@
 """Trains the miniature's autoencoder from nothing: an AutoencoderKL, 64 x 64 pixels to 8 x 8 latents of 4 channels.
 
     python miniature/train_vae.py --output_dir miniature/pipeline/vae
+    python miniature/train_vae.py --output_dir miniature/pipeline/vae --decoder_of miniature/pipeline/vae
 
 It sees every family of render.py (of shapes and creatures only the combinations of the training split). The loss is
-L1 + MSE + differences of neighbouring pixels at two scales (for crisp edges) + KL (Rombach et al. 2022,
+L1 + MSE + differences of neighbouring pixels at two scales, for crisp edges, + KL (Rombach et al. 2022,
 arXiv 2112.10752, section 3.1, without the adversarial and perceptual terms). Weights are saved in float16 every
 `--save_steps`, so that an interrupted run leaves a result; the scaling factor in the config is measured.
+
+The second command is optional: it goes on with the decoder alone. The latents stay what they were, so a UNet may be
+trained on them meanwhile.
 """
 
 import argparse
@@ -20,18 +24,22 @@ from diffusers import AutoencoderKL
 from render import make_images
 from tqdm import tqdm
 
-MIX = {"shapes": 0.35, "creatures": 0.35, "patterned": 0.3}
+MIXED = ("shapes", "creatures", "patterned")
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", default="miniature/pipeline/vae")
+    parser.add_argument("--init_from", help="a trained folder: train it on instead of starting from nothing")
+    parser.add_argument("--decoder_of", help="a trained folder: train its decoder on, its encoder frozen")
     parser.add_argument("--num_images", type=int, default=24_000, help="rendered once, then seen again and again")
-    parser.add_argument("--num_steps", type=int, default=5_000)
+    parser.add_argument("--mix", type=float, nargs=3, default=[0.3, 0.5, 0.2], help=f"shares of {', '.join(MIXED)}")
+    parser.add_argument("--num_steps", type=int, default=6_000)
     parser.add_argument("--max_minutes", type=float, default=math.inf, help="ends earlier, the rate decayed in time")
-    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--kl_weight", type=float, default=1e-5, help="of the KL divergence summed over a latent")
+    parser.add_argument("--edge_weight", type=float, default=1.0, help="at the end; it grows from 0 over the run")
     parser.add_argument("--channels", type=int, nargs=4, default=[16, 32, 64, 96])
     parser.add_argument("--save_steps", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
@@ -73,31 +81,44 @@ def evaluate(vae, pixels, batch_size=64):
 
 
 def save(vae, output_dir, probe):
-    """Writes the folder in float16 with the measured scaling factor, 1 / deviation of the latents of `probe`."""
-    _, deviation = evaluate(vae, probe)
-    vae.register_to_config(scaling_factor=round(1 / deviation, 5))
-    half = AutoencoderKL.from_config(vae.config)
+    """Writes the folder in float16; sets the scaling factor, 1 / deviation of the latents of `probe` if given."""
+    factor = vae.config.scaling_factor if probe is None else round(1 / evaluate(vae, probe)[1], 5)
+    # By keyword: from_config ignores a value in the config where the model was once built with the default.
+    half = AutoencoderKL.from_config(vae.config, scaling_factor=factor)
     half.load_state_dict(vae.state_dict())
     half.half().save_pretrained(output_dir)
     for file in Path(output_dir).glob("*.safetensors"):
         os.chmod(file, 0o644)  # safetensors ignores the umask
 
 
-def train(args):
-    torch.manual_seed(args.seed)
-    jobs = []
-    for family, share in MIX.items():
-        jobs += [(family, args.seed + 1000, i) for i in range(round(args.num_images * share))]
-    images = torch.from_numpy(make_images(jobs)[0])
-    unseen = to_pixels(torch.from_numpy(make_images([("creatures", 7, i, "held_out") for i in range(128)])[0]))
-
+def build_vae(args):
+    if args.decoder_of or args.init_from:
+        vae = AutoencoderKL.from_pretrained(args.decoder_of or args.init_from, torch_dtype=torch.float32)
+        for part in (vae.encoder, vae.quant_conv):
+            part.requires_grad_(not args.decoder_of)
+        return vae
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=args.channels, layers_per_block=1, norm_num_groups=8, latent_channels=4, sample_size=64,
     )
-    print(f"{sum(p.numel() for p in vae.parameters()):,} parameters, {len(images):,} images")
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
-    probe = to_pixels(images[torch.randperm(len(images))[:512]])
+    # Starts with little noise on the latents (log-variance -4); with as much noise as signal, learning is slow.
+    torch.nn.init.constant_(vae.quant_conv.bias[4:], -4.0)
+    return vae
+
+
+def train(args):
+    torch.manual_seed(args.seed)
+    jobs = []
+    for family, share in zip(MIXED, args.mix, strict=True):
+        jobs += [(family, args.seed + 1000, i) for i in range(round(args.num_images * share))]
+    images = torch.from_numpy(make_images(jobs)[0])
+    unseen = to_pixels(torch.from_numpy(make_images([("creatures", 7, i, "held_out") for i in range(128)])[0]))
+
+    vae = build_vae(args)
+    trainable = [p for p in vae.parameters() if p.requires_grad]
+    print(f"{sum(p.numel() for p in trainable):,} trainable parameters, {len(images):,} images")
+    optimizer = torch.optim.AdamW(trainable, lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    probe = None if args.decoder_of else to_pixels(images[torch.randperm(len(images))[:256]])
     start, order = time.time(), torch.empty(0, dtype=torch.long)
     bar = tqdm(range(args.num_steps), mininterval=5)
     for step in bar:
@@ -115,10 +136,12 @@ def train(args):
             posterior = vae.encode(batch).latent_dist
             made = vae.decode(posterior.sample()).sample.float()
         mse = F.mse_loss(made, batch)
-        loss = F.l1_loss(made, batch) + mse + edge_loss(made, batch) + args.kl_weight * posterior.kl().mean()
+        # Edges in the wrong place cost more than none, so early on the term would only blur.
+        edges = args.edge_weight * (progress if args.decoder_of is None else 1.0) * edge_loss(made, batch)
+        loss = F.l1_loss(made, batch) + mse + edges + args.kl_weight * posterior.kl().mean()
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
         if step % 20 == 0:
             speed = args.batch_size * (step + 1) / (time.time() - start)
