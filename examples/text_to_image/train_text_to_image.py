@@ -28,7 +28,6 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stdout
 from pathlib import Path
 
 import datasets
@@ -192,7 +191,7 @@ def read_config(parser, path):
 
 def check_args(args):
     """Raises one `InputError` that names every flag that is wrong, its value, what is accepted and the remedy."""
-    problems, output, resume = [], Path(args.output_dir), args.resume_from_checkpoint
+    problems = []
 
     def refuse(wrong, flag, remedy):
         if wrong:
@@ -215,8 +214,10 @@ def check_args(args):
     for needed, given, flags in (
         ("--use_ema", args.use_ema, "ema_decay ema_warmup offload_ema foreach_ema"),
         ("--push_to_hub", args.push_to_hub, "hub_model_id hub_private_repo"),
-        ("--resume_from_checkpoint", resume, "allow_changed_resume"),
+        ("--resume_from_checkpoint", args.resume_from_checkpoint, "allow_changed_resume"),
         ("--dataset_name", args.dataset_name, "dataset_config_name"),
+        ("a model on the Hub", not Path(args.pretrained_model_name_or_path or "").exists(), "revision"),
+        ("a pipeline folder or Hub id", not args.single_file_config, "variant"),
         ("--validation_prompts or --num_validation_samples", validates, "validation_steps validation_epochs"),
         ("--lr_scheduler=cosine_with_restarts", schedule == "cosine_with_restarts", "lr_num_cycles"),
         ("--lr_scheduler=polynomial", schedule == "polynomial", "lr_power"),
@@ -225,7 +226,7 @@ def check_args(args):
     ):
         for flag in flags.split():
             refuse(getattr(args, flag) and not given, flag, f"does nothing without {needed}; add that or drop this")
-    rules = re.fullmatch(r"([\d.e-]+:\d+,)+[\d.e-]+", args.lr_step_rules or "")
+    rules = re.fullmatch(r"({0}:\d+,)+{0}".format(r"\d*\.?\d+(e-?\d+)?"), args.lr_step_rules or "")
     refuse(schedule == "piecewise_constant" and not rules, "lr_step_rules", "give rules such as 1:10,0.1:20,0.01")
     refuse(args.validation_steps and args.validation_epochs, "validation_epochs", "give this or --validation_steps")
     if bool(args.dataset_name) == bool(args.train_data_dir):
@@ -240,17 +241,28 @@ def check_args(args):
                 "enable_xformers_memory_efficient_attention": is_xformers_available() and not on_cpu}
     for flag, available in packages.items():
         refuse(getattr(args, flag) and not available, flag, "its package does not work here; install it or drop this")
-    refuse(output.exists() and not output.is_dir(), "output_dir", "is a file; name a folder")
-    if not resume and not args.overwrite_output_dir:
-        refuse(output.is_dir() and any(output.iterdir()), "output_dir", "is in use; name another folder, or add "
-               "--resume_from_checkpoint=latest or --overwrite_output_dir")
-    refuse(resume and args.overwrite_output_dir, "overwrite_output_dir", "drop this or --resume_from_checkpoint")
-    if resume and resume != "latest":
-        refuse(not (find_checkpoint(output, resume) / "progress.json").is_file(), "resume_from_checkpoint",
-               "is no whole checkpoint (a folder checkpoint-N); name one, or latest")
-    problems += check_model(**vars(args))
+    problems += check_output(**vars(args)) + check_model(**vars(args))
     if problems:
         raise InputError("\n  ".join(["", *problems] if len(problems) > 1 else problems))
+
+
+def check_output(output_dir, resume_from_checkpoint, overwrite_output_dir, **_):
+    """Lists what is wrong with the output folder and the checkpoint to resume from."""
+    output, resume, overwrite = Path(output_dir), resume_from_checkpoint, overwrite_output_dir
+    checkpoint, problems = find_checkpoint(output, resume), []
+    if checkpoint and not (checkpoint / "progress.json").is_file():
+        problems.append(f"--resume_from_checkpoint={resume}: is no whole checkpoint folder; name one, or latest")
+    if resume and overwrite:
+        problems.append("--overwrite_output_dir: contradicts --resume_from_checkpoint; drop one")
+    # Without a checkpoint `latest` starts anew, in the folder of a run that was stopped before its first one.
+    begun = (output / "args.json").is_file() and not (output / "model_index.json").exists()
+    own = output.resolve() == checkpoint.resolve().parent if checkpoint else resume and begun
+    if output.is_file():
+        problems.append(f"--output_dir={output}: is a file; name a folder")
+    elif output.exists() and any(output.iterdir()) and not (own or overwrite):
+        problems.append(f"--output_dir={output}: is in use; name another folder, or add --overwrite_output_dir, or "
+                        "--resume_from_checkpoint=latest to go on with the run in it")
+    return problems
 
 
 def check_model(pretrained_model_name_or_path, single_file_config, revision, cache_dir, resolution, prediction_type,
@@ -582,6 +594,12 @@ def make_optimizer(parameters, peak_rate, use_8bit_adam, adam_beta1, adam_beta2,
     return AdamW(parameters, peak_rate, (adam_beta1, adam_beta2), weight_decay=adam_weight_decay, eps=adam_epsilon)
 
 
+def make_average(parameters, use_ema, ema_decay, ema_warmup, foreach_ema, **_):
+    """An exponential moving average of `parameters`, None if it is not wanted."""
+    decay = 0.9999 if ema_decay is None else ema_decay
+    return EMAModel(parameters, decay, use_ema_warmup=ema_warmup, foreach=foreach_ema) if use_ema else None
+
+
 # ----------------------------------------------------------------------------------------------------- mathematics
 def draw(seed, stream, batch, sample):
     """What `sample` draws from generators made of (seed, stream, epoch, index), as a tensor (batch, ...)."""
@@ -661,7 +679,7 @@ def make_readable(folder):
 def save_checkpoint(accelerator, output_dir, settings, progress, total_limit):
     """Writes checkpoint-N beside its place, then renames it; only then do older ones beyond `total_limit` go."""
     final = output_dir / f"checkpoint-{progress['global_step']}"
-    partial = final.with_suffix(".partial")
+    partial, replaced = final.with_suffix(".partial"), final.with_suffix(".replaced")
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)  # of a save that was killed
     accelerator.wait_for_everyone()
@@ -672,8 +690,10 @@ def save_checkpoint(accelerator, output_dir, settings, progress, total_limit):
         (partial / "args.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         (partial / "progress.json").write_text(json.dumps(progress) + "\n", encoding="utf-8")
         os.sync()  # files before names, or a crash could leave a whole name with half a file
-        shutil.rmtree(final, ignore_errors=True)  # of this run, if it went on from an earlier one
+        if final.exists():  # this run went on from an earlier one
+            final.rename(replaced)
         partial.rename(final)
+        shutil.rmtree(replaced, ignore_errors=True)
         for old in list_checkpoints(output_dir)[: -total_limit if total_limit else 0]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
@@ -686,17 +706,16 @@ def list_checkpoints(output_dir):
 
 
 def find_checkpoint(output_dir, wanted):
-    """The checkpoint that `wanted` means: a folder in `output_dir`, a path, or "latest": None if there is none."""
-    if wanted == "latest":
-        return (list_checkpoints(output_dir) or [None])[-1]
-    inside = Path(output_dir, wanted)
-    return inside if inside.is_dir() else Path(wanted)
+    """The checkpoint that `wanted` means: a folder in `output_dir`, a path, or the "latest"; None if there is none."""
+    if wanted in (None, "latest"):
+        return (list_checkpoints(output_dir) or [None])[-1] if wanted else None
+    return Path(output_dir, wanted) if Path(output_dir, wanted).is_dir() else Path(wanted)
 
 
 def resume(accelerator, output_dir, resume_from_checkpoint, allow_changed_resume, settings):
     """Loads the checkpoint to resume from, if any, and returns the progress: steps, held-out losses before them,
     losses not yet logged. Settings that change the result and differ raise `InputError`, or are told if allowed."""
-    checkpoint = resume_from_checkpoint and find_checkpoint(output_dir, resume_from_checkpoint)
+    checkpoint = find_checkpoint(output_dir, resume_from_checkpoint)
     if not checkpoint:
         return {"global_step": 0, "base_losses": None, "losses": []}
     before = json.loads((checkpoint / "args.json").read_text(encoding="utf-8"))
@@ -748,8 +767,7 @@ def held_out_losses(accelerator, unet, vae, text_encoder, noise_scheduler, image
 @torch.no_grad()
 def draw_samples(accelerator, parts, prompts, resolution, seed, path):
     """Draws an image per prompt by 25 steps of DPM-Solver++ (arXiv 2211.01095), and their grid to `path`."""
-    scheduler = diffusers.DPMSolverMultistepScheduler.from_config(parts["scheduler"].config)
-    parts = {**parts, "scheduler": scheduler, "safety_checker": None, "feature_extractor": None}
+    parts = {**parts, "scheduler": diffusers.DPMSolverMultistepScheduler.from_config(parts["scheduler"].config)}
     pipeline = diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     settings = {"height": resolution, "width": resolution, "num_inference_steps": 25}
@@ -809,20 +827,19 @@ def print_plan(accelerator, settings, num_trained, num_images, num_held_out, fir
   images     {0:,} to train on, {1:,} held out, at {resolution} x {resolution} pixels
   steps      {2:,} to {3:,}, {4:,.1f} epochs
   per step   {samples_per_step:,} images: {train_batch_size} a pass x {gradient_accumulation_steps} passes x {5} ranks
-  trained    UNet, {6:,} parameters in float32, passes in precision {7!r}
+  trained    UNet, {6:,} parameters in float32, passes in precision {mixed_precision!r}
   frozen     VAE, text encoder
   optimizer  AdamW at {peak_learning_rate:g}, {lr_scheduler}; 8-bit: {use_8bit_adam}; EMA: {use_ema}
   output     {output_dir}, a checkpoint every {checkpointing_steps:,} steps""".format(
-        num_images, num_held_out, first_step, last_step, epochs, accelerator.num_processes, num_trained,
-        accelerator.mixed_precision, **settings))
+        num_images, num_held_out, first_step, last_step, epochs, accelerator.num_processes, num_trained, **settings))
 
 
 def prepare_output(accelerator, output_dir, settings, first_step):
     """Makes the output folder with args.json and a log up to `first_step`, and starts the trackers."""
     if accelerator.is_main_process:
-        if settings["overwrite_output_dir"]:
-            for old in [*list_checkpoints(output_dir), output_dir / "samples"]:
-                shutil.rmtree(old, ignore_errors=True)
+        old = [*list_checkpoints(output_dir), *output_dir.glob("checkpoint-*.partial"), output_dir / "samples"]
+        for folder in old if settings["overwrite_output_dir"] else []:
+            shutil.rmtree(folder, ignore_errors=True)
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "args.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         log = output_dir / "log.jsonl"  # steps after the checkpoint are done again, and so logged again
@@ -836,20 +853,19 @@ def prepare_output(accelerator, output_dir, settings, first_step):
 
 def train(args):
     """Trains as `args` say. Ends with status 128 + signal after SIGTERM or SIGINT, 1 if a loss is not finite."""
-    parent = os.getppid()
+    output_dir, parent = Path(args.output_dir), os.getppid()
     check_args(args)
-    output_dir = Path(args.output_dir)
     project = ProjectConfiguration(str(output_dir), str(output_dir / args.logging_dir))
     tracker = None if args.report_to == "none" else args.report_to
     accelerator = Accelerator(mixed_precision=args.mixed_precision, log_with=tracker, project_config=project)
     if args.allow_tf32:
         torch.set_float32_matmul_precision("high")
-    # The main process checks and tells; then the others read what it remembers.
-    with main_process_first(accelerator), redirect_stdout(sys.stdout if accelerator.is_main_process else None):
+    out = sys.stdout if accelerator.is_main_process else None
+    with main_process_first(accelerator), contextlib.redirect_stdout(out):  # the others read what it remembers
         images, held_out, fingerprint = load_data(**vars(args))
-    repo_id = create_repo(**vars(args)) if accelerator.is_main_process else None
-    device, dtype = accelerator.device, DTYPES[accelerator.mixed_precision]
-    pipeline, vae, text_encoder, noise_scheduler = load_models(args, dtype, device)
+        repo_id = create_repo(**vars(args))
+    device, precision = accelerator.device, accelerator.mixed_precision
+    pipeline, vae, text_encoder, noise_scheduler = load_models(args, DTYPES[precision], device)
 
     per_pass = args.train_batch_size * accelerator.num_processes
     samples_per_step = per_pass * args.gradient_accumulation_steps
@@ -862,17 +878,13 @@ def train(args):
     lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, args.lr_step_rules, args.lr_warmup_steps, last_step,
                                  args.lr_num_cycles or 1, args.lr_power or 1.0)
     unet, optimizer = accelerator.prepare(pipeline.unet, optimizer)  # the schedule would count processes
-    accelerator.register_for_checkpointing(lr_scheduler)
-    ema = None
-    if args.use_ema:
-        decay = 0.9999 if args.ema_decay is None else args.ema_decay
-        ema = EMAModel(parameters, decay, use_ema_warmup=args.ema_warmup, foreach=args.foreach_ema)
-        accelerator.register_for_checkpointing(ema)
+    ema = make_average(parameters, **vars(args))
+    accelerator.register_for_checkpointing(*filter(None, [lr_scheduler, ema]))
     accelerator.register_save_state_pre_hook(save_unwrapped)
     accelerator.register_load_state_pre_hook(load_unwrapped)
 
     settings = {**vars(args), "hub_token": None, "data": fingerprint, "samples_per_step": samples_per_step,
-                "peak_learning_rate": learning_rate, "mixed_precision": accelerator.mixed_precision,
+                "peak_learning_rate": learning_rate, "mixed_precision": precision,
                 "schedule_steps": None if args.lr_scheduler.startswith("constant") else last_step}
     progress = resume(accelerator, output_dir, args.resume_from_checkpoint, args.allow_changed_resume, settings)
     first_step, num_trained = progress["global_step"], sum(parameter.numel() for parameter in parameters)
@@ -880,8 +892,7 @@ def train(args):
     if args.dry_run:
         return
     prepare_output(accelerator, output_dir, settings, first_step)
-    parts = {"unet": pipeline.unet, "vae": vae, "text_encoder": text_encoder, "tokenizer": images.tokenizer,
-             "scheduler": noise_scheduler}
+    parts = {**pipeline.components, "vae": vae, "text_encoder": text_encoder, "scheduler": noise_scheduler}
     look = functools.partial(validate, accelerator, parts, ema, held_out, args.train_batch_size,
                              args.validation_prompts, args.resolution, args.seed, output_dir, progress)
     if first_step % validation_steps == 0 or first_step == last_step:  # a stop comes before the look at its step
@@ -912,7 +923,7 @@ def train(args):
         grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
 
         # The step's one exchange: the loss, whether it is finite (fp16's scaler sees to gradients), whether to stop.
-        broken = ~torch.isfinite(step_loss) | (~torch.isfinite(grad_norm) & (accelerator.mixed_precision != "fp16"))
+        broken = ~torch.isfinite(step_loss) | (~torch.isfinite(grad_norm) & (precision != "fp16"))
         stop = torch.tensor(bool(signals) or launcher_died(parent), device=device)
         loss, broken, stop = accelerator.reduce(torch.stack([step_loss, broken.float(), stop.float()])).tolist()
         if not broken:
@@ -936,7 +947,8 @@ def train(args):
                 "grad_norm": grad_norm.item(), "images_per_second": images_per_second})
             progress["losses"] = []
         if stop or broken or done % args.checkpointing_steps == 0:
-            save_checkpoint(accelerator, output_dir, settings, progress, args.checkpoints_total_limit)
+            limit = None if broken else args.checkpoints_total_limit  # the last good one may be an older one
+            save_checkpoint(accelerator, output_dir, settings, progress, limit)
         if stop or broken:
             leave(accelerator, output_dir, done, broken, signals)
         if done % validation_steps == 0 or done == last_step:
@@ -1010,12 +1022,13 @@ def create_repo(push_to_hub, dry_run, output_dir, hub_model_id, hub_token, hub_p
 
 def push(repo_id, message, output_dir, hub_token, logging_dir, **_):
     """Uploads the result; if that fails, says how to do it by hand and ends with status 1."""
+    apart = ["checkpoint-*", f"{logging_dir}/*", "args.json"]
     try:
-        HfApi(token=hub_token).upload_folder(repo_id=repo_id, folder_path=output_dir, commit_message=message,
-                                             ignore_patterns=["checkpoint-*", f"{logging_dir}/*", "args.json"])
+        api = HfApi(token=hub_token)
+        api.upload_folder(repo_id=repo_id, folder_path=output_dir, commit_message=message, ignore_patterns=apart)
     except Exception as error:  # whatever it is, the result is safe and the user should hear that
         print(f"The upload failed ({last_line(error)}). The result is whole in {output_dir}; to send it again:\n"
-              f"  hf upload {repo_id} {output_dir} --exclude 'checkpoint-*'", file=sys.stderr)
+              f"  hf upload {repo_id} {output_dir} . --exclude {' '.join(map(repr, apart))}", file=sys.stderr)
         sys.exit(1)
 
 
