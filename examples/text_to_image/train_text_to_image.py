@@ -58,8 +58,7 @@ ORDER, AUGMENT, POSTERIOR, NOISE, TIMESTEP, OFFSET, PERTURBATION, DROPOUT, SUBSE
 REPLACED_FLAGS = {
     "--local_rank": "start with `accelerate launch` or torchrun, which set the rank",
     "--non_ema_revision": "use --revision; the UNet and its average start from the same weights",
-    "--dream_training": "use --snr_gamma=5 to weigh timesteps",
-    "--dream_detail_preservation": "use --snr_gamma=5 to weigh timesteps",
+    **dict.fromkeys(["--dream_training", "--dream_detail_preservation"], "use --snr_gamma=5 to weigh timesteps"),
 }
 # Settings that a resume may change: they leave the result as it is, or what follows from them is compared instead.
 FREE_ON_RESUME = """allow_changed_resume cache_dir caption_column checkpointing_steps checkpoints_total_limit config
@@ -511,12 +510,13 @@ def load_data(pretrained_model_name_or_path, single_file_config, revision, cache
 
 @contextlib.contextmanager
 def main_process_first(accelerator):
-    """The block runs in the main process, then in the others; under accelerate's own an error would leave them waiting
-    for a process that is gone, where so they meet the same error."""
+    """The block runs in the main process, then without a word in the others, which so read what it remembers or meet
+    the same error; under accelerate's own they would wait for a process that is gone."""
     if not accelerator.is_main_process:
         accelerator.wait_for_everyone()
     try:
-        yield
+        with contextlib.redirect_stdout(sys.stdout if accelerator.is_main_process else None):
+            yield
     finally:
         if accelerator.is_main_process:
             accelerator.wait_for_everyone()
@@ -537,12 +537,6 @@ def micro_batches(num_samples, batch_size, num_processes, process_index, accumul
         for start in range(0, len(samples), per_pass):
             mine = samples[start:][:per_pass][process_index * batch_size :][:batch_size]
             yield [(epoch, index, 1 / len(samples)) for index in mine] or [(epoch, samples[0], 0.0)]
-
-
-def ignore_signals(_):
-    """For workers: the main process alone answers SIGTERM and SIGINT, and needs its workers to finish the step."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 # ---------------------------------------------------------------------------------------------------------- models
@@ -730,18 +724,16 @@ def resume(accelerator, output_dir, resume_from_checkpoint, allow_changed_resume
     return json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
 
 
-def watch_signals():
-    """Returns a list to which SIGTERM and SIGINT are appended; a second one of a kind ends the process at once."""
-    received = []
+def on_signals(action, _=None):
+    """Answers SIGTERM and SIGINT by `action`. Workers ignore them: the main process needs them to finish the step."""
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: (received.append(number), signal.signal(number, signal.SIG_DFL)))
-    return received
+        signal.signal(number, action)
 
 
-def launcher_died(first_parent):
-    """Whether this process was started by a launcher that is gone: a SIGTERM reaches the launcher alone."""
-    launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
-    return bool(launched) and os.getppid() != first_parent
+def note_signal(received, number, _):
+    """Appends the signal to `received`; a second one ends the process at once."""
+    received.append(number)
+    signal.signal(number, signal.SIG_DFL)
 
 
 # -------------------------------------------------------------------------------------------- samples, held-out loss
@@ -853,15 +845,15 @@ def prepare_output(accelerator, output_dir, settings, first_step):
 
 def train(args):
     """Trains as `args` say. Ends with status 128 + signal after SIGTERM or SIGINT, 1 if a loss is not finite."""
-    output_dir, parent = Path(args.output_dir), os.getppid()
+    launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
+    output_dir, signals, parent = Path(args.output_dir), [], os.getppid()
     check_args(args)
     project = ProjectConfiguration(str(output_dir), str(output_dir / args.logging_dir))
     tracker = None if args.report_to == "none" else args.report_to
     accelerator = Accelerator(mixed_precision=args.mixed_precision, log_with=tracker, project_config=project)
     if args.allow_tf32:
         torch.set_float32_matmul_precision("high")
-    out = sys.stdout if accelerator.is_main_process else None
-    with main_process_first(accelerator), contextlib.redirect_stdout(out):  # the others read what it remembers
+    with main_process_first(accelerator):
         images, held_out, fingerprint = load_data(**vars(args))
         repo_id = create_repo(**vars(args))
     device, precision = accelerator.device, accelerator.mixed_precision
@@ -897,11 +889,11 @@ def train(args):
                              args.validation_prompts, args.resolution, args.seed, output_dir, progress)
     if first_step % validation_steps == 0 or first_step == last_step:  # a stop comes before the look at its step
         look()
-    signals = watch_signals()
+    on_signals(functools.partial(note_signal, signals))
     order = micro_batches(len(images), args.train_batch_size, accelerator.num_processes, accelerator.process_index,
                           args.gradient_accumulation_steps, args.seed, first_step, last_step)
     batches = iter(torch.utils.data.DataLoader(images, batch_sampler=order, num_workers=args.dataloader_num_workers,
-                                               pin_memory=device.type != "cpu", worker_init_fn=ignore_signals))
+        pin_memory=device.type != "cpu", worker_init_fn=functools.partial(on_signals, signal.SIG_IGN)))
     bar = tqdm(total=last_step, initial=first_step, unit="step", disable=not accelerator.is_local_main_process)
 
     for step in range(first_step, last_step):
@@ -922,9 +914,10 @@ def train(args):
             step_loss += loss.detach()
         grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
 
-        # The step's one exchange: the loss, whether it is finite (fp16's scaler sees to gradients), whether to stop.
+        # The step's one exchange: the loss, whether all is finite (fp16's gradients are its scaler's business), and
+        # whether to stop: by a signal, or because the launcher is gone, which is all that a SIGTERM to it does.
         broken = ~torch.isfinite(step_loss) | (~torch.isfinite(grad_norm) & (precision != "fp16"))
-        stop = torch.tensor(bool(signals) or launcher_died(parent), device=device)
+        stop = torch.tensor(bool(signals or (launched and os.getppid() != parent)), device=device)
         loss, broken, stop = accelerator.reduce(torch.stack([step_loss, broken.float(), stop.float()])).tolist()
         if not broken:
             optimizer.step()
@@ -974,8 +967,8 @@ def leave(accelerator, output_dir, step, broken, signals):
 
 
 def save_model(args, pipeline, objective, step):
-    """Writes the pipeline, trained UNet beside the base's own VAE and text encoder, and its model card. The scheduler
-    takes over what `objective`, the noise scheduler's config, says."""
+    """Writes the pipeline, trained UNet beside the base's own VAE and text encoder, with a scheduler that fits
+    `objective`, the noise scheduler's config, and the model card: licence of the base, samples, settings, no paths."""
     kind, changes = type(pipeline.scheduler), {"prediction_type": objective.prediction_type}
     if objective.rescale_betas_zero_snr:  # few samplers can start from pure noise
         kind, changes["rescale_betas_zero_snr"] = diffusers.DDIMScheduler, True
@@ -985,27 +978,23 @@ def save_model(args, pipeline, objective, step):
         part.to(DTYPES[args.save_precision])
     pipeline.save_pretrained(args.output_dir)
     make_readable(args.output_dir)
-    write_card(**{**vars(args), "output_dir": Path(args.output_dir)}, step=step)
-
-
-def write_card(output_dir, step, pretrained_model_name_or_path, validation_prompts, **settings):
-    """Writes README.md, the Hub's model card: licence of the base, last samples, use, settings but paths."""
-    base, local = pretrained_model_name_or_path, Path(pretrained_model_name_or_path).exists()
+    base, settings = args.pretrained_model_name_or_path, vars(args).items()
+    local = Path(base).exists()
     try:
         licence = ModelCard.load(Path(base) / "README.md" if local else base).data.license
     except (OSError, ValueError):  # a base without a card, or no connection
         licence = None
     data = ModelCardData(base_model=None if local else base, license=licence or "other", library_name="diffusers",
                          pipeline_tag="text-to-image", tags=["stable-diffusion", "stable-diffusion-diffusers"])
-    grid = f"![samples](samples/step-{step:06d}.png)\n\n"
-    samples = grid + "; ".join(validation_prompts) if validation_prompts else ""
-    rows = [f"| {flag} | {value} |" for flag, value in settings.items() if value is not None and value is not False
-            and not re.search("_dir$|_token|config|resume", flag) and not Path(str(value)).exists()]
-    base = Path(base).name if local else base
-    text = ["---", data.to_yaml(), "---", f"# {output_dir.resolve().name}", f"The UNet of {base}, after {step} steps "
-            "of fine-tuning.", samples, "Load it with `StableDiffusionPipeline.from_pretrained(...)`.",
-            "\n".join(["| setting | value |", "|---|---|", *rows]), ""]
-    (output_dir / "README.md").write_text("\n\n".join(text).replace("\n\n---", "\n---", 1), encoding="utf-8")
+    prompts = args.validation_prompts
+    samples = f"![samples](samples/step-{step:06d}.png)\n\n{'; '.join(prompts)}\n\n" if prompts else ""
+    rows = [f"| {flag} | {value} |\n" for flag, value in settings if value is not None and value is not False
+            and not re.search("_dir$|_path$|_token|config|resume", flag) and not Path(str(value)).exists()]
+    Path(args.output_dir, "README.md").write_text(
+        f"---\n{data.to_yaml()}\n---\n\n# {Path(args.output_dir).resolve().name}\n\nThe UNet of "
+        f"{Path(base).name if local else base}, fine-tuned for {step} steps. Load it with "
+        f"`StableDiffusionPipeline.from_pretrained(...)`.\n\n{samples}| setting | value |\n|---|---|\n{''.join(rows)}",
+        encoding="utf-8")
 
 
 def create_repo(push_to_hub, dry_run, output_dir, hub_model_id, hub_token, hub_private_repo, **_):
