@@ -15,13 +15,13 @@ import argparse
 import contextlib
 import copy
 import csv
+import datetime
 import functools
 import hashlib
 import io
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 import signal
@@ -39,7 +39,13 @@ import transformers
 import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import ProjectConfiguration, extract_model_from_parallel, parse_flag_from_env, send_to_device
+from accelerate.utils import (
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    extract_model_from_parallel,
+    parse_flag_from_env,
+    send_to_device,
+)
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel, compute_snr
 from diffusers.utils import is_bitsandbytes_available, is_xformers_available, make_image_grid
@@ -153,7 +159,7 @@ def parse_args(argv=None):
     add("--logging_steps", type=int, default=10, help="log the mean loss every so many steps")
     add("--push_to_hub", **switch, help="upload the result to the Hub")
     add("--hub_model_id", help="repository to upload to; default: the name of --output_dir")
-    add("--hub_token", help="token for the Hub; default: the one that `hf auth login` stored")
+    add("--hub_token", help="token for dataset and upload; default: the one that `hf auth login` stored")
     add("--hub_private_repo", **switch, help="make the repository private")
     add = parser.add_argument_group("run").add_argument
     add("--seed", type=int, default=0, help="seed of everything that is drawn at random")
@@ -228,13 +234,18 @@ def check_args(args):
     rules = re.fullmatch(r"({0}:\d+,)+{0}".format(r"\d*\.?\d+(e-?\d+)?"), args.lr_step_rules or "")
     refuse(schedule == "piecewise_constant" and not rules, "lr_step_rules", "give rules such as 1:10,0.1:20,0.01")
     refuse(args.validation_steps and args.validation_epochs, "validation_epochs", "give this or --validation_steps")
+    refuse(args.train_data_dir and args.image_column != "image", "image_column", "needs --dataset_name; drop this")
     if bool(args.dataset_name) == bool(args.train_data_dir):
         problems.append("give the images by one of --train_data_dir and --dataset_name")
     trackers = ["all", "none", *map(str, get_available_trackers())]
     refuse(args.report_to not in trackers, "report_to", f"installed are {', '.join(trackers)}")
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    if on_cpu and (args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")) == "fp16":
-        problems.append("--mixed_precision=fp16 (or accelerate's config): a CPU cannot train in it; use bf16 or no")
+    precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in DTYPES or (on_cpu and precision == "fp16"):
+        problems.append(f"--mixed_precision={precision} (or accelerate's config): cannot train here; use bf16 or no")
+    for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{engine}"):
+            problems.append(f"accelerate's config asks for {engine}, which cannot be used; choose one or several GPUs")
     refuse(on_cpu and args.allow_tf32, "allow_tf32", "needs an NVIDIA GPU; drop it")
     packages = {"use_8bit_adam": is_bitsandbytes_available(),
                 "enable_xformers_memory_efficient_attention": is_xformers_available() and not on_cpu}
@@ -247,20 +258,23 @@ def check_args(args):
 
 def check_output(output_dir, resume_from_checkpoint, overwrite_output_dir, **_):
     """Lists what is wrong with the output folder and the checkpoint to resume from."""
-    output, resume, overwrite = Path(output_dir), resume_from_checkpoint, overwrite_output_dir
-    checkpoint, problems = find_checkpoint(output, resume), []
+    output, resume = Path(output_dir), resume_from_checkpoint
+    checkpoint, problems, newest = find_checkpoint(output, resume), [], find_checkpoint(output, "latest")
     if checkpoint and not (checkpoint / "progress.json").is_file():
         problems.append(f"--resume_from_checkpoint={resume}: is no whole checkpoint folder; name one, or latest")
-    if resume and overwrite:
+    if resume and overwrite_output_dir:
         problems.append("--overwrite_output_dir: contradicts --resume_from_checkpoint; drop one")
+    run = (output / "args.json").is_file()
     # Without a checkpoint `latest` starts anew, in the folder of a run that was stopped before its first one.
-    begun = (output / "args.json").is_file() and not (output / "model_index.json").exists()
-    own = output.resolve() == checkpoint.resolve().parent if checkpoint else resume and begun
+    begun = resume == "latest" and run and not (output / "model_index.json").exists()
+    own = output.resolve() == checkpoint.resolve().parent if checkpoint else begun
+    if own and newest and checkpoint.resolve() != newest.resolve():
+        problems.append(f"--resume_from_checkpoint={resume}: {newest} is newer; use that, or another --output_dir")
     if output.is_file():
         problems.append(f"--output_dir={output}: is a file; name a folder")
-    elif output.exists() and any(output.iterdir()) and not (own or overwrite):
-        problems.append(f"--output_dir={output}: is in use; name another folder, or add --overwrite_output_dir, or "
-                        "--resume_from_checkpoint=latest to go on with the run in it")
+    elif output.exists() and any(output.iterdir()) and not own and not (overwrite_output_dir and run):
+        problems.append(f"--output_dir={output}: is in use; name another folder, or go on with the run in it by "
+                        "--resume_from_checkpoint=latest, or write over that run by --overwrite_output_dir")
     return problems
 
 
@@ -282,6 +296,8 @@ def check_model(pretrained_model_name_or_path, single_file_config, revision, cac
         unet, vae, scheduler = [kind.load_config(source, subfolder=part, **where) for part, kind in (
             ("unet", diffusers.UNet2DConditionModel), ("vae", diffusers.AutoencoderKL),
             ("scheduler", diffusers.DDPMScheduler))]
+        CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where)
+        CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)
     except (OSError, ValueError) as error:
         missing = "is no whole pipeline" if Path(source).is_dir() else "is no folder, nor to be had from the Hub"
         return [f"the model {source} {missing}; check its name and the connection ({last_line(error)})"]
@@ -306,7 +322,8 @@ def read_folder(folder, caption_column):
     `caption_column`) or a .txt beside the image. What is missing gives a row too, so that the check names it.
     Raises `InputError` for a folder without images and for metadata that cannot be read."""
     files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-    images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")]
+    images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES
+              and not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     metadata = [path for path in files if path.name in ("metadata.jsonl", "metadata.csv")]
     if not images:
         missing = "holds no images" if Path(folder).is_dir() else "does not exist"
@@ -319,7 +336,8 @@ def read_folder(folder, caption_column):
             if path.suffix == ".jsonl":
                 rows = [json.loads(line) for line in lines if line.strip()]
             for row in rows:
-                captions[path.parent / row["file_name"]] = all_captions(row.get(caption_column))
+                file = Path(os.path.normpath(path.parent / row["file_name"]))
+                captions[file] = all_captions(row.get(caption_column))
             if not any(caption_column in row for row in rows):
                 problems.append(f"{path}: has no {caption_column!r}; set --caption_column, of {', '.join(rows[0])}")
         except json.JSONDecodeError as error:
@@ -545,22 +563,31 @@ def last_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
 
 
-def load_pipeline(pretrained_model_name_or_path, single_file_config, revision, variant, cache_dir, **_):
-    """Loads the base in float32, without its safety checker. Raises `InputError`."""
-    name = pretrained_model_name_or_path
-    where = {"cache_dir": cache_dir, "safety_checker": None, "dtype": torch.float32}
-    try:
-        if single_file_config:  # a .ckpt is read as weights only
-            return diffusers.StableDiffusionPipeline.from_single_file(name, config=single_file_config, **where)
-        return diffusers.StableDiffusionPipeline.from_pretrained(name, revision=revision, variant=variant, **where)
-    except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
-        raise InputError(f"the weights of {name} cannot be loaded ({last_line(error)})") from None
+def make_accelerator(mixed_precision, report_to, output_dir, logging_dir, allow_tf32, **_):
+    """The accelerator; its processes wait for each other for a day, since one of them checks all images, and draws."""
+    if allow_tf32:
+        torch.set_float32_matmul_precision("high")
+    project = ProjectConfiguration(output_dir, str(Path(output_dir, logging_dir)))
+    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(days=1))
+    tracker = None if report_to == "none" else report_to
+    return Accelerator(mixed_precision=mixed_precision, log_with=tracker, project_config=project,
+                       kwargs_handlers=[patience])
 
 
 def load_models(args, weight_dtype, device):
-    """Loads the base; returns its pipeline, whose UNet is to be trained, frozen copies of VAE and text encoder in
-    `weight_dtype`, and the noise scheduler."""
-    pipeline = load_pipeline(**vars(args))
+    """Loads the base in float32, without its safety checker; returns its pipeline, whose UNet is to be trained, frozen
+    copies of VAE and text encoder in `weight_dtype`, and the noise scheduler. Raises `InputError`."""
+    where = {"cache_dir": args.cache_dir, "safety_checker": None, "dtype": torch.float32}
+    try:
+        if args.single_file_config:  # a .ckpt is read as weights only
+            load, more = diffusers.StableDiffusionPipeline.from_single_file, {"config": args.single_file_config}
+        else:
+            load = diffusers.StableDiffusionPipeline.from_pretrained
+            more = {"revision": args.revision, "variant": args.variant}
+        pipeline = load(args.pretrained_model_name_or_path, **where, **more)
+    except Exception as error:  # every format has its own way of being broken
+        raise InputError(f"the weights of {args.pretrained_model_name_or_path} cannot be loaded "
+                         f"({last_line(error)})") from None
     objective = {"prediction_type": args.prediction_type} if args.prediction_type else {}
     zero_snr = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     objective |= zero_snr if args.rescale_betas_zero_snr else {}
@@ -596,10 +623,9 @@ def make_average(parameters, use_ema, ema_decay, ema_warmup, foreach_ema, **_):
 
 # ----------------------------------------------------------------------------------------------------- mathematics
 def draw(seed, stream, batch, sample):
-    """What `sample` draws from generators made of (seed, stream, epoch, index), as a tensor (batch, ...)."""
+    """What `sample` draws from generators made of (seed, stream, epoch, index): a tensor (batch, ...) on the CPU."""
     pairs = zip(batch["epoch"].tolist(), batch["index"].tolist(), strict=True)
-    drawn = np.stack([sample(np.random.default_rng((seed, stream, *pair))) for pair in pairs])
-    return torch.from_numpy(drawn).to(batch["index"].device)
+    return torch.from_numpy(np.stack([sample(np.random.default_rng((seed, stream, *pair))) for pair in pairs]))
 
 
 def draw_normal(seed, stream, batch, shape):
@@ -615,22 +641,24 @@ def draw_timesteps(seed, batch, num_train_timesteps):
 def draw_noise(seed, batch, latents, noise_offset, input_perturbation):
     """The noise to predict and the noise to add, each like `latents`; they differ by input perturbation alone
     (arXiv 2301.11706, eq. 3). `noise_offset` shifts whole channels of both."""
-    noise = draw_normal(seed, NOISE, batch, latents.shape[1:])
+    noise = draw_normal(seed, NOISE, batch, latents.shape[1:]).to(latents.device)
     if noise_offset:
-        noise = noise + noise_offset * draw_normal(seed, OFFSET, batch, (latents.shape[1], 1, 1))
+        noise = noise + noise_offset * draw_normal(seed, OFFSET, batch, (latents.shape[1], 1, 1)).to(latents.device)
     if not input_perturbation:
         return noise, noise
-    return noise, noise + input_perturbation * draw_normal(seed, PERTURBATION, batch, latents.shape[1:])
+    more = draw_normal(seed, PERTURBATION, batch, latents.shape[1:]).to(latents.device)
+    return noise, noise + input_perturbation * more
 
 
 @torch.no_grad()
 def encode(vae, text_encoder, batch, seed):
     """Encodes images to latents (batch, 4, height / 8, width / 8) in float32, drawn from the VAE's posterior, and
     captions to prompt_embeds (batch, max_length, width)."""
-    pixel_values = batch["pixel_values"].to(vae.dtype) / 127.5 - 1  # [-1, 1]
-    posterior = vae.encode(pixel_values).latent_dist
+    pixel_values = batch["pixel_values"] / 127.5 - 1  # [-1, 1], in float32: half precision would round them
+    posterior = vae.encode(pixel_values.to(vae.dtype)).latent_dist
     mean, std = posterior.mean.float(), posterior.std.float()
-    latents = (mean + std * draw_normal(seed, POSTERIOR, batch, mean.shape[1:])) * vae.config.scaling_factor
+    noise = draw_normal(seed, POSTERIOR, batch, mean.shape[1:]).to(mean.device)
+    latents = (mean + std * noise) * vae.config.scaling_factor
     return latents, text_encoder(batch["input_ids"])[0]
 
 
@@ -673,7 +701,7 @@ def make_readable(folder):
 def save_checkpoint(accelerator, output_dir, settings, progress, total_limit):
     """Writes checkpoint-N beside its place, then renames it; only then do older ones beyond `total_limit` go."""
     final = output_dir / f"checkpoint-{progress['global_step']}"
-    partial, replaced = final.with_suffix(".partial"), final.with_suffix(".replaced")
+    partial = final.with_suffix(".partial")
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)  # of a save that was killed
     accelerator.wait_for_everyone()
@@ -684,10 +712,9 @@ def save_checkpoint(accelerator, output_dir, settings, progress, total_limit):
         (partial / "args.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         (partial / "progress.json").write_text(json.dumps(progress) + "\n", encoding="utf-8")
         os.sync()  # files before names, or a crash could leave a whole name with half a file
-        if final.exists():  # this run went on from an earlier one
-            final.rename(replaced)
-        partial.rename(final)
-        shutil.rmtree(replaced, ignore_errors=True)
+        if not final.exists():  # else a broken step just after a save, which is the same state
+            partial.rename(final)
+        shutil.rmtree(partial, ignore_errors=True)
         for old in list_checkpoints(output_dir)[: -total_limit if total_limit else 0]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
@@ -706,22 +733,32 @@ def find_checkpoint(output_dir, wanted):
     return Path(output_dir, wanted) if Path(output_dir, wanted).is_dir() else Path(wanted)
 
 
-def resume(accelerator, output_dir, resume_from_checkpoint, allow_changed_resume, settings):
-    """Loads the checkpoint to resume from, if any, and returns the progress: steps, held-out losses before them,
-    losses not yet logged. Settings that change the result and differ raise `InputError`, or are told if allowed."""
-    checkpoint = find_checkpoint(output_dir, resume_from_checkpoint)
-    if not checkpoint:
-        return {"global_step": 0, "base_losses": None, "losses": []}
+def resume(accelerator, checkpoint, settings, last_step, optimizer, lr_scheduler, ema):
+    """Loads a checkpoint; returns its progress: steps, held-out losses before them, losses not yet logged. Settings
+    that change the result and differ raise `InputError`, or are told and take effect if that is allowed."""
     before = json.loads((checkpoint / "args.json").read_text(encoding="utf-8"))
-    changed = [f"{name}: {before.get(name)} there, {value} now" for name, value in settings.items()
-               if name not in FREE_ON_RESUME and before.get(name) != value]
-    if changed and not allow_changed_resume:
-        raise InputError("\n  ".join([f"--resume_from_checkpoint: {checkpoint} was made under other settings; use "
-                                      "them, or add --allow_changed_resume", *changed]))
+    changed = {name: f"{name}: {before.get(name)} there, {value} now" for name, value in settings.items()
+               if name not in FREE_ON_RESUME and before.get(name) != value}
     if changed:
-        accelerator.print("\n  ".join([f"Resuming {checkpoint} under changed settings:", *changed]))
+        fixed = changed.keys() & {"use_ema", "use_8bit_adam", "mixed_precision"}  # the state would not fit
+        remedy = "use those" if fixed else "use those, or add --allow_changed_resume"
+        told = "\n  ".join([f"{checkpoint} was made under other settings; {remedy}", *changed.values()])
+        if fixed or not settings["allow_changed_resume"]:
+            raise InputError(f"--resume_from_checkpoint: {told}")
+        accelerator.print(told)
+    group, average = dict(optimizer.param_groups[0]), dict(vars(ema)) if ema else {}
     accelerator.load_state(str(checkpoint))
-    return json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
+    # Loading sets the checkpoint's rates and decays again; what is asked for now is the same unless it was changed.
+    lr_scheduler.base_lrs = [group["initial_lr"]]
+    group["lr"] = group["initial_lr"] * lr_scheduler.lr_lambdas[0](lr_scheduler.last_epoch)
+    lr_scheduler._last_lr = [group["lr"]]
+    optimizer.param_groups[0].update({key: value for key, value in group.items() if key != "params"})
+    if ema:
+        ema.decay, ema.use_ema_warmup = average["decay"], average["use_ema_warmup"]
+    progress = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
+    if progress["global_step"] > last_step:
+        raise InputError(f"--max_train_steps: {checkpoint} is beyond the last step, {last_step}; raise it")
+    return {**progress, "base_losses": None if "data" in changed else progress["base_losses"]}
 
 
 def on_signals(action, _=None):
@@ -745,12 +782,13 @@ def held_out_losses(accelerator, unet, vae, text_encoder, noise_scheduler, image
     batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
     losses, num_timesteps = torch.zeros(len(images), device=accelerator.device), len(noise_scheduler.alphas_cumprod)
     for batch in torch.utils.data.DataLoader(images, batch_sampler=batches):
-        batch = send_to_device(batch, accelerator.device)
+        batch = send_to_device(batch, accelerator.device, skip_keys=["epoch", "index"])
         with accelerator.autocast():
             latents, prompt_embeds = encode(vae, text_encoder, batch, seed=0)
             for part in range(HELD_OUT_TIMESTEPS):
-                noise = draw_normal(part, HELD_OUT, batch, latents.shape[1:])
+                noise = draw_normal(part, HELD_OUT, batch, latents.shape[1:]).to(latents.device)
                 timesteps = (draw_timesteps(0, batch, num_timesteps) + part * num_timesteps) // HELD_OUT_TIMESTEPS
+                timesteps = timesteps.to(latents.device)
                 part_losses = diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, noise, noise, timesteps)
                 losses[batch["index"]] += part_losses / HELD_OUT_TIMESTEPS
     return accelerator.reduce(losses, "sum").cpu()
@@ -776,6 +814,8 @@ def draw_samples(accelerator, parts, prompts, resolution, seed, path):
 def validate(accelerator, parts, ema, images, batch_size, prompts, resolution, seed, output_dir, progress):
     """Draws samples to samples/step-N.png and logs the held-out loss, under the averaged weights if there are any, and
     its gain over the first call's, which `progress` keeps, with the standard error of the paired difference."""
+    if not prompts and not len(images):
+        return
     step, unet = progress["global_step"], parts["unet"].eval()
     if ema:
         ema.store(unet.parameters())
@@ -783,8 +823,7 @@ def validate(accelerator, parts, ema, images, batch_size, prompts, resolution, s
     if len(images):
         frozen = (parts["vae"], parts["text_encoder"], parts["scheduler"])
         losses = held_out_losses(accelerator, unet, *frozen, images, batch_size)
-        if len(progress["base_losses"] or []) != len(losses):  # the first, or others since a changed resume
-            progress["base_losses"] = losses.tolist()
+        progress["base_losses"] = progress["base_losses"] or losses.tolist()
         gain = torch.tensor(progress["base_losses"]) - losses
         error = gain.std().item() / len(gain) ** 0.5 if len(gain) > 1 else 0.0
         numbers = {"held_out_loss": losses.mean().item(), "held_out_gain": gain.mean().item(), "gain_error": error}
@@ -848,11 +887,7 @@ def train(args):
     launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
     output_dir, signals, parent = Path(args.output_dir), [], os.getppid()
     check_args(args)
-    project = ProjectConfiguration(str(output_dir), str(output_dir / args.logging_dir))
-    tracker = None if args.report_to == "none" else args.report_to
-    accelerator = Accelerator(mixed_precision=args.mixed_precision, log_with=tracker, project_config=project)
-    if args.allow_tf32:
-        torch.set_float32_matmul_precision("high")
+    accelerator = make_accelerator(**vars(args))
     with main_process_first(accelerator):
         images, held_out, fingerprint = load_data(**vars(args))
         repo_id = create_repo(**vars(args))
@@ -878,10 +913,13 @@ def train(args):
     settings = {**vars(args), "hub_token": None, "data": fingerprint, "samples_per_step": samples_per_step,
                 "peak_learning_rate": learning_rate, "mixed_precision": precision,
                 "schedule_steps": None if args.lr_scheduler.startswith("constant") else last_step}
-    progress = resume(accelerator, output_dir, args.resume_from_checkpoint, args.allow_changed_resume, settings)
+    progress = {"global_step": 0, "base_losses": None, "losses": []}
+    if checkpoint := find_checkpoint(output_dir, args.resume_from_checkpoint):
+        progress = resume(accelerator, checkpoint, settings, last_step, optimizer, lr_scheduler, ema)
     first_step, num_trained = progress["global_step"], sum(parameter.numel() for parameter in parameters)
     print_plan(accelerator, settings, num_trained, len(images), len(held_out), first_step, last_step)
     if args.dry_run:
+        accelerator.end_training()
         return
     prepare_output(accelerator, output_dir, settings, first_step)
     parts = {**pipeline.components, "vae": vae, "text_encoder": text_encoder, "scheduler": noise_scheduler}
@@ -902,10 +940,10 @@ def train(args):
         torch.manual_seed(np.random.default_rng((args.seed, DROPOUT, step, accelerator.process_index)).integers(2**32))
         num_samples = min(samples_per_step, len(images) - step % steps_per_epoch * samples_per_step)
         for passes_left in reversed(range(math.ceil(num_samples / per_pass))):
-            batch = send_to_device(next(batches), device)
+            batch = send_to_device(next(batches), device, non_blocking=True, skip_keys=["epoch", "index"])
             latents, prompt_embeds = encode(vae, text_encoder, batch, args.seed)
             noise, added_noise = draw_noise(args.seed, batch, latents, args.noise_offset, args.input_perturbation)
-            timesteps = draw_timesteps(args.seed, batch, noise_scheduler.config.num_train_timesteps)
+            timesteps = draw_timesteps(args.seed, batch, noise_scheduler.config.num_train_timesteps).to(device)
             with accelerator.no_sync(unet) if passes_left else contextlib.nullcontext():
                 losses = diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, noise, added_noise, timesteps,
                                           args.snr_gamma)
@@ -916,15 +954,17 @@ def train(args):
 
         # The step's one exchange: the loss, whether all is finite (fp16's gradients are its scaler's business), and
         # whether to stop: by a signal, or because the launcher is gone, which is all that a SIGTERM to it does.
-        broken = ~torch.isfinite(step_loss) | (~torch.isfinite(grad_norm) & (precision != "fp16"))
+        overflow = ~torch.isfinite(grad_norm)
+        broken = ~torch.isfinite(step_loss) | (overflow & (precision != "fp16"))
         stop = torch.tensor(bool(signals or (launched and os.getppid() != parent)), device=device)
-        loss, broken, stop = accelerator.reduce(torch.stack([step_loss, broken.float(), stop.float()])).tolist()
+        flags = torch.stack([step_loss, broken.float(), overflow.float(), stop.float()])
+        loss, broken, overflow, stop = accelerator.reduce(flags).tolist()
         if not broken:
             optimizer.step()
             optimizer.zero_grad()
             progress["global_step"] = step + 1
             progress["losses"].append(loss)
-            if not accelerator.optimizer_step_was_skipped:
+            if not overflow:  # else fp16's scaler skipped the step; its own report misses that of a fused optimizer
                 lr_scheduler.step()
                 if ema:
                     ema.to(device)
@@ -937,7 +977,7 @@ def train(args):
         if done > step and (done % args.logging_steps == 0 or done == last_step):
             write_log(accelerator, output_dir, done, {
                 "loss": sum(progress["losses"]) / len(progress["losses"]), "lr": lr_scheduler.get_last_lr()[0],
-                "grad_norm": grad_norm.item(), "images_per_second": images_per_second})
+                "grad_norm": None if overflow else grad_norm.item(), "images_per_second": images_per_second})
             progress["losses"] = []
         if stop or broken or done % args.checkpointing_steps == 0:
             limit = None if broken else args.checkpoints_total_limit  # the last good one may be an older one
@@ -982,14 +1022,14 @@ def save_model(args, pipeline, objective, step):
     local = Path(base).exists()
     try:
         licence = ModelCard.load(Path(base) / "README.md" if local else base).data.license
-    except (OSError, ValueError):  # a base without a card, or no connection
+    except Exception:  # no card, no connection, bad YAML: a licence must not cost a result
         licence = None
     data = ModelCardData(base_model=None if local else base, license=licence or "other", library_name="diffusers",
                          pipeline_tag="text-to-image", tags=["stable-diffusion", "stable-diffusion-diffusers"])
     prompts = args.validation_prompts
     samples = f"![samples](samples/step-{step:06d}.png)\n\n{'; '.join(prompts)}\n\n" if prompts else ""
     rows = [f"| {flag} | {value} |\n" for flag, value in settings if value is not None and value is not False
-            and not re.search("_dir$|_path$|_token|config|resume", flag) and not Path(str(value)).exists()]
+            and not re.search("_dir$|_path$|_token|config|resume", flag) and not os.path.exists(str(value))]
     Path(args.output_dir, "README.md").write_text(
         f"---\n{data.to_yaml()}\n---\n\n# {Path(args.output_dir).resolve().name}\n\nThe UNet of "
         f"{Path(base).name if local else base}, fine-tuned for {step} steps. Load it with "
@@ -1004,20 +1044,20 @@ def create_repo(push_to_hub, dry_run, output_dir, hub_model_id, hub_token, hub_p
     name = hub_model_id or Path(output_dir).resolve().name
     try:
         return HfApi(token=hub_token).create_repo(name, private=hub_private_repo or None, exist_ok=True).repo_id
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of the Hub, of the connection or of the name
         raise InputError(f"--push_to_hub: the repository {name} cannot be made; log in with `hf auth login` or "
                          f"--hub_token, and check --hub_model_id ({last_line(error)})") from None
 
 
-def push(repo_id, message, output_dir, hub_token, logging_dir, **_):
-    """Uploads the result; if that fails, says how to do it by hand and ends with status 1."""
-    apart = ["checkpoint-*", f"{logging_dir}/*", "args.json"]
+def push(repo_id, message, output_dir, hub_token, **_):
+    """Uploads the result and nothing else of the folder; if that fails, says how to and ends with status 1."""
+    files = "README.md model_index.json samples/* unet/* vae/* text_encoder/* tokenizer/* scheduler/*".split()
     try:
-        api = HfApi(token=hub_token)
-        api.upload_folder(repo_id=repo_id, folder_path=output_dir, commit_message=message, ignore_patterns=apart)
+        HfApi(token=hub_token).upload_folder(repo_id=repo_id, folder_path=output_dir, commit_message=message,
+                                             allow_patterns=files)
     except Exception as error:  # whatever it is, the result is safe and the user should hear that
         print(f"The upload failed ({last_line(error)}). The result is whole in {output_dir}; to send it again:\n"
-              f"  hf upload {repo_id} {output_dir} . --exclude {' '.join(map(repr, apart))}", file=sys.stderr)
+              f"  hf upload {repo_id} {output_dir} . --include {' '.join(map(repr, files))}", file=sys.stderr)
         sys.exit(1)
 
 
