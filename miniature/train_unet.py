@@ -38,6 +38,7 @@ SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.01
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline_dir", default="miniature/pipeline")
+    parser.add_argument("--init_from", help="a trained UNet's folder: train it on instead of starting from nothing")
     parser.add_argument("--num_images", type=int, default=8_000)
     parser.add_argument("--num_steps", type=int, default=6_000)
     parser.add_argument("--max_minutes", type=float, default=math.inf, help="ends earlier, the rate decayed in time")
@@ -93,6 +94,8 @@ def load_data(args, vae, tokenizer, text_encoder):
 
 
 def build_unet(args, cross_attention_dim):
+    if args.init_from:
+        return UNet2DConditionModel.from_pretrained(args.init_from, torch_dtype=torch.float32)
     return UNet2DConditionModel(
         sample_size=8, in_channels=4, out_channels=4, cross_attention_dim=cross_attention_dim,
         down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
