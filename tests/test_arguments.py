@@ -25,8 +25,7 @@ def command(tiny_pipeline, image_folder, tmp_path):
 @pytest.fixture
 def refused(train_script, monkeypatch, capsys):
     """refused(argv) -> the message with which main() ends, with all that holds for every one of them asserted."""
-    for name in ("load_models", "load_pipeline"):
-        monkeypatch.setattr(train_script, name, lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(train_script, "load_models", lambda *_, **__: pytest.fail("a model was loaded"))
 
     def run(argv):
         with pytest.raises(SystemExit) as caught:
@@ -327,7 +326,7 @@ def test_single_file_and_its_config_belong_together(train_script, command, tiny_
 # ---- output and resuming
 
 
-def test_a_folder_in_use_is_not_written_over(refused, command, tmp_path):
+def test_a_folder_in_use_is_not_written_over(train_script, refused, command, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
@@ -336,6 +335,10 @@ def test_a_folder_in_use_is_not_written_over(refused, command, tmp_path):
     assert "--resume_from_checkpoint=latest" in message
     assert "--overwrite_output_dir" in message
     assert (out / "notes.txt").read_text() == "mine"
+    # No run of ours is there to be written over, so that flag does not help.
+    assert str(out) in refused(command("--overwrite_output_dir"))
+    (out / "args.json").write_text("{}")
+    assert problems(train_script, command("--overwrite_output_dir")) == ""
 
 
 def test_an_empty_folder_may_be_there_but_not_a_file(train_script, command, tmp_path):
@@ -392,7 +395,8 @@ def test_resuming_under_settings_that_change_the_result_is_refused(train_script,
     message = capsys.readouterr().err
     assert caught.value.code == 2
     assert f"{name}: " in message
-    assert "--allow_changed_resume" in message
+    # State of another kind does not fit, so no flag lets these change.
+    assert ("--allow_changed_resume" in message) == (name not in ("mixed_precision", "use_ema"))
     assert len(message.strip().splitlines()) <= MAX_LINES
     assert not (run / "checkpoint-3").exists()
 
@@ -422,9 +426,20 @@ def test_changed_settings_can_be_allowed_and_are_said(train_script, command, run
     train_script.main(command(*words, "--allow_changed_resume"))
     assert "learning_rate: 0.0001 there, 0.0002 now" in capsys.readouterr().out
     assert last_step(run) == 3
+    rates = [json.loads(line).get("lr") for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [rate for rate in rates if rate] == [1e-4, 2e-4]
+
+
+def test_a_checkpoint_beyond_the_last_step_is_refused(train_script, command, run, capsys):
+    with pytest.raises(SystemExit) as caught:
+        train_script.main(command("--resume_from_checkpoint=latest", "--max_train_steps=1"))
+    assert caught.value.code == 2
+    assert "beyond the last step, 1" in capsys.readouterr().err
+    assert last_step(run) == 2
 
 
 def test_settings_that_leave_the_result_alone_may_change(train_script, command, run, capsys, tmp_path):
+    shutil.rmtree(run / "checkpoint-2")
     words = ["--resume_from_checkpoint", run / "checkpoint-1", "--max_train_steps=3", "--checkpointing_steps=2"]
     words += ["--train_batch_size=1", "--gradient_accumulation_steps=2", "--logging_steps=1", "--save_precision=fp16"]
     train_script.main(command(*words, "--dataloader_num_workers=0", "--gradient_checkpointing"))
@@ -434,6 +449,8 @@ def test_settings_that_leave_the_result_alone_may_change(train_script, command, 
 
 def test_checkpoints_are_found_by_their_name_in_the_output_folder(train_script, command, run, capsys):
     """As diffusers' users write it. The path as it stands is tested above."""
+    assert "newer" in problems(train_script, command("--resume_from_checkpoint=checkpoint-1"))
+    shutil.rmtree(run / "checkpoint-2")
     train_script.main(command("--resume_from_checkpoint=checkpoint-1", "--max_train_steps=3", "--dry_run"))
     assert "steps      1 to 3" in capsys.readouterr().out
     assert "no whole checkpoint" in problems(train_script, command("--resume_from_checkpoint=checkpoint-7"))

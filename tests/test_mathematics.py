@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, StableDiffusionPipeline
 
 SHAPE = (4, 8, 8)
 
@@ -284,7 +284,7 @@ def test_latents_are_mean_plus_std_times_own_noise_scaled(train_script):
 
 
 def test_encode_with_a_real_vae_and_text_encoder(train_script, tiny_pipeline):
-    pipeline = train_script.load_pipeline(str(tiny_pipeline), None, None, None, None)
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
     generator = torch.Generator().manual_seed(4)
     pixel_values = torch.randint(256, (3, 3, 32, 32), generator=generator, dtype=torch.uint8)
     ids = torch.tensor([pipeline.tokenizer("a red circle", padding="max_length").input_ids] * 3)

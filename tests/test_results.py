@@ -84,7 +84,7 @@ def test_single_file_starts_where_its_folder_does(train_script, request, images,
     folder = request.getfixturevalue(fixture)
     file = save_original(StableDiffusionPipeline.from_pretrained(folder), tmp_path / f"model.{suffix}")
     line = words(file, images, tmp_path, single_file_config=folder)
-    loaded = train_script.load_pipeline(**vars(train_script.parse_args(line)))
+    loaded = train_script.load_models(train_script.parse_args(line), torch.float32, "cpu")[0]
     expected = StableDiffusionPipeline.from_pretrained(folder)
     for part in ("unet", "vae", "text_encoder"):
         assert same(dict(getattr(loaded, part).state_dict()), dict(getattr(expected, part).state_dict())), part
@@ -196,7 +196,11 @@ def pushed_words(licensed, images):
 @pytest.mark.slow
 def test_result_arrives_on_the_hub(pushed_words, fake_hub, tmp_path):
     folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "args.json").write_text("{}")  # an earlier run, in a folder with something of the user's own
+    (folder / ".env").write_text("PASSWORD=1")
     settings = {"hub_model_id": "a_drawer", "hub_private_repo": True, "logging_dir": "board"}
+    settings |= {"overwrite_output_dir": True}
     ran = run_script(pushed_words(folder, **settings), env=fake_hub.env)
     assert ran.returncode == 0, ran.stderr
     assert list(fake_hub.repos) == [f"{USER}/a_drawer"]
@@ -205,8 +209,10 @@ def test_result_arrives_on_the_hub(pushed_words, fake_hub, tmp_path):
     assert fake_hub.tokens == {TOKEN}
     assert [commit.message for commit in repo.commits if commit.paths] == ["Train 2 steps"]
 
-    # All of the pipeline, and neither checkpoints nor logs nor the settings with their local paths.
-    local = {path for path in snapshot(folder) if not path.startswith(("checkpoint-", "board/"))} - {"args.json"}
+    # All of the pipeline, and neither checkpoints nor the tracker's files nor the settings with their local paths.
+    apart = {"args.json", ".env"}
+    local = {path for path in snapshot(folder) if not path.startswith(("checkpoint-", "board/"))} - apart
+    assert (folder / ".env").read_text() == "PASSWORD=1"
     assert {path for path in repo.files if path != ".gitattributes"} == local
     assert (folder / "board").is_dir()
     assert "model_index.json" in local
