@@ -1050,8 +1050,9 @@ def create_repo(push_to_hub, dry_run, output_dir, hub_model_id, hub_token, hub_p
 
 
 def push(repo_id, message, output_dir, hub_token, **_):
-    """Uploads the result and nothing else of the folder; if that fails, says how to and ends with status 1."""
-    files = "README.md model_index.json log.jsonl samples/* unet/* vae/* text_encoder/* tokenizer/* scheduler/*".split()
+    """Uploads the result, nothing else of the folder; if that fails, says how to and ends with status 1."""
+    files = ["README.md", "model_index.json", "log.jsonl"]
+    files += [f"{part}/*" for part in ("samples", "unet", "vae", "text_encoder", "tokenizer", "scheduler")]
     try:
         HfApi(token=hub_token).upload_folder(repo_id=repo_id, folder_path=output_dir, commit_message=message,
                                              allow_patterns=files)
