@@ -14,7 +14,7 @@ TEST_WORKERS ?= 2
 PYTEST_ARGS ?=
 
 # `accelerate launch` gives a process one thread unless it is told otherwise.
-THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
+THREADS ?= $(shell nproc)
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process $(THREADS)
 
