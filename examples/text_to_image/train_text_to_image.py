@@ -50,7 +50,7 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel, compute_snr
 from diffusers.utils import is_bitsandbytes_available, is_xformers_available, make_image_grid
 from huggingface_hub import HfApi, ModelCard, ModelCardData
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors.torch import load_model
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTokenizer
@@ -247,10 +247,9 @@ def check_args(args):
         if parse_flag_from_env(f"ACCELERATE_USE_{engine}"):
             problems.append(f"accelerate's config asks for {engine}, which cannot be used; choose one or several GPUs")
     refuse(on_cpu and args.allow_tf32, "allow_tf32", "needs an NVIDIA GPU; drop it")
-    packages = {"use_8bit_adam": is_bitsandbytes_available(),
-                "enable_xformers_memory_efficient_attention": is_xformers_available() and not on_cpu}
-    for flag, available in packages.items():
-        refuse(getattr(args, flag) and not available, flag, "its package does not work here; install it or drop this")
+    refuse(args.use_8bit_adam and not is_bitsandbytes_available(), "use_8bit_adam", "needs the package bitsandbytes")
+    refuse(args.enable_xformers_memory_efficient_attention and (on_cpu or not is_xformers_available()),
+           "enable_xformers_memory_efficient_attention", "needs a GPU and the package xformers")
     problems += check_output(**vars(args)) + check_model(**vars(args))
     if problems:
         raise InputError("\n  ".join(["", *problems] if len(problems) > 1 else problems))
@@ -328,7 +327,7 @@ def read_folder(folder, caption_column):
     if not images:
         missing = "holds no images" if Path(folder).is_dir() else "does not exist"
         raise InputError(f"the folder {folder} {missing}; give one with {', '.join(sorted(IMAGE_SUFFIXES))}")
-    captions, problems = {}, []
+    captions = {}
     for path in metadata:
         try:
             text = path.read_text(encoding="utf-8-sig")
@@ -338,14 +337,13 @@ def read_folder(folder, caption_column):
             for row in rows:
                 file = Path(os.path.normpath(path.parent / row["file_name"]))
                 captions[file] = all_captions(row.get(caption_column))
-            if not any(caption_column in row for row in rows):
-                problems.append(f"{path}: has no {caption_column!r}; set --caption_column, of {', '.join(rows[0])}")
         except json.JSONDecodeError as error:
-            problems.append(f"{path}: line {lines.index(error.doc) + 1} is no JSON ({error.msg})")
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError, csv.Error) as error:
-            problems.append(f"{path}: every row needs a file_name and a caption, in UTF-8 ({error!r})")
-    if problems:
-        raise InputError("\n  ".join(["captions cannot be read:", *problems]))
+            raise InputError(f"{path}: line {lines.index(error.doc) + 1} is no JSON ({error.msg})") from None
+        except (ValueError, TypeError, KeyError, AttributeError, csv.Error) as error:
+            raise InputError(f"{path}: every row needs a file_name and a caption, in UTF-8 ({error!r})") from None
+        if not any(caption_column in row for row in rows):
+            columns = ", ".join(rows[0]) if rows else "no rows"
+            raise InputError(f"{path}: has no {caption_column!r} but {columns}; set --caption_column")
     for image in [image for image in images if image not in captions]:
         beside = image.with_suffix(".txt")
         captions[image] = [beside.read_text("utf-8-sig", "replace").strip()] if beside.is_file() else []
@@ -409,13 +407,10 @@ def check_image(image, known):
         width, height = open_image(encoded).size
         tiny = f"{width} x {height} pixels; a side needs at least {MIN_SIDE}" if min(width, height) < MIN_SIDE else ""
         return key, [digest, width, height, tiny]
-    except FileNotFoundError:
-        problem = "there is no such file"
-    except TypeError:
-        problem = "the row holds no image"
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        problem = "no image that Pillow knows" if "cannot identify" in str(error) else f"cannot be read: {error}"
-    return None, ["", 0, 0, problem]
+    except (OSError, TypeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        known_as = {FileNotFoundError: "there is no such file", TypeError: "the row holds no image",
+                    UnidentifiedImageError: "no image that Pillow knows"}
+        return None, ["", 0, 0, known_as.get(type(error), f"cannot be read: {error}")]
 
 
 def check_images(rows, memory):
