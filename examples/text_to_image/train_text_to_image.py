@@ -247,9 +247,9 @@ def check_args(args):
         if parse_flag_from_env(f"ACCELERATE_USE_{engine}"):
             problems.append(f"accelerate's config asks for {engine}, which cannot be used; choose one or several GPUs")
     refuse(on_cpu and args.allow_tf32, "allow_tf32", "needs an NVIDIA GPU; drop it")
-    refuse(args.use_8bit_adam and not is_bitsandbytes_available(), "use_8bit_adam", "needs the package bitsandbytes")
+    refuse(args.use_8bit_adam and not is_bitsandbytes_available(), "use_8bit_adam", "install bitsandbytes or drop it")
     refuse(args.enable_xformers_memory_efficient_attention and (on_cpu or not is_xformers_available()),
-           "enable_xformers_memory_efficient_attention", "needs a GPU and the package xformers")
+           "enable_xformers_memory_efficient_attention", "needs a GPU and the package xformers; drop it")
     problems += check_output(**vars(args)) + check_model(**vars(args))
     if problems:
         raise InputError("\n  ".join(["", *problems] if len(problems) > 1 else problems))
