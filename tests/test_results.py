@@ -193,6 +193,18 @@ def pushed_words(licensed, images):
     return make
 
 
+def test_many_prompts_fit_into_the_card(train_script, tiny_pipeline, images, tmp_path):
+    """Together they are longer than the name of a file may be, which a look for paths stumbled over."""
+    prompts = [f"a drawing of a {colour} creature with eyes of another colour, number {'seven ' * 9}"
+               for colour in ("red", "green", "blue", "yellow")]
+    args = train_script.parse_args(words(tiny_pipeline, images, tmp_path / "out", validation_prompts=prompts))
+    pipeline, _, _, noise_scheduler = train_script.load_models(args, torch.float32, "cpu")
+    train_script.save_model(args, pipeline, noise_scheduler.config, 1)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "; ".join(prompts) in card
+    assert str(tmp_path) not in card
+
+
 @pytest.mark.slow
 def test_result_arrives_on_the_hub(pushed_words, fake_hub, tmp_path):
     folder = tmp_path / "out"
