@@ -348,6 +348,22 @@ def test_an_empty_folder_may_be_there_but_not_a_file(train_script, command, tmp_
     assert "is a file" in problems(train_script, command(f"--output_dir={tmp_path / 'file'}"))
 
 
+def test_output_among_the_images_is_refused(train_script, command, tmp_path):
+    """Its samples would be taken for images that lack a caption."""
+    message = problems(train_script, command(f"--output_dir={tmp_path / 'images' / 'out'}"))
+    assert "lies in the folder of images" in message
+
+
+def test_output_that_cannot_be_written_is_refused(train_script, command, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "name another folder" in problems(train_script, command(f"--output_dir={tmp_path / 'file' / 'out'}"))
+
+
+def test_home_is_expanded(train_script, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert train_script.parse_args(["--output_dir=~/out"]).output_dir == str(tmp_path / "out")
+
+
 def test_resuming_and_overwriting_exclude_each_other(train_script, command):
     message = problems(train_script, command("--resume_from_checkpoint=latest", "--overwrite_output_dir"))
     assert "--overwrite_output_dir" in message

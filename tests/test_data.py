@@ -423,9 +423,48 @@ def test_metadata_of_another_form_is_named(train_script, image_folder, line):
 
 @pytest.mark.parametrize("caption", [5, 0.5, True])
 def test_captions_that_are_no_text_are_named(train_script, image_folder, caption):
-    folder = image_folder(2, captions=["one", caption])
-    with pytest.raises(train_script.InputError, match=r"metadata\.jsonl: every row needs"):
+    """The image is left without a caption, which the check reports by its path."""
+    rows = train_script.read_folder(image_folder(2, captions=["one", caption]), "text")
+    assert as_dict(rows) == {"00.png": ["one"], "01.png": []}
+
+
+def test_rows_of_one_image_are_its_captions(train_script, image_folder):
+    folder = image_folder(2, captions=["one", "two"])
+    with (folder / "metadata.jsonl").open("a") as file:
+        file.write('{"file_name": "00.png", "text": "another"}\n')
+    assert as_dict(train_script.read_folder(folder, "text")) == {"00.png": ["one", "another"], "01.png": ["two"]}
+
+
+def test_csv_with_commas_outside_of_quotes_is_refused(train_script, image_folder):
+    """The cut caption would pass for a whole one."""
+    folder = image_folder(2)
+    (folder / "metadata.jsonl").unlink()
+    (folder / "metadata.csv").write_text("file_name,text\n00.png,a cat, sitting\n01.png,a dog\n")
+    with pytest.raises(train_script.InputError, match=r"00\.png has too many cells"):
         train_script.read_folder(folder, "text")
+
+
+def test_text_file_in_another_encoding_is_named(train_script, image_folder):
+    folder = image_folder(1)
+    (folder / "metadata.jsonl").unlink()
+    (folder / "00.txt").write_bytes("ein Mädchen".encode("latin-1"))
+    with pytest.raises(train_script.InputError, match=r"00\.txt: cannot be read as UTF-8"):
+        train_script.read_folder(folder, "text")
+
+
+def test_folder_is_found_however_it_is_written(train_script, image_folder, monkeypatch):
+    folder = image_folder(2, captions=["one", "two"])
+    monkeypatch.chdir(folder.parent)
+    for way in (folder.name, f"../{folder.parent.name}/{folder.name}", f"./{folder.name}/."):
+        assert as_dict(train_script.read_folder(way, "text")) == {"00.png": ["one"], "01.png": ["two"]}
+
+
+def test_broken_link_is_a_missing_file(train_script, image_folder):
+    folder = image_folder(1)
+    (folder / "gone.png").symlink_to(folder / "nowhere.png")
+    rows = train_script.read_folder(folder, "text")
+    (row,) = [row for row in rows if row["image"]["path"].endswith("gone.png")]
+    assert train_script.check_image(row["image"], {}) == (None, ["", 0, 0, "there is no such file"])
 
 
 def test_only_texts_of_a_list_are_captions(train_script, image_folder):
@@ -467,7 +506,7 @@ def test_empty_or_missing_folder(train_script, tmp_path, there):
     if there:
         folder.mkdir()
         (folder / "note.txt").write_text("no image")
-    with pytest.raises(train_script.InputError, match="holds no images" if there else "does not exist"):
+    with pytest.raises(train_script.InputError, match="holds no images" if there else "No such file"):
         train_script.read_folder(folder, "text")
 
 
@@ -750,5 +789,5 @@ def test_max_train_samples_draws_by_the_seed(train_script, tiny_pipeline, image_
 
 
 def test_holding_everything_out_is_refused(train_script, tiny_pipeline, image_folder, tmp_path):
-    with pytest.raises(train_script.InputError, match="there are 3 images"):
+    with pytest.raises(train_script.InputError, match="must leave some of 3 images"):
         load(train_script, tiny_pipeline, image_folder(3), tmp_path, num_validation_samples=3)

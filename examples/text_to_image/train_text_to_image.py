@@ -55,7 +55,7 @@ from safetensors.torch import load_model
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTokenizer
 
-IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+IMAGE_SUFFIXES = set(".avif .bmp .gif .jfif .jpe .jpeg .jpg .png .tif .tiff .webp".split())
 MIN_SIDE = 16  # pixels; anything smaller is an icon or a broken file
 HELD_OUT_TIMESTEPS = 4  # at which the loss of each held-out image is measured
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -170,7 +170,10 @@ def parse_args(argv=None):
     if replaced := [flag for word in argv if (flag := word.split("=")[0]) in REPLACED_FLAGS]:
         parser.error(f"{replaced[0]} is not taken: {REPLACED_FLAGS[replaced[0]]}")
     config = parser.parse_known_args(argv)[0].config
-    return parser.parse_args((read_config(parser, config) if config else []) + argv)
+    args = parser.parse_args((read_config(parser, config) if config else []) + argv)
+    expand = os.path.expanduser  # which neither a shell does after `=`, nor YAML
+    return argparse.Namespace(**{name: expand(value) if isinstance(value, str) else value
+                                 for name, value in vars(args).items()})
 
 
 def read_config(parser, path):
@@ -235,6 +238,7 @@ def check_args(args):
     refuse(schedule == "piecewise_constant" and not rules, "lr_step_rules", "give rules such as 1:10,0.1:20,0.01")
     refuse(args.validation_steps and args.validation_epochs, "validation_epochs", "give this or --validation_steps")
     refuse(args.train_data_dir and args.image_column != "image", "image_column", "needs --dataset_name; drop this")
+    refuse(args.seed >= 2**63, "seed", "must be below 2**63")
     if bool(args.dataset_name) == bool(args.train_data_dir):
         problems.append("give the images by one of --train_data_dir and --dataset_name")
     trackers = ["all", "none", *map(str, get_available_trackers())]
@@ -255,8 +259,8 @@ def check_args(args):
         raise InputError("\n  ".join(["", *problems] if len(problems) > 1 else problems))
 
 
-def check_output(output_dir, resume_from_checkpoint, overwrite_output_dir, **_):
-    """Lists what is wrong with the output folder and the checkpoint to resume from."""
+def check_output(output_dir, resume_from_checkpoint, overwrite_output_dir, train_data_dir, **_):
+    """Lists what is wrong with the folders and the checkpoint to resume from."""
     output, resume = Path(output_dir), resume_from_checkpoint
     checkpoint, problems, newest = find_checkpoint(output, resume), [], find_checkpoint(output, "latest")
     if checkpoint and not (checkpoint / "progress.json").is_file():
@@ -269,8 +273,14 @@ def check_output(output_dir, resume_from_checkpoint, overwrite_output_dir, **_):
     own = output.resolve() == checkpoint.resolve().parent if checkpoint else begun
     if own and newest and checkpoint.resolve() != newest.resolve():
         problems.append(f"--resume_from_checkpoint={resume}: {newest} is newer; use that, or another --output_dir")
-    if output.is_file():
-        problems.append(f"--output_dir={output}: is a file; name a folder")
+    around = [output.resolve(), *output.resolve().parents]
+    place = next(path for path in around if path.exists())
+    if train_data_dir and not Path(train_data_dir).is_dir():
+        problems.append(f"--train_data_dir={train_data_dir}: does not exist, or is no folder")
+    if train_data_dir and Path(train_data_dir).resolve() in around:
+        problems.append(f"--output_dir={output}: lies in the folder of images; put it elsewhere")
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        problems.append(f"--output_dir={output}: {place} is a file or cannot be written to; name another folder")
     elif output.exists() and any(output.iterdir()) and not own and not (overwrite_output_dir and run):
         problems.append(f"--output_dir={output}: is in use; name another folder, or go on with the run in it by "
                         "--resume_from_checkpoint=latest, or write over that run by --overwrite_output_dir")
@@ -320,23 +330,29 @@ def read_folder(folder, caption_column):
     """Reads a folder into rows of `image` and `captions`, from metadata.jsonl or .csv (columns file_name and
     `caption_column`) or a .txt beside the image. What is missing gives a row too, so that the check names it.
     Raises `InputError` for a folder without images and for metadata that cannot be read."""
-    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    folder, closed = Path(os.path.abspath(folder)), []
+    files = sorted(Path(at, name) for at, _, names in os.walk(folder, onerror=closed.append) for name in names)
+    if closed:
+        raise InputError(f"{closed[0].filename}: cannot be searched ({closed[0].strerror}); grant access")
     images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES
               and not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     metadata = [path for path in files if path.name in ("metadata.jsonl", "metadata.csv")]
     if not images:
-        missing = "holds no images" if Path(folder).is_dir() else "does not exist"
-        raise InputError(f"the folder {folder} {missing}; give one with {', '.join(sorted(IMAGE_SUFFIXES))}")
+        raise InputError(f"the folder {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}); name another")
     captions = {}
     for path in metadata:
         try:
             text = path.read_text(encoding="utf-8-sig")
-            rows, lines = list(csv.DictReader(io.StringIO(text))), text.split("\n")  # JSON may hold other line ends
+            lines = text.split("\n")  # JSON may hold other line ends
             if path.suffix == ".jsonl":
                 rows = [json.loads(line) for line in lines if line.strip()]
+            else:
+                rows = list(csv.DictReader(io.StringIO(text)))
             for row in rows:
-                file = Path(os.path.normpath(path.parent / row["file_name"]))
-                captions[file] = all_captions(row.get(caption_column))
+                if None in row:
+                    raise ValueError(f"{row['file_name']} has too many cells: put captions with commas in quotes")
+                file = Path(os.path.abspath(path.parent / row["file_name"]))
+                captions.setdefault(file, []).extend(all_captions(row.get(caption_column)))
         except json.JSONDecodeError as error:
             raise InputError(f"{path}: line {lines.index(error.doc) + 1} is no JSON ({error.msg})") from None
         except (ValueError, TypeError, KeyError, AttributeError, csv.Error) as error:
@@ -344,12 +360,15 @@ def read_folder(folder, caption_column):
         if not any(caption_column in row for row in rows):
             columns = ", ".join(rows[0]) if rows else "no rows"
             raise InputError(f"{path}: has no {caption_column!r} but {columns}; set --caption_column")
-    for image in [image for image in images if image not in captions]:
+    for image in [image for image in images if not captions.get(image)]:
         beside = image.with_suffix(".txt")
-        captions[image] = [beside.read_text("utf-8-sig", "replace").strip()] if beside.is_file() else []
+        try:
+            captions[image] = [beside.read_text("utf-8-sig").strip()] if beside.is_file() else []
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{beside}: cannot be read as UTF-8 ({last_line(error)}); convert or remove it") from None
     aside = [path.name for path in files if path not in captions and path not in metadata and path.suffix != ".txt"]
     if aside:
-        print(f"Left aside in {folder}: {len(aside)} files that are no images, such as {', '.join(aside[:5])}.")
+        print(f"Left aside in {folder}: {len(aside)} files of other kinds, such as {', '.join(aside[:5])}.")
     paths = sorted(captions)
     rows = datasets.Dataset.from_dict({"image": [*map(str, paths)], "captions": [captions[path] for path in paths]})
     return rows.cast_column("image", datasets.Image(decode=False))
@@ -362,16 +381,23 @@ def read_dataset(name, config_name, image_column, caption_column, cache_dir, tok
     if Path(name).is_dir() and any(path.suffix.lower() in IMAGE_SUFFIXES for path in Path(name).rglob("*")):
         return read_folder(name, caption_column)
     try:
-        dataset = datasets.load_dataset(name, config_name, split="train", cache_dir=cache_dir, token=token)
+        if Path(name, "state.json").is_file():  # by save_to_disk
+            dataset = datasets.load_from_disk(name)
+        else:
+            dataset = datasets.load_dataset(name, config_name, split="train", cache_dir=cache_dir, token=token)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise InputError(f"--dataset_name={name}: cannot be loaded; name one on the Hub with a train split, or a "
                          f"local folder ({last_line(error)})") from None
     if missing := [column for column in (image_column, caption_column) if column not in dataset.column_names]:
         raise InputError(f"--dataset_name={name}: has no column {' or '.join(missing)}; set --image_column and "
                          f"--caption_column to two of {', '.join(dataset.column_names)}")
-    dataset = dataset.select_columns([image_column, caption_column])
-    dataset = dataset.rename_columns({image_column: "image", caption_column: "captions"})
-    return dataset.cast_column("image", datasets.Image(decode=False))
+    try:
+        dataset = dataset.select_columns([image_column, caption_column])
+        dataset = dataset.rename_columns({image_column: "image", caption_column: "captions"})
+        return dataset.cast_column("image", datasets.Image(decode=False))
+    except Exception as error:  # arrow has one for every pair of types
+        raise InputError(f"--image_column={image_column} --caption_column={caption_column}: no images and captions "
+                         f"({last_line(error)})") from None
 
 
 def image_bytes(image):
@@ -407,7 +433,7 @@ def check_image(image, known):
         width, height = open_image(encoded).size
         tiny = f"{width} x {height} pixels; a side needs at least {MIN_SIDE}" if min(width, height) < MIN_SIDE else ""
         return key, [digest, width, height, tiny]
-    except (OSError, TypeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # damaged files raise whatever a decoder stumbles over
         known_as = {FileNotFoundError: "there is no such file", TypeError: "the row holds no image",
                     UnidentifiedImageError: "no image that Pillow knows"}
         return None, ["", 0, 0, known_as.get(type(error), f"cannot be read: {error}")]
@@ -431,7 +457,7 @@ def check_images(rows, memory):
 
 def all_captions(captions):
     """The usable captions of a row that holds a string or a list of them."""
-    captions = [captions] if isinstance(captions, str) else captions or []
+    captions = captions if isinstance(captions, list) else [captions]
     return [caption for caption in captions if isinstance(caption, str) and caption.strip()]
 
 
@@ -512,7 +538,7 @@ def load_data(pretrained_model_name_or_path, single_file_config, revision, cache
     memory = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "checked_images" / f"{place}.json"
     rows, digests = check_rows(rows, memory, skip_bad_images, tokenizer, max_length, resolution)
     if num_validation_samples >= len(rows):
-        raise InputError(f"--num_validation_samples={num_validation_samples}; there are {len(rows)} images")
+        raise InputError(f"--num_validation_samples={num_validation_samples}: must leave some of {len(rows)} images")
     order = np.random.default_rng(HELD_OUT).permutation(len(rows))
     held_out, training = np.sort(order[:num_validation_samples]), np.sort(order[num_validation_samples:])
     fingerprint = hashlib.sha256("".join(digests[index] for index in training).encode()).hexdigest()
@@ -757,13 +783,19 @@ def resume(accelerator, checkpoint, settings, last_step, optimizer, lr_scheduler
 
 
 def on_signals(action, _=None):
-    """Answers SIGTERM and SIGINT by `action`. Workers ignore them: the main process needs them to finish the step."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, action)
+    """Answers the signals that end a run by `action`, unless they are ignored already, as SIGHUP is under nohup.
+    Workers ignore them: the main process needs them to finish the step."""
+    for number in {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)}:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, action)
 
 
 def note_signal(received, number, _):
     """Appends the signal to `received`; a second one ends the process at once."""
+    if number not in (signal.SIGTERM, signal.SIGINT):  # the terminal is gone, and writing to it would fail
+        for stream in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    os.write(2, b"\nFinishing the step and writing a checkpoint; a second signal ends at once, without one.\n")
     received.append(number)
     signal.signal(number, signal.SIG_DFL)
 
@@ -856,8 +888,9 @@ def print_plan(accelerator, settings, num_trained, num_images, num_held_out, fir
   trained    UNet, {6:,} parameters in float32, passes in precision {mixed_precision!r}
   frozen     VAE, text encoder
   optimizer  AdamW at {peak_learning_rate:g}, {lr_scheduler}; 8-bit: {use_8bit_adam}; EMA: {use_ema}
-  output     {output_dir}, a checkpoint every {checkpointing_steps:,} steps""".format(
-        num_images, num_held_out, first_step, last_step, epochs, accelerator.num_processes, num_trained, **settings))
+  output     {output_dir}, a checkpoint of {7:.2g} GB every {checkpointing_steps:,} steps""".format(
+        num_images, num_held_out, first_step, last_step, epochs, accelerator.num_processes, num_trained,
+        4e-9 * num_trained * (3 + settings["use_ema"]), **settings))
 
 
 def prepare_output(accelerator, output_dir, settings, first_step):
