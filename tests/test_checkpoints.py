@@ -193,7 +193,7 @@ def edit_image(images, folder):
         (edit_caption, "data: "),
         (edit_image, "data: "),
     ],
-   
+
 )
 def test_changed_resume_is_refused_unless_allowed(
     train_script, tiny_pipeline, images, stopped, tmp_path, capsys, changes, named

@@ -208,7 +208,7 @@ def average_by_hand(start, folder, decay_of):
         ({"ema_decay": 0.45, "ema_warmup": True}, lambda step: 0 if step == 1 else min(1 - step ** (-2 / 3), 0.45)),
         ({"ema_decay": 0.0}, lambda step: 0),
     ],
-   
+
 )
 def test_result_is_the_average_over_the_steps(fit, plain, tiny_pipeline, settings, decay_of):
     """EMAModel's decay begins at (1 + n) / (10 + n), n steps after the first; the training itself stays as it is."""
@@ -304,7 +304,7 @@ def encode_by_hand(script, pipeline, image, caption, index):
         ),
         ("v_prediction", {"rescale_betas_zero_snr": True}),  # refused for epsilon
     ],
-   
+
 )
 def test_first_loss_by_hand(train_script, fit, tiny_pipeline, tiny_pipeline_v, tmp_path, prediction_type, settings):
     """One image, one step: its loss from the papers' formulas."""
