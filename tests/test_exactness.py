@@ -249,19 +249,21 @@ def test_latest_without_a_checkpoint_starts_from_the_beginning(train_script, bas
 
 
 @pytest.mark.slow
-def test_process_ended_by_sigterm_is_resumed(train_script, base, images, tmp_path):
-    """From outside, as a cluster does it: the constant schedule allows any number of steps."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_process_ended_by_a_signal_is_resumed(train_script, base, images, tmp_path, number):
+    """From outside, as a cluster or a closing terminal does it: the constant schedule allows any number of steps."""
     settings = {**EVERYTHING, "lr_scheduler": "constant", "lr_warmup_steps": None, "checkpointing_steps": 1000}
     folder = tmp_path / "killed"
     process = start_script(words(base, images, folder, **settings | {"max_train_steps": 1000}))
     wait_for_steps(process, folder, random.randrange(1, 6))
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     said = process.communicate(timeout=120)[0]
-    assert process.returncode == 143, said
+    assert process.returncode == 128 + number, said
     (checkpoint,) = folder.glob("checkpoint-*")
     step = len(read_log(folder))
     assert checkpoint.name == f"checkpoint-{step}"
-    assert "--resume_from_checkpoint=latest" in said
+    # After SIGHUP nobody reads what is written, and writing to a terminal that is gone would fail.
+    assert ("--resume_from_checkpoint=latest" in said) == (number != signal.SIGHUP)
     settings |= {"max_train_steps": step + 2}
     assert train(train_script, base, images, folder, **settings, resume_from_checkpoint="latest") == 0
     assert train(train_script, base, images, tmp_path / "straight", **settings) == 0
