@@ -140,12 +140,16 @@ OLD = """
 """
 
 
-def test_a_whole_old_command_line_passes_where_there_is_a_gpu(
-    train_script, tiny_pipeline, image_folder, tmp_path, monkeypatch
+def test_a_whole_old_command_line_passes_where_there_is_a_gpu_but_for_what_is_replaced(
+    train_script, tiny_pipeline, image_folder, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(train_script.torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(train_script, "is_xformers_available", lambda: True)
     argv = OLD.format(images=image_folder(), output=tmp_path / "out", model=tiny_pipeline).split()
+    with pytest.raises(SystemExit):
+        train_script.parse_args(argv)
+    assert "--validation_epochs is not taken: use --validation_steps" in capsys.readouterr().err
+    argv[argv.index("--validation_epochs=5")] = "--validation_steps=500"
     train_script.check_args(train_script.parse_args(argv))
 
 
@@ -153,7 +157,6 @@ def test_a_whole_old_command_line_passes_where_there_is_a_gpu(
     "flag, value, says",
     [  # what the table's remarks promise
         ("lr_warmup_steps", "500", "constant_with_warmup"),
-        ("validation_epochs", "5", "--validation_prompts"),
         ("offload_ema", None, "--use_ema"),
         ("foreach_ema", None, "--use_ema"),
         ("hub_model_id", "me/it", "--push_to_hub"),

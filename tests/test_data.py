@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -172,12 +174,13 @@ def test_half_a_file_is_no_image(train_script):
 
 def captioned(train_script, images, captions, **options):
     """CaptionedImages over PIL images, kept in a dataset as bytes."""
-    settings = {"resolution": RESOLUTION, "interpolation": "lanczos", "seed": 0, "center_crop": False}
-    settings |= {"flip": False, "dropout": 0.0} | options
+    settings = {"resolution": RESOLUTION, "resample": Image.Resampling.LANCZOS, "latent_shape": (4, 4, 4)}
+    settings |= {"num_timesteps": 1000, "seed": 0, "center_crop": False, "random_flip": False}
+    settings |= {"caption_dropout": 0.0, "noise_offset": 0.0, "input_perturbation": 0.0} | options
     rows = datasets.Dataset.from_dict(
         {"image": [{"bytes": encoded(image), "path": None} for image in images], "captions": captions}
     ).cast_column("image", datasets.Image(decode=False))
-    return train_script.CaptionedImages(rows, make_tokenizer(), 77, **settings)
+    return train_script.CaptionedImages(rows, make_tokenizer(), **settings)
 
 
 def noise_image(width, height, seed=0):
@@ -185,14 +188,19 @@ def noise_image(width, height, seed=0):
 
 
 def pixels(item):
-    return item["pixel_values"].permute(1, 2, 0).numpy()
+    return item["pixel_values"].transpose(1, 2, 0)
 
 
 def test_an_item_is_what_the_training_needs(train_script):
     items = captioned(train_script, [make_image(0, (50, 40))], ["a red circle"])
     item = items[7, 0, 0.25]
-    assert item["pixel_values"].dtype == torch.uint8
+    assert item["pixel_values"].dtype == np.uint8
     assert item["pixel_values"].shape == (3, RESOLUTION, RESOLUTION)
+    for name in ("posterior_noise", "noise", "added_noise"):
+        assert item[name].dtype == np.float32
+        assert item[name].shape == (4, 4, 4)
+    assert item["weight"].dtype == np.float32  # a loss times a weight stays in float32
+    assert 0 <= item["timestep"] < 1000
     assert item["input_ids"].tolist() == make_tokenizer()("a red circle", padding="max_length").input_ids
     assert (item["epoch"], item["index"], item["weight"]) == (7, 0, 0.25)
     assert len(items) == 1
@@ -218,14 +226,14 @@ def test_the_whole_shorter_side_is_seen_at_any_size(train_script):
 def test_interpolation_is_the_chosen_one(train_script):
     image = noise_image(64, 64)
     for name in ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"):
-        items = captioned(train_script, [image], ["a"], interpolation=name)
+        items = captioned(train_script, [image], ["a"], resample=Image.Resampling[name.upper()])
         expected = image.resize((RESOLUTION, RESOLUTION), Image.Resampling[name.upper()])
         assert np.array_equal(pixels(items[0, 0, 1]), np.asarray(expected))
 
 
 def column_of(item):
     """Where an image whose red is its column was cropped."""
-    return item["pixel_values"][0].float().mean().item() - (RESOLUTION - 1) / 2
+    return item["pixel_values"][0].mean() - (RESOLUTION - 1) / 2
 
 
 def test_random_crop_reaches_from_one_end_to_the_other_evenly(train_script):
@@ -240,7 +248,7 @@ def test_random_crop_reaches_from_one_end_to_the_other_evenly(train_script):
 
 def test_flip_mirrors_half_of_the_images(train_script):
     image = noise_image(RESOLUTION, RESOLUTION)
-    items = captioned(train_script, [image] * 20, ["a"] * 20, flip=True)
+    items = captioned(train_script, [image] * 20, ["a"] * 20, random_flip=True)
     plain, mirrored = np.asarray(image), np.asarray(image)[:, ::-1]
     flipped = []
     for epoch in range(20):
@@ -254,42 +262,58 @@ def test_flip_mirrors_half_of_the_images(train_script):
     assert by_index.max() < 1
 
 
+DRAWN = ("timestep", "posterior_noise", "noise", "added_noise")
+
+
 def identity(item):
-    return item["pixel_values"].numpy().tobytes(), tuple(item["input_ids"].tolist())
+    """All of an item but where it stands and what it weighs."""
+    return item["pixel_values"].tobytes(), tuple(item["input_ids"]), *(item[name].tobytes() for name in DRAWN)
 
 
 def test_every_draw_depends_on_seed_epoch_and_index_alone(train_script):
     images = [noise_image(60, 40, seed) for seed in range(4)]
     captions = [[f"{number} {word}" for word in ("one", "two", "three")] for number in range(4)]
-    options = {"flip": True, "dropout": 0.2}
+    options = {"random_flip": True, "caption_dropout": 0.2, "noise_offset": 0.1, "input_perturbation": 0.1}
     first, second = (captioned(train_script, images, captions, **options) for _ in range(2))
     places = [(epoch, index, 0.5) for epoch in range(5) for index in range(4)]
     forwards = {place: identity(first[place]) for place in places}
     backwards = {place: identity(second[place]) for place in reversed(places)}
     assert forwards == backwards
     assert forwards == {place: identity(first[(*place[:2], 0.0)]) for place in places}
-    assert len({forwards[epoch, 0, 0.5][0] for epoch in range(5)}) == 5
     other = captioned(train_script, images, captions, seed=1, **options)
-    assert all(identity(other[place])[0] != forwards[place][0] for place in places)
+    for part in (0, 2, 3, 4, 5):  # all but the captions, of which there are few
+        assert len({forwards[epoch, 0, 0.5][part] for epoch in range(5)}) == 5
+        assert all(identity(other[place])[part] != forwards[place][part] for place in places)
 
 
 def test_switching_one_option_on_leaves_the_other_draws_as_they_were(train_script):
     images, captions = [noise_image(60, 40)], [["one", "two", "three"]]
     plain = captioned(train_script, images, captions)
-    flipping = captioned(train_script, images, captions, flip=True)
-    dropping = captioned(train_script, images, captions, dropout=0.5)
+    flipping = captioned(train_script, images, captions, random_flip=True)
+    dropping = captioned(train_script, images, captions, caption_dropout=0.5)
+    centred = captioned(train_script, images, captions, center_crop=True)
+    shifted = captioned(train_script, images, captions, noise_offset=0.1)
+    perturbed = captioned(train_script, images, captions, input_perturbation=0.1)
     empty = make_tokenizer()("", padding="max_length").input_ids
     for epoch in range(20):
         item, flipped, dropped = (items[epoch, 0, 1] for items in (plain, flipping, dropping))
-        assert torch.equal(item["input_ids"], flipped["input_ids"])
+        for other in (flipped, dropped, centred[epoch, 0, 1]):
+            assert all(np.array_equal(item[name], other[name]) for name in DRAWN)
+        for other, changed in (
+            (shifted[epoch, 0, 1], {"noise", "added_noise"}),
+            (perturbed[epoch, 0, 1], {"added_noise"}),
+        ):
+            assert {name for name in item if not np.array_equal(item[name], other[name])} == changed
+        assert np.array_equal(item["input_ids"], centred[epoch, 0, 1]["input_ids"])
+        assert np.array_equal(item["input_ids"], flipped["input_ids"])
         assert any(np.array_equal(pixels(flipped), view) for view in (pixels(item), pixels(item)[:, ::-1]))
-        assert torch.equal(item["pixel_values"], dropped["pixel_values"])
+        assert np.array_equal(item["pixel_values"], dropped["pixel_values"])
         assert dropped["input_ids"].tolist() in (item["input_ids"].tolist(), empty)
 
 
 @pytest.mark.slow
 def test_workers_change_nothing(train_script):
-    items = captioned(train_script, [noise_image(60, 40, seed) for seed in range(4)], ["a"] * 4, flip=True)
+    items = captioned(train_script, [noise_image(60, 40, seed) for seed in range(4)], ["a"] * 4, random_flip=True)
     order = [[(epoch, index, 1.0) for index in (3, 1)] for epoch in range(4)]
     batches = [
         list(torch.utils.data.DataLoader(items, batch_sampler=order, num_workers=workers)) for workers in (0, 2)
@@ -309,7 +333,7 @@ def test_one_caption_of_a_list_is_drawn_per_epoch(train_script):
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
 def test_caption_dropout_is_the_share_of_empty_captions(train_script, share):
-    items = captioned(train_script, [make_image(0, (16, 16))], ["a red circle"], dropout=share, resolution=16)
+    items = captioned(train_script, [make_image(0, (16, 16))], ["a red circle"], caption_dropout=share, resolution=16)
     empty = make_tokenizer()("", padding="max_length").input_ids
     dropped = np.mean([items[epoch, 0, 1]["input_ids"].tolist() == empty for epoch in range(600)])
     assert abs(dropped - share) <= 5 * (share * (1 - share) / 600) ** 0.5
@@ -391,7 +415,7 @@ def test_order_is_that_of_the_paths_wherever_the_metadata_stands(train_script, t
     assert list(as_dict(train_script.read_folder(folder, "text"))) == ["a.png", "b.png", "c.png"]
 
 
-def test_bad_json_is_named_with_its_line(train_script, image_folder):
+def test_bad_json_is_named_with_its_row(train_script, image_folder):
     folder = image_folder(3)
     path = folder / "metadata.jsonl"
     lines = path.read_text().splitlines()
@@ -400,7 +424,7 @@ def test_bad_json_is_named_with_its_line(train_script, image_folder):
     with pytest.raises(train_script.InputError) as caught:
         train_script.read_folder(folder, "text")
     assert str(path) in str(caught.value)
-    assert "line 2" in str(caught.value)
+    assert "row 2 is not" in str(caught.value)
 
 
 def test_line_ends_of_unicode_inside_of_a_caption_end_no_line(train_script, tmp_path):
@@ -418,7 +442,7 @@ def test_metadata_of_another_form_is_named(train_script, image_folder, line):
         file.write(line + "\n")
     with pytest.raises(train_script.InputError, match="file_name") as caught:
         train_script.read_folder(folder, "text")
-    assert str(folder / "metadata.jsonl") in str(caught.value)
+    assert f"{folder / 'metadata.jsonl'}: row 3 is not" in str(caught.value)
 
 
 @pytest.mark.parametrize("caption", [5, 0.5, True])
@@ -440,7 +464,7 @@ def test_csv_with_commas_outside_of_quotes_is_refused(train_script, image_folder
     folder = image_folder(2)
     (folder / "metadata.jsonl").unlink()
     (folder / "metadata.csv").write_text("file_name,text\n00.png,a cat, sitting\n01.png,a dog\n")
-    with pytest.raises(train_script.InputError, match=r"00\.png has too many cells"):
+    with pytest.raises(train_script.InputError, match=r"metadata\.csv: row 1 .*too many cells"):
         train_script.read_folder(folder, "text")
 
 
@@ -526,16 +550,17 @@ def test_read_dataset_from_parquet(train_script, tmp_path):
     assert rows.column_names == ["image", "captions"]
     assert rows["captions"][:] == [caption_of(index) for index in range(3)]
     for index, row in enumerate(rows):
-        seen = train_script.open_image(train_script.image_bytes(row["image"]))
+        seen = train_script.open_image(row["image"]["bytes"])
         assert np.array_equal(np.asarray(seen), np.asarray(make_image(index)))
 
 
 def test_read_dataset_names_missing_columns_and_those_that_are_there(train_script, tmp_path):
     folder = make_parquet(tmp_path / "set")
-    with pytest.raises(train_script.InputError) as caught:
-        train_script.read_dataset(str(folder), None, "image", "words", str(tmp_path / "cache"), None)
-    assert "no column image;" in str(caught.value)
-    assert "picture, words, n" in str(caught.value)
+    for columns in (("image", "words"), ("picture", "text")):
+        with pytest.raises(train_script.InputError) as caught:
+            train_script.read_dataset(str(folder), None, *columns, str(tmp_path / "cache"), None)
+        assert "--image_column={} --caption_column={}: ".format(*columns) in str(caught.value)
+        assert "columns are picture, words, n" in str(caught.value)
 
 
 def test_read_dataset_of_a_local_image_folder_keeps_images_without_caption(train_script, messy_folder):
@@ -558,14 +583,14 @@ def test_read_dataset_that_is_nowhere(train_script, tmp_path):
 def openings(train_script, monkeypatch):
     """Counts what is opened, and read, from here on."""
     counts = Counter()
-    for name in ("open_image", "image_bytes"):
-        original = getattr(train_script, name)
+    for owner, name in ((train_script, "open_image"), (Path, "read_bytes")):
+        original = getattr(owner, name)
 
         def counted(*args, name=name, original=original):
             counts[name] += 1
             return original(*args)
 
-        monkeypatch.setattr(train_script, name, counted)
+        monkeypatch.setattr(owner, name, counted)
     return counts
 
 
@@ -573,7 +598,7 @@ def test_second_check_opens_nothing_and_says_the_same(train_script, image_folder
     folder, memory = image_folder(5), tmp_path / "memory" / "checked.json"
     rows = train_script.read_folder(folder, "text")
     first = train_script.check_images(rows, memory)
-    assert openings == {"open_image": 5, "image_bytes": 5}
+    assert openings == {"open_image": 5, "read_bytes": 5}
     openings.clear()
     assert train_script.check_images(rows, memory) == first
     assert not openings
@@ -615,13 +640,32 @@ def test_images_inside_of_a_dataset_are_remembered_by_content(train_script, tmp_
     assert openings["open_image"] == 0
 
 
-def test_a_memory_that_is_broken_or_cannot_be_written_only_costs_time(train_script, image_folder, tmp_path, openings):
+def test_a_memory_that_is_broken_only_costs_time(train_script, image_folder, tmp_path, openings):
     rows, memory = train_script.read_folder(image_folder(2), "text"), tmp_path / "checked.json"
     memory.write_text("{broken")
     assert len(train_script.check_images(rows, memory)) == 2
+    assert openings["open_image"] == 2
+    assert len(train_script.check_images(rows, memory)) == 2
+    assert openings["open_image"] == 2  # it was mended
+
+
+def test_a_cache_folder_that_cannot_be_made_or_locked_is_named(train_script, image_folder, tmp_path):
+    """The second as in a cache that belongs to somebody else; a folder in the lock's place fails for root too."""
+    rows = train_script.read_folder(image_folder(2), "text")
     (tmp_path / "file").write_text("")
-    assert len(train_script.check_images(rows, tmp_path / "file" / "checked.json")) == 2
-    assert openings["open_image"] == 4
+    (tmp_path / "other" / "checked.json.lock").mkdir(parents=True)
+    for folder in (tmp_path / "file", tmp_path / "other"):
+        with pytest.raises(train_script.InputError, match="--cache_dir") as caught:
+            train_script.check_images(rows, folder / "checked.json")
+        assert f"{folder} cannot be used" in str(caught.value)
+
+
+def test_of_several_that_check_at_once_one_opens_the_images(train_script, image_folder, tmp_path, openings):
+    rows, memory = train_script.read_folder(image_folder(20), "text"), tmp_path / "checked.json"
+    with ThreadPoolExecutor(3) as pool:
+        first, *others = pool.map(lambda _: train_script.check_images(rows, memory), range(3))
+    assert openings["open_image"] == 20
+    assert others == [first, first]
 
 
 # ------------------------------------------------------------------------------------- acceptance: bad input is named
@@ -729,7 +773,7 @@ def test_long_captions_and_small_images_are_warned_of_and_trained_on(
 
 def test_no_more_than_five_are_named_in_a_warning(train_script, image_folder, tmp_path, capsys):
     rows = train_script.read_folder(image_folder(8, size=20), "text")
-    good, _ = train_script.check_rows(rows, tmp_path / "checked.json", False, make_tokenizer(), 77, 32)
+    good, _ = train_script.check_rows(rows, tmp_path / "checked.json", False, make_tokenizer(), 32)
     said = capsys.readouterr().out
     assert len(good) == 8
     assert "8 images are smaller" in said
@@ -739,7 +783,7 @@ def test_no_more_than_five_are_named_in_a_warning(train_script, image_folder, tm
 def test_digest_of_a_row_follows_content_and_captions_but_not_the_path(train_script, image_folder, tmp_path):
     def digests(folder):
         rows = train_script.read_folder(folder, "text")
-        return train_script.check_rows(rows, tmp_path / "checked.json", False, make_tokenizer(), 77, 32)[1]
+        return train_script.check_rows(rows, tmp_path / "checked.json", False, make_tokenizer(), 32)[1]
 
     here, there = image_folder(3, name="here"), image_folder(3, name="there")
     assert digests(here) == digests(there)

@@ -214,7 +214,7 @@ def half_written(straight, folder):
     shutil.rmtree(folder / "checkpoint-8")
     for name in ("checkpoint-9", "checkpoint-9.partial"):
         shutil.copytree(folder / "checkpoint-4", folder / name)
-        (folder / name / "model.safetensors").write_bytes(b"half")
+        (folder / name / "state.pt").write_bytes(b"half")
     (folder / "checkpoint-9" / "progress.json").unlink()
     return folder
 
@@ -249,21 +249,19 @@ def test_latest_without_a_checkpoint_starts_from_the_beginning(train_script, bas
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_process_ended_by_a_signal_is_resumed(train_script, base, images, tmp_path, number):
-    """From outside, as a cluster or a closing terminal does it: the constant schedule allows any number of steps."""
+def test_process_ended_by_a_signal_is_resumed(train_script, base, images, tmp_path):
+    """From outside, as a cluster does it: the constant schedule allows any number of steps."""
     settings = {**EVERYTHING, "lr_scheduler": "constant", "lr_warmup_steps": None, "checkpointing_steps": 1000}
     folder = tmp_path / "killed"
     process = start_script(words(base, images, folder, **settings | {"max_train_steps": 1000}))
     wait_for_steps(process, folder, random.randrange(1, 6))
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=120)[0]
-    assert process.returncode == 128 + number, said
+    assert process.returncode == 128 + signal.SIGTERM, said
     (checkpoint,) = folder.glob("checkpoint-*")
     step = len(read_log(folder))
     assert checkpoint.name == f"checkpoint-{step}"
-    # After SIGHUP nobody reads what is written, and writing to a terminal that is gone would fail.
-    assert ("--resume_from_checkpoint=latest" in said) == (number != signal.SIGHUP)
+    assert "--resume_from_checkpoint=latest" in said
     settings |= {"max_train_steps": step + 2}
     assert train(train_script, base, images, folder, **settings, resume_from_checkpoint="latest") == 0
     assert train(train_script, base, images, tmp_path / "straight", **settings) == 0
@@ -313,6 +311,7 @@ def test_two_processes_equal_one(train_script, base, images, tmp_path, num_image
     assert result.returncode == 0, result.stderr
     assert train(train_script, plain, data, one, **settings, train_batch_size=4) == 0
     assert "x 2 ranks" in result.stdout
+    assert result.stdout.count("Plan\n") == 1  # not once a process
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
     assert [row["lr"] for row in read_log(two)] == [row["lr"] for row in read_log(one)]
     assert len(losses(one)) == 10

@@ -12,7 +12,7 @@ from conftest import load_script
 from image_data import snapshot
 from running import REPO, TRAIN_TEXT_TO_IMAGE, run_script
 
-SCRIPT_LINES = 1110  # by wc -l; the design allows 950, which is not met yet: this number may only fall
+SCRIPT_LINES = 1065  # by wc -l; the design allows 950, which is not met yet: this number may only fall
 LINE_LENGTH = 119
 FUNCTION_LINES = 60
 TRAIN_LINES = 110  # of train's body

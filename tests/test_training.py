@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from image_data import caption_of, make_image, snapshot, write_image_folder
 from PIL import Image
 from safetensors.torch import load_file
-from training import checkpoint_unet, losses, read_log, same, train, unet
+from training import checkpoint_state, checkpoint_unet, draws, losses, read_log, same, train, unet
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def test_scaled_rate_counts_batch_and_accumulation(fit, capsys):
 
 def clipped_norm(folder):
     """The norm of the gradient that the first step used: AdamW's first average is (1 - beta1) of it."""
-    optimizer = torch.load(folder / "checkpoint-1" / "optimizer.bin", weights_only=False)
+    optimizer = checkpoint_state(folder / "checkpoint-1")["optimizer"]
     return 10 * math.sqrt(sum(state["exp_avg"].square().sum().item() for state in optimizer["state"].values()))
 
 
@@ -180,7 +180,7 @@ def test_gradient_checkpointing_changes_nothing(fit, plain):
 
 def test_8bit_adam_trains(fit, plain, tiny_pipeline):
     folder = fit(use_8bit_adam=True, checkpointing_steps=2)
-    optimizer = torch.load(folder / "checkpoint-4" / "optimizer.bin", weights_only=False)
+    optimizer = checkpoint_state(folder / "checkpoint-4")["optimizer"]
     states = [state["__bnb_optimizer_quant_state__"] for state in optimizer["state"].values()]
     assert torch.uint8 in {state["state1"].dtype for state in states}
     assert losses(folder)[0] == losses(plain)[0]
@@ -233,7 +233,7 @@ def test_bf16_trains_float32_weights(fit, plain, tiny_pipeline):
     assert losses(folder) != losses(plain)
     assert losses(folder) == pytest.approx(losses(plain), rel=0.03)
     assert all(weight.dtype == torch.float32 for weight in checkpoint_unet(folder / "checkpoint-4").values())
-    optimizer = torch.load(folder / "checkpoint-4" / "optimizer.bin", weights_only=False)
+    optimizer = checkpoint_state(folder / "checkpoint-4")["optimizer"]
     assert {state["exp_avg"].dtype for state in optimizer["state"].values()} == {torch.float32}
     assert same(checkpoint_unet(folder / "checkpoint-4"), unet(folder))
     for file in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
@@ -273,26 +273,22 @@ def one_image(tmp_path):
 
 
 def parts_of_first_step(script, base, **config):
-    """Latents, embeddings, noise, timestep and schedule of image 0 in epoch 0, from the definitions alone."""
+    """Latents, embeddings, draws and schedule of image 0 in epoch 0, from the definitions alone."""
     pipeline = StableDiffusionPipeline.from_pretrained(base)
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, **config)
-    latents, embeddings = encode_by_hand(script, pipeline, make_image(0), caption_of(0), index=0)
-
-    def draw(stream, shape):
-        return torch.from_numpy(np.random.default_rng((0, stream, 0, 0)).standard_normal(shape, np.float32))
-
-    timestep = torch.tensor(np.random.default_rng((0, script.TIMESTEP, 0, 0)).integers(1000))
-    return pipeline.unet, latents, embeddings, draw, timestep, scheduler.alphas_cumprod[timestep]
+    drawn = draws(script, seed=0, epoch=0, index=0)
+    latents, embeddings = encode_by_hand(pipeline, make_image(0), caption_of(0), drawn.posterior_noise)
+    return pipeline.unet, latents, embeddings, drawn, scheduler.alphas_cumprod[drawn.timestep]
 
 
 @torch.no_grad()
-def encode_by_hand(script, pipeline, image, caption, index):
+def encode_by_hand(pipeline, image, caption, posterior_noise):
     """Latents (1, 4, 4, 4) of a 32 x 32 image and the embeddings of its caption."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
     posterior = pipeline.vae.encode(pixels).latent_dist
-    noise = np.random.default_rng((0, script.POSTERIOR, 0, index)).standard_normal((4, 4, 4), np.float32)
     tokens = pipeline.tokenizer(caption, max_length=77, padding="max_length", return_tensors="pt").input_ids
-    return (posterior.mean + posterior.std * noise) * 0.18215, pipeline.text_encoder(tokens)[0]
+    embeddings = pipeline.text_encoder(tokens).last_hidden_state
+    return (posterior.mean + posterior.std * posterior_noise) * 0.18215, embeddings
 
 
 @pytest.mark.parametrize(
@@ -311,12 +307,11 @@ def test_first_loss_by_hand(train_script, fit, tiny_pipeline, tiny_pipeline_v, t
     zero_snr = "rescale_betas_zero_snr" in settings
     base = tiny_pipeline if prediction_type == "epsilon" else tiny_pipeline_v
     config = {"rescale_betas_zero_snr": True} if zero_snr else {}
-    model, latents, embeddings, draw, timestep, a = parts_of_first_step(train_script, base, **config)
-    noise = draw(train_script.NOISE, (4, 4, 4))
-    noise = noise + settings.get("noise_offset", 0) * draw(train_script.OFFSET, (4, 1, 1))
-    added = noise + settings.get("input_perturbation", 0) * draw(train_script.PERTURBATION, (4, 4, 4))
+    model, latents, embeddings, drawn, a = parts_of_first_step(train_script, base, **config)
+    noise = drawn.noise + settings.get("noise_offset", 0) * drawn.offset
+    added = noise + settings.get("input_perturbation", 0) * drawn.perturbation
     with torch.no_grad():
-        predicted = model(a.sqrt() * latents + (1 - a).sqrt() * added, timestep, embeddings).sample
+        predicted = model(a.sqrt() * latents + (1 - a).sqrt() * added, drawn.timestep, embeddings).sample
     target = noise[None] if prediction_type == "epsilon" else a.sqrt() * noise - (1 - a).sqrt() * latents
     expected = F.mse_loss(predicted, target).item()
     if "snr_gamma" in settings:
@@ -441,12 +436,6 @@ def test_validation_does_not_change_training(fit, plain):
     assert losses(often) == losses(rare)
 
 
-def test_validation_epochs_count_steps_of_an_epoch(fit):
-    folder = fit(validation_prompts=["a"], validation_epochs=1, max_train_steps=7)
-    names = sorted(path.name for path in (folder / "samples").iterdir())
-    assert names == [f"step-{step:06d}.png" for step in (0, 3, 6, 7)]
-
-
 def held_out_names(script, number):
     """Which of six images are held out for every seed, from the definition alone."""
     return {f"{index:02d}.png" for index in np.random.default_rng(script.HELD_OUT).permutation(6)[:number]}
@@ -473,7 +462,7 @@ def test_held_out_images_are_never_trained_on(train_script, fit, monkeypatch):
 
 @torch.no_grad()
 def test_held_out_loss_by_hand(train_script, tiny_pipeline, validated):
-    """Each image at four timesteps, one in each quarter, with noise of its own: before training and after."""
+    """Each image at four timesteps, one in each quarter, with draws of their own: before training and after."""
     names = sorted(held_out_names(train_script, 2))
     means = {}
     for step, base in ((0, tiny_pipeline), (4, validated)):
@@ -483,12 +472,10 @@ def test_held_out_loss_by_hand(train_script, tiny_pipeline, validated):
         for index, name in enumerate(names):
             number = int(name[:2])
             image, caption = make_image(number), caption_of(number)
-            latents, embeddings = encode_by_hand(train_script, pipeline, image, caption, index)
-            first = np.random.default_rng((0, train_script.TIMESTEP, 0, index)).integers(1000)
             for part in range(4):
-                stream = (part, train_script.HELD_OUT, 0, index)
-                noise = torch.from_numpy(np.random.default_rng(stream).standard_normal((4, 4, 4), np.float32))[None]
-                timestep = torch.tensor([(first + part * 1000) // 4])
+                drawn = draws(train_script, seed=0, epoch=part, index=index)
+                latents, embeddings = encode_by_hand(pipeline, image, caption, drawn.posterior_noise)
+                noise, timestep = drawn.noise[None], torch.tensor([(drawn.timestep + part * 1000) // 4])
                 assert part * 250 <= timestep < (part + 1) * 250
                 a = scheduler.alphas_cumprod[timestep]
                 predicted = pipeline.unet(a.sqrt() * latents + (1 - a).sqrt() * noise, timestep, embeddings).sample

@@ -3,7 +3,9 @@
 import json
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
@@ -58,18 +60,16 @@ def unet(folder):
     return load_file(Path(folder) / "unet" / "diffusion_pytorch_model.safetensors")
 
 
-def checkpoint_unet(folder):
-    """The UNet's weights in a checkpoint, by name."""
-    return load_file(Path(folder) / "model.safetensors")
-
-
 def checkpoint_state(folder):
     """All that a checkpoint holds and a resume needs: weights, optimizer, schedule, average and progress."""
     folder = Path(folder)
-    state = {"unet": checkpoint_unet(folder), "progress": json.loads((folder / "progress.json").read_text())}
-    for path in sorted([*folder.glob("custom_checkpoint_*.pkl"), folder / "optimizer.bin"]):
-        state[path.name] = torch.load(path, weights_only=False)
-    return state
+    state = torch.load(folder / "state.pt", weights_only=True)
+    return {**state, "progress": json.loads((folder / "progress.json").read_text())}
+
+
+def checkpoint_unet(folder):
+    """The UNet's weights in a checkpoint, by name."""
+    return checkpoint_state(folder)["unet"]
 
 
 def same(a, b):
@@ -81,6 +81,17 @@ def same(a, b):
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
+
+
+def draws(script, seed, epoch, index, shape=(4, 4, 4), num_timesteps=1000):
+    """What a sample with latents of `shape` draws, from the definition alone: one generator, in this order."""
+    generator = np.random.default_rng((seed, script.SAMPLE, epoch, index))
+    left, top, flip, choice, drop = generator.random(5)
+    timestep = int(generator.integers(num_timesteps))
+    normal = torch.from_numpy(generator.standard_normal((3, *shape), np.float32))
+    offset = torch.from_numpy(generator.standard_normal((shape[0], 1, 1), np.float32))
+    return SimpleNamespace(left=left, top=top, flip=flip, choice=choice, drop=drop, timestep=timestep,
+                           posterior_noise=normal[0], noise=normal[1], perturbation=normal[2], offset=offset)
 
 
 def read_log(folder):

@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import dataclasses
 import datetime
 import functools
 import hashlib
@@ -39,19 +40,13 @@ import transformers
 import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import (
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-    extract_model_from_parallel,
-    parse_flag_from_env,
-    send_to_device,
-)
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, parse_flag_from_env, send_to_device
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel, compute_snr
 from diffusers.utils import is_bitsandbytes_available, is_xformers_available, make_image_grid
+from filelock import FileLock
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from PIL import Image, ImageOps, UnidentifiedImageError
-from safetensors.torch import load_model
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTokenizer
 
@@ -59,20 +54,22 @@ IMAGE_SUFFIXES = set(".avif .bmp .gif .jfif .jpe .jpeg .jpg .png .tif .tiff .web
 MIN_SIDE = 16  # pixels; anything smaller is an icon or a broken file
 HELD_OUT_TIMESTEPS = 4  # at which the loss of each held-out image is measured
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# A stream of random numbers each, so that switching one option on leaves the numbers of the others as they were.
-ORDER, AUGMENT, POSTERIOR, NOISE, TIMESTEP, OFFSET, PERTURBATION, DROPOUT, SUBSET, HELD_OUT = range(10)
+SAMPLE, ORDER, DROPOUT, SUBSET, HELD_OUT = range(5)  # a stream of random numbers each
 REPLACED_FLAGS = {
     "--local_rank": "start with `accelerate launch` or torchrun, which set the rank",
+    "--validation_epochs": "use --validation_steps",
     "--non_ema_revision": "use --revision; the UNet and its average start from the same weights",
     **dict.fromkeys(["--dream_training", "--dream_detail_preservation"], "use --snr_gamma=5 to weigh timesteps"),
 }
 # Settings that a resume may change: they leave the result as it is, or what follows from them is compared instead.
 FREE_ON_RESUME = """allow_changed_resume cache_dir caption_column checkpointing_steps checkpoints_total_limit config
     dataloader_num_workers dataset_config_name dataset_name dry_run gradient_accumulation_steps gradient_checkpointing
-    hub_model_id hub_private_repo hub_token image_column logging_dir logging_steps max_train_samples max_train_steps
-    num_train_epochs num_validation_samples offload_ema output_dir overwrite_output_dir push_to_hub report_to
-    resume_from_checkpoint save_precision skip_bad_images tracker_project_name train_batch_size train_data_dir
-    validation_epochs validation_prompts validation_steps""".split()
+    hub_model_id hub_private_repo hub_token image_column init_lora_weights kohya_file_name logging_dir logging_steps
+    max_train_samples max_train_steps num_train_epochs num_validation_samples offload_ema output_dir
+    output_kohya_format overwrite_output_dir push_to_hub report_to resume_from_checkpoint save_precision
+    skip_bad_images tracker_project_name train_batch_size train_data_dir validation_prompts validation_steps""".split()
+# The checkpoint's state would not fit.
+FIXED_ON_RESUME = set("lora_target mixed_precision rank train_text_encoder use_8bit_adam use_dora use_ema".split())
 
 
 class InputError(ValueError):
@@ -144,7 +141,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", default="sd-model-finetuned", help="where everything is written")
     add("--overwrite_output_dir", **switch, help="write over the run in --output_dir and remove its checkpoints")
-    add("--save_precision", default="no", choices=list(DTYPES), help="half precision of the saved UNet and VAE, or no")
+    add("--save_precision", default="no", choices=list(DTYPES), help="half precision of what is saved, or no")
     add("--checkpointing_steps", type=int, default=500, help="write a checkpoint every so many steps")
     add("--checkpoints_total_limit", type=int, help="keep only so many checkpoints, the newest")
     add("--resume_from_checkpoint", metavar="PATH|latest", help="go on from a checkpoint, if there is a latest")
@@ -152,7 +149,6 @@ def parse_args(argv=None):
     add("--validation_prompts", nargs="+", help="prompts to draw samples for")
     add("--num_validation_samples", type=int, default=0, help="images held out of training to measure the loss on")
     add("--validation_steps", type=int, help="draw and measure every so many steps; 500 if not given")
-    add("--validation_epochs", type=int, help="the same in epochs")
     add("--report_to", default="tensorboard", help="tracker of accelerate's (tensorboard, wandb, ...), all or none")
     add("--tracker_project_name", default="text2image-fine-tune", help="project name in the tracker")
     add("--logging_dir", default="logs", help="folder for the tracker's files, in --output_dir")
@@ -165,7 +161,11 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0, help="seed of everything that is drawn at random")
     add("--config", metavar="FILE.yaml", help="flags by name, maybe under `training:`; the command line wins")
     add("--dry_run", **switch, help="check everything, print the plan and stop")
+    return parse_words(parser, argv)
 
+
+def parse_words(parser, argv):
+    """Parses `argv`, or the command line if that is None, after the flags that its `--config` gives."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if replaced := [flag for word in argv if (flag := word.split("=")[0]) in REPLACED_FLAGS]:
         parser.error(f"{replaced[0]} is not taken: {REPLACED_FLAGS[replaced[0]]}")
@@ -183,10 +183,9 @@ def read_config(parser, path):
         recipe = {**recipe, **(recipe.get("training") or {})}
     except (OSError, ValueError, yaml.YAMLError, AttributeError, TypeError) as error:
         parser.error(f"--config={path}: is no YAML file of flags ({' '.join(str(error).split())})")
-    flags = vars(parser.parse_args([]))
+    flags, words = vars(parser.parse_args([])), []
     if unknown := sorted(map(str, recipe.keys() - (flags.keys() - {"config"}) - {"training", "evaluation"})):
         parser.error(f"--config={path}: unknown key {', '.join(unknown)}; keys are the flags of --help without dashes")
-    words = []
     for key, value in [(key, value) for key, value in recipe.items() if key in flags and value is not None]:
         if isinstance(value, list):
             words += [f"--{key}", *map(str, value)]
@@ -199,80 +198,91 @@ def read_config(parser, path):
 
 def check_args(args):
     """Raises one `InputError` that names every flag that is wrong, its value, what is accepted and the remedy."""
-    problems = []
+    problems = check_settings(vars(args)) + check_output(**vars(args)) + check_model(**vars(args))
+    if problems:
+        raise InputError("\n  ".join(["", *problems] if len(problems) > 1 else problems))
+
+
+def check_settings(settings):
+    """Lists which flags are out of range, do nothing, or cannot be obeyed here. Other scripts have some more flags."""
+    problems, get = [], settings.get
 
     def refuse(wrong, flag, remedy):
         if wrong:
-            problems.append(f"--{flag}={getattr(args, flag)}: {remedy}")
+            problems.append(f"--{flag}={get(flag)}: {remedy}")
 
     for accepted, holds, flags in (
         ("1 or more", lambda value: value >= 1, "resolution train_batch_size gradient_accumulation_steps "
          "logging_steps num_train_epochs max_train_steps checkpointing_steps checkpoints_total_limit validation_steps "
-         "validation_epochs max_train_samples lr_num_cycles"),
-        ("0 or more", lambda value: value >= 0, "seed dataloader_num_workers lr_warmup_steps num_validation_samples "
-         "noise_offset input_perturbation adam_weight_decay"),
-        ("above 0", lambda value: value > 0, "learning_rate max_grad_norm adam_epsilon snr_gamma lr_power"),
+         "lr_num_cycles max_train_samples rank"),
+        ("from 0 to 2**63 - 1", lambda value: 0 <= value < 2**63, "seed dataloader_num_workers lr_warmup_steps "
+         "num_validation_samples noise_offset input_perturbation adam_weight_decay"),
+        ("above 0", lambda value: value > 0, "learning_rate max_grad_norm adam_epsilon snr_gamma lr_power lora_alpha "
+         "text_encoder_lr"),
         ("from 0 to 1", lambda value: 0 <= value <= 1, "caption_dropout ema_decay"),
-        ("0 or more and below 1", lambda value: 0 <= value < 1, "adam_beta1 adam_beta2"),
+        ("0 or more and below 1", lambda value: 0 <= value < 1, "adam_beta1 adam_beta2 lora_dropout"),
     ):
         for flag in flags.split():
-            value = getattr(args, flag)
-            refuse(value is not None and not holds(value), flag, f"must be {accepted}")
-    schedule, validates = args.lr_scheduler, args.validation_prompts or args.num_validation_samples
+            refuse(get(flag) is not None and not holds(get(flag)), flag, f"must be {accepted}")
+    schedule = get("lr_scheduler")
     for needed, given, flags in (
-        ("--use_ema", args.use_ema, "ema_decay ema_warmup offload_ema foreach_ema"),
-        ("--push_to_hub", args.push_to_hub, "hub_model_id hub_private_repo"),
-        ("--resume_from_checkpoint", args.resume_from_checkpoint, "allow_changed_resume"),
-        ("--dataset_name", args.dataset_name, "dataset_config_name"),
-        ("a model on the Hub", not Path(args.pretrained_model_name_or_path or "").exists(), "revision"),
-        ("a pipeline folder or Hub id", not args.single_file_config, "variant"),
-        ("--validation_prompts or --num_validation_samples", validates, "validation_steps validation_epochs"),
+        ("--use_ema", get("use_ema"), "ema_decay ema_warmup offload_ema foreach_ema"),
+        ("--push_to_hub", get("push_to_hub"), "hub_model_id hub_private_repo"),
+        ("--resume_from_checkpoint", get("resume_from_checkpoint"), "allow_changed_resume"),
+        ("--dataset_name", get("dataset_name"), "dataset_config_name"),
+        ("--train_text_encoder", get("train_text_encoder"), "text_encoder_lr"),
+        ("--output_kohya_format", get("output_kohya_format"), "kohya_file_name"),
+        ("a model on the Hub", not Path(get("pretrained_model_name_or_path") or "").exists(), "revision"),
+        ("a pipeline folder or Hub id", not get("single_file_config"), "variant"),
+        ("--validation_prompts or --num_validation_samples", get("validation_prompts") or
+         get("num_validation_samples"), "validation_steps"),
         ("--lr_scheduler=cosine_with_restarts", schedule == "cosine_with_restarts", "lr_num_cycles"),
         ("--lr_scheduler=polynomial", schedule == "polynomial", "lr_power"),
         ("--lr_scheduler=piecewise_constant", schedule == "piecewise_constant", "lr_step_rules"),
         ("constant_with_warmup or the like", schedule not in ("constant", "piecewise_constant"), "lr_warmup_steps"),
     ):
         for flag in flags.split():
-            refuse(getattr(args, flag) and not given, flag, f"does nothing without {needed}; add that or drop this")
-    rules = re.fullmatch(r"({0}:\d+,)+{0}".format(r"\d*\.?\d+(e-?\d+)?"), args.lr_step_rules or "")
+            refuse(get(flag) and not given, flag, f"does nothing without {needed}; add that or drop this")
+    rules = re.fullmatch(r"({0}:\d+,)+{0}".format(r"\d*\.?\d+(e-?\d+)?"), get("lr_step_rules") or "")
     refuse(schedule == "piecewise_constant" and not rules, "lr_step_rules", "give rules such as 1:10,0.1:20,0.01")
-    refuse(args.validation_steps and args.validation_epochs, "validation_epochs", "give this or --validation_steps")
-    refuse(args.train_data_dir and args.image_column != "image", "image_column", "needs --dataset_name; drop this")
-    refuse(args.seed >= 2**63, "seed", "must be below 2**63")
-    if bool(args.dataset_name) == bool(args.train_data_dir):
-        problems.append("give the images by one of --train_data_dir and --dataset_name")
+    refuse(get("train_data_dir") and get("image_column") != "image", "image_column", "needs --dataset_name; drop this")
+    refuse(bool(get("dataset_name")) == bool(get("train_data_dir")), "train_data_dir", "give this or --dataset_name")
     trackers = ["all", "none", *map(str, get_available_trackers())]
-    refuse(args.report_to not in trackers, "report_to", f"installed are {', '.join(trackers)}")
+    refuse(get("report_to") not in trackers, "report_to", f"installed are {', '.join(trackers)}")
+    return problems + check_machine(**settings)
+
+
+def check_machine(mixed_precision, allow_tf32, use_8bit_adam, enable_xformers_memory_efficient_attention, **_):
+    """Lists what this machine, its packages or accelerate's config cannot do."""
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    precision = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    engines = [name for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM") if parse_flag_from_env(f"ACCELERATE_USE_{name}")]
+    problems = [f"accelerate's config asks for {name}, which cannot be used; choose GPUs alone" for name in engines]
     if precision not in DTYPES or (on_cpu and precision == "fp16"):
         problems.append(f"--mixed_precision={precision} (or accelerate's config): cannot train here; use bf16 or no")
-    for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        if parse_flag_from_env(f"ACCELERATE_USE_{engine}"):
-            problems.append(f"accelerate's config asks for {engine}, which cannot be used; choose one or several GPUs")
-    refuse(on_cpu and args.allow_tf32, "allow_tf32", "needs an NVIDIA GPU; drop it")
-    refuse(args.use_8bit_adam and not is_bitsandbytes_available(), "use_8bit_adam", "install bitsandbytes or drop it")
-    refuse(args.enable_xformers_memory_efficient_attention and (on_cpu or not is_xformers_available()),
-           "enable_xformers_memory_efficient_attention", "needs a GPU and the package xformers; drop it")
-    problems += check_output(**vars(args)) + check_model(**vars(args))
-    if problems:
-        raise InputError("\n  ".join(["", *problems] if len(problems) > 1 else problems))
+    if on_cpu and allow_tf32:
+        problems.append("--allow_tf32: needs an NVIDIA GPU; drop it")
+    if use_8bit_adam and not is_bitsandbytes_available():
+        problems.append("--use_8bit_adam: install bitsandbytes or drop it")
+    if enable_xformers_memory_efficient_attention and (on_cpu or not is_xformers_available()):
+        problems.append("--enable_xformers_memory_efficient_attention: needs a GPU and the package xformers; drop it")
+    return problems
 
 
 def check_output(output_dir, resume_from_checkpoint, overwrite_output_dir, train_data_dir, **_):
     """Lists what is wrong with the folders and the checkpoint to resume from."""
-    output, resume = Path(output_dir), resume_from_checkpoint
-    checkpoint, problems, newest = find_checkpoint(output, resume), [], find_checkpoint(output, "latest")
+    output, wanted, problems = Path(output_dir), resume_from_checkpoint, []
+    checkpoint, newest = find_checkpoint(output, wanted), find_checkpoint(output, "latest")
     if checkpoint and not (checkpoint / "progress.json").is_file():
-        problems.append(f"--resume_from_checkpoint={resume}: is no whole checkpoint folder; name one, or latest")
-    if resume and overwrite_output_dir:
+        problems.append(f"--resume_from_checkpoint={wanted}: is no whole checkpoint folder; name one, or latest")
+    if wanted and overwrite_output_dir:
         problems.append("--overwrite_output_dir: contradicts --resume_from_checkpoint; drop one")
     run = (output / "args.json").is_file()
     # Without a checkpoint `latest` starts anew, in the folder of a run that was stopped before its first one.
-    begun = resume == "latest" and run and not (output / "model_index.json").exists()
+    begun = wanted == "latest" and run and not (output / "README.md").exists()
     own = output.resolve() == checkpoint.resolve().parent if checkpoint else begun
     if own and newest and checkpoint.resolve() != newest.resolve():
-        problems.append(f"--resume_from_checkpoint={resume}: {newest} is newer; use that, or another --output_dir")
+        problems.append(f"--resume_from_checkpoint={wanted}: {newest} is newer; use that, or another --output_dir")
     around = [output.resolve(), *output.resolve().parents]
     place = next(path for path in around if path.exists())
     if train_data_dir and not Path(train_data_dir).is_dir():
@@ -327,43 +337,36 @@ def check_model(pretrained_model_name_or_path, single_file_config, revision, cac
 
 # ------------------------------------------------------------------------------------------------------------ data
 def read_folder(folder, caption_column):
-    """Reads a folder into rows of `image` and `captions`, from metadata.jsonl or .csv (columns file_name and
-    `caption_column`) or a .txt beside the image. What is missing gives a row too, so that the check names it.
-    Raises `InputError` for a folder without images and for metadata that cannot be read."""
+    """Reads a folder into rows of `image` and `captions`, from metadata.jsonl or .csv or a .txt beside the image. What
+    is missing gives a row too, so that the check names it. Raises `InputError` for what cannot be read as text."""
     folder, closed = Path(os.path.abspath(folder)), []
     files = sorted(Path(at, name) for at, _, names in os.walk(folder, onerror=closed.append) for name in names)
     if closed:
         raise InputError(f"{closed[0].filename}: cannot be searched ({closed[0].strerror}); grant access")
-    images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES
-              and not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    captions = {path: [] for path in files if path.suffix.lower() in IMAGE_SUFFIXES
+                and not any(part.startswith(".") for part in path.relative_to(folder).parts)}
     metadata = [path for path in files if path.name in ("metadata.jsonl", "metadata.csv")]
-    if not images:
+    if not captions:
         raise InputError(f"the folder {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}); name another")
-    captions = {}
     for path in metadata:
+        number, columns = 1, set()
         try:
             text = path.read_text(encoding="utf-8-sig")
-            lines = text.split("\n")  # JSON may hold other line ends
-            if path.suffix == ".jsonl":
-                rows = [json.loads(line) for line in lines if line.strip()]
-            else:
-                rows = list(csv.DictReader(io.StringIO(text)))
-            for row in rows:
-                if None in row:
-                    raise ValueError(f"{row['file_name']} has too many cells: put captions with commas in quotes")
+            lines = filter(str.strip, text.split("\n"))  # JSON may hold other line ends
+            for row in map(json.loads, lines) if path.suffix == ".jsonl" else csv.DictReader(io.StringIO(text)):
                 file = Path(os.path.abspath(path.parent / row["file_name"]))
                 captions.setdefault(file, []).extend(all_captions(row.get(caption_column)))
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}: line {lines.index(error.doc) + 1} is no JSON ({error.msg})") from None
+                if None in row:
+                    raise ValueError("too many cells: put captions with commas in quotes")
+                number, columns = number + 1, columns | row.keys()
         except (ValueError, TypeError, KeyError, AttributeError, csv.Error) as error:
-            raise InputError(f"{path}: every row needs a file_name and a caption, in UTF-8 ({error!r})") from None
-        if not any(caption_column in row for row in rows):
-            columns = ", ".join(rows[0]) if rows else "no rows"
-            raise InputError(f"{path}: has no {caption_column!r} but {columns}; set --caption_column")
-    for image in [image for image in images if not captions.get(image)]:
+            raise InputError(f"{path}: row {number} is not a file_name and a caption in UTF-8 ({error!r})") from None
+        if caption_column not in columns:
+            raise InputError(f"{path}: has no {caption_column!r} but {', '.join(columns)}; set --caption_column")
+    for image in [image for image, found in captions.items() if not found]:
         beside = image.with_suffix(".txt")
         try:
-            captions[image] = [beside.read_text("utf-8-sig").strip()] if beside.is_file() else []
+            captions[image] += [beside.read_text("utf-8-sig").strip()] if beside.is_file() else []
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{beside}: cannot be read as UTF-8 ({last_line(error)}); convert or remove it") from None
     aside = [path.name for path in files if path not in captions and path not in metadata and path.suffix != ".txt"]
@@ -388,21 +391,13 @@ def read_dataset(name, config_name, image_column, caption_column, cache_dir, tok
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise InputError(f"--dataset_name={name}: cannot be loaded; name one on the Hub with a train split, or a "
                          f"local folder ({last_line(error)})") from None
-    if missing := [column for column in (image_column, caption_column) if column not in dataset.column_names]:
-        raise InputError(f"--dataset_name={name}: has no column {' or '.join(missing)}; set --image_column and "
-                         f"--caption_column to two of {', '.join(dataset.column_names)}")
     try:
         dataset = dataset.select_columns([image_column, caption_column])
         dataset = dataset.rename_columns({image_column: "image", caption_column: "captions"})
         return dataset.cast_column("image", datasets.Image(decode=False))
     except Exception as error:  # arrow has one for every pair of types
-        raise InputError(f"--image_column={image_column} --caption_column={caption_column}: no images and captions "
-                         f"({last_line(error)})") from None
-
-
-def image_bytes(image):
-    """The encoded image of a row, {bytes, path}: from the dataset where it holds it, else from the path."""
-    return image["bytes"] or Path(image["path"]).read_bytes()
+        raise InputError(f"--image_column={image_column} --caption_column={caption_column}: no images and captions in "
+                         f"{name}; its columns are {', '.join(dataset.column_names)} ({last_line(error)})") from None
 
 
 def open_image(encoded):
@@ -423,11 +418,11 @@ def check_image(image, known):
     """Opens one image, unless `known` has it; returns a key, of path, size and time or of the content where a dataset
     holds it, and [sha256, width, height, what is wrong or ""]."""
     try:
-        path = os.path.abspath(image["path"]) if not image["bytes"] else None
-        key = "{0}|{1.st_size}|{1.st_mtime_ns}".format(path, os.stat(path)) if path else None
-        if key in known:
-            return key, known[key]
-        digest = hashlib.sha256(encoded := image_bytes(image)).hexdigest()
+        encoded, key = image["bytes"], None
+        if not encoded:
+            key = "{0}|{1.st_size}|{1.st_mtime_ns}".format(os.path.abspath(image["path"]), os.stat(image["path"]))
+            encoded = b"" if key in known else Path(image["path"]).read_bytes()
+        digest = hashlib.sha256(encoded).hexdigest()
         if (key := key or digest) in known:
             return key, known[key]
         width, height = open_image(encoded).size
@@ -440,16 +435,20 @@ def check_image(image, known):
 
 
 def check_images(rows, memory):
-    """Opens every image once, in parallel, and remembers them in the file `memory`; returns `check_image`'s lists."""
-    known = {}
-    with contextlib.suppress(OSError, ValueError):  # not there yet, or half written
-        known = json.loads(memory.read_text(encoding="utf-8"))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding releases the interpreter's lock
+    """Opens every image once, in parallel, and remembers `check_image`'s findings, which it returns, in the file
+    `memory`. Of several processes the first one does it, the others read what it remembers."""
+    try:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{memory}.lock").acquire()
+    except OSError as error:
+        raise InputError(f"--cache_dir: {memory.parent} cannot be used ({error.strerror}); name another") from None
+    with lock, ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding releases Python's lock
+        known = {}
+        with contextlib.suppress(OSError, ValueError):  # not there yet, or half written
+            known = json.loads(memory.read_text(encoding="utf-8"))
         results = pool.map(lambda index: check_image(rows[index]["image"], known), range(len(rows)))
         results = list(tqdm(results, "Checking images", len(rows), unit="image", disable=None, leave=False))
-    with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        beside = memory.with_suffix(f".{os.getpid()}")
+        beside = memory.with_suffix(".partial")
         beside.write_text(json.dumps({**known, **{key: found for key, found in results if key}}), encoding="utf-8")
         beside.replace(memory)
     return [found for _, found in results]
@@ -461,10 +460,10 @@ def all_captions(captions):
     return [caption for caption in captions if isinstance(caption, str) and caption.strip()]
 
 
-def check_rows(rows, memory, skip_bad_images, tokenizer, max_length, resolution):
+def check_rows(rows, memory, skip_bad_images, tokenizer, resolution):
     """Checks every image and caption; returns the good rows and a digest of each one's content and captions. Unusable
-    ones are left out if `skip_bad_images`, else one `InputError` lists them by path. Captions over `max_length` tokens
-    and images below `resolution` pixels are warned of."""
+    ones are left out if `skip_bad_images`, else one `InputError` lists them by path. Captions over the tokenizer's
+    limit and images below `resolution` pixels are warned of."""
     bad, small, cut, good, digests = [], [], [], [], []
     captions = [all_captions(captions) for captions in rows["captions"]]
     for index, (digest, width, height, problem) in enumerate(check_images(rows, memory)):
@@ -475,7 +474,7 @@ def check_rows(rows, memory, skip_bad_images, tokenizer, max_length, resolution)
         if not problem:
             good.append(index)
             digests.append(hashlib.sha256(json.dumps([digest, captions[index]]).encode()).hexdigest())
-            if max(map(len, tokenizer(captions[index], verbose=False).input_ids)) > max_length:
+            if max(map(len, tokenizer(captions[index], verbose=False).input_ids)) > tokenizer.model_max_length:
                 cut.append(f"{captions[index][0][:80]}...")
     listed = "\n  ".join(["", *bad[:100], *([f"and {len(bad) - 100} more"] if len(bad) > 100 else [])])
     if bad and (not skip_bad_images or not good):
@@ -483,52 +482,70 @@ def check_rows(rows, memory, skip_bad_images, tokenizer, max_length, resolution)
     if bad:
         print(f"Left out (--skip_bad_images): {len(bad)} of {len(rows)} images{listed}")
     for what, warned in ((f"images are smaller than --resolution={resolution} and are enlarged", small),
-                         (f"captions have more than {max_length} tokens and are cut", cut)):
+                         (f"captions have more than {tokenizer.model_max_length} tokens and are cut", cut)):
         if warned:
             print("\n  ".join([f"Warning: {len(warned)} {what}, such as", *warned[:5]]))
     return rows.select(good), digests
 
 
+@dataclasses.dataclass
 class CaptionedImages(torch.utils.data.Dataset):
-    """Maps (epoch, index, weight) to {pixel_values: uint8 (3, height, width), input_ids: (max_length,), epoch, index,
-    weight}. Crop, flip, choice and dropout of the caption depend on (seed, epoch, index) alone."""
-
-    def __init__(self, rows, tokenizer, max_length, resolution, interpolation, seed, center_crop, flip, dropout):
-        self.rows, self.tokenizer, self.max_length, self.seed = rows, tokenizer, max_length, seed
-        self.resolution, self.center_crop, self.random_flip = resolution, center_crop, flip
-        self.resample, self.dropout = Image.Resampling[interpolation.upper()], dropout
+    """Maps (epoch, index, weight) to these and pixel_values uint8 (3, height, width), input_ids (max_length,),
+    timestep, and posterior_noise, noise, added_noise in float32 (4, height / 8, width / 8)."""
+    rows: datasets.Dataset  # of image and captions
+    tokenizer: CLIPTokenizer
+    resolution: int
+    resample: Image.Resampling
+    latent_shape: tuple
+    num_timesteps: int
+    seed: int
+    center_crop: bool
+    random_flip: bool
+    caption_dropout: float
+    noise_offset: float
+    input_perturbation: float
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, item):
         epoch, index, weight = item
-        row = self.rows[index]
-        left, top, flip, choice, drop = np.random.default_rng((self.seed, AUGMENT, epoch, index)).random(5)
-        left, top = (0.5, 0.5) if self.center_crop else (left, top)
-        image = open_image(image_bytes(row["image"]))
+        # All that is random in a sample, drawn always and in this order: an option leaves the others' numbers alone.
+        draw = np.random.default_rng((self.seed, SAMPLE, epoch, index))
+        left, top, flip, choice, drop = draw.random(5)
+        timestep = draw.integers(self.num_timesteps)
+        posterior_noise, noise, perturbation = draw.standard_normal((3, *self.latent_shape), np.float32)
+        # The offset shifts whole channels; perturbation (arXiv 2301.11706, eq. 3) is added and not to be predicted.
+        noise = noise + self.noise_offset * draw.standard_normal((len(noise), 1, 1), np.float32)
+
+        row, (left, top) = self.rows[index], (0.5, 0.5) if self.center_crop else (left, top)
+        image = open_image(row["image"]["bytes"] or Path(row["image"]["path"]).read_bytes())
         side = min(image.size)
         left, top = left * (image.width - side), top * (image.height - side)
         image = image.resize((self.resolution,) * 2, self.resample, box=(left, top, left + side, top + side))
         if self.random_flip and flip < 0.5:
             image = ImageOps.mirror(image)
         captions = all_captions(row["captions"])
-        caption = "" if drop < self.dropout else captions[int(choice * len(captions))]
-        tokens = self.tokenizer(caption, max_length=self.max_length, padding="max_length", truncation=True)
-        return {"pixel_values": torch.from_numpy(np.array(image)).permute(2, 0, 1), "epoch": epoch, "index": index,
-                "input_ids": torch.tensor(tokens.input_ids), "weight": np.float32(weight)}
+        caption = "" if drop < self.caption_dropout else captions[int(choice * len(captions))]
+        input_ids = self.tokenizer(caption, padding="max_length", truncation=True, return_tensors="np").input_ids[0]
+        return {"pixel_values": np.array(image).transpose(2, 0, 1), "input_ids": input_ids, "timestep": timestep,
+                "posterior_noise": posterior_noise, "noise": noise, "epoch": epoch, "index": index,
+                "added_noise": noise + self.input_perturbation * perturbation, "weight": np.float32(weight)}
 
 
 def load_data(pretrained_model_name_or_path, single_file_config, revision, cache_dir, train_data_dir, dataset_name,
               dataset_config_name, image_column, caption_column, hub_token, max_train_samples, num_validation_samples,
               skip_bad_images, resolution, center_crop, random_flip, image_interpolation_mode, caption_dropout,
-              seed, **_):
+              noise_offset, input_perturbation, seed, **_):
     """Reads, checks and splits the images; returns (training images, held-out images, fingerprint of the former). The
     held-out ones are the same for every seed, and always seen alike."""
-    source = single_file_config or pretrained_model_name_or_path
-    where = {"revision": revision, "cache_dir": cache_dir}
-    max_length = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where).max_position_embeddings
+    source, where = single_file_config or pretrained_model_name_or_path, {"revision": revision, "cache_dir": cache_dir}
     tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)
+    text_config = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where)
+    tokenizer.model_max_length = text_config.max_position_embeddings
+    vae = diffusers.AutoencoderKL.load_config(source, subfolder="vae", **where)
+    latent_shape = (vae["latent_channels"], *[resolution // 2 ** (len(vae["block_out_channels"]) - 1)] * 2)
+    schedule = diffusers.DDPMScheduler.load_config(source, subfolder="scheduler", **where)
     rows = read_folder(train_data_dir, caption_column) if train_data_dir else read_dataset(
         dataset_name, dataset_config_name, image_column, caption_column, cache_dir, hub_token)
     if max_train_samples and max_train_samples < len(rows):
@@ -536,29 +553,19 @@ def load_data(pretrained_model_name_or_path, single_file_config, revision, cache
         rows = rows.select(np.sort(order[:max_train_samples]))
     place = hashlib.sha256(os.path.abspath(train_data_dir or dataset_name).encode()).hexdigest()[:16]
     memory = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "checked_images" / f"{place}.json"
-    rows, digests = check_rows(rows, memory, skip_bad_images, tokenizer, max_length, resolution)
+    rows, digests = check_rows(rows, memory, skip_bad_images, tokenizer, resolution)
     if num_validation_samples >= len(rows):
         raise InputError(f"--num_validation_samples={num_validation_samples}: must leave some of {len(rows)} images")
     order = np.random.default_rng(HELD_OUT).permutation(len(rows))
     held_out, training = np.sort(order[:num_validation_samples]), np.sort(order[num_validation_samples:])
     fingerprint = hashlib.sha256("".join(digests[index] for index in training).encode()).hexdigest()
-    common = (tokenizer, max_length, resolution, image_interpolation_mode)
-    return (CaptionedImages(rows.select(training), *common, seed, center_crop, random_flip, caption_dropout),
-            CaptionedImages(rows.select(held_out), *common, 0, True, False, 0.0), fingerprint)
-
-
-@contextlib.contextmanager
-def main_process_first(accelerator):
-    """The block runs in the main process, then without a word in the others, which so read what it remembers or meet
-    the same error; under accelerate's own they would wait for a process that is gone."""
-    if not accelerator.is_main_process:
-        accelerator.wait_for_everyone()
-    try:
-        with contextlib.redirect_stdout(sys.stdout if accelerator.is_main_process else None):
-            yield
-    finally:
-        if accelerator.is_main_process:
-            accelerator.wait_for_everyone()
+    resample = Image.Resampling[image_interpolation_mode.upper()]
+    images = CaptionedImages(rows.select(training), tokenizer, resolution, resample, latent_shape,
+                             schedule.get("num_train_timesteps", 1000), seed, center_crop, random_flip,
+                             caption_dropout, noise_offset, input_perturbation)
+    plain = {"center_crop": True, "random_flip": False}
+    plain |= dict.fromkeys(["seed", "caption_dropout", "noise_offset", "input_perturbation"], 0)
+    return images, dataclasses.replace(images, rows=rows.select(held_out), **plain), fingerprint
 
 
 def micro_batches(num_samples, batch_size, num_processes, process_index, accumulation, seed, first_step, last_step):
@@ -596,91 +603,56 @@ def make_accelerator(mixed_precision, report_to, output_dir, logging_dir, allow_
 
 
 def load_models(args, weight_dtype, device):
-    """Loads the base in float32, without its safety checker; returns its pipeline, whose UNet is to be trained, frozen
-    copies of VAE and text encoder in `weight_dtype`, and the noise scheduler. Raises `InputError`."""
-    where = {"cache_dir": args.cache_dir, "safety_checker": None, "dtype": torch.float32}
-    try:
-        if args.single_file_config:  # a .ckpt is read as weights only
-            load, more = diffusers.StableDiffusionPipeline.from_single_file, {"config": args.single_file_config}
-        else:
-            load = diffusers.StableDiffusionPipeline.from_pretrained
-            more = {"revision": args.revision, "variant": args.variant}
-        pipeline = load(args.pretrained_model_name_or_path, **where, **more)
-    except Exception as error:  # every format has its own way of being broken
-        raise InputError(f"the weights of {args.pretrained_model_name_or_path} cannot be loaded "
-                         f"({last_line(error)})") from None
-    objective = {"prediction_type": args.prediction_type} if args.prediction_type else {}
-    zero_snr = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    objective |= zero_snr if args.rescale_betas_zero_snr else {}
-    noise_scheduler = diffusers.DDPMScheduler.from_config(pipeline.scheduler.config, **objective)
+    """Returns the base's pipeline in float32, whose UNet is to be trained, frozen copies of VAE and text encoder in
+    `weight_dtype`, and the noise scheduler. Raises `InputError`."""
+    pipeline, noise_scheduler = load_base(**vars(args))
     frozen = [copy.deepcopy(part).requires_grad_(False).eval() for part in (pipeline.vae, pipeline.text_encoder)]
     vae, text_encoder = [part.to(device, dtype=weight_dtype) for part in frozen]
     pipeline.unet.requires_grad_(True).train()
-    if args.gradient_checkpointing:
-        pipeline.unet.enable_gradient_checkpointing()
-    if args.enable_xformers_memory_efficient_attention:
-        try:
-            pipeline.unet.enable_xformers_memory_efficient_attention()
-        except Exception as error:  # it has its own way of failing for every mismatch of versions
-            raise InputError(f"--enable_xformers_memory_efficient_attention: fails here ({last_line(error)}); drop "
-                             "it, torch's own attention is as good") from None
     return pipeline, vae, text_encoder, noise_scheduler
+
+
+def load_base(pretrained_model_name_or_path, single_file_config, revision, variant, cache_dir, prediction_type,
+              rescale_betas_zero_snr, gradient_checkpointing, enable_xformers_memory_efficient_attention, **_):
+    """Loads a pipeline in float32 without its safety checker, and the noise scheduler. Raises `InputError`."""
+    try:
+        if single_file_config:  # a .ckpt is read as weights only
+            load, more = diffusers.StableDiffusionPipeline.from_single_file, {"config": single_file_config}
+        else:
+            load = diffusers.StableDiffusionPipeline.from_pretrained
+            more = {"revision": revision, "variant": variant}
+        pipeline = load(pretrained_model_name_or_path, cache_dir=cache_dir, safety_checker=None, dtype=torch.float32,
+                        **more)
+        if enable_xformers_memory_efficient_attention:
+            pipeline.unet.enable_xformers_memory_efficient_attention()
+    except Exception as error:  # every format has its own way of being broken, and xFormers one for every mismatch
+        raise InputError(f"the weights of {pretrained_model_name_or_path} cannot be loaded, or xFormers not be used "
+                         f"({last_line(error)})") from None
+    if gradient_checkpointing:
+        pipeline.unet.enable_gradient_checkpointing()
+    objective = {"prediction_type": prediction_type} if prediction_type else {}
+    if rescale_betas_zero_snr:
+        objective |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return pipeline, diffusers.DDPMScheduler.from_config(pipeline.scheduler.config, **objective)
 
 
 def make_optimizer(parameters, peak_rate, use_8bit_adam, adam_beta1, adam_beta2, adam_weight_decay, adam_epsilon, **_):
     """AdamW (arXiv 1711.05101) over `parameters`, or its 8-bit form (2110.02861)."""
-    if use_8bit_adam:
-        from bitsandbytes.optim import AdamW8bit as AdamW
-    else:
-        AdamW = functools.partial(torch.optim.AdamW, fused=True)
-    return AdamW(parameters, peak_rate, (adam_beta1, adam_beta2), weight_decay=adam_weight_decay, eps=adam_epsilon)
+    betas, decay = (adam_beta1, adam_beta2), adam_weight_decay
+    if not use_8bit_adam:
+        return torch.optim.AdamW(parameters, peak_rate, betas, eps=adam_epsilon, weight_decay=decay, fused=True)
+    import bitsandbytes
 
-
-def make_average(parameters, use_ema, ema_decay, ema_warmup, foreach_ema, **_):
-    """An exponential moving average of `parameters`, None if it is not wanted."""
-    decay = 0.9999 if ema_decay is None else ema_decay
-    return EMAModel(parameters, decay, use_ema_warmup=ema_warmup, foreach=foreach_ema) if use_ema else None
+    return bitsandbytes.optim.AdamW8bit(parameters, peak_rate, betas, eps=adam_epsilon, weight_decay=decay)
 
 
 # ----------------------------------------------------------------------------------------------------- mathematics
-def draw(seed, stream, batch, sample):
-    """What `sample` draws from generators made of (seed, stream, epoch, index): a tensor (batch, ...) on the CPU."""
-    pairs = zip(batch["epoch"].tolist(), batch["index"].tolist(), strict=True)
-    return torch.from_numpy(np.stack([sample(np.random.default_rng((seed, stream, *pair))) for pair in pairs]))
-
-
-def draw_normal(seed, stream, batch, shape):
-    """Standard normal numbers (batch, *shape) in float32."""
-    return draw(seed, stream, batch, lambda generator: generator.standard_normal(shape, np.float32))
-
-
-def draw_timesteps(seed, batch, num_train_timesteps):
-    """Timesteps (batch,), uniform in [0, num_train_timesteps)."""
-    return draw(seed, TIMESTEP, batch, lambda generator: generator.integers(num_train_timesteps))
-
-
-def draw_noise(seed, batch, latents, noise_offset, input_perturbation):
-    """The noise to predict and the noise to add, each like `latents`; they differ by input perturbation alone
-    (arXiv 2301.11706, eq. 3). `noise_offset` shifts whole channels of both."""
-    noise = draw_normal(seed, NOISE, batch, latents.shape[1:]).to(latents.device)
-    if noise_offset:
-        noise = noise + noise_offset * draw_normal(seed, OFFSET, batch, (latents.shape[1], 1, 1)).to(latents.device)
-    if not input_perturbation:
-        return noise, noise
-    more = draw_normal(seed, PERTURBATION, batch, latents.shape[1:]).to(latents.device)
-    return noise, noise + input_perturbation * more
-
-
 @torch.no_grad()
-def encode(vae, text_encoder, batch, seed):
-    """Encodes images to latents (batch, 4, height / 8, width / 8) in float32, drawn from the VAE's posterior, and
-    captions to prompt_embeds (batch, max_length, width)."""
+def encode(vae, batch):
+    """Encodes images to latents (batch, 4, height / 8, width / 8) in float32, drawn from the VAE's posterior."""
     pixel_values = batch["pixel_values"] / 127.5 - 1  # [-1, 1], in float32: half precision would round them
     posterior = vae.encode(pixel_values.to(vae.dtype)).latent_dist
-    mean, std = posterior.mean.float(), posterior.std.float()
-    noise = draw_normal(seed, POSTERIOR, batch, mean.shape[1:]).to(mean.device)
-    latents = (mean + std * noise) * vae.config.scaling_factor
-    return latents, text_encoder(batch["input_ids"])[0]
+    return (posterior.mean.float() + posterior.std.float() * batch["posterior_noise"]) * vae.config.scaling_factor
 
 
 def snr_weights(noise_scheduler, timesteps, snr_gamma):
@@ -702,36 +674,16 @@ def diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, noise, added
 
 
 # ----------------------------------------------------------------------------------------------------- checkpoints
-def save_unwrapped(models, weights, _):
-    """Save hook: weights without the wrapper's prefix, so that any number of processes can read them."""
-    weights[:] = [extract_model_from_parallel(model).state_dict() for model in models]
-
-
-def load_unwrapped(models, input_dir):
-    """Load hook, the counterpart of `save_unwrapped`; what it takes from `models` is not loaded again."""
-    load_model(extract_model_from_parallel(models.pop()), Path(input_dir) / "model.safetensors")
-
-
-def make_readable(folder):
-    """Gives weights the permissions that new files get here; safetensors makes them for the owner alone."""
-    os.umask(umask := os.umask(0))
-    for path in Path(folder).rglob("*.safetensors"):
-        path.chmod(0o666 & ~umask)
-
-
-def save_checkpoint(accelerator, output_dir, settings, progress, total_limit):
+def save_checkpoint(accelerator, output_dir, settings, progress, state, total_limit):
     """Writes checkpoint-N beside its place, then renames it; only then do older ones beyond `total_limit` go."""
-    final = output_dir / f"checkpoint-{progress['global_step']}"
-    partial = final.with_suffix(".partial")
     if accelerator.is_main_process:
+        final = output_dir / f"checkpoint-{progress['global_step']}"
+        partial = final.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)  # of a save that was killed
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        make_readable(partial)
-        (partial / "args.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        (partial / "progress.json").write_text(json.dumps(progress) + "\n", encoding="utf-8")
+        partial.mkdir()
+        torch.save({name: part.state_dict() for name, part in state.items()}, partial / "state.pt")
+        for name, content in (("args", settings), ("progress", progress)):
+            (partial / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         os.sync()  # files before names, or a crash could leave a whole name with half a file
         if not final.exists():  # else a broken step just after a save, which is the same state
             partial.rename(final)
@@ -754,47 +706,45 @@ def find_checkpoint(output_dir, wanted):
     return Path(output_dir, wanted) if Path(output_dir, wanted).is_dir() else Path(wanted)
 
 
-def resume(accelerator, checkpoint, settings, last_step, optimizer, lr_scheduler, ema):
-    """Loads a checkpoint; returns its progress: steps, held-out losses before them, losses not yet logged. Settings
-    that change the result and differ raise `InputError`, or are told and take effect if that is allowed."""
+def resume(accelerator, checkpoint, settings, last_step, state):
+    """Loads a checkpoint into `state`; returns its progress: steps, held-out losses before, losses not yet logged.
+    Settings that change the result and differ raise `InputError`, or are told and take effect if that is allowed."""
     before = json.loads((checkpoint / "args.json").read_text(encoding="utf-8"))
     changed = {name: f"{name}: {before.get(name)} there, {value} now" for name, value in settings.items()
                if name not in FREE_ON_RESUME and before.get(name) != value}
     if changed:
-        fixed = changed.keys() & {"use_ema", "use_8bit_adam", "mixed_precision"}  # the state would not fit
+        fixed = changed.keys() & FIXED_ON_RESUME
         remedy = "use those" if fixed else "use those, or add --allow_changed_resume"
         told = "\n  ".join([f"{checkpoint} was made under other settings; {remedy}", *changed.values()])
         if fixed or not settings["allow_changed_resume"]:
             raise InputError(f"--resume_from_checkpoint: {told}")
         accelerator.print(told)
-    group, average = dict(optimizer.param_groups[0]), dict(vars(ema)) if ema else {}
-    accelerator.load_state(str(checkpoint))
-    # Loading sets the checkpoint's rates and decays again; what is asked for now is the same unless it was changed.
-    lr_scheduler.base_lrs = [group["initial_lr"]]
-    group["lr"] = group["initial_lr"] * lr_scheduler.lr_lambdas[0](lr_scheduler.last_epoch)
-    lr_scheduler._last_lr = [group["lr"]]
-    optimizer.param_groups[0].update({key: value for key, value in group.items() if key != "params"})
-    if ema:
-        ema.decay, ema.use_ema_warmup = average["decay"], average["use_ema_warmup"]
     progress = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
     if progress["global_step"] > last_step:
         raise InputError(f"--max_train_steps: {checkpoint} is beyond the last step, {last_step}; raise it")
+    optimizer, lr_scheduler = state["optimizer"], state["lr_scheduler"]
+    saved = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+    # Rates and decays are those asked for now, which are the checkpoint's unless they were changed.
+    saved["optimizer"]["param_groups"] = optimizer.state_dict()["param_groups"]
+    saved["lr_scheduler"]["base_lrs"] = lr_scheduler.base_lrs
+    if "ema" in state:
+        saved["ema"].update(decay=state["ema"].decay, use_ema_warmup=state["ema"].use_ema_warmup)
+    for name, part in state.items():
+        part.load_state_dict(saved[name])
+    for group, factor in zip(optimizer.param_groups, lr_scheduler.lr_lambdas, strict=True):
+        group["lr"] = group["initial_lr"] * factor(lr_scheduler.last_epoch)
+    lr_scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
     return {**progress, "base_losses": None if "data" in changed else progress["base_losses"]}
 
 
 def on_signals(action, _=None):
-    """Answers the signals that end a run by `action`, unless they are ignored already, as SIGHUP is under nohup.
-    Workers ignore them: the main process needs them to finish the step."""
-    for number in {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)}:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, action)
+    """Answers SIGTERM and SIGINT by `action`; workers ignore them: the main process needs them to finish the step."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, action)
 
 
 def note_signal(received, number, _):
     """Appends the signal to `received`; a second one ends the process at once."""
-    if number not in (signal.SIGTERM, signal.SIGINT):  # the terminal is gone, and writing to it would fail
-        for stream in (1, 2):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     os.write(2, b"\nFinishing the step and writing a checkpoint; a second signal ends at once, without one.\n")
     received.append(number)
     signal.signal(number, signal.SIG_DFL)
@@ -805,20 +755,20 @@ def note_signal(received, number, _):
 def held_out_losses(accelerator, unet, vae, text_encoder, noise_scheduler, images, batch_size):
     """The unweighted loss of every held-out image (num_images,), a mean over timesteps spread evenly; noise and
     timesteps are the same in every call and run. Each process does its share."""
-    mine = [(0, index, 1.0) for index in range(accelerator.process_index, len(images), accelerator.num_processes)]
+    num_timesteps, pairs = images.num_timesteps, [
+        (part, index, 1.0) for index in range(len(images)) for part in range(HELD_OUT_TIMESTEPS)]
+    mine = pairs[accelerator.process_index :: accelerator.num_processes]
     batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
-    losses, num_timesteps = torch.zeros(len(images), device=accelerator.device), len(noise_scheduler.alphas_cumprod)
+    losses = torch.zeros(len(images))
     for batch in torch.utils.data.DataLoader(images, batch_sampler=batches):
-        batch = send_to_device(batch, accelerator.device, skip_keys=["epoch", "index"])
+        batch = send_to_device(batch, accelerator.device, skip_keys="index")
+        timesteps = (batch["timestep"] + batch["epoch"] * num_timesteps) // HELD_OUT_TIMESTEPS
         with accelerator.autocast():
-            latents, prompt_embeds = encode(vae, text_encoder, batch, seed=0)
-            for part in range(HELD_OUT_TIMESTEPS):
-                noise = draw_normal(part, HELD_OUT, batch, latents.shape[1:]).to(latents.device)
-                timesteps = (draw_timesteps(0, batch, num_timesteps) + part * num_timesteps) // HELD_OUT_TIMESTEPS
-                timesteps = timesteps.to(latents.device)
-                part_losses = diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, noise, noise, timesteps)
-                losses[batch["index"]] += part_losses / HELD_OUT_TIMESTEPS
-    return accelerator.reduce(losses, "sum").cpu()
+            latents, prompt_embeds = encode(vae, batch), text_encoder(batch["input_ids"])[0]
+            part_losses = diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, batch["noise"],
+                                           batch["noise"], timesteps)
+        losses.index_add_(0, batch["index"], part_losses.cpu() / HELD_OUT_TIMESTEPS)
+    return accelerator.reduce(losses.to(accelerator.device), "sum").cpu()
 
 
 @torch.no_grad()
@@ -838,18 +788,20 @@ def draw_samples(accelerator, parts, prompts, resolution, seed, path):
     return images
 
 
-def validate(accelerator, parts, ema, images, batch_size, prompts, resolution, seed, output_dir, progress):
+def validate(accelerator, parts, parameters, ema, images, batch_size, prompts, resolution, seed, output_dir, progress):
     """Draws samples to samples/step-N.png and logs the held-out loss, under the averaged weights if there are any, and
     its gain over the first call's, which `progress` keeps, with the standard error of the paired difference."""
     if not prompts and not len(images):
         return
-    step, unet = progress["global_step"], parts["unet"].eval()
+    step, trained = progress["global_step"], [part for part in (parts["unet"], parts["text_encoder"]) if part.training]
+    for part in trained:
+        part.eval()
     if ema:
-        ema.store(unet.parameters())
-        ema.copy_to(unet.parameters())
+        ema.store(parameters)
+        ema.copy_to(parameters)
     if len(images):
-        frozen = (parts["vae"], parts["text_encoder"], parts["scheduler"])
-        losses = held_out_losses(accelerator, unet, *frozen, images, batch_size)
+        models = [parts[name] for name in ("unet", "vae", "text_encoder", "scheduler")]
+        losses = held_out_losses(accelerator, *models, images, batch_size)
         progress["base_losses"] = progress["base_losses"] or losses.tolist()
         gain = torch.tensor(progress["base_losses"]) - losses
         error = gain.std().item() / len(gain) ** 0.5 if len(gain) > 1 else 0.0
@@ -864,8 +816,9 @@ def validate(accelerator, parts, ema, images, batch_size, prompts, resolution, s
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({"samples": np.stack([np.asarray(image) for image in drawn])}, step=step, **layout)
     if ema:
-        ema.restore(unet.parameters())
-    unet.train()
+        ema.restore(parameters)
+    for part in trained:
+        part.train()
     accelerator.wait_for_everyone()
 
 
@@ -878,19 +831,19 @@ def write_log(accelerator, output_dir, step, numbers):
 
 
 # -------------------------------------------------------------------------------------------------------- training
-def print_plan(accelerator, settings, num_trained, num_images, num_held_out, first_step, last_step):
+def print_plan(settings, trained, frozen, num_processes, num_trained, num_images, num_held_out, first_step, last_step):
     """Says, before the first step, what will be done."""
     epochs = last_step / math.ceil(num_images / settings["samples_per_step"])
-    accelerator.print("""Plan
+    print("""Plan
   images     {0:,} to train on, {1:,} held out, at {resolution} x {resolution} pixels
   steps      {2:,} to {3:,}, {4:,.1f} epochs
   per step   {samples_per_step:,} images: {train_batch_size} a pass x {gradient_accumulation_steps} passes x {5} ranks
-  trained    UNet, {6:,} parameters in float32, passes in precision {mixed_precision!r}
-  frozen     VAE, text encoder
+  trained    {8}, {6:,} parameters in float32, passes in precision {mixed_precision!r}
+  frozen     {9}
   optimizer  AdamW at {peak_learning_rate:g}, {lr_scheduler}; 8-bit: {use_8bit_adam}; EMA: {use_ema}
   output     {output_dir}, a checkpoint of {7:.2g} GB every {checkpointing_steps:,} steps""".format(
-        num_images, num_held_out, first_step, last_step, epochs, accelerator.num_processes, num_trained,
-        4e-9 * num_trained * (3 + settings["use_ema"]), **settings))
+        num_images, num_held_out, first_step, last_step, epochs, num_processes, num_trained,
+        4e-9 * num_trained * (3 + settings["use_ema"]), trained, frozen, **settings))
 
 
 def prepare_output(accelerator, output_dir, settings, first_step):
@@ -915,10 +868,9 @@ def train(args):
     launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
     output_dir, signals, parent = Path(args.output_dir), [], os.getppid()
     check_args(args)
+    images, held_out, fingerprint = load_data(**vars(args))
+    repo_id = create_repo(**vars(args))
     accelerator = make_accelerator(**vars(args))
-    with main_process_first(accelerator):
-        images, held_out, fingerprint = load_data(**vars(args))
-        repo_id = create_repo(**vars(args))
     device, precision = accelerator.device, accelerator.mixed_precision
     pipeline, vae, text_encoder, noise_scheduler = load_models(args, DTYPES[precision], device)
 
@@ -926,32 +878,32 @@ def train(args):
     samples_per_step = per_pass * args.gradient_accumulation_steps
     steps_per_epoch = math.ceil(len(images) / samples_per_step)
     last_step = args.max_train_steps or args.num_train_epochs * steps_per_epoch
-    validation_steps = args.validation_steps or (args.validation_epochs or 0) * steps_per_epoch or 500
+    validation_steps = args.validation_steps or 500
     learning_rate = args.learning_rate * (samples_per_step if args.scale_lr else 1)
     parameters = list(pipeline.unet.parameters())
-    optimizer = make_optimizer(parameters, peak_rate=learning_rate, **vars(args))
+    optimizer = make_optimizer(parameters, learning_rate, **vars(args))
     lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, args.lr_step_rules, args.lr_warmup_steps, last_step,
                                  args.lr_num_cycles or 1, args.lr_power or 1.0)
     unet, optimizer = accelerator.prepare(pipeline.unet, optimizer)  # the schedule would count processes
-    ema = make_average(parameters, **vars(args))
-    accelerator.register_for_checkpointing(*filter(None, [lr_scheduler, ema]))
-    accelerator.register_save_state_pre_hook(save_unwrapped)
-    accelerator.register_load_state_pre_hook(load_unwrapped)
-
+    ema = EMAModel(parameters, 0.9999 if args.ema_decay is None else args.ema_decay, use_ema_warmup=args.ema_warmup,
+                   foreach=args.foreach_ema) if args.use_ema else None
+    state = {"unet": pipeline.unet, "optimizer": optimizer, "lr_scheduler": lr_scheduler, "ema": ema,
+             "scaler": accelerator.scaler}
+    state = {name: part for name, part in state.items() if part is not None}
     settings = {**vars(args), "hub_token": None, "data": fingerprint, "samples_per_step": samples_per_step,
                 "peak_learning_rate": learning_rate, "mixed_precision": precision,
                 "schedule_steps": None if args.lr_scheduler.startswith("constant") else last_step}
     progress = {"global_step": 0, "base_losses": None, "losses": []}
     if checkpoint := find_checkpoint(output_dir, args.resume_from_checkpoint):
-        progress = resume(accelerator, checkpoint, settings, last_step, optimizer, lr_scheduler, ema)
+        progress = resume(accelerator, checkpoint, settings, last_step, state)
     first_step, num_trained = progress["global_step"], sum(parameter.numel() for parameter in parameters)
-    print_plan(accelerator, settings, num_trained, len(images), len(held_out), first_step, last_step)
+    print_plan(settings, "UNet", "VAE, text encoder", accelerator.num_processes, num_trained, len(images),
+               len(held_out), first_step, last_step)
     if args.dry_run:
-        accelerator.end_training()
         return
     prepare_output(accelerator, output_dir, settings, first_step)
     parts = {**pipeline.components, "vae": vae, "text_encoder": text_encoder, "scheduler": noise_scheduler}
-    look = functools.partial(validate, accelerator, parts, ema, held_out, args.train_batch_size,
+    look = functools.partial(validate, accelerator, parts, parameters, ema, held_out, args.train_batch_size,
                              args.validation_prompts, args.resolution, args.seed, output_dir, progress)
     if first_step % validation_steps == 0 or first_step == last_step:  # a stop comes before the look at its step
         look()
@@ -968,13 +920,11 @@ def train(args):
         torch.manual_seed(np.random.default_rng((args.seed, DROPOUT, step, accelerator.process_index)).integers(2**32))
         num_samples = min(samples_per_step, len(images) - step % steps_per_epoch * samples_per_step)
         for passes_left in reversed(range(math.ceil(num_samples / per_pass))):
-            batch = send_to_device(next(batches), device, non_blocking=True, skip_keys=["epoch", "index"])
-            latents, prompt_embeds = encode(vae, text_encoder, batch, args.seed)
-            noise, added_noise = draw_noise(args.seed, batch, latents, args.noise_offset, args.input_perturbation)
-            timesteps = draw_timesteps(args.seed, batch, noise_scheduler.config.num_train_timesteps).to(device)
+            batch = send_to_device(next(batches), device, non_blocking=True)
+            latents, prompt_embeds = encode(vae, batch), text_encoder(batch["input_ids"])[0]
             with accelerator.no_sync(unet) if passes_left else contextlib.nullcontext():
-                losses = diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, noise, added_noise, timesteps,
-                                          args.snr_gamma)
+                losses = diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, batch["noise"],
+                                          batch["added_noise"], batch["timestep"], args.snr_gamma)
                 loss = (losses * batch["weight"]).sum()
                 accelerator.backward(loss * accelerator.num_processes)  # gradients are averaged over processes
             step_loss += loss.detach()
@@ -1009,7 +959,7 @@ def train(args):
             progress["losses"] = []
         if stop or broken or done % args.checkpointing_steps == 0:
             limit = None if broken else args.checkpoints_total_limit  # the last good one may be an older one
-            save_checkpoint(accelerator, output_dir, settings, progress, limit)
+            save_checkpoint(accelerator, output_dir, settings, progress, state, limit)
         if stop or broken:
             leave(accelerator, output_dir, done, broken, signals)
         if done % validation_steps == 0 or done == last_step:
@@ -1020,7 +970,9 @@ def train(args):
             ema.copy_to(parameters)
         save_model(args, pipeline, noise_scheduler.config, last_step)
         if repo_id:
-            push(repo_id, f"Train {last_step} steps", **vars(args))
+            folders = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+            push(repo_id, ["model_index.json", *[f"{name}/*" for name in folders]], f"Train {last_step} steps",
+                 **vars(args))
     accelerator.end_training()
 
 
@@ -1036,33 +988,38 @@ def leave(accelerator, output_dir, step, broken, signals):
 
 def save_model(args, pipeline, objective, step):
     """Writes the pipeline, trained UNet beside the base's own VAE and text encoder, with a scheduler that fits
-    `objective`, the noise scheduler's config, and the model card: licence of the base, samples, settings, no paths."""
+    `objective`, the noise scheduler's config, and the model card."""
     kind, changes = type(pipeline.scheduler), {"prediction_type": objective.prediction_type}
     if objective.rescale_betas_zero_snr:  # few samplers can start from pure noise
-        kind, changes["rescale_betas_zero_snr"] = diffusers.DDIMScheduler, True
-        changes["timestep_spacing"] = "trailing"
+        kind = diffusers.DDIMScheduler
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     pipeline.register_modules(scheduler=kind.from_config(pipeline.scheduler.config, **changes))
     for part in (pipeline.unet, pipeline.vae):  # not the text encoder: half would stay half when loaded, and fail
         part.to(DTYPES[args.save_precision])
     pipeline.save_pretrained(args.output_dir)
-    make_readable(args.output_dir)
-    base, settings = args.pretrained_model_name_or_path, vars(args).items()
+    os.umask(umask := os.umask(0))  # safetensors ignores it, and makes weights for their owner alone
+    for path in Path(args.output_dir).rglob("*.safetensors"):
+        path.chmod(0o666 & ~umask)
+    write_card(args.output_dir, args.pretrained_model_name_or_path, args.validation_prompts, vars(args), step,
+               "`StableDiffusionPipeline.from_pretrained(...)`", ["stable-diffusion", "stable-diffusion-diffusers"])
+
+
+def write_card(output_dir, base, prompts, settings, step, loader, tags):
+    """Writes the model card: licence of the base, how to load the result, samples, settings; no paths, no secrets."""
     local = Path(base).exists()
     try:
         licence = ModelCard.load(Path(base) / "README.md" if local else base).data.license
     except Exception:  # no card, no connection, bad YAML: a licence must not cost a result
         licence = None
     data = ModelCardData(base_model=None if local else base, license=licence or "other", library_name="diffusers",
-                         pipeline_tag="text-to-image", tags=["stable-diffusion", "stable-diffusion-diffusers"])
-    prompts = args.validation_prompts
+                         pipeline_tag="text-to-image", tags=tags)
     samples = f"![samples](samples/step-{step:06d}.png)\n\n{'; '.join(prompts)}\n\n" if prompts else ""
-    rows = [f"| {flag} | {value} |\n" for flag, value in settings if value is not None and value is not False
+    rows = [f"| {flag} | {value} |\n" for flag, value in settings.items() if value is not None and value is not False
             and not re.search("_dir$|_path$|_token|config|resume", flag) and not os.path.exists(str(value))]
-    Path(args.output_dir, "README.md").write_text(
-        f"---\n{data.to_yaml()}\n---\n\n# {Path(args.output_dir).resolve().name}\n\nThe UNet of "
-        f"{Path(base).name if local else base}, fine-tuned for {step} steps. Load it with "
-        f"`StableDiffusionPipeline.from_pretrained(...)`.\n\n{samples}| setting | value |\n|---|---|\n{''.join(rows)}",
-        encoding="utf-8")
+    Path(output_dir, "README.md").write_text(
+        f"---\n{data.to_yaml()}\n---\n\n# {Path(output_dir).resolve().name}\n\nFine-tuned for {step} steps from "
+        f"{Path(base).name if local else base}. Load it with {loader}.\n\n{samples}| setting | value |\n|---|---|\n"
+        f"{''.join(rows)}", encoding="utf-8")
 
 
 def create_repo(push_to_hub, dry_run, output_dir, hub_model_id, hub_token, hub_private_repo, **_):
@@ -1077,10 +1034,9 @@ def create_repo(push_to_hub, dry_run, output_dir, hub_model_id, hub_token, hub_p
                          f"--hub_token, and check --hub_model_id ({last_line(error)})") from None
 
 
-def push(repo_id, message, output_dir, hub_token, **_):
-    """Uploads the result, nothing else of the folder; if that fails, says how to and ends with status 1."""
-    files = ["README.md", "model_index.json", "log.jsonl"]
-    files += [f"{part}/*" for part in ("samples", "unet", "vae", "text_encoder", "tokenizer", "scheduler")]
+def push(repo_id, files, message, output_dir, hub_token, **_):
+    """Uploads `files` of the result, nothing else; if that fails, says how to and ends with status 1."""
+    files = ["README.md", "log.jsonl", "samples/*", *files]
     try:
         HfApi(token=hub_token).upload_folder(repo_id=repo_id, folder_path=output_dir, commit_message=message,
                                              allow_patterns=files)
@@ -1092,14 +1048,15 @@ def push(repo_id, message, output_dir, hub_token, **_):
 
 def main(argv=None):
     """Runs the script; a mistake of the user's ends with status 2 and its message."""
-    args = parse_args(argv)
+    args, is_first = parse_args(argv), os.environ.get("RANK", "0") == "0"
     for library in (diffusers, transformers):  # their bars and remarks would drown the plan
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     try:
-        train(args)
+        with contextlib.redirect_stdout(sys.stdout if is_first else None):
+            train(args)
     except InputError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if is_first:
             print(f"{Path(__file__).name}: {error}", file=sys.stderr)
         sys.exit(2)
 
