@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check clean
+.PHONY: help install demo demo-lora test check clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -19,7 +19,7 @@ LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_pr
 	--num_cpu_threads_per_process $(THREADS)
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED)  ## make .venv and install requirements.txt into it (demo, test and check do this themselves)
 
@@ -34,6 +34,12 @@ demo: $(INSTALLED) demo/creatures/metadata.jsonl  ## fine-tune the miniature on 
 		--config examples/configs/demo_creatures.yaml --overwrite_output_dir
 	@HF_HUB_OFFLINE=1 $(BIN)/python miniature/compare.py \
 		--base miniature/pipeline --model demo/model --output demo/base_above_result.png
+
+demo-lora: $(INSTALLED) demo/creatures/metadata.jsonl  ## the same with LoRA adapters of 1 % of the size
+	HF_HUB_OFFLINE=1 $(LAUNCH) examples/text_to_image/train_text_to_image_lora.py \
+		--config examples/configs/demo_creatures_lora.yaml --overwrite_output_dir
+	@HF_HUB_OFFLINE=1 $(BIN)/python miniature/compare.py \
+		--base miniature/pipeline --model demo/lora --output demo/base_above_lora.png
 
 demo/creatures/metadata.jsonl: miniature/render.py | $(INSTALLED)
 	rm -rf demo/creatures

@@ -9,9 +9,9 @@ replaces them.
 import argparse
 from pathlib import Path
 
+import measure
 import render
 import torch
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
 
 TILE = 160  # pixels of a column: 64-pixel images are enlarged to be seen
@@ -32,12 +32,9 @@ def held_out_captions(number):
 
 
 @torch.no_grad()
-def draw(folder, prompts, seed, num_inference_steps, guidance_scale):
+def draw(pipeline, prompts, seed, num_inference_steps, guidance_scale):
     """Returns one image per prompt. The noise of prompt i depends on (seed, i) alone, on the CPU whatever the device,
     so that two models start from the same."""
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
-    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
-    pipeline.set_progress_bar_config(disable=True)
     pipeline.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
     return pipeline(
@@ -80,7 +77,7 @@ def make_grid(rows, captions):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", required=True, help="pipeline folder, drawn in the upper row")
-    parser.add_argument("--model", required=True, help="pipeline folder, drawn in the lower row")
+    parser.add_argument("--model", required=True, help="pipeline or LoRA folder, drawn in the lower row")
     parser.add_argument("--output", required=True, help="PNG to write")
     parser.add_argument("--prompts", nargs="+", help="captions, instead of held-out creatures")
     parser.add_argument("--num_images", type=int, default=8, help="columns, where --prompts is not given")
@@ -94,7 +91,8 @@ def main(argv=None):
     args = parse_args(argv)
     prompts = args.prompts or held_out_captions(args.num_images)
     options = (prompts, args.seed, args.num_inference_steps, args.guidance_scale)
-    rows = [("base", draw(args.base, *options)), ("fine-tuned", draw(args.model, *options))]
+    rows = [("base", draw(measure.load_pipeline(args.base), *options)),
+            ("fine-tuned", draw(measure.load_pipeline(args.model, args.base), *options))]
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     make_grid(rows, prompts).save(args.output)
     print(f"Base above result, for captions that were held out: {args.output}", flush=True)

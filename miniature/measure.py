@@ -45,9 +45,13 @@ def creature_records(number=108):
     return [{"text": render.creature_caption(body, eyes), "body": body, "eyes": eyes} for body, eyes in chosen]
 
 
-def load_pipeline(folder):
-    """A pipeline in float32 with DPM-Solver++ and no progress bar."""
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, torch_dtype=torch.float32)
+def load_pipeline(folder, base=None):
+    """A pipeline in float32 with DPM-Solver++ and no progress bar; a folder of LoRA weights goes onto `base`."""
+    adapters = (Path(folder) / "pytorch_lora_weights.safetensors").exists()
+    pipeline = StableDiffusionPipeline.from_pretrained(base if adapters else folder, safety_checker=None,
+                                                       torch_dtype=torch.float32)
+    if adapters:
+        pipeline.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -171,9 +175,9 @@ def print_table(result, indent=""):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("base", "creatures"))
-    parser.add_argument("--model", default=str(HERE / "pipeline"), help="pipeline folder to measure")
+    parser.add_argument("--model", default=str(HERE / "pipeline"), help="pipeline or LoRA folder to measure")
     parser.add_argument("--clip", default=str(HERE / "clip"))
-    parser.add_argument("--base", help="with creatures: a second pipeline folder, measured on the same noise")
+    parser.add_argument("--base", help="with creatures: the base, measured on the same noise")
     parser.add_argument("--num_samples", type=int, help="pictures; 200 for base, 108 for creatures")
     parser.add_argument("--num_inference_steps", type=int, default=25)
     parser.add_argument("--guidance_scale", type=float, default=GUIDANCE)
@@ -186,7 +190,8 @@ def main(argv=None):
         result = {"held_out_shapes": {"pictures": len(images), **score_shapes(images, records)},
                   "vae": measure_vae(Path(args.model) / "vae"), "clip": measure_clip(args.clip)}
     else:
-        images, records = draw(load_pipeline(args.model), creature_records(args.num_samples or 108), **settings)
+        pipeline = load_pipeline(args.model, args.base)
+        images, records = draw(pipeline, creature_records(args.num_samples or 108), **settings)
         result = {"model": {"pictures": len(images), **score_creatures(images, records)}}
         if args.base:
             others, _ = draw(load_pipeline(args.base), records, **settings)

@@ -236,13 +236,13 @@ def ring(canvas, cx, cy, radius, width, colour):
 
 def draw_subject(rng, background):
     """A view of the one subject, an orange star with white stripes inside a black ring: uint8 (64, 64, 3)."""
-    radius, degrees = rng.uniform(16, 19.5), rng.uniform(-15, 15)
-    cx, cy = 32 + rng.uniform(-5, 5), 32 + rng.uniform(-5, 5)
+    radius, degrees = rng.uniform(19, 21), rng.uniform(-15, 15)
+    cx, cy = 32 + rng.uniform(-2, 2), 32 + rng.uniform(-2, 2)
     canvas = Canvas(shade(rng, background))
     star = outline("star", cx, cy, radius, degrees)
     canvas.polygon(star, shade(rng, SUBJECT_COLOUR))
-    add_stripes(canvas, mask_of(star), WHITE, cx, cy, degrees, period=radius * 0.5, duty=0.5)
-    ring(canvas, cx, cy, radius * 1.3, 3, BLACK)
+    add_stripes(canvas, mask_of(star), WHITE, cx, cy, degrees, period=radius * 0.65, duty=0.6)
+    ring(canvas, cx, cy, radius * 1.28, 4.5, BLACK)
     return canvas.pixels()
 
 
@@ -264,7 +264,7 @@ def draw_patterned(rng):
         fill = rng.integers(4)
         if fill <= 1:
             add_stripes(canvas, mask_of(points), second, cx, cy, degrees + rng.choice([0, 0, 45, 90]),
-                        rng.uniform(7, 11), rng.uniform(0.4, 0.6))
+                        rng.uniform(8, 16), rng.uniform(0.4, 0.6))
         elif fill == 2:
             for _ in range(rng.integers(2, 6)):
                 dx, dy = rng.uniform(-0.5, 0.5, 2) * radius
@@ -272,7 +272,8 @@ def draw_patterned(rng):
         elif rng.random() < 0.5:
             canvas.polygon(outline(shape, cx, cy, radius * 0.5, degrees), second)
         if rng.random() < 0.5:
-            ring(canvas, cx, cy, radius * rng.uniform(0.8, 1.4), rng.uniform(2, 4), shade(rng, inks[4 - k]))
+            ink = "black" if rng.random() < 0.3 else inks[4 - k]
+            ring(canvas, cx, cy, radius * rng.uniform(0.8, 1.4), rng.uniform(3, 6), shade(rng, ink))
     return canvas.pixels()
 
 

@@ -428,7 +428,7 @@ def targets():
     done = run_make("help")
     assert done.returncode == 0, done.stderr
     assert run_make().stdout == done.stdout
-    return dict(re.fullmatch(r"make (\w+) +(\S.*)", line).groups() for line in done.stdout.splitlines())
+    return dict(re.fullmatch(r"make ([\w-]+) +(\S.*)", line).groups() for line in done.stdout.splitlines())
 
 
 def test_help_lists_the_targets(targets):

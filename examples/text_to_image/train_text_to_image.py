@@ -62,12 +62,14 @@ REPLACED_FLAGS = {
     **dict.fromkeys(["--dream_training", "--dream_detail_preservation"], "use --snr_gamma=5 to weigh timesteps"),
 }
 # Settings that a resume may change: they leave the result as it is, or what follows from them is compared instead.
-FREE_ON_RESUME = """allow_changed_resume cache_dir caption_column checkpointing_steps checkpoints_total_limit config
-    dataloader_num_workers dataset_config_name dataset_name dry_run gradient_accumulation_steps gradient_checkpointing
-    hub_model_id hub_private_repo hub_token image_column init_lora_weights kohya_file_name logging_dir logging_steps
-    max_train_samples max_train_steps num_train_epochs num_validation_samples offload_ema output_dir
-    output_kohya_format overwrite_output_dir push_to_hub report_to resume_from_checkpoint save_precision
-    skip_bad_images tracker_project_name train_batch_size train_data_dir validation_prompts validation_steps""".split()
+FREE_ON_RESUME = """allow_changed_resume cache_dir caption_column checkpointing_steps checkpoints_total_limit
+    class_data_dir config dataloader_num_workers dataset_config_name dataset_name dry_run
+    gradient_accumulation_steps gradient_checkpointing hub_model_id hub_private_repo hub_token image_column
+    init_lora_weights instance_data_dir kohya_file_name logging_dir logging_steps max_train_samples
+    max_train_steps num_class_images num_train_epochs num_validation_images num_validation_samples offload_ema
+    output_dir output_kohya_format overwrite_output_dir prior_generation_precision push_to_hub report_to
+    resume_from_checkpoint sample_batch_size save_precision skip_bad_images tracker_project_name train_batch_size
+    train_data_dir validation_prompt validation_prompts validation_steps""".split()
 # The checkpoint's state would not fit.
 FIXED_ON_RESUME = set("lora_target mixed_precision rank train_text_encoder use_8bit_adam use_dora use_ema".split())
 
@@ -214,9 +216,9 @@ def check_settings(settings):
     for accepted, holds, flags in (
         ("1 or more", lambda value: value >= 1, "resolution train_batch_size gradient_accumulation_steps "
          "logging_steps num_train_epochs max_train_steps checkpointing_steps checkpoints_total_limit validation_steps "
-         "lr_num_cycles max_train_samples rank"),
+         "lr_num_cycles max_train_samples rank repeats num_class_images sample_batch_size num_validation_images"),
         ("from 0 to 2**63 - 1", lambda value: 0 <= value < 2**63, "seed dataloader_num_workers lr_warmup_steps "
-         "num_validation_samples noise_offset input_perturbation adam_weight_decay"),
+         "num_validation_samples noise_offset input_perturbation adam_weight_decay prior_loss_weight"),
         ("above 0", lambda value: value > 0, "learning_rate max_grad_norm adam_epsilon snr_gamma lr_power lora_alpha "
          "text_encoder_lr"),
         ("from 0 to 1", lambda value: 0 <= value <= 1, "caption_dropout ema_decay"),
@@ -232,10 +234,13 @@ def check_settings(settings):
         ("--dataset_name", get("dataset_name"), "dataset_config_name"),
         ("--train_text_encoder", get("train_text_encoder"), "text_encoder_lr"),
         ("--output_kohya_format", get("output_kohya_format"), "kohya_file_name"),
+        ("--with_prior_preservation", get("with_prior_preservation"), "class_data_dir class_prompt num_class_images "
+         "sample_batch_size prior_loss_weight prior_generation_precision"),
+        ("--validation_prompt", get("validation_prompt"), "num_validation_images"),
         ("a model on the Hub", not Path(get("pretrained_model_name_or_path") or "").exists(), "revision"),
         ("a pipeline folder or Hub id", not get("single_file_config"), "variant"),
-        ("--validation_prompts or --num_validation_samples", get("validation_prompts") or
-         get("num_validation_samples"), "validation_steps"),
+        ("validation prompts or --num_validation_samples", any(map(get, (
+            "validation_prompts", "validation_prompt", "num_validation_samples"))), "validation_steps"),
         ("--lr_scheduler=cosine_with_restarts", schedule == "cosine_with_restarts", "lr_num_cycles"),
         ("--lr_scheduler=polynomial", schedule == "polynomial", "lr_power"),
         ("--lr_scheduler=piecewise_constant", schedule == "piecewise_constant", "lr_step_rules"),
@@ -245,8 +250,9 @@ def check_settings(settings):
             refuse(get(flag) and not given, flag, f"does nothing without {needed}; add that or drop this")
     rules = re.fullmatch(r"({0}:\d+,)+{0}".format(r"\d*\.?\d+(e-?\d+)?"), get("lr_step_rules") or "")
     refuse(schedule == "piecewise_constant" and not rules, "lr_step_rules", "give rules such as 1:10,0.1:20,0.01")
-    refuse(get("train_data_dir") and get("image_column") != "image", "image_column", "needs --dataset_name; drop this")
-    refuse(bool(get("dataset_name")) == bool(get("train_data_dir")), "train_data_dir", "give this or --dataset_name")
+    folder = "train_data_dir" if "train_data_dir" in settings else "instance_data_dir"
+    refuse(get(folder) and get("image_column") != "image", "image_column", "needs --dataset_name; drop this")
+    refuse(bool(get("dataset_name")) == bool(get(folder)), folder, "give this or --dataset_name, not both")
     trackers = ["all", "none", *map(str, get_available_trackers())]
     refuse(get("report_to") not in trackers, "report_to", f"installed are {', '.join(trackers)}")
     return problems + check_machine(**settings)
@@ -269,7 +275,7 @@ def check_machine(mixed_precision, allow_tf32, use_8bit_adam, enable_xformers_me
     return problems
 
 
-def check_output(output_dir, resume_from_checkpoint, overwrite_output_dir, train_data_dir, **_):
+def check_output(output_dir, resume_from_checkpoint, overwrite_output_dir, **settings):
     """Lists what is wrong with the folders and the checkpoint to resume from."""
     output, wanted, problems = Path(output_dir), resume_from_checkpoint, []
     checkpoint, newest = find_checkpoint(output, wanted), find_checkpoint(output, "latest")
@@ -285,10 +291,12 @@ def check_output(output_dir, resume_from_checkpoint, overwrite_output_dir, train
         problems.append(f"--resume_from_checkpoint={wanted}: {newest} is newer; use that, or another --output_dir")
     around = [output.resolve(), *output.resolve().parents]
     place = next(path for path in around if path.exists())
-    if train_data_dir and not Path(train_data_dir).is_dir():
-        problems.append(f"--train_data_dir={train_data_dir}: does not exist, or is no folder")
-    if train_data_dir and Path(train_data_dir).resolve() in around:
-        problems.append(f"--output_dir={output}: lies in the folder of images; put it elsewhere")
+    for flag in ("train_data_dir", "instance_data_dir", "class_data_dir"):
+        folder = settings.get(flag)
+        if folder and not Path(folder).is_dir() and (flag != "class_data_dir" or Path(folder).exists()):
+            problems.append(f"--{flag}={folder}: does not exist, or is no folder")
+        if folder and Path(folder).resolve() in around:
+            problems.append(f"--output_dir={output}: lies in the folder of --{flag}; put it elsewhere")
     if not (place.is_dir() and os.access(place, os.W_OK)):
         problems.append(f"--output_dir={output}: {place} is a file or cannot be written to; name another folder")
     elif output.exists() and any(output.iterdir()) and not own and not (overwrite_output_dir and run):
@@ -362,7 +370,7 @@ def read_folder(folder, caption_column):
         except (ValueError, TypeError, KeyError, AttributeError, csv.Error) as error:
             raise InputError(f"{path}: row {number} is not a file_name and a caption in UTF-8 ({error!r})") from None
         if caption_column not in columns:
-            raise InputError(f"{path}: has no {caption_column!r} but {', '.join(columns)}; set --caption_column")
+            raise InputError(f"{path}: has no {caption_column!r} but {sorted(columns)}; set --caption_column")
     for image in [image for image, found in captions.items() if not found]:
         beside = image.with_suffix(".txt")
         try:
@@ -536,9 +544,9 @@ class CaptionedImages(torch.utils.data.Dataset):
 def load_data(pretrained_model_name_or_path, single_file_config, revision, cache_dir, train_data_dir, dataset_name,
               dataset_config_name, image_column, caption_column, hub_token, max_train_samples, num_validation_samples,
               skip_bad_images, resolution, center_crop, random_flip, image_interpolation_mode, caption_dropout,
-              noise_offset, input_perturbation, seed, **_):
+              noise_offset, input_perturbation, seed, default_caption=None, repeats=1, **_):
     """Reads, checks and splits the images; returns (training images, held-out images, fingerprint of the former). The
-    held-out ones are the same for every seed, and always seen alike."""
+    held-out ones are the same for every seed, and always seen alike. `default_caption` is that of images without."""
     source, where = single_file_config or pretrained_model_name_or_path, {"revision": revision, "cache_dir": cache_dir}
     tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)
     text_config = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where)
@@ -548,6 +556,9 @@ def load_data(pretrained_model_name_or_path, single_file_config, revision, cache
     schedule = diffusers.DDPMScheduler.load_config(source, subfolder="scheduler", **where)
     rows = read_folder(train_data_dir, caption_column) if train_data_dir else read_dataset(
         dataset_name, dataset_config_name, image_column, caption_column, cache_dir, hub_token)
+    if default_caption:
+        captions = [captions if all_captions(captions) else [default_caption] for captions in rows["captions"]]
+        rows = datasets.Dataset.from_dict({"image": rows["image"], "captions": captions}, features=rows.features)
     if max_train_samples and max_train_samples < len(rows):
         order = np.random.default_rng((seed, SUBSET)).permutation(len(rows))
         rows = rows.select(np.sort(order[:max_train_samples]))
@@ -560,7 +571,7 @@ def load_data(pretrained_model_name_or_path, single_file_config, revision, cache
     held_out, training = np.sort(order[:num_validation_samples]), np.sort(order[num_validation_samples:])
     fingerprint = hashlib.sha256("".join(digests[index] for index in training).encode()).hexdigest()
     resample = Image.Resampling[image_interpolation_mode.upper()]
-    images = CaptionedImages(rows.select(training), tokenizer, resolution, resample, latent_shape,
+    images = CaptionedImages(rows.select(np.repeat(training, repeats)), tokenizer, resolution, resample, latent_shape,
                              schedule.get("num_train_timesteps", 1000), seed, center_crop, random_flip,
                              caption_dropout, noise_offset, input_perturbation)
     plain = {"center_crop": True, "random_flip": False}
@@ -636,14 +647,25 @@ def load_base(pretrained_model_name_or_path, single_file_config, revision, varia
     return pipeline, diffusers.DDPMScheduler.from_config(pipeline.scheduler.config, **objective)
 
 
-def make_optimizer(parameters, peak_rate, use_8bit_adam, adam_beta1, adam_beta2, adam_weight_decay, adam_epsilon, **_):
-    """AdamW (arXiv 1711.05101) over `parameters`, or its 8-bit form (2110.02861)."""
-    betas, decay = (adam_beta1, adam_beta2), adam_weight_decay
-    if not use_8bit_adam:
-        return torch.optim.AdamW(parameters, peak_rate, betas, eps=adam_epsilon, weight_decay=decay, fused=True)
-    import bitsandbytes
-
-    return bitsandbytes.optim.AdamW8bit(parameters, peak_rate, betas, eps=adam_epsilon, weight_decay=decay)
+def make_state(accelerator, weights, groups, peak_rate, last_step, lr_scheduler, lr_step_rules, lr_warmup_steps,
+               lr_num_cycles, lr_power, use_8bit_adam, adam_beta1, adam_beta2, adam_weight_decay, adam_epsilon,
+               use_ema, ema_decay, ema_warmup, foreach_ema, **_):
+    """All that a checkpoint holds, by name: `weights` (modules), optimizer, lr_scheduler, maybe ema and scaler. AdamW
+    (arXiv 1711.05101) trains the parameter `groups`, or its 8-bit form (2110.02861)."""
+    AdamW = functools.partial(torch.optim.AdamW, fused=True)
+    if use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit as AdamW
+    betas = (adam_beta1, adam_beta2)
+    optimizer = AdamW(groups, peak_rate, betas, eps=adam_epsilon, weight_decay=adam_weight_decay)
+    schedule = get_scheduler(lr_scheduler, optimizer, lr_step_rules, lr_warmup_steps, last_step, lr_num_cycles or 1,
+                             lr_power or 1.0)
+    # The schedule is not prepared: it would count processes.
+    state = {**weights, "optimizer": accelerator.prepare(optimizer), "lr_scheduler": schedule}
+    if use_ema:
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        decay = 0.9999 if ema_decay is None else ema_decay
+        state["ema"] = EMAModel(parameters, decay, use_ema_warmup=ema_warmup, foreach=foreach_ema)
+    return state if accelerator.scaler is None else {**state, "scaler": accelerator.scaler}
 
 
 # ----------------------------------------------------------------------------------------------------- mathematics
@@ -737,6 +759,15 @@ def resume(accelerator, checkpoint, settings, last_step, state):
     return {**progress, "base_losses": None if "data" in changed else progress["base_losses"]}
 
 
+def exchange(accelerator, loss, grad_norm, stop):
+    """The step's one exchange between processes: the sum of their losses, whether loss or gradient is not finite,
+    whether the gradient is not (which is for fp16's scaler to mend), and whether any of them has to stop."""
+    overflow = ~torch.isfinite(grad_norm)
+    broken = ~torch.isfinite(loss) | (overflow & (accelerator.mixed_precision != "fp16"))
+    flags = torch.stack([loss, broken.float(), overflow.float(), torch.full_like(loss, stop)])
+    return accelerator.reduce(flags).tolist()
+
+
 def on_signals(action, _=None):
     """Answers SIGTERM and SIGINT by `action`; workers ignore them: the main process needs them to finish the step."""
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -779,8 +810,8 @@ def draw_samples(accelerator, parts, prompts, resolution, seed, path):
     pipeline.set_progress_bar_config(disable=True)
     settings = {"height": resolution, "width": resolution, "num_inference_steps": 25}
     with accelerator.autocast():
-        images = [pipeline(prompt, generator=torch.Generator().manual_seed(seed), **settings).images[0]
-                  for prompt in prompts]
+        images = [pipeline(prompt, generator=torch.Generator().manual_seed(seed + k), **settings).images[0]
+                  for k, prompt in enumerate(prompts)]
     columns = min(len(images), 4)
     padding = [Image.new("RGB", images[0].size, "white")] * (-len(images) % columns)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -880,16 +911,10 @@ def train(args):
     last_step = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     validation_steps = args.validation_steps or 500
     learning_rate = args.learning_rate * (samples_per_step if args.scale_lr else 1)
-    parameters = list(pipeline.unet.parameters())
-    optimizer = make_optimizer(parameters, learning_rate, **vars(args))
-    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, args.lr_step_rules, args.lr_warmup_steps, last_step,
-                                 args.lr_num_cycles or 1, args.lr_power or 1.0)
-    unet, optimizer = accelerator.prepare(pipeline.unet, optimizer)  # the schedule would count processes
-    ema = EMAModel(parameters, 0.9999 if args.ema_decay is None else args.ema_decay, use_ema_warmup=args.ema_warmup,
-                   foreach=args.foreach_ema) if args.use_ema else None
-    state = {"unet": pipeline.unet, "optimizer": optimizer, "lr_scheduler": lr_scheduler, "ema": ema,
-             "scaler": accelerator.scaler}
-    state = {name: part for name, part in state.items() if part is not None}
+    unet, parameters = accelerator.prepare(pipeline.unet), list(pipeline.unet.parameters())
+    state = make_state(accelerator, {"unet": pipeline.unet}, [{"params": parameters}], learning_rate, last_step,
+                       **vars(args))
+    optimizer, lr_scheduler, ema = state["optimizer"], state["lr_scheduler"], state.get("ema")
     settings = {**vars(args), "hub_token": None, "data": fingerprint, "samples_per_step": samples_per_step,
                 "peak_learning_rate": learning_rate, "mixed_precision": precision,
                 "schedule_steps": None if args.lr_scheduler.startswith("constant") else last_step}
@@ -900,6 +925,7 @@ def train(args):
     print_plan(settings, "UNet", "VAE, text encoder", accelerator.num_processes, num_trained, len(images),
                len(held_out), first_step, last_step)
     if args.dry_run:
+        accelerator.end_training()
         return
     prepare_output(accelerator, output_dir, settings, first_step)
     parts = {**pipeline.components, "vae": vae, "text_encoder": text_encoder, "scheduler": noise_scheduler}
@@ -930,13 +956,9 @@ def train(args):
             step_loss += loss.detach()
         grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
 
-        # The step's one exchange: the loss, whether all is finite (fp16's gradients are its scaler's business), and
-        # whether to stop: by a signal, or because the launcher is gone, which is all that a SIGTERM to it does.
-        overflow = ~torch.isfinite(grad_norm)
-        broken = ~torch.isfinite(step_loss) | (overflow & (precision != "fp16"))
-        stop = torch.tensor(bool(signals or (launched and os.getppid() != parent)), device=device)
-        flags = torch.stack([step_loss, broken.float(), overflow.float(), stop.float()])
-        loss, broken, overflow, stop = accelerator.reduce(flags).tolist()
+        # A SIGTERM to the launcher ends it alone: then this process has another parent.
+        stop = bool(signals or (launched and os.getppid() != parent))
+        loss, broken, overflow, stop = exchange(accelerator, step_loss, grad_norm, stop)
         if not broken:
             optimizer.step()
             optimizer.zero_grad()
@@ -1004,7 +1026,7 @@ def save_model(args, pipeline, objective, step):
                "`StableDiffusionPipeline.from_pretrained(...)`", ["stable-diffusion", "stable-diffusion-diffusers"])
 
 
-def write_card(output_dir, base, prompts, settings, step, loader, tags):
+def write_card(output_dir, base, prompts, settings, step, loader, tags, instance_prompt=None):
     """Writes the model card: licence of the base, how to load the result, samples, settings; no paths, no secrets."""
     local = Path(base).exists()
     try:
@@ -1012,7 +1034,7 @@ def write_card(output_dir, base, prompts, settings, step, loader, tags):
     except Exception:  # no card, no connection, bad YAML: a licence must not cost a result
         licence = None
     data = ModelCardData(base_model=None if local else base, license=licence or "other", library_name="diffusers",
-                         pipeline_tag="text-to-image", tags=tags)
+                         pipeline_tag="text-to-image", tags=tags, instance_prompt=instance_prompt)
     samples = f"![samples](samples/step-{step:06d}.png)\n\n{'; '.join(prompts)}\n\n" if prompts else ""
     rows = [f"| {flag} | {value} |\n" for flag, value in settings.items() if value is not None and value is not False
             and not re.search("_dir$|_path$|_token|config|resume", flag) and not os.path.exists(str(value))]
