@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-lora test check clean
+.PHONY: help install demo demo-lora test check sync clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -48,8 +48,12 @@ demo/creatures/metadata.jsonl: miniature/render.py | $(INSTALLED)
 test: $(INSTALLED)  ## run all tests, offline and on the CPU; PYTEST_ARGS="-k resume" picks some
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal $(PYTEST_ARGS)
 
-check: $(INSTALLED)  ## lint
+check: $(INSTALLED)  ## lint, and compare the code that scripts share
 	$(BIN)/ruff check .
+	$(BIN)/python tools/check_shared_blocks.py
+
+sync: $(INSTALLED)  ## copy the shared code of the script FROM=... to the other scripts
+	$(BIN)/python tools/check_shared_blocks.py --sync "$(FROM)"
 
 clean:  ## remove what the demo and the tests left (not .venv)
 	rm -rf demo .pytest_cache .ruff_cache .coverage htmlcov

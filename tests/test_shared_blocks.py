@@ -1,6 +1,8 @@
 """tools/check_shared_blocks.py on small repositories with scripts that share blocks."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 from conftest import load_script
@@ -166,6 +168,12 @@ def test_equal_scripts_pass_in_one_line(repository):
         "6 blocks of 17 lines and 4 flags are shared by 3 scripts: 73% of the helper lines of train_full_flax.py, the "
         "smallest.\n")
     assert repository.contents() == before
+
+
+def test_this_repository_passes():
+    done = subprocess.run([sys.executable, TOOL], cwd=REPO, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("\n") == 1
 
 
 # ---- What differs

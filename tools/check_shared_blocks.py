@@ -23,13 +23,44 @@ OWN_NAMES = {"parse_args", "check_args", "load_models", "save_model", "train", "
 
 # {(file name, block or --flag): reason}, for what differs under the same name. Files that give the same reason for
 # the same name share a variant: they are compared with each other.
-EXCEPTIONS = {}
+EXCEPTIONS = {
+    ("train_text_to_image_lora.py", "REPLACED_FLAGS"): "takes the place of other flags of diffusers' script",
+    ("train_dreambooth.py", "REPLACED_FLAGS"): "takes the place of the flags of diffusers' DreamBooth scripts",
+    ("train_dreambooth_lora.py", "REPLACED_FLAGS"): "takes the place of the flags of diffusers' DreamBooth scripts",
+    ("train_dreambooth.py", "--train_text_encoder"): "trains it, where LoRA adds adapters",
+}
 
 # {(script name, --flag): reason}, for a default that differs from that of the other scripts.
-DEFAULTS = {}
+DEFAULTS = {
+    ("train_text_to_image_lora.py", "--output_dir"): "a result of another kind",
+    ("train_dreambooth.py", "--output_dir"): "a result of another kind",
+    ("train_dreambooth_lora.py", "--output_dir"): "a result of another kind",
+    ("train_dreambooth.py", "--learning_rate"): "that of diffusers' script: a few photos are learnt by heart soon",
+    ("train_dreambooth.py", "--train_batch_size"): "that of diffusers' script: there are few photos",
+    ("train_dreambooth_lora.py", "--train_batch_size"): "that of diffusers' script: there are few photos",
+    ("train_dreambooth.py", "--tracker_project_name"): "another project",
+    ("train_dreambooth_lora.py", "--tracker_project_name"): "another project",
+}
 
 # {number of scripts: names that so many share}: else a block could slip out by a new name. `--list` prints it.
-EXPECTED = {}
+EXPECTED = {
+    4: [
+        "CaptionedImages", "DROPOUT", "DTYPES", "FIXED_ON_RESUME", "FREE_ON_RESUME", "HELD_OUT", "HELD_OUT_TIMESTEPS",
+        "IMAGE_SUFFIXES", "InputError", "MIN_SIDE", "ORDER", "SAMPLE", "SUBSET", "all_captions", "check_image",
+        "check_images", "check_machine", "check_model", "check_output", "check_rows", "check_settings", "create_repo",
+        "diffusion_losses", "draw_samples", "encode", "exchange", "find_checkpoint", "held_out_losses", "last_line",
+        "leave", "list_checkpoints", "load_base", "load_data", "make_accelerator", "make_state", "micro_batches",
+        "note_signal", "on_signals", "open_image", "parse_words", "prepare_output", "print_plan", "push",
+        "read_config", "read_dataset", "read_folder", "resume", "save_checkpoint", "snr_weights", "validate",
+        "write_card", "write_log",
+    ],
+    2: [
+        "ATTENTION", "CLASS", "FEED_FORWARD", "InstancesAndClasses", "LORA_FILE", "LORA_TARGETS", "REPLACED_FLAGS",
+        "RESIDUAL", "TEXT_ATTENTION", "TEXT_FEED_FORWARD", "add_adapters", "check_adapters", "check_subject",
+        "kohya_header", "load_classes", "lora_weights", "make_class_images", "missing_class_images",
+        "parameter_groups", "read_lora", "to_kohya", "with_classes",
+    ],
+}
 
 DIFF_LINES = 30  # of each difference; the first ones tell enough
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)

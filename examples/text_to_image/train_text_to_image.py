@@ -557,8 +557,8 @@ def load_data(pretrained_model_name_or_path, single_file_config, revision, cache
     rows = read_folder(train_data_dir, caption_column) if train_data_dir else read_dataset(
         dataset_name, dataset_config_name, image_column, caption_column, cache_dir, hub_token)
     if default_caption:
-        captions = [captions if all_captions(captions) else [default_caption] for captions in rows["captions"]]
-        rows = datasets.Dataset.from_dict({"image": rows["image"], "captions": captions}, features=rows.features)
+        captions = [all_captions(captions) or [default_caption] for captions in rows["captions"]]
+        rows = rows.remove_columns("captions").add_column("captions", captions)
     if max_train_samples and max_train_samples < len(rows):
         order = np.random.default_rng((seed, SUBSET)).permutation(len(rows))
         rows = rows.select(np.sort(order[:max_train_samples]))
@@ -647,7 +647,7 @@ def load_base(pretrained_model_name_or_path, single_file_config, revision, varia
     return pipeline, diffusers.DDPMScheduler.from_config(pipeline.scheduler.config, **objective)
 
 
-def make_state(accelerator, weights, groups, peak_rate, last_step, lr_scheduler, lr_step_rules, lr_warmup_steps,
+def make_state(accelerator, weights, groups, last_step, lr_scheduler, lr_step_rules, lr_warmup_steps,
                lr_num_cycles, lr_power, use_8bit_adam, adam_beta1, adam_beta2, adam_weight_decay, adam_epsilon,
                use_ema, ema_decay, ema_warmup, foreach_ema, **_):
     """All that a checkpoint holds, by name: `weights` (modules), optimizer, lr_scheduler, maybe ema and scaler. AdamW
@@ -656,7 +656,7 @@ def make_state(accelerator, weights, groups, peak_rate, last_step, lr_scheduler,
     if use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit as AdamW
     betas = (adam_beta1, adam_beta2)
-    optimizer = AdamW(groups, peak_rate, betas, eps=adam_epsilon, weight_decay=adam_weight_decay)
+    optimizer = AdamW(groups, betas=betas, eps=adam_epsilon, weight_decay=adam_weight_decay)
     schedule = get_scheduler(lr_scheduler, optimizer, lr_step_rules, lr_warmup_steps, last_step, lr_num_cycles or 1,
                              lr_power or 1.0)
     # The schedule is not prepared: it would count processes.
@@ -912,8 +912,8 @@ def train(args):
     validation_steps = args.validation_steps or 500
     learning_rate = args.learning_rate * (samples_per_step if args.scale_lr else 1)
     unet, parameters = accelerator.prepare(pipeline.unet), list(pipeline.unet.parameters())
-    state = make_state(accelerator, {"unet": pipeline.unet}, [{"params": parameters}], learning_rate, last_step,
-                       **vars(args))
+    groups = [{"params": parameters, "lr": learning_rate}]
+    state = make_state(accelerator, {"unet": pipeline.unet}, groups, last_step, **vars(args))
     optimizer, lr_scheduler, ema = state["optimizer"], state["lr_scheduler"], state.get("ema")
     settings = {**vars(args), "hub_token": None, "data": fingerprint, "samples_per_step": samples_per_step,
                 "peak_learning_rate": learning_rate, "mixed_precision": precision,

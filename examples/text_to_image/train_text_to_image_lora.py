@@ -617,8 +617,8 @@ def load_data(pretrained_model_name_or_path, single_file_config, revision, cache
     rows = read_folder(train_data_dir, caption_column) if train_data_dir else read_dataset(
         dataset_name, dataset_config_name, image_column, caption_column, cache_dir, hub_token)
     if default_caption:
-        captions = [captions if all_captions(captions) else [default_caption] for captions in rows["captions"]]
-        rows = datasets.Dataset.from_dict({"image": rows["image"], "captions": captions}, features=rows.features)
+        captions = [all_captions(captions) or [default_caption] for captions in rows["captions"]]
+        rows = rows.remove_columns("captions").add_column("captions", captions)
     if max_train_samples and max_train_samples < len(rows):
         order = np.random.default_rng((seed, SUBSET)).permutation(len(rows))
         rows = rows.select(np.sort(order[:max_train_samples]))
@@ -706,6 +706,13 @@ def add_adapters(models, rank, lora_alpha, lora_dropout, use_rslora, use_dora, l
         cast_training_params(model, torch.float32)
 
 
+def parameter_groups(models, rate, text_rate):
+    """The adapters' parameters for an optimizer, those of the text encoder with a rate of their own."""
+    rates = {"unet": rate, "text_encoder": text_rate}
+    return [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad], "lr": rates[name]}
+            for name, model in models.items()]
+
+
 def lora_weights(models):
     """The adapters' tensors as peft names them, such as unet.<layer>.lora_A.weight."""
     return {f"{name}.{key}": value.detach() for name, model in models.items()
@@ -744,7 +751,7 @@ def load_base(pretrained_model_name_or_path, single_file_config, revision, varia
     return pipeline, diffusers.DDPMScheduler.from_config(pipeline.scheduler.config, **objective)
 
 
-def make_state(accelerator, weights, groups, peak_rate, last_step, lr_scheduler, lr_step_rules, lr_warmup_steps,
+def make_state(accelerator, weights, groups, last_step, lr_scheduler, lr_step_rules, lr_warmup_steps,
                lr_num_cycles, lr_power, use_8bit_adam, adam_beta1, adam_beta2, adam_weight_decay, adam_epsilon,
                use_ema, ema_decay, ema_warmup, foreach_ema, **_):
     """All that a checkpoint holds, by name: `weights` (modules), optimizer, lr_scheduler, maybe ema and scaler. AdamW
@@ -753,7 +760,7 @@ def make_state(accelerator, weights, groups, peak_rate, last_step, lr_scheduler,
     if use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit as AdamW
     betas = (adam_beta1, adam_beta2)
-    optimizer = AdamW(groups, peak_rate, betas, eps=adam_epsilon, weight_decay=adam_weight_decay)
+    optimizer = AdamW(groups, betas=betas, eps=adam_epsilon, weight_decay=adam_weight_decay)
     schedule = get_scheduler(lr_scheduler, optimizer, lr_step_rules, lr_warmup_steps, last_step, lr_num_cycles or 1,
                              lr_power or 1.0)
     # The schedule is not prepared: it would count processes.
@@ -1009,13 +1016,11 @@ def train(args):
     validation_steps = args.validation_steps or 500
     learning_rate = args.learning_rate * (samples_per_step if args.scale_lr else 1)
     text_rate = learning_rate * (args.text_encoder_lr or args.learning_rate) / args.learning_rate
-    groups = [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad], "lr": rate}
-              for model, rate in zip(models.values(), (learning_rate, text_rate), strict=False)]
+    groups = parameter_groups(models, learning_rate, text_rate)
     parameters = [parameter for group in groups for parameter in group["params"]]
     wrapped = {name: accelerator.prepare(model) for name, model in models.items()}
     unet, text_encoder = wrapped["unet"], wrapped.get("text_encoder", pipeline.text_encoder)
-    state = make_state(accelerator, {"adapters": torch.nn.ParameterList(parameters)}, groups, learning_rate, last_step,
-                       **vars(args))
+    state = make_state(accelerator, {"adapters": torch.nn.ParameterList(parameters)}, groups, last_step, **vars(args))
     optimizer, lr_scheduler, ema = state["optimizer"], state["lr_scheduler"], state.get("ema")
     settings = {**vars(args), "hub_token": None, "data": fingerprint, "samples_per_step": samples_per_step,
                 "peak_learning_rate": learning_rate, "mixed_precision": precision,
@@ -1024,9 +1029,8 @@ def train(args):
     if checkpoint := find_checkpoint(output_dir, args.resume_from_checkpoint):
         progress = resume(accelerator, checkpoint, settings, last_step, state)
     first_step, num_trained = progress["global_step"], sum(parameter.numel() for parameter in parameters)
-    trained = f"LoRA of rank {args.rank} on {args.lora_target} of {' and '.join(models)}"
-    print_plan(settings, trained, "all else", accelerator.num_processes, num_trained, len(images), len(held_out),
-               first_step, last_step)
+    print_plan(settings, f"LoRA of rank {args.rank} on {args.lora_target} of {' and '.join(models)}", "all else",
+               accelerator.num_processes, num_trained, len(images), len(held_out), first_step, last_step)
     if args.dry_run:
         accelerator.end_training()
         return

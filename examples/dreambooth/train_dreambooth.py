@@ -1,0 +1,1213 @@
+#!/usr/bin/env python
+"""DreamBooth: teach Stable Diffusion 1.x or 2.x one subject from three to thirty photos.
+
+    accelerate launch train_dreambooth.py --pretrained_model_name_or_path=MODEL --instance_data_dir=my_dog \
+        --instance_prompt="a photo of sks dog" --with_prior_preservation --class_data_dir=dogs \
+        --class_prompt="a photo of a dog" --resolution=512 --train_batch_size=1 --learning_rate=5e-6 \
+        --max_train_steps=800 --mixed_precision=bf16 --validation_prompt="a sks dog on a beach" --output_dir=my_model
+
+`my_dog` holds the photos. Prior preservation keeps the class as it was: images of it, drawn by the base before
+training, are trained on beside the photos. The result is a pipeline folder. What is random in a sample depends on
+(seed, epoch, index of the sample) alone, so a run that is killed and resumed ends in the same bits. Papers: DreamBooth
+(arXiv 2208.12242), latent diffusion (2112.10752), DDPM (2006.11239), v-prediction (2202.00512), min-SNR (2303.09556),
+zero terminal SNR (2305.08891), input perturbation (2301.11706).
+"""
+
+import argparse
+import contextlib
+import copy
+import csv
+import dataclasses
+import datetime
+import functools
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import datasets
+import diffusers
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+import yaml
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, parse_flag_from_env, send_to_device
+from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.training_utils import EMAModel, compute_snr
+from diffusers.utils import is_bitsandbytes_available, is_xformers_available, make_image_grid
+from filelock import FileLock
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from PIL import Image, ImageOps, UnidentifiedImageError
+from tqdm.auto import tqdm
+from transformers import CLIPTextConfig, CLIPTokenizer
+
+IMAGE_SUFFIXES = set(".avif .bmp .gif .jfif .jpe .jpeg .jpg .png .tif .tiff .webp".split())
+MIN_SIDE = 16  # pixels; anything smaller is an icon or a broken file
+HELD_OUT_TIMESTEPS = 4  # at which the loss of each held-out image is measured
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+SAMPLE, ORDER, DROPOUT, SUBSET, HELD_OUT = range(5)  # a stream of random numbers each
+CLASS = 5  # one more
+REPLACED_FLAGS = {
+    "--local_rank": "start with `accelerate launch` or torchrun, which set the rank",
+    "--offset_noise": "use --noise_offset=0.1",
+    "--set_grads_to_none": "drop it; gradients are always set to none",
+    "--tokenizer_name": "put the tokenizer into the folder of --pretrained_model_name_or_path",
+    "--tokenizer_max_length": "drop it; captions take what the text encoder takes",
+    "--validation_images": "use --num_validation_images",
+    "--validation_scheduler": "drop it; samples are drawn by DPM-Solver++",
+    "--skip_save_text_encoder": "drop it; the result is a whole pipeline",
+    **dict.fromkeys(["--text_encoder_use_attention_mask", "--class_labels_conditioning",
+                     "--pre_compute_text_embeddings"], "drop it; only Stable Diffusion 1.x and 2.x are trained"),
+}
+# Settings that a resume may change: they leave the result as it is, or what follows from them is compared instead.
+FREE_ON_RESUME = """allow_changed_resume cache_dir caption_column checkpointing_steps checkpoints_total_limit
+    class_data_dir config dataloader_num_workers dataset_config_name dataset_name dry_run
+    gradient_accumulation_steps gradient_checkpointing hub_model_id hub_private_repo hub_token image_column
+    init_lora_weights instance_data_dir kohya_file_name logging_dir logging_steps max_train_samples
+    max_train_steps num_class_images num_train_epochs num_validation_images num_validation_samples offload_ema
+    output_dir output_kohya_format overwrite_output_dir prior_generation_precision push_to_hub report_to
+    resume_from_checkpoint sample_batch_size save_precision skip_bad_images tracker_project_name train_batch_size
+    train_data_dir validation_prompt validation_prompts validation_steps""".split()
+# The checkpoint's state would not fit.
+FIXED_ON_RESUME = set("lora_target mixed_precision rank train_text_encoder use_8bit_adam use_dora use_ema".split())
+
+
+class InputError(ValueError):
+    """A mistake in what the user gave; its text is all that they need to see."""
+
+
+# ------------------------------------------------------------------------------------------------------- arguments
+def parse_args(argv=None):
+    """Reads the command line and `--config`; a flag that is wrong by itself ends with status 2 and one message."""
+    usage = "%(prog)s --pretrained_model_name_or_path MODEL --instance_data_dir FOLDER --instance_prompt TEXT [flags]"
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__.split("\n")[0], allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    switch = {"action": argparse.BooleanOptionalAction, "default": False}
+    add = parser.add_argument_group("model").add_argument
+    add("--pretrained_model_name_or_path", help="pipeline folder, Hub id, or original .ckpt/.safetensors file")
+    add("--revision", help="branch, tag or commit of the model on the Hub")
+    add("--variant", help="variant of the weight files, such as fp16")
+    add("--single_file_config", help="pipeline folder or Hub id with the configs for a single-file model")
+    add("--cache_dir", help="where downloads and remembered checks go, instead of the Hugging Face cache")
+    add = parser.add_argument_group("data").add_argument
+    add("--instance_data_dir", help="folder of the subject's photos, maybe with captions as for text-to-image")
+    add("--instance_prompt", help="caption of photos that have none, with a rare word: a photo of sks dog")
+    add("--dataset_name", help="dataset on the Hub, or a local path that `datasets` can load")
+    add("--dataset_config_name", help="configuration of that dataset")
+    add("--image_column", default="image", help="column of the images in that dataset")
+    add("--caption_column", default="text", help="column with a caption, or a list of them: one is drawn per epoch")
+    add("--max_train_samples", type=int, help="use so many images, drawn by the seed")
+    add("--repeats", type=int, default=1, help="times that each photo counts in an epoch")
+    add("--skip_bad_images", **switch, help="go on without images that cannot be used, instead of stopping")
+    add("--resolution", type=int, default=512, help="side of the square training images in pixels")
+    add("--center_crop", **switch, help="crop the centre, not a random place")
+    add("--random_flip", **switch, help="mirror half of the images, drawn anew each epoch")
+    filters = [kind.name.lower() for kind in Image.Resampling]
+    add("--image_interpolation_mode", default="lanczos", choices=filters, help="filter for resizing")
+    add("--caption_dropout", type=float, default=0.0, help="share of captions replaced by the empty one")
+    add("--dataloader_num_workers", type=int, default=0, help="processes that load images; 0: the main process does")
+    add = parser.add_argument_group("prior preservation").add_argument
+    add("--with_prior_preservation", **switch, help="train on images of the class too, so that it stays as it was")
+    add("--class_data_dir", help="folder of these; what is missing there is drawn by the base")
+    add("--class_prompt", help="their caption: a photo of a dog")
+    add("--num_class_images", type=int, help="how many; 100 if not given")
+    add("--sample_batch_size", type=int, help="images drawn at once; 4 if not given")
+    add("--prior_loss_weight", type=float, help="weight of their loss; 1 if not given")
+    add("--prior_generation_precision", choices=["no", "fp32", "fp16", "bf16"], help="default: as in training")
+    add = parser.add_argument_group("objective").add_argument
+    add("--train_text_encoder", **switch, help="train the text encoder too: a closer likeness, more memory")
+    add("--prediction_type", choices=["epsilon", "v_prediction"], help="what the UNet predicts; default: the model's")
+    add("--snr_gamma", type=float, help="min-SNR loss weights with this gamma; 5.0 in the paper")
+    add("--noise_offset", type=float, default=0.0, help="scale of noise that shifts whole channels; 0.05 is common")
+    add("--input_perturbation", type=float, default=0.0, help="scale of extra noise in the input; 0.1 in the paper")
+    add("--rescale_betas_zero_snr", **switch, help="rescale the schedule to zero terminal SNR; needs v_prediction")
+    add = parser.add_argument_group("optimization").add_argument
+    add("--learning_rate", type=float, default=5e-6, help="initial learning rate")
+    add("--scale_lr", **switch, help="multiply the learning rate by batch size, accumulation steps and processes")
+    add("--lr_scheduler", default="constant", choices=[kind.value for kind in SchedulerType], help="its schedule")
+    add("--lr_warmup_steps", type=int, default=0, help="steps in which the learning rate rises from 0")
+    add("--lr_num_cycles", type=int, help="cycles of cosine_with_restarts; 1 if not given")
+    add("--lr_power", type=float, help="power of the polynomial schedule; 1 if not given")
+    add("--lr_step_rules", help="rules of piecewise_constant: factor:until_step, ..., last factor: 1:10,0.1")
+    add("--train_batch_size", type=int, default=4, help="images per forward pass and process")
+    add("--gradient_accumulation_steps", type=int, default=1, help="forward passes per optimizer step")
+    add("--num_train_epochs", type=int, default=100, help="passes over the images, if --max_train_steps is not given")
+    add("--max_train_steps", type=int, help="optimizer steps")
+    add("--max_grad_norm", type=float, default=1.0, help="clip the gradient's norm to this; inf for no clipping")
+    add("--adam_beta1", type=float, default=0.9, help="AdamW's beta1")
+    add("--adam_beta2", type=float, default=0.999, help="AdamW's beta2")
+    add("--adam_weight_decay", type=float, default=1e-2, help="AdamW's weight decay")
+    add("--adam_epsilon", type=float, default=1e-8, help="AdamW's epsilon")
+    add("--use_8bit_adam", **switch, help="AdamW with 8-bit state, by bitsandbytes")
+    add("--use_ema", **switch, help="average the weights over the steps; samples and result use the average")
+    add("--ema_decay", type=float, help="highest decay of the average; 0.9999 if not given")
+    add("--ema_warmup", **switch, help="raise the decay slowly, as 1 - (1 + step) ** -2/3")
+    add("--offload_ema", **switch, help="keep the average in CPU memory between steps")
+    add("--foreach_ema", **switch, help="update the average with fused operations")
+    add = parser.add_argument_group("memory and speed").add_argument
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="precision of passes; default: accelerate's config")
+    add("--gradient_checkpointing", **switch, help="compute activations twice: slower, less memory")
+    add("--enable_xformers_memory_efficient_attention", **switch, help="xFormers' attention instead of torch's")
+    add("--allow_tf32", **switch, help="TensorFloat-32 matrix products, on GPUs that have them")
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", default="dreambooth-model", help="where everything is written")
+    add("--overwrite_output_dir", **switch, help="write over the run in --output_dir and remove its checkpoints")
+    add("--save_precision", default="no", choices=list(DTYPES), help="half precision of what is saved, or no")
+    add("--checkpointing_steps", type=int, default=500, help="write a checkpoint every so many steps")
+    add("--checkpoints_total_limit", type=int, help="keep only so many checkpoints, the newest")
+    add("--resume_from_checkpoint", metavar="PATH|latest", help="go on from a checkpoint, if there is a latest")
+    add("--allow_changed_resume", **switch, help="resume although settings that change the result differ")
+    add("--validation_prompt", help="prompt to draw samples for: the subject in a new setting")
+    add("--num_validation_images", type=int, help="how many; 4 if not given")
+    add("--num_validation_samples", type=int, default=0, help="images held out of training to measure the loss on")
+    add("--validation_steps", type=int, help="draw and measure every so many steps; 500 if not given")
+    add("--report_to", default="tensorboard", help="tracker of accelerate's (tensorboard, wandb, ...), all or none")
+    add("--tracker_project_name", default="dreambooth", help="project name in the tracker")
+    add("--logging_dir", default="logs", help="folder for the tracker's files, in --output_dir")
+    add("--logging_steps", type=int, default=10, help="log the mean loss every so many steps")
+    add("--push_to_hub", **switch, help="upload the result to the Hub")
+    add("--hub_model_id", help="repository to upload to; default: the name of --output_dir")
+    add("--hub_token", help="token for dataset and upload; default: the one that `hf auth login` stored")
+    add("--hub_private_repo", **switch, help="make the repository private")
+    add = parser.add_argument_group("run").add_argument
+    add("--seed", type=int, default=0, help="seed of everything that is drawn at random")
+    add("--config", metavar="FILE.yaml", help="flags by name, maybe under `training:`; the command line wins")
+    add("--dry_run", **switch, help="check everything, print the plan and stop")
+    return parse_words(parser, argv)
+
+
+def parse_words(parser, argv):
+    """Parses `argv`, or the command line if that is None, after the flags that its `--config` gives."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if replaced := [flag for word in argv if (flag := word.split("=")[0]) in REPLACED_FLAGS]:
+        parser.error(f"{replaced[0]} is not taken: {REPLACED_FLAGS[replaced[0]]}")
+    config = parser.parse_known_args(argv)[0].config
+    args = parser.parse_args((read_config(parser, config) if config else []) + argv)
+    expand = os.path.expanduser  # which neither a shell does after `=`, nor YAML
+    return argparse.Namespace(**{name: expand(value) if isinstance(value, str) else value
+                                 for name, value in vars(args).items()})
+
+
+def read_config(parser, path):
+    """Turns a YAML recipe into command-line words, so that argparse checks names, types and choices."""
+    try:
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        recipe = {**recipe, **(recipe.get("training") or {})}
+    except (OSError, ValueError, yaml.YAMLError, AttributeError, TypeError) as error:
+        parser.error(f"--config={path}: is no YAML file of flags ({' '.join(str(error).split())})")
+    flags, words = vars(parser.parse_args([])), []
+    if unknown := sorted(map(str, recipe.keys() - (flags.keys() - {"config"}) - {"training", "evaluation"})):
+        parser.error(f"--config={path}: unknown key {', '.join(unknown)}; keys are the flags of --help without dashes")
+    for key, value in [(key, value) for key, value in recipe.items() if key in flags and value is not None]:
+        if isinstance(value, list):
+            words += [f"--{key}", *map(str, value)]
+        elif isinstance(value, bool) and isinstance(flags[key], bool):
+            words.append(f"--{'' if value else 'no-'}{key}")
+        else:  # YAML reads a bare `no` as false, but --mixed_precision means the word
+            words.append(f"--{key}={'no' if value is False else value}")
+    return words
+
+
+def check_args(args):
+    """Raises one `InputError` that names every flag that is wrong, its value, what is accepted and the remedy."""
+    problems = check_settings(vars(args)) + check_output(**vars(args)) + check_model(**vars(args))
+    problems += check_subject(**vars(args))
+    if problems:
+        raise InputError("\n  ".join(["", *problems] if len(problems) > 1 else problems))
+
+
+def check_settings(settings):
+    """Lists which flags are out of range, do nothing, or cannot be obeyed here. Other scripts have some more flags."""
+    problems, get = [], settings.get
+
+    def refuse(wrong, flag, remedy):
+        if wrong:
+            problems.append(f"--{flag}={get(flag)}: {remedy}")
+
+    for accepted, holds, flags in (
+        ("1 or more", lambda value: value >= 1, "resolution train_batch_size gradient_accumulation_steps "
+         "logging_steps num_train_epochs max_train_steps checkpointing_steps checkpoints_total_limit validation_steps "
+         "lr_num_cycles max_train_samples rank repeats num_class_images sample_batch_size num_validation_images"),
+        ("from 0 to 2**63 - 1", lambda value: 0 <= value < 2**63, "seed dataloader_num_workers lr_warmup_steps "
+         "num_validation_samples noise_offset input_perturbation adam_weight_decay prior_loss_weight"),
+        ("above 0", lambda value: value > 0, "learning_rate max_grad_norm adam_epsilon snr_gamma lr_power lora_alpha "
+         "text_encoder_lr"),
+        ("from 0 to 1", lambda value: 0 <= value <= 1, "caption_dropout ema_decay"),
+        ("0 or more and below 1", lambda value: 0 <= value < 1, "adam_beta1 adam_beta2 lora_dropout"),
+    ):
+        for flag in flags.split():
+            refuse(get(flag) is not None and not holds(get(flag)), flag, f"must be {accepted}")
+    schedule = get("lr_scheduler")
+    for needed, given, flags in (
+        ("--use_ema", get("use_ema"), "ema_decay ema_warmup offload_ema foreach_ema"),
+        ("--push_to_hub", get("push_to_hub"), "hub_model_id hub_private_repo"),
+        ("--resume_from_checkpoint", get("resume_from_checkpoint"), "allow_changed_resume"),
+        ("--dataset_name", get("dataset_name"), "dataset_config_name"),
+        ("--train_text_encoder", get("train_text_encoder"), "text_encoder_lr"),
+        ("--output_kohya_format", get("output_kohya_format"), "kohya_file_name"),
+        ("--with_prior_preservation", get("with_prior_preservation"), "class_data_dir class_prompt num_class_images "
+         "sample_batch_size prior_loss_weight prior_generation_precision"),
+        ("--validation_prompt", get("validation_prompt"), "num_validation_images"),
+        ("a model on the Hub", not Path(get("pretrained_model_name_or_path") or "").exists(), "revision"),
+        ("a pipeline folder or Hub id", not get("single_file_config"), "variant"),
+        ("validation prompts or --num_validation_samples", any(map(get, (
+            "validation_prompts", "validation_prompt", "num_validation_samples"))), "validation_steps"),
+        ("--lr_scheduler=cosine_with_restarts", schedule == "cosine_with_restarts", "lr_num_cycles"),
+        ("--lr_scheduler=polynomial", schedule == "polynomial", "lr_power"),
+        ("--lr_scheduler=piecewise_constant", schedule == "piecewise_constant", "lr_step_rules"),
+        ("constant_with_warmup or the like", schedule not in ("constant", "piecewise_constant"), "lr_warmup_steps"),
+    ):
+        for flag in flags.split():
+            refuse(get(flag) and not given, flag, f"does nothing without {needed}; add that or drop this")
+    rules = re.fullmatch(r"({0}:\d+,)+{0}".format(r"\d*\.?\d+(e-?\d+)?"), get("lr_step_rules") or "")
+    refuse(schedule == "piecewise_constant" and not rules, "lr_step_rules", "give rules such as 1:10,0.1:20,0.01")
+    folder = "train_data_dir" if "train_data_dir" in settings else "instance_data_dir"
+    refuse(get(folder) and get("image_column") != "image", "image_column", "needs --dataset_name; drop this")
+    refuse(bool(get("dataset_name")) == bool(get(folder)), folder, "give this or --dataset_name, not both")
+    trackers = ["all", "none", *map(str, get_available_trackers())]
+    refuse(get("report_to") not in trackers, "report_to", f"installed are {', '.join(trackers)}")
+    return problems + check_machine(**settings)
+
+
+def check_machine(mixed_precision, allow_tf32, use_8bit_adam, enable_xformers_memory_efficient_attention, **_):
+    """Lists what this machine, its packages or accelerate's config cannot do."""
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    precision = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    engines = [name for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM") if parse_flag_from_env(f"ACCELERATE_USE_{name}")]
+    problems = [f"accelerate's config asks for {name}, which cannot be used; choose GPUs alone" for name in engines]
+    if precision not in DTYPES or (on_cpu and precision == "fp16"):
+        problems.append(f"--mixed_precision={precision} (or accelerate's config): cannot train here; use bf16 or no")
+    if on_cpu and allow_tf32:
+        problems.append("--allow_tf32: needs an NVIDIA GPU; drop it")
+    if use_8bit_adam and not is_bitsandbytes_available():
+        problems.append("--use_8bit_adam: install bitsandbytes or drop it")
+    if enable_xformers_memory_efficient_attention and (on_cpu or not is_xformers_available()):
+        problems.append("--enable_xformers_memory_efficient_attention: needs a GPU and the package xformers; drop it")
+    return problems
+
+
+def check_output(output_dir, resume_from_checkpoint, overwrite_output_dir, **settings):
+    """Lists what is wrong with the folders and the checkpoint to resume from."""
+    output, wanted, problems = Path(output_dir), resume_from_checkpoint, []
+    checkpoint, newest = find_checkpoint(output, wanted), find_checkpoint(output, "latest")
+    if checkpoint and not (checkpoint / "progress.json").is_file():
+        problems.append(f"--resume_from_checkpoint={wanted}: is no whole checkpoint folder; name one, or latest")
+    if wanted and overwrite_output_dir:
+        problems.append("--overwrite_output_dir: contradicts --resume_from_checkpoint; drop one")
+    run = (output / "args.json").is_file()
+    # Without a checkpoint `latest` starts anew, in the folder of a run that was stopped before its first one.
+    begun = wanted == "latest" and run and not (output / "README.md").exists()
+    own = output.resolve() == checkpoint.resolve().parent if checkpoint else begun
+    if own and newest and checkpoint.resolve() != newest.resolve():
+        problems.append(f"--resume_from_checkpoint={wanted}: {newest} is newer; use that, or another --output_dir")
+    around = [output.resolve(), *output.resolve().parents]
+    place = next(path for path in around if path.exists())
+    for flag in ("train_data_dir", "instance_data_dir", "class_data_dir"):
+        folder = settings.get(flag)
+        if folder and not Path(folder).is_dir() and (flag != "class_data_dir" or Path(folder).exists()):
+            problems.append(f"--{flag}={folder}: does not exist, or is no folder")
+        if folder and Path(folder).resolve() in around:
+            problems.append(f"--output_dir={output}: lies in the folder of --{flag}; put it elsewhere")
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        problems.append(f"--output_dir={output}: {place} is a file or cannot be written to; name another folder")
+    elif output.exists() and any(output.iterdir()) and not own and not (overwrite_output_dir and run):
+        problems.append(f"--output_dir={output}: is in use; name another folder, or go on with the run in it by "
+                        "--resume_from_checkpoint=latest, or write over that run by --overwrite_output_dir")
+    return problems
+
+
+def check_model(pretrained_model_name_or_path, single_file_config, revision, cache_dir, resolution, prediction_type,
+                rescale_betas_zero_snr, **_):
+    """Lists what is wrong with the model's configs, or between them and the flags; reads no weights."""
+    source = pretrained_model_name_or_path or ""
+    name, single_file = f"--pretrained_model_name_or_path={source}", source.endswith((".ckpt", ".safetensors"))
+    if not source or (single_file and not Path(source).is_file()):
+        return [f"{name}: there is no such file; name a pipeline folder, a Hub id or a file"]
+    if single_file != bool(single_file_config):
+        return [f"{name}: a single file, and only that, needs --single_file_config: pipeline folder or Hub id of the "
+                "same architecture, such as stable-diffusion-v1-5/stable-diffusion-v1-5"]
+    source, where = single_file_config or source, {"revision": revision, "cache_dir": cache_dir}
+    try:
+        parts = diffusers.StableDiffusionPipeline.load_config(source, **where)
+        if foreign := {"text_encoder_2", "transformer"} & parts.keys():
+            return [f"{name}: has a {min(foreign)} (SDXL, SD 3 or the like); use a Stable Diffusion 1.x or 2.x model"]
+        unet, vae, scheduler = [kind.load_config(source, subfolder=part, **where) for part, kind in (
+            ("unet", diffusers.UNet2DConditionModel), ("vae", diffusers.AutoencoderKL),
+            ("scheduler", diffusers.DDPMScheduler))]
+        CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where)
+        CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)
+    except (OSError, ValueError) as error:
+        missing = "is no whole pipeline" if Path(source).is_dir() else "is no folder, nor to be had from the Hub"
+        return [f"the model {source} {missing}; check its name and the connection ({last_line(error)})"]
+    problems, divisor = [], 2 ** (len(vae["block_out_channels"]) - 1)
+    if resolution % divisor:
+        usable = resolution // divisor * divisor or divisor
+        problems.append(f"--resolution={resolution}: must be a multiple of {divisor} for this VAE; use {usable}")
+    if unet["in_channels"] != vae["latent_channels"]:
+        problems.append(f"{name}: its UNet takes {unet['in_channels']} channels; use a text-to-image model")
+    prediction_type = prediction_type or scheduler.get("prediction_type", "epsilon")
+    if prediction_type not in ("epsilon", "v_prediction"):
+        problems.append(f"{name}: predicts {prediction_type!r}; only epsilon and v_prediction can be trained")
+    if prediction_type == "epsilon" and (rescale_betas_zero_snr or scheduler.get("rescale_betas_zero_snr")):
+        problems.append("--rescale_betas_zero_snr: pure noise teaches an epsilon model nothing, its loss weight is "
+                        "undefined; add --prediction_type=v_prediction or drop this")
+    return problems
+
+
+def check_subject(instance_data_dir, instance_prompt, with_prior_preservation, class_data_dir, class_prompt, **_):
+    """Lists what is wrong with the prompts and folders of subject and class."""
+    problems = [f"--with_prior_preservation: needs --{flag}" for flag, value in (
+        ("class_data_dir", class_data_dir), ("class_prompt", class_prompt)) if with_prior_preservation and not value]
+    if instance_prompt is not None and not instance_prompt.strip():
+        problems.append("--instance_prompt=: is empty; give a rare word and the class, such as a photo of sks dog")
+    places = [Path(folder).resolve() for folder in (instance_data_dir, class_data_dir) if folder]
+    if len(places) == 2 and (places[0] in [places[1], *places[1].parents] or places[1] in places[0].parents):
+        problems.append(f"--class_data_dir={class_data_dir}: is not apart from --instance_data_dir; name another")
+    return problems
+
+
+# ------------------------------------------------------------------------------------------------------------ data
+def read_folder(folder, caption_column):
+    """Reads a folder into rows of `image` and `captions`, from metadata.jsonl or .csv or a .txt beside the image. What
+    is missing gives a row too, so that the check names it. Raises `InputError` for what cannot be read as text."""
+    folder, closed = Path(os.path.abspath(folder)), []
+    files = sorted(Path(at, name) for at, _, names in os.walk(folder, onerror=closed.append) for name in names)
+    if closed:
+        raise InputError(f"{closed[0].filename}: cannot be searched ({closed[0].strerror}); grant access")
+    captions = {path: [] for path in files if path.suffix.lower() in IMAGE_SUFFIXES
+                and not any(part.startswith(".") for part in path.relative_to(folder).parts)}
+    metadata = [path for path in files if path.name in ("metadata.jsonl", "metadata.csv")]
+    if not captions:
+        raise InputError(f"the folder {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}); name another")
+    for path in metadata:
+        number, columns = 1, set()
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+            lines = filter(str.strip, text.split("\n"))  # JSON may hold other line ends
+            for row in map(json.loads, lines) if path.suffix == ".jsonl" else csv.DictReader(io.StringIO(text)):
+                file = Path(os.path.abspath(path.parent / row["file_name"]))
+                captions.setdefault(file, []).extend(all_captions(row.get(caption_column)))
+                if None in row:
+                    raise ValueError("too many cells: put captions with commas in quotes")
+                number, columns = number + 1, columns | row.keys()
+        except (ValueError, TypeError, KeyError, AttributeError, csv.Error) as error:
+            raise InputError(f"{path}: row {number} is not a file_name and a caption in UTF-8 ({error!r})") from None
+        if caption_column not in columns:
+            raise InputError(f"{path}: has no {caption_column!r} but {sorted(columns)}; set --caption_column")
+    for image in [image for image, found in captions.items() if not found]:
+        beside = image.with_suffix(".txt")
+        try:
+            captions[image] += [beside.read_text("utf-8-sig").strip()] if beside.is_file() else []
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{beside}: cannot be read as UTF-8 ({last_line(error)}); convert or remove it") from None
+    aside = [path.name for path in files if path not in captions and path not in metadata and path.suffix != ".txt"]
+    if aside:
+        print(f"Left aside in {folder}: {len(aside)} files of other kinds, such as {', '.join(aside[:5])}.")
+    paths = sorted(captions)
+    rows = datasets.Dataset.from_dict({"image": [*map(str, paths)], "captions": [captions[path] for path in paths]})
+    return rows.cast_column("image", datasets.Image(decode=False))
+
+
+def read_dataset(name, config_name, image_column, caption_column, cache_dir, token):
+    """Loads the train split of a dataset from the Hub or a local path as columns `image` (undecoded) and `captions`.
+    Raises `InputError` if it cannot be loaded or lacks a column."""
+    # A local folder of image files is not for `datasets`, which drops images without a caption in silence.
+    if Path(name).is_dir() and any(path.suffix.lower() in IMAGE_SUFFIXES for path in Path(name).rglob("*")):
+        return read_folder(name, caption_column)
+    try:
+        if Path(name, "state.json").is_file():  # by save_to_disk
+            dataset = datasets.load_from_disk(name)
+        else:
+            dataset = datasets.load_dataset(name, config_name, split="train", cache_dir=cache_dir, token=token)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise InputError(f"--dataset_name={name}: cannot be loaded; name one on the Hub with a train split, or a "
+                         f"local folder ({last_line(error)})") from None
+    try:
+        dataset = dataset.select_columns([image_column, caption_column])
+        dataset = dataset.rename_columns({image_column: "image", caption_column: "captions"})
+        return dataset.cast_column("image", datasets.Image(decode=False))
+    except Exception as error:  # arrow has one for every pair of types
+        raise InputError(f"--image_column={image_column} --caption_column={caption_column}: no images and captions in "
+                         f"{name}; its columns are {', '.join(dataset.column_names)} ({last_line(error)})") from None
+
+
+def open_image(encoded):
+    """Decodes an image to 8-bit RGB as a viewer shows it: upright, 16-bit greys scaled, alpha over white.
+    Raises `OSError`, `ValueError` or `SyntaxError` if Pillow cannot read it to the end."""
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded)))
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no defined white")
+    if image.mode.startswith("I"):  # Pillow would saturate 16-bit greys
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def check_image(image, known):
+    """Opens one image, unless `known` has it; returns a key, of path, size and time or of the content where a dataset
+    holds it, and [sha256, width, height, what is wrong or ""]."""
+    try:
+        encoded, key = image["bytes"], None
+        if not encoded:
+            key = "{0}|{1.st_size}|{1.st_mtime_ns}".format(os.path.abspath(image["path"]), os.stat(image["path"]))
+            encoded = b"" if key in known else Path(image["path"]).read_bytes()
+        digest = hashlib.sha256(encoded).hexdigest()
+        if (key := key or digest) in known:
+            return key, known[key]
+        width, height = open_image(encoded).size
+        tiny = f"{width} x {height} pixels; a side needs at least {MIN_SIDE}" if min(width, height) < MIN_SIDE else ""
+        return key, [digest, width, height, tiny]
+    except Exception as error:  # damaged files raise whatever a decoder stumbles over
+        known_as = {FileNotFoundError: "there is no such file", TypeError: "the row holds no image",
+                    UnidentifiedImageError: "no image that Pillow knows"}
+        return None, ["", 0, 0, known_as.get(type(error), f"cannot be read: {error}")]
+
+
+def check_images(rows, memory):
+    """Opens every image once, in parallel, and remembers `check_image`'s findings, which it returns, in the file
+    `memory`. Of several processes the first one does it, the others read what it remembers."""
+    try:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{memory}.lock").acquire()
+    except OSError as error:
+        raise InputError(f"--cache_dir: {memory.parent} cannot be used ({error.strerror}); name another") from None
+    with lock, ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding releases Python's lock
+        known = {}
+        with contextlib.suppress(OSError, ValueError):  # not there yet, or half written
+            known = json.loads(memory.read_text(encoding="utf-8"))
+        results = pool.map(lambda index: check_image(rows[index]["image"], known), range(len(rows)))
+        results = list(tqdm(results, "Checking images", len(rows), unit="image", disable=None, leave=False))
+        beside = memory.with_suffix(".partial")
+        beside.write_text(json.dumps({**known, **{key: found for key, found in results if key}}), encoding="utf-8")
+        beside.replace(memory)
+    return [found for _, found in results]
+
+
+def all_captions(captions):
+    """The usable captions of a row that holds a string or a list of them."""
+    captions = captions if isinstance(captions, list) else [captions]
+    return [caption for caption in captions if isinstance(caption, str) and caption.strip()]
+
+
+def check_rows(rows, memory, skip_bad_images, tokenizer, resolution):
+    """Checks every image and caption; returns the good rows and a digest of each one's content and captions. Unusable
+    ones are left out if `skip_bad_images`, else one `InputError` lists them by path. Captions over the tokenizer's
+    limit and images below `resolution` pixels are warned of."""
+    bad, small, cut, good, digests = [], [], [], [], []
+    captions = [all_captions(captions) for captions in rows["captions"]]
+    for index, (digest, width, height, problem) in enumerate(check_images(rows, memory)):
+        problem = problem or ("" if captions[index] else "has no caption, in metadata or a .txt beside it")
+        if problem or min(width, height) < resolution:
+            name = (rows[index]["image"] or {}).get("path") or f"row {index}"
+            (bad if problem else small).append(f"{name}: {problem or f'{width} x {height}'}")
+        if not problem:
+            good.append(index)
+            digests.append(hashlib.sha256(json.dumps([digest, captions[index]]).encode()).hexdigest())
+            if max(map(len, tokenizer(captions[index], verbose=False).input_ids)) > tokenizer.model_max_length:
+                cut.append(f"{captions[index][0][:80]}...")
+    listed = "\n  ".join(["", *bad[:100], *([f"and {len(bad) - 100} more"] if len(bad) > 100 else [])])
+    if bad and (not skip_bad_images or not good):
+        raise InputError(f"{len(bad)} of {len(rows)} images are unusable; mend them or add --skip_bad_images{listed}")
+    if bad:
+        print(f"Left out (--skip_bad_images): {len(bad)} of {len(rows)} images{listed}")
+    for what, warned in ((f"images are smaller than --resolution={resolution} and are enlarged", small),
+                         (f"captions have more than {tokenizer.model_max_length} tokens and are cut", cut)):
+        if warned:
+            print("\n  ".join([f"Warning: {len(warned)} {what}, such as", *warned[:5]]))
+    return rows.select(good), digests
+
+
+@dataclasses.dataclass
+class CaptionedImages(torch.utils.data.Dataset):
+    """Maps (epoch, index, weight) to these and pixel_values uint8 (3, height, width), input_ids (max_length,),
+    timestep, and posterior_noise, noise, added_noise in float32 (4, height / 8, width / 8)."""
+    rows: datasets.Dataset  # of image and captions
+    tokenizer: CLIPTokenizer
+    resolution: int
+    resample: Image.Resampling
+    latent_shape: tuple
+    num_timesteps: int
+    seed: int
+    center_crop: bool
+    random_flip: bool
+    caption_dropout: float
+    noise_offset: float
+    input_perturbation: float
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, item):
+        epoch, index, weight = item
+        # All that is random in a sample, drawn always and in this order: an option leaves the others' numbers alone.
+        draw = np.random.default_rng((self.seed, SAMPLE, epoch, index))
+        left, top, flip, choice, drop = draw.random(5)
+        timestep = draw.integers(self.num_timesteps)
+        posterior_noise, noise, perturbation = draw.standard_normal((3, *self.latent_shape), np.float32)
+        # The offset shifts whole channels; perturbation (arXiv 2301.11706, eq. 3) is added and not to be predicted.
+        noise = noise + self.noise_offset * draw.standard_normal((len(noise), 1, 1), np.float32)
+
+        row, (left, top) = self.rows[index], (0.5, 0.5) if self.center_crop else (left, top)
+        image = open_image(row["image"]["bytes"] or Path(row["image"]["path"]).read_bytes())
+        side = min(image.size)
+        left, top = left * (image.width - side), top * (image.height - side)
+        image = image.resize((self.resolution,) * 2, self.resample, box=(left, top, left + side, top + side))
+        if self.random_flip and flip < 0.5:
+            image = ImageOps.mirror(image)
+        captions = all_captions(row["captions"])
+        caption = "" if drop < self.caption_dropout else captions[int(choice * len(captions))]
+        input_ids = self.tokenizer(caption, padding="max_length", truncation=True, return_tensors="np").input_ids[0]
+        return {"pixel_values": np.array(image).transpose(2, 0, 1), "input_ids": input_ids, "timestep": timestep,
+                "posterior_noise": posterior_noise, "noise": noise, "epoch": epoch, "index": index,
+                "added_noise": noise + self.input_perturbation * perturbation, "weight": np.float32(weight)}
+
+
+def load_data(pretrained_model_name_or_path, single_file_config, revision, cache_dir, train_data_dir, dataset_name,
+              dataset_config_name, image_column, caption_column, hub_token, max_train_samples, num_validation_samples,
+              skip_bad_images, resolution, center_crop, random_flip, image_interpolation_mode, caption_dropout,
+              noise_offset, input_perturbation, seed, default_caption=None, repeats=1, **_):
+    """Reads, checks and splits the images; returns (training images, held-out images, fingerprint of the former). The
+    held-out ones are the same for every seed, and always seen alike. `default_caption` is that of images without."""
+    source, where = single_file_config or pretrained_model_name_or_path, {"revision": revision, "cache_dir": cache_dir}
+    tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)
+    text_config = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where)
+    tokenizer.model_max_length = text_config.max_position_embeddings
+    vae = diffusers.AutoencoderKL.load_config(source, subfolder="vae", **where)
+    latent_shape = (vae["latent_channels"], *[resolution // 2 ** (len(vae["block_out_channels"]) - 1)] * 2)
+    schedule = diffusers.DDPMScheduler.load_config(source, subfolder="scheduler", **where)
+    rows = read_folder(train_data_dir, caption_column) if train_data_dir else read_dataset(
+        dataset_name, dataset_config_name, image_column, caption_column, cache_dir, hub_token)
+    if default_caption:
+        captions = [all_captions(captions) or [default_caption] for captions in rows["captions"]]
+        rows = rows.remove_columns("captions").add_column("captions", captions)
+    if max_train_samples and max_train_samples < len(rows):
+        order = np.random.default_rng((seed, SUBSET)).permutation(len(rows))
+        rows = rows.select(np.sort(order[:max_train_samples]))
+    place = hashlib.sha256(os.path.abspath(train_data_dir or dataset_name).encode()).hexdigest()[:16]
+    memory = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "checked_images" / f"{place}.json"
+    rows, digests = check_rows(rows, memory, skip_bad_images, tokenizer, resolution)
+    if num_validation_samples >= len(rows):
+        raise InputError(f"--num_validation_samples={num_validation_samples}: must leave some of {len(rows)} images")
+    order = np.random.default_rng(HELD_OUT).permutation(len(rows))
+    held_out, training = np.sort(order[:num_validation_samples]), np.sort(order[num_validation_samples:])
+    fingerprint = hashlib.sha256("".join(digests[index] for index in training).encode()).hexdigest()
+    resample = Image.Resampling[image_interpolation_mode.upper()]
+    images = CaptionedImages(rows.select(np.repeat(training, repeats)), tokenizer, resolution, resample, latent_shape,
+                             schedule.get("num_train_timesteps", 1000), seed, center_crop, random_flip,
+                             caption_dropout, noise_offset, input_perturbation)
+    plain = {"center_crop": True, "random_flip": False}
+    plain |= dict.fromkeys(["seed", "caption_dropout", "noise_offset", "input_perturbation"], 0)
+    return images, dataclasses.replace(images, rows=rows.select(held_out), **plain), fingerprint
+
+
+def micro_batches(num_samples, batch_size, num_processes, process_index, accumulation, seed, first_step, last_step):
+    """Yields this process's lists of (epoch, index, weight), one per pass of the steps first_step to last_step - 1.
+
+    An epoch is a permutation by (seed, epoch), cut into steps, the last of which may be short. The weights of a step
+    sum to 1 over all processes and passes; a process without a sample in a pass gets one of weight 0."""
+    per_pass = batch_size * num_processes
+    steps_per_epoch = math.ceil(num_samples / (per_pass * accumulation))
+    for step in range(first_step, last_step):
+        epoch, step_in_epoch = divmod(step, steps_per_epoch)
+        if step == first_step or step_in_epoch == 0:
+            order = np.random.default_rng((seed, ORDER, epoch)).permutation(num_samples).tolist()
+        samples = order[step_in_epoch * per_pass * accumulation :][: per_pass * accumulation]
+        for start in range(0, len(samples), per_pass):
+            mine = samples[start:][:per_pass][process_index * batch_size :][:batch_size]
+            yield [(epoch, index, 1 / len(samples)) for index in mine] or [(epoch, samples[0], 0.0)]
+
+
+class InstancesAndClasses(torch.utils.data.Dataset):
+    """The items of `instances`, then those of `classes`: both map (epoch, index, weight)."""
+
+    def __init__(self, instances, classes):
+        self.instances, self.classes = instances, classes
+
+    def __getitem__(self, item):
+        epoch, index, weight = item
+        first = len(self.instances)
+        return self.instances[item] if index < first else self.classes[epoch, index - first, weight]
+
+
+def with_classes(batches, num_instances, num_classes, prior_loss_weight, seed):
+    """Appends to each pass of (epoch, index, weight) a class image for every instance, if there are any, its weight
+    multiplied: the sum of weighted losses is then the mean over instances plus `prior_loss_weight`, 1 if None, times
+    that over class images (arXiv 2208.12242, eq. 2). These come in permutations, by (seed, number of the
+    permutation)."""
+    factor = 1.0 if prior_loss_weight is None else prior_loss_weight
+    for batch in batches:
+        partners = []
+        for epoch, index, weight in batch if num_classes else []:
+            turn, place = divmod(epoch * num_instances + index, num_classes)
+            order = np.random.default_rng((seed, CLASS, turn)).permutation(num_classes)
+            partners.append((turn, num_instances + int(order[place]), weight * factor))
+        yield batch + partners
+
+
+def load_classes(class_data_dir, class_prompt, num_class_images, dataset_name, max_train_samples,
+                 num_validation_samples, repeats, **settings):
+    """Checks the class images that are there; returns them (None if there are none), their fingerprint, and the names
+    of those still to be made. Raises `InputError`."""
+    missing = missing_class_images(class_data_dir, num_class_images or 100) if class_data_dir else []
+    if missing:
+        print(f"{len(missing)} class images are to be drawn into {class_data_dir}")
+    if not class_data_dir or len(missing) == (num_class_images or 100):
+        return None, None, missing
+    images, _, fingerprint = load_data(train_data_dir=class_data_dir, default_caption=class_prompt, dataset_name=None,
+                                       max_train_samples=None, num_validation_samples=0, **settings)
+    return images, fingerprint, missing
+
+
+def missing_class_images(folder, number):
+    """Names of the class images that are still to be made: class-00000.png and so on, fewer by those that came from
+    elsewhere."""
+    there = [path.name for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES
+             and not path.name.startswith(".")]
+    others = [name for name in there if not re.fullmatch(r"class-\d{5}\.png", name)]
+    return [name for k in range(number - len(others)) if (name := f"class-{k:05d}.png") not in there]
+
+
+# ---------------------------------------------------------------------------------------------------------- models
+def last_line(error):
+    """The last line of an exception's text, for a message of one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
+
+
+def make_accelerator(mixed_precision, report_to, output_dir, logging_dir, allow_tf32, **_):
+    """The accelerator; its processes wait for each other for a day, since one of them checks all images, and draws."""
+    if allow_tf32:
+        torch.set_float32_matmul_precision("high")
+    project = ProjectConfiguration(output_dir, str(Path(output_dir, logging_dir)))
+    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(days=1))
+    tracker = None if report_to == "none" else report_to
+    return Accelerator(mixed_precision=mixed_precision, log_with=tracker, project_config=project,
+                       kwargs_handlers=[patience])
+
+
+def load_models(args, weight_dtype, device):
+    """Returns the base's pipeline, its models that are trained, by name and in float32, frozen copies of VAE and text
+    encoder in `weight_dtype` (a trained text encoder itself), and the noise scheduler. Raises `InputError`."""
+    pipeline, noise_scheduler = load_base(**vars(args))
+    frozen = [copy.deepcopy(part).requires_grad_(False).eval() for part in (pipeline.vae, pipeline.text_encoder)]
+    vae, text_encoder = [part.to(device, dtype=weight_dtype) for part in frozen]
+    models = {"unet": pipeline.unet}
+    if args.train_text_encoder:
+        models["text_encoder"] = text_encoder = pipeline.text_encoder
+        if args.gradient_checkpointing:
+            text_encoder.gradient_checkpointing_enable()
+    for model in models.values():
+        model.requires_grad_(True).train().to(device)
+    return pipeline, models, vae, text_encoder, noise_scheduler
+
+
+def load_base(pretrained_model_name_or_path, single_file_config, revision, variant, cache_dir, prediction_type,
+              rescale_betas_zero_snr, gradient_checkpointing, enable_xformers_memory_efficient_attention, **_):
+    """Loads a pipeline in float32 without its safety checker, and the noise scheduler. Raises `InputError`."""
+    try:
+        if single_file_config:  # a .ckpt is read as weights only
+            load, more = diffusers.StableDiffusionPipeline.from_single_file, {"config": single_file_config}
+        else:
+            load = diffusers.StableDiffusionPipeline.from_pretrained
+            more = {"revision": revision, "variant": variant}
+        pipeline = load(pretrained_model_name_or_path, cache_dir=cache_dir, safety_checker=None, dtype=torch.float32,
+                        **more)
+        if enable_xformers_memory_efficient_attention:
+            pipeline.unet.enable_xformers_memory_efficient_attention()
+    except Exception as error:  # every format has its own way of being broken, and xFormers one for every mismatch
+        raise InputError(f"the weights of {pretrained_model_name_or_path} cannot be loaded, or xFormers not be used "
+                         f"({last_line(error)})") from None
+    if gradient_checkpointing:
+        pipeline.unet.enable_gradient_checkpointing()
+    objective = {"prediction_type": prediction_type} if prediction_type else {}
+    if rescale_betas_zero_snr:
+        objective |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return pipeline, diffusers.DDPMScheduler.from_config(pipeline.scheduler.config, **objective)
+
+
+def make_state(accelerator, weights, groups, last_step, lr_scheduler, lr_step_rules, lr_warmup_steps,
+               lr_num_cycles, lr_power, use_8bit_adam, adam_beta1, adam_beta2, adam_weight_decay, adam_epsilon,
+               use_ema, ema_decay, ema_warmup, foreach_ema, **_):
+    """All that a checkpoint holds, by name: `weights` (modules), optimizer, lr_scheduler, maybe ema and scaler. AdamW
+    (arXiv 1711.05101) trains the parameter `groups`, or its 8-bit form (2110.02861)."""
+    AdamW = functools.partial(torch.optim.AdamW, fused=True)
+    if use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit as AdamW
+    betas = (adam_beta1, adam_beta2)
+    optimizer = AdamW(groups, betas=betas, eps=adam_epsilon, weight_decay=adam_weight_decay)
+    schedule = get_scheduler(lr_scheduler, optimizer, lr_step_rules, lr_warmup_steps, last_step, lr_num_cycles or 1,
+                             lr_power or 1.0)
+    # The schedule is not prepared: it would count processes.
+    state = {**weights, "optimizer": accelerator.prepare(optimizer), "lr_scheduler": schedule}
+    if use_ema:
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        decay = 0.9999 if ema_decay is None else ema_decay
+        state["ema"] = EMAModel(parameters, decay, use_ema_warmup=ema_warmup, foreach=foreach_ema)
+    return state if accelerator.scaler is None else {**state, "scaler": accelerator.scaler}
+
+
+# ----------------------------------------------------------------------------------------------------- mathematics
+@torch.no_grad()
+def encode(vae, batch):
+    """Encodes images to latents (batch, 4, height / 8, width / 8) in float32, drawn from the VAE's posterior."""
+    pixel_values = batch["pixel_values"] / 127.5 - 1  # [-1, 1], in float32: half precision would round them
+    posterior = vae.encode(pixel_values.to(vae.dtype)).latent_dist
+    return (posterior.mean.float() + posterior.std.float() * batch["posterior_noise"]) * vae.config.scaling_factor
+
+
+def snr_weights(noise_scheduler, timesteps, snr_gamma):
+    """Min-SNR loss weights (batch,), arXiv 2303.09556, section 3.4: min(snr, gamma) / snr for epsilon and
+    min(snr, gamma) / (snr + 1) for v."""
+    snr = compute_snr(noise_scheduler, timesteps)
+    return snr.clamp(max=snr_gamma) / (snr + (noise_scheduler.config.prediction_type == "v_prediction"))
+
+
+def diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, noise, added_noise, timesteps, snr_gamma=None):
+    """One diffusion step: the loss of each sample (batch,), the mean over its latents (arXiv 2006.11239, eq. 14)."""
+    # All is float32 up to the UNet: in bfloat16 the first timesteps would get no noise at all.
+    noisy_latents = noise_scheduler.add_noise(latents, added_noise, timesteps)
+    predicts_noise = noise_scheduler.config.prediction_type == "epsilon"
+    target = noise if predicts_noise else noise_scheduler.get_velocity(latents, noise, timesteps)
+    model_pred = unet(noisy_latents, timesteps, prompt_embeds).sample
+    losses = F.mse_loss(model_pred.float(), target, reduction="none").mean(dim=(1, 2, 3))
+    return losses if snr_gamma is None else losses * snr_weights(noise_scheduler, timesteps, snr_gamma)
+
+
+# ----------------------------------------------------------------------------------------------------- checkpoints
+def save_checkpoint(accelerator, output_dir, settings, progress, state, total_limit):
+    """Writes checkpoint-N beside its place, then renames it; only then do older ones beyond `total_limit` go."""
+    if accelerator.is_main_process:
+        final = output_dir / f"checkpoint-{progress['global_step']}"
+        partial = final.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)  # of a save that was killed
+        partial.mkdir()
+        torch.save({name: part.state_dict() for name, part in state.items()}, partial / "state.pt")
+        for name, content in (("args", settings), ("progress", progress)):
+            (partial / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        os.sync()  # files before names, or a crash could leave a whole name with half a file
+        if not final.exists():  # else a broken step just after a save, which is the same state
+            partial.rename(final)
+        shutil.rmtree(partial, ignore_errors=True)
+        for old in list_checkpoints(output_dir)[: -total_limit if total_limit else 0]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def list_checkpoints(output_dir):
+    """The whole checkpoints of a run, oldest first; half-written ones have another name or no progress.json."""
+    found = [path.parent for path in Path(output_dir).glob("checkpoint-*/progress.json")]
+    return sorted((path for path in found if path.name[11:].isdigit()), key=lambda path: int(path.name[11:]))
+
+
+def find_checkpoint(output_dir, wanted):
+    """The checkpoint that `wanted` means: a folder in `output_dir`, a path, or the "latest"; None if there is none."""
+    if wanted in (None, "latest"):
+        return (list_checkpoints(output_dir) or [None])[-1] if wanted else None
+    return Path(output_dir, wanted) if Path(output_dir, wanted).is_dir() else Path(wanted)
+
+
+def resume(accelerator, checkpoint, settings, last_step, state):
+    """Loads a checkpoint into `state`; returns its progress: steps, held-out losses before, losses not yet logged.
+    Settings that change the result and differ raise `InputError`, or are told and take effect if that is allowed."""
+    before = json.loads((checkpoint / "args.json").read_text(encoding="utf-8"))
+    changed = {name: f"{name}: {before.get(name)} there, {value} now" for name, value in settings.items()
+               if name not in FREE_ON_RESUME and before.get(name) != value}
+    if changed:
+        fixed = changed.keys() & FIXED_ON_RESUME
+        remedy = "use those" if fixed else "use those, or add --allow_changed_resume"
+        told = "\n  ".join([f"{checkpoint} was made under other settings; {remedy}", *changed.values()])
+        if fixed or not settings["allow_changed_resume"]:
+            raise InputError(f"--resume_from_checkpoint: {told}")
+        accelerator.print(told)
+    progress = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
+    if progress["global_step"] > last_step:
+        raise InputError(f"--max_train_steps: {checkpoint} is beyond the last step, {last_step}; raise it")
+    optimizer, lr_scheduler = state["optimizer"], state["lr_scheduler"]
+    saved = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+    # Rates and decays are those asked for now, which are the checkpoint's unless they were changed.
+    saved["optimizer"]["param_groups"] = optimizer.state_dict()["param_groups"]
+    saved["lr_scheduler"]["base_lrs"] = lr_scheduler.base_lrs
+    if "ema" in state:
+        saved["ema"].update(decay=state["ema"].decay, use_ema_warmup=state["ema"].use_ema_warmup)
+    for name, part in state.items():
+        part.load_state_dict(saved[name])
+    for group, factor in zip(optimizer.param_groups, lr_scheduler.lr_lambdas, strict=True):
+        group["lr"] = group["initial_lr"] * factor(lr_scheduler.last_epoch)
+    lr_scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+    return {**progress, "base_losses": None if "data" in changed else progress["base_losses"]}
+
+
+def exchange(accelerator, loss, grad_norm, stop):
+    """The step's one exchange between processes: the sum of their losses, whether loss or gradient is not finite,
+    whether the gradient is not (which is for fp16's scaler to mend), and whether any of them has to stop."""
+    overflow = ~torch.isfinite(grad_norm)
+    broken = ~torch.isfinite(loss) | (overflow & (accelerator.mixed_precision != "fp16"))
+    flags = torch.stack([loss, broken.float(), overflow.float(), torch.full_like(loss, stop)])
+    return accelerator.reduce(flags).tolist()
+
+
+def on_signals(action, _=None):
+    """Answers SIGTERM and SIGINT by `action`; workers ignore them: the main process needs them to finish the step."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, action)
+
+
+def note_signal(received, number, _):
+    """Appends the signal to `received`; a second one ends the process at once."""
+    os.write(2, b"\nFinishing the step and writing a checkpoint; a second signal ends at once, without one.\n")
+    received.append(number)
+    signal.signal(number, signal.SIG_DFL)
+
+
+# -------------------------------------------------------------------------------------------- samples, held-out loss
+@torch.no_grad()
+def held_out_losses(accelerator, unet, vae, text_encoder, noise_scheduler, images, batch_size):
+    """The unweighted loss of every held-out image (num_images,), a mean over timesteps spread evenly; noise and
+    timesteps are the same in every call and run. Each process does its share."""
+    num_timesteps, pairs = images.num_timesteps, [
+        (part, index, 1.0) for index in range(len(images)) for part in range(HELD_OUT_TIMESTEPS)]
+    mine = pairs[accelerator.process_index :: accelerator.num_processes]
+    batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+    losses = torch.zeros(len(images))
+    for batch in torch.utils.data.DataLoader(images, batch_sampler=batches):
+        batch = send_to_device(batch, accelerator.device, skip_keys="index")
+        timesteps = (batch["timestep"] + batch["epoch"] * num_timesteps) // HELD_OUT_TIMESTEPS
+        with accelerator.autocast():
+            latents, prompt_embeds = encode(vae, batch), text_encoder(batch["input_ids"])[0]
+            part_losses = diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, batch["noise"],
+                                           batch["noise"], timesteps)
+        losses.index_add_(0, batch["index"], part_losses.cpu() / HELD_OUT_TIMESTEPS)
+    return accelerator.reduce(losses.to(accelerator.device), "sum").cpu()
+
+
+@torch.no_grad()
+def draw_samples(accelerator, parts, prompts, resolution, seed, path):
+    """Draws an image per prompt by 25 steps of DPM-Solver++ (arXiv 2211.01095), and their grid to `path`."""
+    parts = {**parts, "scheduler": diffusers.DPMSolverMultistepScheduler.from_config(parts["scheduler"].config)}
+    pipeline = diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    settings = {"height": resolution, "width": resolution, "num_inference_steps": 25}
+    with accelerator.autocast():
+        images = [pipeline(prompt, generator=torch.Generator().manual_seed(seed + k), **settings).images[0]
+                  for k, prompt in enumerate(prompts)]
+    columns = min(len(images), 4)
+    padding = [Image.new("RGB", images[0].size, "white")] * (-len(images) % columns)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    make_image_grid(images + padding, math.ceil(len(images) / columns), columns).save(path)
+    return images
+
+
+@torch.no_grad()
+def make_class_images(accelerator, parts, names, class_data_dir, class_prompt, sample_batch_size, resolution, seed,
+                      prior_generation_precision, **_):
+    """Draws the class images `names` by the base, each from a seed of its own, shared out over the processes; one that
+    is there is whole, so that an interrupted run goes on where it stopped."""
+    folder, mine = Path(class_data_dir), names[accelerator.process_index :: accelerator.num_processes]
+    folder.mkdir(parents=True, exist_ok=True)
+    scheduler = diffusers.DPMSolverMultistepScheduler.from_config(parts["scheduler"].config)
+    pipeline = diffusers.StableDiffusionPipeline(**{**parts, "scheduler": scheduler}, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    dtype = {**DTYPES, "fp32": torch.float32}[prior_generation_precision or accelerator.mixed_precision]
+    size = sample_batch_size or 4
+    for start in tqdm(range(0, len(mine), size), "Class images", disable=not accelerator.is_main_process):
+        batch = mine[start : start + size]
+        seeds = [np.random.default_rng((seed, CLASS, 0, int(name[6:11]))).integers(2**63) for name in batch]
+        generators = [torch.Generator().manual_seed(int(number)) for number in seeds]
+        with torch.autocast(accelerator.device.type, dtype, enabled=dtype != torch.float32):
+            drawn = pipeline([class_prompt] * len(batch), generator=generators, height=resolution, width=resolution,
+                             num_inference_steps=25).images
+        for name, image in zip(batch, drawn, strict=True):
+            image.save(folder / f".{name}", "PNG")
+            (folder / f".{name}").rename(folder / name)
+    accelerator.wait_for_everyone()
+
+
+def validate(accelerator, parts, parameters, ema, images, batch_size, prompts, resolution, seed, output_dir, progress):
+    """Draws samples to samples/step-N.png and logs the held-out loss, under the averaged weights if there are any, and
+    its gain over the first call's, which `progress` keeps, with the standard error of the paired difference."""
+    if not prompts and not len(images):
+        return
+    step, trained = progress["global_step"], [part for part in (parts["unet"], parts["text_encoder"]) if part.training]
+    for part in trained:
+        part.eval()
+    if ema:
+        ema.store(parameters)
+        ema.copy_to(parameters)
+    if len(images):
+        models = [parts[name] for name in ("unet", "vae", "text_encoder", "scheduler")]
+        losses = held_out_losses(accelerator, *models, images, batch_size)
+        progress["base_losses"] = progress["base_losses"] or losses.tolist()
+        gain = torch.tensor(progress["base_losses"]) - losses
+        error = gain.std().item() / len(gain) ** 0.5 if len(gain) > 1 else 0.0
+        numbers = {"held_out_loss": losses.mean().item(), "held_out_gain": gain.mean().item(), "gain_error": error}
+        write_log(accelerator, output_dir, step, numbers)
+        accelerator.print("\nStep {}: held-out loss {:.5f}, {:.5f} +- {:.5f} below the start".format(
+            step, *numbers.values()))
+    if prompts and accelerator.is_main_process:
+        path = output_dir / "samples" / f"step-{step:06d}.png"
+        drawn = draw_samples(accelerator, parts, prompts, resolution, seed, path)
+        for tracker in [tracker for tracker in accelerator.trackers if hasattr(tracker, "log_images")]:
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"samples": np.stack([np.asarray(image) for image in drawn])}, step=step, **layout)
+    if ema:
+        ema.restore(parameters)
+    for part in trained:
+        part.train()
+    accelerator.wait_for_everyone()
+
+
+def write_log(accelerator, output_dir, step, numbers):
+    """Appends numbers to log.jsonl and sends them to the trackers."""
+    if accelerator.is_main_process:
+        with (output_dir / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **numbers}) + "\n")
+    accelerator.log(numbers, step=step)
+
+
+# -------------------------------------------------------------------------------------------------------- training
+def print_plan(settings, trained, frozen, num_processes, num_trained, num_images, num_held_out, first_step, last_step):
+    """Says, before the first step, what will be done."""
+    epochs = last_step / math.ceil(num_images / settings["samples_per_step"])
+    print("""Plan
+  images     {0:,} to train on, {1:,} held out, at {resolution} x {resolution} pixels
+  steps      {2:,} to {3:,}, {4:,.1f} epochs
+  per step   {samples_per_step:,} images: {train_batch_size} a pass x {gradient_accumulation_steps} passes x {5} ranks
+  trained    {8}, {6:,} parameters in float32, passes in precision {mixed_precision!r}
+  frozen     {9}
+  optimizer  AdamW at {peak_learning_rate:g}, {lr_scheduler}; 8-bit: {use_8bit_adam}; EMA: {use_ema}
+  output     {output_dir}, a checkpoint of {7:.2g} GB every {checkpointing_steps:,} steps""".format(
+        num_images, num_held_out, first_step, last_step, epochs, num_processes, num_trained,
+        4e-9 * num_trained * (3 + settings["use_ema"]), trained, frozen, **settings))
+
+
+def prepare_output(accelerator, output_dir, settings, first_step):
+    """Makes the output folder with args.json and a log up to `first_step`, and starts the trackers."""
+    if accelerator.is_main_process:
+        old = [*list_checkpoints(output_dir), *output_dir.glob("checkpoint-*.partial"), output_dir / "samples"]
+        for folder in old if settings["overwrite_output_dir"] else []:
+            shutil.rmtree(folder, ignore_errors=True)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "args.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        log = output_dir / "log.jsonl"  # steps after the checkpoint are done again, and so logged again
+        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() and first_step else []
+        rows = [json.loads(line) for line in lines if line.endswith("}")]
+        kept = [json.dumps(row) + "\n" for row in rows if row["step"] < first_step + ("loss" in row)]
+        log.write_text("".join(kept), encoding="utf-8")
+    accelerator.wait_for_everyone()
+    accelerator.init_trackers(settings["tracker_project_name"], {name: str(value) for name, value in settings.items()})
+
+
+def train(args):
+    """Trains as `args` say. Ends with status 128 + signal after SIGTERM or SIGINT, 1 if a loss is not finite."""
+    launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
+    output_dir, signals, parent = Path(args.output_dir), [], os.getppid()
+    check_args(args)
+    instances = {"train_data_dir": args.instance_data_dir, "default_caption": args.instance_prompt}
+    images, held_out, fingerprint = load_data(**vars(args), **instances)
+    class_images, class_digest, missing = load_classes(**vars(args))
+    repo_id = create_repo(**vars(args))
+    accelerator = make_accelerator(**vars(args))
+    device, precision = accelerator.device, accelerator.mixed_precision
+    pipeline, models, vae, text_encoder, noise_scheduler = load_models(args, DTYPES[precision], device)
+    parts = {**pipeline.components, "vae": vae, "text_encoder": text_encoder, "scheduler": noise_scheduler}
+    if missing and not args.dry_run:
+        make_class_images(accelerator, parts, missing, **vars(args))
+        class_images, class_digest, _ = load_classes(**vars(args))
+    per_pass = args.train_batch_size * accelerator.num_processes
+    samples_per_step = per_pass * args.gradient_accumulation_steps
+    steps_per_epoch = math.ceil(len(images) / samples_per_step)
+    last_step = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+    validation_steps = args.validation_steps or 500
+    learning_rate = args.learning_rate * (samples_per_step if args.scale_lr else 1)
+    parameters = [parameter for model in models.values() for parameter in model.parameters()]
+    wrapped = {name: accelerator.prepare(model) for name, model in models.items()}
+    unet, text_encoder = wrapped["unet"], wrapped.get("text_encoder", text_encoder)
+    state = make_state(accelerator, models, [{"params": parameters, "lr": learning_rate}], last_step, **vars(args))
+    optimizer, lr_scheduler, ema = state["optimizer"], state["lr_scheduler"], state.get("ema")
+    settings = {**vars(args), "hub_token": None, "data": [fingerprint, class_digest], "mixed_precision": precision,
+                "samples_per_step": samples_per_step, "peak_learning_rate": learning_rate,
+                "schedule_steps": None if args.lr_scheduler.startswith("constant") else last_step}
+    progress = {"global_step": 0, "base_losses": None, "losses": []}
+    if checkpoint := find_checkpoint(output_dir, args.resume_from_checkpoint):
+        progress = resume(accelerator, checkpoint, settings, last_step, state)
+    first_step, num_trained = progress["global_step"], sum(parameter.numel() for parameter in parameters)
+    print_plan(settings, ", ".join(models), ", ".join(sorted({"vae", "text_encoder"} - models.keys())),
+               accelerator.num_processes, num_trained, len(images), len(held_out), first_step, last_step)
+    if args.dry_run:
+        accelerator.end_training()
+        return
+    prepare_output(accelerator, output_dir, settings, first_step)
+    prompts = [args.validation_prompt] * (args.num_validation_images or 4) if args.validation_prompt else []
+    look = functools.partial(validate, accelerator, parts, parameters, ema, held_out, args.train_batch_size,
+                             prompts, args.resolution, args.seed, output_dir, progress)
+    if first_step % validation_steps == 0 or first_step == last_step:  # a stop comes before the look at its step
+        look()
+    on_signals(functools.partial(note_signal, signals))
+    order = micro_batches(len(images), args.train_batch_size, accelerator.num_processes, accelerator.process_index,
+                          args.gradient_accumulation_steps, args.seed, first_step, last_step)
+    order = with_classes(order, len(images), len(class_images or []), args.prior_loss_weight, args.seed)
+    samples = InstancesAndClasses(images, class_images)
+    batches = iter(torch.utils.data.DataLoader(samples, batch_sampler=order, num_workers=args.dataloader_num_workers,
+        pin_memory=device.type != "cpu", worker_init_fn=functools.partial(on_signals, signal.SIG_IGN)))
+    bar = tqdm(total=last_step, initial=first_step, unit="step", disable=not accelerator.is_local_main_process)
+
+    for step in range(first_step, last_step):
+        started, step_loss = time.perf_counter(), torch.zeros((), device=device)
+        # Only dropout layers, where a model has them, use torch's own generator.
+        torch.manual_seed(np.random.default_rng((args.seed, DROPOUT, step, accelerator.process_index)).integers(2**32))
+        num_samples = min(samples_per_step, len(images) - step % steps_per_epoch * samples_per_step)
+        for passes_left in reversed(range(math.ceil(num_samples / per_pass))):
+            batch = send_to_device(next(batches), device, non_blocking=True)
+            latents = encode(vae, batch)
+            with contextlib.ExitStack() as stack:
+                for model in wrapped.values() if passes_left else []:
+                    stack.enter_context(accelerator.no_sync(model))
+                prompt_embeds = text_encoder(batch["input_ids"])[0]
+                losses = diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, batch["noise"],
+                                          batch["added_noise"], batch["timestep"], args.snr_gamma)
+                loss = (losses * batch["weight"]).sum()
+                accelerator.backward(loss * accelerator.num_processes)  # gradients are averaged over processes
+            step_loss += loss.detach()
+        grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+        # A SIGTERM to the launcher ends it alone: then this process has another parent.
+        stop = bool(signals or (launched and os.getppid() != parent))
+        loss, broken, overflow, stop = exchange(accelerator, step_loss, grad_norm, stop)
+        if not broken:
+            optimizer.step()
+            optimizer.zero_grad()
+            progress["global_step"] = step + 1
+            progress["losses"].append(loss)
+            if not overflow:  # else fp16's scaler skipped the step; its own report misses that of a fused optimizer
+                lr_scheduler.step()
+                if ema:
+                    ema.to(device)
+                    ema.step(parameters)
+                    ema.to("cpu" if args.offload_ema else None)
+            images_per_second = num_samples / (time.perf_counter() - started)
+            bar.set_postfix(loss=f"{loss:.4f}", images_per_second=f"{images_per_second:.1f}", refresh=False)
+            bar.update()
+        done = progress["global_step"]
+        if done > step and (done % args.logging_steps == 0 or done == last_step):
+            write_log(accelerator, output_dir, done, {
+                "loss": sum(progress["losses"]) / len(progress["losses"]), "lr": lr_scheduler.get_last_lr()[0],
+                "grad_norm": None if overflow else grad_norm.item(), "images_per_second": images_per_second})
+            progress["losses"] = []
+        if stop or broken or done % args.checkpointing_steps == 0:
+            limit = None if broken else args.checkpoints_total_limit  # the last good one may be an older one
+            save_checkpoint(accelerator, output_dir, settings, progress, state, limit)
+        if stop or broken:
+            leave(accelerator, output_dir, done, broken, signals)
+        if done % validation_steps == 0 or done == last_step:
+            look()
+    bar.close()
+    if accelerator.is_main_process:
+        if ema:
+            ema.copy_to(parameters)
+        save_model(args, pipeline, noise_scheduler.config, prompts, last_step)
+        if repo_id:
+            folders = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+            push(repo_id, ["model_index.json", *[f"{name}/*" for name in folders]], f"Train {last_step} steps",
+                 **vars(args))
+    accelerator.end_training()
+
+
+def leave(accelerator, output_dir, step, broken, signals):
+    """Ends the process after its last checkpoint, and says why."""
+    accelerator.end_training()
+    why = "a signal" if not broken else f"a loss or gradient that is not finite, in step {step + 1}"
+    remedy = "" if not broken else " --allow_changed_resume and a lower --learning_rate"
+    accelerator.print(f"Stopped by {why}. {output_dir / f'checkpoint-{step}'} holds the state after step {step}; go "
+                      f"on with --resume_from_checkpoint=latest{remedy}", file=sys.stderr)
+    sys.exit(1 if broken else 128 + (signals or [signal.SIGTERM])[0])
+
+
+def save_model(args, pipeline, objective, prompts, step):
+    """Writes the pipeline, what was trained beside what was not, with a scheduler that fits `objective`, the noise
+    scheduler's config, and the model card."""
+    kind, changes = type(pipeline.scheduler), {"prediction_type": objective.prediction_type}
+    if objective.rescale_betas_zero_snr:  # few samplers can start from pure noise
+        kind = diffusers.DDIMScheduler
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    pipeline.register_modules(scheduler=kind.from_config(pipeline.scheduler.config, **changes))
+    for part in (pipeline.unet, pipeline.vae):  # not the text encoder: half would stay half when loaded, and fail
+        part.to(DTYPES[args.save_precision])
+    pipeline.save_pretrained(args.output_dir)
+    os.umask(umask := os.umask(0))  # safetensors ignores it, and makes weights for their owner alone
+    for path in Path(args.output_dir).rglob("*.safetensors"):
+        path.chmod(0o666 & ~umask)
+    tags = ["stable-diffusion", "stable-diffusion-diffusers", "dreambooth"]
+    write_card(args.output_dir, args.pretrained_model_name_or_path, prompts, vars(args), step,
+               "`StableDiffusionPipeline.from_pretrained(...)`", tags, args.instance_prompt)
+
+
+def write_card(output_dir, base, prompts, settings, step, loader, tags, instance_prompt=None):
+    """Writes the model card: licence of the base, how to load the result, samples, settings; no paths, no secrets."""
+    local = Path(base).exists()
+    try:
+        licence = ModelCard.load(Path(base) / "README.md" if local else base).data.license
+    except Exception:  # no card, no connection, bad YAML: a licence must not cost a result
+        licence = None
+    data = ModelCardData(base_model=None if local else base, license=licence or "other", library_name="diffusers",
+                         pipeline_tag="text-to-image", tags=tags, instance_prompt=instance_prompt)
+    samples = f"![samples](samples/step-{step:06d}.png)\n\n{'; '.join(prompts)}\n\n" if prompts else ""
+    rows = [f"| {flag} | {value} |\n" for flag, value in settings.items() if value is not None and value is not False
+            and not re.search("_dir$|_path$|_token|config|resume", flag) and not os.path.exists(str(value))]
+    Path(output_dir, "README.md").write_text(
+        f"---\n{data.to_yaml()}\n---\n\n# {Path(output_dir).resolve().name}\n\nFine-tuned for {step} steps from "
+        f"{Path(base).name if local else base}. Load it with {loader}.\n\n{samples}| setting | value |\n|---|---|\n"
+        f"{''.join(rows)}", encoding="utf-8")
+
+
+def create_repo(push_to_hub, dry_run, output_dir, hub_model_id, hub_token, hub_private_repo, **_):
+    """Makes the repository on the Hub if asked to; returns its full name. Raises `InputError`."""
+    if not push_to_hub or dry_run:
+        return None
+    name = hub_model_id or Path(output_dir).resolve().name
+    try:
+        return HfApi(token=hub_token).create_repo(name, private=hub_private_repo or None, exist_ok=True).repo_id
+    except Exception as error:  # of the Hub, of the connection or of the name
+        raise InputError(f"--push_to_hub: the repository {name} cannot be made; log in with `hf auth login` or "
+                         f"--hub_token, and check --hub_model_id ({last_line(error)})") from None
+
+
+def push(repo_id, files, message, output_dir, hub_token, **_):
+    """Uploads `files` of the result, nothing else; if that fails, says how to and ends with status 1."""
+    files = ["README.md", "log.jsonl", "samples/*", *files]
+    try:
+        HfApi(token=hub_token).upload_folder(repo_id=repo_id, folder_path=output_dir, commit_message=message,
+                                             allow_patterns=files)
+    except Exception as error:  # whatever it is, the result is safe and the user should hear that
+        print(f"The upload failed ({last_line(error)}). The result is whole in {output_dir}; to send it again:\n"
+              f"  hf upload {repo_id} {output_dir} . --include {' '.join(map(repr, files))}", file=sys.stderr)
+        sys.exit(1)
+
+
+def main(argv=None):
+    """Runs the script; a mistake of the user's ends with status 2 and its message."""
+    args, is_first = parse_args(argv), os.environ.get("RANK", "0") == "0"
+    for library in (diffusers, transformers):  # their bars and remarks would drown the plan
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(sys.stdout if is_first else None):
+            train(args)
+    except InputError as error:
+        if is_first:
+            print(f"{Path(__file__).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
