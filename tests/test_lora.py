@@ -218,6 +218,8 @@ def test_lora_file_goes_on(lora_script, tiny_pipeline, images, straight, tmp_pat
         ({"lora_dropout": 1}, "--lora_dropout=1.0: must be 0 or more and below 1"),
         ({"text_encoder_lr": 1e-4}, "--text_encoder_lr=0.0001: does nothing without --train_text_encoder"),
         ({"kohya_file_name": "x"}, "--kohya_file_name=x: does nothing without --output_kohya_format"),
+        ({"kohya_file_name": "a/b", "output_kohya_format": True}, "--kohya_file_name=a/b: is a path"),
+        ({"kohya_file_name": "pytorch_lora_weights", "output_kohya_format": True}, "the name of the other file"),
         ({"init_lora_weights": "nowhere"}, "--init_lora_weights=nowhere: is no LoRA file of this script"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

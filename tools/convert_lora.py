@@ -217,7 +217,8 @@ def to_kohya(weights, alpha):
             renamed[f"{name}.dora_scale"] = weight.reshape(-1, *ones).contiguous()
         else:
             renamed[f"{name}.{'lora_down' if kind == 'lora_A' else 'lora_up'}.weight"] = weight.contiguous()
-            renamed[f"{name}.alpha"] = torch.tensor(float(alpha), dtype=weight.dtype)
+            exact, short = torch.tensor(float(alpha)), torch.tensor(float(alpha), dtype=weight.dtype)
+            renamed[f"{name}.alpha"] = short if short == exact else exact  # half precision rounds what rsLoRA needs
     return renamed
 
 

@@ -391,8 +391,10 @@ def check_model(pretrained_model_name_or_path, single_file_config, revision, cac
 
 
 def check_adapters(pretrained_model_name_or_path, single_file_config, revision, cache_dir, init_lora_weights,
-                   train_text_encoder, lora_target, **settings):
+                   train_text_encoder, lora_target, kohya_file_name, **settings):
     """Lists what is wrong between the adapters, the model's layers and the file to go on from."""
+    if kohya_file_name and (Path(kohya_file_name).name != kohya_file_name or kohya_file_name in LORA_FILE):
+        return [f"--kohya_file_name={kohya_file_name}: is a path, or the name of the other file; give another name"]
     source, where = single_file_config or pretrained_model_name_or_path, {"revision": revision, "cache_dir": cache_dir}
     name = f"--init_lora_weights={init_lora_weights}"
     with torch.device("meta"):  # layers without weights
@@ -797,8 +799,10 @@ def parameter_groups(models, rate, text_rate):
 
 def lora_weights(models):
     """The adapters' tensors as peft names them, such as unet.<layer>.lora_A.weight."""
-    return {f"{name}.{key}": value.detach() for name, model in models.items()
-            for key, value in peft.get_peft_model_state_dict(model).items()}
+    weights = {f"{name}.{key}": value.detach() for name, model in models.items()
+               for key, value in peft.get_peft_model_state_dict(model).items()}
+    # transformers finds DoRA's lengths of the text encoder under this name only.
+    return {re.sub(r"^(text_encoder\..+_vector)$", r"\1.weight", key): value for key, value in weights.items()}
 
 
 def read_lora(path):
@@ -1266,7 +1270,8 @@ def to_kohya(weights, alpha):
             renamed[f"{name}.dora_scale"] = weight.reshape(-1, *ones).contiguous()
         else:
             renamed[f"{name}.{'lora_down' if kind == 'lora_A' else 'lora_up'}.weight"] = weight.contiguous()
-            renamed[f"{name}.alpha"] = torch.tensor(float(alpha), dtype=weight.dtype)
+            exact, short = torch.tensor(float(alpha)), torch.tensor(float(alpha), dtype=weight.dtype)
+            renamed[f"{name}.alpha"] = short if short == exact else exact  # half precision rounds what rsLoRA needs
     return renamed
 
 
