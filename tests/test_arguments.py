@@ -348,7 +348,7 @@ def test_an_empty_folder_may_be_there_but_not_a_file(train_script, command, tmp_
 def test_output_among_the_images_is_refused(train_script, command, tmp_path):
     """Its samples would be taken for images that lack a caption."""
     message = problems(train_script, command(f"--output_dir={tmp_path / 'images' / 'out'}"))
-    assert "lies in the folder of images" in message
+    assert "lies in the folder of --train_data_dir" in message
 
 
 def test_output_that_cannot_be_written_is_refused(train_script, command, tmp_path):

@@ -13,7 +13,7 @@ from image_data import snapshot
 from running import REPO, TRAIN_TEXT_TO_IMAGE, TRAIN_TEXT_TO_IMAGE_LORA, run_script
 
 # By wc -l; the design allows 950, which is not met yet: these numbers may only fall.
-SCRIPT_LINES = {"train_text_to_image": 1087, "train_text_to_image_lora": 1227}
+SCRIPT_LINES = {"train_text_to_image": 1046, "train_text_to_image_lora": 1195}
 LINE_LENGTH = 119
 FUNCTION_LINES = 60
 TRAIN_LINES = 110  # of train's body

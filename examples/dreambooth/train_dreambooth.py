@@ -42,7 +42,7 @@ import transformers
 import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, parse_flag_from_env, send_to_device
+from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env, send_to_device
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel, compute_snr
 from diffusers.utils import is_bitsandbytes_available, is_xformers_available, make_image_grid
@@ -188,25 +188,17 @@ def parse_args(argv=None):
 
 
 def parse_words(parser, argv):
-    """Parses `argv`, or the command line if that is None, after the flags that its `--config` gives."""
-    argv = sys.argv[1:] if argv is None else list(argv)
+    """Parses `argv`, or the command line if that is None, after the flags of its `--config`. What YAML says becomes
+    words too, so that argparse checks names, types and choices."""
+    argv, words = sys.argv[1:] if argv is None else list(argv), []
     if replaced := [flag for word in argv if (flag := word.split("=")[0]) in REPLACED_FLAGS]:
         parser.error(f"{replaced[0]} is not taken: {REPLACED_FLAGS[replaced[0]]}")
-    config = parser.parse_known_args(argv)[0].config
-    args = parser.parse_args((read_config(parser, config) if config else []) + argv)
-    expand = os.path.expanduser  # which neither a shell does after `=`, nor YAML
-    return argparse.Namespace(**{name: expand(value) if isinstance(value, str) else value
-                                 for name, value in vars(args).items()})
-
-
-def read_config(parser, path):
-    """Turns a YAML recipe into command-line words, so that argparse checks names, types and choices."""
+    path, flags = parser.parse_known_args(argv)[0].config, vars(parser.parse_args([]))
     try:
-        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        recipe = (yaml.safe_load(Path(path).read_text(encoding="utf-8")) if path else None) or {}
         recipe = {**recipe, **(recipe.get("training") or {})}
     except (OSError, ValueError, yaml.YAMLError, AttributeError, TypeError) as error:
         parser.error(f"--config={path}: is no YAML file of flags ({' '.join(str(error).split())})")
-    flags, words = vars(parser.parse_args([])), []
     if unknown := sorted(map(str, recipe.keys() - (flags.keys() - {"config"}) - {"training", "evaluation"})):
         parser.error(f"--config={path}: unknown key {', '.join(unknown)}; keys are the flags of --help without dashes")
     for key, value in [(key, value) for key, value in recipe.items() if key in flags and value is not None]:
@@ -216,7 +208,10 @@ def read_config(parser, path):
             words.append(f"--{'' if value else 'no-'}{key}")
         else:  # YAML reads a bare `no` as false, but --mixed_precision means the word
             words.append(f"--{key}={'no' if value is False else value}")
-    return words
+    args = vars(parser.parse_args(words + argv))
+    expand = os.path.expanduser  # which neither a shell does after `=`, nor YAML
+    return argparse.Namespace(**{name: expand(value) if isinstance(value, str) else value
+                                 for name, value in args.items()})
 
 
 def check_args(args):
@@ -229,7 +224,7 @@ def check_args(args):
 
 def check_settings(settings):
     """Lists which flags are out of range, do nothing, or cannot be obeyed here. Other scripts have some more flags."""
-    problems, get = [], settings.get
+    problems, get, schedule = [], settings.get, settings["lr_scheduler"]
 
     def refuse(wrong, flag, remedy):
         if wrong:
@@ -248,7 +243,7 @@ def check_settings(settings):
     ):
         for flag in flags.split():
             refuse(get(flag) is not None and not holds(get(flag)), flag, f"must be {accepted}")
-    schedule = get("lr_scheduler")
+    looks = get("validation_prompts") or get("validation_prompt") or get("num_validation_samples")
     for needed, given, flags in (
         ("--use_ema", get("use_ema"), "ema_decay ema_warmup offload_ema foreach_ema"),
         ("--push_to_hub", get("push_to_hub"), "hub_model_id hub_private_repo"),
@@ -261,8 +256,7 @@ def check_settings(settings):
         ("--validation_prompt", get("validation_prompt"), "num_validation_images"),
         ("a model on the Hub", not Path(get("pretrained_model_name_or_path") or "").exists(), "revision"),
         ("a pipeline folder or Hub id", not get("single_file_config"), "variant"),
-        ("validation prompts or --num_validation_samples", any(map(get, (
-            "validation_prompts", "validation_prompt", "num_validation_samples"))), "validation_steps"),
+        ("validation prompts or --num_validation_samples", looks, "validation_steps"),
         ("--lr_scheduler=cosine_with_restarts", schedule == "cosine_with_restarts", "lr_num_cycles"),
         ("--lr_scheduler=polynomial", schedule == "polynomial", "lr_power"),
         ("--lr_scheduler=piecewise_constant", schedule == "piecewise_constant", "lr_step_rules"),
@@ -277,29 +271,21 @@ def check_settings(settings):
     refuse(bool(get("dataset_name")) == bool(get(folder)), folder, "give this or --dataset_name, not both")
     trackers = ["all", "none", *map(str, get_available_trackers())]
     refuse(get("report_to") not in trackers, "report_to", f"installed are {', '.join(trackers)}")
-    return problems + check_machine(**settings)
-
-
-def check_machine(mixed_precision, allow_tf32, use_8bit_adam, enable_xformers_memory_efficient_attention, **_):
-    """Lists what this machine, its packages or accelerate's config cannot do."""
+    refuse(get("use_8bit_adam") and not is_bitsandbytes_available(), "use_8bit_adam", "needs bitsandbytes; drop this")
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    precision = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    engines = [name for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM") if parse_flag_from_env(f"ACCELERATE_USE_{name}")]
-    problems = [f"accelerate's config asks for {name}, which cannot be used; choose GPUs alone" for name in engines]
-    if precision not in DTYPES or (on_cpu and precision == "fp16"):
-        problems.append(f"--mixed_precision={precision} (or accelerate's config): cannot train here; use bf16 or no")
-    if on_cpu and allow_tf32:
-        problems.append("--allow_tf32: needs an NVIDIA GPU; drop it")
-    if use_8bit_adam and not is_bitsandbytes_available():
-        problems.append("--use_8bit_adam: install bitsandbytes or drop it")
-    if enable_xformers_memory_efficient_attention and (on_cpu or not is_xformers_available()):
-        problems.append("--enable_xformers_memory_efficient_attention: needs a GPU and the package xformers; drop it")
-    return problems
+    refuse(get("allow_tf32") and on_cpu, "allow_tf32", "needs an NVIDIA GPU; drop this")
+    flag = "enable_xformers_memory_efficient_attention"
+    refuse(get(flag) and (on_cpu or not is_xformers_available()), flag, "needs a GPU and xformers; drop this")
+    precision = get("mixed_precision") or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    refuse(precision not in DTYPES or (on_cpu and precision == "fp16"), "mixed_precision",
+           f"{precision} (by accelerate's config, if not by this) cannot train here; use bf16 or no")
+    return problems + [f"accelerate's config asks for {name}, which cannot be used; choose GPUs alone" for name in (
+        "FSDP", "DEEPSPEED", "MEGATRON_LM") if parse_flag_from_env(f"ACCELERATE_USE_{name}")]
 
 
 def check_output(output_dir, resume_from_checkpoint, overwrite_output_dir, **settings):
     """Lists what is wrong with the folders and the checkpoint to resume from."""
-    output, wanted, problems = Path(output_dir), resume_from_checkpoint, []
+    output, wanted, problems = Path(output_dir).resolve(), resume_from_checkpoint, []
     checkpoint, newest = find_checkpoint(output, wanted), find_checkpoint(output, "latest")
     if checkpoint and not (checkpoint / "progress.json").is_file():
         problems.append(f"--resume_from_checkpoint={wanted}: is no whole checkpoint folder; name one, or latest")
@@ -308,21 +294,20 @@ def check_output(output_dir, resume_from_checkpoint, overwrite_output_dir, **set
     run = (output / "args.json").is_file()
     # Without a checkpoint `latest` starts anew, in the folder of a run that was stopped before its first one.
     begun = wanted == "latest" and run and not (output / "README.md").exists()
-    own = output.resolve() == checkpoint.resolve().parent if checkpoint else begun
+    own = output == checkpoint.resolve().parent if checkpoint else begun
     if own and newest and checkpoint.resolve() != newest.resolve():
         problems.append(f"--resume_from_checkpoint={wanted}: {newest} is newer; use that, or another --output_dir")
-    around = [output.resolve(), *output.resolve().parents]
-    place = next(path for path in around if path.exists())
     for flag in ("train_data_dir", "instance_data_dir", "class_data_dir"):
         folder = settings.get(flag)
-        if folder and not Path(folder).is_dir() and (flag != "class_data_dir" or Path(folder).exists()):
+        if folder and not os.path.isdir(folder) and (flag != "class_data_dir" or os.path.exists(folder)):
             problems.append(f"--{flag}={folder}: does not exist, or is no folder")
-        if folder and Path(folder).resolve() in around:
-            problems.append(f"--output_dir={output}: lies in the folder of --{flag}; put it elsewhere")
+        if folder and output.is_relative_to(Path(folder).resolve()):
+            problems.append(f"--output_dir={output_dir}: lies in the folder of --{flag}; put it elsewhere")
+    place = next(path for path in (output, *output.parents) if path.exists())
     if not (place.is_dir() and os.access(place, os.W_OK)):
-        problems.append(f"--output_dir={output}: {place} is a file or cannot be written to; name another folder")
+        problems.append(f"--output_dir={output_dir}: {place} is a file or cannot be written to; name another folder")
     elif output.exists() and any(output.iterdir()) and not own and not (overwrite_output_dir and run):
-        problems.append(f"--output_dir={output}: is in use; name another folder, or go on with the run in it by "
+        problems.append(f"--output_dir={output_dir}: is in use; name another, go on with the run in it by "
                         "--resume_from_checkpoint=latest, or write over that run by --overwrite_output_dir")
     return problems
 
@@ -335,21 +320,20 @@ def check_model(pretrained_model_name_or_path, single_file_config, revision, cac
     if not source or (single_file and not Path(source).is_file()):
         return [f"{name}: there is no such file; name a pipeline folder, a Hub id or a file"]
     if single_file != bool(single_file_config):
-        return [f"{name}: a single file, and only that, needs --single_file_config: pipeline folder or Hub id of the "
-                "same architecture, such as stable-diffusion-v1-5/stable-diffusion-v1-5"]
+        return [f"{name}: a single file, and only that, needs --single_file_config (see --help)"]
     source, where = single_file_config or source, {"revision": revision, "cache_dir": cache_dir}
     try:
         parts = diffusers.StableDiffusionPipeline.load_config(source, **where)
         if foreign := {"text_encoder_2", "transformer"} & parts.keys():
             return [f"{name}: has a {min(foreign)} (SDXL, SD 3 or the like); use a Stable Diffusion 1.x or 2.x model"]
-        unet, vae, scheduler = [kind.load_config(source, subfolder=part, **where) for part, kind in (
-            ("unet", diffusers.UNet2DConditionModel), ("vae", diffusers.AutoencoderKL),
-            ("scheduler", diffusers.DDPMScheduler))]
+        unet = diffusers.UNet2DConditionModel.load_config(source, subfolder="unet", **where)
+        vae = diffusers.AutoencoderKL.load_config(source, subfolder="vae", **where)
+        scheduler = diffusers.DDPMScheduler.load_config(source, subfolder="scheduler", **where)
         CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where)
         CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)
     except (OSError, ValueError) as error:
-        missing = "is no whole pipeline" if Path(source).is_dir() else "is no folder, nor to be had from the Hub"
-        return [f"the model {source} {missing}; check its name and the connection ({last_line(error)})"]
+        return [f"the model {source} is no whole pipeline, or cannot be had from the Hub; check its name and the "
+                f"connection ({last_line(error)})"]
     problems, divisor = [], 2 ** (len(vae["block_out_channels"]) - 1)
     if resolution % divisor:
         usable = resolution // divisor * divisor or divisor
@@ -360,8 +344,7 @@ def check_model(pretrained_model_name_or_path, single_file_config, revision, cac
     if prediction_type not in ("epsilon", "v_prediction"):
         problems.append(f"{name}: predicts {prediction_type!r}; only epsilon and v_prediction can be trained")
     if prediction_type == "epsilon" and (rescale_betas_zero_snr or scheduler.get("rescale_betas_zero_snr")):
-        problems.append("--rescale_betas_zero_snr: pure noise teaches an epsilon model nothing, its loss weight is "
-                        "undefined; add --prediction_type=v_prediction or drop this")
+        problems.append("--rescale_betas_zero_snr: useless for epsilon; drop it or add --prediction_type=v_prediction")
     return problems
 
 
@@ -414,9 +397,8 @@ def read_folder(folder, caption_column):
     aside = [path.name for path in files if path not in captions and path not in metadata and path.suffix != ".txt"]
     if aside:
         print(f"Left aside in {folder}: {len(aside)} files of other kinds, such as {', '.join(aside[:5])}.")
-    paths = sorted(captions)
-    rows = datasets.Dataset.from_dict({"image": [*map(str, paths)], "captions": [captions[path] for path in paths]})
-    return rows.cast_column("image", datasets.Image(decode=False))
+    rows = [{"image": str(path), "captions": found} for path, found in sorted(captions.items())]
+    return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image(decode=False))
 
 
 def read_dataset(name, config_name, image_column, caption_column, cache_dir, token):
@@ -431,8 +413,7 @@ def read_dataset(name, config_name, image_column, caption_column, cache_dir, tok
         else:
             dataset = datasets.load_dataset(name, config_name, split="train", cache_dir=cache_dir, token=token)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"--dataset_name={name}: cannot be loaded; name one on the Hub with a train split, or a "
-                         f"local folder ({last_line(error)})") from None
+        raise InputError(f"--dataset_name={name}: cannot be loaded; check its name ({last_line(error)})") from None
     try:
         dataset = dataset.select_columns([image_column, caption_column])
         dataset = dataset.rename_columns({image_column: "image", caption_column: "captions"})
@@ -460,16 +441,16 @@ def check_image(image, known):
     """Opens one image, unless `known` has it; returns a key, of path, size and time or of the content where a dataset
     holds it, and [sha256, width, height, what is wrong or ""]."""
     try:
-        encoded, key = image["bytes"], None
-        if not encoded:
+        if encoded := image["bytes"]:
+            key = hashlib.sha256(encoded).hexdigest()
+        else:
             key = "{0}|{1.st_size}|{1.st_mtime_ns}".format(os.path.abspath(image["path"]), os.stat(image["path"]))
-            encoded = b"" if key in known else Path(image["path"]).read_bytes()
-        digest = hashlib.sha256(encoded).hexdigest()
-        if (key := key or digest) in known:
+        if key in known:
             return key, known[key]
+        encoded = encoded or Path(image["path"]).read_bytes()
         width, height = open_image(encoded).size
         tiny = f"{width} x {height} pixels; a side needs at least {MIN_SIDE}" if min(width, height) < MIN_SIDE else ""
-        return key, [digest, width, height, tiny]
+        return key, [hashlib.sha256(encoded).hexdigest(), width, height, tiny]
     except Exception as error:  # damaged files raise whatever a decoder stumbles over
         known_as = {FileNotFoundError: "there is no such file", TypeError: "the row holds no image",
                     UnidentifiedImageError: "no image that Pillow knows"}
@@ -490,9 +471,7 @@ def check_images(rows, memory):
             known = json.loads(memory.read_text(encoding="utf-8"))
         results = pool.map(lambda index: check_image(rows[index]["image"], known), range(len(rows)))
         results = list(tqdm(results, "Checking images", len(rows), unit="image", disable=None, leave=False))
-        beside = memory.with_suffix(".partial")
-        beside.write_text(json.dumps({**known, **{key: found for key, found in results if key}}), encoding="utf-8")
-        beside.replace(memory)
+        memory.write_text(json.dumps({**known, **{key: found for key, found in results if key}}), encoding="utf-8")
     return [found for _, found in results]
 
 
@@ -503,10 +482,10 @@ def all_captions(captions):
 
 
 def check_rows(rows, memory, skip_bad_images, tokenizer, resolution):
-    """Checks every image and caption; returns the good rows and a digest of each one's content and captions. Unusable
-    ones are left out if `skip_bad_images`, else one `InputError` lists them by path. Captions over the tokenizer's
-    limit and images below `resolution` pixels are warned of."""
-    bad, small, cut, good, digests = [], [], [], [], []
+    """Checks every image and caption; returns the good rows and a digest of each one's content and captions. Others
+    are left out if `skip_bad_images`, else one `InputError` lists them by path. Small images and long captions are
+    warned of."""
+    bad, small, cut, good = [], [], [], {}
     captions = [all_captions(captions) for captions in rows["captions"]]
     for index, (digest, width, height, problem) in enumerate(check_images(rows, memory)):
         problem = problem or ("" if captions[index] else "has no caption, in metadata or a .txt beside it")
@@ -514,20 +493,19 @@ def check_rows(rows, memory, skip_bad_images, tokenizer, resolution):
             name = (rows[index]["image"] or {}).get("path") or f"row {index}"
             (bad if problem else small).append(f"{name}: {problem or f'{width} x {height}'}")
         if not problem:
-            good.append(index)
-            digests.append(hashlib.sha256(json.dumps([digest, captions[index]]).encode()).hexdigest())
+            good[index] = hashlib.sha256(json.dumps([digest, captions[index]]).encode()).hexdigest()
             if max(map(len, tokenizer(captions[index], verbose=False).input_ids)) > tokenizer.model_max_length:
                 cut.append(f"{captions[index][0][:80]}...")
-    listed = "\n  ".join(["", *bad[:100], *([f"and {len(bad) - 100} more"] if len(bad) > 100 else [])])
-    if bad and (not skip_bad_images or not good):
-        raise InputError(f"{len(bad)} of {len(rows)} images are unusable; mend them or add --skip_bad_images{listed}")
+    unusable = "\n  ".join([f"{len(bad)} of {len(rows)} images cannot be used:", *bad[:100]])
+    if bad and not (skip_bad_images and good):
+        raise InputError(f"{unusable}\nMend or remove them, or add --skip_bad_images.")
     if bad:
-        print(f"Left out (--skip_bad_images): {len(bad)} of {len(rows)} images{listed}")
+        print(f"Left out (--skip_bad_images): {unusable}")
     for what, warned in ((f"images are smaller than --resolution={resolution} and are enlarged", small),
                          (f"captions have more than {tokenizer.model_max_length} tokens and are cut", cut)):
         if warned:
             print("\n  ".join([f"Warning: {len(warned)} {what}, such as", *warned[:5]]))
-    return rows.select(good), digests
+    return rows.select(list(good)), list(good.values())
 
 
 @dataclasses.dataclass
@@ -560,11 +538,9 @@ class CaptionedImages(torch.utils.data.Dataset):
         # The offset shifts whole channels; perturbation (arXiv 2301.11706, eq. 3) is added and not to be predicted.
         noise = noise + self.noise_offset * draw.standard_normal((len(noise), 1, 1), np.float32)
 
-        row, (left, top) = self.rows[index], (0.5, 0.5) if self.center_crop else (left, top)
+        row, place = self.rows[index], (0.5, 0.5) if self.center_crop else (left, top)
         image = open_image(row["image"]["bytes"] or Path(row["image"]["path"]).read_bytes())
-        side = min(image.size)
-        left, top = left * (image.width - side), top * (image.height - side)
-        image = image.resize((self.resolution,) * 2, self.resample, box=(left, top, left + side, top + side))
+        image = ImageOps.fit(image, (self.resolution, self.resolution), self.resample, centering=place)
         if self.random_flip and flip < 0.5:
             image = ImageOps.mirror(image)
         captions = all_captions(row["captions"])
@@ -614,19 +590,17 @@ def load_data(pretrained_model_name_or_path, single_file_config, revision, cache
 
 
 def micro_batches(num_samples, batch_size, num_processes, process_index, accumulation, seed, first_step, last_step):
-    """Yields this process's lists of (epoch, index, weight), one per pass of the steps first_step to last_step - 1.
-
-    An epoch is a permutation by (seed, epoch), cut into steps, the last of which may be short. The weights of a step
-    sum to 1 over all processes and passes; a process without a sample in a pass gets one of weight 0."""
-    per_pass = batch_size * num_processes
-    steps_per_epoch = math.ceil(num_samples / (per_pass * accumulation))
+    """Yields this process's lists of (epoch, index, weight), one per pass of the steps first_step to last_step - 1. An
+    epoch is a permutation by (seed, epoch), cut into steps, the last of which may be short. The weights of a step sum
+    to 1 over all processes and passes; a process without a sample in a pass gets one of weight 0."""
+    per_pass, per_step = batch_size * num_processes, batch_size * num_processes * accumulation
     for step in range(first_step, last_step):
-        epoch, step_in_epoch = divmod(step, steps_per_epoch)
+        epoch, step_in_epoch = divmod(step, math.ceil(num_samples / per_step))
         if step == first_step or step_in_epoch == 0:
             order = np.random.default_rng((seed, ORDER, epoch)).permutation(num_samples).tolist()
-        samples = order[step_in_epoch * per_pass * accumulation :][: per_pass * accumulation]
+        samples = order[step_in_epoch * per_step :][:per_step]
         for start in range(0, len(samples), per_pass):
-            mine = samples[start:][:per_pass][process_index * batch_size :][:batch_size]
+            mine = samples[start + process_index * batch_size :][:batch_size]
             yield [(epoch, index, 1 / len(samples)) for index in mine] or [(epoch, samples[0], 0.0)]
 
 
@@ -687,14 +661,12 @@ def last_line(error):
 
 
 def make_accelerator(mixed_precision, report_to, output_dir, logging_dir, allow_tf32, **_):
-    """The accelerator; its processes wait for each other for a day, since one of them checks all images, and draws."""
+    """The accelerator; its processes wait for each other for a day, since one of them draws and saves alone."""
     if allow_tf32:
         torch.set_float32_matmul_precision("high")
-    project = ProjectConfiguration(output_dir, str(Path(output_dir, logging_dir)))
     patience = InitProcessGroupKwargs(timeout=datetime.timedelta(days=1))
-    tracker = None if report_to == "none" else report_to
-    return Accelerator(mixed_precision=mixed_precision, log_with=tracker, project_config=project,
-                       kwargs_handlers=[patience])
+    return Accelerator(mixed_precision=mixed_precision, log_with=None if report_to == "none" else report_to,
+                       project_dir=Path(output_dir, logging_dir), kwargs_handlers=[patience])
 
 
 def load_models(args, weight_dtype, device):
@@ -716,14 +688,12 @@ def load_models(args, weight_dtype, device):
 def load_base(pretrained_model_name_or_path, single_file_config, revision, variant, cache_dir, prediction_type,
               rescale_betas_zero_snr, gradient_checkpointing, enable_xformers_memory_efficient_attention, **_):
     """Loads a pipeline in float32 without its safety checker, and the noise scheduler. Raises `InputError`."""
+    load, source = diffusers.StableDiffusionPipeline.from_pretrained, {"revision": revision, "variant": variant}
+    if single_file_config:  # a .ckpt is read as weights only
+        load, source = diffusers.StableDiffusionPipeline.from_single_file, {"config": single_file_config}
+    source |= {"cache_dir": cache_dir, "safety_checker": None}
     try:
-        if single_file_config:  # a .ckpt is read as weights only
-            load, more = diffusers.StableDiffusionPipeline.from_single_file, {"config": single_file_config}
-        else:
-            load = diffusers.StableDiffusionPipeline.from_pretrained
-            more = {"revision": revision, "variant": variant}
-        pipeline = load(pretrained_model_name_or_path, cache_dir=cache_dir, safety_checker=None, dtype=torch.float32,
-                        **more)
+        pipeline = load(pretrained_model_name_or_path, dtype=torch.float32, **source)
         if enable_xformers_memory_efficient_attention:
             pipeline.unet.enable_xformers_memory_efficient_attention()
     except Exception as error:  # every format has its own way of being broken, and xFormers one for every mismatch
@@ -737,16 +707,15 @@ def load_base(pretrained_model_name_or_path, single_file_config, revision, varia
     return pipeline, diffusers.DDPMScheduler.from_config(pipeline.scheduler.config, **objective)
 
 
-def make_state(accelerator, weights, groups, last_step, lr_scheduler, lr_step_rules, lr_warmup_steps,
-               lr_num_cycles, lr_power, use_8bit_adam, adam_beta1, adam_beta2, adam_weight_decay, adam_epsilon,
-               use_ema, ema_decay, ema_warmup, foreach_ema, **_):
+def make_state(accelerator, weights, groups, last_step, lr_scheduler, lr_step_rules, lr_warmup_steps, lr_num_cycles,
+               lr_power, use_8bit_adam, adam_beta1, adam_beta2, adam_weight_decay, adam_epsilon, use_ema, ema_decay,
+               ema_warmup, foreach_ema, **_):
     """All that a checkpoint holds, by name: `weights` (modules), optimizer, lr_scheduler, maybe ema and scaler. AdamW
     (arXiv 1711.05101) trains the parameter `groups`, or its 8-bit form (2110.02861)."""
     AdamW = functools.partial(torch.optim.AdamW, fused=True)
     if use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit as AdamW
-    betas = (adam_beta1, adam_beta2)
-    optimizer = AdamW(groups, betas=betas, eps=adam_epsilon, weight_decay=adam_weight_decay)
+    optimizer = AdamW(groups, betas=(adam_beta1, adam_beta2), eps=adam_epsilon, weight_decay=adam_weight_decay)
     schedule = get_scheduler(lr_scheduler, optimizer, lr_step_rules, lr_warmup_steps, last_step, lr_num_cycles or 1,
                              lr_power or 1.0)
     # The schedule is not prepared: it would count processes.
@@ -768,8 +737,7 @@ def encode(vae, batch):
 
 
 def snr_weights(noise_scheduler, timesteps, snr_gamma):
-    """Min-SNR loss weights (batch,), arXiv 2303.09556, section 3.4: min(snr, gamma) / snr for epsilon and
-    min(snr, gamma) / (snr + 1) for v."""
+    """Min-SNR loss weights (batch,), arXiv 2303.09556, section 3.4: min(snr, gamma) / snr, or / (snr + 1) for v."""
     snr = compute_snr(noise_scheduler, timesteps)
     return snr.clamp(max=snr_gamma) / (snr + (noise_scheduler.config.prediction_type == "v_prediction"))
 
@@ -788,8 +756,8 @@ def diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, noise, added
 # ----------------------------------------------------------------------------------------------------- checkpoints
 def save_checkpoint(accelerator, output_dir, settings, progress, state, total_limit):
     """Writes checkpoint-N beside its place, then renames it; only then do older ones beyond `total_limit` go."""
-    if accelerator.is_main_process:
-        final = output_dir / f"checkpoint-{progress['global_step']}"
+    final = output_dir / f"checkpoint-{progress['global_step']}"
+    if accelerator.is_main_process and not final.exists():  # else a step broke just after a save of the same state
         partial = final.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)  # of a save that was killed
         partial.mkdir()
@@ -797,9 +765,7 @@ def save_checkpoint(accelerator, output_dir, settings, progress, state, total_li
         for name, content in (("args", settings), ("progress", progress)):
             (partial / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         os.sync()  # files before names, or a crash could leave a whole name with half a file
-        if not final.exists():  # else a broken step just after a save, which is the same state
-            partial.rename(final)
-        shutil.rmtree(partial, ignore_errors=True)
+        partial.rename(final)
         for old in list_checkpoints(output_dir)[: -total_limit if total_limit else 0]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
@@ -822,30 +788,29 @@ def resume(accelerator, checkpoint, settings, last_step, state):
     """Loads a checkpoint into `state`; returns its progress: steps, held-out losses before, losses not yet logged.
     Settings that change the result and differ raise `InputError`, or are told and take effect if that is allowed."""
     before = json.loads((checkpoint / "args.json").read_text(encoding="utf-8"))
+    progress = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
     changed = {name: f"{name}: {before.get(name)} there, {value} now" for name, value in settings.items()
                if name not in FREE_ON_RESUME and before.get(name) != value}
+    fixed = changed.keys() & FIXED_ON_RESUME
+    remedy = "use those" if fixed else "use those, or add --allow_changed_resume"
+    told = "\n  ".join([f"{checkpoint} was made under other settings; {remedy}", *changed.values()])
+    if fixed or (changed and not settings["allow_changed_resume"]):
+        raise InputError(f"--resume_from_checkpoint: {told}")
     if changed:
-        fixed = changed.keys() & FIXED_ON_RESUME
-        remedy = "use those" if fixed else "use those, or add --allow_changed_resume"
-        told = "\n  ".join([f"{checkpoint} was made under other settings; {remedy}", *changed.values()])
-        if fixed or not settings["allow_changed_resume"]:
-            raise InputError(f"--resume_from_checkpoint: {told}")
         accelerator.print(told)
-    progress = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
     if progress["global_step"] > last_step:
         raise InputError(f"--max_train_steps: {checkpoint} is beyond the last step, {last_step}; raise it")
-    optimizer, lr_scheduler = state["optimizer"], state["lr_scheduler"]
+    optimizer, lr_scheduler, ema = state["optimizer"], state["lr_scheduler"], state.get("ema")
     saved = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
     # Rates and decays are those asked for now, which are the checkpoint's unless they were changed.
     saved["optimizer"]["param_groups"] = optimizer.state_dict()["param_groups"]
     saved["lr_scheduler"]["base_lrs"] = lr_scheduler.base_lrs
-    if "ema" in state:
-        saved["ema"].update(decay=state["ema"].decay, use_ema_warmup=state["ema"].use_ema_warmup)
+    if ema:
+        saved["ema"].update(decay=ema.decay, use_ema_warmup=ema.use_ema_warmup)
     for name, part in state.items():
         part.load_state_dict(saved[name])
     for group, factor in zip(optimizer.param_groups, lr_scheduler.lr_lambdas, strict=True):
         group["lr"] = group["initial_lr"] * factor(lr_scheduler.last_epoch)
-    lr_scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
     return {**progress, "base_losses": None if "data" in changed else progress["base_losses"]}
 
 
@@ -876,14 +841,12 @@ def note_signal(received, number, _):
 def held_out_losses(accelerator, unet, vae, text_encoder, noise_scheduler, images, batch_size):
     """The unweighted loss of every held-out image (num_images,), a mean over timesteps spread evenly; noise and
     timesteps are the same in every call and run. Each process does its share."""
-    num_timesteps, pairs = images.num_timesteps, [
-        (part, index, 1.0) for index in range(len(images)) for part in range(HELD_OUT_TIMESTEPS)]
+    pairs = [(part, index, 1.0) for index in range(len(images)) for part in range(HELD_OUT_TIMESTEPS)]
     mine = pairs[accelerator.process_index :: accelerator.num_processes]
-    batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
     losses = torch.zeros(len(images))
-    for batch in torch.utils.data.DataLoader(images, batch_sampler=batches):
+    for batch in torch.utils.data.DataLoader(images, batch_size, sampler=mine):
         batch = send_to_device(batch, accelerator.device, skip_keys="index")
-        timesteps = (batch["timestep"] + batch["epoch"] * num_timesteps) // HELD_OUT_TIMESTEPS
+        timesteps = (batch["timestep"] + batch["epoch"] * images.num_timesteps) // HELD_OUT_TIMESTEPS
         with accelerator.autocast():
             latents, prompt_embeds = encode(vae, batch), text_encoder(batch["input_ids"])[0]
             part_losses = diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, batch["noise"],
@@ -939,15 +902,13 @@ def validate(accelerator, parts, parameters, ema, images, batch_size, prompts, r
     its gain over the first call's, which `progress` keeps, with the standard error of the paired difference."""
     if not prompts and not len(images):
         return
-    step, trained = progress["global_step"], [part for part in (parts["unet"], parts["text_encoder"]) if part.training]
-    for part in trained:
-        part.eval()
+    unet, vae, text_encoder, step = parts["unet"], parts["vae"], parts["text_encoder"], progress["global_step"]
+    trained = torch.nn.ModuleList(part for part in (unet, text_encoder) if part.training).eval()
     if ema:
         ema.store(parameters)
         ema.copy_to(parameters)
     if len(images):
-        models = [parts[name] for name in ("unet", "vae", "text_encoder", "scheduler")]
-        losses = held_out_losses(accelerator, *models, images, batch_size)
+        losses = held_out_losses(accelerator, unet, vae, text_encoder, parts["scheduler"], images, batch_size)
         progress["base_losses"] = progress["base_losses"] or losses.tolist()
         gain = torch.tensor(progress["base_losses"]) - losses
         error = gain.std().item() / len(gain) ** 0.5 if len(gain) > 1 else 0.0
@@ -957,14 +918,13 @@ def validate(accelerator, parts, parameters, ema, images, batch_size, prompts, r
             step, *numbers.values()))
     if prompts and accelerator.is_main_process:
         path = output_dir / "samples" / f"step-{step:06d}.png"
-        drawn = draw_samples(accelerator, parts, prompts, resolution, seed, path)
+        drawn = np.stack(draw_samples(accelerator, parts, prompts, resolution, seed, path))
         for tracker in [tracker for tracker in accelerator.trackers if hasattr(tracker, "log_images")]:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({"samples": np.stack([np.asarray(image) for image in drawn])}, step=step, **layout)
+            tracker.log_images({"samples": drawn}, step=step, **layout)
     if ema:
         ema.restore(parameters)
-    for part in trained:
-        part.train()
+    trained.train()
     accelerator.wait_for_everyone()
 
 
@@ -979,17 +939,17 @@ def write_log(accelerator, output_dir, step, numbers):
 # -------------------------------------------------------------------------------------------------------- training
 def print_plan(settings, trained, frozen, num_processes, num_trained, num_images, num_held_out, first_step, last_step):
     """Says, before the first step, what will be done."""
+    checkpoint = 4e-9 * num_trained * (3 + settings["use_ema"])  # GB: weights, AdamW's two moments, average
     epochs = last_step / math.ceil(num_images / settings["samples_per_step"])
     print("""Plan
   images     {0:,} to train on, {1:,} held out, at {resolution} x {resolution} pixels
   steps      {2:,} to {3:,}, {4:,.1f} epochs
   per step   {samples_per_step:,} images: {train_batch_size} a pass x {gradient_accumulation_steps} passes x {5} ranks
-  trained    {8}, {6:,} parameters in float32, passes in precision {mixed_precision!r}
-  frozen     {9}
+  trained    {6}, {7:,} parameters in float32, passes in precision {mixed_precision!r}; frozen: {8}
   optimizer  AdamW at {peak_learning_rate:g}, {lr_scheduler}; 8-bit: {use_8bit_adam}; EMA: {use_ema}
-  output     {output_dir}, a checkpoint of {7:.2g} GB every {checkpointing_steps:,} steps""".format(
-        num_images, num_held_out, first_step, last_step, epochs, num_processes, num_trained,
-        4e-9 * num_trained * (3 + settings["use_ema"]), trained, frozen, **settings))
+  output     {output_dir}, a checkpoint of {9:.2g} GB every {checkpointing_steps:,} steps""".format(
+        num_images, num_held_out, first_step, last_step, epochs, num_processes, trained, num_trained, frozen,
+        checkpoint, **settings))
 
 
 def prepare_output(accelerator, output_dir, settings, first_step):
@@ -1001,9 +961,9 @@ def prepare_output(accelerator, output_dir, settings, first_step):
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "args.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         log = output_dir / "log.jsonl"  # steps after the checkpoint are done again, and so logged again
-        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() and first_step else []
-        rows = [json.loads(line) for line in lines if line.endswith("}")]
-        kept = [json.dumps(row) + "\n" for row in rows if row["step"] < first_step + ("loss" in row)]
+        lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() and first_step else []
+        rows = [(line, json.loads(line)) for line in lines if line.endswith("}\n")]
+        kept = [line for line, row in rows if row["step"] < first_step + ("loss" in row)]
         log.write_text("".join(kept), encoding="utf-8")
     accelerator.wait_for_everyone()
     accelerator.init_trackers(settings["tracker_project_name"], {name: str(value) for name, value in settings.items()})
@@ -1154,18 +1114,17 @@ def save_model(args, pipeline, objective, prompts, step):
 
 def write_card(output_dir, base, prompts, settings, step, loader, tags, instance_prompt=None):
     """Writes the model card: licence of the base, how to load the result, samples, settings; no paths, no secrets."""
-    local = Path(base).exists()
-    try:
+    local, name = Path(base).exists(), Path(output_dir).resolve().name
+    licence = None
+    with contextlib.suppress(Exception):  # no card, no connection, bad YAML: a licence must not cost a result
         licence = ModelCard.load(Path(base) / "README.md" if local else base).data.license
-    except Exception:  # no card, no connection, bad YAML: a licence must not cost a result
-        licence = None
     data = ModelCardData(base_model=None if local else base, license=licence or "other", library_name="diffusers",
                          pipeline_tag="text-to-image", tags=tags, instance_prompt=instance_prompt)
     samples = f"![samples](samples/step-{step:06d}.png)\n\n{'; '.join(prompts)}\n\n" if prompts else ""
     rows = [f"| {flag} | {value} |\n" for flag, value in settings.items() if value is not None and value is not False
             and not re.search("_dir$|_path$|_token|config|resume", flag) and not os.path.exists(str(value))]
     Path(output_dir, "README.md").write_text(
-        f"---\n{data.to_yaml()}\n---\n\n# {Path(output_dir).resolve().name}\n\nFine-tuned for {step} steps from "
+        f"---\n{data.to_yaml()}\n---\n\n# {name}\n\nFine-tuned for {step} steps from "
         f"{Path(base).name if local else base}. Load it with {loader}.\n\n{samples}| setting | value |\n|---|---|\n"
         f"{''.join(rows)}", encoding="utf-8")
 
