@@ -1,11 +1,14 @@
-"""An old command line for diffusers' script goes on, or is told what to say instead: the README's table is true."""
+"""Old command lines for diffusers' scripts go on, or are told what to say instead: the tables of the READMEs are
+true."""
 
 import re
 
 import pytest
+from conftest import load_script
+from running import REPO, TRAIN_DREAMBOOTH, TRAIN_DREAMBOOTH_LORA, TRAIN_TEXT_TO_IMAGE, TRAIN_TEXT_TO_IMAGE_LORA
 
 # The flags of diffusers' train_text_to_image.py, August 2026: name, a value to give (None: a switch), its default.
-UPSTREAM = {
+TEXT_TO_IMAGE = {
     "input_perturbation": ("0.1", 0),
     "pretrained_model_name_or_path": ("model", None),
     "revision": ("main", None),
@@ -66,40 +69,150 @@ UPSTREAM = {
 }
 
 
+def without(flags, names):
+    """The flags but for those named."""
+    return {flag: known for flag, known in flags.items() if flag not in names.split()}
+
+
+# train_text_to_image_lora.py: what it has not, and what it has or defaults otherwise; so for those below.
+TEXT_TO_IMAGE_LORA = without(TEXT_TO_IMAGE, """
+    input_perturbation validation_prompts dream_training dream_detail_preservation use_ema offload_ema foreach_ema
+    non_ema_revision tracker_project_name""") | {
+    "output_dir": ("result", "sd-model-finetuned-lora"),
+    "validation_prompt": ("a prompt", None),
+    "num_validation_images": ("2", 4),
+    "validation_epochs": ("2", 1),
+    "rank": ("8", 4),
+}
+
+DREAMBOOTH = without(TEXT_TO_IMAGE, """
+    input_perturbation validation_prompts dream_training dream_detail_preservation use_ema offload_ema foreach_ema
+    non_ema_revision tracker_project_name dataset_name dataset_config_name train_data_dir image_column caption_column
+    max_train_samples cache_dir random_flip prediction_type noise_offset validation_epochs image_interpolation_mode
+    """) | {
+    "tokenizer_name": ("model", None),
+    "instance_data_dir": ("dog", None),
+    "class_data_dir": ("dogs", None),
+    "instance_prompt": ("a sks dog", None),
+    "class_prompt": ("a dog", None),
+    "with_prior_preservation": (None, False),
+    "prior_loss_weight": ("0.5", 1.0),
+    "num_class_images": ("200", 100),
+    "output_dir": ("result", "dreambooth-model"),
+    "train_text_encoder": (None, False),
+    "train_batch_size": ("1", 4),
+    "sample_batch_size": ("1", 4),
+    "num_train_epochs": ("3", 1),
+    "learning_rate": ("1e-05", 5e-6),
+    "lr_num_cycles": ("2", 1),
+    "lr_power": ("2.0", 1.0),
+    "validation_prompt": ("a prompt", None),
+    "num_validation_images": ("2", 4),
+    "validation_steps": ("50", 100),
+    "prior_generation_precision": ("fp32", None),
+    "set_grads_to_none": (None, False),
+    "offset_noise": (None, False),
+    "pre_compute_text_embeddings": (None, False),
+    "tokenizer_max_length": ("77", None),
+    "text_encoder_use_attention_mask": (None, False),
+    "skip_save_text_encoder": (None, False),
+    "validation_images": ("a.png", None),
+    "class_labels_conditioning": ("timesteps", None),
+    "validation_scheduler": ("DDPMScheduler", "DPMSolverMultistepScheduler"),
+}
+
+DREAMBOOTH_LORA = without(DREAMBOOTH, """
+    snr_gamma offset_noise set_grads_to_none skip_save_text_encoder validation_steps validation_scheduler""") | {
+    "output_dir": ("result", "lora-dreambooth-model"),
+    "learning_rate": ("0.0001", 5e-4),
+    "validation_epochs": ("10", 50),
+    "rank": ("8", 4),
+    "lora_dropout": ("0.1", 0.0),
+    "image_interpolation_mode": ("bicubic", "lanczos"),
+}
+
+NUMBER = {"text_to_image": 57, "text_to_image_lora": 51, "dreambooth": 61, "dreambooth_lora": 59}
+UPSTREAM = dict(zip(NUMBER, [TEXT_TO_IMAGE, TEXT_TO_IMAGE_LORA, DREAMBOOTH, DREAMBOOTH_LORA]))
+PATHS = [TRAIN_TEXT_TO_IMAGE, TRAIN_TEXT_TO_IMAGE_LORA, TRAIN_DREAMBOOTH, TRAIN_DREAMBOOTH_LORA]
+every_script = pytest.mark.parametrize("name", UPSTREAM)
+
+
+def read_table(path, heading, column):
+    """A column of the table below a heading, by flag; a dash means that diffusers' script has no such flag, likewise
+    that what stands on the left holds for this script too."""
+    text = path.read_text(encoding="utf-8").split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0]
+    lines = [line for line in text.splitlines() if line.startswith("| `")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    flags = [re.fullmatch(r"`--(\w+)`", row[0]).group(1) for row in rows]
+    assert len(set(flags)) == len(flags)  # none twice
+    cells = [row[column - 1] if row[column] == "likewise" else row[column] for row in rows]
+    return {flag: cell for flag, cell in zip(flags, cells, strict=True) if cell != "-"}
+
+
 @pytest.fixture(scope="module")
-def table(repo):
-    """The rows of the README's table: {flag: what it says}."""
-    text = (repo / "examples" / "text_to_image" / "README.md").read_text(encoding="utf-8")
-    lines = text.split("| diffusers flag | here |\n", 1)[1].split("\n\n", 1)[0].splitlines()[1:]
-    rows = [re.fullmatch(r"\| `--(\w+)` \| (.+) \|", line).groups() for line in lines]
-    assert len(dict(rows)) == len(rows)  # none twice
-    return dict(rows)
+def tables():
+    """The tables of the READMEs: {script: {flag: what it says}}."""
+    examples = REPO / "examples"
+    places = [("text_to_image", "script", 1), ("text_to_image", "LoRA script", 1), ("dreambooth", "scripts", 1),
+              ("dreambooth", "scripts", 2)]
+    return {name: read_table(examples / folder / "README.md", f"Coming from diffusers' {heading}", column)
+            for name, (folder, heading, column) in zip(UPSTREAM, places)}
 
 
-def words(flag):
-    value = UPSTREAM[flag][0]
+@pytest.fixture(scope="module")
+def scripts():
+    """The four scripts as modules, by name."""
+    return {name: load_script(path) for name, path in zip(UPSTREAM, PATHS)}
+
+
+@pytest.fixture
+def script(scripts, name):
+    """The script of this name."""
+    return scripts[name]
+
+
+@pytest.fixture
+def table(tables, name):
+    """What the table for the script of this name says, by flag."""
+    return tables[name]
+
+
+def words(flag, value):
     return [f"--{flag}"] if value is None else [f"--{flag}={value}"]
 
 
-def test_the_table_has_every_flag_and_no_other(table):
-    assert len(UPSTREAM) == 57
-    assert table.keys() == UPSTREAM.keys()
+def default(script, flag, capsys):
+    """What a flag is if it is not given: some tell from None whether they were, and say the rest in their help."""
+    value = getattr(script.parse_args([]), flag)
+    if value is not None:
+        return value
+    with pytest.raises(SystemExit):
+        script.parse_args(["--help"])
+    entry = re.search(rf"^  --{flag} .*(?:\n {{4,}}.*)*", capsys.readouterr().out, re.M).group()
+    said = re.search(r"(\S+) if not given", " ".join(entry.split()))
+    return said and float(said.group(1))
+
+
+@every_script
+def test_the_table_has_every_flag_and_no_other(table, name):
+    assert len(UPSTREAM[name]) == NUMBER[name]
+    assert table.keys() == UPSTREAM[name].keys()
     kinds = {text.split()[0].rstrip(";,:") for text in table.values()}
     assert kinds == {"same", "default", "refused"}
 
 
-@pytest.mark.parametrize("flag", UPSTREAM)
-def test_flag_is_what_the_table_says(train_script, table, capsys, flag):
-    value, there = UPSTREAM[flag]
+@pytest.mark.parametrize("name, flag", [(name, flag) for name, flags in UPSTREAM.items() for flag in flags])
+def test_flag_is_what_the_table_says(script, table, capsys, name, flag):
+    value, there = UPSTREAM[name][flag]
     says = table[flag]
     if says.startswith("refused"):
         with pytest.raises(SystemExit) as caught:
-            train_script.parse_args(words(flag))
+            script.parse_args(words(flag, value))
         assert caught.value.code == 2
         replacement = says.removeprefix("refused: ")
         assert capsys.readouterr().err.strip().endswith(f"--{flag} is not taken: {replacement}")
         return
-    given = getattr(train_script.parse_args(words(flag)), flag)
+    given = getattr(script.parse_args(words(flag, value)), flag)
     if value is None:
         assert given is True
     elif isinstance(given, list):
@@ -108,26 +221,36 @@ def test_flag_is_what_the_table_says(train_script, table, capsys, flag):
         assert given == float(value)
     else:
         assert given == value
-    here = getattr(train_script.parse_args([]), flag)
+    here = default(script, flag, capsys)
     if says.startswith("default"):
-        assert says.startswith(
-            f"default {'none' if here is None else here}, there {'none' if there is None else there}"
-        )
+        shown = ["none" if number is None else f"{number:g}" if isinstance(number, float) else number
+                 for number in (here, there)]
+        assert says.startswith("default {}, there {}".format(*shown))
         assert here != there
     else:
         assert here == there
         assert type(here) is type(there) or isinstance(here, int | float)
 
 
-def test_flags_and_values_may_stand_apart_as_well(train_script):
-    argv = [word for flag in UPSTREAM if f"--{flag}" not in train_script.REPLACED_FLAGS for word in words(flag)]
+@every_script
+def test_flags_and_values_may_stand_apart_as_well(script, name):
+    argv = [word for flag, (value, _) in UPSTREAM[name].items() if f"--{flag}" not in script.REPLACED_FLAGS
+            for word in words(flag, value)]
     apart = [part for word in argv for part in word.split("=", 1)]
-    assert train_script.parse_args(apart) == train_script.parse_args(argv)
+    assert script.parse_args(apart) == script.parse_args(argv)
 
 
-def test_every_replaced_flag_is_one_of_upstream(train_script, table):
-    refused = {f"--{flag}" for flag, says in table.items() if says.startswith("refused")}
-    assert refused == train_script.REPLACED_FLAGS.keys()
+def refused_by(*tables):
+    return {f"--{flag}" for table in tables for flag, says in table.items() if says.startswith("refused")}
+
+
+def test_every_replaced_flag_is_one_of_upstream(scripts, tables):
+    """The DreamBooth scripts refuse alike what one of diffusers' has."""
+    for name in ("text_to_image", "text_to_image_lora"):
+        assert refused_by(tables[name]) == scripts[name].REPLACED_FLAGS.keys()
+    both = refused_by(tables["dreambooth"], tables["dreambooth_lora"])
+    assert both == scripts["dreambooth"].REPLACED_FLAGS.keys()
+    assert scripts["dreambooth"].REPLACED_FLAGS == scripts["dreambooth_lora"].REPLACED_FLAGS
 
 
 OLD = """
@@ -153,26 +276,67 @@ def test_a_whole_old_command_line_passes_where_there_is_a_gpu_but_for_what_is_re
     train_script.check_args(train_script.parse_args(argv))
 
 
+OLD_DREAMBOOTH = """
+    --pretrained_model_name_or_path={model} --instance_data_dir={images} --class_data_dir={classes}
+    --output_dir={output} --with_prior_preservation --prior_loss_weight=1.0 --resolution=32 --train_batch_size=1
+    --sample_batch_size=1 --gradient_accumulation_steps=1 --gradient_checkpointing --learning_rate=5e-6
+    --lr_scheduler=constant --lr_warmup_steps=0 --num_class_images=200 --max_train_steps=800 --use_8bit_adam
+    --mixed_precision=fp16 --train_text_encoder --prior_generation_precision=fp16 --report_to=wandb --push_to_hub
+    --enable_xformers_memory_efficient_attention --validation_prompt=yoda --seed=0 --checkpointing_steps=500
+"""
+
+
 @pytest.mark.parametrize(
-    "flag, value, says",
-    [  # what the table's remarks promise
-        ("lr_warmup_steps", "500", "constant_with_warmup"),
-        ("offload_ema", None, "--use_ema"),
-        ("foreach_ema", None, "--use_ema"),
-        ("hub_model_id", "me/it", "--push_to_hub"),
-        ("dataset_config_name", "small", "--dataset_name"),
-        ("dataset_name", "a/b", "--train_data_dir"),
-        ("mixed_precision", "fp16", "bf16"),
-        ("allow_tf32", None, "NVIDIA"),
-        ("enable_xformers_memory_efficient_attention", None, "drop"),
+    "name, more, says",
+    [
+        ("dreambooth", "--set_grads_to_none", "drop it"),
+        ("dreambooth_lora", "--validation_epochs=50", "use --validation_steps"),
+    ],
+)
+def test_an_old_command_line_for_dreambooth_passes(
+    script, name, tiny_pipeline, image_folder, tmp_path, monkeypatch, capsys, more, says
+):
+    monkeypatch.setattr(script.torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(script, "is_xformers_available", lambda: True)
+    places = {"images": image_folder(), "output": tmp_path / "out", "classes": tmp_path / "classes"}
+    argv = OLD_DREAMBOOTH.format(model=tiny_pipeline, **places).split()
+    argv += ["--instance_prompt=a photo of sks dog", "--class_prompt=a photo of dog"]
+    with pytest.raises(SystemExit):
+        script.parse_args([*argv, more])
+    assert f"{more.split('=')[0]} is not taken: {says}" in capsys.readouterr().err
+    script.check_args(script.parse_args(argv))
+
+
+@pytest.mark.parametrize(
+    "name, flag, value, says",
+    [  # what the tables' remarks promise
+        ("text_to_image", "lr_warmup_steps", "500", "constant_with_warmup"),
+        ("text_to_image", "offload_ema", None, "--use_ema"),
+        ("text_to_image", "foreach_ema", None, "--use_ema"),
+        ("text_to_image", "hub_model_id", "me/it", "--push_to_hub"),
+        ("text_to_image", "dataset_config_name", "small", "--dataset_name"),
+        ("text_to_image", "dataset_name", "a/b", "--train_data_dir"),
+        ("text_to_image", "mixed_precision", "fp16", "bf16"),
+        ("text_to_image", "allow_tf32", None, "NVIDIA"),
+        ("text_to_image", "enable_xformers_memory_efficient_attention", None, "drop"),
+        *[(name, flag, value, "--with_prior_preservation") for name in ("dreambooth", "dreambooth_lora")
+          for flag, value in (("class_data_dir", "dogs"), ("class_prompt", "a dog"), ("num_class_images", "200"),
+                              ("sample_batch_size", "1"), ("prior_loss_weight", "0.5"),
+                              ("prior_generation_precision", "fp32"))],
+        ("dreambooth", "num_validation_images", "2", "--validation_prompt"),
+        ("dreambooth_lora", "num_validation_images", "2", "--validation_prompt"),
+        ("dreambooth", "validation_steps", "50", "validation prompts"),
+        ("dreambooth", "lr_num_cycles", "2", "cosine_with_restarts"),
+        ("dreambooth", "lr_power", "2", "polynomial"),
     ],
 )
 def test_what_diffusers_would_ignore_is_refused(
-    train_script, tiny_pipeline, image_folder, tmp_path, table, flag, value, says
+    script, tiny_pipeline, image_folder, tmp_path, table, name, flag, value, says
 ):
-    argv = [f"--pretrained_model_name_or_path={tiny_pipeline}", f"--train_data_dir={image_folder()}"]
+    folder = "train_data_dir" if name.startswith("text_to_image") else "instance_data_dir"
+    argv = [f"--pretrained_model_name_or_path={tiny_pipeline}", f"--{folder}={image_folder()}"]
     argv += [f"--output_dir={tmp_path / 'out'}", "--resolution=32", f"--{flag}" + (f"={value}" if value else "")]
-    with pytest.raises(train_script.InputError, match=f"--{flag}") as caught:
-        train_script.check_args(train_script.parse_args(argv))
+    with pytest.raises(script.InputError, match=f"--{flag}") as caught:
+        script.check_args(script.parse_args(argv))
     assert says in str(caught.value)
     assert "refused" in table[flag] or flag == "dataset_name"

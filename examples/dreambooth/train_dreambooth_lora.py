@@ -67,6 +67,7 @@ REPLACED_FLAGS = {
     "--set_grads_to_none": "drop it; gradients are always set to none",
     "--tokenizer_name": "put the tokenizer into the folder of --pretrained_model_name_or_path",
     "--tokenizer_max_length": "drop it; captions take what the text encoder takes",
+    "--validation_epochs": "use --validation_steps",
     "--validation_images": "use --num_validation_images",
     "--validation_scheduler": "drop it; samples are drawn by DPM-Solver++",
     "--skip_save_text_encoder": "drop it; the result is a whole pipeline",
