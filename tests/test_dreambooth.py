@@ -1,0 +1,675 @@
+"""train_dreambooth.py and train_dreambooth_lora.py: the loss of instances and classes, class images, what is trained,
+exact resume, two processes, bad input."""
+
+import itertools
+import shutil
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import load_script
+from diffusers import DDPMScheduler, StableDiffusionPipeline
+from image_data import caption_of, make_image, snapshot, write_metadata
+from PIL import Image
+from running import REPO, TRAIN_DREAMBOOTH, TRAIN_DREAMBOOTH_LORA, run_script
+from safetensors.torch import load_file
+from test_lora_layouts import draw, largest_difference, load, merged, with_lora
+from test_mathematics import StubUNet, hand_computed, make_scheduler, min_snr_weights
+from test_training import encode_by_hand
+from training import checkpoint_state, draws, losses, read_log, same, train, words
+
+PROMPT, CLASS_PROMPT = "a photo of sks star", "a picture of a star"
+LORA_FILE = "pytorch_lora_weights.safetensors"
+# All that is random or has a state. 5 photos, twice each, make epochs of 3 steps of at most 4.
+EVERYTHING = {
+    "max_train_steps": 8,
+    "checkpointing_steps": 4,
+    "gradient_accumulation_steps": 2,
+    "repeats": 2,
+    "use_ema": True,
+    "ema_decay": 0.5,
+    "caption_dropout": 0.3,
+    "random_flip": True,
+    "snr_gamma": 5,
+    "train_text_encoder": True,
+    "lr_scheduler": "cosine",
+    "lr_warmup_steps": 2,
+    "prior_loss_weight": 0.5,
+    "sample_batch_size": 1,
+}
+
+
+@pytest.fixture(scope="module", params=[TRAIN_DREAMBOOTH, TRAIN_DREAMBOOTH_LORA], ids=["full", "lora"])
+def script(request):
+    """Both scripts as modules, one after the other."""
+    return load_script(request.param)
+
+
+def write_images(folder, numbers, size=(32, 32)):
+    """Writes make_image(number) to number.png for each, without captions; returns the folder."""
+    folder.mkdir(parents=True)
+    for number in numbers:
+        make_image(number, size).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Five photos larger than the resolution and not square, so that crops are random."""
+    return write_images(tmp_path_factory.mktemp("data") / "photos", range(5), (48, 40))
+
+
+@pytest.fixture
+def fit(script, tiny_pipeline, photos, tmp_path):
+    """Runs the script for a step on the tiny pipeline and the photos; returns its status, or another one's."""
+
+    def run(output="out", base=tiny_pipeline, classes=None, **settings):
+        settings = {"instance_data_dir": photos, "instance_prompt": PROMPT, "max_train_steps": 1, **settings}
+        if classes:
+            settings = {"with_prior_preservation": True, "class_data_dir": classes, "class_prompt": CLASS_PROMPT,
+                        "num_class_images": 2, "sample_batch_size": 1, **settings}
+        return train(script, base, None, tmp_path / output, **settings)
+
+    return run
+
+
+@pytest.fixture
+def refused(script, fit, tmp_path, monkeypatch, capsys):
+    """Runs the script on bad input, which it shall refuse in one short text before a model loads; returns the text."""
+
+    def run(**settings):
+        before = snapshot(tmp_path)
+        with monkeypatch.context() as patch:
+            patch.setattr(script, "load_base", None)
+            assert fit(**settings) == 2
+        text = capsys.readouterr().err
+        assert text.startswith(f"{script.__name__}.py: ")
+        assert len(text.splitlines()) <= 12
+        assert snapshot(tmp_path) == before
+        assert not (tmp_path / "out").exists()
+        return text
+
+    return run
+
+
+@pytest.fixture
+def trained_on(script, monkeypatch):
+    """A list of what the runs that follow train on: (caption, noise, pixels, index)."""
+    seen, get = [], script.InstancesAndClasses.__getitem__
+
+    def noted(self, item):
+        sample = get(self, item)
+        caption = self.instances.tokenizer.decode(sample["input_ids"], skip_special_tokens=True).strip()
+        seen.append((caption, sample["noise"], sample["pixel_values"], item[1]))
+        return sample
+
+    monkeypatch.setattr(script.InstancesAndClasses, "__getitem__", noted)
+    return seen
+
+
+@pytest.fixture
+def quick_drawing(monkeypatch):
+    """Class images without a model: grey ones. The list that it gives will hold the pipelines that were asked."""
+    asked = []
+
+    def call(self, prompts, generator, **settings):
+        asked.append((self, self.unet.training, self.text_encoder.training))
+        images = [Image.new("L", (32, 32), one.initial_seed() % 256).convert("RGB") for one in generator]
+        return type("Drawn", (), {"images": images})
+
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", call)
+    return asked
+
+
+def result(folder):
+    """All weights that a run has written, by file and name."""
+    return {path.relative_to(folder).as_posix(): load_file(path) for path in folder.rglob("*.safetensors")}
+
+
+def contents(folder):
+    """SHA-256 of the files in a folder, by name."""
+    return {name: digest for name, (_, _, digest) in snapshot(folder).items()}
+
+
+# ------------------------------------------------------------------------------------------------------- closed forms
+
+
+class EchoUNet(StubUNet):
+    """Answers the embedding of each sample (batch,)."""
+
+    def __call__(self, noisy_latents, timesteps, prompt_embeds):
+        self.answer = prompt_embeds.reshape(-1, 1, 1, 1)
+        return super().__call__(noisy_latents, timesteps, prompt_embeds)
+
+
+def batches_of(script, num_instances, num_classes, weight, batch_size, num_processes=1, accumulation=1, steps=6):
+    """The passes of all processes, [process][pass], with their class images."""
+    return [list(script.with_classes(
+        script.micro_batches(num_instances, batch_size, num_processes, process, accumulation, 0, 0, steps),
+        num_instances, num_classes, weight, 0)) for process in range(num_processes)]
+
+
+@pytest.mark.parametrize("snr_gamma", [None, 5.0])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+@pytest.mark.parametrize("num_processes, accumulation", [(1, 1), (1, 2), (2, 2)])
+def test_combined_loss_is_instance_mean_plus_weighted_class_mean(
+    script, prediction_type, snr_gamma, batch_size, num_processes, accumulation
+):
+    """Seven instances end most epochs with a short step. The embedding of an instance is 0.5, of a class image -4."""
+    per_step, weight, embeddings = batch_size * num_processes * accumulation, 0.3, torch.tensor([0.5, -4.0])
+    scheduler = make_scheduler(prediction_type=prediction_type)
+    generator = torch.Generator().manual_seed(0)
+    latents, noise = (torch.randn(11, 4, 8, 8, generator=generator) for _ in range(2))
+    timesteps = torch.randint(1000, (11,), generator=generator)
+
+    def one_loss(index, kind):
+        chosen = slice(index, index + 1)
+        found = hand_computed(prediction_type, embeddings[kind].reshape(1, 1, 1, 1), latents[chosen], noise[chosen],
+                              timesteps[chosen])
+        return found[0] * (min_snr_weights(prediction_type, timesteps[chosen].numpy(), snr_gamma)[0]
+                           if snr_gamma else 1)
+
+    processes = [iter(passes) for passes in batches_of(script, 7, 4, weight, batch_size, num_processes, accumulation)]
+    steps_per_epoch = -(-7 // per_step)
+    for step in range(6):
+        in_step = min(per_step, 7 - step % steps_per_epoch * per_step)
+        total, instances, classes = 0.0, [], []
+        for _ in range(-(-in_step // (batch_size * num_processes))):
+            for batch in map(next, processes):
+                index, weights = torch.tensor([item[1] for item in batch]), torch.tensor([item[2] for item in batch])
+                found = script.diffusion_losses(EchoUNet(), scheduler, latents[index], embeddings[(index >= 7).long()],
+                                                noise[index], noise[index], timesteps[index], snr_gamma)
+                total += float((found * weights).sum())
+                real = [item[1] for item in batch if item[2]]
+                instances += [item for item in real if item < 7]
+                classes += [item for item in real if item >= 7]
+        assert len(instances) == len(classes) == in_step
+        means = [np.mean([one_loss(index, kind) for index in half]) for kind, half in enumerate((instances, classes))]
+        assert total == pytest.approx(means[0] + weight * means[1], rel=2e-4)
+        assert total != pytest.approx(weight * means[0] + means[1], rel=1e-2)
+        swapped = [np.mean([one_loss(index, 1 - kind) for index in half])
+                   for kind, half in enumerate((instances, classes))]
+        assert total != pytest.approx(swapped[0] + weight * swapped[1], rel=1e-2)
+
+
+@pytest.mark.parametrize("weight, factor", [(None, 1.0), (0.0, 0.0), (2.5, 2.5)])
+def test_weights_of_a_pass_stand_in_the_order_of_its_samples(script, weight, factor):
+    """First the instances, then as many class images; of a process without a sample neither counts."""
+    for passes in batches_of(script, 3, 5, weight, 2, num_processes=2, steps=4):
+        for batch in passes:
+            half = len(batch) // 2
+            assert [item[1] < 3 for item in batch] == [True] * half + [False] * half
+            for instance, partner in zip(batch[:half], batch[half:], strict=True):
+                assert partner[2] == instance[2] * factor
+    plain = list(script.micro_batches(3, 2, 1, 0, 1, 0, 0, 4))
+    assert batches_of(script, 3, 0, weight, 2, steps=4) == [plain]  # without prior preservation
+
+
+@pytest.mark.parametrize("num_instances, num_classes", [(3, 7), (7, 3), (5, 5), (1, 4)])
+def test_class_images_are_used_evenly(script, num_instances, num_classes):
+    """As many epochs as there are class images use each of them as often as there are instances: once a turn."""
+    (passes,) = batches_of(script, num_instances, num_classes, 1.0, 1, steps=num_instances * num_classes)
+    used = [(turn, index) for batch in passes for turn, index, _ in batch[1:]]
+    every = itertools.product(range(num_instances), range(num_instances, num_instances + num_classes))
+    assert sorted(used) == sorted(every)
+    orders = {tuple(index for turn, index in used if turn == number) for number in range(num_instances)}
+    assert len(orders) > 1 or num_instances == 1
+
+
+def test_class_images_do_not_depend_on_the_processes(script):
+    partners = []
+    for batch_size, num_processes, accumulation in ((6, 1, 1), (3, 2, 1), (2, 3, 1), (1, 2, 3)):
+        found = {}
+        for passes in batches_of(script, 7, 4, 1.0, batch_size, num_processes, accumulation, steps=8):
+            for batch in passes:
+                half = len(batch) // 2
+                found |= {item[:2]: other[:2] for item, other in zip(batch[:half], batch[half:]) if item[2]}
+        partners.append(found)
+    assert len(partners[0]) == 28
+    assert all(found == partners[0] for found in partners)
+
+
+def test_streams_are_distinct(script):
+    names = ("SAMPLE", "ORDER", "DROPOUT", "SUBSET", "HELD_OUT", "CLASS")
+    assert len({getattr(script, name) for name in names}) == len(names)
+
+
+@pytest.mark.parametrize("prediction_type, snr_gamma", itertools.product(["epsilon", "v_prediction"], [None, 1.0]))
+def test_first_loss_by_hand(
+    script, fit, tiny_pipeline, tiny_pipeline_v, tmp_path, prediction_type, snr_gamma
+):
+    """Two photos and two class images in the first step: the loss from the papers' formulas and the base's weights."""
+    base = tiny_pipeline if prediction_type == "epsilon" else tiny_pipeline_v
+    pipeline, weight = StableDiffusionPipeline.from_pretrained(base), 0.3
+    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+
+    @torch.no_grad()
+    def one_loss(number, caption, index):
+        drawn = draws(script, seed=0, epoch=0, index=index)
+        latents, embeddings = encode_by_hand(pipeline, make_image(number), caption, drawn.posterior_noise)
+        a, noise = scheduler.alphas_cumprod[drawn.timestep], drawn.noise
+        predicted = pipeline.unet(a.sqrt() * latents + (1 - a).sqrt() * noise, drawn.timestep, embeddings).sample
+        target = noise[None] if prediction_type == "epsilon" else a.sqrt() * noise - (1 - a).sqrt() * latents
+        snr = (a / (1 - a)).item()
+        scale = min(snr, snr_gamma) / (snr + (prediction_type == "v_prediction")) if snr_gamma else 1
+        return F.mse_loss(predicted, target).item() * scale
+
+    def means(prompt, class_prompt):
+        return [np.mean([one_loss(first + index, caption, index) for index in range(2)])
+                for first, caption in ((0, prompt), (10, class_prompt))]
+
+    expected, swapped = means(PROMPT, CLASS_PROMPT), means(CLASS_PROMPT, PROMPT)
+    folders = {"instance_data_dir": write_images(tmp_path / "two", [0, 1]),
+               "classes": write_images(tmp_path / "classes", [10, 11])}
+    settings = {"prior_loss_weight": weight, "snr_gamma": snr_gamma}
+    assert fit(base=base, **folders, **settings) == 0
+    (loss,) = losses(tmp_path / "out")
+    assert loss == pytest.approx(expected[0] + weight * expected[1], rel=1e-5)
+    assert loss != pytest.approx(weight * expected[0] + expected[1], rel=1e-4)
+    assert loss != pytest.approx(swapped[0] + weight * swapped[1], rel=1e-4)
+
+
+def test_captions_of_a_pass_go_with_their_images(fit, trained_on, tmp_path):
+    classes = write_images(tmp_path / "classes", [10, 11])
+    assert fit(classes=classes, instance_data_dir=write_images(tmp_path / "two", [0, 1])) == 0
+    pictures = {(index, number): np.asarray(make_image(number)).transpose(2, 0, 1)
+                for index, number in enumerate([0, 1, 10, 11])}
+    assert len(trained_on) == 4
+    for caption, _, pixels, index in trained_on:
+        (number,) = [number for place, number in pictures if place == index]
+        assert np.array_equal(pixels, pictures[index, number])
+        assert caption == (PROMPT if number < 10 else CLASS_PROMPT)
+
+
+# ------------------------------------------------------------------------------------------------------ class images
+
+
+def test_interrupted_class_images_go_on(fit, tmp_path, monkeypatch):
+    """Stopped while the third is written: the first two stay as they are, and all equal those of a straight run."""
+    straight, classes, save = tmp_path / "straight", tmp_path / "classes", Image.Image.save
+
+    def save_two(image, path, *words):
+        if len(list(classes.glob("class-*.png"))) == 2:
+            path.write_bytes(b"half of a picture")
+            raise KeyboardInterrupt
+        save(image, path, *words)
+
+    settings = {"num_class_images": 4, "max_train_steps": 1}
+    assert fit("out_straight", classes=straight, **settings) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", save_two)
+        with pytest.raises(KeyboardInterrupt):
+            fit(classes=classes, **settings)
+    first = {name: found for name, found in snapshot(classes).items() if name.startswith("class-")}
+    assert sorted(first) == ["class-00000.png", "class-00001.png"]
+    assert not (tmp_path / "out").exists()
+    assert fit(classes=classes, **settings) == 0
+    assert {name: found for name, found in snapshot(classes).items() if name in first} == first
+    assert contents(classes) == contents(straight)
+    assert sorted(contents(classes)) == [f"class-{number:05d}.png" for number in range(4)]
+    assert len(set(contents(classes).values())) == 4
+    assert same(result(tmp_path / "out"), result(tmp_path / "out_straight"))
+
+
+def test_one_that_is_missing_is_made_again_alone(fit, tmp_path, quick_drawing):
+    classes = tmp_path / "classes"
+    assert fit(classes=classes, num_class_images=5, sample_batch_size=2) == 0
+    assert len(quick_drawing) == 3
+    before = snapshot(classes)
+    (classes / "class-00003.png").unlink()
+    assert fit("again", classes=classes, num_class_images=5) == 0
+    after = snapshot(classes)
+    assert len(quick_drawing) == 4
+    assert after.pop("class-00003.png")[2] == before.pop("class-00003.png")[2]
+    assert after == before
+    assert fit("third", classes=classes, num_class_images=5) == 0
+    assert len(quick_drawing) == 4
+
+
+def test_own_class_images_are_kept_and_count(fit, tmp_path, quick_drawing, trained_on, capsys):
+    classes = write_images(tmp_path / "classes", [10, 11])
+    write_images(classes / "more", [12])
+    before = snapshot(classes)
+    assert fit(classes=classes, num_class_images=5, train_batch_size=5) == 0
+    assert f"2 class images are to be drawn into {classes}" in capsys.readouterr().out
+    after = snapshot(classes)
+    assert after.keys() - before.keys() == {"class-00000.png", "class-00001.png"}
+    assert all(after[name] == before[name] for name in before)
+    assert sorted(index for *_, index in trained_on) == list(range(10))  # five photos, and all five of the class
+    again = write_images(tmp_path / "enough", [10, 11, 12])
+    assert fit("second", classes=again, num_class_images=2) == 0
+    assert len(list(again.iterdir())) == 3
+
+
+def test_class_images_differ_by_seed_and_number(fit, tmp_path, quick_drawing):
+    for seed in (0, 1):
+        assert fit(f"out{seed}", classes=tmp_path / f"classes{seed}", num_class_images=5, seed=seed) == 0
+    assert len({*contents(tmp_path / "classes0").values(), *contents(tmp_path / "classes1").values()}) == 10
+
+
+def test_a_dry_run_draws_nothing(fit, tmp_path, quick_drawing, capsys):
+    assert fit(classes=tmp_path / "classes", dry_run=True) == 0
+    assert "2 class images are to be drawn" in capsys.readouterr().out
+    assert not quick_drawing
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_class_images(tiny_pipeline, photos, tmp_path):
+    """As many as asked for, none twice, and those that one process draws one by one."""
+    script = load_script(TRAIN_DREAMBOOTH)
+    settings = {"instance_data_dir": photos, "instance_prompt": PROMPT, "with_prior_preservation": True,
+                "class_prompt": CLASS_PROMPT, "num_class_images": 5, "sample_batch_size": 1, "max_train_steps": 1}
+    line = words(tiny_pipeline, None, tmp_path / "two", **settings, class_data_dir=tmp_path / "classes2",
+                 train_batch_size=1)
+    ended = run_script(line, script=TRAIN_DREAMBOOTH, nproc=2)
+    assert ended.returncode == 0, ended.stderr
+    made = contents(tmp_path / "classes2")
+    assert sorted(made) == [f"class-{number:05d}.png" for number in range(5)]
+    assert len(set(made.values())) == 5
+    settings |= {"class_data_dir": tmp_path / "classes1", "train_batch_size": 2}
+    assert train(script, tiny_pipeline, None, tmp_path / "one", **settings) == 0
+    assert contents(tmp_path / "classes1") == made
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------- what is trained
+
+
+def test_text_encoder_is_trained_saved_and_loaded(script, fit, tiny_pipeline, tmp_path):
+    assert fit(train_text_encoder=True, adam_weight_decay=0, max_train_steps=2) == 0
+    before = load(tiny_pipeline)
+    if "lora" in script.__name__:
+        after = load(tiny_pipeline)
+        after.load_lora_weights(tmp_path / "out")
+        keys = load_file(tmp_path / "out" / LORA_FILE)
+        assert {key.split(".")[0] for key in keys} == {"unet", "text_encoder"}
+    else:
+        after = load(tmp_path / "out")
+        weights = [load_file(folder / "text_encoder" / "model.safetensors")
+                   for folder in (tiny_pipeline, tmp_path / "out")]
+        changed = [name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])]
+        assert len(changed) >= len(weights[0]) - 1  # position numbers are no weights
+    tokens = before.tokenizer(PROMPT, return_tensors="pt").input_ids
+    embeddings = [pipeline.text_encoder(tokens).last_hidden_state for pipeline in (before, after)]
+    assert (embeddings[0] - embeddings[1]).abs().max() > 1e-4
+
+
+def test_text_encoder_is_left_to_the_bit(script, fit, tiny_pipeline, tmp_path):
+    assert fit() == 0
+    if "lora" in script.__name__:
+        assert {key.split(".")[0] for key in load_file(tmp_path / "out" / LORA_FILE)} == {"unet"}
+    else:
+        files = [folder / "text_encoder" / "model.safetensors" for folder in (tiny_pipeline, tmp_path / "out")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_lora_file_draws_as_the_trained_model(tiny_pipeline, photos, tmp_path):
+    """In diffusers' and kohya's layout, and merged."""
+    script, tool, kept = load_script(TRAIN_DREAMBOOTH_LORA), load_script(REPO / "tools" / "convert_lora.py"), {}
+    save_model = script.save_model
+
+    def save_and_keep(args, models, *rest):
+        kept.update(models)
+        return save_model(args, models, *rest)
+
+    script.save_model = save_and_keep  # the module is this test's own
+    settings = {"instance_data_dir": photos, "instance_prompt": PROMPT, "with_prior_preservation": True,
+                "class_data_dir": write_images(tmp_path / "classes", [10]), "class_prompt": CLASS_PROMPT,
+                "num_class_images": 1, "train_text_encoder": True, "learning_rate": 0.05, "max_train_steps": 3,
+                "lora_alpha": 2, "output_kohya_format": True}
+    folder = tmp_path / "star"
+    assert train(script, tiny_pipeline, None, folder, **settings) == 0
+    expected = draw(load(tiny_pipeline, **{name: model.eval() for name, model in kept.items()}))
+    assert largest_difference(expected, draw(load(tiny_pipeline))) > 1e-2
+    assert largest_difference(with_lora(tiny_pipeline, folder / LORA_FILE), expected) < 1e-4
+    assert largest_difference(with_lora(tiny_pipeline, folder / "star.safetensors"), expected) < 1e-4
+    assert largest_difference(draw(merged(tool, folder, tiny_pipeline, tmp_path / "merged")), expected) < 1e-4
+
+
+def test_resumed_equals_straight(fit, tmp_path):
+    """Also where a class image was lost in between: it is made again to the bit."""
+    classes, straight, out = tmp_path / "classes", tmp_path / "straight", tmp_path / "out"
+    assert fit("straight", classes=classes, **EVERYTHING) == 0
+    assert len(set(losses(straight))) == 8
+    for name in ("args.json", "log.jsonl"):
+        out.mkdir(exist_ok=True)
+        shutil.copy(straight / name, out)
+    shutil.copytree(straight / "checkpoint-4", out / "checkpoint-4")
+    before = contents(classes)
+    (classes / "class-00001.png").unlink()
+    assert fit(classes=classes, resume_from_checkpoint="latest", **EVERYTHING) == 0
+    assert contents(classes) == before
+    assert same(result(out), result(straight))
+    assert read_log(out) == read_log(straight)
+    assert same(*[checkpoint_state(folder / "checkpoint-8") for folder in (out, straight)])
+
+
+def test_other_class_images_are_another_run(fit, tmp_path, capsys):
+    """A resume would go on with others than it began with."""
+    classes = write_images(tmp_path / "classes", [10, 11])
+    settings = {"classes": classes, "max_train_steps": 2, "checkpointing_steps": 1}
+    assert fit(**settings) == 0
+    (tmp_path / "out" / "README.md").unlink()
+    make_image(12).save(classes / "12.png")
+    assert fit(**settings, resume_from_checkpoint=tmp_path / "out" / "checkpoint-2") == 2
+    assert "data: [" in capsys.readouterr().err
+
+
+def test_repeats_are_samples_of_their_own(fit, photos, tmp_path, trained_on, capsys):
+    settings = {"repeats": 3, "train_batch_size": 4, "max_train_steps": None, "num_train_epochs": 1}
+    assert fit(**settings) == 0
+    assert "15 to train on" in capsys.readouterr().out
+    assert len(losses(tmp_path / "out")) == 4
+    assert sorted(index for *_, index in trained_on) == list(range(15))
+    by_index = sorted(trained_on, key=lambda sample: sample[3])
+    assert len({noise.tobytes() for _, noise, _, _ in by_index}) == 15
+    for photo in range(5):
+        crops = {pixels.tobytes() for _, _, pixels, _ in by_index[3 * photo :][:3]}
+        assert len(crops) > 1
+
+
+def test_card_names_the_prompt(fit, tmp_path):
+    assert fit() == 0
+    text = (tmp_path / "out" / "README.md").read_text()
+    front = text.split("---\n")[1].splitlines()
+    assert f"instance_prompt: {PROMPT}" in front
+    assert "- dreambooth" in front
+    assert str(tmp_path) not in text
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"class_prompt": None}, "--with_prior_preservation: needs --class_prompt"),
+        ({"class_data_dir": None}, "--with_prior_preservation: needs --class_data_dir"),
+        ({"num_class_images": 0}, "--num_class_images=0: must be 1 or more"),
+        ({"sample_batch_size": 0}, "--sample_batch_size=0: must be 1 or more"),
+        ({"prior_loss_weight": -1}, "--prior_loss_weight=-1.0: must be from 0"),
+        ({"repeats": 0}, "--repeats=0: must be 1 or more"),
+        ({"instance_prompt": " "}, "--instance_prompt=: is empty"),
+        ({"instance_data_dir": None}, "--instance_data_dir=None: give this or --dataset_name"),
+        ({"instance_data_dir": "nowhere"}, "--instance_data_dir=nowhere: does not exist"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_wrong_flags_end_before_models_load(refused, tmp_path, settings, message):
+    assert message in refused(classes=tmp_path / "classes", **settings)
+
+
+@pytest.mark.parametrize(
+    "flag, value",
+    [("class_data_dir", "dogs"), ("class_prompt", "a dog"), ("num_class_images", 10), ("sample_batch_size", 2),
+     ("prior_loss_weight", 0.5), ("prior_generation_precision", "fp32")],
+)
+def test_class_flags_do_nothing_without_prior_preservation(refused, flag, value):
+    text = refused(**{flag: value})
+    assert f"--{flag}={value}: does nothing without --with_prior_preservation" in text
+
+
+@pytest.mark.parametrize("place", ["photos", "photos/classes", "."])
+def test_class_folder_stands_apart_from_the_instances(refused, tmp_path, place):
+    photos = write_images(tmp_path / "photos", [0])
+    text = refused(classes=tmp_path / place, instance_data_dir=photos)
+    assert f"--class_data_dir={tmp_path / place}: is not apart from --instance_data_dir" in text
+
+
+def test_a_file_as_class_folder(refused, tmp_path):
+    (tmp_path / "classes").write_text("no folder")
+    assert f"--class_data_dir={tmp_path / 'classes'}: does not exist, or is no folder" in refused(
+        classes=tmp_path / "classes")
+
+
+def test_output_among_the_class_images_is_refused(refused, tmp_path):
+    assert "lies in the folder of --class_data_dir" in refused(classes=tmp_path)
+
+
+def test_other_files_are_ignored_and_said(fit, tmp_path, trained_on, capsys):
+    photos = write_images(tmp_path / "photos", [0, 1])
+    (photos / "README.md").write_text("My dog.")
+    (photos / ".DS_Store").write_bytes(bytes(range(256)))
+    before = snapshot(photos)
+    assert fit(instance_data_dir=photos) == 0
+    assert f"Left aside in {photos}: 2 files of other kinds, such as .DS_Store, README.md." in capsys.readouterr().out
+    assert len(trained_on) == 2
+    assert snapshot(photos) == before
+
+
+def test_an_empty_folder(refused, tmp_path):
+    (tmp_path / "photos").mkdir()
+    assert f"the folder {tmp_path / 'photos'} holds no images" in refused(instance_data_dir=tmp_path / "photos")
+
+
+def test_a_caption_of_its_own_wins_over_the_prompt(fit, tmp_path, trained_on):
+    """From metadata and from a .txt; --instance_prompt is for photos without, also where theirs is empty."""
+    photos = write_images(tmp_path / "photos", range(5))
+    write_metadata(photos, [{"file_name": "0.png", "text": caption_of(0)}, {"file_name": "1.png", "text": ""}])
+    (photos / "2.txt").write_text(caption_of(2))
+    (photos / "3.txt").write_text("")
+    assert fit(instance_data_dir=photos, train_batch_size=5) == 0
+    captions = {index: caption for caption, _, _, index in trained_on}
+    assert captions == {0: caption_of(0), 1: PROMPT, 2: caption_of(2), 3: PROMPT, 4: PROMPT}
+
+
+def test_captions_alone_are_enough(fit, tmp_path, trained_on):
+    photos = write_images(tmp_path / "photos", [0])
+    (photos / "0.txt").write_text(caption_of(0))
+    assert fit(instance_data_dir=photos, instance_prompt=None) == 0
+    assert {caption for caption, *_ in trained_on} == {caption_of(0)}
+    assert "instance_prompt:" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_no_captions_and_no_prompt(refused, photos):
+    text = refused(instance_prompt=None)
+    assert all(f"{photos / f'{number}.png'}: has no caption" in text for number in range(5))
+
+
+def test_a_broken_class_image_is_listed(refused, tmp_path):
+    classes = write_images(tmp_path / "classes", [10, 11])
+    (classes / "broken.png").write_bytes((classes / "10.png").read_bytes()[:60])
+    text = refused(classes=classes, num_class_images=5)
+    assert f"{classes / 'broken.png'}: " in text
+    assert "1 of 3 images" in text
+
+
+def test_a_broken_class_image_can_be_left_out(fit, tmp_path, trained_on, capsys):
+    classes = write_images(tmp_path / "classes", [10, 11])
+    (classes / "broken.png").write_text("no picture")
+    before = snapshot(classes)
+    assert fit(classes=classes, num_class_images=3, skip_bad_images=True) == 0
+    assert str(classes / "broken.png") in capsys.readouterr().out
+    assert snapshot(classes) == before
+    assert {index for *_, index in trained_on} <= set(range(7))
+
+
+# ------------------------------------------------------------------------------------------------ known, to be mended
+
+
+def to_be_mended(what):
+    """A mistake of the scripts that is known; the mark has to go as soon as it is mended."""
+    return pytest.mark.xfail(strict=True, reason=what)
+
+
+@to_be_mended("make_class_images draws while models are in training mode, so with dropout where they have it")
+def test_class_images_are_drawn_without_dropout(fit, tmp_path, quick_drawing):
+    assert fit(classes=tmp_path / "classes", train_text_encoder=True) == 0
+    assert {modes[1:] for modes in quick_drawing} == {(False, False)}
+
+
+@to_be_mended("adapters of --init_lora_weights are in the model that draws the class")
+def test_class_images_are_the_bases(tiny_pipeline, photos, tmp_path):
+    script = load_script(TRAIN_DREAMBOOTH_LORA)
+    settings = {"instance_data_dir": photos, "instance_prompt": PROMPT, "max_train_steps": 1, "learning_rate": 1}
+    assert train(script, tiny_pipeline, None, tmp_path / "first", **settings) == 0
+    settings |= {"with_prior_preservation": True, "class_prompt": CLASS_PROMPT, "num_class_images": 1}
+    for name, start in (("base", None), ("adapted", tmp_path / "first")):
+        settings |= {"class_data_dir": tmp_path / f"classes_{name}", "init_lora_weights": start}
+        assert train(script, tiny_pipeline, None, tmp_path / name, **settings) == 0
+    assert contents(tmp_path / "classes_base") == contents(tmp_path / "classes_adapted")
+
+
+@to_be_mended("frozen models are in bf16 already: the full script ends in a traceback, the other draws in bf16")
+def test_class_images_are_drawn_in_the_precision_asked_for(fit, tmp_path):
+    for precision in ("bf16", "fp32"):
+        settings = {"mixed_precision": "bf16", "prior_generation_precision": precision, "num_class_images": 1}
+        assert fit(precision, classes=tmp_path / f"classes_{precision}", **settings) == 0
+    assert contents(tmp_path / "classes_bf16") != contents(tmp_path / "classes_fp32")
+
+
+@to_be_mended("InstancesAndClasses gives both the numbers of (seed, epoch, index), each counted from 0")
+def test_instances_and_class_images_have_noise_of_their_own(fit, tmp_path, trained_on):
+    assert fit(classes=write_images(tmp_path / "classes", [10, 11]), train_batch_size=5) == 0
+    drawn = {(index, noise.tobytes()) for _, noise, _, index in trained_on}
+    assert len(drawn) == len({noise for _, noise in drawn}) == 10
+
+
+@to_be_mended("check_output looks at a folder that is not there yet no further")
+def test_class_folder_that_cannot_be_made(refused, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    assert "--class_data_dir=" in refused(classes=tmp_path / "file" / "classes")
+
+
+@to_be_mended("missing_class_images counts what read_folder leaves aside")
+def test_hidden_folders_hold_no_class_images(script, tmp_path):
+    write_images(tmp_path / "classes" / ".thumbnails", [10, 11])
+    assert len(script.missing_class_images(tmp_path / "classes", 2)) == 2
+
+
+@to_be_mended("read_dataset needs a caption column, even where the prompt would do")
+def test_a_dataset_without_captions_takes_the_prompt(fit, photos, tmp_path, trained_on):
+    files = sorted(photos.glob("*.png"))
+    rows = [{"image": {"bytes": path.read_bytes(), "path": path.name}} for path in files]
+    (tmp_path / "dataset").mkdir()
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "dataset" / "train.parquet")
+    assert fit(instance_data_dir=None, dataset_name=tmp_path / "dataset") == 0
+    assert {caption for caption, *_ in trained_on} == {PROMPT}
+
+
+@to_be_mended("the shared text names metadata and .txt only")
+def test_no_captions_and_no_prompt_names_the_flag(refused):
+    assert "--instance_prompt" in refused(instance_prompt=None)
+
+
+@to_be_mended("0 counts as not given")
+def test_weight_0_does_nothing_without_prior_preservation(refused):
+    assert "--with_prior_preservation" in refused(prior_loss_weight=0)
+
+
+@to_be_mended("a folder without args.json is nobody's run")
+def test_class_folder_in_the_output_folder_can_be_gone_on_with(fit, tmp_path, monkeypatch):
+    """Refused at once, or not after the class images are there."""
+    settings = {"classes": tmp_path / "out" / "classes", "resume_from_checkpoint": "latest"}
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", None)
+        try:
+            if fit(**settings) == 2:
+                return
+        except TypeError:
+            pass
+    assert fit(**settings) == 0
