@@ -265,15 +265,21 @@ def test_perfect_prediction_costs_nothing_and_perturbation_stays_out_of_the_targ
     assert torch.equal(seen_embeds, embeds)
 
 
+def snr_weights(train_script, scheduler, timesteps, gamma):
+    """The losses of a UNet that is off by 1 everywhere."""
+    zeros = torch.zeros(len(timesteps), *SHAPE)
+    return train_script.diffusion_losses(StubUNet(1.0), scheduler, zeros, None, zeros, zeros, timesteps, gamma)
+
+
 def test_weights_of_min_snr_at_every_timestep(train_script):
     timesteps = torch.arange(1000)
     for prediction_type in ("epsilon", "v_prediction"):
-        weights = train_script.snr_weights(make_scheduler(prediction_type=prediction_type), timesteps, 5.0)
+        weights = snr_weights(train_script, make_scheduler(prediction_type=prediction_type), timesteps, 5.0)
         expected = min_snr_weights(prediction_type, timesteps.numpy(), 5.0)
         np.testing.assert_allclose(weights.numpy(), expected, rtol=2e-4)
     # Values that can be read off the formulas: above gamma the epsilon weight is gamma / snr, below it is 1.
     snr = alphas_cumprod() / (1 - alphas_cumprod())
-    epsilon = train_script.snr_weights(make_scheduler(), timesteps, 5.0).numpy()
+    epsilon = snr_weights(train_script, make_scheduler(), timesteps, 5.0).numpy()
     assert (epsilon[snr < 4.99] == 1).all()
     np.testing.assert_allclose(epsilon[snr > 5] * snr[snr > 5], 5, rtol=2e-4)
 
@@ -281,7 +287,7 @@ def test_weights_of_min_snr_at_every_timestep(train_script):
 def test_snr_is_that_of_the_rescaled_schedule(train_script):
     scheduler = make_scheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
     timesteps = torch.arange(1000)
-    weights = train_script.snr_weights(scheduler, timesteps, 5.0).numpy()
+    weights = snr_weights(train_script, scheduler, timesteps, 5.0).numpy()
     np.testing.assert_allclose(weights, min_snr_weights("v_prediction", timesteps, 5.0, True), rtol=1e-3, atol=1e-6)
     plain = min_snr_weights("v_prediction", timesteps, 5.0)
     assert np.abs(weights - plain).max() > 0.004  # else the test could not tell the two apart

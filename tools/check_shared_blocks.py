@@ -51,7 +51,7 @@ EXPECTED = {
         "diffusion_losses", "draw_samples", "encode", "exchange", "find_checkpoint", "held_out_losses", "last_line",
         "leave", "list_checkpoints", "load_base", "load_data", "make_accelerator", "make_state", "micro_batches",
         "note_signal", "on_signals", "open_image", "parse_words", "prepare_output", "print_plan", "push",
-        "read_dataset", "read_folder", "resume", "save_checkpoint", "snr_weights", "validate",
+        "read_dataset", "read_folder", "resume", "save_checkpoint", "validate",
         "write_card", "write_log",
     ],
     2: [

@@ -303,8 +303,8 @@ def check_settings(settings):
     flag = "enable_xformers_memory_efficient_attention"
     refuse(get(flag) and (on_cpu or not is_xformers_available()), flag, "needs a GPU and xformers; drop this")
     precision = get("mixed_precision") or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    refuse(precision not in DTYPES or (on_cpu and precision == "fp16"), "mixed_precision",
-           f"{precision} (by accelerate's config, if not by this) cannot train here; use bf16 or no")
+    if precision not in DTYPES or (on_cpu and precision == "fp16"):
+        problems.append(f"--mixed_precision={precision} (or accelerate's config): cannot train here; use bf16 or no")
     return problems + [f"accelerate's config asks for {name}, which cannot be used; choose GPUs alone" for name in (
         "FSDP", "DEEPSPEED", "MEGATRON_LM") if parse_flag_from_env(f"ACCELERATE_USE_{name}")]
 
@@ -358,8 +358,7 @@ def check_model(pretrained_model_name_or_path, single_file_config, revision, cac
         CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where)
         CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)
     except (OSError, ValueError) as error:
-        return [f"the model {source} is no whole pipeline, or cannot be had from the Hub; check its name and the "
-                f"connection ({last_line(error)})"]
+        return [f"{source}: no whole pipeline, no name of one on the Hub, or no connection ({last_line(error)})"]
     problems, divisor = [], 2 ** (len(vae["block_out_channels"]) - 1)
     if resolution % divisor:
         usable = resolution // divisor * divisor or divisor
@@ -463,16 +462,14 @@ def read_folder(folder, caption_column):
 
 
 def read_dataset(name, config_name, image_column, caption_column, cache_dir, token):
-    """Loads the train split of a dataset from the Hub or a local path as columns `image` (undecoded) and `captions`.
-    Raises `InputError` if it cannot be loaded or lacks a column."""
+    """Loads the train split of a dataset as columns `image` (undecoded) and `captions`. Raises `InputError`."""
     # A local folder of image files is not for `datasets`, which drops images without a caption in silence.
     if Path(name).is_dir() and any(path.suffix.lower() in IMAGE_SUFFIXES for path in Path(name).rglob("*")):
         return read_folder(name, caption_column)
     try:
-        if Path(name, "state.json").is_file():  # by save_to_disk
-            dataset = datasets.load_from_disk(name)
-        else:
-            dataset = datasets.load_dataset(name, config_name, split="train", cache_dir=cache_dir, token=token)
+        saved = Path(name, "state.json").is_file()  # by save_to_disk
+        dataset = datasets.load_from_disk(name) if saved else datasets.load_dataset(
+            name, config_name, split="train", cache_dir=cache_dir, token=token)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise InputError(f"--dataset_name={name}: cannot be loaded; check its name ({last_line(error)})") from None
     try:
@@ -543,9 +540,8 @@ def all_captions(captions):
 
 
 def check_rows(rows, memory, skip_bad_images, tokenizer, resolution):
-    """Checks every image and caption; returns the good rows and a digest of each one's content and captions. Others
-    are left out if `skip_bad_images`, else one `InputError` lists them by path. Small images and long captions are
-    warned of."""
+    """Checks every image and caption; returns the good rows and a digest of each one's content and captions. Raises
+    one `InputError` for all others, unless `skip_bad_images`; warns of small images and of captions that are cut."""
     bad, small, cut, good = [], [], [], {}
     captions = [all_captions(captions) for captions in rows["captions"]]
     for index, (digest, width, height, problem) in enumerate(check_images(rows, memory)):
@@ -557,7 +553,7 @@ def check_rows(rows, memory, skip_bad_images, tokenizer, resolution):
             good[index] = hashlib.sha256(json.dumps([digest, captions[index]]).encode()).hexdigest()
             if max(map(len, tokenizer(captions[index], verbose=False).input_ids)) > tokenizer.model_max_length:
                 cut.append(f"{captions[index][0][:80]}...")
-    unusable = "\n  ".join([f"{len(bad)} of {len(rows)} images cannot be used:", *bad[:100]])
+    unusable = "\n  ".join([f"{len(bad)} of {len(rows)} images are unusable:", *bad[:100]])
     if bad and not (skip_bad_images and good):
         raise InputError(f"{unusable}\nMend or remove them, or add --skip_bad_images.")
     if bad:
@@ -630,12 +626,10 @@ def load_data(pretrained_model_name_or_path, single_file_config, revision, cache
     if default_caption:
         captions = [all_captions(captions) or [default_caption] for captions in rows["captions"]]
         rows = rows.remove_columns("captions").add_column("captions", captions)
-    if max_train_samples and max_train_samples < len(rows):
-        order = np.random.default_rng((seed, SUBSET)).permutation(len(rows))
-        rows = rows.select(np.sort(order[:max_train_samples]))
+    subset = np.random.default_rng((seed, SUBSET)).permutation(len(rows))[:max_train_samples]
     place = hashlib.sha256(os.path.abspath(train_data_dir or dataset_name).encode()).hexdigest()[:16]
     memory = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "checked_images" / f"{place}.json"
-    rows, digests = check_rows(rows, memory, skip_bad_images, tokenizer, resolution)
+    rows, digests = check_rows(rows.select(np.sort(subset)), memory, skip_bad_images, tokenizer, resolution)
     if num_validation_samples >= len(rows):
         raise InputError(f"--num_validation_samples={num_validation_samples}: must leave some of {len(rows)} images")
     order = np.random.default_rng(HELD_OUT).permutation(len(rows))
@@ -798,8 +792,7 @@ def load_base(pretrained_model_name_or_path, single_file_config, revision, varia
         if enable_xformers_memory_efficient_attention:
             pipeline.unet.enable_xformers_memory_efficient_attention()
     except Exception as error:  # every format has its own way of being broken, and xFormers one for every mismatch
-        raise InputError(f"the weights of {pretrained_model_name_or_path} cannot be loaded, or xFormers not be used "
-                         f"({last_line(error)})") from None
+        raise InputError(f"{pretrained_model_name_or_path}: cannot be loaded ({last_line(error)})") from None
     if gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
     objective = {"prediction_type": prediction_type} if prediction_type else {}
@@ -837,12 +830,6 @@ def encode(vae, batch):
     return (posterior.mean.float() + posterior.std.float() * batch["posterior_noise"]) * vae.config.scaling_factor
 
 
-def snr_weights(noise_scheduler, timesteps, snr_gamma):
-    """Min-SNR loss weights (batch,), arXiv 2303.09556, section 3.4: min(snr, gamma) / snr, or / (snr + 1) for v."""
-    snr = compute_snr(noise_scheduler, timesteps)
-    return snr.clamp(max=snr_gamma) / (snr + (noise_scheduler.config.prediction_type == "v_prediction"))
-
-
 def diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, noise, added_noise, timesteps, snr_gamma=None):
     """One diffusion step: the loss of each sample (batch,), the mean over its latents (arXiv 2006.11239, eq. 14)."""
     # All is float32 up to the UNet: in bfloat16 the first timesteps would get no noise at all.
@@ -851,7 +838,10 @@ def diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, noise, added
     target = noise if predicts_noise else noise_scheduler.get_velocity(latents, noise, timesteps)
     model_pred = unet(noisy_latents, timesteps, prompt_embeds).sample
     losses = F.mse_loss(model_pred.float(), target, reduction="none").mean(dim=(1, 2, 3))
-    return losses if snr_gamma is None else losses * snr_weights(noise_scheduler, timesteps, snr_gamma)
+    if snr_gamma is not None:  # min-SNR, arXiv 2303.09556, section 3.4: min(snr, gamma) / snr, or / (snr + 1) for v
+        snr = compute_snr(noise_scheduler, timesteps)
+        losses = losses * (snr.clamp(max=snr_gamma) / (snr if predicts_noise else snr + 1))
+    return losses
 
 
 # ----------------------------------------------------------------------------------------------------- checkpoints
@@ -901,15 +891,14 @@ def resume(accelerator, checkpoint, settings, last_step, state):
         accelerator.print(told)
     if progress["global_step"] > last_step:
         raise InputError(f"--max_train_steps: {checkpoint} is beyond the last step, {last_step}; raise it")
-    optimizer, lr_scheduler, ema = state["optimizer"], state["lr_scheduler"], state.get("ema")
     saved = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
     # Rates and decays are those asked for now, which are the checkpoint's unless they were changed.
-    saved["optimizer"]["param_groups"] = optimizer.state_dict()["param_groups"]
-    saved["lr_scheduler"]["base_lrs"] = lr_scheduler.base_lrs
-    if ema:
-        saved["ema"].update(decay=ema.decay, use_ema_warmup=ema.use_ema_warmup)
+    asked = {"param_groups", "base_lrs", "decay", "use_ema_warmup"}
     for name, part in state.items():
+        now = part.state_dict()
+        saved[name].update({key: now[key] for key in now.keys() & asked})
         part.load_state_dict(saved[name])
+    optimizer, lr_scheduler = state["optimizer"], state["lr_scheduler"]
     for group, factor in zip(optimizer.param_groups, lr_scheduler.lr_lambdas, strict=True):
         group["lr"] = group["initial_lr"] * factor(lr_scheduler.last_epoch)
     return {**progress, "base_losses": None if "data" in changed else progress["base_losses"]}
@@ -1015,8 +1004,7 @@ def validate(accelerator, parts, parameters, ema, images, batch_size, prompts, r
         error = gain.std().item() / len(gain) ** 0.5 if len(gain) > 1 else 0.0
         numbers = {"held_out_loss": losses.mean().item(), "held_out_gain": gain.mean().item(), "gain_error": error}
         write_log(accelerator, output_dir, step, numbers)
-        accelerator.print("\nStep {}: held-out loss {:.5f}, {:.5f} +- {:.5f} below the start".format(
-            step, *numbers.values()))
+        accelerator.print(f"\nStep {step}:", *[f"{name} {value:.5f}" for name, value in numbers.items()])
     if prompts and accelerator.is_main_process:
         path = output_dir / "samples" / f"step-{step:06d}.png"
         drawn = np.stack(draw_samples(accelerator, parts, prompts, resolution, seed, path))
@@ -1040,7 +1028,6 @@ def write_log(accelerator, output_dir, step, numbers):
 # -------------------------------------------------------------------------------------------------------- training
 def print_plan(settings, trained, frozen, num_processes, num_trained, num_images, num_held_out, first_step, last_step):
     """Says, before the first step, what will be done."""
-    checkpoint = 4e-9 * num_trained * (3 + settings["use_ema"])  # GB: weights, AdamW's two moments, average
     epochs = last_step / math.ceil(num_images / settings["samples_per_step"])
     print("""Plan
   images     {0:,} to train on, {1:,} held out, at {resolution} x {resolution} pixels
@@ -1050,7 +1037,7 @@ def print_plan(settings, trained, frozen, num_processes, num_trained, num_images
   optimizer  AdamW at {peak_learning_rate:g}, {lr_scheduler}; 8-bit: {use_8bit_adam}; EMA: {use_ema}
   output     {output_dir}, a checkpoint of {9:.2g} GB every {checkpointing_steps:,} steps""".format(
         num_images, num_held_out, first_step, last_step, epochs, num_processes, trained, num_trained, frozen,
-        checkpoint, **settings))
+        4e-9 * num_trained * (3 + settings["use_ema"]), **settings))
 
 
 def prepare_output(accelerator, output_dir, settings, first_step):
