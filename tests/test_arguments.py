@@ -533,8 +533,7 @@ def test_empty_config_is_none(parse):
 
 
 def test_the_demo_is_a_recipe_of_flags(train_script, repo):
-    for path in sorted((repo / "examples" / "configs").glob("*.yaml")):
-        assert train_script.parse_args(["--config", str(path)]).resolution
+    assert train_script.parse_args(["--config", str(repo / "examples/configs/demo_creatures.yaml")]).resolution == 64
 
 
 @pytest.mark.parametrize(

@@ -348,15 +348,23 @@ def check_model(pretrained_model_name_or_path, single_file_config, revision, cac
     return problems
 
 
-def check_subject(instance_data_dir, instance_prompt, with_prior_preservation, class_data_dir, class_prompt, **_):
+def check_subject(instance_data_dir, instance_prompt, with_prior_preservation, class_data_dir, class_prompt,
+                  output_dir, **_):
     """Lists what is wrong with the prompts and folders of subject and class."""
     problems = [f"--with_prior_preservation: needs --{flag}" for flag, value in (
         ("class_data_dir", class_data_dir), ("class_prompt", class_prompt)) if with_prior_preservation and not value]
-    if instance_prompt is not None and not instance_prompt.strip():
-        problems.append("--instance_prompt=: is empty; give a rare word and the class, such as a photo of sks dog")
-    places = [Path(folder).resolve() for folder in (instance_data_dir, class_data_dir) if folder]
-    if len(places) == 2 and (places[0] in [places[1], *places[1].parents] or places[1] in places[0].parents):
-        problems.append(f"--class_data_dir={class_data_dir}: is not apart from --instance_data_dir; name another")
+    texts = [path for path in Path(instance_data_dir or ".").rglob("*") if path.suffix in (".txt", ".jsonl", ".csv")]
+    if (instance_data_dir and not instance_prompt and not texts) or (instance_prompt or "x").isspace():
+        problems.append("--instance_prompt: give a rare word and the class, such as a photo of sks dog, for photos "
+                        "that have no captions")
+    if class_data_dir:
+        folder = Path(class_data_dir).resolve()
+        for flag, other in (("instance_data_dir", instance_data_dir), ("output_dir", output_dir)):
+            places = [str(folder), str(Path(other or folder.anchor).resolve())]
+            if other and os.path.commonpath(places) in places:
+                problems.append(f"--class_data_dir={class_data_dir}: is not apart from --{flag}; name another")
+        if not next(path for path in (folder, *folder.parents) if path.exists()).is_dir():
+            problems.append(f"--class_data_dir={class_data_dir}: lies below a file; name another")
     return problems
 
 
@@ -401,7 +409,7 @@ def read_folder(folder, caption_column):
     return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image(decode=False))
 
 
-def read_dataset(name, config_name, image_column, caption_column, cache_dir, token):
+def read_dataset(name, config_name, image_column, caption_column, cache_dir, token, default_caption=None):
     """Loads the train split of a dataset as columns `image` (undecoded) and `captions`. Raises `InputError`."""
     # A local folder of image files is not for `datasets`, which drops images without a caption in silence.
     if Path(name).is_dir() and any(path.suffix.lower() in IMAGE_SUFFIXES for path in Path(name).rglob("*")):
@@ -413,6 +421,8 @@ def read_dataset(name, config_name, image_column, caption_column, cache_dir, tok
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise InputError(f"--dataset_name={name}: cannot be loaded; check its name ({last_line(error)})") from None
     try:
+        if default_caption and caption_column not in dataset.column_names:
+            dataset = dataset.add_column(caption_column, [default_caption] * len(dataset))
         dataset = dataset.select_columns([image_column, caption_column])
         dataset = dataset.rename_columns({image_column: "image", caption_column: "captions"})
         return dataset.cast_column("image", datasets.Image(decode=False))
@@ -562,7 +572,7 @@ def load_data(pretrained_model_name_or_path, single_file_config, revision, cache
     latent_shape = (vae["latent_channels"], *[resolution // 2 ** (len(vae["block_out_channels"]) - 1)] * 2)
     schedule = diffusers.DDPMScheduler.load_config(source, subfolder="scheduler", **where)
     rows = read_folder(train_data_dir, caption_column) if train_data_dir else read_dataset(
-        dataset_name, dataset_config_name, image_column, caption_column, cache_dir, hub_token)
+        dataset_name, dataset_config_name, image_column, caption_column, cache_dir, hub_token, default_caption)
     if default_caption:
         captions = [all_captions(captions) or [default_caption] for captions in rows["captions"]]
         rows = rows.remove_columns("captions").add_column("captions", captions)
@@ -637,14 +647,15 @@ def load_classes(class_data_dir, class_prompt, num_class_images, dataset_name, m
         return None, None, missing
     images, _, fingerprint = load_data(train_data_dir=class_data_dir, default_caption=class_prompt, dataset_name=None,
                                        max_train_samples=None, num_validation_samples=0, **settings)
-    return images, fingerprint, missing
+    # Under a seed of their own: a photo of the same number shall not have the same noise.
+    return dataclasses.replace(images, seed=images.seed + 2**63), fingerprint, missing
 
 
 def missing_class_images(folder, number):
     """Names of the class images that are still to be made: class-00000.png and so on, fewer by those that came from
     elsewhere."""
     there = [path.name for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES
-             and not path.name.startswith(".")]
+             and not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     others = [name for name in there if not re.fullmatch(r"class-\d{5}\.png", name)]
     return [name for k in range(number - len(others)) if (name := f"class-{k:05d}.png") not in there]
 
@@ -863,24 +874,23 @@ def draw_samples(accelerator, parts, prompts, resolution, seed, path):
 
 
 @torch.no_grad()
-def make_class_images(accelerator, parts, names, class_data_dir, class_prompt, sample_batch_size, resolution, seed,
-                      prior_generation_precision, **_):
+def make_class_images(accelerator, names, class_data_dir, class_prompt, sample_batch_size, resolution, seed,
+                      prior_generation_precision, **settings):
     """Draws the class images `names` by the base, each from a seed of its own, shared out over the processes; one that
-    is there is whole, so that an interrupted run goes on where it stopped."""
+    is there is whole, so that an interrupted run goes on where it stopped. Raises `InputError`."""
     folder, mine = Path(class_data_dir), names[accelerator.process_index :: accelerator.num_processes]
     folder.mkdir(parents=True, exist_ok=True)
-    scheduler = diffusers.DPMSolverMultistepScheduler.from_config(parts["scheduler"].config)
-    pipeline = diffusers.StableDiffusionPipeline(**{**parts, "scheduler": scheduler}, requires_safety_checker=False)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline, _ = load_base(**settings)  # not the one to be trained: that may have dropout, and adapters
     dtype = {**DTYPES, "fp32": torch.float32}[prior_generation_precision or accelerator.mixed_precision]
+    pipeline.to(accelerator.device, dtype).set_progress_bar_config(disable=True)
+    pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     size = sample_batch_size or 4
     for start in tqdm(range(0, len(mine), size), "Class images", disable=not accelerator.is_main_process):
         batch = mine[start : start + size]
         seeds = [np.random.default_rng((seed, CLASS, 0, int(name[6:11]))).integers(2**63) for name in batch]
         generators = [torch.Generator().manual_seed(int(number)) for number in seeds]
-        with torch.autocast(accelerator.device.type, dtype, enabled=dtype != torch.float32):
-            drawn = pipeline([class_prompt] * len(batch), generator=generators, height=resolution, width=resolution,
-                             num_inference_steps=25).images
+        drawn = pipeline([class_prompt] * len(batch), generator=generators, height=resolution, width=resolution,
+                         num_inference_steps=25).images
         for name, image in zip(batch, drawn, strict=True):
             image.save(folder / f".{name}", "PNG")
             (folder / f".{name}").rename(folder / name)
@@ -968,11 +978,11 @@ def train(args):
     repo_id = create_repo(**vars(args))
     accelerator = make_accelerator(**vars(args))
     device, precision = accelerator.device, accelerator.mixed_precision
+    if missing and not args.dry_run:
+        make_class_images(accelerator, missing, **vars(args))
+        class_images, class_digest, _ = load_classes(**vars(args))
     pipeline, models, vae, text_encoder, noise_scheduler = load_models(args, DTYPES[precision], device)
     parts = {**pipeline.components, "vae": vae, "text_encoder": text_encoder, "scheduler": noise_scheduler}
-    if missing and not args.dry_run:
-        make_class_images(accelerator, parts, missing, **vars(args))
-        class_images, class_digest, _ = load_classes(**vars(args))
     per_pass = args.train_batch_size * accelerator.num_processes
     samples_per_step = per_pass * args.gradient_accumulation_steps
     steps_per_epoch = math.ceil(len(images) / samples_per_step)

@@ -366,7 +366,7 @@ def read_folder(folder, caption_column):
     return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image(decode=False))
 
 
-def read_dataset(name, config_name, image_column, caption_column, cache_dir, token):
+def read_dataset(name, config_name, image_column, caption_column, cache_dir, token, default_caption=None):
     """Loads the train split of a dataset as columns `image` (undecoded) and `captions`. Raises `InputError`."""
     # A local folder of image files is not for `datasets`, which drops images without a caption in silence.
     if Path(name).is_dir() and any(path.suffix.lower() in IMAGE_SUFFIXES for path in Path(name).rglob("*")):
@@ -378,6 +378,8 @@ def read_dataset(name, config_name, image_column, caption_column, cache_dir, tok
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise InputError(f"--dataset_name={name}: cannot be loaded; check its name ({last_line(error)})") from None
     try:
+        if default_caption and caption_column not in dataset.column_names:
+            dataset = dataset.add_column(caption_column, [default_caption] * len(dataset))
         dataset = dataset.select_columns([image_column, caption_column])
         dataset = dataset.rename_columns({image_column: "image", caption_column: "captions"})
         return dataset.cast_column("image", datasets.Image(decode=False))
@@ -527,7 +529,7 @@ def load_data(pretrained_model_name_or_path, single_file_config, revision, cache
     latent_shape = (vae["latent_channels"], *[resolution // 2 ** (len(vae["block_out_channels"]) - 1)] * 2)
     schedule = diffusers.DDPMScheduler.load_config(source, subfolder="scheduler", **where)
     rows = read_folder(train_data_dir, caption_column) if train_data_dir else read_dataset(
-        dataset_name, dataset_config_name, image_column, caption_column, cache_dir, hub_token)
+        dataset_name, dataset_config_name, image_column, caption_column, cache_dir, hub_token, default_caption)
     if default_caption:
         captions = [all_captions(captions) or [default_caption] for captions in rows["captions"]]
         rows = rows.remove_columns("captions").add_column("captions", captions)
