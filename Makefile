@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-lora test check sync clean
+.PHONY: help install demo demo-lora demo-dreambooth test check sync clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -19,7 +19,7 @@ LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_pr
 	--num_cpu_threads_per_process $(THREADS)
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED)  ## make .venv and install requirements.txt into it (demo, test and check do this themselves)
 
@@ -40,6 +40,16 @@ demo-lora: $(INSTALLED) demo/creatures/metadata.jsonl  ## the same with LoRA ada
 		--config examples/configs/demo_creatures_lora.yaml --overwrite_output_dir
 	@HF_HUB_OFFLINE=1 $(BIN)/python miniature/compare.py \
 		--base miniature/pipeline --model demo/lora --output demo/base_above_lora.png
+
+demo-dreambooth: $(INSTALLED) demo/subject/metadata.jsonl  ## five views teach the miniature one subject
+	HF_HUB_OFFLINE=1 $(LAUNCH) examples/dreambooth/train_dreambooth.py \
+		--config examples/configs/dreambooth.yaml --overwrite_output_dir
+	@HF_HUB_OFFLINE=1 $(BIN)/python miniature/compare.py --base miniature/pipeline --model demo/dreambooth \
+		--recipe examples/configs/dreambooth.yaml --photos demo/subject --output demo/subject.png
+
+demo/subject/metadata.jsonl: miniature/render.py | $(INSTALLED)
+	rm -rf demo/subject demo/stars
+	$(BIN)/python miniature/render.py subject --output_dir demo/subject --num_images 5 --seed 0
 
 demo/creatures/metadata.jsonl: miniature/render.py | $(INSTALLED)
 	rm -rf demo/creatures

@@ -12,6 +12,7 @@ from pathlib import Path
 import measure
 import render
 import torch
+import yaml
 from PIL import Image, ImageDraw, ImageFont
 
 TILE = 160  # pixels of a column: 64-pixel images are enlarged to be seen
@@ -74,27 +75,43 @@ def make_grid(rows, captions):
     return grid
 
 
+def add_photos(grid, folder):
+    """Returns the grid with a row of the photos of a folder above it."""
+    photos = [Image.open(path) for path in sorted(Path(folder).glob("*.png"))]
+    row = make_grid([("photos", photos)], [""] * len(photos))
+    both = Image.new("RGB", (max(row.width, grid.width), row.height + grid.height), "white")
+    both.paste(row, (0, 0))
+    both.paste(grid, (0, row.height))
+    return both
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", required=True, help="pipeline folder, drawn in the upper row")
     parser.add_argument("--model", required=True, help="pipeline or LoRA folder, drawn in the lower row")
     parser.add_argument("--output", required=True, help="PNG to write")
     parser.add_argument("--prompts", nargs="+", help="captions, instead of held-out creatures")
+    parser.add_argument("--recipe", help="YAML file with `prompts`, steps, guidance and seed under `evaluation:`")
+    parser.add_argument("--photos", help="folder of images for a row above")
     parser.add_argument("--num_images", type=int, default=8, help="columns, where --prompts is not given")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num_inference_steps", type=int, default=25)
-    parser.add_argument("--guidance_scale", type=float, default=4.0)
+    parser.add_argument("--guidance_scale", type=float, default=measure.GUIDANCE)
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    prompts = args.prompts or held_out_captions(args.num_images)
-    options = (prompts, args.seed, args.num_inference_steps, args.guidance_scale)
+    recipe = yaml.safe_load(Path(args.recipe).read_text(encoding="utf-8"))["evaluation"] if args.recipe else {}
+    prompts = recipe.get("prompts") or args.prompts or held_out_captions(args.num_images)
+    options = [prompts, *(recipe.get(name, getattr(args, name)) for name in (
+        "seed", "num_inference_steps", "guidance_scale"))]
     rows = [("base", draw(measure.load_pipeline(args.base), *options)),
             ("fine-tuned", draw(measure.load_pipeline(args.model, args.base), *options))]
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    make_grid(rows, prompts).save(args.output)
+    grid = make_grid(rows, prompts)
+    grid = add_photos(grid, args.photos) if args.photos else grid
+    grid.save(args.output)
     print(f"Base above result, for captions that were held out: {args.output}", flush=True)
 
 

@@ -2,9 +2,11 @@
 
     python miniature/measure.py base
     python miniature/measure.py creatures --model OUTPUT_FOLDER --base miniature/pipeline
+    python miniature/measure.py subject --model OUTPUT_FOLDER --base miniature/pipeline
 
 `base`: 200 prompts of shapes whose combination of colour, shape and background was held out of training; the
 autoencoder on unseen creatures; CLIP's retrieval. `creatures`: prompts of held-out pairs of body and eye colour.
+`subject`: 50 prompts with the rare word on backgrounds that no view of the subject had, and 50 plain stars.
 Pictures are drawn in 25 DPM-Solver++ steps, prompt k with seed k, so two models see the same noise.
 """
 
@@ -23,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # found by whoever imp
 import render
 
 HERE = Path(__file__).resolve().parent
-GUIDANCE = 4.0
+GUIDANCE = 5.0
 
 
 def shape_records(number=200, seed=0):
@@ -43,6 +45,20 @@ def creature_records(number=108):
     pairs = render.held_out_combinations("creatures")
     chosen = [pairs[k % len(pairs)] for k in range(number)]
     return [{"text": render.creature_caption(body, eyes), "body": body, "eyes": eyes} for body, eyes in chosen]
+
+
+def subject_records(number=50):
+    """Prompts with the rare word on the backgrounds that five views of the subject leave out, in turn."""
+    unseen = [name for name in render.COLOURS if name != render.SUBJECT_COLOUR][5:]
+    return [{"text": f"a sks star on a {unseen[k % len(unseen)]} background"} for k in range(number)]
+
+
+def star_records(number=50):
+    """Prompts of plain stars, each with its `colour`, on other backgrounds."""
+    names = [name for name in render.COLOURS if name != render.SUBJECT_COLOUR]
+    pairs = [(colour, ground) for colour in names for ground in names if colour != ground]
+    chosen = [pairs[k * 11 % len(pairs)] for k in range(number)]
+    return [{"text": f"a {colour} star on a {ground} background", "colour": colour} for colour, ground in chosen]
 
 
 def load_pipeline(folder, base=None):
@@ -93,6 +109,23 @@ def score_creatures(images, records):
         "eyes_visible": share([s["eyes_visible"] for s in seen]),
         "eyes": share([s["eyes"] == r["eyes"] for s, r in pairs]),
     }
+
+
+def score_subject(images):
+    """Shares in [0, 1] of pictures with the subject's stripes, with its ring, with both."""
+    seen = [render.read_subject(image) for image in images]
+    return {"stripes": share([s["stripes"] for s in seen]), "ring": share([s["ring"] for s in seen]),
+            "both": share([s["stripes"] and s["ring"] for s in seen])}
+
+
+def score_stars(images, records):
+    """Shares in [0, 1] of pictures with any of the subject's marks, and of plain stars in the prompted colour."""
+    marks = [render.read_subject(image) for image in images]
+    shapes = [render.read_shape(image) for image in images]
+    plain = [not (m["stripes"] or m["ring"]) for m in marks]
+    right = [p and s["shape"] == "star" and s["colour"] == r["colour"]
+             for p, s, r in zip(plain, shapes, records, strict=True)]
+    return {"marked": share(np.logical_not(plain)), "plain_star_in_its_colour": share(right)}
 
 
 @torch.no_grad()
@@ -174,11 +207,11 @@ def print_table(result, indent=""):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("base", "creatures"))
+    parser.add_argument("what", choices=("base", "creatures", "subject"))
     parser.add_argument("--model", default=str(HERE / "pipeline"), help="pipeline or LoRA folder to measure")
     parser.add_argument("--clip", default=str(HERE / "clip"))
-    parser.add_argument("--base", help="with creatures: the base, measured on the same noise")
-    parser.add_argument("--num_samples", type=int, help="pictures; 200 for base, 108 for creatures")
+    parser.add_argument("--base", help="the model that --model was trained from, measured on the same noise")
+    parser.add_argument("--num_samples", type=int, help="pictures; 200 for base, 108 for creatures, 50 for subject")
     parser.add_argument("--num_inference_steps", type=int, default=25)
     parser.add_argument("--guidance_scale", type=float, default=GUIDANCE)
     parser.add_argument("--output", help="also write the figures to this JSON file")
@@ -189,6 +222,14 @@ def main(argv=None):
         images, records = draw(load_pipeline(args.model), shape_records(args.num_samples or 200), **settings)
         result = {"held_out_shapes": {"pictures": len(images), **score_shapes(images, records)},
                   "vae": measure_vae(Path(args.model) / "vae"), "clip": measure_clip(args.clip)}
+    elif args.what == "subject":
+        result = {}
+        for name, folder in (("model", args.model), ("base", args.base)) if args.base else (("model", args.model),):
+            pipeline = load_pipeline(folder, args.base)
+            drawn, _ = draw(pipeline, subject_records(args.num_samples or 50), **settings)
+            stars, records = draw(pipeline, star_records(args.num_samples or 50), **settings)
+            result[name] = {**score_subject(drawn), **score_stars(stars, records)}
+            images = images if name == "base" else np.concatenate([drawn[:24], stars[:24]])
     else:
         pipeline = load_pipeline(args.model, args.base)
         images, records = draw(pipeline, creature_records(args.num_samples or 108), **settings)

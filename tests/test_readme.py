@@ -38,12 +38,14 @@ CUTS = {
     "train_batch_size": 2,
     "gradient_accumulation_steps": 2,
     "num_validation_samples": 2,
+    "num_class_images": 2,
     "logging_steps": 1,
 }
 # Given to each of the miniature's scripts that has the flag.
 MINIATURE_CUTS = {"num_images": 16, "num_steps": 2, "batch_size": 4, "num_samples": 4, "num_inference_steps": 2}
 MODELS = ("miniature/pipeline", "stable-diffusion-v1-5/stable-diffusion-v1-5")
 SINGLE_FILE = "v1-5-pruned.safetensors"
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
 # --------------------------------------------------------------------------------------------- reading the documents
@@ -74,12 +76,14 @@ class Command:
 
     @property
     def kind(self):
-        """Which test runs it: train, miniature, make or pip; None if none does."""
+        """Which test runs it: train, tool, miniature, make or pip; None if none does."""
         match self.words:
             case ("accelerate", "launch", script, *_) | ("python", script, *_) if script.startswith("examples/"):
                 return "train"
             case ("python", script, *_) if script.startswith("miniature/"):
                 return "miniature"
+            case ("python", script, *_) if script.startswith("tools/") and (REPO / script).exists():
+                return "tool"
             case ("make", *_):
                 return "make"
             case ("pip", "install", "-r", _):
@@ -206,6 +210,9 @@ def stand_ins(tmp_path_factory, tiny_pipeline):
         shutil.copytree(tiny_pipeline, folder / name)
     save_original(StableDiffusionPipeline.from_pretrained(tiny_pipeline), folder / SINGLE_FILE)
     write_image_folder(folder / "demo" / "creatures", 8)
+    write_image_folder(folder / "demo" / "subject", 5)
+    write_image_folder(folder / "my_dog", 5)
+    (folder / "my_dog" / "metadata.jsonl").unlink()
     mine = write_image_folder(folder / "my_images", 8)
     for row in map(json.loads, (mine / "metadata.jsonl").read_text().splitlines()):
         (mine / row["file_name"]).with_suffix(".txt").write_text(row["text"] + "\n")
@@ -279,23 +286,35 @@ def log_of(folder):
 
 
 def check_result(args):
-    """Asserts that a run left what the documents promise: a pipeline that was trained, a log, a card, samples."""
+    """Asserts that a run left what the documents promise: trained weights that load, a log, a card, samples."""
     output = Path(args.output_dir)
-    StableDiffusionPipeline.from_pretrained(output)
-    before, after = unet_of(MODELS[0]), unet_of(output)
-    assert before.keys() == after.keys()
-    assert all(torch.isfinite(weight).all() for weight in after.values())
-    assert sum(not torch.equal(before[name], after[name]) for name in before) > len(before) / 2
+    if hasattr(args, "rank"):
+        pipeline = StableDiffusionPipeline.from_pretrained(MODELS[0])
+        pipeline.load_lora_weights(output, weight_name=LORA_WEIGHTS)
+        ups = [weight for name, weight in load_file(output / LORA_WEIGHTS).items() if "lora_B" in name]
+        assert ups
+        assert all(torch.isfinite(weight).all() and weight.abs().max() > 0 for weight in ups)
+        kohya = {path.name for path in output.glob("*.safetensors")} - {LORA_WEIGHTS}
+        assert kohya == ({f"{output.name}.safetensors"} if args.output_kohya_format else set())
+    else:
+        StableDiffusionPipeline.from_pretrained(output)
+        before, after = unet_of(MODELS[0]), unet_of(output)
+        assert before.keys() == after.keys()
+        assert all(torch.isfinite(weight).all() for weight in after.values())
+        assert sum(not torch.equal(before[name], after[name]) for name in before) > len(before) / 2
+    prompts = vars(args).get("validation_prompts") or []
+    if vars(args).get("validation_prompt"):
+        prompts = [args.validation_prompt] * (args.num_validation_images or 4)
     rows = log_of(output)
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, args.max_train_steps + 1))
     looks = sorted({0, *range(0, args.max_train_steps, args.validation_steps or 500), args.max_train_steps})
     held_out = [row["step"] for row in rows if "held_out_loss" in row]
     assert held_out == (looks if args.num_validation_samples else [])
     samples = sorted(path.name for path in output.glob("samples/*"))
-    assert samples == ([f"step-{step:06d}.png" for step in looks] if args.validation_prompts else [])
+    assert samples == ([f"step-{step:06d}.png" for step in looks] if prompts else [])
     for name in samples:
         with Image.open(output / "samples" / name) as image:
-            assert image.width == args.resolution * min(len(args.validation_prompts), 4)
+            assert image.width == args.resolution * min(len(prompts), 4)
     used = json.loads((output / "args.json").read_text())
     asked = {name: value for name, value in vars(args).items() if value is not None}
     assert {name: used[name] for name in asked} == asked
@@ -316,10 +335,11 @@ def test_training_command(command, clone, modules, few_steps, fake_hub, monkeypa
     elif args.resume_from_checkpoint:
         check_resume(script, flags, monkeypatch, capsys)
     else:
-        images = snapshot(args.train_data_dir)
+        folder = vars(args).get("train_data_dir") or args.instance_data_dir
+        images = snapshot(folder)
         assert call_main(script, flags) == 0, capsys.readouterr().err
         check_result(args)
-        assert snapshot(args.train_data_dir) == images
+        assert snapshot(folder) == images
 
 
 def check_dry_run(script, flags, clone, capsys):
@@ -392,6 +412,22 @@ def test_python_block(block, clone, modules, few_steps, capsys):
     for path in pictures:
         with Image.open(path) as image:
             image.load()
+
+
+# ------------------------------------------------------------------------------------------------------------- tools
+
+
+def test_commands_of_the_tools_one_after_another(clone, modules, few_steps, capsys):
+    """They work on the results of the commands before them, each leaves what it is told to write."""
+    commands = [command for command in COMMANDS if command.kind == "tool"]
+    assert commands
+    for training in [command for command in COMMANDS if "--output_dir=my_lora" in command.words]:
+        script = modules(training.script)
+        assert call_main(script, cut(script, training.flags)) == 0, capsys.readouterr().err
+    for command in commands:
+        before = set(clone.rglob("*"))
+        assert call_main(modules(command.script), command.flags) == 0, capsys.readouterr().err
+        assert set(clone.rglob("*")) - before, command
 
 
 # ------------------------------------------------------------------------------------------- miniature, make and pip
