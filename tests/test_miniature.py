@@ -140,6 +140,16 @@ def test_autoencoder_keeps_unseen_creatures(measure):
     assert seen["eyes"] >= 0.85
 
 
+def test_autoencoder_keeps_the_marks_of_the_subject(measure):
+    from diffusers import AutoencoderKL
+
+    images = np.stack([render.make("subject", 5, index)[0] for index in range(28)])
+    vae = AutoencoderKL.from_pretrained(MINIATURE / "pipeline" / "vae").eval()
+    scores = measure.score_subject(measure.reconstruct(vae, images))
+    assert scores["ring"] == 1
+    assert scores["stripes"] >= 0.9
+
+
 def test_clip_finds_the_right_caption(measure):
     scores = measure.measure_clip(MINIATURE / "clip", number=32)
     assert scores["captions"] == 32
@@ -163,4 +173,7 @@ def test_plain_pipeline_draws_held_out_prompts(measure):
     pipeline = StableDiffusionPipeline.from_pretrained(MINIATURE / "pipeline")
     images, records = measure.draw(pipeline, measure.shape_records(16))
     assert images.shape == (16, 64, 64, 3)
-    assert measure.score_shapes(images, records)["background"] * 16 >= 14
+    scores = measure.score_shapes(images, records)
+    assert scores["background"] * 16 >= 15
+    assert scores["colour"] * 16 >= 15
+    assert scores["shape"] * 16 >= 14
