@@ -35,7 +35,7 @@ demo: $(INSTALLED) demo/creatures/metadata.jsonl  ## fine-tune the miniature on 
 	@HF_HUB_OFFLINE=1 $(BIN)/python miniature/compare.py \
 		--base miniature/pipeline --model demo/model --output demo/base_above_result.png
 
-demo-lora: $(INSTALLED) demo/creatures/metadata.jsonl  ## the same with LoRA adapters of 1 % of the size
+demo-lora: $(INSTALLED) demo/creatures/metadata.jsonl  ## the same with LoRA adapters
 	HF_HUB_OFFLINE=1 $(LAUNCH) examples/text_to_image/train_text_to_image_lora.py \
 		--config examples/configs/demo_creatures_lora.yaml --overwrite_output_dir
 	@HF_HUB_OFFLINE=1 $(BIN)/python miniature/compare.py \
