@@ -261,7 +261,8 @@ def modules(train_script):
 def cut(script, flags):
     """Returns the flags with those of CUTS that ask for less than they do."""
     asked = vars(script.parse_args(flags))
-    more = {flag: most for flag, most in CUTS.items() if flag in asked and (asked[flag] is None or asked[flag] > most)}
+    used = [flag for flag in CUTS if flag in asked and (flag != "num_class_images" or asked["class_data_dir"])]
+    more = {flag: CUTS[flag] for flag in used if asked[flag] is None or asked[flag] > CUTS[flag]}
     return flags + [f"--{flag}={most}" for flag, most in more.items()]
 
 
