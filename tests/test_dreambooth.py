@@ -334,7 +334,7 @@ def test_own_class_images_are_kept_and_count(fit, tmp_path, quick_drawing, train
     write_images(classes / "more", [12])
     before = snapshot(classes)
     assert fit(classes=classes, num_class_images=5, train_batch_size=5) == 0
-    assert f"2 class images are to be drawn into {classes}" in capsys.readouterr().out
+    assert f"5 class images in {classes}, 2 of them to be drawn" in capsys.readouterr().out
     after = snapshot(classes)
     assert after.keys() - before.keys() == {"class-00000.png", "class-00001.png"}
     assert all(after[name] == before[name] for name in before)
@@ -352,7 +352,7 @@ def test_class_images_differ_by_seed_and_number(fit, tmp_path, quick_drawing):
 
 def test_a_dry_run_draws_nothing(fit, tmp_path, quick_drawing, capsys):
     assert fit(classes=tmp_path / "classes", dry_run=True) == 0
-    assert "2 class images are to be drawn" in capsys.readouterr().out
+    assert "2 of them to be drawn" in capsys.readouterr().out
     assert not quick_drawing
     assert not list(tmp_path.iterdir())
 
@@ -456,7 +456,7 @@ def test_other_class_images_are_another_run(fit, tmp_path, capsys):
     (tmp_path / "out" / "README.md").unlink()
     make_image(12).save(classes / "12.png")
     assert fit(**settings, resume_from_checkpoint=tmp_path / "out" / "checkpoint-2") == 2
-    assert "data: [" in capsys.readouterr().err
+    assert "class_data: " in capsys.readouterr().err
 
 
 def test_repeats_are_samples_of_their_own(fit, photos, tmp_path, trained_on, capsys):

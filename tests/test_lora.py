@@ -7,8 +7,9 @@ import shutil
 import pytest
 import torch
 from conftest import load_script
+from diffusers import UNet2DConditionModel
 from image_data import snapshot, write_image_folder
-from running import TRAIN_TEXT_TO_IMAGE_LORA, run_script
+from running import REPO, TRAIN_TEXT_TO_IMAGE_LORA, run_script
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from training import losses, read_log, same, train, words
@@ -30,6 +31,7 @@ EVERYTHING = {
     "lr_warmup_steps": 2,
 }
 WEIGHTS = "pytorch_lora_weights.safetensors"
+MINIATURE = REPO / "miniature" / "pipeline"
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +105,18 @@ def test_targets_are_the_layers_that_they_name(lora_script, tiny_pipeline, image
     assert layers["attention+ff"] == layers["attention"] | {"net.0.proj", "net.2"}
     more = {"proj_in", "proj_out", "conv1", "conv2", "time_emb_proj", "conv_shortcut"}
     assert layers["all"] == layers["attention+ff"] | more
+
+
+def test_rank_4_on_attention_is_small(lora_script):
+    """Under two percent of the weights of the miniature's UNet, counted without loading it."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(MINIATURE, subfolder="unet"))
+        whole = sum(parameter.numel() for parameter in unet.parameters())
+        settings = {"lora_alpha": None, "lora_dropout": 0.0, "use_rslora": False, "use_dora": False, "seed": 0}
+        lora_script.add_adapters({"unet": unet}, rank=4, lora_target="attention", **settings)
+    trained = sum(parameter.numel() for parameter in unet.parameters() if parameter.requires_grad)
+    assert trained == sum(value.numel() for value in lora_script.lora_weights({"unet": unet}).values())
+    assert 0 < trained < 0.02 * whole
 
 
 def test_rank_and_alpha_stand_in_the_header(lora_script, tiny_pipeline, images, tmp_path):
@@ -220,6 +234,7 @@ def test_lora_file_goes_on(lora_script, tiny_pipeline, images, straight, tmp_pat
         ({"kohya_file_name": "x"}, "--kohya_file_name=x: does nothing without --output_kohya_format"),
         ({"kohya_file_name": "a/b", "output_kohya_format": True}, "--kohya_file_name=a/b: is a path"),
         ({"kohya_file_name": "pytorch_lora_weights", "output_kohya_format": True}, "the name of the other file"),
+        ({"kohya_file_name": "pytorch_lora_weights.safetensors", "output_kohya_format": True}, "of the other file"),
         ({"init_lora_weights": "nowhere"}, "--init_lora_weights=nowhere: is no LoRA file of this script"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -265,6 +280,13 @@ def test_lora_file_of_other_settings(
     settings = {"init_lora_weights": straight, "train_text_encoder": True, **settings}
     assert train(lora_script, tiny_pipeline, images, tmp_path / "out", **settings) == 2
     assert message in capsys.readouterr().err
+
+
+def test_checkpoint_of_the_other_script(lora_script, train_script, tiny_pipeline, images, tmp_path, capsys):
+    assert train(lora_script, tiny_pipeline, images, tmp_path / "lora", checkpointing_steps=2) == 0
+    settings = {"resume_from_checkpoint": tmp_path / "lora" / "checkpoint-2"}
+    assert train(train_script, tiny_pipeline, images, tmp_path / "out", **settings) == 2
+    assert "it was made by another script" in capsys.readouterr().err
 
 
 def test_lora_file_of_another_base(lora_script, tiny_pipeline, tiny_pipeline_sd1, images, straight, tmp_path, capsys):

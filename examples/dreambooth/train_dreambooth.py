@@ -353,8 +353,9 @@ def check_subject(instance_data_dir, instance_prompt, with_prior_preservation, c
     """Lists what is wrong with the prompts and folders of subject and class."""
     problems = [f"--with_prior_preservation: needs --{flag}" for flag, value in (
         ("class_data_dir", class_data_dir), ("class_prompt", class_prompt)) if with_prior_preservation and not value]
-    texts = [path for path in Path(instance_data_dir or ".").rglob("*") if path.suffix in (".txt", ".jsonl", ".csv")]
-    if (instance_data_dir and not instance_prompt and not texts) or (instance_prompt or "x").isspace():
+    bare = instance_data_dir and not instance_prompt and not any(
+        path.suffix in (".txt", ".jsonl", ".csv") for path in Path(instance_data_dir).rglob("*"))
+    if bare or (instance_prompt or "x").isspace():
         problems.append("--instance_prompt: give a rare word and the class, such as a photo of sks dog, for photos "
                         "that have no captions")
     if class_data_dir:
@@ -640,10 +641,12 @@ def load_classes(class_data_dir, class_prompt, num_class_images, dataset_name, m
                  num_validation_samples, repeats, **settings):
     """Checks the class images that are there; returns them (None if there are none), their fingerprint, and the names
     of those still to be made. Raises `InputError`."""
-    missing = missing_class_images(class_data_dir, num_class_images or 100) if class_data_dir else []
-    if missing:
-        print(f"{len(missing)} class images are to be drawn into {class_data_dir}")
-    if not class_data_dir or len(missing) == (num_class_images or 100):
+    number = num_class_images or 100
+    missing = missing_class_images(class_data_dir, number) if class_data_dir else []
+    if class_data_dir:
+        print(f"{number} class images in {class_data_dir}, {len(missing)} of them to be drawn; each pass holds one of "
+              "them for every photo")
+    if not class_data_dir or len(missing) == number:
         return None, None, missing
     images, _, fingerprint = load_data(train_data_dir=class_data_dir, default_caption=class_prompt, dataset_name=None,
                                        max_train_samples=None, num_validation_samples=0, **settings)
@@ -803,6 +806,9 @@ def resume(accelerator, checkpoint, settings, last_step, state):
     if progress["global_step"] > last_step:
         raise InputError(f"--max_train_steps: {checkpoint} is beyond the last step, {last_step}; raise it")
     saved = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+    if saved.keys() != state.keys():
+        raise InputError(f"--resume_from_checkpoint: {checkpoint} holds {', '.join(saved)}, not {', '.join(state)}; "
+                         "it was made by another script")
     # Rates and decays are those asked for now, which are the checkpoint's unless they were changed.
     asked = {"param_groups", "base_lrs", "decay", "use_ema_warmup"}
     for name, part in state.items():
@@ -879,7 +885,11 @@ def make_class_images(accelerator, names, class_data_dir, class_prompt, sample_b
     """Draws the class images `names` by the base, each from a seed of its own, shared out over the processes; one that
     is there is whole, so that an interrupted run goes on where it stopped. Raises `InputError`."""
     folder, mine = Path(class_data_dir), names[accelerator.process_index :: accelerator.num_processes]
-    folder.mkdir(parents=True, exist_ok=True)
+    accelerator.wait_for_everyone()  # all have listed what is missing before the first image appears
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--class_data_dir={folder}: cannot be made ({last_line(error)}); name another") from None
     pipeline, _ = load_base(**settings)  # not the one to be trained: that may have dropout, and adapters
     dtype = {**DTYPES, "fp32": torch.float32}[prior_generation_precision or accelerator.mixed_precision]
     pipeline.to(accelerator.device, dtype).set_progress_bar_config(disable=True)
@@ -895,6 +905,9 @@ def make_class_images(accelerator, names, class_data_dir, class_prompt, sample_b
             image.save(folder / f".{name}", "PNG")
             (folder / f".{name}").rename(folder / name)
     accelerator.wait_for_everyone()
+    if lost := [name for name in names if not (folder / name).exists()]:
+        raise InputError(f"--class_data_dir={folder}: {len(lost)} drawn images are not there; all machines need the "
+                         "same folder")
 
 
 def validate(accelerator, parts, parameters, ema, images, batch_size, prompts, resolution, seed, output_dir, progress):
@@ -974,13 +987,13 @@ def train(args):
     check_args(args)
     instances = {"train_data_dir": args.instance_data_dir, "default_caption": args.instance_prompt}
     images, held_out, fingerprint = load_data(**vars(args), **instances)
-    class_images, class_digest, missing = load_classes(**vars(args))
+    class_images, class_print, missing = load_classes(**vars(args))
     repo_id = create_repo(**vars(args))
     accelerator = make_accelerator(**vars(args))
     device, precision = accelerator.device, accelerator.mixed_precision
     if missing and not args.dry_run:
         make_class_images(accelerator, missing, **vars(args))
-        class_images, class_digest, _ = load_classes(**vars(args))
+        class_images, class_print, _ = load_classes(**vars(args))
     pipeline, models, vae, text_encoder, noise_scheduler = load_models(args, DTYPES[precision], device)
     parts = {**pipeline.components, "vae": vae, "text_encoder": text_encoder, "scheduler": noise_scheduler}
     per_pass = args.train_batch_size * accelerator.num_processes
@@ -994,8 +1007,8 @@ def train(args):
     unet, text_encoder = wrapped["unet"], wrapped.get("text_encoder", text_encoder)
     state = make_state(accelerator, models, [{"params": parameters, "lr": learning_rate}], last_step, **vars(args))
     optimizer, lr_scheduler, ema = state["optimizer"], state["lr_scheduler"], state.get("ema")
-    settings = {**vars(args), "hub_token": None, "data": [fingerprint, class_digest], "mixed_precision": precision,
-                "samples_per_step": samples_per_step, "peak_learning_rate": learning_rate,
+    settings = {**vars(args), "hub_token": None, "data": fingerprint, "class_data": class_print, "samples_per_step":
+                samples_per_step, "peak_learning_rate": learning_rate, "mixed_precision": precision,
                 "schedule_steps": None if args.lr_scheduler.startswith("constant") else last_step}
     progress = {"global_step": 0, "base_losses": None, "losses": []}
     if checkpoint := find_checkpoint(output_dir, args.resume_from_checkpoint):
@@ -1118,8 +1131,9 @@ def write_card(output_dir, base, prompts, settings, step, loader, tags, instance
         licence = ModelCard.load(Path(base) / "README.md" if local else base).data.license
     data = ModelCardData(base_model=None if local else base, license=licence or "other", library_name="diffusers",
                          pipeline_tag="text-to-image", tags=tags, instance_prompt=instance_prompt)
-    samples = f"![samples](samples/step-{step:06d}.png)\n\n{'; '.join(prompts)}\n\n" if prompts else ""
-    rows = [f"| {flag} | {value} |\n" for flag, value in settings.items() if value is not None and value is not False
+    samples = f"![samples](samples/step-{step:06d}.png)\n\n{'; '.join(dict.fromkeys(prompts))}\n\n" if prompts else ""
+    rows = [f"| {flag} | {str(value).replace('|', ' ')} |\n"
+            for flag, value in settings.items() if value is not None and value is not False
             and not re.search("_dir$|_path$|_token|config|resume", flag) and not os.path.exists(str(value))]
     Path(output_dir, "README.md").write_text(
         f"---\n{data.to_yaml()}\n---\n\n# {name}\n\nFine-tuned for {step} steps from "

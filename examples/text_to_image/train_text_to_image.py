@@ -703,6 +703,9 @@ def resume(accelerator, checkpoint, settings, last_step, state):
     if progress["global_step"] > last_step:
         raise InputError(f"--max_train_steps: {checkpoint} is beyond the last step, {last_step}; raise it")
     saved = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+    if saved.keys() != state.keys():
+        raise InputError(f"--resume_from_checkpoint: {checkpoint} holds {', '.join(saved)}, not {', '.join(state)}; "
+                         "it was made by another script")
     # Rates and decays are those asked for now, which are the checkpoint's unless they were changed.
     asked = {"param_groups", "base_lrs", "decay", "use_ema_warmup"}
     for name, part in state.items():
@@ -981,8 +984,9 @@ def write_card(output_dir, base, prompts, settings, step, loader, tags, instance
         licence = ModelCard.load(Path(base) / "README.md" if local else base).data.license
     data = ModelCardData(base_model=None if local else base, license=licence or "other", library_name="diffusers",
                          pipeline_tag="text-to-image", tags=tags, instance_prompt=instance_prompt)
-    samples = f"![samples](samples/step-{step:06d}.png)\n\n{'; '.join(prompts)}\n\n" if prompts else ""
-    rows = [f"| {flag} | {value} |\n" for flag, value in settings.items() if value is not None and value is not False
+    samples = f"![samples](samples/step-{step:06d}.png)\n\n{'; '.join(dict.fromkeys(prompts))}\n\n" if prompts else ""
+    rows = [f"| {flag} | {str(value).replace('|', ' ')} |\n"
+            for flag, value in settings.items() if value is not None and value is not False
             and not re.search("_dir$|_path$|_token|config|resume", flag) and not os.path.exists(str(value))]
     Path(output_dir, "README.md").write_text(
         f"---\n{data.to_yaml()}\n---\n\n# {name}\n\nFine-tuned for {step} steps from "

@@ -353,10 +353,11 @@ def check_model(pretrained_model_name_or_path, single_file_config, revision, cac
 
 
 def check_adapters(pretrained_model_name_or_path, single_file_config, revision, cache_dir, init_lora_weights,
-                   train_text_encoder, lora_target, kohya_file_name, **settings):
+                   train_text_encoder, lora_target, output_kohya_format, kohya_file_name, output_dir, **settings):
     """Lists what is wrong between the adapters, the model's layers and the file to go on from."""
-    if kohya_file_name and (Path(kohya_file_name).name != kohya_file_name or kohya_file_name in LORA_FILE):
-        return [f"--kohya_file_name={kohya_file_name}: is a path, or the name of the other file; give another name"]
+    kohya = (kohya_file_name or Path(output_dir).resolve().name).removesuffix(".safetensors")
+    if output_kohya_format and (Path(kohya).name != kohya or f"{kohya}.safetensors" == LORA_FILE):
+        return [f"--kohya_file_name={kohya}: is a path, or the name of the other file; give another name"]
     source, where = single_file_config or pretrained_model_name_or_path, {"revision": revision, "cache_dir": cache_dir}
     name = f"--init_lora_weights={init_lora_weights}"
     with torch.device("meta"):  # layers without weights
@@ -380,10 +381,13 @@ def check_adapters(pretrained_model_name_or_path, single_file_config, revision, 
     problems = [f"{name}: has {key} of shape {found.get(key)}, but --rank, --lora_target, --use_dora, "
                 f"--train_text_encoder and the base ask for {wanted.get(key)}; use those that it was made with"
                 for key in sorted(wanted.keys() | found.keys()) if wanted.get(key) != found.get(key)][:1]
-    config = models["unet"].peft_config["default"]
-    problems += [f"{name}: was made with {key}={header[f'unet.{key}']}, not {getattr(config, key)}; use that"
-                 for key in ("lora_alpha", "use_rslora") if header.get(f"unet.{key}", getattr(config, key))
-                 != getattr(config, key)]
+    problems += [f"{name}: has layers with an alpha of their own in the {model}; all get the same one here"
+                 for model in models if header.get(f"{model}.alpha_pattern")]
+    for model, part in models.items():
+        config = part.peft_config["default"]
+        problems += [f"{name}: was made with {key}={header[f'{model}.{key}']}, not {getattr(config, key)}; use that"
+                     for key in ("lora_alpha", "use_rslora")
+                     if header.get(f"{model}.{key}", getattr(config, key)) != getattr(config, key)]
     return problems
 
 
@@ -811,6 +815,9 @@ def resume(accelerator, checkpoint, settings, last_step, state):
     if progress["global_step"] > last_step:
         raise InputError(f"--max_train_steps: {checkpoint} is beyond the last step, {last_step}; raise it")
     saved = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+    if saved.keys() != state.keys():
+        raise InputError(f"--resume_from_checkpoint: {checkpoint} holds {', '.join(saved)}, not {', '.join(state)}; "
+                         "it was made by another script")
     # Rates and decays are those asked for now, which are the checkpoint's unless they were changed.
     asked = {"param_groups", "base_lrs", "decay", "use_ema_warmup"}
     for name, part in state.items():
@@ -1131,8 +1138,9 @@ def write_card(output_dir, base, prompts, settings, step, loader, tags, instance
         licence = ModelCard.load(Path(base) / "README.md" if local else base).data.license
     data = ModelCardData(base_model=None if local else base, license=licence or "other", library_name="diffusers",
                          pipeline_tag="text-to-image", tags=tags, instance_prompt=instance_prompt)
-    samples = f"![samples](samples/step-{step:06d}.png)\n\n{'; '.join(prompts)}\n\n" if prompts else ""
-    rows = [f"| {flag} | {value} |\n" for flag, value in settings.items() if value is not None and value is not False
+    samples = f"![samples](samples/step-{step:06d}.png)\n\n{'; '.join(dict.fromkeys(prompts))}\n\n" if prompts else ""
+    rows = [f"| {flag} | {str(value).replace('|', ' ')} |\n"
+            for flag, value in settings.items() if value is not None and value is not False
             and not re.search("_dir$|_path$|_token|config|resume", flag) and not os.path.exists(str(value))]
     Path(output_dir, "README.md").write_text(
         f"---\n{data.to_yaml()}\n---\n\n# {name}\n\nFine-tuned for {step} steps from "
