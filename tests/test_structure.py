@@ -19,7 +19,7 @@ from running import (
     run_script,
 )
 
-# By wc -l; the design allows 950, which is not met yet: these numbers may only fall.
+# By wc -l; the design allows 950 (test_length_of_the_design): these numbers may only fall.
 SCRIPT_LINES = {"train_text_to_image": 1037, "train_text_to_image_lora": 1191, "train_dreambooth": 1184,
                 "train_dreambooth_lora": 1325}
 LINE_LENGTH = 119
@@ -173,6 +173,12 @@ def test_length(path):
     lines = path.read_text(encoding="utf-8").splitlines()
     assert len(lines) <= SCRIPT_LINES[path.stem]
     assert max(map(len, lines)) <= LINE_LENGTH
+
+
+@pytest.mark.xfail(strict=True, reason="not met yet: what the design asks for; the mark goes with the last line")
+@every_script
+def test_length_of_the_design(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 950
 
 
 @every_script
