@@ -20,8 +20,8 @@ from running import (
 )
 
 # By wc -l; the design allows 950 (test_length_of_the_design): these numbers may only fall.
-SCRIPT_LINES = {"train_text_to_image": 1037, "train_text_to_image_lora": 1191, "train_dreambooth": 1184,
-                "train_dreambooth_lora": 1325}
+SCRIPT_LINES = {"train_text_to_image": 1037, "train_text_to_image_lora": 1191, "train_dreambooth": 1183,
+                "train_dreambooth_lora": 1324}
 LINE_LENGTH = 119
 FUNCTION_LINES = 60
 TRAIN_LINES = 110  # of train's body
@@ -175,7 +175,8 @@ def test_length(path):
     assert max(map(len, lines)) <= LINE_LENGTH
 
 
-@pytest.mark.xfail(strict=True, reason="not met yet: what the design asks for; the mark goes with the last line")
+# Strict, so it ends by itself: a script that comes down to 950 lines fails here until the mark is taken from it.
+@pytest.mark.xfail(strict=True, reason="above 950 lines: flags, checks of flags and images, messages")
 @every_script
 def test_length_of_the_design(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 950

@@ -1115,12 +1115,11 @@ def save_model(args, pipeline, objective, prompts, step):
     for part in (pipeline.unet, pipeline.vae):  # not the text encoder: half would stay half when loaded, and fail
         part.to(DTYPES[args.save_precision])
     pipeline.save_pretrained(args.output_dir)
-    os.umask(umask := os.umask(0))  # safetensors ignores it, and makes weights for their owner alone
-    for path in Path(args.output_dir).rglob("*.safetensors"):
-        path.chmod(0o666 & ~umask)
     tags = ["stable-diffusion", "stable-diffusion-diffusers", "dreambooth"]
     write_card(args.output_dir, args.pretrained_model_name_or_path, prompts, vars(args), step,
                "`StableDiffusionPipeline.from_pretrained(...)`", tags, args.instance_prompt)
+    for path in Path(args.output_dir).rglob("*.safetensors"):  # which safetensors makes for their owner alone
+        shutil.copymode(Path(args.output_dir, "README.md"), path)
 
 
 def write_card(output_dir, base, prompts, settings, step, loader, tags, instance_prompt=None):

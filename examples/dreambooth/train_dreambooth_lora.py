@@ -1223,12 +1223,11 @@ def save_model(args, models, prompts, num_images, step):
         version = 2 if models["unet"].config.cross_attention_dim == 1024 else 1
         header = kohya_header(name, version, alpha, num_images, step, **vars(args))
         save_file(to_kohya(weights, alpha), Path(args.output_dir, f"{name}.safetensors"), header)
-    os.umask(umask := os.umask(0))  # safetensors ignores it, and makes weights for their owner alone
-    for path in Path(args.output_dir).glob("*.safetensors"):
-        path.chmod(0o666 & ~umask)
     tags = ["stable-diffusion", "stable-diffusion-diffusers", "dreambooth", "lora"]
     write_card(args.output_dir, args.pretrained_model_name_or_path, prompts, vars(args), step,
                "`pipe.load_lora_weights(...)`", tags, args.instance_prompt)
+    for path in Path(args.output_dir).glob("*.safetensors"):  # which safetensors makes for their owner alone
+        shutil.copymode(Path(args.output_dir, "README.md"), path)
 
 
 def to_kohya(weights, alpha):
