@@ -112,7 +112,7 @@ def main(argv=None):
     grid = make_grid(rows, prompts)
     grid = add_photos(grid, args.photos) if args.photos else grid
     grid.save(args.output)
-    print(f"Base above result, for captions that were held out: {args.output}", flush=True)
+    print(f"Base above result, for prompts that no training image has: {args.output}", flush=True)
 
 
 if __name__ == "__main__":

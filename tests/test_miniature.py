@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 MINIATURE = Path(__file__).resolve().parent.parent / "miniature"
 
@@ -177,3 +178,21 @@ def test_plain_pipeline_draws_held_out_prompts(measure):
     assert scores["background"] * 16 >= 15
     assert scores["colour"] * 16 >= 15
     assert scores["shape"] * 16 >= 14
+
+
+def test_grid_of_a_recipe_has_photos_above_base_and_result(measure, tmp_path):
+    """The same model twice: both rows are equal, and the recipe's prompts and counts are used."""
+    compare = load("compare")
+    render.write_folder("subject", tmp_path / "photos", 3, seed=0)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("evaluation: {prompts: [a star, a heart], num_inference_steps: 2, guidance_scale: 3, seed: 1}")
+    model = str(MINIATURE / "pipeline")
+    words = ["--base", model, "--model", model, "--recipe", recipe, "--photos", tmp_path / "photos"]
+    compare.main([*map(str, words), "--output", str(tmp_path / "grid.png")])
+    with Image.open(tmp_path / "grid.png") as image:
+        grid = np.asarray(image.convert("RGB"))
+    side, left = compare.TILE, compare.LABEL_WIDTH
+    assert grid.shape[1] == left + 3 * (side + compare.MARGIN)
+    last, first = (grid[-k * (side + compare.MARGIN) :][:side, left : left + 2 * side] for k in (1, 2))
+    assert np.array_equal(first, last)
+    assert first.std() > 20
