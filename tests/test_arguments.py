@@ -101,7 +101,7 @@ def test_empty_folder(refused, command, tmp_path):
 
 @pytest.mark.parametrize("resolution", [0, -8])
 def test_resolution_has_to_be_positive(refused, command, resolution):
-    assert f"--resolution={resolution}: must be 1 or more" in refused(command(resolution=resolution))
+    assert f"--resolution={resolution}: must be in [1, inf)" in refused(command(resolution=resolution))
 
 
 def test_missing_folder(refused, command, tmp_path):
@@ -171,14 +171,11 @@ def test_range(train_script, command, flag, bad, good):
         assert len(line) < 200
     for value in good:
         message = problems(train_script, command(f"--{flag}={value}"))
-        assert not any(line.strip().startswith(f"--{flag}={value}: must be from") for line in message.splitlines())
-        assert "must be 0 or" not in message
-        assert "must be 1 or" not in message
-        assert "must be above" not in message
+        assert "must be in" not in message
 
 
 def test_every_number_has_a_range(train_script):
-    """A new flag with a number has to be thought about: its range belongs into check_args and into this file."""
+    """A new flag with a number has to be thought about: its interval belongs into its help and into this file."""
     args = vars(train_script.parse_args([]))
     numbers = {name for name, value in args.items() if isinstance(value, int | float) and not isinstance(value, bool)}
     assert numbers <= {flag for flag, _, _ in RANGE_CASES} | {"resolution"}  # tested with the VAE

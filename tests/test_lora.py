@@ -227,9 +227,9 @@ def test_lora_file_goes_on(lora_script, tiny_pipeline, images, straight, tmp_pat
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"rank": 0}, "--rank=0: must be 1 or more"),
-        ({"lora_alpha": 0}, "--lora_alpha=0.0: must be above 0"),
-        ({"lora_dropout": 1}, "--lora_dropout=1.0: must be 0 or more and below 1"),
+        ({"rank": 0}, "--rank=0: must be in [1, inf)"),
+        ({"lora_alpha": 0}, "--lora_alpha=0.0: must be in (0, inf)"),
+        ({"lora_dropout": 1}, "--lora_dropout=1.0: must be in [0, 1)"),
         ({"text_encoder_lr": 1e-4}, "--text_encoder_lr=0.0001: does nothing without --train_text_encoder"),
         ({"kohya_file_name": "x"}, "--kohya_file_name=x: does nothing without --output_kohya_format"),
         ({"kohya_file_name": "a/b", "output_kohya_format": True}, "--kohya_file_name=a/b: is a path"),

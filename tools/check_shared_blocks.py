@@ -46,13 +46,12 @@ DEFAULTS = {
 EXPECTED = {
     4: [
         "CaptionedImages", "DROPOUT", "DTYPES", "FIXED_ON_RESUME", "FREE_ON_RESUME", "HELD_OUT", "HELD_OUT_TIMESTEPS",
-        "IMAGE_SUFFIXES", "InputError", "MIN_SIDE", "ORDER", "SAMPLE", "SUBSET", "all_captions", "check_image",
-        "check_images", "check_model", "check_output", "check_rows", "check_settings", "create_repo",
+        "IMAGE_SUFFIXES", "InputError", "MIN_SIDE", "ORDER", "SAMPLE", "SUBSET", "all_captions", "check_flags",
+        "check_image", "check_images", "check_model", "check_output", "check_rows", "check_settings", "create_repo",
         "diffusion_losses", "draw_samples", "encode", "exchange", "find_checkpoint", "held_out_losses", "last_line",
         "leave", "list_checkpoints", "load_base", "load_data", "make_accelerator", "make_state", "micro_batches",
         "note_signal", "on_signals", "open_image", "parse_words", "prepare_output", "print_plan", "push",
-        "read_dataset", "read_folder", "resume", "save_checkpoint", "validate",
-        "write_card", "write_log",
+        "read_dataset", "read_folder", "resume", "save_checkpoint", "validate", "write_card", "write_log",
     ],
     2: [
         "ATTENTION", "CLASS", "FEED_FORWARD", "InstancesAndClasses", "LORA_FILE", "LORA_TARGETS", "REPLACED_FLAGS",

@@ -92,8 +92,9 @@ class InputError(ValueError):
 
 
 # ------------------------------------------------------------------------------------------------------- arguments
-def parse_args(argv=None):
-    """Reads the command line and `--config`; a flag that is wrong by itself ends with status 2 and one message."""
+def parse_args(argv=None, check=None):
+    """Reads the command line and `--config`; a flag that cannot be read ends with status 2 and one message. Or lists
+    what is wrong with the settings `check`, by name."""
     usage = "%(prog)s --pretrained_model_name_or_path MODEL (--train_data_dir FOLDER | --dataset_name NAME) [flags]"
     parser = argparse.ArgumentParser(usage=usage, description=__doc__.split("\n")[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -105,59 +106,59 @@ def parse_args(argv=None):
     add("--single_file_config", help="pipeline folder or Hub id with the configs for a single-file model")
     add("--cache_dir", help="where downloads and remembered checks go, instead of the Hugging Face cache")
     add = parser.add_argument_group("adapters").add_argument
-    add("--rank", type=int, default=4, help="rank of the adapters")
-    add("--lora_alpha", type=float, help="scale of the adapters times the rank; default: the rank, a scale of 1")
-    add("--lora_dropout", type=float, default=0.0, help="share of the adapters' inputs that is dropped")
+    add("--rank", type=int, default=4, help="rank of the adapters [1, inf)")
+    add("--lora_alpha", type=float, help="scale of the adapters times the rank; default: the rank (0, inf)")
+    add("--lora_dropout", type=float, default=0.0, help="share of the adapters' inputs that is dropped [0, 1)")
     add("--use_rslora", **switch, help="scale by alpha / sqrt(rank) instead of alpha / rank")
     add("--use_dora", **switch, help="train the length of the weights apart from their direction")
     add("--lora_target", default="attention", choices=list(LORA_TARGETS["unet"]), help="layers with adapters")
     add("--train_text_encoder", **switch, help="adapters on the text encoder too")
-    add("--text_encoder_lr", type=float, help="its learning rate; default: --learning_rate")
+    add("--text_encoder_lr", type=float, help="default: --learning_rate; needs --train_text_encoder (0, inf)")
     add("--init_lora_weights", metavar="PATH", help="go on from such a file of this script, or its folder")
     add = parser.add_argument_group("data").add_argument
     add("--train_data_dir", help="folder of images with metadata.jsonl/.csv (file_name, text), or a .txt beside each")
     add("--dataset_name", help="dataset on the Hub, or a local path that `datasets` can load")
-    add("--dataset_config_name", help="configuration of that dataset")
+    add("--dataset_config_name", help="configuration of that dataset; needs --dataset_name")
     add("--image_column", default="image", help="column of the images in that dataset")
     add("--caption_column", default="text", help="column with a caption, or a list of them: one is drawn per epoch")
-    add("--max_train_samples", type=int, help="use so many images, drawn by the seed")
+    add("--max_train_samples", type=int, help="use so many images, drawn by the seed [1, inf)")
     add("--skip_bad_images", **switch, help="go on without images that cannot be used, instead of stopping")
-    add("--resolution", type=int, default=512, help="side of the square training images in pixels")
+    add("--resolution", type=int, default=512, help="side of the square training images in pixels [1, inf)")
     add("--center_crop", **switch, help="crop the centre, not a random place")
     add("--random_flip", **switch, help="mirror half of the images, drawn anew each epoch")
     filters = [kind.name.lower() for kind in Image.Resampling]
     add("--image_interpolation_mode", default="lanczos", choices=filters, help="filter for resizing")
-    add("--caption_dropout", type=float, default=0.0, help="share of captions replaced by the empty one")
-    add("--dataloader_num_workers", type=int, default=0, help="processes that load images; 0: the main process does")
+    add("--caption_dropout", type=float, default=0.0, help="share of captions replaced by the empty one [0, 1]")
+    add("--dataloader_num_workers", type=int, default=0, help="processes that load images; 0: the main one [0, inf)")
     add = parser.add_argument_group("objective").add_argument
     add("--prediction_type", choices=["epsilon", "v_prediction"], help="what the UNet predicts; default: the model's")
-    add("--snr_gamma", type=float, help="min-SNR loss weights with this gamma; 5.0 in the paper")
-    add("--noise_offset", type=float, default=0.0, help="scale of noise that shifts whole channels; 0.05 is common")
-    add("--input_perturbation", type=float, default=0.0, help="scale of extra noise in the input; 0.1 in the paper")
+    add("--snr_gamma", type=float, help="min-SNR loss weights with this gamma; 5.0 in the paper (0, inf)")
+    add("--noise_offset", type=float, default=0.0, help="scale of noise that shifts channels; 0.05 is common [0, inf)")
+    add("--input_perturbation", type=float, default=0.0, help="scale of extra input noise; 0.1 in the paper [0, inf)")
     add("--rescale_betas_zero_snr", **switch, help="rescale the schedule to zero terminal SNR; needs v_prediction")
     add = parser.add_argument_group("optimization").add_argument
-    add("--learning_rate", type=float, default=1e-4, help="initial learning rate")
+    add("--learning_rate", type=float, default=1e-4, help="initial learning rate (0, inf)")
     add("--scale_lr", **switch, help="multiply the learning rate by batch size, accumulation steps and processes")
     add("--lr_scheduler", default="constant", choices=[kind.value for kind in SchedulerType], help="its schedule")
-    add("--lr_warmup_steps", type=int, default=0, help="steps in which the learning rate rises from 0")
-    add("--lr_num_cycles", type=int, help="cycles of cosine_with_restarts; 1 if not given")
-    add("--lr_power", type=float, help="power of the polynomial schedule; 1 if not given")
-    add("--lr_step_rules", help="rules of piecewise_constant: factor:until_step, ..., last factor: 1:10,0.1")
-    add("--train_batch_size", type=int, default=16, help="images per forward pass and process")
-    add("--gradient_accumulation_steps", type=int, default=1, help="forward passes per optimizer step")
-    add("--num_train_epochs", type=int, default=100, help="passes over the images, if --max_train_steps is not given")
-    add("--max_train_steps", type=int, help="optimizer steps")
-    add("--max_grad_norm", type=float, default=1.0, help="clip the gradient's norm to this; inf for no clipping")
-    add("--adam_beta1", type=float, default=0.9, help="AdamW's beta1")
-    add("--adam_beta2", type=float, default=0.999, help="AdamW's beta2")
-    add("--adam_weight_decay", type=float, default=1e-2, help="AdamW's weight decay")
-    add("--adam_epsilon", type=float, default=1e-8, help="AdamW's epsilon")
+    add("--lr_warmup_steps", type=int, default=0, help="steps in which the learning rate rises from 0 [0, inf)")
+    add("--lr_num_cycles", type=int, help="cycles, 1 if not given; needs --lr_scheduler=cosine_with_restarts [1, inf)")
+    add("--lr_power", type=float, help="power, 1 if not given; needs --lr_scheduler=polynomial (0, inf)")
+    add("--lr_step_rules", help="factor:until_step,...,last factor: 1:10,0.1; needs --lr_scheduler=piecewise_constant")
+    add("--train_batch_size", type=int, default=16, help="images per forward pass and process [1, inf)")
+    add("--gradient_accumulation_steps", type=int, default=1, help="forward passes per optimizer step [1, inf)")
+    add("--num_train_epochs", type=int, default=100, help="passes over the images, unless --max_train_steps [1, inf)")
+    add("--max_train_steps", type=int, help="optimizer steps [1, inf)")
+    add("--max_grad_norm", type=float, default=1.0, help="clip the gradient's norm to this; inf: no clipping (0, inf]")
+    add("--adam_beta1", type=float, default=0.9, help="AdamW's beta1 [0, 1)")
+    add("--adam_beta2", type=float, default=0.999, help="AdamW's beta2 [0, 1)")
+    add("--adam_weight_decay", type=float, default=1e-2, help="AdamW's weight decay [0, inf)")
+    add("--adam_epsilon", type=float, default=1e-8, help="AdamW's epsilon (0, inf)")
     add("--use_8bit_adam", **switch, help="AdamW with 8-bit state, by bitsandbytes")
     add("--use_ema", **switch, help="average the weights over the steps; samples and result use the average")
-    add("--ema_decay", type=float, help="highest decay of the average; 0.9999 if not given")
-    add("--ema_warmup", **switch, help="raise the decay slowly, as 1 - (1 + step) ** -2/3")
-    add("--offload_ema", **switch, help="keep the average in CPU memory between steps")
-    add("--foreach_ema", **switch, help="update the average with fused operations")
+    add("--ema_decay", type=float, help="highest decay of the average; 0.9999 if not given; needs --use_ema [0, 1]")
+    add("--ema_warmup", **switch, help="raise the decay slowly, as 1 - (1 + step) ** -2/3; needs --use_ema")
+    add("--offload_ema", **switch, help="keep the average in CPU memory between steps; needs --use_ema")
+    add("--foreach_ema", **switch, help="update the average with fused operations; needs --use_ema")
     add = parser.add_argument_group("memory and speed").add_argument
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="precision of passes; default: accelerate's config")
     add("--gradient_checkpointing", **switch, help="compute activations twice: slower, less memory")
@@ -165,30 +166,30 @@ def parse_args(argv=None):
     add("--allow_tf32", **switch, help="TensorFloat-32 matrix products, on GPUs that have them")
     add = parser.add_argument_group("output").add_argument
     add("--output_kohya_format", **switch, help="write the adapter as A1111, Forge and ComfyUI read it too")
-    add("--kohya_file_name", help="name of that file; default: that of --output_dir")
+    add("--kohya_file_name", help="name of that file; default: that of --output_dir; needs --output_kohya_format")
     add("--output_dir", default="sd-model-finetuned-lora", help="where everything is written")
     add("--overwrite_output_dir", **switch, help="write over the run in --output_dir and remove its checkpoints")
     add("--save_precision", default="no", choices=list(DTYPES), help="half precision of what is saved, or no")
-    add("--checkpointing_steps", type=int, default=500, help="write a checkpoint every so many steps")
-    add("--checkpoints_total_limit", type=int, help="keep only so many checkpoints, the newest")
+    add("--checkpointing_steps", type=int, default=500, help="write a checkpoint every so many steps [1, inf)")
+    add("--checkpoints_total_limit", type=int, help="keep only so many checkpoints, the newest [1, inf)")
     add("--resume_from_checkpoint", metavar="PATH|latest", help="go on from a checkpoint, if there is a latest")
-    add("--allow_changed_resume", **switch, help="resume although settings that change the result differ")
+    add("--allow_changed_resume", **switch, help="though the result will change; needs --resume_from_checkpoint")
     add("--validation_prompts", nargs="+", help="prompts to draw samples for")
-    add("--num_validation_samples", type=int, default=0, help="images held out of training to measure the loss on")
-    add("--validation_steps", type=int, help="draw and measure every so many steps; 500 if not given")
+    add("--num_validation_samples", type=int, default=0, help="images held out, to measure the loss on [0, inf)")
+    add("--validation_steps", type=int, help="draw and measure every so many steps; 500 if not given [1, inf)")
     add("--report_to", default="tensorboard", help="tracker of accelerate's (tensorboard, wandb, ...), all or none")
     add("--tracker_project_name", default="text2image-fine-tune", help="project name in the tracker")
     add("--logging_dir", default="logs", help="folder for the tracker's files, in --output_dir")
-    add("--logging_steps", type=int, default=10, help="log the mean loss every so many steps")
+    add("--logging_steps", type=int, default=10, help="log the mean loss every so many steps [1, inf)")
     add("--push_to_hub", **switch, help="upload the result to the Hub")
-    add("--hub_model_id", help="repository to upload to; default: the name of --output_dir")
+    add("--hub_model_id", help="repository to upload to; default: the name of --output_dir; needs --push_to_hub")
     add("--hub_token", help="token for dataset and upload; default: the one that `hf auth login` stored")
-    add("--hub_private_repo", **switch, help="make the repository private")
+    add("--hub_private_repo", **switch, help="make the repository private; needs --push_to_hub")
     add = parser.add_argument_group("run").add_argument
-    add("--seed", type=int, default=0, help="seed of everything that is drawn at random")
+    add("--seed", type=int, default=0, help="seed of everything that is drawn at random [0, 9e18]")
     add("--config", metavar="FILE.yaml", help="flags by name, maybe under `training:`; the command line wins")
     add("--dry_run", **switch, help="check everything, print the plan and stop")
-    return parse_words(parser, argv)
+    return parse_words(parser, argv) if check is None else check_flags(parser, check)
 
 
 def parse_words(parser, argv):
@@ -212,15 +213,29 @@ def parse_words(parser, argv):
             words.append(f"--{'' if value else 'no-'}{key}")
         else:  # YAML reads a bare `no` as false, but --mixed_precision means the word
             words.append(f"--{key}={'no' if value is False else value}")
-    args = vars(parser.parse_args(words + argv))
     expand = os.path.expanduser  # which neither a shell does after `=`, nor YAML
     return argparse.Namespace(**{name: expand(value) if isinstance(value, str) else value
-                                 for name, value in args.items()})
+                                 for name, value in vars(parser.parse_args(words + argv)).items()})
+
+
+def check_flags(parser, values):
+    """Lists flags outside the interval that ends their help, and those given without what it says that they need."""
+    problems = []
+    for flag, value, told in [(action.dest, values.get(action.dest), action.help) for action in parser._actions]:
+        if value is not None and (limits := re.search(r"([\[(])(\S+), (\S+)([\])])$", told)):
+            low, high = float(limits[2]), float(limits[3])
+            if not (low < value < high or value in [low] * (limits[1] == "[") + [high] * (limits[4] == "]")):
+                problems.append(f"--{flag}={value}: must be in {limits[0]}")
+        needed = re.search(r"needs --(\w+)=?(\w*)", told) if value else None
+        if needed and (not values[needed[1]] or needed[2] not in ("", values[needed[1]])):
+            problems.append(f"--{flag}={value}: does nothing without {needed[0][6:]}; add that or drop this")
+    return problems
 
 
 def check_args(args):
     """Raises one `InputError` that names every flag that is wrong, its value, what is accepted and the remedy."""
-    problems = check_settings(vars(args)) + check_output(**vars(args)) + check_model(**vars(args))
+    problems = parse_args(check=vars(args)) + check_settings(vars(args))
+    problems += check_output(**vars(args)) + check_model(**vars(args))
     if not problems:  # else the layers are not known
         problems = check_adapters(**vars(args))
     if problems:
@@ -228,47 +243,22 @@ def check_args(args):
 
 
 def check_settings(settings):
-    """Lists which flags are out of range, do nothing, or cannot be obeyed here. Other scripts have some more flags."""
+    """Lists which flags contradict each other or cannot be obeyed here. Other scripts have some more flags."""
     problems, get, schedule = [], settings.get, settings["lr_scheduler"]
 
     def refuse(wrong, flag, remedy):
         if wrong:
             problems.append(f"--{flag}={get(flag)}: {remedy}")
 
-    for accepted, holds, flags in (
-        ("1 or more", lambda value: value >= 1, "resolution train_batch_size gradient_accumulation_steps "
-         "logging_steps num_train_epochs max_train_steps checkpointing_steps checkpoints_total_limit validation_steps "
-         "lr_num_cycles max_train_samples rank repeats num_class_images sample_batch_size num_validation_images"),
-        ("from 0 to 2**63 - 1", lambda value: 0 <= value < 2**63, "seed dataloader_num_workers lr_warmup_steps "
-         "num_validation_samples noise_offset input_perturbation adam_weight_decay prior_loss_weight"),
-        ("above 0", lambda value: value > 0, "learning_rate max_grad_norm adam_epsilon snr_gamma lr_power lora_alpha "
-         "text_encoder_lr"),
-        ("from 0 to 1", lambda value: 0 <= value <= 1, "caption_dropout ema_decay"),
-        ("0 or more and below 1", lambda value: 0 <= value < 1, "adam_beta1 adam_beta2 lora_dropout"),
-    ):
-        for flag in flags.split():
-            refuse(get(flag) is not None and not holds(get(flag)), flag, f"must be {accepted}")
     looks = get("validation_prompts") or get("validation_prompt") or get("num_validation_samples")
-    for needed, given, flags in (
-        ("--use_ema", get("use_ema"), "ema_decay ema_warmup offload_ema foreach_ema"),
-        ("--push_to_hub", get("push_to_hub"), "hub_model_id hub_private_repo"),
-        ("--resume_from_checkpoint", get("resume_from_checkpoint"), "allow_changed_resume"),
-        ("--dataset_name", get("dataset_name"), "dataset_config_name"),
-        ("--train_text_encoder", get("train_text_encoder"), "text_encoder_lr"),
-        ("--output_kohya_format", get("output_kohya_format"), "kohya_file_name"),
-        ("--with_prior_preservation", get("with_prior_preservation"), "class_data_dir class_prompt num_class_images "
-         "sample_batch_size prior_loss_weight prior_generation_precision"),
-        ("--validation_prompt", get("validation_prompt"), "num_validation_images"),
-        ("a model on the Hub", not Path(get("pretrained_model_name_or_path") or "").exists(), "revision"),
-        ("a pipeline folder or Hub id", not get("single_file_config"), "variant"),
-        ("validation prompts or --num_validation_samples", looks, "validation_steps"),
-        ("--lr_scheduler=cosine_with_restarts", schedule == "cosine_with_restarts", "lr_num_cycles"),
-        ("--lr_scheduler=polynomial", schedule == "polynomial", "lr_power"),
-        ("--lr_scheduler=piecewise_constant", schedule == "piecewise_constant", "lr_step_rules"),
-        ("constant_with_warmup or the like", schedule not in ("constant", "piecewise_constant"), "lr_warmup_steps"),
+    local = Path(get("pretrained_model_name_or_path") or "").exists()
+    for flag, holds, needed in (
+        ("validation_steps", looks, "validation prompts or --num_validation_samples"),
+        ("lr_warmup_steps", schedule not in ("constant", "piecewise_constant"), "constant_with_warmup or the like"),
+        ("revision", not local, "a model on the Hub"),
+        ("variant", not get("single_file_config"), "a pipeline folder or Hub id"),
     ):
-        for flag in flags.split():
-            refuse(get(flag) and not given, flag, f"does nothing without {needed}; add that or drop this")
+        refuse(get(flag) and not holds, flag, f"does nothing without {needed}; add that or drop this")
     rules = re.fullmatch(r"({0}:\d+,)+{0}".format(r"\d*\.?\d+(e-?\d+)?"), get("lr_step_rules") or "")
     refuse(schedule == "piecewise_constant" and not rules, "lr_step_rules", "give rules such as 1:10,0.1:20,0.01")
     folder = "train_data_dir" if "train_data_dir" in settings else "instance_data_dir"
