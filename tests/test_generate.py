@@ -1,0 +1,335 @@
+"""tools/generate.py draws what it is told, says so in the files and in the grid, and loses or replaces nothing."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from conftest import load_script
+from image_data import snapshot
+from peft import LoraConfig, get_peft_model_state_dict
+from PIL import Image, ImageFont
+from running import REPO, run_script, start_script
+
+GENERATE = REPO / "tools" / "generate.py"
+CAT, DOG = "a picture of a red circle", "a picture of a blue star"
+
+
+@pytest.fixture(scope="module")
+def tool():
+    """tools/generate.py as a module."""
+    return load_script(GENERATE)
+
+
+def run(tool, *words):
+    """Calls main(); returns the exit status that its process would have."""
+    try:
+        tool.main([str(word) for word in words])
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def pixels(path):
+    """An image file as an array."""
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def settings(path):
+    """The settings in a picture's metadata."""
+    with Image.open(path) as image:
+        return json.loads(image.info["settings"])
+
+
+def pictures(folder):
+    """The drawn pictures, in the order of their names, without grids."""
+    return sorted(Path(folder).glob("[0-9]*.png"))
+
+
+@pytest.fixture(scope="module")
+def lora(tiny_pipeline, tmp_path_factory):
+    """A folder with a LoRA of rank 2 on attention, far from zero, in diffusers' layout."""
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(tiny_pipeline)
+    torch.manual_seed(0)
+    pipeline.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    folder = tmp_path_factory.mktemp("adapters") / "mine"
+    pipeline.save_lora_weights(folder, unet_lora_layers={
+        name: 3 * value for name, value in get_peft_model_state_dict(pipeline.unet).items()})
+    return folder
+
+
+def test_pictures_are_those_of_the_pipeline_and_say_how_they_were_made(tool, tiny_pipeline, tmp_path, capsys):
+    assert run(tool, tiny_pipeline, "--prompts", CAT, DOG, "--seeds", 3, 12, "--num_inference_steps", 1, 2,
+               "--guidance_scale", 1, 7.5, "--negative_prompt", "green: a, b", "--scheduler", "euler", "--width", 32,
+               "--output_dir", tmp_path, "--batch_size", 1) == 0
+    files = pictures(tmp_path)
+    assert len(files) == 16
+    assert files[0].name == "000_a-picture-of-a-red-circle_seed0003_steps001_scale01.0.png"
+    made = [settings(path) for path in files]
+    order = [(item["prompt"], item["seed"], item["num_inference_steps"], item["guidance_scale"]) for item in made]
+    assert order == [(prompt, seed, steps, scale) for prompt in (CAT, DOG) for seed in (3, 12) for steps in (1, 2)
+                     for scale in (1.0, 7.5)]
+
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(tiny_pipeline)
+    pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    drawn = pipeline(DOG, negative_prompt="green: a, b", generator=torch.Generator().manual_seed(12), width=32,
+                     height=64, num_inference_steps=2, guidance_scale=7.5).images[0]  # 64: as high as the model draws
+    assert np.array_equal(pixels(files[-1]), np.asarray(drawn))
+
+    with Image.open(files[-1]) as image:
+        prompt, negative, numbers = image.info["parameters"].split("\n")
+    assert (prompt, negative) == (DOG, "Negative prompt: green: a, b")
+    assert numbers == (f"Steps: 2, Sampler: Euler, CFG scale: 7.5, Seed: 12, Size: 32x64, Model hash: "
+                       f"{made[-1]['model_hash']}, Model: {tiny_pipeline.name}, Version: diffusers "
+                       f"{diffusers.__version__}")
+    assert made[-1]["scheduler"] == {"class": "EulerDiscreteScheduler"}
+    assert str(tiny_pipeline.parent) not in json.dumps(made)  # pictures are passed on, and paths are private
+    assert "16 pictures drawn, 0 were there" in capsys.readouterr().out
+
+
+def test_base_and_loras(tool, tiny_pipeline, lora, tmp_path):
+    convert = load_script(REPO / "tools" / "convert_lora.py")
+    convert.main([str(lora), str(tmp_path / "kohya.safetensors"), "--to", "kohya"])
+    common = [tiny_pipeline, "--prompts", CAT, "--num_inference_steps", 2, "--seed", 5]
+    drawn = {}
+    for name, flags in (("diffusers", ["--lora", f"{lora}:0.5"]),
+                        ("file", ["--lora", f"{lora / tool.LORA_FILE}:0.5"]),
+                        ("kohya", ["--lora", f"{tmp_path / 'kohya.safetensors'}:0.5"]),
+                        ("twice", ["--lora", f"{lora}:0.25", "--lora", f"{tmp_path / 'kohya.safetensors'}:.25"]),
+                        ("whole", ["--lora", lora]), ("none", ["--lora", f"{lora}:0"])):
+        assert run(tool, *common, *flags, "--base", tiny_pipeline, "--output_dir", tmp_path / name) == 0
+        result, base = pictures(tmp_path / name)
+        assert base.name == result.name.replace(".png", "_base.png")
+        assert settings(base)["lora"] == []
+        drawn[name], drawn["base"] = pixels(result), pixels(base)
+    assert np.array_equal(drawn["none"], drawn["base"])  # so both start from the same noise
+    assert np.abs(drawn["whole"].astype(int) - drawn["base"]).max() > 20
+    assert np.abs(drawn["whole"].astype(int) - drawn["diffusers"]).max() > 10
+    for same in ("file", "kohya", "twice"):  # up to the order of sums and the rounding to 8 bits
+        assert np.abs(drawn[same].astype(int) - drawn["diffusers"]).max() <= 1
+    assert settings(pictures(tmp_path / "twice")[0])["lora"] == [
+        {"name": "mine", "scale": 0.25, "hash": tool.weights_hash([lora / tool.LORA_FILE])},
+        {"name": "kohya", "scale": 0.25, "hash": tool.weights_hash([tmp_path / "kohya.safetensors"])}]
+    with Image.open(pictures(tmp_path / "twice")[0]) as image:
+        assert image.info["parameters"].startswith(f"{CAT} <lora:mine:0.25> <lora:kohya:0.25>\nSteps: 2, ")
+
+
+def test_a_rerun_goes_on_and_replaces_nothing(tool, tiny_pipeline, tmp_path, capsys):
+    common = [tiny_pipeline, "--prompts", CAT, DOG, "--num_inference_steps", 1, "--output_dir", tmp_path]
+    assert run(tool, *common) == 0
+    before = snapshot(tmp_path)
+    first = pictures(tmp_path)[0]
+    first.unlink()
+    assert run(tool, *common) == 0
+    assert "1 pictures drawn, 1 were there" in capsys.readouterr().out
+    after = snapshot(tmp_path)
+    assert {name: digest for name, (_, _, digest) in after.items()} == {
+        name: digest for name, (_, _, digest) in before.items()}
+    assert {name for name in after if after[name] != before[name]} == {first.name}  # the others were not touched
+
+    first.write_bytes(b"a picture of somebody else's")
+    before = snapshot(tmp_path)
+    assert run(tool, *common, "--scheduler", "ddim") == 2
+    told = capsys.readouterr().err
+    assert "2 pictures are there that other settings or weights drew" in told
+    assert str(first) in told
+    assert snapshot(tmp_path) == before
+    assert run(tool, *common, "--scheduler", "ddim", "--overwrite") == 0
+    assert [settings(path)["sampler"] for path in pictures(tmp_path)] == ["DDIM", "DDIM"]
+
+
+def test_other_weights_are_told_apart(tool, tiny_pipeline, tiny_pipeline_v, tmp_path):
+    unet = (tiny_pipeline / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(unet)
+    alone = tool.weights_hash([tmp_path])
+    assert alone != tool.weights_hash([tiny_pipeline])  # which has a VAE and a text encoder besides
+    assert tool.weights_hash([tiny_pipeline]) == tool.weights_hash([tiny_pipeline_v])  # the same weights
+    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(unet[:-1] + b"!")
+    assert tool.weights_hash([tmp_path]) != alone
+
+
+def test_a_picture_is_whole_or_not_there(tool, tiny_pipeline, tmp_path, monkeypatch, capsys):
+    save = Image.Image.save
+
+    def stop_half_way(image, file, *args, **kwargs):
+        save(image, file, *args, **kwargs)
+        file.truncate(file.tell() // 2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", stop_half_way)
+    common = [tiny_pipeline, "--prompts", CAT, "--num_inference_steps", 1, "--output_dir", tmp_path]
+    assert run(tool, *common) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.png"))
+    monkeypatch.undo()
+    assert run(tool, *common) == 0
+    assert [path.name for path in tmp_path.iterdir()] == [pictures(tmp_path)[0].name]  # the half is gone as well
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment(tiny_pipeline, tmp_path):
+    words = [tiny_pipeline, "--prompts", CAT, DOG, "--seeds", *range(30), "--num_inference_steps", 2, "--output_dir",
+             tmp_path / "out"]
+    process = start_script(words, script=GENERATE)
+    end = time.monotonic() + 240
+    while len(pictures(tmp_path / "out")) < 5 and time.monotonic() < end and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    found = pictures(tmp_path / "out")
+    assert 5 <= len(found) < 60
+    before = {path: pixels(path) for path in found}  # which reads each to its end
+    done = run_script(words, script=GENERATE)
+    assert done.returncode == 0, done.stderr
+    assert f"{60 - len(found)} pictures drawn, {len(found)} were there" in done.stdout
+    assert len(pictures(tmp_path / "out")) == 60
+    assert all(np.array_equal(pixels(path), before[path]) for path in found)
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_recipes(tool, tmp_path, capsys):
+    recipe = REPO / "examples" / "configs" / "dreambooth.yaml"
+    args = tool.parse_args(["model", "--config", str(recipe)])
+    assert tool.read_prompts(**vars(args))[1] == "a sks star on a pink background"
+    assert (args.seeds, args.num_inference_steps, args.guidance_scale) == ([0], [25], [5.0])
+    args = tool.parse_args(["model", "--config", str(recipe), "--seeds", "1", "2", "--prompts", CAT])
+    assert (args.seeds, args.prompts, args.num_inference_steps) == ([1, 2], [CAT], [25])
+    (tmp_path / "prompts.txt").write_text(f"{CAT}\n\n  {DOG} \n{CAT}\n", encoding="utf-8")
+    args = tool.parse_args(["model", "--config", str(recipe), "--prompts_file", str(tmp_path / "prompts.txt")])
+    assert tool.read_prompts(**vars(args)) == [CAT, DOG]
+
+    own = tmp_path / "own.yaml"
+    own.write_text("prompts: a\nlora: [one:0.5, two]\nmixed_precision: no\noverwrite: true\nguidance_scale: [1, 2]\n")
+    args = tool.parse_args(["model", "--config", str(own)])
+    assert (args.lora, args.mixed_precision, args.overwrite) == (["one:0.5", "two"], "no", True)
+    assert (args.model, args.prompts, args.guidance_scale) == ("model", ["a"], [1.0, 2.0])
+    assert tool.parse_args(["model", "--config", str(own), "--lora", "three"]).lora == ["three"]
+    for text, told in (("evaluation: {steps: 3}", "unknown key steps"), ("max_train_steps: 3", "max_train_steps"),
+                       ("evaluation: [1]", "is no YAML file of flags"), ("a: [", "is no YAML file of flags")):
+        own.write_text(text)
+        with pytest.raises(SystemExit, match="2"):
+            tool.parse_args(["model", "--config", str(own)])
+        assert told in capsys.readouterr().err
+
+
+def test_all_mistakes_at_once(tool, tiny_pipeline, lora, tmp_path, capsys):
+    assert run(tool, tiny_pipeline, "--base", tmp_path / "nowhere", "--lora", tmp_path / "no.safetensors", "--height",
+               33, "--scheduler", "eulerian", "--num_inference_steps", 0, "--guidance_scale", "inf",
+               "--output_dir", tmp_path / "out") == 2
+    told = capsys.readouterr().err
+    for wrong in ("--prompts: give this", "--base=", "--lora=", "--height=33: must be a multiple of 8", "use 32",
+                  "--scheduler=eulerian: is no scheduler", "--num_inference_steps=0: must be 1 or more",
+                  "--guidance_scale=inf"):
+        assert wrong in told, wrong
+    assert "Traceback" not in told
+    assert run(tool, lora, "--prompts", CAT, "--output_dir", tmp_path / "out") == 2
+    assert f"give the model that they were trained on, and --lora={lora}" in capsys.readouterr().err
+    assert run(tool, tiny_pipeline, "--prompts", CAT, "--num_inference_steps", 1001, "--output_dir",
+               tmp_path / "out") == 2
+    assert "--num_inference_steps=1001: must be at most 1000" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_lora_of_another_model_is_refused(tool, tiny_pipeline, tiny_pipeline_sd1, lora, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    assert run(tool, tiny_pipeline_sd1, "--prompts", CAT, "--lora", lora, "--output_dir", tmp_path / "out") == 2
+    assert f"--lora={lora / tool.LORA_FILE}: " in capsys.readouterr().err
+    weights = load_file(lora / tool.LORA_FILE)
+    more = {name.replace("down_blocks.0", "down_blocks.7"): value.clone() for name, value in weights.items()}
+    save_file(weights | more, tmp_path / "more.safetensors")
+    assert run(tool, tiny_pipeline, "--prompts", CAT, "--lora", tmp_path / "more.safetensors", "--output_dir",
+               tmp_path / "out") == 2
+    assert "layers are in" in capsys.readouterr().err
+    save_file({"lora_unet_mid_block_attentions_0_proj_in.dora_scale": torch.ones(2)}, tmp_path / "dora.safetensors")
+    assert run(tool, tiny_pipeline, "--prompts", CAT, "--lora", tmp_path / "dora.safetensors", "--output_dir",
+               tmp_path / "out") == 2
+    assert "convert it by convert_lora.py" in capsys.readouterr().err
+    assert not pictures(tmp_path / "out")
+
+
+def test_every_short_name_is_a_scheduler_that_can_be_used(tool, tiny_pipeline):
+    config = diffusers.DDPMScheduler.load_config(tiny_pipeline, subfolder="scheduler")
+    for name, (kind, _, known_as) in tool.SCHEDULERS.items():
+        scheduler, options, label = tool.choose_scheduler(name, config)
+        assert (scheduler.__name__, label) == (kind, known_as)
+        made = scheduler.from_config(config, **options)
+        made.set_timesteps(10)
+        assert len(made.timesteps) >= 10
+        assert all(made.config[key] == value for key, value in options.items())
+    assert tool.choose_scheduler("EulerDiscreteScheduler", config)[2] == "Euler"
+    assert tool.choose_scheduler(None, config)[0] is diffusers.PNDMScheduler
+    with pytest.raises(tool.InputError, match="FlowMatchEulerDiscreteScheduler"):
+        tool.choose_scheduler("FlowMatchEulerDiscreteScheduler", config)
+
+
+def test_the_grid_says_what_varies(tool):
+    def labels(**values):
+        values = {"seeds": [0], "num_inference_steps": [25], "guidance_scale": [5.0], "base": None,
+                  "prompts": [CAT], **values}
+        rows = tool.layout(tool.list_pictures(**values))
+        columns = list(next(iter(rows.values())))
+        assert all(list(row) == columns for row in rows.values())
+        return list(rows), columns
+
+    assert labels(num_inference_steps=[50, 10], guidance_scale=[7.5, 1.0]) == (
+        [("10 steps",), ("50 steps",)], ["scale 1", "scale 7.5"])
+    assert labels(prompts=[CAT, DOG], base="x") == ([("base",), ("result",)], [CAT, DOG])
+    assert labels(base="x") == ([()], ["base", "result"])
+    assert labels(seeds=[1, 2], prompts=[CAT, DOG], base="x") == (
+        [(CAT, "base"), (CAT, "result"), (DOG, "base"), (DOG, "result")], ["seed 1", "seed 2"])
+    many = [f"prompt {k}" for k in range(9)]
+    assert labels(prompts=many, base="x") == ([(prompt,) for prompt in many], ["base", "result"])
+
+
+def test_the_grid_shows_the_pictures_beside_their_labels(tool, tmp_path):
+    wanted = tool.list_pictures([CAT], [0], [5, 9], [1.0, 2.0, 3.0], None)
+    for number, picture in enumerate(wanted):
+        Image.new("RGB", (512, 384), (40 * number, 0, 200)).save(tmp_path / picture.name())
+    grid = tool.make_grid(tool.layout(wanted), tmp_path, "a title " * 40)
+    assert grid.width == tool.LABEL_WIDTH + 3 * (256 + tool.MARGIN)
+    array = np.array(grid)
+    tiles = (array == [[[0, 0, 200]]]).all(-1)
+    rows, columns = np.nonzero(tiles)
+    top = rows.min()
+    assert (rows.max() + 1 - top, columns.min(), columns.max()) == (192, tool.LABEL_WIDTH, tool.LABEL_WIDTH + 255)
+    for number in range(6):
+        down, across = divmod(number, 3)
+        y, x = top + down * (192 + tool.MARGIN), tool.LABEL_WIDTH + across * (256 + tool.MARGIN)
+        assert (array[y : y + 192, x : x + 256] == (40 * number, 0, 200)).all()
+        array[y : y + 192, x : x + 256] = 255
+    ink = (array < 128).all(-1)
+    assert ink[:top].any()
+    assert ink[top:, : tool.LABEL_WIDTH].any()
+    assert not ink[top:, tool.LABEL_WIDTH :].any()  # labels stay beside the pictures
+
+
+def test_texts_are_broken_to_the_width(tool):
+    font = ImageFont.load_default(tool.FONT_SIZE)
+    for text in ("a drawing of a green creature with red eyes", "w" * 60, "a " + "m" * 40 + " b"):
+        lines = tool.wrap(text, font, 120, 20)
+        assert all(font.getlength(line) <= 120 for line in lines)
+        assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+    short = tool.wrap("a drawing of a green creature with red eyes", font, 120, 2)
+    assert len(short) == 2
+    assert short[-1].endswith("...")
+    assert font.getlength(short[-1]) <= 120
+    assert tool.wrap("", font, 120, 2) == []
+
+
+def test_many_rows_go_to_several_grids(tool, tiny_pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr(tool, "ROWS_PER_GRID", 2)
+    assert run(tool, tiny_pipeline, "--prompts", CAT, "--num_inference_steps", 1, "--seeds", 0, 1, 2,
+               "--guidance_scale", 1, 2, "--output_dir", tmp_path) == 0
+    grids = sorted(tmp_path.glob("grid_*.png"))
+    assert [path.name[-8:] for path in grids] == ["_001.png", "_002.png"]
+    rows = [row for path in grids for row in settings(path)["rows"]]
+    assert [row["label"] for row in rows] == [["seed 0"], ["seed 1"], ["seed 2"]]
+    assert [name for row in rows for name in row["pictures"]] == [path.name for path in pictures(tmp_path)]
