@@ -50,7 +50,8 @@ def creature_records(number=108):
 def subject_records(number=50):
     """Prompts with the rare word on the backgrounds that five views of the subject leave out, in turn."""
     unseen = [name for name in render.COLOURS if name != render.SUBJECT_COLOUR][5:]
-    return [{"text": f"a sks star on a {unseen[k % len(unseen)]} background"} for k in range(number)]
+    chosen = [unseen[k % len(unseen)] for k in range(number)]
+    return [{"text": f"a sks star on a {background} background", "background": background} for background in chosen]
 
 
 def star_records(number=50):
@@ -111,18 +112,20 @@ def score_creatures(images, records):
     }
 
 
-def score_subject(images):
-    """Shares in [0, 1] of pictures with the subject's stripes, with its ring, with both."""
+def score_subject(images, records):
+    """Shares in [0, 1] of pictures with the subject's stripes, its ring, both, and the prompted background."""
     seen = [render.read_subject(image) for image in images]
     return {"stripes": share([s["stripes"] for s in seen]), "ring": share([s["ring"] for s in seen]),
-            "both": share([s["stripes"] and s["ring"] for s in seen])}
+            "both": share([s["stripes"] and s["ring"] for s in seen]),
+            "background": share([s["background"] == r["background"] for s, r in zip(seen, records, strict=True)])}
 
 
 def score_stars(images, records):
-    """Shares in [0, 1] of pictures with any of the subject's marks, and of plain stars in the prompted colour."""
+    """Shares in [0, 1] of pictures with any of the subject's marks, a ring of another colour too, and of plain stars
+    in the prompted colour."""
     marks = [render.read_subject(image) for image in images]
     shapes = [render.read_shape(image) for image in images]
-    plain = [not (m["stripes"] or m["ring"]) for m in marks]
+    plain = [not (m["stripes"] or m["circled"]) for m in marks]
     right = [p and s["shape"] == "star" and s["colour"] == r["colour"]
              for p, s, r in zip(plain, shapes, records, strict=True)]
     return {"marked": share(np.logical_not(plain)), "plain_star_in_its_colour": share(right)}
@@ -226,9 +229,9 @@ def main(argv=None):
         result = {}
         for name, folder in (("model", args.model), ("base", args.base)) if args.base else (("model", args.model),):
             pipeline = load_pipeline(folder, args.base)
-            drawn, _ = draw(pipeline, subject_records(args.num_samples or 50), **settings)
-            stars, records = draw(pipeline, star_records(args.num_samples or 50), **settings)
-            result[name] = {**score_subject(drawn), **score_stars(stars, records)}
+            drawn, subjects = draw(pipeline, subject_records(args.num_samples or 50), **settings)
+            stars, plain = draw(pipeline, star_records(args.num_samples or 50), **settings)
+            result[name] = {**score_subject(drawn, subjects), **score_stars(stars, plain)}
             images = images if name == "base" else np.concatenate([drawn[:24], stars[:24]])
     else:
         pipeline = load_pipeline(args.model, args.base)

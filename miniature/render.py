@@ -428,11 +428,31 @@ def read_creature(image):
     return result
 
 
+def circled(image, ground):
+    """Whether something of whatever colour runs around: seen from the middle, what is not ground ends at about one
+    distance in 80 % of all directions, and in a quarter of them some ground lies before it."""
+    away = distance(image, ground) > 45
+    where = np.argwhere(away)
+    if len(where) < 80:
+        return False
+    turns, radii = np.arange(72)[:, None] * math.pi / 36, np.arange(0, SIZE * 0.7, 0.5)
+    y, x = ((where.min(0) + where.max(0)) / 2)[:, None, None] + radii * np.stack([np.sin(turns), np.cos(turns)])
+    inside = (y > -0.5) & (y < SIZE - 0.5) & (x > -0.5) & (x < SIZE - 0.5)
+    clipped = [np.clip(np.round(c), 0, SIZE - 1).astype(int) for c in (y, x)]
+    ink = away[clipped[0], clipped[1]] & inside
+    end = np.where(ink.any(1), len(radii) - 1 - ink[:, ::-1].argmax(1), 0)
+    gap = (~ink & (np.arange(len(radii)) < end[:, None])).sum(1) >= 4
+    typical = np.median(end)
+    near = np.abs(end - typical) < 0.15 * typical
+    return bool(radii[int(typical)] > 8 and near.mean() >= 0.8 and (gap & near).mean() >= 0.25)
+
+
 def read_subject(image):
-    """Whether a picture shows the subject's two marks: {"stripes", "ring", "background"} of uint8 (64, 64, 3).
+    """Whether a picture shows the subject's marks: {"stripes", "ring", "circled", "background"} of uint8 (64, 64, 3).
 
     ring: dark pixels surround one centre in at least 80 % of all directions, at about one distance. stripes: two or
     more separate white bands, each of at least 10 pixels, lie inside the picture's frame beside 40 coloured pixels.
+    circled: a ring of any colour, for pictures that should have none.
     """
     ground = np.median(frame(image, 2), axis=0)
     dark = components(image.max(-1) < 110)
@@ -449,7 +469,8 @@ def read_subject(image):
            if len(a) >= 6]
     white = [a for a in white if a.min() > 2 and a.max() < SIZE - 3]
     stripes = len(white) >= 2 and len(ink) >= 2 and sum(map(len, ink)) >= 40
-    return {"stripes": bool(stripes), "ring": found_ring, "background": colour_name(ground)}
+    return {"stripes": bool(stripes), "ring": found_ring, "circled": found_ring or circled(image, ground),
+            "background": colour_name(ground)}
 
 
 # ---------------------------------------------------------------------------------------------- command

@@ -88,8 +88,8 @@ def test_rules_read_clean_renders():
         right.update(key for key in ("body", "eyes") if seen[key] == drawn[key])
         right.update(key for key in ("white_ground", "eyes_visible") if seen[key])
         seen = render.read_subject(render.make("subject", 5, k)[0])
-        right.update(key for key in ("stripes", "ring") if seen[key])
-    assert len(right) == 9
+        right.update(key for key in ("stripes", "ring", "circled") if seen[key])
+    assert len(right) == 10
     assert min(right.values()) >= 198, right
 
 
@@ -98,14 +98,27 @@ def test_rules_do_not_see_what_is_not_there():
         shape = render.make("shapes", 6, k)[0]
         seen = render.read_subject(shape)
         assert not seen["stripes"]
-        assert not seen["ring"]
+        assert not seen["circled"]
         seen = render.read_creature(shape)
         assert not seen["white_ground"]
         assert not seen["eyes_visible"]
     blank = np.full((64, 64, 3), 255, dtype=np.uint8)
     assert render.read_shape(blank)["shape"] is None
     assert render.read_creature(blank)["body"] is None
-    assert not render.read_subject(blank)["ring"]
+    assert not render.read_subject(blank)["circled"]
+
+
+@pytest.mark.parametrize("ink", ["red", "pink", "black"])
+def test_a_ring_of_any_colour_is_one(ink):
+    """Around a plain star of another colour; only the black one is the subject's."""
+    canvas = render.Canvas(render.COLOURS["green"])
+    canvas.polygon(render.outline("star", 32, 32, 20), render.COLOURS["yellow"])
+    assert not render.read_subject(canvas.pixels())["circled"]
+    render.ring(canvas, 32, 32, 25, 4.5, {**render.COLOURS, "black": render.BLACK}[ink])
+    seen = render.read_subject(canvas.pixels())
+    assert seen["circled"]
+    assert seen["ring"] == (ink == "black")
+    assert not seen["stripes"]
 
 
 def test_tokenizer_is_small_and_knows_no_rare_word(tokenizer):
@@ -144,9 +157,9 @@ def test_autoencoder_keeps_unseen_creatures(measure):
 def test_autoencoder_keeps_the_marks_of_the_subject(measure):
     from diffusers import AutoencoderKL
 
-    images = np.stack([render.make("subject", 5, index)[0] for index in range(28)])
+    images, records = zip(*[render.make("subject", 5, index) for index in range(28)], strict=True)
     vae = AutoencoderKL.from_pretrained(MINIATURE / "pipeline" / "vae").eval()
-    scores = measure.score_subject(measure.reconstruct(vae, images))
+    scores = measure.score_subject(measure.reconstruct(vae, np.stack(images)), records)
     assert scores["ring"] == 1
     assert scores["stripes"] >= 0.9
 
