@@ -455,7 +455,7 @@ def make_grid(rows, folder, title):
     left = LABEL_WIDTH if any(rows) else MARGIN
     total = max(left + len(columns) * (width + MARGIN), 3 * LABEL_WIDTH)
     heading = wrap(title, font, total - 2 * MARGIN, 4)
-    labels = [wrap(column, font, width, 6) for column in columns]
+    labels = [wrap(column, font, width - MARGIN, 6) for column in columns]
     top = (len(heading) + max(map(len, labels))) * line + 2 * MARGIN
     texts = {row: [text for label in row for text in wrap(label, font, left - 2 * MARGIN, max(1, height // line - 3))]
              for row in rows}
