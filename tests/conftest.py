@@ -124,6 +124,17 @@ def tiny_pipeline_sd1(tmp_path_factory):
     return _save_pipeline(tmp_path_factory, "tiny_pipeline_sd1", num_blocks=4, layers_per_block=2)
 
 
+@pytest.fixture(scope="session")
+def tiny_captioner(tmp_path_factory):
+    """Folder of a BLIP with random weights that says a few words of every image. Read only."""
+    from tiny import make_captioner
+
+    folder = tmp_path_factory.mktemp("tiny_captioner")
+    for part in make_captioner():
+        part.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def image_folder(tmp_path):
     """Factory: image_folder(num_images=6, size=32, captions=None, name="images") -> Path."""

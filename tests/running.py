@@ -1,8 +1,10 @@
 """Runs a script as a user does: in a process of its own, by itself or through a launcher."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
@@ -58,6 +60,18 @@ def start_script(args, env=None, nproc=1, launcher="python", script=TRAIN_TEXT_T
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
+
+
+def kill_when(process, condition, seconds=240):
+    """Ends a process of `start_script` by SIGKILL as soon as the condition holds, which it has to within the time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
 
 
 def environment(additions):

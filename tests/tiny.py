@@ -6,7 +6,16 @@ from itertools import pairwise
 
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    BertTokenizer,
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipImageProcessor,
+    BlipProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+)
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 MAX_LENGTH = 77
@@ -137,3 +146,26 @@ def make_pipeline(prediction_type="epsilon", seed=0, **unet_options):
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def make_captioner(seed=0):
+    """Returns (model, processor) of a BLIP for 32 x 32 pixels that says words of WORDS, other ones for every image,
+    until --max_new_tokens end it: its weights depend on `seed` alone."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]"]
+    tokens = [*special, *dict.fromkeys(WORDS.split())]
+    tokenizer = BertTokenizer(
+        vocab={token: number for number, token in enumerate(tokens)}, extra_special_tokens={"dec_token": "[DEC]"}
+    )
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    size |= {"projection_dim": 16, "initializer_range": 1.0}  # 1.0: else it says the same of all images
+    ids = {"bos_token_id": 5, "eos_token_id": 3, "sep_token_id": 3, "pad_token_id": 0}
+    text = {"vocab_size": len(tokenizer), "encoder_hidden_size": 16, "max_position_embeddings": 512, **ids, **size}
+    vision = {"image_size": 32, "patch_size": 8, **size}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = BlipConfig(text_config=text, vision_config=vision, projection_dim=16, image_text_hidden_size=16)
+        model = BlipForConditionalGeneration(config)
+    with torch.no_grad():
+        model.text_decoder.cls.predictions.bias[: len(special)] = -1e4  # it says none of these
+    processor = BlipProcessor(BlipImageProcessor(size={"height": 32, "width": 32}), tokenizer)
+    return model.eval(), processor
