@@ -10,7 +10,9 @@ import pytest
 import torch
 import training
 from conftest import load_script
+from diffusers import StableDiffusionPipeline
 from image_data import snapshot
+from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image, ImageOps
 from running import REPO
 
@@ -271,6 +273,23 @@ def test_a_run_measures_what_training_measured(tool, train_script, render, tmp_p
     assert "holds an evaluation" in capsys.readouterr().err
     assert run(tool, *words, "--num_images", 3, "--overwrite") == 0
     assert len(json.loads((tmp_path / "out" / "evaluation.json").read_text())["pictures"]) == 3
+
+
+def test_a_lora_is_measured_against_the_same_model_without_it(tool, render, tmp_path):
+    pipeline = StableDiffusionPipeline.from_pretrained(BASE, dtype=torch.float32)
+    torch.manual_seed(0)
+    pipeline.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    pipeline.save_lora_weights(tmp_path / "lora", unet_lora_layers=get_peft_model_state_dict(pipeline.unet))
+    folder, gains = creatures(render, tmp_path / "images", 5), {}
+    for scale in (0, 1):
+        assert run(tool, BASE, folder, "--lora", f"{tmp_path / 'lora'}:{scale}", "--base", BASE, "--clip_model", CLIP,
+                   "--resolution", 64, "--num_images", 3, "--num_validation_samples", 2, "--num_inference_steps", 1,
+                   "--output_dir", tmp_path / str(scale)) == 0
+        found = json.loads((tmp_path / str(scale) / "evaluation.json").read_text())
+        gains[scale] = [found[name]["gain"]["mean"] for name in (
+            "clip_score", "clip_image_similarity", "kid", "held_out_loss", "nearest_similarity")]
+    assert gains[0] == pytest.approx([0] * 5, abs=1e-5)
+    assert np.abs(gains[1]).min() > 1e-4
 
 
 def test_duplicates_are_one_image(tool, clip, tmp_path, render):
