@@ -649,3 +649,26 @@ def test_class_folder_in_the_output_folder_can_be_gone_on_with(fit, tmp_path, mo
         except TypeError:
             pass
     assert fit(**settings) == 0
+
+
+# ----------------------------------------------------------------------------------------------------------- learning
+
+
+@pytest.mark.slow
+def test_prior_preservation_keeps_the_class_plain(tmp_path):
+    """Both models have learnt the subject; only the one without preservation draws its marks on plain stars too."""
+    script, measure = load_script(TRAIN_DREAMBOOTH), load_script(REPO / "miniature" / "measure.py")
+    base, learnt, marked = REPO / "miniature" / "pipeline", {}, {}
+    measure.render.write_folder("subject", tmp_path / "photos", 5, seed=0)
+    settings = {"instance_data_dir": tmp_path / "photos", "instance_prompt": "a sks star", "resolution": 64,
+                "train_text_encoder": True, "train_batch_size": 5, "max_train_steps": 400, "learning_rate": 6e-4,
+                "lr_scheduler": "cosine", "lr_warmup_steps": 20, "snr_gamma": 5}
+    preservation = {"with_prior_preservation": True, "class_data_dir": tmp_path / "stars", "class_prompt": "a star",
+                    "num_class_images": 50, "sample_batch_size": 25, "prior_loss_weight": 2}
+    for name, more in (("with", preservation), ("without", {})):
+        assert train(script, base, None, tmp_path / name, **settings, **more) == 0
+        pipeline = measure.load_pipeline(tmp_path / name)
+        learnt[name] = measure.score_subject(*measure.draw(pipeline, measure.subject_records(24)))
+        marked[name] = measure.score_stars(*measure.draw(pipeline, measure.star_records(24)))["marked"]
+    assert min(scores["both"] for scores in learnt.values()) >= 0.6
+    assert marked["with"] <= marked["without"] - 0.4
