@@ -1,13 +1,16 @@
 """A stand-in for the Hub on the loopback interface: as much of its HTTP interface as huggingface_hub needs to create
-a repository, upload a folder and read files back."""
+a repository, upload a folder and read files back, and `datasets` to load one."""
 
 import base64
 import hashlib
 import json
+import math
 import threading
+from collections import Counter
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from pathlib import PurePosixPath
+from urllib.parse import parse_qs, unquote, urlsplit
 
 USER = "tester"
 TOKEN = "hf_dummy"
@@ -39,7 +42,9 @@ class Repo:
 
 
 class FakeHub:
-    """`repos` maps "owner/name" to what was uploaded; `fail` maps a stage to the HTTP status that it answers.
+    """`repos` maps "owner/name" to what was uploaded; `fail` maps a stage to the HTTP status that it answers, and
+    `hang` to how many requests it answers before it lets the others wait (`waiting` counts them), so that a client
+    can be killed there.
 
     Stages: whoami, create, validate, preupload, lfs, upload, commit, info, resolve. Answer 4xx: the client repeats a
     request that got 5xx, for minutes.
@@ -48,10 +53,14 @@ class FakeHub:
     def __init__(self):
         self.repos = {}
         self.fail = {}
+        self.hang = {}
+        self.answered = Counter()  # requests by stage
+        self.waiting = 0
         self.requests = []  # (method, path) in the order of arrival
         self.tokens = set()  # of the Authorization headers
         self._blobs = {}  # SHA-256 -> bytes of LFS objects
         self._lock = threading.Lock()
+        self._stopping = threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _make_handler(self))
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -79,6 +88,7 @@ class FakeHub:
         return self
 
     def stop(self):
+        self._stopping.set()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -103,10 +113,19 @@ def _make_handler(hub):
                 hub.requests.append((self.command, urlsplit(self.path).path))
                 if self.headers.get("Authorization"):
                     hub.tokens.add(self.headers["Authorization"].removeprefix("Bearer "))
-                stage, answer = _route(hub, self.command, parts, body)
+                query = parse_qs(urlsplit(self.path).query)
+                stage, answer = _route(hub, self.command, parts, query, body)
                 if stage in hub.fail:
                     return self._reply(hub.fail[stage], {"error": f"the stand-in was told to fail at {stage}"})
-                status, content, headers = answer()
+                hangs = hub.answered[stage] >= hub.hang.get(stage, math.inf)
+                if not hangs:
+                    status, content, headers = answer()
+                    hub.answered[stage] += 1
+                else:
+                    hub.waiting += 1
+            if hangs:
+                self.close_connection = True
+                return hub._stopping.wait()
             return self._reply(status, content, headers)
 
         def _read_body(self):
@@ -134,7 +153,7 @@ def _make_handler(hub):
     return Handler
 
 
-def _route(hub, method, parts, body):
+def _route(hub, method, parts, query, body):
     """Returns the name of the stage and the function that carries it out: () -> (status, content, headers)."""
     if parts[:2] == ["api", "whoami-v2"]:
         return "whoami", lambda: (200, _whoami(), {})
@@ -152,11 +171,12 @@ def _route(hub, method, parts, body):
             return "info", lambda: _not_found("RepoNotFound")
         repo = hub.repos[repo_id]
         if action == "preupload":
-            return "preupload", lambda: (200, _preupload(json.loads(body)), {})
+            return "preupload", lambda: (200, _preupload(repo, json.loads(body)), {})
         if action == "commit":
             return "commit", lambda: _commit(hub, repo_id, repo, body)
         if action == "tree":
-            return "info", lambda: (200, _tree(repo, "/".join(parts[6:])), {})
+            recursive = query.get("recursive", [""])[0].lower() == "true"
+            return "info", lambda: (200, _tree(repo, "/".join(parts[6:]), recursive), {})
         if action in ("info", "revision"):
             return "info", lambda: (200, _info(repo_id, repo), {})
     if "resolve" in parts:
@@ -176,19 +196,24 @@ def _whoami():
 
 def _create(hub, request):
     repo_id = f"{request.get('organization') or USER}/{request['name']}"
-    url = f"{hub.url}/{repo_id}"
+    repo_type = request.get("type", "model")
+    url = f"{hub.url}/{'' if repo_type == 'model' else repo_type + 's/'}{repo_id}"
     if repo_id in hub.repos:
         return 409, {"error": "this repository exists already", "url": url}, {}
     private = request.get("visibility") == "private" or bool(request.get("private"))
-    hub.repos[repo_id] = Repo(request.get("type", "model"), private)
+    hub.repos[repo_id] = Repo(repo_type, private)
     return 200, {"url": url, "name": repo_id}, {}
 
 
-def _preupload(request):
+def _preupload(repo, request):
+    """Says of each file how to send it, and by `oid` what is there, so that the client leaves out what is the same."""
     files = []
     for file in request["files"]:
         large = file["size"] >= LFS_SIZE or file["path"].endswith(LFS_SUFFIXES)
         files.append({"path": file["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": False})
+        if (data := repo.files.get(file["path"])) is not None:
+            blob = hashlib.sha1(b"blob %d\0" % len(data) + data)  # as git names it
+            files[-1]["oid"] = (hashlib.sha256(data) if large else blob).hexdigest()
     return {"files": files}
 
 
@@ -247,13 +272,17 @@ def _info(repo_id, repo):
     }
 
 
-def _tree(repo, folder):
-    prefix = f"{folder}/" if folder else ""
-    return [
-        {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-        for path, data in sorted(repo.files.items())
-        if path.startswith(prefix)
-    ]
+def _tree(repo, folder, recursive):
+    """Lists what lies in a folder, and if recursive below it: folders and files."""
+    prefix, entries = f"{folder}/" if folder else "", {}
+    for path, data in sorted(repo.files.items()):
+        if not path.startswith(prefix):
+            continue
+        for parent in reversed(PurePosixPath(path).parents):
+            entries[str(parent)] = {"type": "directory", "path": str(parent), "size": 0, "oid": "0" * 40}
+        entries[path] = {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+    below = [entry for path, entry in entries.items() if path.startswith(prefix) and path != "."]
+    return [entry for entry in below if recursive or "/" not in entry["path"][len(prefix):]]
 
 
 def _resolve(hub, repo_id, path):
