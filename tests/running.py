@@ -10,6 +10,7 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 TRAIN_TEXT_TO_IMAGE = REPO / "examples" / "text_to_image" / "train_text_to_image.py"
 TRAIN_TEXT_TO_IMAGE_LORA = REPO / "examples" / "text_to_image" / "train_text_to_image_lora.py"
+TRAIN_TEXT_TO_IMAGE_FLAX = REPO / "examples" / "text_to_image" / "train_text_to_image_flax.py"
 TRAIN_DREAMBOOTH = REPO / "examples" / "dreambooth" / "train_dreambooth.py"
 TRAIN_DREAMBOOTH_LORA = REPO / "examples" / "dreambooth" / "train_dreambooth_lora.py"
 

@@ -5,8 +5,8 @@
 
 A function, class or UPPERCASE constant of the same name has the same text in all scripts of a family (torch, and Flax:
 `*_flax.py`), with its decorators, docstring and comments, also those directly above it. What stands below the section
-line `# ---- data` is one family over all scripts. A tool that has a name of a script's has its text as well. The same
-flag has the same keywords in all scripts, and the same default unless DEFAULTS says why not.
+line `# ---- data`, or in ALL_FAMILIES, is one family over all scripts. A tool that has a name of a script's has its
+text as well. The same flag has the same keywords in all scripts, and the same default unless DEFAULTS says why not.
 """
 
 import argparse
@@ -27,7 +27,15 @@ EXCEPTIONS = {
     ("train_text_to_image_lora.py", "REPLACED_FLAGS"): "takes the place of other flags of diffusers' script",
     ("train_dreambooth.py", "REPLACED_FLAGS"): "takes the place of the flags of diffusers' DreamBooth scripts",
     ("train_dreambooth_lora.py", "REPLACED_FLAGS"): "takes the place of the flags of diffusers' DreamBooth scripts",
+    ("caption_images.py", "REPLACED_FLAGS"): "takes the place of no script of diffusers'",
+    ("check_dataset.py", "REPLACED_FLAGS"): "takes the place of no script of diffusers'",
+    ("convert_checkpoint.py", "REPLACED_FLAGS"): "takes the place of no script of diffusers'",
+    ("push_dataset.py", "REPLACED_FLAGS"): "takes the place of no script of diffusers'",
+    ("push_model.py", "REPLACED_FLAGS"): "takes the place of no script of diffusers'",
+    ("show_dataset.py", "REPLACED_FLAGS"): "takes the place of no script of diffusers'",
     ("train_dreambooth.py", "--train_text_encoder"): "trains it, where LoRA adds adapters",
+    ("train_text_to_image_flax.py", "--mixed_precision"): "there is no accelerate config",
+    ("train_text_to_image_flax.py", "--dataloader_num_workers"): "threads: JAX cannot be forked",
 }
 
 # {(script name, --flag): reason}, for a default that differs from that of the other scripts.
@@ -44,14 +52,17 @@ DEFAULTS = {
 
 # {number of scripts: names that so many share}: else a block could slip out by a new name. `--list` prints it.
 EXPECTED = {
+    5: [
+        "CaptionedImages", "DROPOUT", "HELD_OUT", "HELD_OUT_TIMESTEPS", "IMAGE_SUFFIXES", "InputError", "MIN_SIDE",
+        "ORDER", "SAMPLE", "SUBSET", "all_captions", "check_flags", "check_image", "check_images", "check_model",
+        "check_output", "check_rows", "create_repo", "draw_samples", "find_checkpoint", "last_line", "leave",
+        "list_checkpoints", "load_data", "micro_batches", "note_signal", "on_signals", "open_image", "parse_words",
+        "prepare_output", "push", "read_dataset", "read_folder", "write_card", "write_log",
+    ],
     4: [
-        "CaptionedImages", "DROPOUT", "DTYPES", "FIXED_ON_RESUME", "FREE_ON_RESUME", "HELD_OUT", "HELD_OUT_TIMESTEPS",
-        "IMAGE_SUFFIXES", "InputError", "MIN_SIDE", "ORDER", "SAMPLE", "SUBSET", "all_captions", "check_flags",
-        "check_image", "check_images", "check_model", "check_output", "check_rows", "check_settings", "create_repo",
-        "diffusion_losses", "draw_samples", "encode", "exchange", "find_checkpoint", "held_out_losses", "last_line",
-        "leave", "list_checkpoints", "load_base", "load_data", "make_accelerator", "make_state", "micro_batches",
-        "note_signal", "on_signals", "open_image", "parse_words", "prepare_output", "print_plan", "push",
-        "read_dataset", "read_folder", "resume", "save_checkpoint", "validate", "write_card", "write_log",
+        "DTYPES", "FIXED_ON_RESUME", "FREE_ON_RESUME", "check_settings", "diffusion_losses", "encode", "exchange",
+        "held_out_losses", "load_base", "make_accelerator", "make_state", "print_plan", "resume", "save_checkpoint",
+        "validate",
     ],
     2: [
         "ATTENTION", "CLASS", "FEED_FORWARD", "InstancesAndClasses", "LORA_FILE", "LORA_TARGETS", "REPLACED_FLAGS",
@@ -60,6 +71,11 @@ EXPECTED = {
         "parameter_groups", "read_lora", "to_kohya", "with_classes",
     ],
 }
+
+# What stands elsewhere than in a section `data` and is one family over all scripts nevertheless.
+ALL_FAMILIES = set("""DROPOUT HELD_OUT HELD_OUT_TIMESTEPS IMAGE_SUFFIXES InputError MIN_SIDE ORDER SAMPLE SUBSET
+    check_flags check_model check_output create_repo draw_samples find_checkpoint last_line leave list_checkpoints
+    note_signal on_signals parse_words prepare_output push write_card write_log""".split())
 
 DIFF_LINES = 30  # of each difference; the first ones tell enough
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
@@ -189,7 +205,7 @@ def group_blocks(files):
         named[block.name].append(block)
     listed = listed_exceptions()
     for name, blocks in named.items():
-        everywhere = any(block.everywhere for block in blocks)
+        everywhere = name in ALL_FAMILIES or any(block.everywhere for block in blocks)
         for block in blocks:
             variant = listed.get((block.file.path.name, name))
             groups[name, "all" if everywhere else block.file.family][variant].append(block)
