@@ -75,18 +75,16 @@ FREE_ON_RESUME = """allow_changed_resume cache_dir caption_column checkpointing_
     tracker_project_name train_batch_size train_data_dir validation_prompts validation_steps""".split()
 FIXED_ON_RESUME = {"use_ema"}  # the checkpoint's state would not fit
 # Keys of the configs that the networks below obey or that do not bear on them; any other must be at its default.
-UNDERSTOOD = {name: set(keys.split()) for name, keys in {
-    "unet": "attention_head_dim block_out_channels cross_attention_dim down_block_types flip_sin_to_cos freq_shift "
-            "in_channels layers_per_block norm_eps norm_num_groups out_channels sample_size split_head_dim "
-            "transformer_layers_per_block up_block_types upcast_attention use_linear_projection "
-            "use_memory_efficient_attention",
-    "vae": "block_out_channels down_block_types force_upcast in_channels latent_channels layers_per_block "
-           "norm_num_groups out_channels sample_size scaling_factor up_block_types use_post_quant_conv",
-    "text_encoder": "architectures attention_dropout bos_token_id dropout dtype eos_token_id hidden_act hidden_size "
-                    "initializer_factor initializer_range intermediate_size layer_norm_eps max_position_embeddings "
-                    "num_attention_heads num_hidden_layers pad_token_id projection_dim torch_dtype "
-                    "transformers_version vocab_size",
-}.items()}
+UNDERSTOOD = {
+    "unet": """attention_head_dim block_out_channels cross_attention_dim down_block_types flip_sin_to_cos freq_shift
+        in_channels layers_per_block norm_eps norm_num_groups out_channels sample_size split_head_dim up_block_types
+        transformer_layers_per_block upcast_attention use_linear_projection use_memory_efficient_attention""".split(),
+    "vae": """block_out_channels down_block_types force_upcast in_channels latent_channels layers_per_block
+        norm_num_groups out_channels sample_size scaling_factor up_block_types use_post_quant_conv""".split(),
+    "text_encoder": """architectures attention_dropout bos_token_id dropout dtype eos_token_id hidden_act hidden_size
+        initializer_factor initializer_range intermediate_size layer_norm_eps max_position_embeddings pad_token_id
+        num_attention_heads num_hidden_layers projection_dim torch_dtype transformers_version vocab_size""".split(),
+}
 BLOCKS = {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D", "DownEncoderBlock2D",
           "UpDecoderBlock2D"}
 # The modules of which Flax writes `name_0` where PyTorch writes `name.0`, and its older names of the VAE's attention.
