@@ -90,6 +90,13 @@ def test_resolution_that_the_vae_cannot_divide(refused, command, resolution, usa
     assert f"use {usable}" in message
 
 
+def test_pipeline_without_a_tokenizer(train_script, command, tiny_pipeline, tmp_path):
+    """transformers would go on with a tokenizer that knows nothing."""
+    shutil.copytree(tiny_pipeline, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer"))
+    message = problems(train_script, command(f"--pretrained_model_name_or_path={tmp_path / 'model'}"))
+    assert "no whole pipeline" in message
+
+
 def test_empty_folder(refused, command, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()

@@ -468,6 +468,13 @@ def test_csv_with_commas_outside_of_quotes_is_refused(train_script, image_folder
         train_script.read_folder(folder, "text")
 
 
+def test_file_name_in_another_encoding_is_named(train_script, image_folder):
+    folder = image_folder()
+    (folder / os.fsdecode(b"caf\xe9.png")).write_bytes(b"")
+    with pytest.raises(train_script.InputError, match=r"caf.udce9.png'?: its name is not UTF-8; rename it"):
+        train_script.read_folder(folder, "text")
+
+
 def test_text_file_in_another_encoding_is_named(train_script, image_folder):
     folder = image_folder(1)
     (folder / "metadata.jsonl").unlink()

@@ -172,6 +172,12 @@ def test_card_and_settings_keep_secrets(result, licensed, images):
     assert not [path for path in files if b"hf_a_secret" in path.read_bytes()]
 
 
+def test_no_file_of_the_result_names_a_path(result, licensed):
+    """args.json, the log and the samples' files aside, which stay here."""
+    for path in [path for path in result.rglob("*.json") if path.name not in ("args.json", "progress.json")]:
+        assert str(licensed) not in path.read_text(), path
+
+
 def test_card_of_a_base_without_one(train_script, tiny_pipeline, images, tmp_path):
     assert train(train_script, tiny_pipeline, images, tmp_path, max_train_steps=1) == 0
     card = ModelCard.load(tmp_path / "README.md")

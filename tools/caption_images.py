@@ -34,12 +34,7 @@ from tqdm.auto import tqdm
 IMAGE_SUFFIXES = set(".avif .bmp .gif .jfif .jpe .jpeg .jpg .png .tif .tiff .webp".split())
 MIN_SIDE = 16  # pixels; anything smaller is an icon or a broken file
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-REPLACED_FLAGS = {
-    "--local_rank": "start with `accelerate launch` or torchrun, which set the rank",
-    "--validation_epochs": "use --validation_steps",
-    "--non_ema_revision": "use --revision; the UNet and its average start from the same weights",
-    **dict.fromkeys(["--dream_training", "--dream_detail_preservation"], "use --snr_gamma=5 to weigh timesteps"),
-}
+REPLACED_FLAGS = {}
 JOURNAL = ".caption_images.jsonl"
 # Whoever changes one of these wants other captions than those that an interrupted run made.
 CAPTION_SETTINGS = ["model", "revision", "max_new_tokens", "num_beams", "trigger_word", "prefix", "suffix",
@@ -81,8 +76,7 @@ def parse_args(argv=None, check=None):
 
 
 def parse_words(parser, argv):
-    """Parses `argv`, or the command line if that is None, after the flags of its `--config`. What YAML says becomes
-    words too, so that argparse checks names, types and choices."""
+    """Parses `argv` or the command line, after the flags of its `--config` as words, so that argparse checks those."""
     argv, words = sys.argv[1:] if argv is None else list(argv), []
     if replaced := [flag for word in argv if (flag := word.split("=")[0]) in REPLACED_FLAGS]:
         parser.error(f"{replaced[0]} is not taken: {REPLACED_FLAGS[replaced[0]]}")

@@ -36,12 +36,7 @@ from tqdm.auto import tqdm
 
 IMAGE_SUFFIXES = set(".avif .bmp .gif .jfif .jpe .jpeg .jpg .png .tif .tiff .webp".split())
 MIN_SIDE = 16  # pixels; anything smaller is an icon or a broken file
-REPLACED_FLAGS = {
-    "--local_rank": "start with `accelerate launch` or torchrun, which set the rank",
-    "--validation_epochs": "use --validation_steps",
-    "--non_ema_revision": "use --revision; the UNet and its average start from the same weights",
-    **dict.fromkeys(["--dream_training", "--dream_detail_preservation"], "use --snr_gamma=5 to weigh timesteps"),
-}
+REPLACED_FLAGS = {}
 # A hash is of grey shapes alone, and drawings on a plain ground have the same: near duplicates need alike small
 # versions as well. Measured: a difference of 2.5 leaves 2 of 890,000 pairs of rendered creatures and shapes, and takes
 # JPEG of quality 75, which differs by at most 2.4 at 64 pixels, and by 0.6 in photo-like noise.
@@ -98,8 +93,7 @@ def parse_args(argv=None):
 
 
 def parse_words(parser, argv):
-    """Parses `argv`, or the command line if that is None, after the flags of its `--config`. What YAML says becomes
-    words too, so that argparse checks names, types and choices."""
+    """Parses `argv` or the command line, after the flags of its `--config` as words, so that argparse checks those."""
     argv, words = sys.argv[1:] if argv is None else list(argv), []
     if replaced := [flag for word in argv if (flag := word.split("=")[0]) in REPLACED_FLAGS]:
         parser.error(f"{replaced[0]} is not taken: {REPLACED_FLAGS[replaced[0]]}")
@@ -187,9 +181,11 @@ def read_folder(folder, caption_column):
             captions[image] += [beside.read_text("utf-8-sig").strip()] if beside.is_file() else []
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{beside}: cannot be read as UTF-8 ({last_line(error)}); convert or remove it") from None
-    aside = [path.name for path in files if path not in captions and path not in metadata and path.suffix != ".txt"]
-    if aside:
+    known = {*captions, *metadata}
+    if aside := [path.name for path in files if path not in known and path.suffix != ".txt"]:
         print(f"Left aside in {folder}: {len(aside)} files of other kinds, such as {', '.join(aside[:5])}.")
+    if odd := [name for name in map(str, captions) if name != name.encode("utf-8", "replace").decode("utf-8")]:
+        raise InputError(f"{odd[0]!a}: its name is not UTF-8; rename it")
     rows = [{"image": str(path), "captions": found} for path, found in sorted(captions.items())]
     return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image(decode=False))
 

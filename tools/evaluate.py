@@ -282,9 +282,11 @@ def read_folder(folder, caption_column):
             captions[image] += [beside.read_text("utf-8-sig").strip()] if beside.is_file() else []
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{beside}: cannot be read as UTF-8 ({last_line(error)}); convert or remove it") from None
-    aside = [path.name for path in files if path not in captions and path not in metadata and path.suffix != ".txt"]
-    if aside:
+    known = {*captions, *metadata}
+    if aside := [path.name for path in files if path not in known and path.suffix != ".txt"]:
         print(f"Left aside in {folder}: {len(aside)} files of other kinds, such as {', '.join(aside[:5])}.")
+    if odd := [name for name in map(str, captions) if name != name.encode("utf-8", "replace").decode("utf-8")]:
+        raise InputError(f"{odd[0]!a}: its name is not UTF-8; rename it")
     rows = [{"image": str(path), "captions": found} for path, found in sorted(captions.items())]
     return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image(decode=False))
 
@@ -465,13 +467,12 @@ def load_data(pretrained_model_name_or_path, single_file_config, revision, cache
     order = np.random.default_rng(HELD_OUT).permutation(len(rows))
     held_out, training = np.sort(order[:num_validation_samples]), np.sort(order[num_validation_samples:])
     fingerprint = hashlib.sha256("".join(digests[index] for index in training).encode()).hexdigest()
-    resample = Image.Resampling[image_interpolation_mode.upper()]
-    images = CaptionedImages(rows.select(np.repeat(training, repeats)), tokenizer, resolution, resample, latent_shape,
+    images = CaptionedImages(rows.select(np.repeat(training, repeats)), tokenizer, resolution,
+                             Image.Resampling[image_interpolation_mode.upper()], latent_shape,
                              schedule.get("num_train_timesteps", 1000), seed, center_crop, random_flip,
                              caption_dropout, noise_offset, input_perturbation)
-    plain = {"center_crop": True, "random_flip": False}
-    plain |= dict.fromkeys(["seed", "caption_dropout", "noise_offset", "input_perturbation"], 0)
-    return images, dataclasses.replace(images, rows=rows.select(held_out), **plain), fingerprint
+    plain = dict.fromkeys(["random_flip", "seed", "caption_dropout", "noise_offset", "input_perturbation"], 0)
+    return images, dataclasses.replace(images, rows=rows.select(held_out), center_crop=True, **plain), fingerprint
 
 
 def load_images(model, dataset, **settings):

@@ -35,12 +35,7 @@ from tqdm.auto import tqdm
 
 IMAGE_SUFFIXES = set(".avif .bmp .gif .jfif .jpe .jpeg .jpg .png .tif .tiff .webp".split())
 MIN_SIDE = 16  # pixels; anything smaller is an icon or a broken file
-REPLACED_FLAGS = {
-    "--local_rank": "start with `accelerate launch` or torchrun, which set the rank",
-    "--validation_epochs": "use --validation_steps",
-    "--non_ema_revision": "use --revision; the UNet and its average start from the same weights",
-    **dict.fromkeys(["--dream_training", "--dream_detail_preservation"], "use --snr_gamma=5 to weigh timesteps"),
-}
+REPLACED_FLAGS = {}
 METADATA = "metadata.jsonl"
 CARD = "README.md"
 # Else `datasets` makes splits of names such as test.png, and leaves the other images out in silence.
@@ -76,8 +71,7 @@ def parse_args(argv=None):
 
 
 def parse_words(parser, argv):
-    """Parses `argv`, or the command line if that is None, after the flags of its `--config`. What YAML says becomes
-    words too, so that argparse checks names, types and choices."""
+    """Parses `argv` or the command line, after the flags of its `--config` as words, so that argparse checks those."""
     argv, words = sys.argv[1:] if argv is None else list(argv), []
     if replaced := [flag for word in argv if (flag := word.split("=")[0]) in REPLACED_FLAGS]:
         parser.error(f"{replaced[0]} is not taken: {REPLACED_FLAGS[replaced[0]]}")
@@ -150,9 +144,11 @@ def read_folder(folder, caption_column):
             captions[image] += [beside.read_text("utf-8-sig").strip()] if beside.is_file() else []
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{beside}: cannot be read as UTF-8 ({last_line(error)}); convert or remove it") from None
-    aside = [path.name for path in files if path not in captions and path not in metadata and path.suffix != ".txt"]
-    if aside:
+    known = {*captions, *metadata}
+    if aside := [path.name for path in files if path not in known and path.suffix != ".txt"]:
         print(f"Left aside in {folder}: {len(aside)} files of other kinds, such as {', '.join(aside[:5])}.")
+    if odd := [name for name in map(str, captions) if name != name.encode("utf-8", "replace").decode("utf-8")]:
+        raise InputError(f"{odd[0]!a}: its name is not UTF-8; rename it")
     rows = [{"image": str(path), "captions": found} for path, found in sorted(captions.items())]
     return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image(decode=False))
 

@@ -21,12 +21,7 @@ import yaml
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData
 from safetensors import SafetensorError, safe_open
 
-REPLACED_FLAGS = {
-    "--local_rank": "start with `accelerate launch` or torchrun, which set the rank",
-    "--validation_epochs": "use --validation_steps",
-    "--non_ema_revision": "use --revision; the UNet and its average start from the same weights",
-    **dict.fromkeys(["--dream_training", "--dream_detail_preservation"], "use --snr_gamma=5 to weigh timesteps"),
-}
+REPLACED_FLAGS = {}
 INDEX = "model_index.json"
 CARD = "README.md"
 
@@ -55,8 +50,7 @@ def parse_args(argv=None):
 
 
 def parse_words(parser, argv):
-    """Parses `argv`, or the command line if that is None, after the flags of its `--config`. What YAML says becomes
-    words too, so that argparse checks names, types and choices."""
+    """Parses `argv` or the command line, after the flags of its `--config` as words, so that argparse checks those."""
     argv, words = sys.argv[1:] if argv is None else list(argv), []
     if replaced := [flag for word in argv if (flag := word.split("=")[0]) in REPLACED_FLAGS]:
         parser.error(f"{replaced[0]} is not taken: {REPLACED_FLAGS[replaced[0]]}")

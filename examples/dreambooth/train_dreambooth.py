@@ -90,8 +90,7 @@ class InputError(ValueError):
 
 # ------------------------------------------------------------------------------------------------------- arguments
 def parse_args(argv=None, check=None):
-    """Reads the command line and `--config`; a flag that cannot be read ends with status 2 and one message. Or lists
-    what is wrong with the settings `check`, by name."""
+    """Reads the command line and `--config` or ends with status 2; lists what is wrong with settings to `check`."""
     usage = "%(prog)s --pretrained_model_name_or_path MODEL --instance_data_dir FOLDER --instance_prompt TEXT [flags]"
     parser = argparse.ArgumentParser(usage=usage, description=__doc__.split("\n")[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -191,8 +190,7 @@ def parse_args(argv=None, check=None):
 
 
 def parse_words(parser, argv):
-    """Parses `argv`, or the command line if that is None, after the flags of its `--config`. What YAML says becomes
-    words too, so that argparse checks names, types and choices."""
+    """Parses `argv` or the command line, after the flags of its `--config` as words, so that argparse checks those."""
     argv, words = sys.argv[1:] if argv is None else list(argv), []
     if replaced := [flag for word in argv if (flag := word.split("=")[0]) in REPLACED_FLAGS]:
         parser.error(f"{replaced[0]} is not taken: {REPLACED_FLAGS[replaced[0]]}")
@@ -248,11 +246,10 @@ def check_settings(settings):
             problems.append(f"--{flag}={get(flag)}: {remedy}")
 
     looks = get("validation_prompts") or get("validation_prompt") or get("num_validation_samples")
-    local = Path(get("pretrained_model_name_or_path") or "").exists()
     for flag, holds, needed in (
         ("validation_steps", looks, "validation prompts or --num_validation_samples"),
         ("lr_warmup_steps", schedule not in ("constant", "piecewise_constant"), "constant_with_warmup or the like"),
-        ("revision", not local, "a model on the Hub"),
+        ("revision", not Path(get("pretrained_model_name_or_path") or "").exists(), "a model on the Hub"),
         ("variant", not get("single_file_config"), "a pipeline folder or Hub id"),
     ):
         refuse(get(flag) and not holds, flag, f"does nothing without {needed}; add that or drop this")
@@ -322,7 +319,8 @@ def check_model(pretrained_model_name_or_path, single_file_config, revision, cac
         vae = diffusers.AutoencoderKL.load_config(source, subfolder="vae", **where)
         scheduler = diffusers.DDPMScheduler.load_config(source, subfolder="scheduler", **where)
         CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where)
-        CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)
+        if len(CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)) < 3:
+            raise OSError("its tokenizer knows no words")  # nor does transformers' for a folder without one
     except (OSError, ValueError) as error:
         return [f"{source}: no whole pipeline, no name of one on the Hub, or no connection ({last_line(error)})"]
     problems, divisor = [], 2 ** (len(vae["block_out_channels"]) - 1)
@@ -394,9 +392,11 @@ def read_folder(folder, caption_column):
             captions[image] += [beside.read_text("utf-8-sig").strip()] if beside.is_file() else []
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{beside}: cannot be read as UTF-8 ({last_line(error)}); convert or remove it") from None
-    aside = [path.name for path in files if path not in captions and path not in metadata and path.suffix != ".txt"]
-    if aside:
+    known = {*captions, *metadata}
+    if aside := [path.name for path in files if path not in known and path.suffix != ".txt"]:
         print(f"Left aside in {folder}: {len(aside)} files of other kinds, such as {', '.join(aside[:5])}.")
+    if odd := [name for name in map(str, captions) if name != name.encode("utf-8", "replace").decode("utf-8")]:
+        raise InputError(f"{odd[0]!a}: its name is not UTF-8; rename it")
     rows = [{"image": str(path), "captions": found} for path, found in sorted(captions.items())]
     return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image(decode=False))
 
@@ -577,13 +577,12 @@ def load_data(pretrained_model_name_or_path, single_file_config, revision, cache
     order = np.random.default_rng(HELD_OUT).permutation(len(rows))
     held_out, training = np.sort(order[:num_validation_samples]), np.sort(order[num_validation_samples:])
     fingerprint = hashlib.sha256("".join(digests[index] for index in training).encode()).hexdigest()
-    resample = Image.Resampling[image_interpolation_mode.upper()]
-    images = CaptionedImages(rows.select(np.repeat(training, repeats)), tokenizer, resolution, resample, latent_shape,
+    images = CaptionedImages(rows.select(np.repeat(training, repeats)), tokenizer, resolution,
+                             Image.Resampling[image_interpolation_mode.upper()], latent_shape,
                              schedule.get("num_train_timesteps", 1000), seed, center_crop, random_flip,
                              caption_dropout, noise_offset, input_perturbation)
-    plain = {"center_crop": True, "random_flip": False}
-    plain |= dict.fromkeys(["seed", "caption_dropout", "noise_offset", "input_perturbation"], 0)
-    return images, dataclasses.replace(images, rows=rows.select(held_out), **plain), fingerprint
+    plain = dict.fromkeys(["random_flip", "seed", "caption_dropout", "noise_offset", "input_perturbation"], 0)
+    return images, dataclasses.replace(images, rows=rows.select(held_out), center_crop=True, **plain), fingerprint
 
 
 def micro_batches(num_samples, batch_size, num_processes, process_index, accumulation, seed, first_step, last_step):
@@ -1104,7 +1103,8 @@ def save_model(args, pipeline, objective, prompts, step):
         changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     pipeline.register_modules(scheduler=kind.from_config(pipeline.scheduler.config, **changes))
     for part in (pipeline.unet, pipeline.vae):  # not the text encoder: half would stay half when loaded, and fail
-        part.to(DTYPES[args.save_precision])
+        part.to(DTYPES[args.save_precision]).register_to_config(_name_or_path=None)  # which is a path here
+    pipeline.register_to_config(_name_or_path=None)
     pipeline.save_pretrained(args.output_dir)
     tags = ["stable-diffusion", "stable-diffusion-diffusers", "dreambooth"]
     write_card(args.output_dir, args.pretrained_model_name_or_path, prompts, vars(args), step,
