@@ -425,7 +425,7 @@ def write_flax_pipeline(source, folder, monkeypatch, dtype=np.float32):
     shutil.copytree(source, folder)
     for weights in folder.rglob("*.safetensors"):
         weights.unlink()
-    monkeypatch.setattr(serialization, "MAX_CHUNK_SIZE", 20_000)
+    monkeypatch.setattr(serialization, "MAX_CHUNK_SIZE", 2_000)
     for part, file in FILES.items():
         content = serialization.to_bytes(flax_tree(part, getattr(pipeline, part).state_dict(), dtype))
         assert b"__msgpack_chunked_array__" in content

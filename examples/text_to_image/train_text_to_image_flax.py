@@ -1272,7 +1272,8 @@ def train(args):
         state, numbers = step_program(state, batch, np.float32(rate_of(step)), np.float32(decay))
         batch = next(batches, None)  # the next one is made while the devices work
         loss, grad_norm, stop = np.asarray(numbers).tolist()
-        stop, broken = stop or (signals and jax.process_count() == 1), not np.isfinite([loss, grad_norm]).all()
+        stop = bool(stop or (signals and jax.process_count() == 1))
+        broken = not np.isfinite([loss, grad_norm]).all()
         if not broken:
             progress["global_step"] = step + 1
             progress["losses"].append(loss)
