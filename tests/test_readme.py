@@ -43,7 +43,10 @@ CUTS = {
 }
 # Given to each of the miniature's scripts that has the flag.
 MINIATURE_CUTS = {"num_images": 16, "num_steps": 2, "batch_size": 4, "num_samples": 4, "num_inference_steps": 2}
+# Given to each tool that has the flag.
+TOOL_CUTS = {"num_images": 4, "max_new_tokens": 4, "resolution": 32, "num_validation_samples": 2}
 MODELS = ("miniature/pipeline", "stable-diffusion-v1-5/stable-diffusion-v1-5")
+CAPTIONER, CLIP = "Salesforce/blip-image-captioning-large", "openai/clip-vit-large-patch14"
 SINGLE_FILE = "v1-5-pruned.safetensors"
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 
@@ -203,8 +206,8 @@ def test_every_block_is_run():
 
 
 @pytest.fixture(scope="module")
-def stand_ins(tmp_path_factory, tiny_pipeline):
-    """What the commands of the documents name, small: models, a single file, two folders of images."""
+def stand_ins(tmp_path_factory, tiny_pipeline, tiny_captioner):
+    """What the commands of the documents name, small: models, a single file, folders of images."""
     folder = tmp_path_factory.mktemp("stand_ins")
     for name in MODELS:
         shutil.copytree(tiny_pipeline, folder / name)
@@ -217,6 +220,10 @@ def stand_ins(tmp_path_factory, tiny_pipeline):
     for row in map(json.loads, (mine / "metadata.jsonl").read_text().splitlines()):
         (mine / row["file_name"]).with_suffix(".txt").write_text(row["text"] + "\n")
     (mine / "metadata.jsonl").unlink()
+    (write_image_folder(folder / "my_pictures", 8) / "metadata.jsonl").unlink()  # without captions
+    shutil.copytree(tiny_captioner, folder / CAPTIONER)
+    shutil.copytree(REPO / "miniature" / "clip", folder / CLIP)
+    shutil.copytree(tiny_pipeline, folder / "my_model")
     return folder
 
 
@@ -418,17 +425,44 @@ def test_python_block(block, clone, modules, few_steps, capsys):
 # ------------------------------------------------------------------------------------------------------------- tools
 
 
-def test_commands_of_the_tools_one_after_another(clone, modules, few_steps, capsys):
-    """They work on the results of the commands before them, each leaves what it is told to write."""
-    commands = [command for command in COMMANDS if command.kind == "tool"]
-    assert commands
-    for training in [command for command in COMMANDS if "--output_dir=my_lora" in command.words]:
-        script = modules(training.script)
-        assert call_main(script, cut(script, training.flags)) == 0, capsys.readouterr().err
-    for command in commands:
+def tool_commands(document):
+    """The tools' commands of a document in order, with the trainings whose results they use, those of other documents
+    first."""
+    here = [command for command in COMMANDS if command.place.startswith(f"{document.relative_to(REPO)}:")]
+    tools = [command for command in here if command.kind == "tool"]
+    used = {re.sub(r"^--\w+=|[:/].*", "", word) for command in tools for word in command.words}
+    trainings = {}
+    for command in [*here, *COMMANDS]:
+        outputs = {word.partition("=")[2] for word in command.words if word.startswith("--output_dir=")}
+        if command.kind == "train" and "--push_to_hub" not in command.words and outputs & (used - trainings.keys()):
+            trainings |= dict.fromkeys(outputs, command)
+    others = [command for command in trainings.values() if command not in here]
+    return [*others, *[command for command in here if command in [*tools, *trainings.values()]]] if tools else []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("document", [document for document in DOCUMENTS if any(
+    command.kind == "tool" for command in tool_commands(document))], ids=lambda path: str(path.relative_to(REPO)))
+def test_commands_of_the_tools_one_after_another(document, clone, modules, few_steps, fake_hub, capsys):
+    """They work on the results of the commands before them; each leaves what it is told to write, or sends it."""
+    for command in tool_commands(document):
         before = set(clone.rglob("*"))
-        assert call_main(modules(command.script), command.flags) == 0, capsys.readouterr().err
-        assert set(clone.rglob("*")) - before, command
+        if command.kind == "train":
+            script = modules(command.script)
+            shutil.rmtree(clone / script.parse_args(command.flags).output_dir, ignore_errors=True)
+            assert call_main(script, cut(script, command.flags)) == 0, capsys.readouterr().err
+        elif Path(command.script).stem.startswith("push_"):
+            done = run_script(command.flags, script=REPO / command.script, env=fake_hub.env)
+            assert done.returncode == 0, done.stdout + done.stderr
+            name = next(word for word in command.flags if re.fullmatch(r"[\w-]+/[\w-]+", word))
+            assert "README.md" in fake_hub.repos[name].files
+        else:
+            known = re.findall(r'"--(\w+)"', (REPO / command.script).read_text(encoding="utf-8"))
+            flags = command.flags + [f"--{flag}={most}" for flag, most in TOOL_CUTS.items() if flag in known]
+            wanted = (0, 1) if "check_dataset" in command.script else (0,)  # 1: it found something
+            status = call_main(modules(command.script), flags)
+            assert status in wanted, (command, capsys.readouterr().err)
+            assert set(clone.rglob("*")) - before, command
 
 
 # ------------------------------------------------------------------------------------------- miniature, make and pip
@@ -550,22 +584,24 @@ def test_paths_named_in_the_text_exist(document):
 
 @every_document
 def test_flags_named_in_the_text_exist(document, modules):
-    """A flag in the text is one of a script in the same folder (of any, from the root), and takes the value shown."""
-    folder = document.parent if document.is_relative_to(REPO / "examples") else REPO / "examples"
-    if document.is_relative_to(REPO / "miniature"):
-        folder = REPO / "miniature"
-    scripts = sorted(folder.rglob("*.py"))
-    known = {"--help", "--no-", "--flag"}
-    for path in scripts:
-        known |= set(re.findall(r'"(--\w+)"', path.read_text(encoding="utf-8")))
-    known |= {flag.replace("--", "--no-", 1) for flag in known}
+    """A flag in the text is one of the script that it is given to, or else of one in the same folder (of any, from the
+    root), and takes the value shown."""
+    of_scripts = document.parent.name not in ("miniature", "tools")
+    folders = [REPO / "examples"] if document.parent == REPO else [document.parent]
+    folders += [REPO / "examples"] if document.parent.name == "tools" else []
     for span in inline_code(document):
         if span.startswith(("pip ", "hf ")):
             continue
+        script = re.match(r"python (\S+\.py)", span)
+        scripts = [REPO / script[1]] if script else sorted(path for at in folders for path in at.rglob("*.py"))
+        known = {"--help", "--no-", "--flag"}
+        for path in scripts:
+            known |= set(re.findall(r'"(--\w+)"', path.read_text(encoding="utf-8")))
+        known |= {flag.replace("--", "--no-", 1) for flag in known}
         flags = re.findall(r"(?<!\S)--[a-z][\w-]*", span)
         assert not [flag for flag in flags if flag not in known], span
         for word in span.split():
-            if folder != REPO / "miniature" and re.fullmatch(r"--\w+=[\w.]+", word) and "config" not in word:
+            if of_scripts and re.fullmatch(r"--\w+=[\w.]+", word) and "config" not in word:
                 assert any(takes(modules(path), word) for path in scripts), word
 
 
