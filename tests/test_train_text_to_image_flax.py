@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import socket
-from pathlib import Path
 
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiling takes most of the time of these tests
 
@@ -167,6 +166,7 @@ ALIKE = {"max_train_steps": 1, "checkpointing_steps": 1, "adam_epsilon": 1e-3, "
          "learning_rate": 1e-2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [
     {}, {"snr_gamma": 1.0, "noise_offset": 0.5, "input_perturbation": 0.5, "random_flip": True, "center_crop": True},
     {"prediction_type": "v_prediction", "snr_gamma": 5.0, "caption_dropout": 0.5, "max_grad_norm": 0.1,
@@ -212,6 +212,7 @@ def test_what_is_frozen_is_the_base_to_the_bit(fit, tiny_pipeline):
     assert np.isfinite(image).all()
 
 
+@pytest.mark.slow
 def test_scheduler_of_the_result_fits_its_objective(fit):
     folder = fit(max_train_steps=1, prediction_type="v_prediction", rescale_betas_zero_snr=True)
     scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
@@ -219,6 +220,7 @@ def test_scheduler_of_the_result_fits_its_objective(fit):
     assert scheduler.config.rescale_betas_zero_snr
 
 
+@pytest.mark.slow
 def test_bf16_trains_float32_weights(fit):
     plain, half = fit("plain", checkpointing_steps=4), fit("half", mixed_precision="bf16", checkpointing_steps=4)
     assert losses(half) != losses(plain)
@@ -227,6 +229,7 @@ def test_bf16_trains_float32_weights(fit):
     assert {array.dtype for name, array in state.items() if not name.endswith("count")} == {np.dtype(np.float32)}
 
 
+@pytest.mark.slow
 def test_images_encoded_once_are_those_encoded_in_every_step(fit):
     """Square images: the centre is all there is. Half of them are mirrored."""
     settings = {"random_flip": True, "max_train_steps": 6}
@@ -234,6 +237,7 @@ def test_images_encoded_once_are_those_encoded_in_every_step(fit):
     assert losses(once) == pytest.approx(losses(anew), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_accumulation_equals_a_larger_batch(fit):
     """Six images in steps of four: the second step of an epoch is short in both."""
     settings = {"max_train_steps": 4, "adam_epsilon": 1e-3, "learning_rate": 1e-4}
@@ -349,6 +353,7 @@ def test_resumed_equals_straight(fit, straight, wide, tmp_path):
     assert_same_run(fit(data=wide, resume_from_checkpoint="latest", **EVERYTHING), straight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_saves_and_is_resumed(script, fit, straight, wide, tmp_path, monkeypatch, number):
     write_log = script.write_log
@@ -366,6 +371,7 @@ def test_signal_saves_and_is_resumed(script, fit, straight, wide, tmp_path, monk
     assert_same_run(fit(data=wide, resume_from_checkpoint="latest", **EVERYTHING), straight)
 
 
+@pytest.mark.slow
 def test_changed_resume_is_refused_unless_allowed(fit, straight, wide, tmp_path, capsys):
     shutil.copytree(straight, tmp_path / "out")
     settings = {**EVERYTHING, "data": wide, "resume_from_checkpoint": "latest", "learning_rate": 1e-5}
@@ -383,6 +389,7 @@ def test_a_checkpoint_of_the_torch_script_is_refused(train_script, fit, tiny_pip
     assert "checkpoint-1 was made by another script" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_broken_step_ends_the_run_before_it_does_harm(fit, capsys):
     folder = fit(learning_rate=1e30, adam_weight_decay=0, status=1)
     assert "a lower --learning_rate" in capsys.readouterr().err
@@ -439,6 +446,7 @@ def write_flax_pipeline(source, folder, monkeypatch, dtype=np.float32):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 def test_flax_weights_load_train_and_come_out_as_torch(fit, tiny_pipeline, tmp_path, monkeypatch, capsys, dtype):
     base = write_flax_pipeline(tiny_pipeline, tmp_path / "base", monkeypatch, dtype)
@@ -470,6 +478,7 @@ def test_a_weight_too_many_or_too_few_in_flax_is_refused(fit, tiny_pipeline, tmp
     assert "conv_more" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_saved_flax_weights_are_the_result(fit, tmp_path, monkeypatch):
     """In the published layout, by the test's own writer; and they are read again."""
     folder = fit(max_train_steps=1, save_flax=True)
@@ -496,6 +505,7 @@ def test_plan_without_training(fit, capsys, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_samples_and_card(fit):
     folder = fit(max_train_steps=2, validation_prompts=["a red circle", "a blue square"], validation_steps=2)
     assert sorted(path.name for path in (folder / "samples").iterdir()) == ["step-000000.png", "step-000002.png"]
@@ -506,11 +516,8 @@ def test_samples_and_card(fit):
     assert "Fine-tuned for 2 steps" in card
 
 
+@pytest.mark.slow
 def test_losses_fall_where_there_is_little_to_learn(fit, tmp_path):
     data = write_image_folder(tmp_path / "two", 2)
     history = losses(fit(data=data, max_train_steps=100, learning_rate=3e-3, center_crop=True))
     assert np.mean(history[-20:]) < 0.6 * np.mean(history[:5])
-
-
-def test_a_script_of_its_own_says_nothing_of_the_torch_launcher(script):
-    assert "accelerate launch" not in Path(script.__file__).read_text()

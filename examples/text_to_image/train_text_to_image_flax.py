@@ -669,8 +669,9 @@ def transformer_block(weights, x, context, num_heads):
 def embed_timesteps(weights, config, timesteps):
     """The embedding (batch, 4 x channels of the first level) of timesteps (arXiv 1706.03762, section 3.5)."""
     half = config["block_out_channels"][0] // 2
-    rates = jnp.exp(-math.log(10000) * jnp.arange(half, dtype=jnp.float32) / (half - config["freq_shift"]))
-    angles = timesteps[:, None].astype(jnp.float32) * rates
+    # By PyTorch, since timesteps of up to 999 enlarge what another exp would round otherwise.
+    rates = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / (half - config["freq_shift"]))
+    angles = timesteps[:, None].astype(jnp.float32) * rates.numpy()
     waves = [jnp.cos(angles), jnp.sin(angles)] if config["flip_sin_to_cos"] else [jnp.sin(angles), jnp.cos(angles)]
     kernel = part(weights, "time_embedding.linear_1")
     hidden = jax.nn.silu(dense(kernel, jnp.concatenate(waves, axis=-1).astype(kernel["weight"].dtype)))
@@ -1321,13 +1322,14 @@ def save_model(args, pipeline, objective, step):
         kind = diffusers.DDIMScheduler
         changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     pipeline.register_modules(scheduler=kind.from_config(pipeline.scheduler.config, **changes))
-    for part_ in (pipeline.unet, pipeline.vae):  # not the text encoder: half would stay half when loaded, and fail
-        part_.to(DTYPES[args.save_precision])
+    for module in (pipeline.unet, pipeline.vae):  # not the text encoder: half would stay half when loaded, and fail
+        module.to(DTYPES[args.save_precision])
     pipeline.save_pretrained(args.output_dir)
     if args.save_flax:
         write_flax(pipeline, args.output_dir, {"no": jnp.float32, "fp16": jnp.float16, "bf16": jnp.bfloat16}[
             args.save_precision])
-    write_card(args.output_dir, args.pretrained_model_name_or_path, args.validation_prompts, vars(args), step,
+    settings = {flag: value for flag, value in vars(args).items() if "host" not in flag and "coordinator" not in flag}
+    write_card(args.output_dir, args.pretrained_model_name_or_path, args.validation_prompts, settings, step,
                "`StableDiffusionPipeline.from_pretrained(...)`", ["stable-diffusion", "stable-diffusion-diffusers"])
     for path in Path(args.output_dir).rglob("*.safetensors"):  # which safetensors makes for their owner alone
         shutil.copymode(Path(args.output_dir, "README.md"), path)
