@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-lora demo-dreambooth test check sync clean
+.PHONY: help install demo demo-lora demo-dreambooth demo-flax test check sync clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -21,12 +21,12 @@ LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_pr
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: $(INSTALLED)  ## make .venv and install requirements.txt into it (demo, test and check do this themselves)
+install: $(INSTALLED)  ## make .venv and install requirements_flax.txt, which names requirements.txt, into it (demo, test and check do this themselves)
 
 # The stamp is written last, so that an interrupted install is taken up again by the next target.
-$(INSTALLED): requirements.txt
+$(INSTALLED): requirements.txt requirements_flax.txt
 	$(BIN)/python -c "" 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements_flax.txt
 	@touch $@
 
 demo: $(INSTALLED) demo/creatures/metadata.jsonl  ## fine-tune the miniature on drawn creatures, show before and after
@@ -46,6 +46,12 @@ demo-dreambooth: $(INSTALLED) demo/subject/metadata.jsonl  ## five views teach t
 		--config examples/configs/dreambooth.yaml --overwrite_output_dir
 	@HF_HUB_OFFLINE=1 $(BIN)/python miniature/compare.py --base miniature/pipeline --model demo/dreambooth \
 		--recipe examples/configs/dreambooth.yaml --photos demo/subject --output demo/subject.png
+
+demo-flax: $(INSTALLED) demo/creatures/metadata.jsonl  ## fine-tune the miniature in JAX
+	HF_HUB_OFFLINE=1 $(BIN)/python examples/text_to_image/train_text_to_image_flax.py \
+		--config examples/configs/demo_creatures_flax.yaml --overwrite_output_dir
+	@HF_HUB_OFFLINE=1 $(BIN)/python miniature/compare.py \
+		--base miniature/pipeline --model demo/flax --output demo/base_above_flax.png
 
 demo/subject/metadata.jsonl: miniature/render.py | $(INSTALLED)
 	rm -rf demo/subject demo/stars

@@ -1,12 +1,22 @@
 """What is wrong with a command line is said at once, briefly and with the remedy, before any model loads."""
 
 import json
+import re
 import shutil
 
 import pytest
 from accelerate.state import AcceleratorState
+from running import (
+    TRAIN_DREAMBOOTH,
+    TRAIN_DREAMBOOTH_LORA,
+    TRAIN_TEXT_TO_IMAGE,
+    TRAIN_TEXT_TO_IMAGE_FLAX,
+    TRAIN_TEXT_TO_IMAGE_LORA,
+)
 
 MAX_LINES = 12  # of a message
+SCRIPTS = [TRAIN_TEXT_TO_IMAGE, TRAIN_TEXT_TO_IMAGE_LORA, TRAIN_DREAMBOOTH, TRAIN_DREAMBOOTH_LORA,
+           TRAIN_TEXT_TO_IMAGE_FLAX]
 
 
 @pytest.fixture
@@ -186,6 +196,20 @@ def test_every_number_has_a_range(train_script):
     args = vars(train_script.parse_args([]))
     numbers = {name for name, value in args.items() if isinstance(value, int | float) and not isinstance(value, bool)}
     assert numbers <= {flag for flag, _, _ in RANGE_CASES} | {"resolution"}  # tested with the VAE
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=[path.stem for path in SCRIPTS])
+def test_help_ends_with_the_range_of_every_number_and_names_flags_that_exist(path):
+    """`check_flags` finds nothing to check in a help of another form."""
+    text = path.read_text(encoding="utf-8")
+    flags = re.findall(r'    add\("--(\w+)"(.*?)\)$', text[: text.index("def parse_words")], flags=re.M | re.S)
+    numbers = [name for name, rest in flags if re.search(r"type=(int|float)", rest)]
+    without = [name for name, rest in flags if name in numbers and not re.search(r' [\[(]\S+, \S+[\])]"$', rest)]
+    assert len(numbers) > 20
+    assert without == []
+    needed = {word for _, rest in flags for word in re.findall(r"needs --(\w+)", rest)}
+    assert needed
+    assert needed <= {name for name, _ in flags}
 
 
 def test_infinite_norm_is_no_clipping(train_script, command):

@@ -5,7 +5,14 @@ import re
 
 import pytest
 from conftest import load_script
-from running import REPO, TRAIN_DREAMBOOTH, TRAIN_DREAMBOOTH_LORA, TRAIN_TEXT_TO_IMAGE, TRAIN_TEXT_TO_IMAGE_LORA
+from running import (
+    REPO,
+    TRAIN_DREAMBOOTH,
+    TRAIN_DREAMBOOTH_LORA,
+    TRAIN_TEXT_TO_IMAGE,
+    TRAIN_TEXT_TO_IMAGE_FLAX,
+    TRAIN_TEXT_TO_IMAGE_LORA,
+)
 
 # The flags of diffusers' train_text_to_image.py, August 2026: name, a value to give (None: a switch), its default.
 TEXT_TO_IMAGE = {
@@ -131,9 +138,23 @@ DREAMBOOTH_LORA = without(DREAMBOOTH, """
     "image_interpolation_mode": ("bicubic", "lanczos"),
 }
 
-NUMBER = {"text_to_image": 57, "text_to_image_lora": 51, "dreambooth": 61, "dreambooth_lora": 59}
-UPSTREAM = dict(zip(NUMBER, [TEXT_TO_IMAGE, TEXT_TO_IMAGE_LORA, DREAMBOOTH, DREAMBOOTH_LORA]))
-PATHS = [TRAIN_TEXT_TO_IMAGE, TRAIN_TEXT_TO_IMAGE_LORA, TRAIN_DREAMBOOTH, TRAIN_DREAMBOOTH_LORA]
+# train_text_to_image_flax.py, which diffusers dropped in 0.40.
+TEXT_TO_IMAGE_FLAX = without(TEXT_TO_IMAGE, """
+    input_perturbation validation_prompts gradient_accumulation_steps gradient_checkpointing lr_warmup_steps snr_gamma
+    dream_training dream_detail_preservation use_8bit_adam allow_tf32 use_ema offload_ema foreach_ema non_ema_revision
+    dataloader_num_workers prediction_type checkpointing_steps checkpoints_total_limit resume_from_checkpoint
+    enable_xformers_memory_efficient_attention noise_offset validation_epochs tracker_project_name
+    image_interpolation_mode""") | {
+    "seed": ("42", 0),
+    "mixed_precision": ("bf16", "no"),
+    "from_pt": (None, False),
+}
+
+NUMBER = {"text_to_image": 57, "text_to_image_lora": 51, "dreambooth": 61, "dreambooth_lora": 59,
+          "text_to_image_flax": 34}
+UPSTREAM = dict(zip(NUMBER, [TEXT_TO_IMAGE, TEXT_TO_IMAGE_LORA, DREAMBOOTH, DREAMBOOTH_LORA, TEXT_TO_IMAGE_FLAX]))
+PATHS = [TRAIN_TEXT_TO_IMAGE, TRAIN_TEXT_TO_IMAGE_LORA, TRAIN_DREAMBOOTH, TRAIN_DREAMBOOTH_LORA,
+         TRAIN_TEXT_TO_IMAGE_FLAX]
 every_script = pytest.mark.parametrize("name", UPSTREAM)
 
 
@@ -154,14 +175,14 @@ def tables():
     """The tables of the READMEs: {script: {flag: what it says}}."""
     examples = REPO / "examples"
     places = [("text_to_image", "script", 1), ("text_to_image", "LoRA script", 1), ("dreambooth", "scripts", 1),
-              ("dreambooth", "scripts", 2)]
+              ("dreambooth", "scripts", 2), ("text_to_image", "Flax script", 1)]
     return {name: read_table(examples / folder / "README.md", f"Coming from diffusers' {heading}", column)
             for name, (folder, heading, column) in zip(UPSTREAM, places)}
 
 
 @pytest.fixture(scope="module")
 def scripts():
-    """The four scripts as modules, by name."""
+    """The scripts as modules, by name."""
     return {name: load_script(path) for name, path in zip(UPSTREAM, PATHS)}
 
 
@@ -189,8 +210,9 @@ def default(script, flag, capsys):
     with pytest.raises(SystemExit):
         script.parse_args(["--help"])
     entry = re.search(rf"^  --{flag} .*(?:\n {{4,}}.*)*", capsys.readouterr().out, re.M).group()
-    said = re.search(r"(\S+) if not given", " ".join(entry.split()))
-    return said and float(said.group(1))
+    said = re.search(r"([\d.]+|\bno) if not given|, or ([\d.]+);", " ".join(entry.split()))
+    word = said and (said.group(1) or said.group(2))
+    return word if word in (None, "no") else float(word)
 
 
 @every_script
@@ -198,7 +220,7 @@ def test_the_table_has_every_flag_and_no_other(table, name):
     assert len(UPSTREAM[name]) == NUMBER[name]
     assert table.keys() == UPSTREAM[name].keys()
     kinds = {text.split()[0].rstrip(";,:") for text in table.values()}
-    assert kinds == {"same", "default", "refused"}
+    assert kinds == {"same", "refused"} | ({"default"} if name != "text_to_image_flax" else set())
 
 
 @pytest.mark.parametrize("name, flag", [(name, flag) for name, flags in UPSTREAM.items() for flag in flags])
@@ -248,6 +270,10 @@ def test_every_replaced_flag_is_one_of_upstream(scripts, tables):
     """The DreamBooth scripts refuse alike what one of diffusers' has."""
     for name in ("text_to_image", "text_to_image_lora"):
         assert refused_by(tables[name]) == scripts[name].REPLACED_FLAGS.keys()
+    of_torch = {f"--{flag}" for flag in TEXT_TO_IMAGE}  # which whoever comes from that script may give
+    more = scripts["text_to_image_flax"].REPLACED_FLAGS.keys() - refused_by(tables["text_to_image_flax"])
+    assert refused_by(tables["text_to_image_flax"]) < scripts["text_to_image_flax"].REPLACED_FLAGS.keys()
+    assert more < of_torch
     both = refused_by(tables["dreambooth"], tables["dreambooth_lora"])
     assert both == scripts["dreambooth"].REPLACED_FLAGS.keys()
     assert scripts["dreambooth"].REPLACED_FLAGS == scripts["dreambooth_lora"].REPLACED_FLAGS
