@@ -4,6 +4,7 @@ model that learnt from many images and on one that learnt a few by heart."""
 import itertools
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -236,6 +237,55 @@ def test_prompts_are_captions_in_random_order_or_given_in_turn(tool, tmp_path, r
     assert tool.plan_prompts(["a", "b"], images, 3, 0) == ["a", "b", "a"]
 
 
+@pytest.mark.parametrize(("max_train_samples", "seed"), [(None, 0), (7, 0), (7, 3)])
+def test_the_images_are_split_as_in_training(tool, train_script, render, tmp_path, max_train_samples, seed):
+    folder = creatures(render, tmp_path / "images", 12)
+    args = train_script.parse_args(training.words(BASE, folder, tmp_path / "model", resolution=64, seed=seed,
+                                                  max_train_samples=max_train_samples, num_validation_samples=3))
+    words = [str(BASE), str(folder), "--resolution=64", "--num_validation_samples=3"]
+    words += [f"--max_train_samples={max_train_samples}", f"--train_seed={seed}"] if max_train_samples else []
+    expected, found = train_script.load_data(**vars(args)), tool.load_images(**vars(tool.parse_args(words)))
+    names = [[row["path"] for row in part.rows["image"]] for part in (*expected[:2], *found)]
+    assert names[:2] == names[2:]
+    assert list(map(len, names[2:])) == [(max_train_samples or 12) - 3, 3]
+    for index in range(3):  # so that the loss is the same, too
+        one, other = [part[1][0, index, 1.0] for part in (expected, found)]
+        assert np.array_equal(one["noise"], other["noise"])
+        assert one["timestep"] == other["timestep"]
+
+
+def test_images_without_captions_are_those_of_a_subject(tool, render, tmp_path):
+    folder = creatures(render, tmp_path / "images", 4)
+    (folder / "metadata.jsonl").unlink()
+    (folder / "002.txt").write_text("a sks star at night")
+    words = [str(BASE), str(folder), "--resolution", "64"]
+    with pytest.raises(tool.InputError, match="3 of 4 images are unusable"):
+        tool.load_images(**vars(tool.parse_args(words)))
+    images, _ = tool.load_images(**vars(tool.parse_args([*words, "--instance_prompt", "a sks star"])))
+    assert sorted(tool.plan_prompts(None, images, 4, 0)) == [*["a sks star"] * 3, "a sks star at night"]
+
+
+def test_recipes_are_for_both_tools(tool, tmp_path, capsys, monkeypatch):
+    args = tool.parse_args(["model", "images", "--config", str(REPO / "examples" / "configs" / "dreambooth.yaml")])
+    assert tool.read_prompts(**vars(args))[1] == "a sks star on a pink background"
+    assert (args.seed, args.num_inference_steps, args.guidance_scale) == (0, 25, 5)
+    own = tmp_path / "own.yaml"
+    own.write_text("training: {seed: 7}\nevaluation: {seed: 5, seeds: [1, 2], num_images: 9, scheduler: euler,"
+                   " negative_prompt: dull, height: 64, width: 64, base: ~/base}")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args = tool.parse_args(["model", "images", "--config", str(own), "--clip_model=~/clip"])
+    assert (args.seed, args.num_images, args.model, args.dataset) == (5, 9, "model", "images")
+    assert (args.base, args.clip_model) == (f"{tmp_path}/base", f"{tmp_path}/clip")
+    flags = load_script(REPO / "tools" / "generate.py").parse_args(["model"])
+    assert vars(flags).keys() - vars(args).keys() == tool.OTHER_TOOLS_KEYS
+    for text, told in (("evaluation: {dataset: here}", "unknown key dataset"), ("width: 64", "unknown key width"),
+                       ("evaluation: {guidance_scale: [3, 5]}", "5 stands in a list where one value is taken")):
+        own.write_text(text)
+        with pytest.raises(SystemExit, match="2"):
+            tool.parse_args(["model", "images", "--config", str(own)])
+        assert told in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------------------------------- runs
 def test_a_run_measures_what_training_measured(tool, train_script, render, tmp_path, capsys):
     folder = creatures(render, tmp_path / "images", 9)
@@ -292,6 +342,40 @@ def test_a_lora_is_measured_against_the_same_model_without_it(tool, render, tmp_
     assert np.abs(gains[1]).min() > 1e-4
 
 
+def test_losses_of_different_schedules_are_not_compared(tool, render, tmp_path, capsys):
+    folder = creatures(render, tmp_path / "images", 5)
+    for name, rescaled in (("plain", False), ("rescaled", True)):
+        shutil.copytree(BASE, tmp_path / name)
+        config = tmp_path / name / "scheduler" / "scheduler_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {
+            "prediction_type": "v_prediction", "rescale_betas_zero_snr": rescaled}))
+    for name, compared in (("plain", True), ("rescaled", False)):
+        assert run(tool, tmp_path / name, folder, "--base", tmp_path / "plain", "--clip_model", CLIP, "--resolution",
+                   64, "--num_images", 3, "--num_validation_samples", 2, "--num_inference_steps", 1,
+                   "--output_dir", tmp_path / "out" / name) == 0
+        found = json.loads((tmp_path / "out" / name / "evaluation.json").read_text())
+        assert ("gain" in found["held_out_loss"]) == ("base" in found["held_out_loss"]) == compared
+        assert ("noise schedule differ" in capsys.readouterr().out) == (not compared)
+
+
+@pytest.mark.parametrize(("error", "status", "message"), [
+    (OSError(28, "No space left on device"), 2, "No space left on device"), (KeyboardInterrupt(), 130, "Stopped")])
+def test_a_report_is_whole_or_not_there(tool, tmp_path, monkeypatch, capsys, error, status, message):
+    def fail_half_way(path, text):
+        path.write_bytes(text[: len(text) // 2].encode())
+        raise error
+
+    (tmp_path / "closest_pairs.png").write_bytes(b"old")
+    monkeypatch.setattr(tool.Path, "write_text", fail_half_way)
+    monkeypatch.setattr(tool, "evaluate", lambda args: tool.save_report(tmp_path, {"a": 1}, Image.new("RGB", (9, 9))))
+    assert run(tool, BASE, tmp_path) == status
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["closest_pairs.png"]
+    assert (tmp_path / "closest_pairs.png").read_bytes() == b"old"
+
+
 def test_duplicates_are_one_image(tool, clip, tmp_path, render):
     folder = creatures(render, tmp_path / "images", 4)
     (folder / "again.png").write_bytes((folder / "002.png").read_bytes())
@@ -311,10 +395,10 @@ def test_duplicates_are_one_image(tool, clip, tmp_path, render):
 
 def test_all_mistakes_at_once(tool, tmp_path, capsys):
     assert run(tool, tmp_path / "nowhere", "--clip_model", BASE, "--num_images", 2, "--resolution", 0, "--lora",
-               tmp_path / "no", "--output_dir", tmp_path / "out") == 2
+               tmp_path / "no", "--guidance_scale", "nan", "--train_seed", 3, "--output_dir", tmp_path / "out") == 2
     told = capsys.readouterr().err
-    for wrong in ("MODEL=", "DATASET: name", "--clip_model=", "--num_images=2: must be 3 or more", "--resolution=0",
-                  "--lora="):
+    for wrong in ("MODEL=", "DATASET: name", "--clip_model=", "--num_images=2: must be in [3, inf)", "--resolution=0",
+                  "--lora=", "--guidance_scale=nan: must be in [1, inf)", "--train_seed=3: does nothing without"):
         assert wrong in told, wrong
     (tmp_path / "empty").mkdir()
     assert run(tool, BASE, tmp_path / "empty", "--clip_model", CLIP, "--resolution", 64,

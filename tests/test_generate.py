@@ -155,22 +155,28 @@ def test_other_weights_are_told_apart(tool, tiny_pipeline, tiny_pipeline_v, tmp_
     assert tool.weights_hash([tmp_path]) != alone
 
 
-def test_a_picture_is_whole_or_not_there(tool, tiny_pipeline, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("error", "status", "message"), [
+    (KeyboardInterrupt(), 130, "the same command goes on"),
+    (OSError(28, "No space left on device"), 2, "No space left on device")])
+def test_a_picture_is_whole_or_not_there(tool, tiny_pipeline, tmp_path, monkeypatch, capsys, error, status, message):
     save = Image.Image.save
 
     def stop_half_way(image, file, *args, **kwargs):
         save(image, file, *args, **kwargs)
         file.truncate(file.tell() // 2)
-        raise KeyboardInterrupt
+        raise error
 
     monkeypatch.setattr(Image.Image, "save", stop_half_way)
     common = [tiny_pipeline, "--prompts", CAT, "--num_inference_steps", 1, "--output_dir", tmp_path]
-    assert run(tool, *common) == 130
-    assert "the same command goes on" in capsys.readouterr().err
-    assert not list(tmp_path.glob("*.png"))
+    capsys.readouterr()
+    assert run(tool, *common) == status
+    told = capsys.readouterr().err
+    assert message in told
+    assert "Traceback" not in told
+    assert not list(tmp_path.iterdir())
     monkeypatch.undo()
     assert run(tool, *common) == 0
-    assert [path.name for path in tmp_path.iterdir()] == [pictures(tmp_path)[0].name]  # the half is gone as well
+    assert [path.name for path in tmp_path.iterdir()] == [pictures(tmp_path)[0].name]
 
 
 @pytest.mark.slow
@@ -194,7 +200,7 @@ def test_killed_at_any_moment(tiny_pipeline, tmp_path):
     assert not list((tmp_path / "out").glob(".*"))
 
 
-def test_recipes(tool, tmp_path, capsys):
+def test_recipes(tool, tmp_path, capsys, monkeypatch):
     recipe = REPO / "examples" / "configs" / "dreambooth.yaml"
     args = tool.parse_args(["model", "--config", str(recipe)])
     assert tool.read_prompts(**vars(args))[1] == "a sks star on a pink background"
@@ -211,7 +217,15 @@ def test_recipes(tool, tmp_path, capsys):
     assert (args.lora, args.mixed_precision, args.overwrite) == (["one:0.5", "two"], "no", True)
     assert (args.model, args.prompts, args.guidance_scale) == ("model", ["a"], [1.0, 2.0])
     assert tool.parse_args(["model", "--config", str(own), "--lora", "three"]).lora == ["three"]
+    own.write_text("evaluation: {seed: 5, seeds: [1, 2], num_images: 9, clip_model: x, resolution: 64, base: ~/base}")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args = tool.parse_args(["model", "--config", str(own), "--output_dir=~/out"])
+    assert (args.seeds, args.base, args.output_dir) == ([1, 2], f"{tmp_path}/base", f"{tmp_path}/out")
+    flags = load_script(REPO / "tools" / "evaluate.py").parse_args(["model"])
+    assert vars(flags).keys() - vars(args).keys() - {"dataset", "seed"} == tool.OTHER_TOOLS_KEYS
     for text, told in (("evaluation: {steps: 3}", "unknown key steps"), ("max_train_steps: 3", "max_train_steps"),
+                       ("num_images: 9", "unknown key num_images"), ("evaluation: {model: x}", "unknown key model"),
+                       ("batch_size: [2, 3]", "3 stands in a list where one value is taken"),
                        ("evaluation: [1]", "is no YAML file of flags"), ("a: [", "is no YAML file of flags")):
         own.write_text(text)
         with pytest.raises(SystemExit, match="2"):

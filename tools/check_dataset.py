@@ -83,7 +83,7 @@ def parse_args(argv=None):
     add("--pretrained_model_name_or_path", help="pipeline folder or Hub id, whose tokenizer cuts the captions")
     add("--revision", help="branch, tag or commit of the model on the Hub")
     add("--near_duplicate_difference", type=float, default=2.5,
-        help="mean difference, of 255, of small versions of near duplicates at most; -1: look for none")
+        help="root mean square difference, of 255, of small versions of near duplicates at most; -1: look for none")
     add = parser.add_argument_group("output").add_argument
     add("--json", metavar="FILE", help="write everything as JSON")
     add("--html", metavar="FILE", help="write a page with thumbnails that needs no other file")

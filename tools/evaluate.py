@@ -8,17 +8,18 @@
 It draws --num_images pictures from the captions of the training images (or from --prompts), with the base from the
 same noise, and writes to --output_dir evaluation.json and closest_pairs.png:
 
-- CLIP score: 100 max(cos(picture, prompt), 0), arXiv 2104.08718; CLIP image similarity: the mean cosine between a
-  picture and the real images, arXiv 2208.12242, section 5.
+- CLIP score: 100 max(cos(picture, prompt), 0), arXiv 2104.08718 in the scale of torchmetrics (the paper's is 2.5);
+  CLIP image similarity: the mean cosine between a picture and the real images, arXiv 2208.12242.
 - KID: the unbiased squared MMD under the kernel (x.y / d + 1)^3, arXiv 1801.01401, between pictures and real images.
   It is taken over all pairs, which is the mean over all random subsets, and its standard error is the jackknife's:
   subsets overlap, so that their spread over the root of their number would promise too much. It is negative by chance,
   and far below 0 where pictures are copies of few images. Here x is a CLIP
   embedding scaled to the length of sqrt(d): compare figures of this tool and the same --clip_model alone.
-- Held-out loss: of the images that training held out by the same --num_validation_samples, against the base's.
+- Held-out loss: of the images that training held out by the same --num_validation_samples (and --max_train_samples
+  with its --seed as --train_seed), against the base's.
 - Memorisation: a picture is a copy of its nearest training image if its distance to that is below COPY_RATIO, 1/3, of
-  that to the second nearest (arXiv 2310.02664, section 2, after Yoon et al., ICML 2023 workshop on structured
-  probabilistic inference). The model is reported as memorising if more than COPY_SHARE, 25 %, of its pictures are
+  that to the second nearest (arXiv 2310.02664, after Yoon et al., ICML 2023 workshop on structured probabilistic
+  inference). The model is reported as memorising if more than COPY_SHARE, 25 %, of its pictures are
   copies, and more than of the base's, which never saw the images: if the lower end of its 95 % interval is above 25 %
   and above the upper end of the base's. It is cleared if the upper end is at most 25 %; between the two, or with fewer
   than 3 different images, the verdict is "cannot say".
@@ -28,7 +29,8 @@ same noise, and writes to --output_dir evaluation.json and closest_pairs.png:
   The 25 % were measured on the miniature: of new drawings by the renderer for the captions of 8 images, which no
   model saw, 10 to 12 % were below 1/3 by chance, for those of 216 images none; of a model trained on the 8 all.
 
-Differences to the base are paired: by picture, or by image. Intervals are of 95 %, by Student's t.
+Differences to the base are paired: by picture, or by image. Intervals are of 95 %: by Student's t, but for KID, where
+they are 1.96 standard errors to both sides, and the share of copies, where they are those of Clopper and Pearson.
 """
 
 import argparse
@@ -72,6 +74,7 @@ COPY_RATIO, COPY_SHARE = 1 / 3, 0.25  # the rule of memorising, see above
 PATCHES = 8  # patch features are averaged down to so many a side: enough to tell a copy, and small enough to compare
 PAIRS = 8  # in the picture of the closest pairs
 TILE, MARGIN, FONT_SIZE = 192, 8, 15  # pixels
+OTHER_TOOLS_KEYS = {"height", "negative_prompt", "scheduler", "seeds", "width"}  # in a recipe; of generate.py
 
 
 class InputError(ValueError):
@@ -79,8 +82,9 @@ class InputError(ValueError):
 
 
 # ------------------------------------------------------------------------------------------------------- arguments
-def parse_args(argv=None):
-    """Reads the command line and `--config`; a flag that is wrong by itself ends with status 2 and one message."""
+def parse_args(argv=None, check=None):
+    """Reads the command line and `--config`; a flag that is wrong by itself ends with status 2 and one message. Given
+    settings to `check`, lists which of them are outside the interval in their help."""
     parser = argparse.ArgumentParser(usage="%(prog)s MODEL DATASET [--base MODEL] [flags]", allow_abbrev=False,
                                      description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -91,46 +95,51 @@ def parse_args(argv=None):
     add("--base", help="model that it was trained from, to compare with; gets no LoRA")
     add("--lora", action="append", metavar="PATH[:SCALE]", help="LoRA file or folder for MODEL; may be given again")
     add("--clip_model", default="openai/clip-vit-large-patch14", help="CLIP that measures, a folder or Hub id")
-    add("--num_validation_samples", type=int, default=0, help="images that training held out, as its flag said")
-    add("--resolution", type=int, default=512, help="side of the square training images in pixels, as in training")
+    add("--num_validation_samples", type=int, default=0,
+        help="images that training held out, as its flag said [0, inf)")
+    add("--max_train_samples", type=int, help="images that training used, as its flag said [1, inf)")
+    add("--train_seed", type=int, default=0, help="seed of the training; needs --max_train_samples, which it drew")
+    add("--resolution", type=int, default=512, help="side of the square images in pixels, as in training [1, inf)")
     add("--dataset_config_name", help="configuration of a dataset on the Hub")
     add("--image_column", default="image", help="column of the images in that dataset")
     add("--caption_column", default="text", help="column with a caption, or a list of them")
+    add("--instance_prompt", help="caption of images without one, as in DreamBooth")
     add("--skip_bad_images", **switch, help="go on without images that cannot be used, instead of stopping")
     add("--cache_dir", help="where downloads and remembered checks go, instead of the Hugging Face cache")
     add("--prompts", nargs="+", help="what to draw, in turn, instead of the training images' captions")
     add("--prompts_file", help="text file with a prompt per line, the same")
-    add("--num_images", type=int, default=256, help="pictures to draw with each model")
-    add("--num_inference_steps", type=int, default=25, help="denoising steps")
-    add("--guidance_scale", type=float, default=7.5, help="scale of classifier-free guidance; 1: none")
-    add("--batch_size", type=int, default=4, help="pictures or images at once")
-    add("--seed", type=int, default=0, help="seed of the pictures: number k has the seed + k")
+    add("--num_images", type=int, default=256, help="pictures to draw with each model [3, inf)")
+    add("--num_inference_steps", type=int, default=25, help="denoising steps [1, inf)")
+    add("--guidance_scale", type=float, default=7.5, help="scale of classifier-free guidance; 1: none [1, inf)")
+    add("--batch_size", type=int, default=4, help="pictures or images at once [1, inf)")
+    add("--seed", type=int, default=0, help="seed of the pictures: number k has the seed + k [0, 4e18]")
     add("--mixed_precision", default="no", choices=["no", "fp16", "bf16"], help="precision of passes")
     add("--output_dir", default="evaluation", help="folder for evaluation.json and closest_pairs.png")
     add("--overwrite", **switch, help="replace an evaluation in --output_dir")
     add("--config", metavar="FILE.yaml", help="flags by name, maybe under `evaluation:`; the command line wins")
-    return parse_recipe(parser, argv)
+    return parse_recipe(parser, argv) if check is None else check_flags(parser, check)
 
 
 def parse_recipe(parser, argv):
     """Parses `argv`, or the command line if that is None, after the flags under `evaluation:` in its `--config`, or
-    at the top of a file without that. What YAML says becomes words too, so that argparse checks types and choices."""
+    at the top of a file without that. What YAML says becomes words too, so that argparse checks types and choices.
+    The section is for both tools, so that keys of the other one alone are left to that."""
     argv, words = sys.argv[1:] if argv is None else list(argv), []
     given, flags = parser.parse_known_args(argv)[0], vars(parser.parse_args([]))
     try:
         recipe = (yaml.safe_load(Path(given.config).read_text(encoding="utf-8")) if given.config else None) or {}
+        others = OTHER_TOOLS_KEYS if "evaluation" in recipe else set()
         recipe = dict(recipe.get("evaluation", recipe) or {})
     except (OSError, ValueError, yaml.YAMLError, AttributeError, TypeError) as error:
         parser.error(f"--config={given.config}: is no YAML file of flags ({' '.join(str(error).split())})")
     if "seed" in recipe and "seeds" in flags:  # the recipes of DreamBooth have one
-        recipe["seeds"] = recipe.pop("seed")
-    if unknown := sorted(map(str, recipe.keys() - (flags.keys() - {"config", "model"}))):
+        recipe.setdefault("seeds", recipe.pop("seed"))
+    if unknown := sorted(map(str, recipe.keys() - (flags.keys() - {"config", "model", "dataset"}) - others)):
         parser.error(f"--config={given.config}: unknown key {', '.join(unknown)}; keys are the flags of --help "
                      "without dashes, in a training recipe under `evaluation:`")
     taken = {"prompts", "prompts_file"} if given.prompts or given.prompts_file else set()  # whichever of the two it is
     taken |= {"lora"} if given.lora else set()  # which would be appended to
-    recipe = {key: value for key, value in recipe.items() if key not in taken}
-    for key, value in recipe.items():
+    for key, value in [(key, value) for key, value in recipe.items() if key not in taken | others]:
         if key == "lora":
             words += [f"--lora={item}" for item in (value if isinstance(value, list) else [value])]
         elif isinstance(value, list):
@@ -140,13 +149,34 @@ def parse_recipe(parser, argv):
         elif value is not None:  # YAML reads a bare `no` as false, but --mixed_precision means the word
             words.append(f"--{key}={'no' if value is False else value}")
     # In two passes: a list in the recipe would take MODEL as its last item.
-    return parser.parse_args(argv, parser.parse_args(words))
+    recipe = parser.parse_args(words)
+    if recipe.model:
+        parser.error(f"--config={given.config}: {recipe.model} stands in a list where one value is taken")
+    expand = os.path.expanduser  # which neither a shell does after `=`, nor YAML
+    return argparse.Namespace(**{name: expand(value) if isinstance(value, str) else value
+                                 for name, value in vars(parser.parse_args(argv, recipe)).items()})
+
+
+def check_flags(parser, values):
+    """Lists flags outside the interval that ends their help, and those given without what it says that they need."""
+    problems = []
+    for flag, value, told in [(action.dest, values.get(action.dest), action.help) for action in parser._actions]:
+        if value is not None and (limits := re.search(r"([\[(])(\S+), (\S+)([\])])$", told)):
+            low, high = float(limits[2]), float(limits[3])
+            if not (low < value < high or value in [low] * (limits[1] == "[") + [high] * (limits[4] == "]")):
+                problems.append(f"--{flag}={value}: must be in {limits[0]}")
+        needed = re.search(r"needs --(\w+)=?(\w*)", told) if value else None
+        if needed and (not values[needed[1]] or needed[2] not in ("", values[needed[1]])):
+            problems.append(f"--{flag}={value}: does nothing without {needed[0][6:]}; add that or drop this")
+    return problems
 
 
 def check_args(args):
     """Checks everything that can be checked without weights; returns (prompts or None, LoRAs as (file, scale)).
     Raises one `InputError` that names every problem."""
-    problems, prompts, loras = check_numbers(**vars(args)), None, []
+    problems, prompts, loras = parse_args(check=vars(args)), None, []
+    if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
+        problems.append("--mixed_precision=fp16: a CPU cannot compute in it; use bf16 or no")
     try:
         prompts = read_prompts(**vars(args)) if args.prompts or args.prompts_file else None
     except InputError as error:
@@ -174,22 +204,6 @@ def check_args(args):
     if problems:
         raise InputError("\n  ".join(["", *problems] if len(problems) > 1 else problems))
     return prompts, loras
-
-
-def check_numbers(seed, num_inference_steps, guidance_scale, batch_size, num_images, resolution, mixed_precision,
-                  num_validation_samples, **_):
-    """Lists which numbers are out of range or cannot be obeyed here."""
-    problems = [f"--{flag}={value}: must be {accepted}" for flag, accepted, value, holds in (
-        ("seed", "from 0 to 2**62", seed, 0 <= seed <= 2**62),
-        ("num_inference_steps", "1 or more", num_inference_steps, num_inference_steps >= 1),
-        ("guidance_scale", "1 (no guidance) or more", guidance_scale, 1 <= guidance_scale < float("inf")),
-        ("batch_size", "1 or more", batch_size, batch_size >= 1),
-        ("resolution", "1 or more", resolution, resolution >= 1),
-        ("num_validation_samples", "0 or more", num_validation_samples, num_validation_samples >= 0),
-        ("num_images", "3 or more: fewer have no interval", num_images, num_images >= 3)) if not holds]
-    if mixed_precision == "fp16" and not torch.accelerator.is_available():
-        problems.append("--mixed_precision=fp16: a CPU cannot compute in it; use bf16 or no")
-    return problems
 
 
 def read_prompts(prompts, prompts_file, **_):
@@ -475,15 +489,15 @@ def load_data(pretrained_model_name_or_path, single_file_config, revision, cache
     return images, dataclasses.replace(images, rows=rows.select(held_out), center_crop=True, **plain), fingerprint
 
 
-def load_images(model, dataset, **settings):
+def load_images(model, dataset, train_seed, instance_prompt, **settings):
     """Reads the dataset as training does; returns (training images, held-out images), which are plain: no flips, no
     random crops. Raises `InputError`."""
     plain = {"pretrained_model_name_or_path": model, "single_file_config": None, "revision": None,
-             "train_data_dir": None, "dataset_name": dataset, "hub_token": None, "max_train_samples": None,
-             "center_crop": True, "random_flip": False, "image_interpolation_mode": "lanczos",
+             "train_data_dir": None, "dataset_name": dataset, "hub_token": None, "center_crop": True,
+             "random_flip": False, "image_interpolation_mode": "lanczos", "default_caption": instance_prompt,
              **dict.fromkeys(["caption_dropout", "noise_offset", "input_perturbation"], 0)}
     try:
-        images, held_out, _ = load_data(**{**settings, **plain, "seed": 0})
+        images, held_out, _ = load_data(**{**settings, **plain, "seed": train_seed})
     except InputError as error:
         raise InputError(str(error).replace("--dataset_name=", "DATASET=")) from None
     return images, held_out
@@ -617,8 +631,8 @@ def interval(values):
 
 
 def squared_mmd(x, y):
-    """The unbiased squared MMD of x (m, d) and y (n, d) under k(x, y) = (x.y / d + 1)^3 (arXiv 1801.01401, section 4),
-    and its values without each row of x (m,) and without each of y (n,). m and n are at least 3."""
+    """The unbiased squared MMD of x (m, d) and y (n, d) under k(x, y) = (x.y / d + 1)^3 (arXiv 1801.01401), and
+    its values without each row of x (m,) and without each of y (n,). m and n are at least 3."""
     x, y = [np.asarray(values, dtype=np.float64) for values in (x, y)]
     (m, d), n = x.shape, len(y)
 
@@ -735,7 +749,7 @@ def plan_prompts(prompts, images, num_images, seed):
 
 def measure_model(accelerator, clip, held_out, prompts, settings, title, source, loras):
     """Draws with a model and measures it; returns its pictures (PIL), embeds (n, d), patches (n, f), scores (n,) and
-    held-out losses (n,), and a digest of its VAE, in whose latents the losses are."""
+    held-out losses (n,), and what makes those comparable: a digest of its VAE, what it predicts, its betas."""
     pipeline = load_pipeline(source, loras, torch.float32, accelerator.device, safety_checker=None)
     bar, pictures, features = tqdm(total=len(prompts), desc=title, unit="picture", disable=None), [], []
     for made in draw(accelerator, pipeline, **{**settings, "prompts": prompts}):
@@ -753,7 +767,8 @@ def measure_model(accelerator, clip, held_out, prompts, settings, title, source,
                              held_out, settings["batch_size"]) if len(held_out) else torch.zeros(0)
     digest = hashlib.sha256(b"".join(tensor.cpu().numpy().tobytes() for tensor in pipeline.vae.state_dict().values()))
     return {"pictures": pictures, "embeds": embeds, "patches": patches, "scores": scores, "losses": losses,
-            "latents": (digest.hexdigest(), noise_scheduler.config.prediction_type)}
+            "latents": (digest.hexdigest(), noise_scheduler.config.prediction_type,
+                        noise_scheduler.betas.numpy().tobytes())}
 
 
 def look_at(images, clip, queries, batch_size, title):
@@ -895,13 +910,20 @@ def draw_pairs(rows, columns, labels):
 
 
 def save_report(output_dir, result, sheet):
-    """Writes the picture, then the figures, each beside its place and then renamed."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    for name, write in (("closest_pairs.png", lambda path: sheet.save(path, "png")),
-                        ("evaluation.json", lambda path: path.write_text(json.dumps(result, indent=2) + "\n"))):
-        unfinished = output_dir / f".{name}.unfinished"
-        write(unfinished)
-        unfinished.replace(output_dir / name)
+    """Writes the picture and the figures beside their places, then renames both. Raises `InputError`."""
+    places = [output_dir / name for name in ("closest_pairs.png", "evaluation.json")]
+    unfinished = [path.with_name(f".{path.name}.unfinished") for path in places]
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        sheet.save(unfinished[0], "png")
+        unfinished[1].write_text(json.dumps(result, indent=2) + "\n")
+        for path, place in zip(unfinished, places):
+            path.replace(place)
+    except OSError as error:  # a full disk
+        raise InputError(f"--output_dir={output_dir}: cannot be written to ({last_line(error)})") from None
+    finally:
+        for path in unfinished:
+            path.unlink(missing_ok=True)
 
 
 def evaluate(args):
@@ -930,7 +952,7 @@ def evaluate(args):
     save_report(Path(args.output_dir), {**numbers, **result, "settings": vars(args), "pictures": rows}, sheet)
     print_table(result, len(kept), len(unseen))
     if base and base["latents"] != model["latents"]:
-        print("The held-out losses cannot be compared: VAE or prediction type differ from the base's.")
+        print("The held-out losses cannot be compared: VAE, prediction type or noise schedule differ.")
     print(f"Figures: {Path(args.output_dir, 'evaluation.json')}, closest pairs: closest_pairs.png beside it")
 
 
@@ -942,9 +964,12 @@ def main(argv=None):
         library.utils.logging.disable_progress_bar()
     try:
         evaluate(args)
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("Stopped; nothing was written.", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

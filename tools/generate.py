@@ -50,6 +50,8 @@ SCHEDULERS = {  # short name: (class of diffusers, options, name in A1111)
     "unipc": ("UniPCMultistepScheduler", {}, "UniPC"),
 }
 LABELS = {"prompt": "{}", "seed": "seed {}", "steps": "{} steps", "scale": "scale {:g}", "model": "{}"}
+OTHER_TOOLS_KEYS = set("""caption_column clip_model dataset_config_name image_column instance_prompt max_train_samples
+    num_images num_validation_samples resolution skip_bad_images cache_dir train_seed""".split())  # of evaluate.py
 TILES = (128, 256)  # smallest and largest long side of a picture in the grid, in pixels
 ROWS_PER_GRID = 24  # more go to further grids
 COLUMNS_OF_PROMPTS = 8  # more are rows
@@ -109,23 +111,24 @@ def parse_args(argv=None):
 
 def parse_recipe(parser, argv):
     """Parses `argv`, or the command line if that is None, after the flags under `evaluation:` in its `--config`, or
-    at the top of a file without that. What YAML says becomes words too, so that argparse checks types and choices."""
+    at the top of a file without that. What YAML says becomes words too, so that argparse checks types and choices.
+    The section is for both tools, so that keys of the other one alone are left to that."""
     argv, words = sys.argv[1:] if argv is None else list(argv), []
     given, flags = parser.parse_known_args(argv)[0], vars(parser.parse_args([]))
     try:
         recipe = (yaml.safe_load(Path(given.config).read_text(encoding="utf-8")) if given.config else None) or {}
+        others = OTHER_TOOLS_KEYS if "evaluation" in recipe else set()
         recipe = dict(recipe.get("evaluation", recipe) or {})
     except (OSError, ValueError, yaml.YAMLError, AttributeError, TypeError) as error:
         parser.error(f"--config={given.config}: is no YAML file of flags ({' '.join(str(error).split())})")
     if "seed" in recipe and "seeds" in flags:  # the recipes of DreamBooth have one
-        recipe["seeds"] = recipe.pop("seed")
-    if unknown := sorted(map(str, recipe.keys() - (flags.keys() - {"config", "model"}))):
+        recipe.setdefault("seeds", recipe.pop("seed"))
+    if unknown := sorted(map(str, recipe.keys() - (flags.keys() - {"config", "model", "dataset"}) - others)):
         parser.error(f"--config={given.config}: unknown key {', '.join(unknown)}; keys are the flags of --help "
                      "without dashes, in a training recipe under `evaluation:`")
     taken = {"prompts", "prompts_file"} if given.prompts or given.prompts_file else set()  # whichever of the two it is
     taken |= {"lora"} if given.lora else set()  # which would be appended to
-    recipe = {key: value for key, value in recipe.items() if key not in taken}
-    for key, value in recipe.items():
+    for key, value in [(key, value) for key, value in recipe.items() if key not in taken | others]:
         if key == "lora":
             words += [f"--lora={item}" for item in (value if isinstance(value, list) else [value])]
         elif isinstance(value, list):
@@ -135,7 +138,12 @@ def parse_recipe(parser, argv):
         elif value is not None:  # YAML reads a bare `no` as false, but --mixed_precision means the word
             words.append(f"--{key}={'no' if value is False else value}")
     # In two passes: a list in the recipe would take MODEL as its last item.
-    return parser.parse_args(argv, parser.parse_args(words))
+    recipe = parser.parse_args(words)
+    if recipe.model:
+        parser.error(f"--config={given.config}: {recipe.model} stands in a list where one value is taken")
+    expand = os.path.expanduser  # which neither a shell does after `=`, nor YAML
+    return argparse.Namespace(**{name: expand(value) if isinstance(value, str) else value
+                                 for name, value in vars(parser.parse_args(argv, recipe)).items()})
 
 
 def check_args(args):
@@ -355,14 +363,20 @@ def parameters_text(settings):
 
 
 def save_picture(image, path, texts):
-    """Writes a PNG with text chunks beside its place, then renames it: nobody ever sees half of one."""
+    """Writes a PNG with text chunks beside its place, then renames it: nobody ever sees half of one. Raises
+    `InputError`."""
     info = PngInfo()
     for key, text in texts.items():
         info.add_text(key, text)  # as international text where Latin-1 lacks a letter
     unfinished = path.with_name(f".{path.name}.unfinished")  # what a killed run leaves is written over by the next
-    with unfinished.open("wb") as file:
-        image.save(file, "png", pnginfo=info)
-    unfinished.replace(path)
+    try:
+        with unfinished.open("wb") as file:
+            image.save(file, "png", pnginfo=info)
+        unfinished.replace(path)
+    except OSError as error:  # a full disk
+        raise InputError(f"{path}: cannot be written ({last_line(error)})") from None
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def missing(pictures, shared, output_dir, overwrite):
@@ -555,7 +569,7 @@ def main(argv=None):
         library.utils.logging.disable_progress_bar()
     try:
         generate(args)
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
