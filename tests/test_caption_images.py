@@ -387,3 +387,11 @@ def test_process_ends_with_one_message(tmp_path):
     assert "--model=Salesforce/blip-image-captioning-large: no model's folder, no name of one on the Hub" in line
     assert "Traceback" not in ran.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_damaged_journal_is_named(tool, images, tiny_captioner, capsys):
+    (images / JOURNAL).write_text("not json\n")
+    before = snapshot(images)
+    assert run(tool, images, tiny_captioner) == 2
+    assert f"{images / JOURNAL}: is damaged; remove it" in capsys.readouterr().err
+    assert snapshot(images) == before

@@ -515,6 +515,12 @@ def test_wrong_caption_column_is_named_with_those_that_are_there(train_script, i
     assert all(word in message for word in (f"metadata.{kind}", "'prompt'", "--caption_column", "text"))
 
 
+def test_a_second_table_may_hold_other_columns_only(train_script, image_folder):
+    folder = image_folder(2, captions=["one", "two"])
+    (folder / "metadata.csv").write_text("file_name,label\n00.png,a\n01.png,b\n")
+    assert as_dict(train_script.read_folder(folder, "text")) == {"00.png": ["one"], "01.png": ["two"]}
+
+
 def test_unknown_files_are_said_to_be_left_aside(train_script, image_folder, capsys):
     folder = image_folder(2)
     (folder / "notes.docx").write_text("x")

@@ -182,12 +182,16 @@ def read_journal(path, settings):
     """{path of an image below the folder: caption} of a run that was stopped. Raises `InputError` if that had other
     settings. A kill may have cut the last line off: what follows the last line end is removed."""
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
-    rows = [json.loads(line) for line in lines]
+    try:
+        rows = [dict(json.loads(line)) for line in lines]
+        captions = {row["file_name"]: row["caption"] for row in rows[1:]}
+    except (ValueError, TypeError, KeyError):
+        raise InputError(f"{path}: is damaged; remove it, and its images are captioned again") from None
     if rows and rows[0] != settings:
         other = ", ".join(f"--{name}={rows[0].get(name)}" for name in settings if rows[0].get(name) != settings[name])
         raise InputError(f"{path}: holds captions of a run that was stopped, made with {other}; go on with that, or "
                          "remove this file to do without them")
-    return {row["file_name"]: row["caption"] for row in rows[1:]}
+    return captions
 
 
 def check_image(image, known):

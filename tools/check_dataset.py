@@ -88,7 +88,7 @@ def parse_args(argv=None):
     add("--json", metavar="FILE", help="write everything as JSON")
     add("--html", metavar="FILE", help="write a page with thumbnails that needs no other file")
     add("--overwrite", **switch, help="replace these files if they exist")
-    add("--config", metavar="FILE.yaml", help="flags by name, maybe under `training:`; the command line wins")
+    add("--config", metavar="FILE.yaml", help="flags of this tool by name; the command line wins")
     return parse_words(parser, argv)
 
 
@@ -151,7 +151,7 @@ def check_args(args):
 def read_folder(folder, caption_column):
     """Reads a folder into rows of `image` and `captions`, from metadata.jsonl or .csv or a .txt beside the image. What
     is missing gives a row too, so that the check names it. Raises `InputError` for what cannot be read as text."""
-    folder, closed = Path(os.path.abspath(folder)), []
+    folder, closed, columns = Path(os.path.abspath(folder)), [], set()
     files = sorted(Path(at, name) for at, _, names in os.walk(folder, onerror=closed.append) for name in names)
     if closed:
         raise InputError(f"{closed[0].filename}: cannot be searched ({closed[0].strerror}); grant access")
@@ -161,7 +161,7 @@ def read_folder(folder, caption_column):
     if not captions:
         raise InputError(f"the folder {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}); name another")
     for path in metadata:
-        number, columns = 1, set()
+        number = 1
         try:
             text = path.read_text(encoding="utf-8-sig")
             lines = filter(str.strip, text.split("\n"))  # JSON may hold other line ends
@@ -173,8 +173,8 @@ def read_folder(folder, caption_column):
                 number, columns = number + 1, columns | row.keys()
         except (ValueError, TypeError, KeyError, AttributeError, csv.Error) as error:
             raise InputError(f"{path}: row {number} is not a file_name and a caption in UTF-8 ({error!r})") from None
-        if caption_column not in columns:
-            raise InputError(f"{path}: has no {caption_column!r} but {sorted(columns)}; set --caption_column")
+    if metadata and caption_column not in columns:
+        raise InputError(f"{metadata[0]}: has no {caption_column!r} but {sorted(columns)}; set --caption_column")
     for image in [image for image, found in captions.items() if not found]:
         beside = image.with_suffix(".txt")
         try:
@@ -591,6 +591,9 @@ def main(argv=None):
     except (InputError, OSError) as error:
         print(f"{Path(__file__).name}: {error}".replace("--dataset_name=", "DATASET="), file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        sys.exit(130)
     print(as_text(report))
     return 1 if any(report[kind] for kind in KINDS) else 0
 

@@ -574,6 +574,9 @@ def main(argv=None):
     except (InputError, OSError, SafetensorError) as error:
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        sys.exit(130)
     print("\n".join([f"Wrote {output}.", *[textwrap.fill(note, 100) for note in notes]]))
 
 

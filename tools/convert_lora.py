@@ -333,6 +333,9 @@ def main(argv=None):
     except (InputError, OSError, SafetensorError) as error:
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        sys.exit(130)
     print(f"Wrote {args.output}: {len(alphas)} layers of rank {most(ranks(weights))}"
           f"{', DoRA' if any('.lora_magnitude_vector' in key for key in weights) else ''}.")
 

@@ -115,7 +115,7 @@ def pipeline_files(folder):
     """The files of a pipeline: those that lie in the folders of its parts. Raises `InputError` if one lacks."""
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        parts = [name for name, kind in index.items() if isinstance(kind, list) and kind[0]]
+        parts = [name for name, kind in index.items() if isinstance(kind, list) and any(kind[:1])]
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{folder / INDEX}: cannot be read ({last_line(error)})") from None
     files = {part: [path for path in (folder / part).glob("[!.]*") if path.is_file()] for part in parts}

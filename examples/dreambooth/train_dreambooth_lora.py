@@ -426,7 +426,7 @@ def check_subject(instance_data_dir, instance_prompt, with_prior_preservation, c
 def read_folder(folder, caption_column):
     """Reads a folder into rows of `image` and `captions`, from metadata.jsonl or .csv or a .txt beside the image. What
     is missing gives a row too, so that the check names it. Raises `InputError` for what cannot be read as text."""
-    folder, closed = Path(os.path.abspath(folder)), []
+    folder, closed, columns = Path(os.path.abspath(folder)), [], set()
     files = sorted(Path(at, name) for at, _, names in os.walk(folder, onerror=closed.append) for name in names)
     if closed:
         raise InputError(f"{closed[0].filename}: cannot be searched ({closed[0].strerror}); grant access")
@@ -436,7 +436,7 @@ def read_folder(folder, caption_column):
     if not captions:
         raise InputError(f"the folder {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}); name another")
     for path in metadata:
-        number, columns = 1, set()
+        number = 1
         try:
             text = path.read_text(encoding="utf-8-sig")
             lines = filter(str.strip, text.split("\n"))  # JSON may hold other line ends
@@ -448,8 +448,8 @@ def read_folder(folder, caption_column):
                 number, columns = number + 1, columns | row.keys()
         except (ValueError, TypeError, KeyError, AttributeError, csv.Error) as error:
             raise InputError(f"{path}: row {number} is not a file_name and a caption in UTF-8 ({error!r})") from None
-        if caption_column not in columns:
-            raise InputError(f"{path}: has no {caption_column!r} but {sorted(columns)}; set --caption_column")
+    if metadata and caption_column not in columns:
+        raise InputError(f"{metadata[0]}: has no {caption_column!r} but {sorted(columns)}; set --caption_column")
     for image in [image for image, found in captions.items() if not found]:
         beside = image.with_suffix(".txt")
         try:
