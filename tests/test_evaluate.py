@@ -420,12 +420,11 @@ def verdicts(tool, train_script, folder, tmp_path, num_held_out, num_images, **s
 
 @pytest.mark.slow
 def test_a_model_that_learnt_from_many_beats_its_base_and_copies_none(tool, train_script, render, tmp_path):
-    found = verdicts(tool, train_script, creatures(render, tmp_path / "images", 120), tmp_path, 20, 48,
-                     train_batch_size=16, max_train_steps=160, learning_rate=2e-3)
-    # Not the CLIP score: so short a training gives creatures, but not yet the colours that their captions ask for.
-    for figure in ("clip_image_similarity", "kid", "held_out_loss", "nearest_similarity"):
+    found = verdicts(tool, train_script, creatures(render, tmp_path / "images", 120), tmp_path, 20, 64,
+                     train_batch_size=16, max_train_steps=400, learning_rate=2e-3, ema_decay=0.97)
+    for figure in ("clip_score", "clip_image_similarity", "kid", "kid_held_out", "held_out_loss",
+                   "nearest_similarity"):
         assert found[figure]["gain"]["low"] > 0, figure
-    assert found["kid_held_out"]["gain"]["mean"] > 0
     assert found["memorisation"]["verdict"] == "not memorising"
 
 
