@@ -255,7 +255,9 @@ def test_a_lora_of_another_model_is_refused(tool, tiny_pipeline, tiny_pipeline_s
     from safetensors.torch import load_file, save_file
 
     assert run(tool, tiny_pipeline_sd1, "--prompts", CAT, "--lora", lora, "--output_dir", tmp_path / "out") == 2
-    assert f"--lora={lora / tool.LORA_FILE}: " in capsys.readouterr().err
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert f"--lora={lora / tool.LORA_FILE}: " in message
+    assert "its layers have other sizes" in message or "layers are in" in message
     weights = load_file(lora / tool.LORA_FILE)
     more = {name.replace("down_blocks.0", "down_blocks.7"): value.clone() for name, value in weights.items()}
     save_file(weights | more, tmp_path / "more.safetensors")
@@ -307,7 +309,7 @@ def test_the_grid_shows_the_pictures_beside_their_labels(tool, tmp_path):
     wanted = tool.list_pictures([CAT], [0], [5, 9], [1.0, 2.0, 3.0], None)
     for number, picture in enumerate(wanted):
         Image.new("RGB", (512, 384), (40 * number, 0, 200)).save(tmp_path / picture.name())
-    grid = tool.make_grid(tool.layout(wanted), tmp_path, "a title " * 40)
+    grid = tool.make_grid(tool.layout(wanted), tmp_path, "a title " * 40, None)
     assert grid.width == tool.LABEL_WIDTH + 3 * (256 + tool.MARGIN)
     array = np.array(grid)
     tiles = (array == [[[0, 0, 200]]]).all(-1)
@@ -347,3 +349,21 @@ def test_many_rows_go_to_several_grids(tool, tiny_pipeline, tmp_path, monkeypatc
     rows = [row for path in grids for row in settings(path)["rows"]]
     assert [row["label"] for row in rows] == [["seed 0"], ["seed 1"], ["seed 2"]]
     assert [name for row in rows for name in row["pictures"]] == [path.name for path in pictures(tmp_path)]
+
+
+def test_a_prompt_or_font_that_cannot_be_read_is_named(tool, tiny_pipeline, tmp_path, capsys):
+    (tmp_path / "no.ttf").write_text("no font")
+    words = [tiny_pipeline, "--font", tmp_path / "no.ttf", "--output_dir", tmp_path / "out", "--prompts"]
+    assert run(tool, *words, "caf\udce9") == 2
+    message = capsys.readouterr().err
+    assert r"--prompts: 'caf\udce9' is not UTF-8" in message
+    assert "no.ttf: is no font file" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_scales_that_are_close_and_empty_prompts_have_labels(tool):
+    pictures = [tool.Picture(number, prompt, 0, 25, scale, "result") for number, prompt in enumerate(["", "a cat"])
+                for scale in (7.1234, 7.1235678)]
+    rows = tool.layout(pictures)
+    assert list(rows) == [("(empty prompt)",), ("a cat",)]
+    assert [list(row) for row in rows.values()] == [["scale 7.1234", "scale 7.1235678"]] * 2

@@ -75,6 +75,7 @@ PATCHES = 8  # patch features are averaged down to so many a side: enough to tel
 PAIRS = 8  # in the picture of the closest pairs
 TILE, MARGIN, FONT_SIZE = 192, 8, 15  # pixels
 OTHER_TOOLS_KEYS = {"height", "negative_prompt", "scheduler", "seeds", "width"}  # in a recipe; of generate.py
+FONTS = ("DejaVuSans.ttf", "arial.ttf", "Arial.ttf")  # of systems; Pillow's own font has few letters beyond a to z
 
 
 class InputError(ValueError):
@@ -116,6 +117,7 @@ def parse_args(argv=None, check=None):
     add("--mixed_precision", default="no", choices=["no", "fp16", "bf16"], help="precision of passes")
     add("--output_dir", default="evaluation", help="folder for evaluation.json and closest_pairs.png")
     add("--overwrite", **switch, help="replace an evaluation in --output_dir")
+    add("--font", metavar="FILE.ttf", help="font of the labels; default: DejaVu Sans, Arial or Pillow's own")
     add("--config", metavar="FILE.yaml", help="flags by name, maybe under `evaluation:`; the command line wins")
     return parse_recipe(parser, argv) if check is None else check_flags(parser, check)
 
@@ -185,6 +187,10 @@ def check_args(args):
         loras = find_loras(**vars(args))
     except InputError as error:
         problems.append(str(error))
+    try:
+        load_font(args.font, FONT_SIZE)
+    except InputError as error:
+        problems.append(str(error))
     problems += check_source("MODEL", args.model, args.resolution)
     problems += check_source("--base", args.base, args.resolution) if args.base else []
     problems += [] if args.dataset else ["DATASET: name the folder or dataset that the model was trained on"]
@@ -199,7 +205,7 @@ def check_args(args):
     place = next(path for path in (output, *output.resolve().parents) if path.exists())
     if not (place.is_dir() and os.access(place, os.W_OK)):
         problems.append(f"--output_dir={output}: {place} is a file or cannot be written to; name another folder")
-    elif (output / "evaluation.json").exists() and not args.overwrite:
+    elif any((output / name).exists() for name in ("evaluation.json", "closest_pairs.png")) and not args.overwrite:
         problems.append(f"--output_dir={output}: holds an evaluation; name another, or add --overwrite")
     if problems:
         raise InputError("\n  ".join(["", *problems] if len(problems) > 1 else problems))
@@ -215,6 +221,8 @@ def read_prompts(prompts, prompts_file, **_):
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--prompts_file={prompts_file}: cannot be read as UTF-8 ({last_line(error)})") from None
     lines = [line.strip() for line in lines]
+    if odd := [line for line in lines if line != line.encode("utf-8", "replace").decode("utf-8")]:
+        raise InputError(f"--prompts: {odd[0]!a} is not UTF-8")
     lines = list(dict.fromkeys(line for line in lines if line or prompts))  # an empty line is no prompt, "" is one
     if not lines:
         raise InputError(f"--prompts_file={prompts_file}: holds no prompts; write one per line")
@@ -530,8 +538,9 @@ def load_pipeline(folder, loras, dtype, device, **parts):
     for number, (path, _) in enumerate(loras):
         try:
             pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=f"lora_{number}")
-        except Exception as error:  # of other models, or of layers that this one lacks
-            raise InputError(f"--lora={path}: does not fit {folder} ({last_line(error)})") from None
+        except Exception as error:  # of other models, or of layers that this one lacks; torch lists every one
+            why = "its layers have other sizes" if "size mismatch" in str(error) else last_line(error)
+            raise InputError(f"--lora={path}: does not fit {folder} ({why}); give the model that it is for") from None
         with safe_open(path, "pt") as file:
             wanted = sum(bool(re.search(r"lora_A|lora_down|lora\.down", key)) for key in file.keys())  # noqa: SIM118
         names = [name for part in (pipeline.unet, pipeline.text_encoder) for name, _ in part.named_parameters()]
@@ -887,10 +896,23 @@ def wrap(text, font, width, max_lines):
     return lines
 
 
-def draw_pairs(rows, columns, labels):
+def load_font(path, size):
+    """The font of a file, of the system, or Pillow's own. Raises `InputError`."""
+    try:
+        if path:
+            return ImageFont.truetype(path, size)
+    except OSError as error:
+        raise InputError(f"--font={path}: is no font file that FreeType can read ({last_line(error)})") from None
+    for name in FONTS:
+        with contextlib.suppress(OSError):
+            return ImageFont.truetype(name, size)
+    return ImageFont.load_default(size)
+
+
+def draw_pairs(rows, columns, labels, font=None):
     """A picture of the closest pairs: rows of findings (see `list_pictures`) above columns of tiles, which have these
     labels on the left."""
-    font, line, left = ImageFont.load_default(FONT_SIZE), round(FONT_SIZE * 1.4), 90
+    font, line, left = load_font(font, FONT_SIZE), round(FONT_SIZE * 1.4), 90
     texts = [[*wrap(row["prompt"], font, TILE - MARGIN, 4), *wrap(row["nearest"], font, TILE - MARGIN, 2),
               f"similarity {row['similarity']:.3f}", f"ratio {row['ratio']:.2f}{': a copy' if row['copy'] else ''}"]
              for row in rows]
@@ -947,7 +969,8 @@ def evaluate(args):
     closest = closest_pictures(rows)
     tiles = [[model["pictures"][k], tile_of(images, kept[nearest[0].index[k]])] + (
         [base["pictures"][k]] if base else []) for k in closest]
-    sheet = draw_pairs([rows[k] for k in closest], tiles, ["drawn", "nearest image", "base"][: len(tiles[0])])
+    sheet = draw_pairs([rows[k] for k in closest], tiles, ["drawn", "nearest image", "base"][: len(tiles[0])],
+                       args.font)
     numbers = {"training_images": len(images), "different_images": len(kept), "held_out_images": len(held_out)}
     save_report(Path(args.output_dir), {**numbers, **result, "settings": vars(args), "pictures": rows}, sheet)
     print_table(result, len(kept), len(unseen))

@@ -13,6 +13,7 @@ a run that was stopped goes on by the same command. In a recipe, the flags stand
 """
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -49,13 +50,14 @@ SCHEDULERS = {  # short name: (class of diffusers, options, name in A1111)
     "pndm": ("PNDMScheduler", {}, "PLMS"),
     "unipc": ("UniPCMultistepScheduler", {}, "UniPC"),
 }
-LABELS = {"prompt": "{}", "seed": "seed {}", "steps": "{} steps", "scale": "scale {:g}", "model": "{}"}
+LABELS = {"prompt": "{}", "seed": "seed {}", "steps": "{} steps", "scale": "scale {:.10g}", "model": "{}"}
 OTHER_TOOLS_KEYS = set("""caption_column clip_model dataset_config_name image_column instance_prompt max_train_samples
     num_images num_validation_samples resolution skip_bad_images cache_dir train_seed""".split())  # of evaluate.py
 TILES = (128, 256)  # smallest and largest long side of a picture in the grid, in pixels
 ROWS_PER_GRID = 24  # more go to further grids
 COLUMNS_OF_PROMPTS = 8  # more are rows
 MARGIN, LABEL_WIDTH, FONT_SIZE = 8, 180, 15
+FONTS = ("DejaVuSans.ttf", "arial.ttf", "Arial.ttf")  # of systems; Pillow's own font has few letters beyond a to z
 
 
 class InputError(ValueError):
@@ -105,6 +107,7 @@ def parse_args(argv=None):
     add("--output_dir", default="generated", help="folder for the pictures and grids")
     add("--overwrite", action=argparse.BooleanOptionalAction, default=False,
         help="replace pictures that other settings or weights drew")
+    add("--font", metavar="FILE.ttf", help="font of the labels; default: DejaVu Sans, Arial or Pillow's own")
     add("--config", metavar="FILE.yaml", help="flags by name, maybe under `evaluation:`; the command line wins")
     return parse_recipe(parser, argv)
 
@@ -155,6 +158,10 @@ def check_args(args):
             found.append(read(**vars(args)))
         except InputError as error:
             problems.append(str(error))
+    try:
+        load_font(args.font, FONT_SIZE)
+    except InputError as error:
+        problems.append(str(error))
     problems += check_pipeline("MODEL", args.model, **vars(args))
     problems += check_pipeline("--base", args.base, **vars(args)) if args.base else []
     output = Path(args.output_dir)
@@ -190,6 +197,8 @@ def read_prompts(prompts, prompts_file, **_):
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--prompts_file={prompts_file}: cannot be read as UTF-8 ({last_line(error)})") from None
     lines = [line.strip() for line in lines]
+    if odd := [line for line in lines if line != line.encode("utf-8", "replace").decode("utf-8")]:
+        raise InputError(f"--prompts: {odd[0]!a} is not UTF-8")
     lines = list(dict.fromkeys(line for line in lines if line or prompts))  # an empty line is no prompt, "" is one
     if not lines:
         raise InputError(f"--prompts_file={prompts_file}: holds no prompts; write one per line")
@@ -303,8 +312,9 @@ def load_pipeline(folder, loras, dtype, device, **parts):
     for number, (path, _) in enumerate(loras):
         try:
             pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=f"lora_{number}")
-        except Exception as error:  # of other models, or of layers that this one lacks
-            raise InputError(f"--lora={path}: does not fit {folder} ({last_line(error)})") from None
+        except Exception as error:  # of other models, or of layers that this one lacks; torch lists every one
+            why = "its layers have other sizes" if "size mismatch" in str(error) else last_line(error)
+            raise InputError(f"--lora={path}: does not fit {folder} ({why}); give the model that it is for") from None
         with safe_open(path, "pt") as file:
             wanted = sum(bool(re.search(r"lora_A|lora_down|lora\.down", key)) for key in file.keys())  # noqa: SIM118
         names = [name for part in (pipeline.unet, pipeline.text_encoder) for name, _ in part.named_parameters()]
@@ -452,15 +462,28 @@ def layout(pictures):
     rows = {}
     for picture in sorted(pictures, key=lambda picture: [values[axis].index(getattr(picture, axis))
                                                          for axis in (*down, *([across] if across else []))]):
-        row = tuple(LABELS[axis].format(getattr(picture, axis)) for axis in down)
-        column = LABELS[across].format(getattr(picture, across)) if across else ""
+        row = tuple(LABELS[axis].format(getattr(picture, axis)) or "(empty prompt)" for axis in down)
+        column = (LABELS[across].format(getattr(picture, across)) or "(empty prompt)") if across else ""
         rows.setdefault(row, {})[column] = picture
     return rows
 
 
-def make_grid(rows, folder, title):
+def load_font(path, size):
+    """The font of a file, of the system, or Pillow's own. Raises `InputError`."""
+    try:
+        if path:
+            return ImageFont.truetype(path, size)
+    except OSError as error:
+        raise InputError(f"--font={path}: is no font file that FreeType can read ({last_line(error)})") from None
+    for name in FONTS:
+        with contextlib.suppress(OSError):
+            return ImageFont.truetype(name, size)
+    return ImageFont.load_default(size)
+
+
+def make_grid(rows, folder, title, font):
     """Pastes the pictures of {row: {column: picture}} below a title, with labels above and to the left."""
-    font = ImageFont.load_default(FONT_SIZE)
+    font = load_font(font, FONT_SIZE)
     line = round(FONT_SIZE * 1.4)
     columns = list(next(iter(rows.values())))
     with Image.open(folder / next(iter(next(iter(rows.values())).values())).name()) as first:
@@ -490,7 +513,7 @@ def make_grid(rows, folder, title):
     return grid
 
 
-def save_grids(pictures, shared, folder):
+def save_grids(pictures, shared, folder, font):
     """Writes labelled grids of the pictures, named by their settings; returns the files."""
     settings = [settings_of(picture, shared) for picture in pictures]
     name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
@@ -505,7 +528,7 @@ def save_grids(pictures, shared, folder):
         paths.append(folder / f"grid_{name}{f'_{page + 1:03d}' if len(rows) > ROWS_PER_GRID else ''}.png")
         if not paths[-1].exists():  # else it shows these very pictures
             part = dict(rows[page * ROWS_PER_GRID : (page + 1) * ROWS_PER_GRID])
-            grid = make_grid(part, folder, title)
+            grid = make_grid(part, folder, title, font)
             save_picture(grid, paths[-1], {"settings": json.dumps({"title": title, "rows": [
                 {"label": row, "pictures": [picture.name() for picture in pictures.values()]}
                 for row, pictures in part.items()]})})
@@ -554,7 +577,7 @@ def generate(args):
     bar.close()
     state.wait_for_everyone()
     if state.is_main_process:
-        grids = save_grids(pictures, shared, output_dir) if len(pictures) > 1 else []
+        grids = save_grids(pictures, shared, output_dir, args.font) if len(pictures) > 1 else []
         print(f"{len(left)} pictures drawn, {len(pictures) - len(left)} were there: {output_dir}",
               *[f"Grid: {path}" for path in grids], sep="\n")
     if blackened:
