@@ -170,6 +170,7 @@ def test_signal_in_the_last_step_costs_nothing(train_script, base, images, tmp_p
 
 def test_signal_while_loading_ends_the_run_at_once(train_script, base, images, tmp_path, monkeypatch):
     """There is nothing to save yet, and loading may take minutes."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     load_models = train_script.load_models
 
     def load_models_and_signal(*args):
@@ -177,8 +178,11 @@ def test_signal_while_loading_ends_the_run_at_once(train_script, base, images, t
         return load_models(*args)
 
     monkeypatch.setattr(train_script, "load_models", load_models_and_signal)
-    with pytest.raises(KeyboardInterrupt):
-        train(train_script, base, images, tmp_path / "out", **EVERYTHING)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(train_script, base, images, tmp_path / "out", **EVERYTHING)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert not (tmp_path / "out").exists()
 
 
