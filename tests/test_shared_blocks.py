@@ -354,6 +354,16 @@ def test_defaults_stand_for_themselves(repository, tool, monkeypatch):
     repository.run()
 
 
+def test_what_several_tools_share_and_no_script_has(repository):
+    """Only names that are listed: other tools' helpers may have one name by chance."""
+    for name, number in (("convert", 1), ("inspect_images", 2)):
+        path = repository.path(f"{name}.py")
+        path.write_text(f"{path.read_text()}\n\ndef draw():\n    return {number}\n\n\ndef beside():\n    return 0\n")
+    repository.run()
+    repository.replace("inspect_images.py", "    return 0\n", "    return 3\n")
+    repository.differs("+    return 3")
+
+
 # ---- Sync
 
 

@@ -6,7 +6,8 @@
 A function, class or UPPERCASE constant of the same name has the same text in all scripts of a family (torch, and Flax:
 `*_flax.py`), with its decorators, docstring and comments, also those directly above it. What stands below the section
 line `# ---- data`, or in ALL_FAMILIES, is one family over all scripts. A tool that has a name of a script's has its
-text as well. The same flag has the same keywords in all scripts, and the same default unless DEFAULTS says why not.
+text as well; for the names in SHARED_BY_TOOLS tools have the same text. The same flag has the same keywords in all
+scripts, and the same default unless DEFAULTS says why not.
 """
 
 import argparse
@@ -76,6 +77,9 @@ EXPECTED = {
 ALL_FAMILIES = set("""DROPOUT HELD_OUT HELD_OUT_TIMESTEPS IMAGE_SUFFIXES InputError MIN_SIDE ORDER SAMPLE SUBSET
     check_flags check_model check_output create_repo draw_samples find_checkpoint last_line leave list_checkpoints
     note_signal on_signals parse_words prepare_output push write_card write_log""".split())
+
+# What no script has but several tools, to be equal in them.
+SHARED_BY_TOOLS = {"FONTS", "beside", "find_loras", "load_font", "load_pipeline", "parse_recipe", "read_prompts"}
 
 DIFF_LINES = 30  # of each difference; the first ones tell enough
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
@@ -199,7 +203,7 @@ def add_flags(file, nodes):
 # ------------------------------------------------------------------------------------------------------- comparing
 def group_blocks(files):
     """{(name, family): {variant: blocks}}: the blocks of a variant have to be equal, None is the one of those that no
-    exception lists. A name that no script has is left out."""
+    exception lists. A name that no script has is left out, but for SHARED_BY_TOOLS."""
     named, groups = defaultdict(list), defaultdict(lambda: defaultdict(list))
     for block in [block for file in files for block in file.blocks.values()]:
         named[block.name].append(block)
@@ -209,8 +213,8 @@ def group_blocks(files):
         for block in blocks:
             variant = listed.get((block.file.path.name, name))
             groups[name, "all" if everywhere else block.file.family][variant].append(block)
-    return {key: variants for key, variants in groups.items()
-            if any(block.file.is_script for blocks in variants.values() for block in blocks)}
+    return {key: variants for key, variants in groups.items() if key[0] in SHARED_BY_TOOLS
+            or any(block.file.is_script for blocks in variants.values() for block in blocks)}
 
 
 def listed_exceptions():
