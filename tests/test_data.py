@@ -515,6 +515,13 @@ def test_wrong_caption_column_is_named_with_those_that_are_there(train_script, i
     assert all(word in message for word in (f"metadata.{kind}", "'prompt'", "--caption_column", "text"))
 
 
+def test_linked_folders_are_said_to_be_left_aside(train_script, image_folder, capsys):
+    folder = image_folder(2)
+    (folder / "more").symlink_to(image_folder(1, name="elsewhere"), target_is_directory=True)
+    assert len(train_script.read_folder(folder, "text")) == 2
+    assert "1 files of other kinds, such as more." in capsys.readouterr().out
+
+
 def test_a_second_table_may_hold_other_columns_only(train_script, image_folder):
     folder = image_folder(2, captions=["one", "two"])
     (folder / "metadata.csv").write_text("file_name,label\n00.png,a\n01.png,b\n")

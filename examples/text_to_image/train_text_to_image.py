@@ -318,7 +318,8 @@ def read_folder(folder, caption_column):
     """Reads a folder into rows of `image` and `captions`, from metadata.jsonl or .csv or a .txt beside the image. What
     is missing gives a row too, so that the check names it. Raises `InputError` for what cannot be read as text."""
     folder, closed, columns = Path(os.path.abspath(folder)), [], set()
-    files = sorted(Path(at, name) for at, _, names in os.walk(folder, onerror=closed.append) for name in names)
+    files = sorted(Path(at, name) for at, below, names in os.walk(folder, onerror=closed.append)
+                   for name in [*names, *(name for name in below if os.path.islink(Path(at, name)))])
     if closed:
         raise InputError(f"{closed[0].filename}: cannot be searched ({closed[0].strerror}); grant access")
     captions = {path: [] for path in files if path.suffix.lower() in IMAGE_SUFFIXES
@@ -347,8 +348,7 @@ def read_folder(folder, caption_column):
             captions[image] += [beside.read_text("utf-8-sig").strip()] if beside.is_file() else []
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{beside}: cannot be read as UTF-8 ({last_line(error)}); convert or remove it") from None
-    known = {*captions, *metadata}
-    if aside := [path.name for path in files if path not in known and path.suffix != ".txt"]:
+    if aside := [path.name for path in sorted({*files} - {*captions, *metadata}) if path.suffix != ".txt"]:
         print(f"Left aside in {folder}: {len(aside)} files of other kinds, such as {', '.join(aside[:5])}.")
     if odd := [name for name in map(str, captions) if name != name.encode("utf-8", "replace").decode("utf-8")]:
         raise InputError(f"{odd[0]!a}: its name is not UTF-8; rename it")
