@@ -112,8 +112,7 @@ def test_rank_4_on_attention_is_small(lora_script):
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(MINIATURE, subfolder="unet"))
         whole = sum(parameter.numel() for parameter in unet.parameters())
-        settings = {"lora_alpha": None, "lora_dropout": 0.0, "use_rslora": False, "use_dora": False, "seed": 0}
-        lora_script.add_adapters({"unet": unet}, rank=4, lora_target="attention", **settings)
+        lora_script.add_adapters({"unet": unet}, **vars(lora_script.parse_args(["--rank=4"])))
     trained = sum(parameter.numel() for parameter in unet.parameters() if parameter.requires_grad)
     assert trained == sum(value.numel() for value in lora_script.lora_weights({"unet": unet}).values())
     assert 0 < trained < 0.02 * whole
@@ -235,7 +234,7 @@ def test_lora_file_goes_on(lora_script, tiny_pipeline, images, straight, tmp_pat
         ({"kohya_file_name": "a/b", "output_kohya_format": True}, "--kohya_file_name=a/b: is a path"),
         ({"kohya_file_name": "pytorch_lora_weights", "output_kohya_format": True}, "the name of the other file"),
         ({"kohya_file_name": "pytorch_lora_weights.safetensors", "output_kohya_format": True}, "of the other file"),
-        ({"init_lora_weights": "nowhere"}, "--init_lora_weights=nowhere: is no LoRA file of this script"),
+        ({"init_lora_weights": "nowhere"}, "--init_lora_weights=nowhere: does not fit the model and"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -261,22 +260,24 @@ def test_target_that_matches_no_layer(lora_script, tiny_pipeline, images, tmp_pa
     (model / "unet" / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(lora_script, "load_base", None)
     assert train(lora_script, model, images, tmp_path / "out") == 2
-    assert "--lora_target=attention: cannot be applied to this model" in capsys.readouterr().err
+    assert "--lora_target=attention: does not fit the model and the other flags" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"rank": 8}, "lora_A.weight of shape (4,"),
-        ({"lora_target": "all"}, "of shape None, but"),
-        ({"lora_alpha": 8}, "was made with lora_alpha=4, not 8.0"),
-        ({"use_rslora": True}, "was made with use_rslora=False, not True"),
+        ({"rank": 8}, "r is 4 in its unet, not 8"),
+        ({"lora_target": "all"}, "it is for other layers"),
+        ({"lora_alpha": 8}, "lora_alpha is 4 in its unet, not 8.0"),
+        ({"use_rslora": True}, "use_rslora is False in its unet, not True"),
+        ({"train_text_encoder": False}, "it is for other layers"),
     ],
-    ids=["rank", "target", "alpha", "rslora"],
+    ids=["rank", "target", "alpha", "rslora", "text encoder"],
 )
 def test_lora_file_of_other_settings(
-    lora_script, tiny_pipeline, images, straight, tmp_path, capsys, settings, message
+    lora_script, tiny_pipeline, images, straight, tmp_path, monkeypatch, capsys, settings, message
 ):
+    monkeypatch.setattr(lora_script, "load_base", None)
     settings = {"init_lora_weights": straight, "train_text_encoder": True, **settings}
     assert train(lora_script, tiny_pipeline, images, tmp_path / "out", **settings) == 2
     assert message in capsys.readouterr().err
@@ -289,17 +290,22 @@ def test_checkpoint_of_the_other_script(lora_script, train_script, tiny_pipeline
     assert "it was made by another script" in capsys.readouterr().err
 
 
-def test_lora_file_of_another_base(lora_script, tiny_pipeline, tiny_pipeline_sd1, images, straight, tmp_path, capsys):
+def test_lora_file_of_another_base(
+    lora_script, tiny_pipeline, tiny_pipeline_sd1, images, straight, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(lora_script, "load_base", None)
     settings = {"init_lora_weights": straight, "train_text_encoder": True}
     assert train(lora_script, tiny_pipeline_sd1, images, tmp_path / "out", **settings) == 2
-    assert "--init_lora_weights=" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"--init_lora_weights={straight}: does not fit the model and the other flags" in error
+    assert "(it is for other layers, or for another base)" in error
 
 
-def test_file_without_our_header_is_refused_by_its_keys(lora_script, tiny_pipeline, images, tmp_path, capsys):
+def test_file_without_our_header_is_refused(lora_script, tiny_pipeline, images, tmp_path, capsys):
     save_file({"lora_unet_mid.lora_down.weight": torch.zeros(4, 8)}, tmp_path / "kohya.safetensors")
     settings = {"init_lora_weights": tmp_path / "kohya.safetensors"}
     assert train(lora_script, tiny_pipeline, images, tmp_path / "out", **settings) == 2
-    assert "use those that it was made with" in capsys.readouterr().err
+    assert "convert a file in kohya's layout first" in capsys.readouterr().err
 
 
 def test_messy_folder_is_listed(lora_script, tiny_pipeline, messy_folder, tmp_path, monkeypatch, capsys):

@@ -36,12 +36,11 @@ def one_token(caption, **options):
     return SimpleNamespace(input_ids=[np.array([1])])
 
 
-def sampled(train_script, number=100, resolution=8, **options):
+def sampled(train_script, number=100, resolution=8, latent_shape=SHAPE, num_timesteps=1000, **options):
     """CaptionedImages of which the numbers drawn matter, not the pictures."""
-    settings = {"latent_shape": SHAPE, "num_timesteps": 1000, "seed": 0, "center_crop": True, "random_flip": False}
-    settings |= {"caption_dropout": 0.0, "noise_offset": 0.0, "input_perturbation": 0.0} | options
-    nearest = Image.Resampling.NEAREST
-    return train_script.CaptionedImages(GreyRows(number), one_token, resolution, nearest, **settings)
+    flags = {"resolution": resolution, "image_interpolation_mode": "nearest", "seed": 0, "center_crop": True}
+    flags |= {"random_flip": False, "caption_dropout": 0.0, "noise_offset": 0.0, "input_perturbation": 0.0} | options
+    return train_script.CaptionedImages(GreyRows(number), one_token, latent_shape, num_timesteps, flags)
 
 
 def make_scheduler(**options):

@@ -103,14 +103,16 @@ def parse_words(parser, argv):
 def check_flags(parser, values):
     """Lists flags outside the interval that ends their help, and those given without what it says that they need."""
     problems = []
-    for flag, value, told in [(action.dest, values.get(action.dest), action.help) for action in parser._actions]:
+    for action in parser._actions:
+        flag, value, told = action.dest, values.get(action.dest), action.help
         if value is not None and (limits := re.search(r"([\[(])(\S+), (\S+)([\])])$", told)):
             low, high = float(limits[2]), float(limits[3])
             if not (low < value < high or value in [low] * (limits[1] == "[") + [high] * (limits[4] == "]")):
                 problems.append(f"--{flag}={value}: must be in {limits[0]}")
-        needed = re.search(r"needs --(\w+)=?(\w*)", told) if value else None
-        if needed and (not values[needed[1]] or needed[2] not in ("", values[needed[1]])):
-            problems.append(f"--{flag}={value}: does nothing without {needed[0][6:]}; add that or drop this")
+        needs = re.sub(r" [\[(].*", "", told.partition("needs ")[2]) if value not in (None, action.default) else ""
+        ways = re.findall(r"--(\w+)=?(\w*)", needs)
+        if ways and not any(values[name] and word in ("", values[name]) for name, word in ways):
+            problems.append(f"--{flag}={value}: does nothing without {needs}; add that or drop this")
     return problems
 
 

@@ -34,6 +34,8 @@ EXCEPTIONS = {
     ("push_dataset.py", "REPLACED_FLAGS"): "takes the place of no script of diffusers'",
     ("push_model.py", "REPLACED_FLAGS"): "takes the place of no script of diffusers'",
     ("show_dataset.py", "REPLACED_FLAGS"): "takes the place of no script of diffusers'",
+    ("train_dreambooth.py", "--validation_steps"): "its samples are of one prompt",
+    ("train_dreambooth_lora.py", "--validation_steps"): "its samples are of one prompt",
     ("train_dreambooth.py", "--train_text_encoder"): "trains it, where LoRA adds adapters",
     ("train_text_to_image_flax.py", "--mixed_precision"): "there is no accelerate config",
     ("train_text_to_image_flax.py", "--dataloader_num_workers"): "threads: JAX cannot be forked",
@@ -66,7 +68,7 @@ EXPECTED = {
         "validate",
     ],
     2: [
-        "ATTENTION", "CLASS", "FEED_FORWARD", "InstancesAndClasses", "LORA_FILE", "LORA_TARGETS", "REPLACED_FLAGS",
+        "ATTENTION", "CLASS", "FEED_FORWARD", "LORA_FILE", "LORA_TARGETS", "REPLACED_FLAGS",
         "RESIDUAL", "TEXT_ATTENTION", "TEXT_FEED_FORWARD", "add_adapters", "check_adapters", "check_subject",
         "kohya_header", "load_classes", "lora_weights", "make_class_images", "missing_class_images",
         "parameter_groups", "read_lora", "to_kohya", "with_classes",

@@ -162,14 +162,16 @@ def parse_recipe(parser, argv):
 def check_flags(parser, values):
     """Lists flags outside the interval that ends their help, and those given without what it says that they need."""
     problems = []
-    for flag, value, told in [(action.dest, values.get(action.dest), action.help) for action in parser._actions]:
+    for action in parser._actions:
+        flag, value, told = action.dest, values.get(action.dest), action.help
         if value is not None and (limits := re.search(r"([\[(])(\S+), (\S+)([\])])$", told)):
             low, high = float(limits[2]), float(limits[3])
             if not (low < value < high or value in [low] * (limits[1] == "[") + [high] * (limits[4] == "]")):
                 problems.append(f"--{flag}={value}: must be in {limits[0]}")
-        needed = re.search(r"needs --(\w+)=?(\w*)", told) if value else None
-        if needed and (not values[needed[1]] or needed[2] not in ("", values[needed[1]])):
-            problems.append(f"--{flag}={value}: does nothing without {needed[0][6:]}; add that or drop this")
+        needs = re.sub(r" [\[(].*", "", told.partition("needs ")[2]) if value not in (None, action.default) else ""
+        ways = re.findall(r"--(\w+)=?(\w*)", needs)
+        if ways and not any(values[name] and word in ("", values[name]) for name, word in ways):
+            problems.append(f"--{flag}={value}: does nothing without {needs}; add that or drop this")
     return problems
 
 
@@ -322,17 +324,14 @@ def read_dataset(name, config_name, image_column, caption_column, cache_dir, tok
         saved = Path(name, "state.json").is_file()  # by save_to_disk
         dataset = datasets.load_from_disk(name) if saved else datasets.load_dataset(
             name, config_name, split="train", cache_dir=cache_dir, token=token)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"--dataset_name={name}: cannot be loaded; check its name ({last_line(error)})") from None
-    try:
         if default_caption and caption_column not in dataset.column_names:
             dataset = dataset.add_column(caption_column, [default_caption] * len(dataset))
         dataset = dataset.select_columns([image_column, caption_column])
         dataset = dataset.rename_columns({image_column: "image", caption_column: "captions"})
         return dataset.cast_column("image", datasets.Image(decode=False))
     except Exception as error:  # arrow has one for every pair of types
-        raise InputError(f"--image_column={image_column} --caption_column={caption_column}: no images and captions in "
-                         f"{name}; its columns are {', '.join(dataset.column_names)} ({last_line(error)})") from None
+        flags = f"--dataset_name={name} --image_column={image_column} --caption_column={caption_column}"
+        raise InputError(f"{flags}: cannot be loaded; check these names ({last_line(error)})") from None
 
 
 def open_image(encoded):
@@ -397,7 +396,7 @@ def check_rows(rows, memory, skip_bad_images, tokenizer, resolution):
     """Checks every image and caption; returns the good rows and a digest of each one's content and captions. Raises
     one `InputError` for all others, unless `skip_bad_images`; warns of small images and of captions that are cut."""
     bad, small, cut, good = [], [], [], {}
-    captions = [all_captions(captions) for captions in rows["captions"]]
+    captions = list(rows["captions"])
     for index, (digest, width, height, problem) in enumerate(check_images(rows, memory)):
         problem = problem or ("" if captions[index] else "has no caption, in metadata or a .txt beside it")
         if problem or min(width, height) < resolution:
@@ -425,47 +424,39 @@ class CaptionedImages(torch.utils.data.Dataset):
     timestep, and posterior_noise, noise, added_noise in float32 (4, height / 8, width / 8)."""
     rows: datasets.Dataset  # of image and captions
     tokenizer: CLIPTokenizer
-    resolution: int
-    resample: Image.Resampling
     latent_shape: tuple
     num_timesteps: int
-    seed: int
-    center_crop: bool
-    random_flip: bool
-    caption_dropout: float
-    noise_offset: float
-    input_perturbation: float
+    flags: dict  # by name: seed, resolution, center_crop, random_flip, ... as load_data takes them
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, item):
-        epoch, index, weight = item
+        (epoch, index, weight), flags = item, self.flags
         # All that is random in a sample, drawn always and in this order: an option leaves the others' numbers alone.
-        draw = np.random.default_rng((self.seed, SAMPLE, epoch, index))
+        draw = np.random.default_rng((flags["seed"], SAMPLE, epoch, index))
         left, top, flip, choice, drop = draw.random(5)
         timestep = draw.integers(self.num_timesteps)
         posterior_noise, noise, perturbation = draw.standard_normal((3, *self.latent_shape), np.float32)
         # The offset shifts whole channels; perturbation (arXiv 2301.11706, eq. 3) is added and not to be predicted.
-        noise = noise + self.noise_offset * draw.standard_normal((len(noise), 1, 1), np.float32)
+        noise = noise + flags["noise_offset"] * draw.standard_normal((len(noise), 1, 1), np.float32)
 
-        row, place = self.rows[index], (0.5, 0.5) if self.center_crop else (left, top)
+        row, place = self.rows[index], (0.5, 0.5) if flags["center_crop"] else (left, top)
         image = open_image(row["image"]["bytes"] or Path(row["image"]["path"]).read_bytes())
-        image = ImageOps.fit(image, (self.resolution, self.resolution), self.resample, centering=place)
-        if self.random_flip and flip < 0.5:
+        resample = Image.Resampling[flags["image_interpolation_mode"].upper()]
+        image = ImageOps.fit(image, (flags["resolution"], flags["resolution"]), resample, centering=place)
+        if flags["random_flip"] and flip < 0.5:
             image = ImageOps.mirror(image)
-        captions = all_captions(row["captions"])
-        caption = "" if drop < self.caption_dropout else captions[int(choice * len(captions))]
+        caption = "" if drop < flags["caption_dropout"] else row["captions"][int(choice * len(row["captions"]))]
         input_ids = self.tokenizer(caption, padding="max_length", truncation=True, return_tensors="np").input_ids[0]
         return {"pixel_values": np.array(image).transpose(2, 0, 1), "input_ids": input_ids, "timestep": timestep,
                 "posterior_noise": posterior_noise, "noise": noise, "epoch": epoch, "index": index,
-                "added_noise": noise + self.input_perturbation * perturbation, "weight": np.float32(weight)}
+                "added_noise": noise + flags["input_perturbation"] * perturbation, "weight": np.float32(weight)}
 
 
 def load_data(pretrained_model_name_or_path, single_file_config, revision, cache_dir, train_data_dir, dataset_name,
               dataset_config_name, image_column, caption_column, hub_token, max_train_samples, num_validation_samples,
-              skip_bad_images, resolution, center_crop, random_flip, image_interpolation_mode, caption_dropout,
-              noise_offset, input_perturbation, seed, default_caption=None, repeats=1, **_):
+              skip_bad_images, resolution, seed, default_caption=None, repeats=1, **flags):
     """Reads, checks and splits the images; returns (training images, held-out images, fingerprint of the former). The
     held-out ones are the same for every seed, and always seen alike. `default_caption` is that of images without."""
     source, where = single_file_config or pretrained_model_name_or_path, {"revision": revision, "cache_dir": cache_dir}
@@ -477,9 +468,8 @@ def load_data(pretrained_model_name_or_path, single_file_config, revision, cache
     schedule = diffusers.DDPMScheduler.load_config(source, subfolder="scheduler", **where)
     rows = read_folder(train_data_dir, caption_column) if train_data_dir else read_dataset(
         dataset_name, dataset_config_name, image_column, caption_column, cache_dir, hub_token, default_caption)
-    if default_caption:
-        captions = [all_captions(captions) or [default_caption] for captions in rows["captions"]]
-        rows = rows.remove_columns("captions").add_column("captions", captions)
+    captions = [all_captions(found) or [default_caption] * bool(default_caption) for found in rows["captions"]]
+    rows = rows.remove_columns("captions").add_column("captions", captions)  # before a selection, which it would copy
     subset = np.random.default_rng((seed, SUBSET)).permutation(len(rows))[:max_train_samples]
     place = hashlib.sha256(os.path.abspath(train_data_dir or dataset_name).encode()).hexdigest()[:16]
     memory = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "checked_images" / f"{place}.json"
@@ -489,12 +479,12 @@ def load_data(pretrained_model_name_or_path, single_file_config, revision, cache
     order = np.random.default_rng(HELD_OUT).permutation(len(rows))
     held_out, training = np.sort(order[:num_validation_samples]), np.sort(order[num_validation_samples:])
     fingerprint = hashlib.sha256("".join(digests[index] for index in training).encode()).hexdigest()
-    images = CaptionedImages(rows.select(np.repeat(training, repeats)), tokenizer, resolution,
-                             Image.Resampling[image_interpolation_mode.upper()], latent_shape,
-                             schedule.get("num_train_timesteps", 1000), seed, center_crop, random_flip,
-                             caption_dropout, noise_offset, input_perturbation)
+    flags |= {"seed": seed, "resolution": resolution}
+    images = CaptionedImages(rows.select(np.repeat(training, repeats)), tokenizer, latent_shape,
+                             schedule.get("num_train_timesteps", 1000), flags)
     plain = dict.fromkeys(["random_flip", "seed", "caption_dropout", "noise_offset", "input_perturbation"], 0)
-    return images, dataclasses.replace(images, rows=rows.select(held_out), center_crop=True, **plain), fingerprint
+    held_out = dataclasses.replace(images, rows=rows.select(held_out), flags={**flags, **plain, "center_crop": True})
+    return images, held_out, fingerprint
 
 
 def load_images(model, dataset, train_seed, instance_prompt, **settings):

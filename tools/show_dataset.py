@@ -180,17 +180,14 @@ def read_dataset(name, config_name, image_column, caption_column, cache_dir, tok
         saved = Path(name, "state.json").is_file()  # by save_to_disk
         dataset = datasets.load_from_disk(name) if saved else datasets.load_dataset(
             name, config_name, split="train", cache_dir=cache_dir, token=token)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"--dataset_name={name}: cannot be loaded; check its name ({last_line(error)})") from None
-    try:
         if default_caption and caption_column not in dataset.column_names:
             dataset = dataset.add_column(caption_column, [default_caption] * len(dataset))
         dataset = dataset.select_columns([image_column, caption_column])
         dataset = dataset.rename_columns({image_column: "image", caption_column: "captions"})
         return dataset.cast_column("image", datasets.Image(decode=False))
     except Exception as error:  # arrow has one for every pair of types
-        raise InputError(f"--image_column={image_column} --caption_column={caption_column}: no images and captions in "
-                         f"{name}; its columns are {', '.join(dataset.column_names)} ({last_line(error)})") from None
+        flags = f"--dataset_name={name} --image_column={image_column} --caption_column={caption_column}"
+        raise InputError(f"{flags}: cannot be loaded; check these names ({last_line(error)})") from None
 
 
 def open_image(encoded):

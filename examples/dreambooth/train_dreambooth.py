@@ -122,9 +122,9 @@ def parse_args(argv=None, check=None):
     add("--with_prior_preservation", **switch, help="train on images of the class too, so that it stays as it was")
     add("--class_data_dir", help="their folder; the base draws what is missing; needs --with_prior_preservation")
     add("--class_prompt", help="their caption: a photo of a dog; needs --with_prior_preservation")
-    add("--num_class_images", type=int, help="how many; 100 if not given; needs --with_prior_preservation [1, inf)")
-    add("--sample_batch_size", type=int, help="how many at once, or 4; needs --with_prior_preservation [1, inf)")
-    add("--prior_loss_weight", type=float, help="weight of their loss, or 1; needs --with_prior_preservation [0, inf)")
+    add("--num_class_images", type=int, default=100, help="how many; needs --with_prior_preservation [1, inf)")
+    add("--sample_batch_size", type=int, default=4, help="how many at once; needs --with_prior_preservation [1, inf)")
+    add("--prior_loss_weight", type=float, default=1.0, help="of their loss; needs --with_prior_preservation [0, inf)")
     add("--prior_generation_precision", choices=["no", "fp32", "fp16", "bf16"],
         help="as in training if not given; needs --with_prior_preservation")
     add = parser.add_argument_group("objective").add_argument
@@ -139,8 +139,8 @@ def parse_args(argv=None, check=None):
     add("--scale_lr", **switch, help="multiply the learning rate by batch size, accumulation steps and processes")
     add("--lr_scheduler", default="constant", choices=[kind.value for kind in SchedulerType], help="its schedule")
     add("--lr_warmup_steps", type=int, default=0, help="steps in which the learning rate rises from 0 [0, inf)")
-    add("--lr_num_cycles", type=int, help="cycles, 1 if not given; needs --lr_scheduler=cosine_with_restarts [1, inf)")
-    add("--lr_power", type=float, help="power, 1 if not given; needs --lr_scheduler=polynomial (0, inf)")
+    add("--lr_num_cycles", type=int, default=1, help="needs --lr_scheduler=cosine_with_restarts [1, inf)")
+    add("--lr_power", type=float, default=1.0, help="needs --lr_scheduler=polynomial (0, inf)")
     add("--lr_step_rules", help="factor:until_step,...,last factor: 1:10,0.1; needs --lr_scheduler=piecewise_constant")
     add("--train_batch_size", type=int, default=4, help="images per forward pass and process [1, inf)")
     add("--gradient_accumulation_steps", type=int, default=1, help="forward passes per optimizer step [1, inf)")
@@ -153,7 +153,7 @@ def parse_args(argv=None, check=None):
     add("--adam_epsilon", type=float, default=1e-8, help="AdamW's epsilon (0, inf)")
     add("--use_8bit_adam", **switch, help="AdamW with 8-bit state, by bitsandbytes")
     add("--use_ema", **switch, help="average the weights over the steps; samples and result use the average")
-    add("--ema_decay", type=float, help="highest decay of the average; 0.9999 if not given; needs --use_ema [0, 1]")
+    add("--ema_decay", type=float, default=0.9999, help="highest decay of the average; needs --use_ema [0, 1]")
     add("--ema_warmup", **switch, help="raise the decay slowly, as 1 - (1 + step) ** -2/3; needs --use_ema")
     add("--offload_ema", **switch, help="keep the average in CPU memory between steps; needs --use_ema")
     add("--foreach_ema", **switch, help="update the average with fused operations; needs --use_ema")
@@ -171,9 +171,10 @@ def parse_args(argv=None, check=None):
     add("--resume_from_checkpoint", metavar="PATH|latest", help="go on from a checkpoint, if there is a latest")
     add("--allow_changed_resume", **switch, help="though the result will change; needs --resume_from_checkpoint")
     add("--validation_prompt", help="prompt to draw samples for: the subject in a new setting")
-    add("--num_validation_images", type=int, help="how many; 4 if not given; needs --validation_prompt [1, inf)")
+    add("--num_validation_images", type=int, default=4, help="how many; needs --validation_prompt [1, inf)")
     add("--num_validation_samples", type=int, default=0, help="images held out, to measure the loss on [0, inf)")
-    add("--validation_steps", type=int, help="draw and measure every so many steps; 500 if not given [1, inf)")
+    add("--validation_steps", type=int, default=500,
+        help="steps between samples or measures; needs --validation_prompt or --num_validation_samples [1, inf)")
     add("--report_to", default="tensorboard", help="tracker of accelerate's (tensorboard, wandb, ...), all or none")
     add("--tracker_project_name", default="dreambooth", help="project name in the tracker")
     add("--logging_dir", default="logs", help="folder for the tracker's files, in --output_dir")
@@ -217,14 +218,16 @@ def parse_words(parser, argv):
 def check_flags(parser, values):
     """Lists flags outside the interval that ends their help, and those given without what it says that they need."""
     problems = []
-    for flag, value, told in [(action.dest, values.get(action.dest), action.help) for action in parser._actions]:
+    for action in parser._actions:
+        flag, value, told = action.dest, values.get(action.dest), action.help
         if value is not None and (limits := re.search(r"([\[(])(\S+), (\S+)([\])])$", told)):
             low, high = float(limits[2]), float(limits[3])
             if not (low < value < high or value in [low] * (limits[1] == "[") + [high] * (limits[4] == "]")):
                 problems.append(f"--{flag}={value}: must be in {limits[0]}")
-        needed = re.search(r"needs --(\w+)=?(\w*)", told) if value else None
-        if needed and (not values[needed[1]] or needed[2] not in ("", values[needed[1]])):
-            problems.append(f"--{flag}={value}: does nothing without {needed[0][6:]}; add that or drop this")
+        needs = re.sub(r" [\[(].*", "", told.partition("needs ")[2]) if value not in (None, action.default) else ""
+        ways = re.findall(r"--(\w+)=?(\w*)", needs)
+        if ways and not any(values[name] and word in ("", values[name]) for name, word in ways):
+            problems.append(f"--{flag}={value}: does nothing without {needs}; add that or drop this")
     return problems
 
 
@@ -245,14 +248,11 @@ def check_settings(settings):
         if wrong:
             problems.append(f"--{flag}={get(flag)}: {remedy}")
 
-    looks = get("validation_prompts") or get("validation_prompt") or get("num_validation_samples")
-    for flag, holds, needed in (
-        ("validation_steps", looks, "validation prompts or --num_validation_samples"),
-        ("lr_warmup_steps", schedule not in ("constant", "piecewise_constant"), "constant_with_warmup or the like"),
-        ("revision", not Path(get("pretrained_model_name_or_path") or "").exists(), "a model on the Hub"),
-        ("variant", not get("single_file_config"), "a pipeline folder or Hub id"),
-    ):
-        refuse(get(flag) and not holds, flag, f"does nothing without {needed}; add that or drop this")
+    is_local = Path(get("pretrained_model_name_or_path") or "").exists()
+    refuse(get("revision") and is_local, "revision", "does nothing without a model on the Hub; drop this")
+    refuse(get("variant") and get("single_file_config"), "variant", "does nothing with a single file; drop this")
+    refuse(get("lr_warmup_steps") and schedule in ("constant", "piecewise_constant"), "lr_warmup_steps",
+           "does nothing without constant_with_warmup or the like; add that or drop this")
     rules = re.fullmatch(r"({0}:\d+,)+{0}".format(r"\d*\.?\d+(e-?\d+)?"), get("lr_step_rules") or "")
     refuse(schedule == "piecewise_constant" and not rules, "lr_step_rules", "give rules such as 1:10,0.1:20,0.01")
     folder = "train_data_dir" if "train_data_dir" in settings else "instance_data_dir"
@@ -274,30 +274,30 @@ def check_settings(settings):
 
 def check_output(output_dir, resume_from_checkpoint, overwrite_output_dir, **settings):
     """Lists what is wrong with the folders and the checkpoint to resume from."""
-    output, wanted, problems = Path(output_dir).resolve(), resume_from_checkpoint, []
+    output, wanted = Path(output_dir).resolve(), resume_from_checkpoint
     checkpoint, newest = find_checkpoint(output, wanted), find_checkpoint(output, "latest")
-    if checkpoint and not (checkpoint / "progress.json").is_file():
-        problems.append(f"--resume_from_checkpoint={wanted}: is no whole checkpoint folder; name one, or latest")
-    if wanted and overwrite_output_dir:
-        problems.append("--overwrite_output_dir: contradicts --resume_from_checkpoint; drop one")
-    run = (output / "args.json").is_file()
+    place, run = next(path for path in (output, *output.parents) if path.exists()), (output / "args.json").is_file()
     # Without a checkpoint `latest` starts anew, in the folder of a run that was stopped before its first one.
     begun = wanted == "latest" and run and not (output / "README.md").exists()
     own = output == checkpoint.resolve().parent if checkpoint else begun
-    if own and newest and checkpoint.resolve() != newest.resolve():
-        problems.append(f"--resume_from_checkpoint={wanted}: {newest} is newer; use that, or another --output_dir")
+    usable = place.is_dir() and os.access(place, os.W_OK)
+    used = usable and place == output and any(output.iterdir())
+    problems = [f"--{flag}: {told}" for wrong, flag, told in (
+        (checkpoint and not (checkpoint / "progress.json").is_file(), f"resume_from_checkpoint={wanted}",
+         "is no whole checkpoint folder; name one, or latest"),
+        (wanted and overwrite_output_dir, "overwrite_output_dir", "contradicts --resume_from_checkpoint; drop one"),
+        (own and newest and checkpoint.resolve() != newest.resolve(), f"resume_from_checkpoint={wanted}",
+         f"{newest} is newer; use that, or another --output_dir"),
+        (not usable, f"output_dir={output_dir}", f"{place} is a file or cannot be written to; name another folder"),
+        (used and not own and not (overwrite_output_dir and run), f"output_dir={output_dir}", "is in use; name another"
+         ", go on with its run by --resume_from_checkpoint=latest, or write over it by --overwrite_output_dir"),
+    ) if wrong]
     for flag in ("train_data_dir", "instance_data_dir", "class_data_dir"):
         folder = settings.get(flag)
         if folder and not os.path.isdir(folder) and (flag != "class_data_dir" or os.path.exists(folder)):
             problems.append(f"--{flag}={folder}: does not exist, or is no folder")
         if folder and output.is_relative_to(Path(folder).resolve()):
             problems.append(f"--output_dir={output_dir}: lies in the folder of --{flag}; put it elsewhere")
-    place = next(path for path in (output, *output.parents) if path.exists())
-    if not (place.is_dir() and os.access(place, os.W_OK)):
-        problems.append(f"--output_dir={output_dir}: {place} is a file or cannot be written to; name another folder")
-    elif output.exists() and any(output.iterdir()) and not own and not (overwrite_output_dir and run):
-        problems.append(f"--output_dir={output_dir}: is in use; name another, go on with the run in it by "
-                        "--resume_from_checkpoint=latest, or write over that run by --overwrite_output_dir")
     return problems
 
 
@@ -410,17 +410,14 @@ def read_dataset(name, config_name, image_column, caption_column, cache_dir, tok
         saved = Path(name, "state.json").is_file()  # by save_to_disk
         dataset = datasets.load_from_disk(name) if saved else datasets.load_dataset(
             name, config_name, split="train", cache_dir=cache_dir, token=token)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"--dataset_name={name}: cannot be loaded; check its name ({last_line(error)})") from None
-    try:
         if default_caption and caption_column not in dataset.column_names:
             dataset = dataset.add_column(caption_column, [default_caption] * len(dataset))
         dataset = dataset.select_columns([image_column, caption_column])
         dataset = dataset.rename_columns({image_column: "image", caption_column: "captions"})
         return dataset.cast_column("image", datasets.Image(decode=False))
     except Exception as error:  # arrow has one for every pair of types
-        raise InputError(f"--image_column={image_column} --caption_column={caption_column}: no images and captions in "
-                         f"{name}; its columns are {', '.join(dataset.column_names)} ({last_line(error)})") from None
+        flags = f"--dataset_name={name} --image_column={image_column} --caption_column={caption_column}"
+        raise InputError(f"{flags}: cannot be loaded; check these names ({last_line(error)})") from None
 
 
 def open_image(encoded):
@@ -485,7 +482,7 @@ def check_rows(rows, memory, skip_bad_images, tokenizer, resolution):
     """Checks every image and caption; returns the good rows and a digest of each one's content and captions. Raises
     one `InputError` for all others, unless `skip_bad_images`; warns of small images and of captions that are cut."""
     bad, small, cut, good = [], [], [], {}
-    captions = [all_captions(captions) for captions in rows["captions"]]
+    captions = list(rows["captions"])
     for index, (digest, width, height, problem) in enumerate(check_images(rows, memory)):
         problem = problem or ("" if captions[index] else "has no caption, in metadata or a .txt beside it")
         if problem or min(width, height) < resolution:
@@ -513,47 +510,39 @@ class CaptionedImages(torch.utils.data.Dataset):
     timestep, and posterior_noise, noise, added_noise in float32 (4, height / 8, width / 8)."""
     rows: datasets.Dataset  # of image and captions
     tokenizer: CLIPTokenizer
-    resolution: int
-    resample: Image.Resampling
     latent_shape: tuple
     num_timesteps: int
-    seed: int
-    center_crop: bool
-    random_flip: bool
-    caption_dropout: float
-    noise_offset: float
-    input_perturbation: float
+    flags: dict  # by name: seed, resolution, center_crop, random_flip, ... as load_data takes them
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, item):
-        epoch, index, weight = item
+        (epoch, index, weight), flags = item, self.flags
         # All that is random in a sample, drawn always and in this order: an option leaves the others' numbers alone.
-        draw = np.random.default_rng((self.seed, SAMPLE, epoch, index))
+        draw = np.random.default_rng((flags["seed"], SAMPLE, epoch, index))
         left, top, flip, choice, drop = draw.random(5)
         timestep = draw.integers(self.num_timesteps)
         posterior_noise, noise, perturbation = draw.standard_normal((3, *self.latent_shape), np.float32)
         # The offset shifts whole channels; perturbation (arXiv 2301.11706, eq. 3) is added and not to be predicted.
-        noise = noise + self.noise_offset * draw.standard_normal((len(noise), 1, 1), np.float32)
+        noise = noise + flags["noise_offset"] * draw.standard_normal((len(noise), 1, 1), np.float32)
 
-        row, place = self.rows[index], (0.5, 0.5) if self.center_crop else (left, top)
+        row, place = self.rows[index], (0.5, 0.5) if flags["center_crop"] else (left, top)
         image = open_image(row["image"]["bytes"] or Path(row["image"]["path"]).read_bytes())
-        image = ImageOps.fit(image, (self.resolution, self.resolution), self.resample, centering=place)
-        if self.random_flip and flip < 0.5:
+        resample = Image.Resampling[flags["image_interpolation_mode"].upper()]
+        image = ImageOps.fit(image, (flags["resolution"], flags["resolution"]), resample, centering=place)
+        if flags["random_flip"] and flip < 0.5:
             image = ImageOps.mirror(image)
-        captions = all_captions(row["captions"])
-        caption = "" if drop < self.caption_dropout else captions[int(choice * len(captions))]
+        caption = "" if drop < flags["caption_dropout"] else row["captions"][int(choice * len(row["captions"]))]
         input_ids = self.tokenizer(caption, padding="max_length", truncation=True, return_tensors="np").input_ids[0]
         return {"pixel_values": np.array(image).transpose(2, 0, 1), "input_ids": input_ids, "timestep": timestep,
                 "posterior_noise": posterior_noise, "noise": noise, "epoch": epoch, "index": index,
-                "added_noise": noise + self.input_perturbation * perturbation, "weight": np.float32(weight)}
+                "added_noise": noise + flags["input_perturbation"] * perturbation, "weight": np.float32(weight)}
 
 
 def load_data(pretrained_model_name_or_path, single_file_config, revision, cache_dir, train_data_dir, dataset_name,
               dataset_config_name, image_column, caption_column, hub_token, max_train_samples, num_validation_samples,
-              skip_bad_images, resolution, center_crop, random_flip, image_interpolation_mode, caption_dropout,
-              noise_offset, input_perturbation, seed, default_caption=None, repeats=1, **_):
+              skip_bad_images, resolution, seed, default_caption=None, repeats=1, **flags):
     """Reads, checks and splits the images; returns (training images, held-out images, fingerprint of the former). The
     held-out ones are the same for every seed, and always seen alike. `default_caption` is that of images without."""
     source, where = single_file_config or pretrained_model_name_or_path, {"revision": revision, "cache_dir": cache_dir}
@@ -565,9 +554,8 @@ def load_data(pretrained_model_name_or_path, single_file_config, revision, cache
     schedule = diffusers.DDPMScheduler.load_config(source, subfolder="scheduler", **where)
     rows = read_folder(train_data_dir, caption_column) if train_data_dir else read_dataset(
         dataset_name, dataset_config_name, image_column, caption_column, cache_dir, hub_token, default_caption)
-    if default_caption:
-        captions = [all_captions(captions) or [default_caption] for captions in rows["captions"]]
-        rows = rows.remove_columns("captions").add_column("captions", captions)
+    captions = [all_captions(found) or [default_caption] * bool(default_caption) for found in rows["captions"]]
+    rows = rows.remove_columns("captions").add_column("captions", captions)  # before a selection, which it would copy
     subset = np.random.default_rng((seed, SUBSET)).permutation(len(rows))[:max_train_samples]
     place = hashlib.sha256(os.path.abspath(train_data_dir or dataset_name).encode()).hexdigest()[:16]
     memory = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "checked_images" / f"{place}.json"
@@ -577,12 +565,12 @@ def load_data(pretrained_model_name_or_path, single_file_config, revision, cache
     order = np.random.default_rng(HELD_OUT).permutation(len(rows))
     held_out, training = np.sort(order[:num_validation_samples]), np.sort(order[num_validation_samples:])
     fingerprint = hashlib.sha256("".join(digests[index] for index in training).encode()).hexdigest()
-    images = CaptionedImages(rows.select(np.repeat(training, repeats)), tokenizer, resolution,
-                             Image.Resampling[image_interpolation_mode.upper()], latent_shape,
-                             schedule.get("num_train_timesteps", 1000), seed, center_crop, random_flip,
-                             caption_dropout, noise_offset, input_perturbation)
+    flags |= {"seed": seed, "resolution": resolution}
+    images = CaptionedImages(rows.select(np.repeat(training, repeats)), tokenizer, latent_shape,
+                             schedule.get("num_train_timesteps", 1000), flags)
     plain = dict.fromkeys(["random_flip", "seed", "caption_dropout", "noise_offset", "input_perturbation"], 0)
-    return images, dataclasses.replace(images, rows=rows.select(held_out), center_crop=True, **plain), fingerprint
+    held_out = dataclasses.replace(images, rows=rows.select(held_out), flags={**flags, **plain, "center_crop": True})
+    return images, held_out, fingerprint
 
 
 def micro_batches(num_samples, batch_size, num_processes, process_index, accumulation, seed, first_step, last_step):
@@ -600,48 +588,32 @@ def micro_batches(num_samples, batch_size, num_processes, process_index, accumul
             yield [(epoch, index, 1 / len(samples)) for index in mine] or [(epoch, samples[0], 0.0)]
 
 
-class InstancesAndClasses(torch.utils.data.Dataset):
-    """The items of `instances`, then those of `classes`: both map (epoch, index, weight)."""
-
-    def __init__(self, instances, classes):
-        self.instances, self.classes = instances, classes
-
-    def __getitem__(self, item):
-        epoch, index, weight = item
-        first = len(self.instances)
-        return self.instances[item] if index < first else self.classes[epoch, index - first, weight]
-
-
 def with_classes(batches, num_instances, num_classes, prior_loss_weight, seed):
     """Appends to each pass of (epoch, index, weight) a class image for every instance, if there are any, its weight
-    multiplied: the sum of weighted losses is then the mean over instances plus `prior_loss_weight`, 1 if None, times
-    that over class images (arXiv 2208.12242, eq. 2). These come in permutations, by (seed, number of the
-    permutation)."""
-    factor = 1.0 if prior_loss_weight is None else prior_loss_weight
+    multiplied: the sum of weighted losses is then the mean over instances plus `prior_loss_weight` times that over
+    class images (arXiv 2208.12242, eq. 2). These come in permutations, by (seed, number of the permutation)."""
     for batch in batches:
         partners = []
         for epoch, index, weight in batch if num_classes else []:
             turn, place = divmod(epoch * num_instances + index, num_classes)
             order = np.random.default_rng((seed, CLASS, turn)).permutation(num_classes)
-            partners.append((turn, num_instances + int(order[place]), weight * factor))
+            partners.append((turn, num_instances + int(order[place]), weight * prior_loss_weight))
         yield batch + partners
 
 
 def load_classes(class_data_dir, class_prompt, num_class_images, dataset_name, max_train_samples,
                  num_validation_samples, repeats, **settings):
-    """Checks the class images that are there; returns them (None if there are none), their fingerprint, and the names
-    of those still to be made. Raises `InputError`."""
-    number = num_class_images or 100
-    missing = missing_class_images(class_data_dir, number) if class_data_dir else []
+    """Checks the class images that are there; returns a list of their rows, their fingerprint, and the names of those
+    still to be made. Raises `InputError`."""
+    missing = missing_class_images(class_data_dir, num_class_images) if class_data_dir else []
     if class_data_dir:
-        print(f"{number} class images in {class_data_dir}, {len(missing)} of them to be drawn; each pass holds one of "
-              "them for every photo")
-    if not class_data_dir or len(missing) == number:
-        return None, None, missing
+        print(f"{num_class_images} class images in {class_data_dir}, {len(missing)} of them to be drawn; each pass "
+              "holds one of them for every photo")
+    if not class_data_dir or len(missing) == num_class_images:
+        return [], None, missing
     images, _, fingerprint = load_data(train_data_dir=class_data_dir, default_caption=class_prompt, dataset_name=None,
                                        max_train_samples=None, num_validation_samples=0, **settings)
-    # Under a seed of their own: a photo of the same number shall not have the same noise.
-    return dataclasses.replace(images, seed=images.seed + 2**63), fingerprint, missing
+    return [images.rows], fingerprint, missing
 
 
 def missing_class_images(folder, number):
@@ -714,14 +686,13 @@ def make_state(accelerator, weights, groups, last_step, lr_scheduler, lr_step_ru
     if use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit as AdamW
     optimizer = AdamW(groups, betas=(adam_beta1, adam_beta2), eps=adam_epsilon, weight_decay=adam_weight_decay)
-    schedule = get_scheduler(lr_scheduler, optimizer, lr_step_rules, lr_warmup_steps, last_step, lr_num_cycles or 1,
-                             lr_power or 1.0)
+    schedule = get_scheduler(lr_scheduler, optimizer, lr_step_rules, lr_warmup_steps, last_step, lr_num_cycles,
+                             lr_power)
     # The schedule is not prepared: it would count processes.
     state = {**weights, "optimizer": accelerator.prepare(optimizer), "lr_scheduler": schedule}
     if use_ema:
         parameters = [parameter for group in groups for parameter in group["params"]]
-        decay = 0.9999 if ema_decay is None else ema_decay
-        state["ema"] = EMAModel(parameters, decay, use_ema_warmup=ema_warmup, foreach=foreach_ema)
+        state["ema"] = EMAModel(parameters, ema_decay, use_ema_warmup=ema_warmup, foreach=foreach_ema)
     return state if accelerator.scaler is None else {**state, "scaler": accelerator.scaler}
 
 
@@ -884,9 +855,8 @@ def make_class_images(accelerator, names, class_data_dir, class_prompt, sample_b
     dtype = {**DTYPES, "fp32": torch.float32}[prior_generation_precision or accelerator.mixed_precision]
     pipeline.to(accelerator.device, dtype).set_progress_bar_config(disable=True)
     pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
-    size = sample_batch_size or 4
-    for start in tqdm(range(0, len(mine), size), "Class images", disable=not accelerator.is_main_process):
-        batch = mine[start : start + size]
+    for start in tqdm(range(0, len(mine), sample_batch_size), "Class images", disable=not accelerator.is_main_process):
+        batch = mine[start : start + sample_batch_size]
         seeds = [np.random.default_rng((seed, CLASS, 0, int(name[6:11]))).integers(2**63) for name in batch]
         generators = [torch.Generator().manual_seed(int(number)) for number in seeds]
         drawn = pipeline([class_prompt] * len(batch), generator=generators, height=resolution, width=resolution,
@@ -977,20 +947,19 @@ def train(args):
     check_args(args)
     instances = {"train_data_dir": args.instance_data_dir, "default_caption": args.instance_prompt}
     images, held_out, fingerprint = load_data(**vars(args), **instances)
-    class_images, class_print, missing = load_classes(**vars(args))
+    class_rows, class_print, missing = load_classes(**vars(args))
     repo_id = create_repo(**vars(args))
     accelerator = make_accelerator(**vars(args))
     device, precision = accelerator.device, accelerator.mixed_precision
     if missing and not args.dry_run:
         make_class_images(accelerator, missing, **vars(args))
-        class_images, class_print, _ = load_classes(**vars(args))
+        class_rows, class_print, _ = load_classes(**vars(args))
     pipeline, models, vae, text_encoder, noise_scheduler = load_models(args, DTYPES[precision], device)
     parts = {**pipeline.components, "vae": vae, "text_encoder": text_encoder, "scheduler": noise_scheduler}
     per_pass = args.train_batch_size * accelerator.num_processes
     samples_per_step = per_pass * args.gradient_accumulation_steps
     steps_per_epoch = math.ceil(len(images) / samples_per_step)
     last_step = args.max_train_steps or args.num_train_epochs * steps_per_epoch
-    validation_steps = args.validation_steps or 500
     learning_rate = args.learning_rate * (samples_per_step if args.scale_lr else 1)
     parameters = [parameter for model in models.values() for parameter in model.parameters()]
     wrapped = {name: accelerator.prepare(model) for name, model in models.items()}
@@ -1010,16 +979,16 @@ def train(args):
         accelerator.end_training()
         return
     prepare_output(accelerator, output_dir, settings, first_step)
-    prompts = [args.validation_prompt] * (args.num_validation_images or 4) if args.validation_prompt else []
+    prompts = [args.validation_prompt] * args.num_validation_images if args.validation_prompt else []
     look = functools.partial(validate, accelerator, parts, parameters, ema, held_out, args.train_batch_size,
                              prompts, args.resolution, args.seed, output_dir, progress)
-    if first_step % validation_steps == 0 or first_step == last_step:  # a stop comes before the look at its step
+    if first_step % args.validation_steps == 0 or first_step == last_step:  # a stop comes before the look at its step
         look()
     on_signals(functools.partial(note_signal, signals))
     order = micro_batches(len(images), args.train_batch_size, accelerator.num_processes, accelerator.process_index,
                           args.gradient_accumulation_steps, args.seed, first_step, last_step)
-    order = with_classes(order, len(images), len(class_images or []), args.prior_loss_weight, args.seed)
-    samples = InstancesAndClasses(images, class_images)
+    samples = dataclasses.replace(images, rows=datasets.concatenate_datasets([images.rows, *class_rows]))
+    order = with_classes(order, len(images), len(samples) - len(images), args.prior_loss_weight, args.seed)
     batches = iter(torch.utils.data.DataLoader(samples, batch_sampler=order, num_workers=args.dataloader_num_workers,
         pin_memory=device.type != "cpu", worker_init_fn=functools.partial(on_signals, signal.SIG_IGN)))
     bar = tqdm(total=last_step, initial=first_step, unit="step", disable=not accelerator.is_local_main_process)
@@ -1070,7 +1039,7 @@ def train(args):
             save_checkpoint(accelerator, output_dir, settings, progress, state, limit)
         if stop or broken:
             leave(accelerator, output_dir, done, broken, signals)
-        if done % validation_steps == 0 or done == last_step:
+        if done % args.validation_steps == 0 or done == last_step:
             look()
     bar.close()
     if accelerator.is_main_process:
@@ -1078,9 +1047,8 @@ def train(args):
             ema.copy_to(parameters)
         save_model(args, pipeline, noise_scheduler.config, prompts, last_step)
         if repo_id:
-            folders = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-            push(repo_id, ["model_index.json", *[f"{name}/*" for name in folders]], f"Train {last_step} steps",
-                 **vars(args))
+            push(repo_id, ["model_index.json", *[f"{name}/*" for name in pipeline.components]],
+                 f"Train {last_step} steps", **vars(args))
     accelerator.end_training()
 
 

@@ -140,8 +140,8 @@ def parse_args(argv=None, check=None):
     add("--scale_lr", **switch, help="multiply the learning rate by batch size, accumulation steps and processes")
     add("--lr_scheduler", default="constant", choices=[kind.value for kind in SchedulerType], help="its schedule")
     add("--lr_warmup_steps", type=int, default=0, help="steps in which the learning rate rises from 0 [0, inf)")
-    add("--lr_num_cycles", type=int, help="cycles, 1 if not given; needs --lr_scheduler=cosine_with_restarts [1, inf)")
-    add("--lr_power", type=float, help="power, 1 if not given; needs --lr_scheduler=polynomial (0, inf)")
+    add("--lr_num_cycles", type=int, default=1, help="needs --lr_scheduler=cosine_with_restarts [1, inf)")
+    add("--lr_power", type=float, default=1.0, help="needs --lr_scheduler=polynomial (0, inf)")
     add("--lr_step_rules", help="factor:until_step,...,last factor: 1:10,0.1; needs --lr_scheduler=piecewise_constant")
     add("--train_batch_size", type=int, default=16, help="images per forward pass and process [1, inf)")
     add("--gradient_accumulation_steps", type=int, default=1, help="forward passes per optimizer step [1, inf)")
@@ -154,7 +154,7 @@ def parse_args(argv=None, check=None):
     add("--adam_epsilon", type=float, default=1e-8, help="AdamW's epsilon (0, inf)")
     add("--use_8bit_adam", **switch, help="AdamW with 8-bit state, by bitsandbytes")
     add("--use_ema", **switch, help="average the weights over the steps; samples and result use the average")
-    add("--ema_decay", type=float, help="highest decay of the average; 0.9999 if not given; needs --use_ema [0, 1]")
+    add("--ema_decay", type=float, default=0.9999, help="highest decay of the average; needs --use_ema [0, 1]")
     add("--ema_warmup", **switch, help="raise the decay slowly, as 1 - (1 + step) ** -2/3; needs --use_ema")
     add("--offload_ema", **switch, help="keep the average in CPU memory between steps; needs --use_ema")
     add("--foreach_ema", **switch, help="update the average with fused operations; needs --use_ema")
@@ -175,7 +175,8 @@ def parse_args(argv=None, check=None):
     add("--allow_changed_resume", **switch, help="though the result will change; needs --resume_from_checkpoint")
     add("--validation_prompts", nargs="+", help="prompts to draw samples for")
     add("--num_validation_samples", type=int, default=0, help="images held out, to measure the loss on [0, inf)")
-    add("--validation_steps", type=int, help="draw and measure every so many steps; 500 if not given [1, inf)")
+    add("--validation_steps", type=int, default=500,
+        help="steps between samples or measures; needs --validation_prompts or --num_validation_samples [1, inf)")
     add("--report_to", default="tensorboard", help="tracker of accelerate's (tensorboard, wandb, ...), all or none")
     add("--tracker_project_name", default="text2image-fine-tune", help="project name in the tracker")
     add("--logging_dir", default="logs", help="folder for the tracker's files, in --output_dir")
@@ -219,14 +220,16 @@ def parse_words(parser, argv):
 def check_flags(parser, values):
     """Lists flags outside the interval that ends their help, and those given without what it says that they need."""
     problems = []
-    for flag, value, told in [(action.dest, values.get(action.dest), action.help) for action in parser._actions]:
+    for action in parser._actions:
+        flag, value, told = action.dest, values.get(action.dest), action.help
         if value is not None and (limits := re.search(r"([\[(])(\S+), (\S+)([\])])$", told)):
             low, high = float(limits[2]), float(limits[3])
             if not (low < value < high or value in [low] * (limits[1] == "[") + [high] * (limits[4] == "]")):
                 problems.append(f"--{flag}={value}: must be in {limits[0]}")
-        needed = re.search(r"needs --(\w+)=?(\w*)", told) if value else None
-        if needed and (not values[needed[1]] or needed[2] not in ("", values[needed[1]])):
-            problems.append(f"--{flag}={value}: does nothing without {needed[0][6:]}; add that or drop this")
+        needs = re.sub(r" [\[(].*", "", told.partition("needs ")[2]) if value not in (None, action.default) else ""
+        ways = re.findall(r"--(\w+)=?(\w*)", needs)
+        if ways and not any(values[name] and word in ("", values[name]) for name, word in ways):
+            problems.append(f"--{flag}={value}: does nothing without {needs}; add that or drop this")
     return problems
 
 
@@ -248,14 +251,11 @@ def check_settings(settings):
         if wrong:
             problems.append(f"--{flag}={get(flag)}: {remedy}")
 
-    looks = get("validation_prompts") or get("validation_prompt") or get("num_validation_samples")
-    for flag, holds, needed in (
-        ("validation_steps", looks, "validation prompts or --num_validation_samples"),
-        ("lr_warmup_steps", schedule not in ("constant", "piecewise_constant"), "constant_with_warmup or the like"),
-        ("revision", not Path(get("pretrained_model_name_or_path") or "").exists(), "a model on the Hub"),
-        ("variant", not get("single_file_config"), "a pipeline folder or Hub id"),
-    ):
-        refuse(get(flag) and not holds, flag, f"does nothing without {needed}; add that or drop this")
+    is_local = Path(get("pretrained_model_name_or_path") or "").exists()
+    refuse(get("revision") and is_local, "revision", "does nothing without a model on the Hub; drop this")
+    refuse(get("variant") and get("single_file_config"), "variant", "does nothing with a single file; drop this")
+    refuse(get("lr_warmup_steps") and schedule in ("constant", "piecewise_constant"), "lr_warmup_steps",
+           "does nothing without constant_with_warmup or the like; add that or drop this")
     rules = re.fullmatch(r"({0}:\d+,)+{0}".format(r"\d*\.?\d+(e-?\d+)?"), get("lr_step_rules") or "")
     refuse(schedule == "piecewise_constant" and not rules, "lr_step_rules", "give rules such as 1:10,0.1:20,0.01")
     folder = "train_data_dir" if "train_data_dir" in settings else "instance_data_dir"
@@ -277,30 +277,30 @@ def check_settings(settings):
 
 def check_output(output_dir, resume_from_checkpoint, overwrite_output_dir, **settings):
     """Lists what is wrong with the folders and the checkpoint to resume from."""
-    output, wanted, problems = Path(output_dir).resolve(), resume_from_checkpoint, []
+    output, wanted = Path(output_dir).resolve(), resume_from_checkpoint
     checkpoint, newest = find_checkpoint(output, wanted), find_checkpoint(output, "latest")
-    if checkpoint and not (checkpoint / "progress.json").is_file():
-        problems.append(f"--resume_from_checkpoint={wanted}: is no whole checkpoint folder; name one, or latest")
-    if wanted and overwrite_output_dir:
-        problems.append("--overwrite_output_dir: contradicts --resume_from_checkpoint; drop one")
-    run = (output / "args.json").is_file()
+    place, run = next(path for path in (output, *output.parents) if path.exists()), (output / "args.json").is_file()
     # Without a checkpoint `latest` starts anew, in the folder of a run that was stopped before its first one.
     begun = wanted == "latest" and run and not (output / "README.md").exists()
     own = output == checkpoint.resolve().parent if checkpoint else begun
-    if own and newest and checkpoint.resolve() != newest.resolve():
-        problems.append(f"--resume_from_checkpoint={wanted}: {newest} is newer; use that, or another --output_dir")
+    usable = place.is_dir() and os.access(place, os.W_OK)
+    used = usable and place == output and any(output.iterdir())
+    problems = [f"--{flag}: {told}" for wrong, flag, told in (
+        (checkpoint and not (checkpoint / "progress.json").is_file(), f"resume_from_checkpoint={wanted}",
+         "is no whole checkpoint folder; name one, or latest"),
+        (wanted and overwrite_output_dir, "overwrite_output_dir", "contradicts --resume_from_checkpoint; drop one"),
+        (own and newest and checkpoint.resolve() != newest.resolve(), f"resume_from_checkpoint={wanted}",
+         f"{newest} is newer; use that, or another --output_dir"),
+        (not usable, f"output_dir={output_dir}", f"{place} is a file or cannot be written to; name another folder"),
+        (used and not own and not (overwrite_output_dir and run), f"output_dir={output_dir}", "is in use; name another"
+         ", go on with its run by --resume_from_checkpoint=latest, or write over it by --overwrite_output_dir"),
+    ) if wrong]
     for flag in ("train_data_dir", "instance_data_dir", "class_data_dir"):
         folder = settings.get(flag)
         if folder and not os.path.isdir(folder) and (flag != "class_data_dir" or os.path.exists(folder)):
             problems.append(f"--{flag}={folder}: does not exist, or is no folder")
         if folder and output.is_relative_to(Path(folder).resolve()):
             problems.append(f"--output_dir={output_dir}: lies in the folder of --{flag}; put it elsewhere")
-    place = next(path for path in (output, *output.parents) if path.exists())
-    if not (place.is_dir() and os.access(place, os.W_OK)):
-        problems.append(f"--output_dir={output_dir}: {place} is a file or cannot be written to; name another folder")
-    elif output.exists() and any(output.iterdir()) and not own and not (overwrite_output_dir and run):
-        problems.append(f"--output_dir={output_dir}: is in use; name another, go on with the run in it by "
-                        "--resume_from_checkpoint=latest, or write over that run by --overwrite_output_dir")
     return problems
 
 
@@ -340,14 +340,13 @@ def check_model(pretrained_model_name_or_path, single_file_config, revision, cac
     return problems
 
 
-def check_adapters(pretrained_model_name_or_path, single_file_config, revision, cache_dir, init_lora_weights,
-                   train_text_encoder, lora_target, output_kohya_format, kohya_file_name, output_dir, **settings):
-    """Lists what is wrong between the adapters, the model's layers and the file to go on from."""
+def check_adapters(pretrained_model_name_or_path, single_file_config, revision, cache_dir, train_text_encoder,
+                   output_kohya_format, kohya_file_name, output_dir, **settings):
+    """Lists what is wrong with the name of kohya's file, or between adapters, layers and the file to go on from."""
     kohya = (kohya_file_name or Path(output_dir).resolve().name).removesuffix(".safetensors")
     if output_kohya_format and (Path(kohya).name != kohya or f"{kohya}.safetensors" == LORA_FILE):
         return [f"--kohya_file_name={kohya}: is a path, or the name of the other file; give another name"]
     source, where = single_file_config or pretrained_model_name_or_path, {"revision": revision, "cache_dir": cache_dir}
-    name = f"--init_lora_weights={init_lora_weights}"
     with torch.device("meta"):  # layers without weights
         unet = diffusers.UNet2DConditionModel
         models = {"unet": unet.from_config(unet.load_config(source, subfolder="unet", **where))}
@@ -355,28 +354,11 @@ def check_adapters(pretrained_model_name_or_path, single_file_config, revision, 
             config = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where)
             models["text_encoder"] = CLIPTextModel(config)
         try:
-            add_adapters(models, lora_target=lora_target, **settings)
-        except ValueError as error:
-            return [f"--lora_target={lora_target}: cannot be applied to this model ({last_line(error)})"]
-    if not init_lora_weights:
-        return []
-    try:
-        weights, header = read_lora(init_lora_weights)
-    except Exception as error:  # of the file system or the format
-        return [f"{name}: is no LoRA file of this script ({last_line(error)})"]
-    wanted = {key: tuple(value.shape) for key, value in lora_weights(models).items()}
-    found = {key: tuple(value.shape) for key, value in weights.items()}
-    problems = [f"{name}: has {key} of shape {found.get(key)}, but --rank, --lora_target, --use_dora, "
-                f"--train_text_encoder and the base ask for {wanted.get(key)}; use those that it was made with"
-                for key in sorted(wanted.keys() | found.keys()) if wanted.get(key) != found.get(key)][:1]
-    problems += [f"{name}: has layers with an alpha of their own in the {model}; all get the same one here"
-                 for model in models if header.get(f"{model}.alpha_pattern")]
-    for model, part in models.items():
-        config = part.peft_config["default"]
-        problems += [f"{name}: was made with {key}={header[f'{model}.{key}']}, not {getattr(config, key)}; use that"
-                     for key in ("lora_alpha", "use_rslora")
-                     if header.get(f"{model}.{key}", getattr(config, key)) != getattr(config, key)]
-    return problems
+            add_adapters(models, **settings)
+        except Exception as error:  # of the file system, the format, or the layers
+            flag = "init_lora_weights" if settings["init_lora_weights"] else "lora_target"
+            return [f"--{flag}={settings[flag]}: does not fit the model and the other flags ({last_line(error)})"]
+    return []
 
 
 # ------------------------------------------------------------------------------------------------------------ data
@@ -431,17 +413,14 @@ def read_dataset(name, config_name, image_column, caption_column, cache_dir, tok
         saved = Path(name, "state.json").is_file()  # by save_to_disk
         dataset = datasets.load_from_disk(name) if saved else datasets.load_dataset(
             name, config_name, split="train", cache_dir=cache_dir, token=token)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"--dataset_name={name}: cannot be loaded; check its name ({last_line(error)})") from None
-    try:
         if default_caption and caption_column not in dataset.column_names:
             dataset = dataset.add_column(caption_column, [default_caption] * len(dataset))
         dataset = dataset.select_columns([image_column, caption_column])
         dataset = dataset.rename_columns({image_column: "image", caption_column: "captions"})
         return dataset.cast_column("image", datasets.Image(decode=False))
     except Exception as error:  # arrow has one for every pair of types
-        raise InputError(f"--image_column={image_column} --caption_column={caption_column}: no images and captions in "
-                         f"{name}; its columns are {', '.join(dataset.column_names)} ({last_line(error)})") from None
+        flags = f"--dataset_name={name} --image_column={image_column} --caption_column={caption_column}"
+        raise InputError(f"{flags}: cannot be loaded; check these names ({last_line(error)})") from None
 
 
 def open_image(encoded):
@@ -506,7 +485,7 @@ def check_rows(rows, memory, skip_bad_images, tokenizer, resolution):
     """Checks every image and caption; returns the good rows and a digest of each one's content and captions. Raises
     one `InputError` for all others, unless `skip_bad_images`; warns of small images and of captions that are cut."""
     bad, small, cut, good = [], [], [], {}
-    captions = [all_captions(captions) for captions in rows["captions"]]
+    captions = list(rows["captions"])
     for index, (digest, width, height, problem) in enumerate(check_images(rows, memory)):
         problem = problem or ("" if captions[index] else "has no caption, in metadata or a .txt beside it")
         if problem or min(width, height) < resolution:
@@ -534,47 +513,39 @@ class CaptionedImages(torch.utils.data.Dataset):
     timestep, and posterior_noise, noise, added_noise in float32 (4, height / 8, width / 8)."""
     rows: datasets.Dataset  # of image and captions
     tokenizer: CLIPTokenizer
-    resolution: int
-    resample: Image.Resampling
     latent_shape: tuple
     num_timesteps: int
-    seed: int
-    center_crop: bool
-    random_flip: bool
-    caption_dropout: float
-    noise_offset: float
-    input_perturbation: float
+    flags: dict  # by name: seed, resolution, center_crop, random_flip, ... as load_data takes them
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, item):
-        epoch, index, weight = item
+        (epoch, index, weight), flags = item, self.flags
         # All that is random in a sample, drawn always and in this order: an option leaves the others' numbers alone.
-        draw = np.random.default_rng((self.seed, SAMPLE, epoch, index))
+        draw = np.random.default_rng((flags["seed"], SAMPLE, epoch, index))
         left, top, flip, choice, drop = draw.random(5)
         timestep = draw.integers(self.num_timesteps)
         posterior_noise, noise, perturbation = draw.standard_normal((3, *self.latent_shape), np.float32)
         # The offset shifts whole channels; perturbation (arXiv 2301.11706, eq. 3) is added and not to be predicted.
-        noise = noise + self.noise_offset * draw.standard_normal((len(noise), 1, 1), np.float32)
+        noise = noise + flags["noise_offset"] * draw.standard_normal((len(noise), 1, 1), np.float32)
 
-        row, place = self.rows[index], (0.5, 0.5) if self.center_crop else (left, top)
+        row, place = self.rows[index], (0.5, 0.5) if flags["center_crop"] else (left, top)
         image = open_image(row["image"]["bytes"] or Path(row["image"]["path"]).read_bytes())
-        image = ImageOps.fit(image, (self.resolution, self.resolution), self.resample, centering=place)
-        if self.random_flip and flip < 0.5:
+        resample = Image.Resampling[flags["image_interpolation_mode"].upper()]
+        image = ImageOps.fit(image, (flags["resolution"], flags["resolution"]), resample, centering=place)
+        if flags["random_flip"] and flip < 0.5:
             image = ImageOps.mirror(image)
-        captions = all_captions(row["captions"])
-        caption = "" if drop < self.caption_dropout else captions[int(choice * len(captions))]
+        caption = "" if drop < flags["caption_dropout"] else row["captions"][int(choice * len(row["captions"]))]
         input_ids = self.tokenizer(caption, padding="max_length", truncation=True, return_tensors="np").input_ids[0]
         return {"pixel_values": np.array(image).transpose(2, 0, 1), "input_ids": input_ids, "timestep": timestep,
                 "posterior_noise": posterior_noise, "noise": noise, "epoch": epoch, "index": index,
-                "added_noise": noise + self.input_perturbation * perturbation, "weight": np.float32(weight)}
+                "added_noise": noise + flags["input_perturbation"] * perturbation, "weight": np.float32(weight)}
 
 
 def load_data(pretrained_model_name_or_path, single_file_config, revision, cache_dir, train_data_dir, dataset_name,
               dataset_config_name, image_column, caption_column, hub_token, max_train_samples, num_validation_samples,
-              skip_bad_images, resolution, center_crop, random_flip, image_interpolation_mode, caption_dropout,
-              noise_offset, input_perturbation, seed, default_caption=None, repeats=1, **_):
+              skip_bad_images, resolution, seed, default_caption=None, repeats=1, **flags):
     """Reads, checks and splits the images; returns (training images, held-out images, fingerprint of the former). The
     held-out ones are the same for every seed, and always seen alike. `default_caption` is that of images without."""
     source, where = single_file_config or pretrained_model_name_or_path, {"revision": revision, "cache_dir": cache_dir}
@@ -586,9 +557,8 @@ def load_data(pretrained_model_name_or_path, single_file_config, revision, cache
     schedule = diffusers.DDPMScheduler.load_config(source, subfolder="scheduler", **where)
     rows = read_folder(train_data_dir, caption_column) if train_data_dir else read_dataset(
         dataset_name, dataset_config_name, image_column, caption_column, cache_dir, hub_token, default_caption)
-    if default_caption:
-        captions = [all_captions(captions) or [default_caption] for captions in rows["captions"]]
-        rows = rows.remove_columns("captions").add_column("captions", captions)
+    captions = [all_captions(found) or [default_caption] * bool(default_caption) for found in rows["captions"]]
+    rows = rows.remove_columns("captions").add_column("captions", captions)  # before a selection, which it would copy
     subset = np.random.default_rng((seed, SUBSET)).permutation(len(rows))[:max_train_samples]
     place = hashlib.sha256(os.path.abspath(train_data_dir or dataset_name).encode()).hexdigest()[:16]
     memory = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "checked_images" / f"{place}.json"
@@ -598,12 +568,12 @@ def load_data(pretrained_model_name_or_path, single_file_config, revision, cache
     order = np.random.default_rng(HELD_OUT).permutation(len(rows))
     held_out, training = np.sort(order[:num_validation_samples]), np.sort(order[num_validation_samples:])
     fingerprint = hashlib.sha256("".join(digests[index] for index in training).encode()).hexdigest()
-    images = CaptionedImages(rows.select(np.repeat(training, repeats)), tokenizer, resolution,
-                             Image.Resampling[image_interpolation_mode.upper()], latent_shape,
-                             schedule.get("num_train_timesteps", 1000), seed, center_crop, random_flip,
-                             caption_dropout, noise_offset, input_perturbation)
+    flags |= {"seed": seed, "resolution": resolution}
+    images = CaptionedImages(rows.select(np.repeat(training, repeats)), tokenizer, latent_shape,
+                             schedule.get("num_train_timesteps", 1000), flags)
     plain = dict.fromkeys(["random_flip", "seed", "caption_dropout", "noise_offset", "input_perturbation"], 0)
-    return images, dataclasses.replace(images, rows=rows.select(held_out), center_crop=True, **plain), fingerprint
+    held_out = dataclasses.replace(images, rows=rows.select(held_out), flags={**flags, **plain, "center_crop": True})
+    return images, held_out, fingerprint
 
 
 def micro_batches(num_samples, batch_size, num_processes, process_index, accumulation, seed, first_step, last_step):
@@ -647,26 +617,33 @@ def load_models(args, weight_dtype, device):
         models["text_encoder"] = pipeline.text_encoder
         if args.gradient_checkpointing:
             pipeline.text_encoder.gradient_checkpointing_enable()
-    add_adapters(models, **vars(args))
-    if args.init_lora_weights:
-        weights, _ = read_lora(args.init_lora_weights)
-        for name, model in models.items():
-            own = {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
-            peft.set_peft_model_state_dict(model, own)
-    for model in models.values():
-        model.train()
+    weights = add_adapters(models, **vars(args))
+    for name, model in models.items():
+        own = {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
+        peft.set_peft_model_state_dict(model.train(), own)
     return pipeline, models, noise_scheduler
 
 
-def add_adapters(models, rank, lora_alpha, lora_dropout, use_rslora, use_dora, lora_target, seed, **_):
-    """Adds adapters in float32 to the `unet` and maybe `text_encoder` of `models`: W + B A alpha / rank, with A (rank,
-    in) and B (out, rank), arXiv 2106.09685, section 4.1. Raises `ValueError` if no layer is a target."""
+def add_adapters(models, rank, lora_alpha, lora_dropout, use_rslora, use_dora, lora_target, init_lora_weights, seed,
+                 **_):
+    """Adds new adapters in float32 to the `unet` and maybe `text_encoder` of `models`: W + B A alpha / rank, with A
+    (rank, in) and B (out, rank), arXiv 2106.09685, section 4.1. Returns the weights in the file to go on from. Raises
+    `ValueError` if no layer is a target or if they do not fit, or what reading them raises."""
     torch.manual_seed(seed)
+    weights, header = read_lora(init_lora_weights) if init_lora_weights else ({}, {})
     for name, model in models.items():
-        model.add_adapter(peft.LoraConfig(
+        config = peft.LoraConfig(
             r=rank, lora_alpha=lora_alpha or rank, lora_dropout=lora_dropout, use_rslora=use_rslora, use_dora=use_dora,
-            target_modules=LORA_TARGETS[name][lora_target]))
+            target_modules=LORA_TARGETS[name][lora_target])
+        model.add_adapter(config)
         cast_training_params(model, torch.float32)
+        for key in ("r", "lora_alpha", "use_rslora", "use_dora", "alpha_pattern") if weights else ():
+            if header.get(f"{name}.{key}") != getattr(config, key):
+                raise ValueError(f"{key} is {header.get(f'{name}.{key}')} in its {name}, not {getattr(config, key)}")
+    shapes = [{key: value.shape for key, value in found.items()} for found in (weights, lora_weights(models))]
+    if weights and shapes[0] != shapes[1]:
+        raise ValueError("it is for other layers, or for another base")
+    return weights
 
 
 def parameter_groups(models, rate, text_rate):
@@ -685,11 +662,12 @@ def lora_weights(models):
 
 
 def read_lora(path):
-    """Reads a LoRA file, or the one in a folder: returns its tensors by name and peft's settings from the header."""
+    """Reads a LoRA file of these scripts, or the one in a folder: returns its tensors by name, and peft's settings."""
     path = Path(path, LORA_FILE) if Path(path).is_dir() else path
     with safe_open(path, "pt") as file:
-        header = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-        return {key: file.get_tensor(key) for key in file.keys()}, header  # noqa: SIM118 (it is no dict)
+        if not (header := (file.metadata() or {}).get("lora_adapter_metadata")):
+            raise ValueError("its header tells no rank; convert a file in kohya's layout first")
+        return {key: file.get_tensor(key) for key in file.keys()}, json.loads(header)  # noqa: SIM118 (it is no dict)
 
 
 def load_base(pretrained_model_name_or_path, single_file_config, revision, variant, cache_dir, prediction_type,
@@ -722,14 +700,13 @@ def make_state(accelerator, weights, groups, last_step, lr_scheduler, lr_step_ru
     if use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit as AdamW
     optimizer = AdamW(groups, betas=(adam_beta1, adam_beta2), eps=adam_epsilon, weight_decay=adam_weight_decay)
-    schedule = get_scheduler(lr_scheduler, optimizer, lr_step_rules, lr_warmup_steps, last_step, lr_num_cycles or 1,
-                             lr_power or 1.0)
+    schedule = get_scheduler(lr_scheduler, optimizer, lr_step_rules, lr_warmup_steps, last_step, lr_num_cycles,
+                             lr_power)
     # The schedule is not prepared: it would count processes.
     state = {**weights, "optimizer": accelerator.prepare(optimizer), "lr_scheduler": schedule}
     if use_ema:
         parameters = [parameter for group in groups for parameter in group["params"]]
-        decay = 0.9999 if ema_decay is None else ema_decay
-        state["ema"] = EMAModel(parameters, decay, use_ema_warmup=ema_warmup, foreach=foreach_ema)
+        state["ema"] = EMAModel(parameters, ema_decay, use_ema_warmup=ema_warmup, foreach=foreach_ema)
     return state if accelerator.scaler is None else {**state, "scaler": accelerator.scaler}
 
 
@@ -962,7 +939,6 @@ def train(args):
     samples_per_step = per_pass * args.gradient_accumulation_steps
     steps_per_epoch = math.ceil(len(images) / samples_per_step)
     last_step = args.max_train_steps or args.num_train_epochs * steps_per_epoch
-    validation_steps = args.validation_steps or 500
     learning_rate = args.learning_rate * (samples_per_step if args.scale_lr else 1)
     text_rate = learning_rate * (args.text_encoder_lr or args.learning_rate) / args.learning_rate
     groups = parameter_groups(models, learning_rate, text_rate)
@@ -987,7 +963,7 @@ def train(args):
     parts = {**pipeline.components, "scheduler": noise_scheduler}
     look = functools.partial(validate, accelerator, parts, parameters, ema, held_out, args.train_batch_size,
                              args.validation_prompts, args.resolution, args.seed, output_dir, progress)
-    if first_step % validation_steps == 0 or first_step == last_step:  # a stop comes before the look at its step
+    if first_step % args.validation_steps == 0 or first_step == last_step:  # a stop comes before the look at its step
         look()
     on_signals(functools.partial(note_signal, signals))
     order = micro_batches(len(images), args.train_batch_size, accelerator.num_processes, accelerator.process_index,
@@ -1043,7 +1019,7 @@ def train(args):
             save_checkpoint(accelerator, output_dir, settings, progress, state, limit)
         if stop or broken:
             leave(accelerator, output_dir, done, broken, signals)
-        if done % validation_steps == 0 or done == last_step:
+        if done % args.validation_steps == 0 or done == last_step:
             look()
     bar.close()
     if accelerator.is_main_process:
