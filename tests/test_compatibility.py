@@ -351,7 +351,7 @@ def test_an_old_command_line_for_dreambooth_passes(
                               ("prior_generation_precision", "fp32"))],
         ("dreambooth", "num_validation_images", "2", "--validation_prompt"),
         ("dreambooth_lora", "num_validation_images", "2", "--validation_prompt"),
-        ("dreambooth", "validation_steps", "50", "--validation_prompt"),
+        ("dreambooth", "validation_steps", "50", "--validation_prompt or --num_validation_samples"),
         ("dreambooth", "lr_num_cycles", "2", "cosine_with_restarts"),
         ("dreambooth", "lr_power", "2", "polynomial"),
     ],

@@ -332,6 +332,18 @@ def test_one_caption_of_a_list_is_drawn_per_epoch(train_script):
     assert all(abs(count - 100) < 5 * (300 * 2 / 9) ** 0.5 for count in drawn.values())
 
 
+def test_captions_without_a_letter_are_left_out_of_a_list(train_script, tiny_pipeline, tmp_path):
+    images = [{"bytes": encoded(make_image(number)), "path": None} for number in range(3)]
+    captions = [["two", "", None, "  ", "four"], ["x"], [None, ""]]
+    rows = datasets.Dataset.from_dict({"image": images, "text": captions})
+    rows.cast_column("image", datasets.Image()).save_to_disk(tmp_path / "set")
+    args = train_script.parse_args([f"--dataset_name={tmp_path / 'set'}", f"--cache_dir={tmp_path / 'cache'}",
+                                    f"--pretrained_model_name_or_path={tiny_pipeline}", "--resolution=32",
+                                    "--skip_bad_images", "--max_train_samples=3"])
+    loaded, _, _ = train_script.load_data(**vars(args))
+    assert list(loaded.rows["captions"]) == [["two", "four"], ["x"]]
+
+
 @pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
 def test_caption_dropout_is_the_share_of_empty_captions(train_script, share):
     items = captioned(train_script, [make_image(0, (16, 16))], ["a red circle"], caption_dropout=share, resolution=16)
@@ -580,7 +592,7 @@ def test_read_dataset_names_missing_columns_and_those_that_are_there(train_scrip
     for columns in (("image", "words"), ("picture", "text")):
         with pytest.raises(train_script.InputError) as caught:
             train_script.read_dataset(str(folder), None, *columns, str(tmp_path / "cache"), None)
-        assert "--image_column={} --caption_column={}: ".format(*columns) in str(caught.value)
+        assert "--image_column={} and --caption_column={} (".format(*columns) in str(caught.value)
         assert re.search("columns .*picture.*words.*n", str(caught.value)), str(caught.value)
 
 

@@ -234,7 +234,7 @@ def test_lora_file_goes_on(lora_script, tiny_pipeline, images, straight, tmp_pat
         ({"kohya_file_name": "a/b", "output_kohya_format": True}, "--kohya_file_name=a/b: is a path"),
         ({"kohya_file_name": "pytorch_lora_weights", "output_kohya_format": True}, "the name of the other file"),
         ({"kohya_file_name": "pytorch_lora_weights.safetensors", "output_kohya_format": True}, "of the other file"),
-        ({"init_lora_weights": "nowhere"}, "--init_lora_weights=nowhere: does not fit the model and"),
+        ({"init_lora_weights": "nowhere"}, "--init_lora_weights=nowhere: cannot be used with"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -260,17 +260,17 @@ def test_target_that_matches_no_layer(lora_script, tiny_pipeline, images, tmp_pa
     (model / "unet" / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(lora_script, "load_base", None)
     assert train(lora_script, model, images, tmp_path / "out") == 2
-    assert "--lora_target=attention: does not fit the model and the other flags" in capsys.readouterr().err
+    assert "--lora_target=attention: cannot be used with these flags and model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "settings, message",
     [
         ({"rank": 8}, "r is 4 in its unet, not 8"),
-        ({"lora_target": "all"}, "it is for other layers"),
+        ({"lora_target": "all"}, "it was made with another base, --rank, --lora_target"),
         ({"lora_alpha": 8}, "lora_alpha is 4 in its unet, not 8.0"),
         ({"use_rslora": True}, "use_rslora is False in its unet, not True"),
-        ({"train_text_encoder": False}, "it is for other layers"),
+        ({"train_text_encoder": False}, "it was made with another base, --rank, --lora_target"),
     ],
     ids=["rank", "target", "alpha", "rslora", "text encoder"],
 )
@@ -297,15 +297,15 @@ def test_lora_file_of_another_base(
     settings = {"init_lora_weights": straight, "train_text_encoder": True}
     assert train(lora_script, tiny_pipeline_sd1, images, tmp_path / "out", **settings) == 2
     error = capsys.readouterr().err
-    assert f"--init_lora_weights={straight}: does not fit the model and the other flags" in error
-    assert "(it is for other layers, or for another base)" in error
+    assert f"--init_lora_weights={straight}: cannot be used with these flags and model" in error
+    assert "(it was made with another base, --rank, --lora_target" in error
 
 
 def test_file_without_our_header_is_refused(lora_script, tiny_pipeline, images, tmp_path, capsys):
     save_file({"lora_unet_mid.lora_down.weight": torch.zeros(4, 8)}, tmp_path / "kohya.safetensors")
     settings = {"init_lora_weights": tmp_path / "kohya.safetensors"}
     assert train(lora_script, tiny_pipeline, images, tmp_path / "out", **settings) == 2
-    assert "convert a file in kohya's layout first" in capsys.readouterr().err
+    assert "it was made with another base, --rank, --lora_target" in capsys.readouterr().err
 
 
 def test_messy_folder_is_listed(lora_script, tiny_pipeline, messy_folder, tmp_path, monkeypatch, capsys):

@@ -205,8 +205,8 @@ def read_dataset(name, config_name, image_column, caption_column, cache_dir, tok
         dataset = dataset.rename_columns({image_column: "image", caption_column: "captions"})
         return dataset.cast_column("image", datasets.Image(decode=False))
     except Exception as error:  # arrow has one for every pair of types
-        flags = f"--dataset_name={name} --image_column={image_column} --caption_column={caption_column}"
-        raise InputError(f"{flags}: cannot be loaded; check these names ({last_line(error)})") from None
+        raise InputError(f"--dataset_name={name}: cannot be loaded; check it, --dataset_config_name, --image_column="
+                         f"{image_column} and --caption_column={caption_column} ({last_line(error)})") from None
 
 
 def open_image(encoded):

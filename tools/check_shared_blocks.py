@@ -69,7 +69,7 @@ EXPECTED = {
     ],
     2: [
         "ATTENTION", "CLASS", "FEED_FORWARD", "LORA_FILE", "LORA_TARGETS", "REPLACED_FLAGS",
-        "RESIDUAL", "TEXT_ATTENTION", "TEXT_FEED_FORWARD", "add_adapters", "check_adapters", "check_subject",
+        "RESIDUAL", "add_adapters", "check_adapters", "check_subject",
         "kohya_header", "load_classes", "lora_weights", "make_class_images", "missing_class_images",
         "parameter_groups", "read_lora", "to_kohya", "with_classes",
     ],

@@ -99,7 +99,7 @@ def parse_args(argv=None, check=None):
     add("--num_validation_samples", type=int, default=0,
         help="images that training held out, as its flag said [0, inf)")
     add("--max_train_samples", type=int, help="images that training used, as its flag said [1, inf)")
-    add("--train_seed", type=int, default=0, help="seed of the training; needs --max_train_samples, which it drew")
+    add("--train_seed", type=int, default=0, help="seed that drew those of training; needs --max_train_samples")
     add("--resolution", type=int, default=512, help="side of the square images in pixels, as in training [1, inf)")
     add("--dataset_config_name", help="configuration of a dataset on the Hub")
     add("--image_column", default="image", help="column of the images in that dataset")
@@ -330,8 +330,8 @@ def read_dataset(name, config_name, image_column, caption_column, cache_dir, tok
         dataset = dataset.rename_columns({image_column: "image", caption_column: "captions"})
         return dataset.cast_column("image", datasets.Image(decode=False))
     except Exception as error:  # arrow has one for every pair of types
-        flags = f"--dataset_name={name} --image_column={image_column} --caption_column={caption_column}"
-        raise InputError(f"{flags}: cannot be loaded; check these names ({last_line(error)})") from None
+        raise InputError(f"--dataset_name={name}: cannot be loaded; check it, --dataset_config_name, --image_column="
+                         f"{image_column} and --caption_column={caption_column} ({last_line(error)})") from None
 
 
 def open_image(encoded):
@@ -743,7 +743,7 @@ def plan_prompts(prompts, images, num_images, seed):
     rounds = [np.random.default_rng((seed, part)).permutation(len(images))
               for part in range(-(-num_images // len(images)))]
     captions = images.rows["captions"]
-    return [all_captions(captions[index])[0] for index in np.concatenate(rounds)[:num_images].tolist()]
+    return [captions[index][0] for index in np.concatenate(rounds)[:num_images].tolist()]
 
 
 def measure_model(accelerator, clip, held_out, prompts, settings, title, source, loras):

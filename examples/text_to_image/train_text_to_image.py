@@ -95,7 +95,7 @@ def parse_args(argv=None, check=None):
     add("--train_data_dir", help="folder of images with metadata.jsonl/.csv (file_name, text), or a .txt beside each")
     add("--dataset_name", help="dataset on the Hub, or a local path that `datasets` can load")
     add("--dataset_config_name", help="configuration of that dataset; needs --dataset_name")
-    add("--image_column", default="image", help="column of the images in that dataset")
+    add("--image_column", default="image", help="column of its images; needs --dataset_name")
     add("--caption_column", default="text", help="column with a caption, or a list of them: one is drawn per epoch")
     add("--max_train_samples", type=int, help="use so many images, drawn by the seed [1, inf)")
     add("--skip_bad_images", **switch, help="go on without images that cannot be used, instead of stopping")
@@ -117,8 +117,8 @@ def parse_args(argv=None, check=None):
     add("--scale_lr", **switch, help="multiply the learning rate by batch size, accumulation steps and processes")
     add("--lr_scheduler", default="constant", choices=[kind.value for kind in SchedulerType], help="its schedule")
     add("--lr_warmup_steps", type=int, default=0, help="steps in which the learning rate rises from 0 [0, inf)")
-    add("--lr_num_cycles", type=int, default=1, help="needs --lr_scheduler=cosine_with_restarts [1, inf)")
-    add("--lr_power", type=float, default=1.0, help="needs --lr_scheduler=polynomial (0, inf)")
+    add("--lr_num_cycles", type=int, help="cycles, 1 if not given; needs --lr_scheduler=cosine_with_restarts [1, inf)")
+    add("--lr_power", type=float, help="power, 1 if not given; needs --lr_scheduler=polynomial (0, inf)")
     add("--lr_step_rules", help="factor:until_step,...,last factor: 1:10,0.1; needs --lr_scheduler=piecewise_constant")
     add("--train_batch_size", type=int, default=16, help="images per forward pass and process [1, inf)")
     add("--gradient_accumulation_steps", type=int, default=1, help="forward passes per optimizer step [1, inf)")
@@ -131,7 +131,7 @@ def parse_args(argv=None, check=None):
     add("--adam_epsilon", type=float, default=1e-8, help="AdamW's epsilon (0, inf)")
     add("--use_8bit_adam", **switch, help="AdamW with 8-bit state, by bitsandbytes")
     add("--use_ema", **switch, help="average the weights over the steps; samples and result use the average")
-    add("--ema_decay", type=float, default=0.9999, help="highest decay of the average; needs --use_ema [0, 1]")
+    add("--ema_decay", type=float, help="highest decay of the average; 0.9999 if not given; needs --use_ema [0, 1]")
     add("--ema_warmup", **switch, help="raise the decay slowly, as 1 - (1 + step) ** -2/3; needs --use_ema")
     add("--offload_ema", **switch, help="keep the average in CPU memory between steps; needs --use_ema")
     add("--foreach_ema", **switch, help="update the average with fused operations; needs --use_ema")
@@ -150,8 +150,8 @@ def parse_args(argv=None, check=None):
     add("--allow_changed_resume", **switch, help="though the result will change; needs --resume_from_checkpoint")
     add("--validation_prompts", nargs="+", help="prompts to draw samples for")
     add("--num_validation_samples", type=int, default=0, help="images held out, to measure the loss on [0, inf)")
-    add("--validation_steps", type=int, default=500,
-        help="steps between samples or measures; needs --validation_prompts or --num_validation_samples [1, inf)")
+    add("--validation_steps", type=int,
+        help="draw and measure every so many, or 500; needs --validation_prompts or --num_validation_samples [1, inf)")
     add("--report_to", default="tensorboard", help="tracker of accelerate's (tensorboard, wandb, ...), all or none")
     add("--tracker_project_name", default="text2image-fine-tune", help="project name in the tracker")
     add("--logging_dir", default="logs", help="folder for the tracker's files, in --output_dir")
@@ -232,7 +232,6 @@ def check_settings(settings):
     rules = re.fullmatch(r"({0}:\d+,)+{0}".format(r"\d*\.?\d+(e-?\d+)?"), get("lr_step_rules") or "")
     refuse(schedule == "piecewise_constant" and not rules, "lr_step_rules", "give rules such as 1:10,0.1:20,0.01")
     folder = "train_data_dir" if "train_data_dir" in settings else "instance_data_dir"
-    refuse(get(folder) and get("image_column") != "image", "image_column", "needs --dataset_name; drop this")
     refuse(bool(get("dataset_name")) == bool(get(folder)), folder, "give this or --dataset_name, not both")
     trackers = ["all", "none", *map(str, get_available_trackers())]
     refuse(get("report_to") not in trackers, "report_to", f"installed are {', '.join(trackers)}")
@@ -258,7 +257,9 @@ def check_output(output_dir, resume_from_checkpoint, overwrite_output_dir, **set
     own = output == checkpoint.resolve().parent if checkpoint else begun
     usable = place.is_dir() and os.access(place, os.W_OK)
     used = usable and place == output and any(output.iterdir())
-    problems = [f"--{flag}: {told}" for wrong, flag, told in (
+    data = "train_data_dir" if "train_data_dir" in settings else "instance_data_dir"
+    folder = settings[data]
+    return [f"--{flag}: {told}" for wrong, flag, told in (
         (checkpoint and not (checkpoint / "progress.json").is_file(), f"resume_from_checkpoint={wanted}",
          "is no whole checkpoint folder; name one, or latest"),
         (wanted and overwrite_output_dir, "overwrite_output_dir", "contradicts --resume_from_checkpoint; drop one"),
@@ -266,15 +267,11 @@ def check_output(output_dir, resume_from_checkpoint, overwrite_output_dir, **set
          f"{newest} is newer; use that, or another --output_dir"),
         (not usable, f"output_dir={output_dir}", f"{place} is a file or cannot be written to; name another folder"),
         (used and not own and not (overwrite_output_dir and run), f"output_dir={output_dir}", "is in use; name another"
-         ", go on with its run by --resume_from_checkpoint=latest, or write over it by --overwrite_output_dir"),
+         ", go on with its run by --resume_from_checkpoint=latest, or write over that run by --overwrite_output_dir"),
+        (folder and not os.path.isdir(folder), f"{data}={folder}", "does not exist, or is no folder"),
+        (folder and output.is_relative_to(Path(folder or "").resolve()), f"output_dir={output_dir}",
+         f"lies in the folder of --{data}; put it elsewhere"),
     ) if wrong]
-    for flag in ("train_data_dir", "instance_data_dir", "class_data_dir"):
-        folder = settings.get(flag)
-        if folder and not os.path.isdir(folder) and (flag != "class_data_dir" or os.path.exists(folder)):
-            problems.append(f"--{flag}={folder}: does not exist, or is no folder")
-        if folder and output.is_relative_to(Path(folder).resolve()):
-            problems.append(f"--output_dir={output_dir}: lies in the folder of --{flag}; put it elsewhere")
-    return problems
 
 
 def check_model(pretrained_model_name_or_path, single_file_config, revision, cache_dir, resolution, prediction_type,
@@ -371,8 +368,8 @@ def read_dataset(name, config_name, image_column, caption_column, cache_dir, tok
         dataset = dataset.rename_columns({image_column: "image", caption_column: "captions"})
         return dataset.cast_column("image", datasets.Image(decode=False))
     except Exception as error:  # arrow has one for every pair of types
-        flags = f"--dataset_name={name} --image_column={image_column} --caption_column={caption_column}"
-        raise InputError(f"{flags}: cannot be loaded; check these names ({last_line(error)})") from None
+        raise InputError(f"--dataset_name={name}: cannot be loaded; check it, --dataset_config_name, --image_column="
+                         f"{image_column} and --caption_column={caption_column} ({last_line(error)})") from None
 
 
 def open_image(encoded):
@@ -598,13 +595,14 @@ def make_state(accelerator, weights, groups, last_step, lr_scheduler, lr_step_ru
     if use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit as AdamW
     optimizer = AdamW(groups, betas=(adam_beta1, adam_beta2), eps=adam_epsilon, weight_decay=adam_weight_decay)
-    schedule = get_scheduler(lr_scheduler, optimizer, lr_step_rules, lr_warmup_steps, last_step, lr_num_cycles,
-                             lr_power)
+    schedule = get_scheduler(lr_scheduler, optimizer, lr_step_rules, lr_warmup_steps, last_step, lr_num_cycles or 1,
+                             lr_power or 1.0)
     # The schedule is not prepared: it would count processes.
     state = {**weights, "optimizer": accelerator.prepare(optimizer), "lr_scheduler": schedule}
     if use_ema:
         parameters = [parameter for group in groups for parameter in group["params"]]
-        state["ema"] = EMAModel(parameters, ema_decay, use_ema_warmup=ema_warmup, foreach=foreach_ema)
+        decay = 0.9999 if ema_decay is None else ema_decay
+        state["ema"] = EMAModel(parameters, decay, use_ema_warmup=ema_warmup, foreach=foreach_ema)
     return state if accelerator.scaler is None else {**state, "scaler": accelerator.scaler}
 
 
@@ -837,6 +835,7 @@ def train(args):
     samples_per_step = per_pass * args.gradient_accumulation_steps
     steps_per_epoch = math.ceil(len(images) / samples_per_step)
     last_step = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+    validation_steps = args.validation_steps or 500
     learning_rate = args.learning_rate * (samples_per_step if args.scale_lr else 1)
     unet, parameters = accelerator.prepare(pipeline.unet), list(pipeline.unet.parameters())
     groups = [{"params": parameters, "lr": learning_rate}]
@@ -858,7 +857,7 @@ def train(args):
     parts = {**pipeline.components, "vae": vae, "text_encoder": text_encoder, "scheduler": noise_scheduler}
     look = functools.partial(validate, accelerator, parts, parameters, ema, held_out, args.train_batch_size,
                              args.validation_prompts, args.resolution, args.seed, output_dir, progress)
-    if first_step % args.validation_steps == 0 or first_step == last_step:  # a stop comes before the look at its step
+    if first_step % validation_steps == 0 or first_step == last_step:  # a stop comes before the look at its step
         look()
     on_signals(functools.partial(note_signal, signals))
     order = micro_batches(len(images), args.train_batch_size, accelerator.num_processes, accelerator.process_index,
@@ -911,7 +910,7 @@ def train(args):
             save_checkpoint(accelerator, output_dir, settings, progress, state, limit)
         if stop or broken:
             leave(accelerator, output_dir, done, broken, signals)
-        if done % args.validation_steps == 0 or done == last_step:
+        if done % validation_steps == 0 or done == last_step:
             look()
     bar.close()
     if accelerator.is_main_process:

@@ -76,14 +76,12 @@ FREE_ON_RESUME = """allow_changed_resume cache_dir caption_column checkpointing_
     train_data_dir validation_prompt validation_prompts validation_steps""".split()
 # The checkpoint's state would not fit.
 FIXED_ON_RESUME = set("lora_target mixed_precision rank train_text_encoder use_8bit_adam use_dora use_ema".split())
-ATTENTION, FEED_FORWARD = ["to_q", "to_k", "to_v", "to_out.0"], ["ff.net.0.proj", "ff.net.2"]
-RESIDUAL = ["proj_in", "proj_out", "conv1", "conv2", "time_emb_proj", "conv_shortcut"]
-TEXT_ATTENTION, TEXT_FEED_FORWARD = ["q_proj", "k_proj", "v_proj", "out_proj"], ["fc1", "fc2"]
-LORA_TARGETS = {  # names of layers, by --lora_target
-    "unet": {"attention": ATTENTION, "attention+ff": ATTENTION + FEED_FORWARD,
-             "all": ATTENTION + FEED_FORWARD + RESIDUAL},
-    "text_encoder": {"attention": TEXT_ATTENTION, "attention+ff": TEXT_ATTENTION + TEXT_FEED_FORWARD,
-                     "all": TEXT_ATTENTION + TEXT_FEED_FORWARD}}
+# Names of layers, of the UNet and of the text encoder, by --lora_target.
+ATTENTION = "to_q to_k to_v to_out.0 q_proj k_proj v_proj out_proj".split()
+FEED_FORWARD = "ff.net.0.proj ff.net.2 fc1 fc2".split()
+RESIDUAL = "proj_in proj_out conv1 conv2 time_emb_proj conv_shortcut".split()
+LORA_TARGETS = {"attention": ATTENTION, "attention+ff": ATTENTION + FEED_FORWARD,
+                "all": ATTENTION + FEED_FORWARD + RESIDUAL}
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
@@ -110,7 +108,7 @@ def parse_args(argv=None, check=None):
     add("--lora_dropout", type=float, default=0.0, help="share of the adapters' inputs that is dropped [0, 1)")
     add("--use_rslora", **switch, help="scale by alpha / sqrt(rank) instead of alpha / rank")
     add("--use_dora", **switch, help="train the length of the weights apart from their direction")
-    add("--lora_target", default="attention", choices=list(LORA_TARGETS["unet"]), help="layers with adapters")
+    add("--lora_target", default="attention", choices=list(LORA_TARGETS), help="layers with adapters")
     add("--train_text_encoder", **switch, help="adapters on the text encoder too")
     add("--text_encoder_lr", type=float, help="default: --learning_rate; needs --train_text_encoder (0, inf)")
     add("--init_lora_weights", metavar="PATH", help="go on from such a file of this script, or its folder")
@@ -118,7 +116,7 @@ def parse_args(argv=None, check=None):
     add("--train_data_dir", help="folder of images with metadata.jsonl/.csv (file_name, text), or a .txt beside each")
     add("--dataset_name", help="dataset on the Hub, or a local path that `datasets` can load")
     add("--dataset_config_name", help="configuration of that dataset; needs --dataset_name")
-    add("--image_column", default="image", help="column of the images in that dataset")
+    add("--image_column", default="image", help="column of its images; needs --dataset_name")
     add("--caption_column", default="text", help="column with a caption, or a list of them: one is drawn per epoch")
     add("--max_train_samples", type=int, help="use so many images, drawn by the seed [1, inf)")
     add("--skip_bad_images", **switch, help="go on without images that cannot be used, instead of stopping")
@@ -140,8 +138,8 @@ def parse_args(argv=None, check=None):
     add("--scale_lr", **switch, help="multiply the learning rate by batch size, accumulation steps and processes")
     add("--lr_scheduler", default="constant", choices=[kind.value for kind in SchedulerType], help="its schedule")
     add("--lr_warmup_steps", type=int, default=0, help="steps in which the learning rate rises from 0 [0, inf)")
-    add("--lr_num_cycles", type=int, default=1, help="needs --lr_scheduler=cosine_with_restarts [1, inf)")
-    add("--lr_power", type=float, default=1.0, help="needs --lr_scheduler=polynomial (0, inf)")
+    add("--lr_num_cycles", type=int, help="cycles, 1 if not given; needs --lr_scheduler=cosine_with_restarts [1, inf)")
+    add("--lr_power", type=float, help="power, 1 if not given; needs --lr_scheduler=polynomial (0, inf)")
     add("--lr_step_rules", help="factor:until_step,...,last factor: 1:10,0.1; needs --lr_scheduler=piecewise_constant")
     add("--train_batch_size", type=int, default=16, help="images per forward pass and process [1, inf)")
     add("--gradient_accumulation_steps", type=int, default=1, help="forward passes per optimizer step [1, inf)")
@@ -154,7 +152,7 @@ def parse_args(argv=None, check=None):
     add("--adam_epsilon", type=float, default=1e-8, help="AdamW's epsilon (0, inf)")
     add("--use_8bit_adam", **switch, help="AdamW with 8-bit state, by bitsandbytes")
     add("--use_ema", **switch, help="average the weights over the steps; samples and result use the average")
-    add("--ema_decay", type=float, default=0.9999, help="highest decay of the average; needs --use_ema [0, 1]")
+    add("--ema_decay", type=float, help="highest decay of the average; 0.9999 if not given; needs --use_ema [0, 1]")
     add("--ema_warmup", **switch, help="raise the decay slowly, as 1 - (1 + step) ** -2/3; needs --use_ema")
     add("--offload_ema", **switch, help="keep the average in CPU memory between steps; needs --use_ema")
     add("--foreach_ema", **switch, help="update the average with fused operations; needs --use_ema")
@@ -175,8 +173,8 @@ def parse_args(argv=None, check=None):
     add("--allow_changed_resume", **switch, help="though the result will change; needs --resume_from_checkpoint")
     add("--validation_prompts", nargs="+", help="prompts to draw samples for")
     add("--num_validation_samples", type=int, default=0, help="images held out, to measure the loss on [0, inf)")
-    add("--validation_steps", type=int, default=500,
-        help="steps between samples or measures; needs --validation_prompts or --num_validation_samples [1, inf)")
+    add("--validation_steps", type=int,
+        help="draw and measure every so many, or 500; needs --validation_prompts or --num_validation_samples [1, inf)")
     add("--report_to", default="tensorboard", help="tracker of accelerate's (tensorboard, wandb, ...), all or none")
     add("--tracker_project_name", default="text2image-fine-tune", help="project name in the tracker")
     add("--logging_dir", default="logs", help="folder for the tracker's files, in --output_dir")
@@ -259,7 +257,6 @@ def check_settings(settings):
     rules = re.fullmatch(r"({0}:\d+,)+{0}".format(r"\d*\.?\d+(e-?\d+)?"), get("lr_step_rules") or "")
     refuse(schedule == "piecewise_constant" and not rules, "lr_step_rules", "give rules such as 1:10,0.1:20,0.01")
     folder = "train_data_dir" if "train_data_dir" in settings else "instance_data_dir"
-    refuse(get(folder) and get("image_column") != "image", "image_column", "needs --dataset_name; drop this")
     refuse(bool(get("dataset_name")) == bool(get(folder)), folder, "give this or --dataset_name, not both")
     trackers = ["all", "none", *map(str, get_available_trackers())]
     refuse(get("report_to") not in trackers, "report_to", f"installed are {', '.join(trackers)}")
@@ -285,7 +282,9 @@ def check_output(output_dir, resume_from_checkpoint, overwrite_output_dir, **set
     own = output == checkpoint.resolve().parent if checkpoint else begun
     usable = place.is_dir() and os.access(place, os.W_OK)
     used = usable and place == output and any(output.iterdir())
-    problems = [f"--{flag}: {told}" for wrong, flag, told in (
+    data = "train_data_dir" if "train_data_dir" in settings else "instance_data_dir"
+    folder = settings[data]
+    return [f"--{flag}: {told}" for wrong, flag, told in (
         (checkpoint and not (checkpoint / "progress.json").is_file(), f"resume_from_checkpoint={wanted}",
          "is no whole checkpoint folder; name one, or latest"),
         (wanted and overwrite_output_dir, "overwrite_output_dir", "contradicts --resume_from_checkpoint; drop one"),
@@ -293,15 +292,11 @@ def check_output(output_dir, resume_from_checkpoint, overwrite_output_dir, **set
          f"{newest} is newer; use that, or another --output_dir"),
         (not usable, f"output_dir={output_dir}", f"{place} is a file or cannot be written to; name another folder"),
         (used and not own and not (overwrite_output_dir and run), f"output_dir={output_dir}", "is in use; name another"
-         ", go on with its run by --resume_from_checkpoint=latest, or write over it by --overwrite_output_dir"),
+         ", go on with its run by --resume_from_checkpoint=latest, or write over that run by --overwrite_output_dir"),
+        (folder and not os.path.isdir(folder), f"{data}={folder}", "does not exist, or is no folder"),
+        (folder and output.is_relative_to(Path(folder or "").resolve()), f"output_dir={output_dir}",
+         f"lies in the folder of --{data}; put it elsewhere"),
     ) if wrong]
-    for flag in ("train_data_dir", "instance_data_dir", "class_data_dir"):
-        folder = settings.get(flag)
-        if folder and not os.path.isdir(folder) and (flag != "class_data_dir" or os.path.exists(folder)):
-            problems.append(f"--{flag}={folder}: does not exist, or is no folder")
-        if folder and output.is_relative_to(Path(folder).resolve()):
-            problems.append(f"--output_dir={output_dir}: lies in the folder of --{flag}; put it elsewhere")
-    return problems
 
 
 def check_model(pretrained_model_name_or_path, single_file_config, revision, cache_dir, resolution, prediction_type,
@@ -357,7 +352,7 @@ def check_adapters(pretrained_model_name_or_path, single_file_config, revision, 
             add_adapters(models, **settings)
         except Exception as error:  # of the file system, the format, or the layers
             flag = "init_lora_weights" if settings["init_lora_weights"] else "lora_target"
-            return [f"--{flag}={settings[flag]}: does not fit the model and the other flags ({last_line(error)})"]
+            return [f"--{flag}={settings[flag]}: cannot be used with these flags and model ({last_line(error)})"]
     return []
 
 
@@ -419,8 +414,8 @@ def read_dataset(name, config_name, image_column, caption_column, cache_dir, tok
         dataset = dataset.rename_columns({image_column: "image", caption_column: "captions"})
         return dataset.cast_column("image", datasets.Image(decode=False))
     except Exception as error:  # arrow has one for every pair of types
-        flags = f"--dataset_name={name} --image_column={image_column} --caption_column={caption_column}"
-        raise InputError(f"{flags}: cannot be loaded; check these names ({last_line(error)})") from None
+        raise InputError(f"--dataset_name={name}: cannot be loaded; check it, --dataset_config_name, --image_column="
+                         f"{image_column} and --caption_column={caption_column} ({last_line(error)})") from None
 
 
 def open_image(encoded):
@@ -617,33 +612,33 @@ def load_models(args, weight_dtype, device):
         models["text_encoder"] = pipeline.text_encoder
         if args.gradient_checkpointing:
             pipeline.text_encoder.gradient_checkpointing_enable()
-    weights = add_adapters(models, **vars(args))
-    for name, model in models.items():
-        own = {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
-        peft.set_peft_model_state_dict(model.train(), own)
+    add_adapters(models, **vars(args))
+    for model in models.values():
+        model.train()
     return pipeline, models, noise_scheduler
 
 
 def add_adapters(models, rank, lora_alpha, lora_dropout, use_rslora, use_dora, lora_target, init_lora_weights, seed,
                  **_):
-    """Adds new adapters in float32 to the `unet` and maybe `text_encoder` of `models`: W + B A alpha / rank, with A
-    (rank, in) and B (out, rank), arXiv 2106.09685, section 4.1. Returns the weights in the file to go on from. Raises
-    `ValueError` if no layer is a target or if they do not fit, or what reading them raises."""
+    """Adds adapters in float32 to the `unet` and maybe `text_encoder` of `models`, new ones or those in a file: W + B
+    A alpha / rank, with A (rank, in) and B (out, rank), arXiv 2106.09685, section 4.1. Raises `ValueError` if no layer
+    is a target or if the file does not fit, or what reading it raises."""
     torch.manual_seed(seed)
     weights, header = read_lora(init_lora_weights) if init_lora_weights else ({}, {})
     for name, model in models.items():
         config = peft.LoraConfig(
             r=rank, lora_alpha=lora_alpha or rank, lora_dropout=lora_dropout, use_rslora=use_rslora, use_dora=use_dora,
-            target_modules=LORA_TARGETS[name][lora_target])
+            target_modules=LORA_TARGETS[lora_target])
         model.add_adapter(config)
         cast_training_params(model, torch.float32)
-        for key in ("r", "lora_alpha", "use_rslora", "use_dora", "alpha_pattern") if weights else ():
-            if header.get(f"{name}.{key}") != getattr(config, key):
-                raise ValueError(f"{key} is {header.get(f'{name}.{key}')} in its {name}, not {getattr(config, key)}")
-    shapes = [{key: value.shape for key, value in found.items()} for found in (weights, lora_weights(models))]
-    if weights and shapes[0] != shapes[1]:
-        raise ValueError("it is for other layers, or for another base")
-    return weights
+        for key in ("r", "lora_alpha", "use_rslora", "alpha_pattern"):
+            if (made := header.get(f"{name}.{key}", getattr(config, key))) != getattr(config, key):
+                raise ValueError(f"{key} is {made} in its {name}, not {getattr(config, key)}; use that")
+    adapters = lora_weights(models)
+    if weights and {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in adapters.items()}:
+        raise ValueError("it was made with another base, --rank, --lora_target, --use_dora or --train_text_encoder")
+    for key, value in weights.items():
+        adapters[key].copy_(value)
 
 
 def parameter_groups(models, rate, text_rate):
@@ -665,9 +660,8 @@ def read_lora(path):
     """Reads a LoRA file of these scripts, or the one in a folder: returns its tensors by name, and peft's settings."""
     path = Path(path, LORA_FILE) if Path(path).is_dir() else path
     with safe_open(path, "pt") as file:
-        if not (header := (file.metadata() or {}).get("lora_adapter_metadata")):
-            raise ValueError("its header tells no rank; convert a file in kohya's layout first")
-        return {key: file.get_tensor(key) for key in file.keys()}, json.loads(header)  # noqa: SIM118 (it is no dict)
+        header = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        return {key: file.get_tensor(key) for key in file.keys()}, header  # noqa: SIM118 (it is no dict)
 
 
 def load_base(pretrained_model_name_or_path, single_file_config, revision, variant, cache_dir, prediction_type,
@@ -700,13 +694,14 @@ def make_state(accelerator, weights, groups, last_step, lr_scheduler, lr_step_ru
     if use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit as AdamW
     optimizer = AdamW(groups, betas=(adam_beta1, adam_beta2), eps=adam_epsilon, weight_decay=adam_weight_decay)
-    schedule = get_scheduler(lr_scheduler, optimizer, lr_step_rules, lr_warmup_steps, last_step, lr_num_cycles,
-                             lr_power)
+    schedule = get_scheduler(lr_scheduler, optimizer, lr_step_rules, lr_warmup_steps, last_step, lr_num_cycles or 1,
+                             lr_power or 1.0)
     # The schedule is not prepared: it would count processes.
     state = {**weights, "optimizer": accelerator.prepare(optimizer), "lr_scheduler": schedule}
     if use_ema:
         parameters = [parameter for group in groups for parameter in group["params"]]
-        state["ema"] = EMAModel(parameters, ema_decay, use_ema_warmup=ema_warmup, foreach=foreach_ema)
+        decay = 0.9999 if ema_decay is None else ema_decay
+        state["ema"] = EMAModel(parameters, decay, use_ema_warmup=ema_warmup, foreach=foreach_ema)
     return state if accelerator.scaler is None else {**state, "scaler": accelerator.scaler}
 
 
@@ -939,6 +934,7 @@ def train(args):
     samples_per_step = per_pass * args.gradient_accumulation_steps
     steps_per_epoch = math.ceil(len(images) / samples_per_step)
     last_step = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+    validation_steps = args.validation_steps or 500
     learning_rate = args.learning_rate * (samples_per_step if args.scale_lr else 1)
     text_rate = learning_rate * (args.text_encoder_lr or args.learning_rate) / args.learning_rate
     groups = parameter_groups(models, learning_rate, text_rate)
@@ -963,7 +959,7 @@ def train(args):
     parts = {**pipeline.components, "scheduler": noise_scheduler}
     look = functools.partial(validate, accelerator, parts, parameters, ema, held_out, args.train_batch_size,
                              args.validation_prompts, args.resolution, args.seed, output_dir, progress)
-    if first_step % args.validation_steps == 0 or first_step == last_step:  # a stop comes before the look at its step
+    if first_step % validation_steps == 0 or first_step == last_step:  # a stop comes before the look at its step
         look()
     on_signals(functools.partial(note_signal, signals))
     order = micro_batches(len(images), args.train_batch_size, accelerator.num_processes, accelerator.process_index,
@@ -1019,7 +1015,7 @@ def train(args):
             save_checkpoint(accelerator, output_dir, settings, progress, state, limit)
         if stop or broken:
             leave(accelerator, output_dir, done, broken, signals)
-        if done % args.validation_steps == 0 or done == last_step:
+        if done % validation_steps == 0 or done == last_step:
             look()
     bar.close()
     if accelerator.is_main_process:
