@@ -268,7 +268,7 @@ def test_images_without_captions_are_those_of_a_subject(tool, render, tmp_path):
 def test_recipes_are_for_both_tools(tool, tmp_path, capsys, monkeypatch):
     args = tool.parse_args(["model", "images", "--config", str(REPO / "examples" / "configs" / "dreambooth.yaml")])
     assert tool.read_prompts(**vars(args))[1] == "a sks star on a pink background"
-    assert (args.seed, args.num_inference_steps, args.guidance_scale) == (0, 25, 3)
+    assert (args.seed, args.num_inference_steps, args.guidance_scale) == (0, 25, 2)
     own = tmp_path / "own.yaml"
     own.write_text("training: {seed: 7}\nevaluation: {seed: 5, seeds: [1, 2], num_images: 9, scheduler: euler,"
                    " negative_prompt: dull, height: 64, width: 64, base: ~/base}")

@@ -204,7 +204,7 @@ def test_recipes(tool, tmp_path, capsys, monkeypatch):
     recipe = REPO / "examples" / "configs" / "dreambooth.yaml"
     args = tool.parse_args(["model", "--config", str(recipe)])
     assert tool.read_prompts(**vars(args))[1] == "a sks star on a pink background"
-    assert (args.seeds, args.num_inference_steps, args.guidance_scale) == ([0], [25], [3.0])
+    assert (args.seeds, args.num_inference_steps, args.guidance_scale) == ([0], [25], [2.0])
     args = tool.parse_args(["model", "--config", str(recipe), "--seeds", "1", "2", "--prompts", CAT])
     assert (args.seeds, args.prompts, args.num_inference_steps) == ([1, 2], [CAT], [25])
     (tmp_path / "prompts.txt").write_text(f"{CAT}\n\n  {DOG} \n{CAT}\n", encoding="utf-8")
