@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import struct
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -107,6 +108,64 @@ def test_cmyk_becomes_rgb(train_script):
         options = {"quality": 100, "subsampling": 0} if suffix == "jpg" else {}
         result = opened(train_script, Image.fromarray(blocks, mode="CMYK"), suffix, **options)
         np.testing.assert_allclose(result[8, 8::16], expected, atol=tolerance)
+
+
+# XYZ of sRGB's red, green and blue for the white of profiles (ICC.1:2022, annex D; IEC 61966-2-1).
+RED, GREEN, BLUE = (0.4361, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7142)
+
+
+def colour_profile(*primaries, name=b""):
+    """An ICC profile (version 2.1) of a display with these primaries (XYZ each), gamma 2.2, named in its text tag."""
+    tags = [(tag, b"XYZ " + struct.pack(">4x3i", *[round(value * 65536) for value in xyz]))
+            for tag, xyz in zip((b"rXYZ", b"gXYZ", b"bXYZ", b"wtpt"), (*primaries, (0.9642, 1, 0.8249)), strict=True)]
+    tags += [(tag, b"curv" + struct.pack(">4xIHxx", 1, round(2.2 * 256))) for tag in (b"rTRC", b"gTRC", b"bTRC")]
+    tags += [(b"cprt", b"text" + bytes(4) + name.ljust(8, b"\0"))]
+    table, content, start = struct.pack(">I", len(tags)), b"", 128 + 4 + 12 * len(tags)
+    for tag, data in tags:
+        table += tag + struct.pack(">II", start + len(content), len(data))
+        content += data
+    head = struct.pack(">I4sI4s4s4s12x4s28x3i48x", start + len(content), b"lcms", 0x02100000, b"mntr", b"RGB ",
+                       b"XYZ ", b"acsp", 63190, 65536, 54061)
+    return head + table + content
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "jpg", "webp"])
+def test_colour_profiles_are_obeyed(train_script, suffix):
+    options = {"webp": {"lossless": True}, "jpg": {"quality": 100, "subsampling": 0}}.get(suffix, {})
+    image = Image.new("RGB", (16, 16), (255, 0, 0))
+    swapped = opened(train_script, image, suffix, icc_profile=colour_profile(GREEN, RED, BLUE), **options)
+    np.testing.assert_allclose(swapped[8, 8], (0, 255, 0), atol=4)
+    # The primaries of Display P3: the same numbers are a more saturated colour than sRGB's.
+    primaries = ((0.5151, 0.2412, -0.0011), (0.2920, 0.6922, 0.0419), (0.1571, 0.0666, 0.7841))
+    wide = colour_profile(*primaries)
+    pixel = opened(train_script, Image.new("RGB", (16, 16), (180, 100, 90)), suffix, icc_profile=wide, **options)[8, 8]
+    xyz = np.transpose(primaries) @ (np.array([180, 100, 90]) / 255) ** 2.2
+    linear = np.linalg.solve(np.transpose((RED, GREEN, BLUE)), xyz)
+    np.testing.assert_allclose(pixel, 255 * (1.055 * linear ** (1 / 2.4) - 0.055), atol=2)  # IEC 61966-2-1
+    assert np.abs(pixel - [180.0, 100, 90]).max() > 8
+    white = opened(train_script, Image.new("RGB", (16, 16), "white"), suffix, icc_profile=wide, **options)
+    np.testing.assert_allclose(white[8, 8], 255, atol=1)
+
+
+def test_profiles_of_palettes_and_of_alpha(train_script):
+    swapped = colour_profile(GREEN, RED, BLUE)
+    palette = Image.new("P", (1, 1))
+    palette.putpalette([255, 0, 0] + [0] * 765)
+    assert opened(train_script, palette, icc_profile=swapped).tolist() == [[[0, 255, 0]]]
+    result = opened(train_script, Image.new("RGBA", (1, 1), (255, 0, 0, 0)), icc_profile=swapped)
+    assert result.tolist() == [[[255, 255, 255]]]
+    result = opened(train_script, Image.new("RGBA", (1, 1), (255, 0, 0, 255)), icc_profile=swapped)
+    assert result.tolist() == [[[0, 255, 0]]]
+
+
+@pytest.mark.parametrize("profile", [b"no profile at all", colour_profile(GREEN, RED, BLUE)[:200],
+                                     colour_profile(RED, GREEN, BLUE, name=b"sRGB")])
+def test_profiles_that_change_nothing(train_script, profile):
+    image = make_image(3, (20, 14))
+    assert np.array_equal(opened(train_script, image, icc_profile=profile), np.asarray(image))
+    grey = Image.fromarray(grid([0, 1, 127], [128, 254, 255]))  # of another colour space than the profile
+    for unfit in (profile, colour_profile(GREEN, RED, BLUE)):
+        assert np.array_equal(opened(train_script, grey, icc_profile=unfit)[..., 0], np.asarray(grey))
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])

@@ -59,7 +59,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from diffusers.training_utils import compute_snr
 from filelock import FileLock
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from scipy import stats
 from tqdm.auto import tqdm
@@ -335,9 +335,10 @@ def read_dataset(name, config_name, image_column, caption_column, cache_dir, tok
 
 
 def open_image(encoded):
-    """Decodes an image to 8-bit RGB as a viewer shows it: upright, 16-bit greys scaled, alpha over white.
-    Raises `OSError`, `ValueError` or `SyntaxError` if Pillow cannot read it to the end."""
+    """Decodes an image to 8-bit sRGB as a viewer shows it: upright, by its colour profile, 16-bit greys scaled, alpha
+    over white. Raises `OSError`, `ValueError` or `SyntaxError` if Pillow cannot read it to the end."""
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded)))
+    profile = image.info.get("icc_profile") or b""
     if image.mode == "F":
         raise ValueError("floating-point pixels have no defined white")
     if image.mode.startswith("I"):  # Pillow would saturate 16-bit greys
@@ -345,6 +346,10 @@ def open_image(encoded):
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image if image.mode in ("CMYK", "L") else image.convert("RGB")
+    if profile and b"sRGB" not in profile.replace(b"\0", b""):  # most say sRGB, in letters of 1 or 2 bytes
+        with contextlib.suppress(ImageCms.PyCMSError):  # a viewer, too, ignores a profile that does not fit
+            image = ImageCms.profileToProfile(image, io.BytesIO(profile), ImageCms.createProfile("sRGB"), 0, "RGB")
     return image.convert("RGB")
 
 

@@ -30,7 +30,7 @@ from datasets.data_files import DEFAULT_PATTERNS_ALL, get_data_patterns
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from filelock import FileLock
 from huggingface_hub import CommitOperationAdd, DatasetCard, DatasetCardData, HfApi
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 IMAGE_SUFFIXES = set(".avif .bmp .gif .jfif .jpe .jpeg .jpg .png .tif .tiff .webp".split())
@@ -71,7 +71,7 @@ def parse_args(argv=None):
 
 
 def parse_words(parser, argv):
-    """Parses `argv` or the command line, after the flags of its `--config` as words, so that argparse checks those."""
+    """Parses `argv` or the command line, after its `--config` as words, so that argparse checks that; expands `~`."""
     argv, words = sys.argv[1:] if argv is None else list(argv), []
     if replaced := [flag for word in argv if (flag := word.split("=")[0]) in REPLACED_FLAGS]:
         parser.error(f"{replaced[0]} is not taken: {REPLACED_FLAGS[replaced[0]]}")
@@ -90,8 +90,7 @@ def parse_words(parser, argv):
             words.append(f"--{'' if value else 'no-'}{key}")
         else:  # YAML reads a bare `no` as false, but --mixed_precision means the word
             words.append(f"--{key}={'no' if value is False else value}")
-    expand = os.path.expanduser  # which neither a shell does after `=`, nor YAML
-    return argparse.Namespace(**{name: expand(value) if isinstance(value, str) else value
+    return argparse.Namespace(**{name: os.path.expanduser(value) if isinstance(value, str) else value
                                  for name, value in vars(parser.parse_args(words + argv)).items()})
 
 
@@ -192,9 +191,10 @@ def check_images(rows, memory):
 
 
 def open_image(encoded):
-    """Decodes an image to 8-bit RGB as a viewer shows it: upright, 16-bit greys scaled, alpha over white.
-    Raises `OSError`, `ValueError` or `SyntaxError` if Pillow cannot read it to the end."""
+    """Decodes an image to 8-bit sRGB as a viewer shows it: upright, by its colour profile, 16-bit greys scaled, alpha
+    over white. Raises `OSError`, `ValueError` or `SyntaxError` if Pillow cannot read it to the end."""
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded)))
+    profile = image.info.get("icc_profile") or b""
     if image.mode == "F":
         raise ValueError("floating-point pixels have no defined white")
     if image.mode.startswith("I"):  # Pillow would saturate 16-bit greys
@@ -202,6 +202,10 @@ def open_image(encoded):
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image if image.mode in ("CMYK", "L") else image.convert("RGB")
+    if profile and b"sRGB" not in profile.replace(b"\0", b""):  # most say sRGB, in letters of 1 or 2 bytes
+        with contextlib.suppress(ImageCms.PyCMSError):  # a viewer, too, ignores a profile that does not fit
+            image = ImageCms.profileToProfile(image, io.BytesIO(profile), ImageCms.createProfile("sRGB"), 0, "RGB")
     return image.convert("RGB")
 
 

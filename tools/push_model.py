@@ -50,7 +50,7 @@ def parse_args(argv=None):
 
 
 def parse_words(parser, argv):
-    """Parses `argv` or the command line, after the flags of its `--config` as words, so that argparse checks those."""
+    """Parses `argv` or the command line, after its `--config` as words, so that argparse checks that; expands `~`."""
     argv, words = sys.argv[1:] if argv is None else list(argv), []
     if replaced := [flag for word in argv if (flag := word.split("=")[0]) in REPLACED_FLAGS]:
         parser.error(f"{replaced[0]} is not taken: {REPLACED_FLAGS[replaced[0]]}")
@@ -69,8 +69,7 @@ def parse_words(parser, argv):
             words.append(f"--{'' if value else 'no-'}{key}")
         else:  # YAML reads a bare `no` as false, but --mixed_precision means the word
             words.append(f"--{key}={'no' if value is False else value}")
-    expand = os.path.expanduser  # which neither a shell does after `=`, nor YAML
-    return argparse.Namespace(**{name: expand(value) if isinstance(value, str) else value
+    return argparse.Namespace(**{name: os.path.expanduser(value) if isinstance(value, str) else value
                                  for name, value in vars(parser.parse_args(words + argv)).items()})
 
 

@@ -48,7 +48,7 @@ from diffusers.training_utils import EMAModel, cast_training_params, compute_snr
 from diffusers.utils import is_bitsandbytes_available, is_xformers_available, make_image_grid
 from filelock import FileLock
 from huggingface_hub import HfApi, ModelCard, ModelCardData
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
@@ -67,13 +67,13 @@ REPLACED_FLAGS = {
 }
 # Settings that a resume may change: they leave the result as it is, or what follows from them is compared instead.
 FREE_ON_RESUME = """allow_changed_resume cache_dir caption_column checkpointing_steps checkpoints_total_limit
-    class_data_dir config dataloader_num_workers dataset_config_name dataset_name dry_run
-    gradient_accumulation_steps gradient_checkpointing hub_model_id hub_private_repo hub_token image_column
-    init_lora_weights instance_data_dir kohya_file_name logging_dir logging_steps max_train_samples
-    max_train_steps num_class_images num_train_epochs num_validation_images num_validation_samples offload_ema
-    output_dir output_kohya_format overwrite_output_dir prior_generation_precision push_to_hub report_to
-    resume_from_checkpoint sample_batch_size save_precision skip_bad_images tracker_project_name train_batch_size
-    train_data_dir validation_prompt validation_prompts validation_steps""".split()
+    class_data_dir config dataloader_num_workers dataset_config_name dataset_name dry_run gradient_accumulation_steps
+    gradient_checkpointing hub_model_id hub_private_repo hub_token image_column init_lora_weights instance_data_dir
+    kohya_file_name logging_dir logging_steps max_train_samples max_train_steps num_class_images num_train_epochs
+    num_validation_images num_validation_samples offload_ema output_dir output_kohya_format overwrite_output_dir
+    prior_generation_precision push_to_hub report_to resume_from_checkpoint sample_batch_size save_precision
+    skip_bad_images tracker_project_name train_batch_size train_data_dir validation_prompt validation_prompts
+    validation_steps""".split()
 # The checkpoint's state would not fit.
 FIXED_ON_RESUME = set("lora_target mixed_precision rank train_text_encoder use_8bit_adam use_dora use_ema".split())
 # Names of layers, of the UNet and of the text encoder, by --lora_target.
@@ -191,7 +191,7 @@ def parse_args(argv=None, check=None):
 
 
 def parse_words(parser, argv):
-    """Parses `argv` or the command line, after the flags of its `--config` as words, so that argparse checks those."""
+    """Parses `argv` or the command line, after its `--config` as words, so that argparse checks that; expands `~`."""
     argv, words = sys.argv[1:] if argv is None else list(argv), []
     if replaced := [flag for word in argv if (flag := word.split("=")[0]) in REPLACED_FLAGS]:
         parser.error(f"{replaced[0]} is not taken: {REPLACED_FLAGS[replaced[0]]}")
@@ -210,8 +210,7 @@ def parse_words(parser, argv):
             words.append(f"--{'' if value else 'no-'}{key}")
         else:  # YAML reads a bare `no` as false, but --mixed_precision means the word
             words.append(f"--{key}={'no' if value is False else value}")
-    expand = os.path.expanduser  # which neither a shell does after `=`, nor YAML
-    return argparse.Namespace(**{name: expand(value) if isinstance(value, str) else value
+    return argparse.Namespace(**{name: os.path.expanduser(value) if isinstance(value, str) else value
                                  for name, value in vars(parser.parse_args(words + argv)).items()})
 
 
@@ -419,9 +418,10 @@ def read_dataset(name, config_name, image_column, caption_column, cache_dir, tok
 
 
 def open_image(encoded):
-    """Decodes an image to 8-bit RGB as a viewer shows it: upright, 16-bit greys scaled, alpha over white.
-    Raises `OSError`, `ValueError` or `SyntaxError` if Pillow cannot read it to the end."""
+    """Decodes an image to 8-bit sRGB as a viewer shows it: upright, by its colour profile, 16-bit greys scaled, alpha
+    over white. Raises `OSError`, `ValueError` or `SyntaxError` if Pillow cannot read it to the end."""
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded)))
+    profile = image.info.get("icc_profile") or b""
     if image.mode == "F":
         raise ValueError("floating-point pixels have no defined white")
     if image.mode.startswith("I"):  # Pillow would saturate 16-bit greys
@@ -429,6 +429,10 @@ def open_image(encoded):
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image if image.mode in ("CMYK", "L") else image.convert("RGB")
+    if profile and b"sRGB" not in profile.replace(b"\0", b""):  # most say sRGB, in letters of 1 or 2 bytes
+        with contextlib.suppress(ImageCms.PyCMSError):  # a viewer, too, ignores a profile that does not fit
+            image = ImageCms.profileToProfile(image, io.BytesIO(profile), ImageCms.createProfile("sRGB"), 0, "RGB")
     return image.convert("RGB")
 
 
@@ -838,10 +842,9 @@ def draw_samples(accelerator, parts, prompts, resolution, seed, path):
     parts = {**parts, "scheduler": diffusers.DPMSolverMultistepScheduler.from_config(parts["scheduler"].config)}
     pipeline = diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
-    settings = {"height": resolution, "width": resolution, "num_inference_steps": 25}
     with accelerator.autocast():
-        images = [pipeline(prompt, generator=torch.Generator().manual_seed(seed + k), **settings).images[0]
-                  for k, prompt in enumerate(prompts)]
+        images = [pipeline(prompt, resolution, resolution, num_inference_steps=25, generator=torch.Generator()
+                           .manual_seed(seed + k)).images[0] for k, prompt in enumerate(prompts)]
     columns = min(len(images), 4)
     padding = [Image.new("RGB", images[0].size, "white")] * (-len(images) % columns)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -912,9 +915,8 @@ def prepare_output(accelerator, output_dir, settings, first_step):
         (output_dir / "args.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         log = output_dir / "log.jsonl"  # steps after the checkpoint are done again, and so logged again
         lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() and first_step else []
-        rows = [(line, json.loads(line)) for line in lines if line.endswith("}\n")]
-        kept = [line for line, row in rows if row["step"] < first_step + ("loss" in row)]
-        log.write_text("".join(kept), encoding="utf-8")
+        log.write_text("".join(line for line in lines if line.endswith("}\n") and (row := json.loads(line))
+                               and row["step"] < first_step + ("loss" in row)), encoding="utf-8")
     accelerator.wait_for_everyone()
     accelerator.init_trackers(settings["tracker_project_name"], {name: str(value) for name, value in settings.items()})
 
@@ -925,7 +927,7 @@ def train(args):
     output_dir, signals, parent = Path(args.output_dir), [], os.getppid()
     check_args(args)
     images, held_out, fingerprint = load_data(**vars(args))
-    repo_id = create_repo(**vars(args))
+    repo_id = create_repo(**vars(args)) if args.push_to_hub and not args.dry_run else None
     accelerator = make_accelerator(**vars(args))
     device, precision = accelerator.device, accelerator.mixed_precision
     pipeline, models, noise_scheduler = load_models(args, DTYPES[precision], device)
@@ -1109,10 +1111,8 @@ def write_card(output_dir, base, prompts, settings, step, loader, tags, instance
         f"{''.join(rows)}", encoding="utf-8")
 
 
-def create_repo(push_to_hub, dry_run, output_dir, hub_model_id, hub_token, hub_private_repo, **_):
-    """Makes the repository on the Hub if asked to; returns its full name. Raises `InputError`."""
-    if not push_to_hub or dry_run:
-        return None
+def create_repo(output_dir, hub_model_id, hub_token, hub_private_repo, **_):
+    """Makes the repository on the Hub; returns its full name. Raises `InputError`."""
     name = hub_model_id or Path(output_dir).resolve().name
     try:
         return HfApi(token=hub_token).create_repo(name, private=hub_private_repo or None, exist_ok=True).repo_id
