@@ -81,7 +81,7 @@ ALL_FAMILIES = set("""DROPOUT HELD_OUT HELD_OUT_TIMESTEPS IMAGE_SUFFIXES InputEr
     note_signal on_signals parse_words prepare_output push write_card write_log""".split())
 
 # What no script has but several tools, to be equal in them.
-SHARED_BY_TOOLS = {"FONTS", "beside", "find_loras", "load_font", "load_pipeline", "parse_recipe", "read_prompts"}
+SHARED_BY_TOOLS = set("FONTS beside find_loras load_font load_pipeline parse_recipe read_prompts wrap".split())
 
 DIFF_LINES = 30  # of each difference; the first ones tell enough
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)

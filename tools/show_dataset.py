@@ -334,16 +334,23 @@ def shorten(text, font, width):
 
 
 def wrap(text, font, width, max_lines):
-    """Lines no wider than `width` pixels, at most `max_lines`, the last of which ends in an ellipsis if that is not
-    all. Words that are too wide are cut, as in scripts that are written without spaces."""
-    lines, rest = [], " ".join(text.split())
-    while rest and len(lines) < max_lines:
-        end = max(1, fitting(rest, font, width))
-        if end < len(rest) and " " in rest[1 : end + 1]:
-            end = rest.rindex(" ", 1, end + 1)
-        lines.append(rest[:end])
-        rest = rest[end:].lstrip()
-    return lines[:-1] + [shorten(f"{lines[-1]} {rest}", font, width)] if rest else lines
+    """Breaks a text into lines of at most `width` pixels, inside words where it must; "..." stands for the rest."""
+    lines = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and font.getlength(longer) <= width:
+            lines[-1] = longer
+            continue
+        lines.append(word)
+        while font.getlength(lines[-1]) > width and len(lines[-1]) > 1:
+            fits = max(n for n in range(1, len(lines[-1])) if n == 1 or font.getlength(lines[-1][:n]) <= width)
+            lines[-1:] = [lines[-1][:fits], lines[-1][fits:]]
+    if len(lines) > max_lines:
+        last = lines[max_lines - 1]
+        while last and font.getlength(f"{last}...") > width:
+            last = last[:-1]
+        lines = [*lines[: max_lines - 1], f"{last.rstrip()}..."]
+    return lines
 
 
 def draw_sheet(seen, font_path, resolution, columns, caption_lines):
