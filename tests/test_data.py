@@ -403,6 +403,28 @@ def test_captions_without_a_letter_are_left_out_of_a_list(train_script, tiny_pip
     assert list(loaded.rows["captions"]) == [["two", "four"], ["x"]]
 
 
+def test_columns_and_configurations_that_a_dataset_lacks_are_refused(train_script, tmp_path):
+    images = [{"bytes": encoded(make_image(number)), "path": None} for number in range(2)]
+    rows = datasets.Dataset.from_dict({"image": images, "caption": ["one", "two"]})
+    rows.cast_column("image", datasets.Image()).save_to_disk(tmp_path / "set")
+
+    def read(name="set", config_name=None, **options):
+        options = {"image_column": "image", "caption_column": "text"} | options
+        found = train_script.read_dataset(str(tmp_path / name), config_name, cache_dir=str(tmp_path / "cache"),
+                                          token=None, **options)
+        return list(found["captions"])
+
+    assert read(caption_column="caption") == ["one", "two"]
+    assert read(default_caption="a sks star") == ["a sks star"] * 2
+    for options in ({}, {"caption_column": "captoin"}, {"caption_column": "captoin", "default_caption": "a sks star"},
+                    {"caption_column": "caption", "config_name": "small"}):
+        with pytest.raises(train_script.InputError, match="set: cannot be loaded; check it, --dataset_config_name"):
+            read(**options)
+    make_image(0).save(tmp_path / "image.png")  # beside the set, so that this is a folder of images
+    with pytest.raises(train_script.InputError, match="--dataset_config_name"):
+        read(".", "small")
+
+
 @pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
 def test_caption_dropout_is_the_share_of_empty_captions(train_script, share):
     items = captioned(train_script, [make_image(0, (16, 16))], ["a red circle"], caption_dropout=share, resolution=16)

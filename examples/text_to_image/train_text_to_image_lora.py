@@ -401,13 +401,13 @@ def read_folder(folder, caption_column):
 def read_dataset(name, config_name, image_column, caption_column, cache_dir, token, default_caption=None):
     """Loads the train split of a dataset as columns `image` (undecoded) and `captions`. Raises `InputError`."""
     # A local folder of image files is not for `datasets`, which drops images without a caption in silence.
-    if Path(name).is_dir() and any(path.suffix.lower() in IMAGE_SUFFIXES for path in Path(name).rglob("*")):
+    if not config_name and any(path.suffix.lower() in IMAGE_SUFFIXES for path in Path(name).rglob("*")):
         return read_folder(name, caption_column)
     try:
-        saved = Path(name, "state.json").is_file()  # by save_to_disk
+        saved = Path(name, "state.json").is_file() and not config_name  # by save_to_disk
         dataset = datasets.load_from_disk(name) if saved else datasets.load_dataset(
             name, config_name, split="train", cache_dir=cache_dir, token=token)
-        if default_caption and caption_column not in dataset.column_names:
+        if default_caption and caption_column == "text" and "text" not in dataset.column_names:
             dataset = dataset.add_column(caption_column, [default_caption] * len(dataset))
         dataset = dataset.select_columns([image_column, caption_column])
         dataset = dataset.rename_columns({image_column: "image", caption_column: "captions"})
