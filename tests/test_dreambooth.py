@@ -620,9 +620,10 @@ def test_class_folder_that_cannot_be_made(refused, tmp_path):
     assert "--class_data_dir=" in refused(classes=tmp_path / "file" / "classes")
 
 
-def test_hidden_folders_hold_no_class_images(script, tmp_path):
+def test_hidden_folders_hold_no_class_images(fit, tmp_path, capsys):
     write_images(tmp_path / "classes" / ".thumbnails", [10, 11])
-    assert len(script.missing_class_images(tmp_path / "classes", 2)) == 2
+    assert fit(classes=tmp_path / "classes", dry_run=True) == 0
+    assert "2 of them to be drawn" in capsys.readouterr().out
 
 
 def test_a_dataset_without_captions_takes_the_prompt(fit, photos, tmp_path, trained_on):

@@ -69,9 +69,8 @@ EXPECTED = {
     ],
     2: [
         "ATTENTION", "CLASS", "FEED_FORWARD", "LORA_FILE", "LORA_TARGETS", "REPLACED_FLAGS",
-        "RESIDUAL", "add_adapters", "check_adapters", "check_subject",
-        "kohya_header", "load_classes", "lora_weights", "make_class_images", "missing_class_images",
-        "parameter_groups", "read_lora", "to_kohya", "with_classes",
+        "RESIDUAL", "add_adapters", "check_adapters", "check_subject", "kohya_header", "load_classes", "lora_weights",
+        "make_class_images", "read_lora", "to_kohya", "with_classes",
     ],
 }
 

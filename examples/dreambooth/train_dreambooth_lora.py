@@ -84,7 +84,7 @@ FREE_ON_RESUME = """allow_changed_resume cache_dir caption_column checkpointing_
     skip_bad_images tracker_project_name train_batch_size train_data_dir validation_prompt validation_prompts
     validation_steps""".split()
 # The checkpoint's state would not fit.
-FIXED_ON_RESUME = set("lora_target mixed_precision rank train_text_encoder use_8bit_adam use_dora use_ema".split())
+FIXED_ON_RESUME = set("lora_target mixed_precision rank state train_text_encoder use_8bit_adam use_dora".split())
 # Names of layers, of the UNet and of the text encoder, by --lora_target.
 ATTENTION = "to_q to_k to_v to_out.0 q_proj k_proj v_proj out_proj".split()
 FEED_FORWARD = "ff.net.0.proj ff.net.2 fc1 fc2".split()
@@ -264,32 +264,29 @@ def check_args(args):
 
 def check_settings(settings):
     """Lists which flags contradict each other or cannot be obeyed here. Other scripts have some more flags."""
-    problems, get, schedule = [], settings.get, settings["lr_scheduler"]
-
-    def refuse(wrong, flag, remedy):
-        if wrong:
-            problems.append(f"--{flag}={get(flag)}: {remedy}")
-
+    get, schedule = settings.get, settings["lr_scheduler"]
     is_local = Path(get("pretrained_model_name_or_path") or "").exists()
-    refuse(get("revision") and is_local, "revision", "does nothing without a model on the Hub; drop this")
-    refuse(get("variant") and get("single_file_config"), "variant", "does nothing with a single file; drop this")
-    refuse(get("lr_warmup_steps") and schedule in ("constant", "piecewise_constant"), "lr_warmup_steps",
-           "does nothing without constant_with_warmup or the like; add that or drop this")
     rules = re.fullmatch(r"({0}:\d+,)+{0}".format(r"\d*\.?\d+(e-?\d+)?"), get("lr_step_rules") or "")
-    refuse(schedule == "piecewise_constant" and not rules, "lr_step_rules", "give rules such as 1:10,0.1:20,0.01")
     folder = "train_data_dir" if "train_data_dir" in settings else "instance_data_dir"
-    refuse(bool(get("dataset_name")) == bool(get(folder)), folder, "give this or --dataset_name, not both")
     trackers = ["all", "none", *map(str, get_available_trackers())]
-    refuse(get("report_to") not in trackers, "report_to", f"installed are {', '.join(trackers)}")
-    refuse(get("use_8bit_adam") and not is_bitsandbytes_available(), "use_8bit_adam", "needs bitsandbytes; drop this")
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    refuse(get("allow_tf32") and on_cpu, "allow_tf32", "needs an NVIDIA GPU; drop this")
-    flag = "enable_xformers_memory_efficient_attention"
-    refuse(get(flag) and (on_cpu or not is_xformers_available()), flag, "needs a GPU and xformers; drop this")
+    xformers = "enable_xformers_memory_efficient_attention"
     precision = get("mixed_precision") or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision not in DTYPES or (on_cpu and precision == "fp16"):
-        problems.append(f"--mixed_precision={precision} (or accelerate's config): cannot train here; use bf16 or no")
-    return problems + [f"accelerate's config asks for {name}, which cannot be used; choose GPUs alone" for name in (
+    shown = {**settings, "mixed_precision": f"{precision} (or accelerate's config)"}
+    return [f"--{flag}={shown.get(flag)}: {remedy}" for wrong, flag, remedy in (
+        (get("revision") and is_local, "revision", "does nothing without a model on the Hub; drop this"),
+        (get("variant") and get("single_file_config"), "variant", "does nothing with a single file; drop this"),
+        (get("lr_warmup_steps") and schedule in ("constant", "piecewise_constant"), "lr_warmup_steps",
+         "does nothing without constant_with_warmup or the like; add that or drop this"),
+        (schedule == "piecewise_constant" and not rules, "lr_step_rules", "give rules such as 1:10,0.1:20,0.01"),
+        (bool(get("dataset_name")) == bool(get(folder)), folder, "give this or --dataset_name, not both"),
+        (get("report_to") not in trackers, "report_to", f"installed are {', '.join(trackers)}"),
+        (get("use_8bit_adam") and not is_bitsandbytes_available(), "use_8bit_adam", "needs bitsandbytes; drop this"),
+        (get("allow_tf32") and on_cpu, "allow_tf32", "needs an NVIDIA GPU; drop this"),
+        (get(xformers) and (on_cpu or not is_xformers_available()), xformers, "needs a GPU and xformers; drop this"),
+        (precision not in DTYPES or (on_cpu and precision == "fp16"), "mixed_precision",
+         "cannot train here; use bf16 or no"),
+    ) if wrong] + [f"accelerate's config asks for {name}, which cannot be used; choose GPUs alone" for name in (
         "FSDP", "DEEPSPEED", "MEGATRON_LM") if parse_flag_from_env(f"ACCELERATE_USE_{name}")]
 
 
@@ -650,26 +647,21 @@ def with_classes(batches, num_instances, num_classes, prior_loss_weight, seed):
 def load_classes(class_data_dir, class_prompt, num_class_images, dataset_name, max_train_samples,
                  num_validation_samples, repeats, **settings):
     """Checks the class images that are there; returns a list of their rows, their fingerprint, and the names of those
-    still to be made. Raises `InputError`."""
-    number = num_class_images or 100
-    missing = missing_class_images(class_data_dir, number) if class_data_dir else []
-    if class_data_dir:
-        print(f"{number} class images in {class_data_dir}, {len(missing)} of them to be drawn; each pass holds one of "
-              "them for every photo")
-    if not class_data_dir or len(missing) == number:
+    still to be made: class-00000.png and so on, fewer by those that came from elsewhere. Raises `InputError`."""
+    if not class_data_dir:
+        return [], None, []
+    folder, number = Path(class_data_dir), num_class_images or 100
+    there = [path.name for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES
+             and not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    others = [name for name in there if not re.fullmatch(r"class-\d{5}\.png", name)]
+    missing = [name for k in range(number - len(others)) if (name := f"class-{k:05d}.png") not in there]
+    print(f"{number} class images in {folder}, {len(missing)} of them to be drawn; each pass holds one of them for "
+          "every photo")
+    if not there:
         return [], None, missing
     images, _, fingerprint = load_data(train_data_dir=class_data_dir, default_caption=class_prompt, dataset_name=None,
                                        max_train_samples=None, num_validation_samples=0, **settings)
     return [images.rows], fingerprint, missing
-
-
-def missing_class_images(folder, number):
-    """Names of the class images that are still to be made: class-00000.png and so on, fewer by those that came from
-    elsewhere."""
-    there = [path.name for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES
-             and not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-    others = [name for name in there if not re.fullmatch(r"class-\d{5}\.png", name)]
-    return [name for k in range(number - len(others)) if (name := f"class-{k:05d}.png") not in there]
 
 
 # ---------------------------------------------------------------------------------------------------------- models
@@ -680,8 +672,7 @@ def last_line(error):
 
 def make_accelerator(mixed_precision, report_to, output_dir, logging_dir, allow_tf32, **_):
     """The accelerator; its processes wait for each other for a day, since one of them draws and saves alone."""
-    if allow_tf32:
-        torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("high" if allow_tf32 else "highest")
     patience = InitProcessGroupKwargs(timeout=datetime.timedelta(days=1))
     return Accelerator(mixed_precision=mixed_precision, log_with=None if report_to == "none" else report_to,
                        project_dir=Path(output_dir, logging_dir), kwargs_handlers=[patience])
@@ -725,13 +716,6 @@ def add_adapters(models, rank, lora_alpha, lora_dropout, use_rslora, use_dora, l
         raise ValueError("it was made with another base, --rank, --lora_target, --use_dora or --train_text_encoder")
     for key, value in weights.items():
         adapters[key].copy_(value)
-
-
-def parameter_groups(models, rate, text_rate):
-    """The adapters' parameters for an optimizer, those of the text encoder with a rate of their own."""
-    rates = {"unet": rate, "text_encoder": text_rate}
-    return [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad], "lr": rates[name]}
-            for name, model in models.items()]
 
 
 def lora_weights(models):
@@ -862,9 +846,6 @@ def resume(accelerator, checkpoint, settings, last_step, state):
     if progress["global_step"] > last_step:
         raise InputError(f"--max_train_steps: {checkpoint} is beyond the last step, {last_step}; raise it")
     saved = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
-    if saved.keys() != state.keys():
-        raise InputError(f"--resume_from_checkpoint: {checkpoint} holds {', '.join(saved)}, not {', '.join(state)}; "
-                         "it was made by another script")
     # Rates and decays are those asked for now, which are the checkpoint's unless they were changed.
     asked = {"param_groups", "base_lrs", "decay", "use_ema_warmup"}
     for name, part in state.items():
@@ -1057,7 +1038,8 @@ def train(args):
     validation_steps = args.validation_steps or 500
     learning_rate = args.learning_rate * (samples_per_step if args.scale_lr else 1)
     text_rate = learning_rate * (args.text_encoder_lr or args.learning_rate) / args.learning_rate
-    groups = parameter_groups(models, learning_rate, text_rate)
+    groups = [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad], "lr": rate}
+              for model, rate in zip(models.values(), (learning_rate, text_rate))]
     parameters = [parameter for group in groups for parameter in group["params"]]
     wrapped = {name: accelerator.prepare(model) for name, model in models.items()}
     unet, text_encoder = wrapped["unet"], wrapped.get("text_encoder", pipeline.text_encoder)
@@ -1065,7 +1047,7 @@ def train(args):
     optimizer, lr_scheduler, ema = state["optimizer"], state["lr_scheduler"], state.get("ema")
     settings = {**vars(args), "hub_token": None, "data": fingerprint, "class_data": class_print, "samples_per_step":
                 samples_per_step, "peak_learning_rate": learning_rate, "mixed_precision": precision,
-                "schedule_steps": None if args.lr_scheduler.startswith("constant") else last_step}
+                "state": [*state], "schedule_steps": None if args.lr_scheduler.startswith("constant") else last_step}
     progress = {"global_step": 0, "base_losses": None, "losses": []}
     if checkpoint := find_checkpoint(output_dir, args.resume_from_checkpoint):
         progress = resume(accelerator, checkpoint, settings, last_step, state)
@@ -1088,9 +1070,10 @@ def train(args):
     order = with_classes(order, len(images), len(samples) - len(images), args.prior_loss_weight, args.seed)
     batches = iter(torch.utils.data.DataLoader(samples, batch_sampler=order, num_workers=args.dataloader_num_workers,
         pin_memory=device.type != "cpu", worker_init_fn=functools.partial(on_signals, signal.SIG_IGN)))
-    bar = tqdm(total=last_step, initial=first_step, unit="step", disable=not accelerator.is_local_main_process)
+    bar = tqdm(range(first_step, last_step), initial=first_step, total=last_step, unit="step",
+               disable=not accelerator.is_local_main_process)
 
-    for step in range(first_step, last_step):
+    for step in bar:
         started, step_loss = time.perf_counter(), torch.zeros((), device=device)
         # Only dropout uses torch's own generator.
         torch.manual_seed(np.random.default_rng((args.seed, DROPOUT, step, accelerator.process_index)).integers(2**32))
@@ -1124,7 +1107,6 @@ def train(args):
                     ema.to("cpu" if args.offload_ema else None)
             images_per_second = num_samples / (time.perf_counter() - started)
             bar.set_postfix(loss=f"{loss:.4f}", images_per_second=f"{images_per_second:.1f}", refresh=False)
-            bar.update()
         done = progress["global_step"]
         if done > step and (done % args.logging_steps == 0 or done == last_step):
             write_log(accelerator, output_dir, done, {
@@ -1138,7 +1120,6 @@ def train(args):
             leave(accelerator, output_dir, done, broken, signals)
         if done % validation_steps == 0 or done == last_step:
             look()
-    bar.close()
     if accelerator.is_main_process:
         if ema:
             ema.copy_to(parameters)

@@ -46,6 +46,7 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from filelock import FileLock
+from flax import serialization, traverse_util
 from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -73,7 +74,7 @@ FREE_ON_RESUME = """allow_changed_resume cache_dir caption_column checkpointing_
     max_train_samples max_train_steps num_hosts num_train_epochs num_validation_samples output_dir overwrite_output_dir
     push_to_hub report_to resume_from_checkpoint save_flax save_precision skip_bad_images tracker_project_name
     train_batch_size train_data_dir validation_prompts validation_steps""".split()
-FIXED_ON_RESUME = {"use_ema"}  # the checkpoint's state would not fit
+FIXED_ON_RESUME = {"state"}  # the checkpoint's state would not fit
 # Keys of the configs that the networks below obey or that do not bear on them; any other must be at its default.
 UNDERSTOOD = {
     "unet": """attention_head_dim block_out_channels cross_attention_dim down_block_types flip_sin_to_cos freq_shift
@@ -238,36 +239,32 @@ def check_args(args):
 
 def check_settings(settings):
     """Lists which flags contradict each other or cannot be obeyed here."""
-    problems, get, schedule = [], settings.get, settings["lr_scheduler"]
-
-    def refuse(wrong, flag, remedy):
-        if wrong:
-            problems.append(f"--{flag}={get(flag)}: {remedy}")
-
+    get, schedule = settings.get, settings["lr_scheduler"]
     source = Path(get("pretrained_model_name_or_path") or "")
-    refuse(get("revision") and source.exists(), "revision", "does nothing without a model on the Hub; drop this")
-    refuse(get("variant") and (get("single_file_config") or get("from_flax")), "variant",
-           "does nothing without a PyTorch pipeline folder or Hub id; drop this")
-    refuse(get("lr_warmup_steps") and schedule in ("constant", "piecewise_constant"), "lr_warmup_steps",
-           "does nothing without constant_with_warmup or the like; add that or drop this")
     rules = re.fullmatch(r"({0}:\d+,)+{0}".format(r"\d*\.?\d+(e-?\d+)?"), get("lr_step_rules") or "")
-    refuse(schedule == "piecewise_constant" and not rules, "lr_step_rules", "give rules such as 1:10,0.1:20,0.01")
-    folder = "train_data_dir"
-    refuse(bool(get("dataset_name")) == bool(get(folder)), folder, "give this or --dataset_name, not both")
     trackers = ["all", "none", *map(str, get_available_trackers())]
-    refuse(get("report_to") not in trackers, "report_to", f"installed are {', '.join(trackers)}")
-    refuse(get("mixed_precision") == "fp16", "mixed_precision", "gradients would vanish; use bf16 or no")
     numbered = get("num_hosts") is not None and get("host_index") is not None
-    refuse(get("coordinator_address") and numbered == (get("coordinator_address") == "auto"), "coordinator_address",
-           "HOST:PORT needs --num_hosts and --host_index, auto finds them")
-    refuse(numbered and get("host_index") >= get("num_hosts"), "host_index", "must be below --num_hosts")
     flax_file, is_folder = source / "unet" / FLAX_FILES["unet"], (source / "unet").is_dir()
     others = {path.suffix for path in source.glob("unet/diffusion_pytorch_model*")} & {".bin", ".safetensors"}
-    refuse(is_folder and get("from_flax") and not flax_file.exists(), "from_flax", f"needs {flax_file}; drop this")
-    refuse(is_folder and flax_file.exists() and not others and not get("from_flax"), "from_flax",
-           "this pipeline has Flax weights alone; add --from_flax")
-    refuse(get("from_flax") and get("single_file_config"), "from_flax", "a single file is PyTorch's; drop this")
-    return problems
+    return [f"--{flag}={get(flag)}: {remedy}" for wrong, flag, remedy in (
+        (get("revision") and source.exists(), "revision", "does nothing without a model on the Hub; drop this"),
+        (get("variant") and (get("single_file_config") or get("from_flax")), "variant",
+         "does nothing without a PyTorch pipeline folder or Hub id; drop this"),
+        (get("lr_warmup_steps") and schedule in ("constant", "piecewise_constant"), "lr_warmup_steps",
+         "does nothing without constant_with_warmup or the like; add that or drop this"),
+        (schedule == "piecewise_constant" and not rules, "lr_step_rules", "give rules such as 1:10,0.1:20,0.01"),
+        (bool(get("dataset_name")) == bool(get("train_data_dir")), "train_data_dir",
+         "give this or --dataset_name, not both"),
+        (get("report_to") not in trackers, "report_to", f"installed are {', '.join(trackers)}"),
+        (get("mixed_precision") == "fp16", "mixed_precision", "gradients would vanish; use bf16 or no"),
+        (get("coordinator_address") and numbered == (get("coordinator_address") == "auto"), "coordinator_address",
+         "HOST:PORT needs --num_hosts and --host_index, auto finds them"),
+        (numbered and get("host_index") >= (get("num_hosts") or 0), "host_index", "must be below --num_hosts"),
+        (is_folder and get("from_flax") and not flax_file.exists(), "from_flax", f"needs {flax_file}; drop this"),
+        (is_folder and flax_file.exists() and not others and not get("from_flax"), "from_flax",
+         "this pipeline has Flax weights alone; add --from_flax"),
+        (get("from_flax") and get("single_file_config"), "from_flax", "a single file is PyTorch's; drop this"),
+    ) if wrong]
 
 
 def check_output(output_dir, resume_from_checkpoint, overwrite_output_dir, **settings):
@@ -592,16 +589,11 @@ def micro_batches(num_samples, batch_size, num_processes, process_index, accumul
 
 
 # ------------------------------------------------------------------------------------------------- networks in JAX
-# Pure functions of a dictionary of weights under the names and in the shapes of PyTorch's state dict. Inside, images
-# and latents are (batch, height, width, channels), which convolutions on every backend prefer.
-def part(weights, name):
-    """The weights below `name`, by the rest of their names."""
-    return {key[len(name) + 1 :]: value for key, value in weights.items() if key.startswith(f"{name}.")}
-
-
-def count(weights, name):
-    """How many layers the list `name` has."""
-    return len({key.split(".")[1] for key in weights if key.startswith(f"{name}.")})
+# Pure functions of PyTorch's state dict, of which the three whole networks make a tree by the parts of the names.
+# Inside, images and latents are (batch, height, width, channels), which convolutions on every backend prefer.
+def in_order(layers):
+    """The layers of a list, by their numbers: under `jax.jit` 10 comes before 2."""
+    return [layers[str(number)] for number in range(len(layers))]
 
 
 def dense(weights, x):
@@ -628,31 +620,31 @@ def norm(weights, x, eps, groups=None):
     return (normal * weights["weight"] + weights["bias"]).astype(x.dtype)
 
 
-def attention(weights, x, context, num_heads, names="to_q to_k to_v to_out.0", is_causal=False):
+def attention(weights, x, context, num_heads, names="to_q to_k to_v to_out", is_causal=False):
     """Attention of x (batch, length, channels) to `context`; the softmax is float32 in every precision."""
-    query, key, value, out = [part(weights, name) for name in names.split()]
+    query, key, value, out = [weights[name] for name in names.split()]
     heads = [dense(projection, source) for projection, source in ((query, x), (key, context), (value, context))]
     heads = [head.reshape(*head.shape[:2], num_heads, -1) for head in heads]
+    out = out.get("0", out)  # the UNet's and the VAE's is the first of a list
     return dense(out, jax.nn.dot_product_attention(*heads, is_causal=is_causal).reshape(*x.shape[:2], -1))
 
 
 def residual_block(weights, x, time_embedding, groups, eps):
     """Two convolutions beside a shortcut, with the time embedding (batch, channels) between them if there is one."""
-    hidden = conv(part(weights, "conv1"), jax.nn.silu(norm(part(weights, "norm1"), x, eps, groups)))
+    hidden = conv(weights["conv1"], jax.nn.silu(norm(weights["norm1"], x, eps, groups)))
     if time_embedding is not None:
-        hidden += dense(part(weights, "time_emb_proj"), jax.nn.silu(time_embedding))[:, None, None]
-    hidden = conv(part(weights, "conv2"), jax.nn.silu(norm(part(weights, "norm2"), hidden, eps, groups)))
-    shortcut = part(weights, "conv_shortcut")
-    return (dense(shortcut, x) if shortcut else x) + hidden
+        hidden += dense(weights["time_emb_proj"], jax.nn.silu(time_embedding))[:, None, None]
+    hidden = conv(weights["conv2"], jax.nn.silu(norm(weights["norm2"], hidden, eps, groups)))
+    return (dense(weights["conv_shortcut"], x) if "conv_shortcut" in weights else x) + hidden
 
 
 def transformer_block(weights, x, context, num_heads):
     """Self-attention, cross-attention and a gated feed-forward layer; the gate is the exact GELU."""
-    normal = norm(part(weights, "norm1"), x, 1e-5)
-    x += attention(part(weights, "attn1"), normal, normal, num_heads)
-    x += attention(part(weights, "attn2"), norm(part(weights, "norm2"), x, 1e-5), context, num_heads)
-    hidden, gate = jnp.split(dense(part(weights, "ff.net.0.proj"), norm(part(weights, "norm3"), x, 1e-5)), 2, axis=-1)
-    return x + dense(part(weights, "ff.net.2"), hidden * jax.nn.gelu(gate, approximate=False))
+    normal, layers = norm(weights["norm1"], x, 1e-5), weights["ff"]["net"]
+    x += attention(weights["attn1"], normal, normal, num_heads)
+    x += attention(weights["attn2"], norm(weights["norm2"], x, 1e-5), context, num_heads)
+    hidden, gate = jnp.split(dense(layers["0"]["proj"], norm(weights["norm3"], x, 1e-5)), 2, axis=-1)
+    return x + dense(layers["2"], hidden * jax.nn.gelu(gate, approximate=False))
 
 
 def embed_timesteps(weights, config, timesteps):
@@ -662,16 +654,15 @@ def embed_timesteps(weights, config, timesteps):
     rates = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / (half - config["freq_shift"]))
     angles = timesteps[:, None].astype(jnp.float32) * rates.numpy()
     waves = [jnp.cos(angles), jnp.sin(angles)] if config["flip_sin_to_cos"] else [jnp.sin(angles), jnp.cos(angles)]
-    kernel = part(weights, "time_embedding.linear_1")
-    hidden = jax.nn.silu(dense(kernel, jnp.concatenate(waves, axis=-1).astype(kernel["weight"].dtype)))
-    return dense(part(weights, "time_embedding.linear_2"), hidden)
+    waves = jnp.concatenate(waves, axis=-1).astype(weights["linear_1"]["weight"].dtype)
+    return dense(weights["linear_2"], jax.nn.silu(dense(weights["linear_1"], waves)))
 
 
 def apply_unet(weights, latents, timesteps, context, config, gradient_checkpointing=False):
     """The prediction (batch, 4, height / 8, width / 8) of a UNet2DConditionModel for latents of this shape, timesteps
     (batch,) and prompt embeddings (batch, tokens, channels), in the precision of the weights."""
-    dtype, groups = weights["conv_in.weight"].dtype, config["norm_num_groups"]
-    num_levels = count(weights, "down_blocks")
+    weights, dtype = traverse_util.unflatten_dict(weights, sep="."), weights["conv_in.weight"].dtype
+    groups, num_levels = config["norm_num_groups"], len(weights["down_blocks"])
     heads = config["attention_head_dim"]  # so called since the first releases, it is the number of heads
     heads = heads if isinstance(heads, list | tuple) else [heads] * num_levels
     maybe_checkpoint = jax.checkpoint if gradient_checkpointing else lambda function: function
@@ -679,61 +670,56 @@ def apply_unet(weights, latents, timesteps, context, config, gradient_checkpoint
     blocks_of_level = [maybe_checkpoint(functools.partial(transformer_block, num_heads=number)) for number in heads]
 
     def attend(block, index, x, level):
-        inside = part(block, f"attentions.{index}")
-        if not inside:
+        if "attentions" not in block:
             return x
-        hidden = norm(part(inside, "norm"), x, 1e-6, groups)
-        hidden = dense(part(inside, "proj_in"), hidden.reshape(len(x), -1, x.shape[-1]))
-        for number in range(count(inside, "transformer_blocks")):
-            hidden = blocks_of_level[level](part(inside, f"transformer_blocks.{number}"), hidden, context)
-        return x + dense(part(inside, "proj_out"), hidden).reshape(x.shape)
+        inside = block["attentions"][str(index)]
+        hidden = dense(inside["proj_in"], norm(inside["norm"], x, 1e-6, groups).reshape(len(x), -1, x.shape[-1]))
+        for layer in in_order(inside["transformer_blocks"]):
+            hidden = blocks_of_level[level](layer, hidden, context)
+        return x + dense(inside["proj_out"], hidden).reshape(x.shape)
 
-    context, time_embedding = context.astype(dtype), embed_timesteps(weights, config, timesteps)
-    x = conv(part(weights, "conv_in"), latents.transpose(0, 2, 3, 1).astype(dtype))
+    context, time_embedding = context.astype(dtype), embed_timesteps(weights["time_embedding"], config, timesteps)
+    x = conv(weights["conv_in"], latents.transpose(0, 2, 3, 1).astype(dtype))
     skipped = [x]
-    for level in range(num_levels):
-        block = part(weights, f"down_blocks.{level}")
-        for index in range(count(block, "resnets")):
-            x = attend(block, index, residual(part(block, f"resnets.{index}"), x, time_embedding), level)
+    for level, block in enumerate(in_order(weights["down_blocks"])):
+        for index, layer in enumerate(in_order(block["resnets"])):
+            x = attend(block, index, residual(layer, x, time_embedding), level)
             skipped.append(x)
-        if downsampler := part(block, "downsamplers.0.conv"):
-            x = conv(downsampler, x, stride=2)
+        if "downsamplers" in block:
+            x = conv(block["downsamplers"]["0"]["conv"], x, stride=2)
             skipped.append(x)
-    block = part(weights, "mid_block")
-    x = residual(part(block, "resnets.0"), x, time_embedding)
-    for index in range(count(block, "attentions")):
-        x = residual(part(block, f"resnets.{index + 1}"), attend(block, index, x, -1), time_embedding)
-    for level in range(num_levels):
-        block = part(weights, f"up_blocks.{level}")
-        for index in range(count(block, "resnets")):
-            x = residual(part(block, f"resnets.{index}"), jnp.concatenate([x, skipped.pop()], -1), time_embedding)
+    first, *others = in_order(weights["mid_block"]["resnets"])
+    x = residual(first, x, time_embedding)
+    for index, layer in enumerate(others):
+        x = residual(layer, attend(weights["mid_block"], index, x, -1), time_embedding)
+    for level, block in enumerate(in_order(weights["up_blocks"])):
+        for index, layer in enumerate(in_order(block["resnets"])):
+            x = residual(layer, jnp.concatenate([x, skipped.pop()], -1), time_embedding)
             x = attend(block, index, x, -1 - level)
-        if upsampler := part(block, "upsamplers.0.conv"):
+        if "upsamplers" in block:
             height, width = skipped[-1].shape[1:3]  # odd sides lose a row that the way down did not have
-            x = conv(upsampler, x.repeat(2, axis=1).repeat(2, axis=2)[:, :height, :width])
-    x = jax.nn.silu(norm(part(weights, "conv_norm_out"), x, config["norm_eps"], groups))
-    return conv(part(weights, "conv_out"), x).transpose(0, 3, 1, 2)
+            x = conv(block["upsamplers"]["0"]["conv"], x.repeat(2, axis=1).repeat(2, axis=2)[:, :height, :width])
+    x = jax.nn.silu(norm(weights["conv_norm_out"], x, config["norm_eps"], groups))
+    return conv(weights["conv_out"], x).transpose(0, 3, 1, 2)
 
 
 def apply_vae_encoder(weights, pixel_values, config):
     """Mean and log-variance (batch, 2 x 4, height / 8, width / 8) of an AutoencoderKL's posterior, in float32, for
     pixels (batch, 3, height, width) in [-1, 1]."""
-    encoder, groups = part(weights, "encoder"), config["norm_num_groups"]
-    x = conv(part(encoder, "conv_in"), pixel_values.transpose(0, 2, 3, 1).astype(encoder["conv_in.weight"].dtype))
-    for level in range(count(encoder, "down_blocks")):
-        block = part(encoder, f"down_blocks.{level}")
-        for index in range(count(block, "resnets")):
-            x = residual_block(part(block, f"resnets.{index}"), x, None, groups, 1e-6)
-        if downsampler := part(block, "downsamplers.0.conv"):
-            x = conv(downsampler, x, stride=2, padding=(0, 1))
-    middle = part(encoder, "mid_block")
-    x = residual_block(part(middle, "resnets.0"), x, None, groups, 1e-6)
-    inside = part(middle, "attentions.0")
-    hidden = norm(part(inside, "group_norm"), x, 1e-6, groups).reshape(len(x), -1, x.shape[-1])
-    x += attention(inside, hidden, hidden, 1).reshape(x.shape)
-    x = residual_block(part(middle, "resnets.1"), x, None, groups, 1e-6)
-    x = conv(part(encoder, "conv_out"), jax.nn.silu(norm(part(encoder, "conv_norm_out"), x, 1e-6, groups)))
-    return dense(part(weights, "quant_conv"), x).transpose(0, 3, 1, 2).astype(jnp.float32)
+    weights, groups = traverse_util.unflatten_dict(weights, sep="."), config["norm_num_groups"]
+    encoder, middle = weights["encoder"], weights["encoder"]["mid_block"]
+    x = conv(encoder["conv_in"], pixel_values.transpose(0, 2, 3, 1).astype(encoder["conv_in"]["weight"].dtype))
+    for block in in_order(encoder["down_blocks"]):
+        for layer in in_order(block["resnets"]):
+            x = residual_block(layer, x, None, groups, 1e-6)
+        if "downsamplers" in block:
+            x = conv(block["downsamplers"]["0"]["conv"], x, stride=2, padding=(0, 1))
+    x = residual_block(middle["resnets"]["0"], x, None, groups, 1e-6)
+    hidden = norm(middle["attentions"]["0"]["group_norm"], x, 1e-6, groups).reshape(len(x), -1, x.shape[-1])
+    x += attention(middle["attentions"]["0"], hidden, hidden, 1).reshape(x.shape)
+    x = residual_block(middle["resnets"]["1"], x, None, groups, 1e-6)
+    x = conv(encoder["conv_out"], jax.nn.silu(norm(encoder["conv_norm_out"], x, 1e-6, groups)))
+    return dense(weights["quant_conv"], x).transpose(0, 3, 1, 2).astype(jnp.float32)
 
 
 def apply_text_encoder(weights, input_ids, config):
@@ -741,16 +727,15 @@ def apply_text_encoder(weights, input_ids, config):
     gelu = {"gelu": functools.partial(jax.nn.gelu, approximate=False),
             "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x)}[config["hidden_act"]]
     normal = functools.partial(norm, eps=config["layer_norm_eps"])
-    x = weights["embeddings.token_embedding.weight"][input_ids]
-    x += weights["embeddings.position_embedding.weight"][: input_ids.shape[1]]
-    for index in range(count(part(weights, "encoder"), "layers")):
-        layer = part(weights, f"encoder.layers.{index}")
-        hidden = normal(part(layer, "layer_norm1"), x)
-        x += attention(part(layer, "self_attn"), hidden, hidden, config["num_attention_heads"],
+    weights = traverse_util.unflatten_dict(weights, sep=".")
+    x = weights["embeddings"]["token_embedding"]["weight"][input_ids]
+    x += weights["embeddings"]["position_embedding"]["weight"][: input_ids.shape[1]]
+    for layer in in_order(weights["encoder"]["layers"]):
+        hidden = normal(layer["layer_norm1"], x)
+        x += attention(layer["self_attn"], hidden, hidden, config["num_attention_heads"],
                        "q_proj k_proj v_proj out_proj", is_causal=True)
-        hidden = gelu(dense(part(layer, "mlp.fc1"), normal(part(layer, "layer_norm2"), x)))
-        x += dense(part(layer, "mlp.fc2"), hidden)
-    return normal(part(weights, "final_layer_norm"), x)
+        x += dense(layer["mlp"]["fc2"], gelu(dense(layer["mlp"]["fc1"], normal(layer["layer_norm2"], x))))
+    return normal(weights["final_layer_norm"], x)
 
 
 # ---------------------------------------------------------------------------------------------------------- models
@@ -801,7 +786,6 @@ def load_models(args):
 def load_flax(source, revision, cache_dir):
     """A pipeline of PyTorch's modules with the weights of a Flax pipeline, folder or Hub id, in float32. Raises
     `RuntimeError` for a name or shape too many or too few."""
-    from flax import serialization, traverse_util
     folder = Path(source) if Path(source).is_dir() else Path(snapshot_download(
         source, revision=revision, cache_dir=cache_dir, allow_patterns=["*.json", "tokenizer/*", "*/*.msgpack"]))
     parts = {name: kind.from_config(kind.load_config(folder, subfolder=name)) for name, kind in (
@@ -826,7 +810,6 @@ def load_flax(source, revision, cache_dir):
 
 def write_flax(pipeline, output_dir, dtype):
     """Writes the weights of UNet and VAE in `dtype` and of the text encoder in float32 as Flax's classes had them."""
-    from flax import serialization, traverse_util
     old_names = {new.replace(".", "_"): old for old, new in FLAX_NAMES.items()}
     for name, file in FLAX_FILES.items():
         tree = {}
@@ -912,9 +895,7 @@ def encode_once(images, vae, text_encoder, batch_size, pool):
     # A mark in the place of each image, black and white: white is on the left in mirrored ones. None is opened again.
     file = io.BytesIO()
     Image.fromarray(np.array([[0, 255], [0, 255]], np.uint8)).save(file, "PNG")
-    marks = [{"bytes": file.getvalue(), "path": None}] * len(images)
-    rows = datasets.Dataset.from_dict({"image": marks, "captions": images.rows["captions"]})
-    rows = rows.cast_column("image", datasets.Image(decode=False))
+    rows = [{"image": {"bytes": file.getvalue()}, "captions": found} for found in images.rows["captions"]]
     images = dataclasses.replace(images, rows=rows, flags={**images.flags, "resolution": 2})
     return images, {**tables, "moments": moments, "vae": None}
 
@@ -1048,8 +1029,6 @@ def resume(checkpoint, settings, last_step, state):
     fixed = changed.keys() & FIXED_ON_RESUME
     remedy = "use those" if fixed else "use those, or add --allow_changed_resume"
     told = "\n  ".join([f"{checkpoint} was made under other settings; {remedy}", *changed.values()])
-    if not (checkpoint / "state.safetensors").is_file():
-        raise InputError(f"--resume_from_checkpoint: {checkpoint} was made by another script")
     if fixed or (changed and not settings["allow_changed_resume"]):
         raise InputError(f"--resume_from_checkpoint: {told}")
     if changed:
@@ -1201,12 +1180,11 @@ def train(args):
     optimizer = optax.chain(optax.scale_by_adam(args.adam_beta1, args.adam_beta2, args.adam_epsilon),
                             optax.add_decayed_weights(args.adam_weight_decay))
     weights = {name: value.numpy() for name, value in pipeline.unet.state_dict().items()}
-    state = {"unet": weights, "optimizer": jax.eval_shape(optimizer.init, weights)}
-    state["optimizer"] = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state["optimizer"])
+    state = {"unet": weights, "optimizer": jax.device_get(optimizer.init(weights))}
     state |= {"ema": weights} if args.use_ema else {}
     settings = {**vars(args), "hub_token": None, "data": fingerprint, "samples_per_step": samples_per_step,
                 "peak_learning_rate": learning_rate, "mixed_precision": args.mixed_precision or "no",
-                "schedule_steps": None if args.lr_scheduler.startswith("constant") else last_step}
+                "state": [*state], "schedule_steps": None if args.lr_scheduler.startswith("constant") else last_step}
     progress = {"global_step": 0, "base_losses": None, "losses": []}
     if checkpoint := find_checkpoint(output_dir, args.resume_from_checkpoint):
         state, progress = resume(checkpoint, settings, last_step, state)
@@ -1245,10 +1223,10 @@ def train(args):
     num_passes = [math.ceil(sizes[step % steps_per_epoch] / per_pass) for step in range(first_step, last_step)]
     batches = step_batches(images, order, num_passes, args.gradient_accumulation_steps, pool, batch_size=per_host,
                            **tables)
-    bar = tqdm(total=last_step, initial=first_step, unit="step", disable=not is_first)
+    bar = tqdm(range(first_step, last_step), initial=first_step, total=last_step, unit="step", disable=not is_first)
 
     batch = next(batches, None)
-    for step in range(first_step, last_step):
+    for step in bar:
         started = time.perf_counter()
         batch["stop"] = np.full_like(batch["weight"], bool(signals))
         batch = {name: jax.make_array_from_process_local_data(split, array) for name, array in batch.items()}
@@ -1263,7 +1241,6 @@ def train(args):
             progress["losses"].append(loss)
             images_per_second = sizes[step % steps_per_epoch] / (time.perf_counter() - started)
             bar.set_postfix(loss=f"{loss:.4f}", images_per_second=f"{images_per_second:.1f}", refresh=False)
-            bar.update()
         done = progress["global_step"]
         if is_first and done > step and (done % args.logging_steps == 0 or done == last_step):
             write_log(accelerator, output_dir, done, {
@@ -1277,7 +1254,6 @@ def train(args):
             leave(accelerator, output_dir, done, broken, signals)
         if done % validation_steps == 0 or done == last_step:
             look(state.get("ema", state["unet"]))
-    bar.close()
     if is_first:
         copy_weights(state.get("ema", state["unet"]), pipeline.unet)
         save_model(args, pipeline, noise_scheduler.config, last_step)
