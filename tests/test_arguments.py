@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 from accelerate.state import AcceleratorState
+from conftest import load_script
 from running import (
     TRAIN_DREAMBOOTH,
     TRAIN_DREAMBOOTH_LORA,
@@ -376,7 +377,25 @@ def test_an_empty_folder_may_be_there_but_not_a_file(train_script, command, tmp_
 def test_output_among_the_images_is_refused(train_script, command, tmp_path):
     """Its samples would be taken for images that lack a caption."""
     message = problems(train_script, command(f"--output_dir={tmp_path / 'images' / 'out'}"))
-    assert "lies in the folder of --train_data_dir" in message
+    assert "lies in the folder of the images" in message
+
+
+def test_output_among_the_images_of_a_dataset_is_refused(train_script, command, tmp_path):
+    words = [word for word in command() if not word.startswith(("--train_data_dir", "--output_dir"))]
+    words += [f"--dataset_name={tmp_path / 'images'}", f"--output_dir={tmp_path / 'images' / 'out'}"]
+    assert "lies in the folder of the images" in problems(train_script, words)
+
+
+@pytest.mark.parametrize("path, other", [(TRAIN_TEXT_TO_IMAGE, "pytorch_lora_weights.safetensors"),
+                                         (TRAIN_TEXT_TO_IMAGE_LORA, "model_index.json")])
+def test_a_result_of_another_kind_is_not_written_over(path, other, command, tmp_path):
+    """Both in one folder would be taken for one result, by its name."""
+    script, out = load_script(path), tmp_path / "out"
+    out.mkdir()
+    (out / "args.json").write_text("{}")
+    assert problems(script, command("--overwrite_output_dir")) == ""
+    (out / other).write_text("{}")
+    assert "is in use; name another" in problems(script, command("--overwrite_output_dir"))
 
 
 def test_output_that_cannot_be_written_is_refused(train_script, command, tmp_path):
@@ -387,6 +406,12 @@ def test_output_that_cannot_be_written_is_refused(train_script, command, tmp_pat
 def test_home_is_expanded(train_script, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert train_script.parse_args(["--output_dir=~/out"]).output_dir == str(tmp_path / "out")
+
+
+def test_home_is_expanded_for_the_config_itself(train_script, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("seed: 7\n")
+    assert train_script.parse_args(["--config=~/mine.yaml"]).seed == 7
 
 
 def test_resuming_and_overwriting_exclude_each_other(train_script, command):
@@ -421,7 +446,7 @@ CHANGES = [  # what changes the result, and how it is called in the message
     (["--caption_dropout=0.1"], "caption_dropout"),
     (["--mixed_precision=bf16"], "mixed_precision"),
     (["--train_batch_size=4"], "samples_per_step"),
-    (["--num_validation_samples=1"], "data"),
+    (["--num_validation_samples=1"], "captioned_images"),
     (["--lr_scheduler=cosine"], "lr_scheduler"),
     (["--use_ema"], "use_ema"),
 ]
@@ -455,7 +480,7 @@ def test_other_images_are_other_settings(train_script, command, run, capsys, ima
     with pytest.raises(SystemExit) as caught:
         train_script.main(command("--resume_from_checkpoint=latest", "--max_train_steps=3"))
     assert caught.value.code == 2
-    assert "data: " in capsys.readouterr().err
+    assert "captioned_images: " in capsys.readouterr().err
 
 
 def last_step(run):
@@ -581,6 +606,7 @@ def test_the_demo_is_a_recipe_of_flags(train_script, repo):
         ("- a\n- list\n", "no YAML file of flags"),
         ("just text\n", "no YAML file of flags"),
         ("training: [1]\n", "no YAML file of flags"),
+        ("training:\n  training:\n    seed: 1\n", "unknown key training"),
         ("a: [1\n", "no YAML file of flags"),
         ("\tseed: 1\n", "no YAML file of flags"),
     ],

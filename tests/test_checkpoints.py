@@ -7,9 +7,11 @@ import shutil
 import stat
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from image_data import snapshot, write_image_folder
+from PIL import Image
 from training import checkpoint_state, checkpoint_unet, losses, read_log, same, train, unet
 
 
@@ -156,7 +158,7 @@ def test_files_honour_the_umask(train_script, tiny_pipeline, images, tmp_path, u
     try:
         settings = {"max_train_steps": 1, "checkpointing_steps": 1, "use_ema": True, "validation_prompts": ["a"]}
         assert train(train_script, tiny_pipeline, images, tmp_path, **settings) == 0
-        assert os.umask(umask) == umask  # the script asks for it by setting it, and has to set it back
+        assert os.umask(umask) == umask
     finally:
         os.umask(before)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -191,10 +193,10 @@ def edit_image(images, folder):
         ({"random_flip": True}, "random_flip: False there, True now"),
         ({"noise_offset": 0.1}, "noise_offset: 0.0 there, 0.1 now"),
         ({"lr_scheduler": "linear"}, "lr_scheduler: constant there, linear now"),
-        ({"num_validation_samples": 1}, "data: "),
-        ({"max_train_samples": 5}, "data: "),
-        (edit_caption, "data: "),
-        (edit_image, "data: "),
+        ({"num_validation_samples": 1}, "captioned_images: "),
+        ({"max_train_samples": 5}, "captioned_images: "),
+        (edit_caption, "captioned_images: "),
+        (edit_image, "captioned_images: "),
     ],
 
 )
@@ -222,6 +224,35 @@ def test_changed_resume_is_refused_unless_allowed(
     assert all(map(math.isfinite, losses(stopped)))
 
 
+def test_other_held_out_images_are_other_images(train_script, tiny_pipeline, images, tmp_path, capsys):
+    """Else their loss would be compared with that of the pictures before."""
+    data = shutil.copytree(images, tmp_path / "data")
+    settings = {"num_validation_samples": 2, "checkpointing_steps": 1}
+    assert train(train_script, tiny_pipeline, data, tmp_path / "out", **settings) == 0
+    held_out = np.random.default_rng(train_script.HELD_OUT).permutation(6)[0]
+    Image.new("RGB", (32, 32)).save(sorted(data.glob("*.png"))[held_out])
+    settings |= {"resume_from_checkpoint": "latest", "max_train_steps": 9}
+    assert train(train_script, tiny_pipeline, data, tmp_path / "out", **settings) == 2
+    assert "captioned_images: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, content", [("state.pt", None), ("state.pt", 500), ("args.json", None),
+                                           ("args.json", 0), ("progress.json", 0)])
+def test_damaged_checkpoints_are_named(train_script, tiny_pipeline, images, stopped, capsys, name, content):
+    newest = train_script.find_checkpoint(stopped, "latest")
+    data = (newest / name).read_bytes()
+    (newest / name).unlink()
+    if content is not None:
+        (newest / name).write_bytes(data[:content])
+    before = snapshot(stopped)
+    settings = {"checkpointing_steps": 1, "resume_from_checkpoint": "latest"}
+    assert train(train_script, tiny_pipeline, images, stopped, **settings) == 2
+    message = capsys.readouterr().err
+    assert f"--resume_from_checkpoint: {newest} is damaged, or of another script; name another, or remove" in message
+    assert len(message.splitlines()) == 1
+    assert snapshot(stopped) == before
+
+
 def test_changed_model_is_refused(train_script, tiny_pipeline, images, stopped, tmp_path, capsys):
     other = shutil.copytree(tiny_pipeline, tmp_path / "other")
     settings = {"checkpointing_steps": 1, "resume_from_checkpoint": "latest"}
@@ -236,6 +267,35 @@ def test_held_out_images_may_change_on_an_allowed_resume(train_script, tiny_pipe
     settings |= {"num_validation_samples": 3, "resume_from_checkpoint": "latest", "allow_changed_resume": True}
     assert train(train_script, tiny_pipeline, images, tmp_path, **settings) == 0
     assert [row["step"] for row in read_log(tmp_path) if "held_out_loss" in row] == [0, 2, 4]
+
+
+def test_no_gain_over_losses_of_another_task(train_script, tiny_pipeline, images, tmp_path):
+    """Losses at another resolution are no measure of what was learnt; the gain starts anew."""
+    settings = {"num_validation_samples": 2, "checkpointing_steps": 2, "validation_steps": 2}
+    assert train(train_script, tiny_pipeline, images, tmp_path, **settings, max_train_steps=2) == 0
+    settings |= {"resolution": 16, "resume_from_checkpoint": "latest", "allow_changed_resume": True}
+    assert train(train_script, tiny_pipeline, images, tmp_path, **settings) == 0
+    gains = [row["held_out_gain"] for row in read_log(tmp_path) if "held_out_gain" in row]
+    assert gains[0] == 0
+    assert gains[1] == 0  # measured again, at the step of the resume
+    assert gains[2] != 0
+
+
+def test_a_run_written_over_an_ended_one_can_be_gone_on_with(
+    train_script, tiny_pipeline, images, tmp_path, monkeypatch
+):
+    """Though it was stopped before its first checkpoint."""
+    assert train(train_script, tiny_pipeline, images, tmp_path, max_train_steps=1) == 0
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_script, "micro_batches", stop)
+        assert train(train_script, tiny_pipeline, images, tmp_path, overwrite_output_dir=True) == 130
+    assert not (tmp_path / "README.md").exists()
+    assert train(train_script, tiny_pipeline, images, tmp_path, resume_from_checkpoint="latest") == 0
+    assert len(losses(tmp_path)) == 4
 
 
 def test_what_leaves_the_result_may_change(train_script, tiny_pipeline, images, straight, stopped, capsys):

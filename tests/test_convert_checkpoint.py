@@ -457,6 +457,7 @@ def test_paths_and_flags_that_are_wrong(tool, tiny_pipeline, copy, tmp_path, ref
             ([tiny_pipeline, tmp_path / "out.safetensors", "--config_folder", copy], "is for a file as SOURCE"),
             ([file, tmp_path / "back"], "add --config_folder=FOLDER"),
             ([file, tmp_path / "back", "--config_folder", tmp_path], "--config_folder="),
+            ([file, tmp_path / "back.ckpt", "--config_folder", copy], "a pipeline folder is written there"),
             ([file, copy, "--config_folder", tiny_pipeline], "exists; give another name"),
             ([file, copy, "--config_folder", copy, "--overwrite"], "holds what is read"),
             ([file, tmp_path, "--config_folder", copy, "--overwrite"], "holds what is read"),

@@ -147,6 +147,29 @@ def test_colour_profiles_are_obeyed(train_script, suffix):
     np.testing.assert_allclose(white[8, 8], 255, atol=1)
 
 
+def test_a_profile_is_not_srgb_because_it_names_it(train_script):
+    """Phones write such names for the primaries of Display P3."""
+    profile = colour_profile(GREEN, RED, BLUE, name=b"Display P3 Gamut with sRGB Transfer")
+    assert opened(train_script, Image.new("RGB", (1, 1), (255, 0, 0)), icc_profile=profile).tolist() == [[[0, 255, 0]]]
+
+
+def grey_profile(gamma):
+    """An ICC profile (version 2.1) of a grey device with this gamma."""
+    colour, size = colour_profile(RED, GREEN, BLUE), 128 + 4 + 2 * 12 + 20 + 14
+    table = struct.pack(">I4sII4sII", 2, b"wtpt", 156, 20, b"kTRC", 176, 14)
+    white = b"XYZ " + struct.pack(">4x3i", 63190, 65536, 54061)
+    return (struct.pack(">I", size) + colour[4:16] + b"GRAY" + colour[20:128] + table + white
+            + b"curv" + struct.pack(">4xIH", 1, round(gamma * 256)))
+
+
+def test_grey_profiles_are_obeyed(train_script):
+    expected = 255 * (1.055 * (128 / 255) ** (1 / 2.4) - 0.055)  # linear light as sRGB, IEC 61966-2-1
+    for image in (Image.new("L", (1, 1), 128), Image.new("LA", (1, 1), (128, 255))):
+        np.testing.assert_allclose(opened(train_script, image, icc_profile=grey_profile(1.0))[0, 0], expected, atol=1)
+    clear = Image.new("LA", (1, 1), (128, 0))
+    assert opened(train_script, clear, icc_profile=grey_profile(1.0)).tolist() == [[[255, 255, 255]]]
+
+
 def test_profiles_of_palettes_and_of_alpha(train_script):
     swapped = colour_profile(GREEN, RED, BLUE)
     palette = Image.new("P", (1, 1))
@@ -159,7 +182,7 @@ def test_profiles_of_palettes_and_of_alpha(train_script):
 
 
 @pytest.mark.parametrize("profile", [b"no profile at all", colour_profile(GREEN, RED, BLUE)[:200],
-                                     colour_profile(RED, GREEN, BLUE, name=b"sRGB")])
+                                     colour_profile(RED, GREEN, BLUE, name=b"sRGB IEC61966-2.1")])
 def test_profiles_that_change_nothing(train_script, profile):
     image = make_image(3, (20, 14))
     assert np.array_equal(opened(train_script, image, icc_profile=profile), np.asarray(image))
@@ -562,6 +585,22 @@ def test_csv_with_commas_outside_of_quotes_is_refused(train_script, image_folder
         train_script.read_folder(folder, "text")
 
 
+def test_an_open_quote_in_a_csv_is_refused(train_script, image_folder):
+    """Else one caption takes in all rows that follow."""
+    folder = image_folder(2)
+    (folder / "metadata.jsonl").unlink()
+    (folder / "metadata.csv").write_text('file_name,text\n00.png,"a cat\n01.png,a dog\n')
+    with pytest.raises(train_script.InputError, match=r"metadata\.csv: row 1 .*unexpected end of data"):
+        train_script.read_folder(folder, "text")
+
+
+def test_half_a_character_is_refused(train_script, image_folder):
+    folder = image_folder(1)
+    (folder / "metadata.jsonl").write_text('{"file_name": "00.png", "text": "a cat \\ud83d"}\n')
+    with pytest.raises(train_script.InputError, match=r"metadata\.jsonl: row 1 .*surrogates not allowed"):
+        train_script.read_folder(folder, "text")
+
+
 def test_file_name_in_another_encoding_is_named(train_script, image_folder):
     folder = image_folder()
     (folder / os.fsdecode(b"caf\xe9.png")).write_bytes(b"")
@@ -871,7 +910,7 @@ def test_long_captions_and_small_images_are_warned_of_and_trained_on(
     train_script, tiny_pipeline, image_folder, tmp_path, capsys
 ):
     sizes = [(32, 32), (20, 32), (32, 32), (200, 24)]
-    captions = ["a red circle", "two", "word " * 200, "three"]
+    captions = ["a red circle", "two", ["short", "word " * 200], "three"]
     folder = image_folder(4, size=sizes, captions=captions)
     train_script.main(arguments(tiny_pipeline, folder, tmp_path / "out"))
     said = capsys.readouterr().out

@@ -404,7 +404,10 @@ def test_all_mistakes_at_once(tool, tmp_path, capsys):
     assert run(tool, BASE, tmp_path / "empty", "--clip_model", CLIP, "--resolution", 64,
                "--output_dir", tmp_path / "out") == 2
     assert str(tmp_path / "empty") in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    assert run(tool, BASE, tmp_path / "empty", "--clip_model", CLIP, "--resolution", 64,
+               "--output_dir", tmp_path / "empty" / "out") == 2
+    assert "lies in the dataset, which stays as it is; put it elsewhere" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
 def verdicts(tool, train_script, folder, tmp_path, num_held_out, num_images, **settings):

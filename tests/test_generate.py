@@ -251,6 +251,15 @@ def test_all_mistakes_at_once(tool, tiny_pipeline, lora, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_lora_file_without_layers_is_refused(tool, tiny_pipeline, tmp_path, capsys):
+    from safetensors.torch import save_file
+
+    save_file({}, tmp_path / "empty.safetensors")
+    assert run(tool, tiny_pipeline, "--prompts", CAT, "--lora", tmp_path / "empty.safetensors", "--output_dir",
+               tmp_path / "out") == 2
+    assert "only 0 of its 0 layers are in" in capsys.readouterr().err
+
+
 def test_a_lora_of_another_model_is_refused(tool, tiny_pipeline, tiny_pipeline_sd1, lora, tmp_path, capsys):
     from safetensors.torch import load_file, save_file
 

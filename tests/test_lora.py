@@ -1,5 +1,6 @@
 """train_text_to_image_lora.py: what it changes and what it does not, exact resume, two processes, bad input."""
 
+import argparse
 import json
 import re
 import shutil
@@ -8,8 +9,9 @@ import pytest
 import torch
 from conftest import load_script
 from diffusers import UNet2DConditionModel
+from huggingface_hub.utils import filter_repo_objects
 from image_data import snapshot, write_image_folder
-from running import REPO, TRAIN_TEXT_TO_IMAGE_LORA, run_script
+from running import REPO, TRAIN_DREAMBOOTH, TRAIN_DREAMBOOTH_LORA, TRAIN_TEXT_TO_IMAGE_LORA, run_script
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from training import losses, read_log, same, train, words
@@ -267,10 +269,10 @@ def test_target_that_matches_no_layer(lora_script, tiny_pipeline, images, tmp_pa
     "settings, message",
     [
         ({"rank": 8}, "r is 4 in its unet, not 8"),
-        ({"lora_target": "all"}, "it was made with another base, --rank, --lora_target"),
+        ({"lora_target": "all"}, "it is in kohya's layout, or of another base, --rank, --lora_target"),
         ({"lora_alpha": 8}, "lora_alpha is 4 in its unet, not 8.0"),
         ({"use_rslora": True}, "use_rslora is False in its unet, not True"),
-        ({"train_text_encoder": False}, "it was made with another base, --rank, --lora_target"),
+        ({"train_text_encoder": False}, "it is in kohya's layout, or of another base, --rank, --lora_target"),
     ],
     ids=["rank", "target", "alpha", "rslora", "text encoder"],
 )
@@ -298,14 +300,55 @@ def test_lora_file_of_another_base(
     assert train(lora_script, tiny_pipeline_sd1, images, tmp_path / "out", **settings) == 2
     error = capsys.readouterr().err
     assert f"--init_lora_weights={straight}: cannot be used with these flags and model" in error
-    assert "(it was made with another base, --rank, --lora_target" in error
+    assert "(it is in kohya's layout, or of another base, --rank, --lora_target" in error
+
+
+@pytest.mark.parametrize(
+    "path", [TRAIN_TEXT_TO_IMAGE_LORA, TRAIN_DREAMBOOTH, TRAIN_DREAMBOOTH_LORA], ids=lambda path: path.stem
+)
+def test_gradient_checkpointing_changes_nothing(path, tiny_pipeline, images, tmp_path, recwarn):
+    """In the UNet and in the text encoder."""
+    script, settings = load_script(path), {"train_text_encoder": True, "learning_rate": 1e-2}
+    if "dreambooth" in path.stem:
+        settings |= {"train_data_dir": None, "instance_data_dir": images}
+    assert train(script, tiny_pipeline, images, tmp_path / "plain", **settings) == 0
+    assert train(script, tiny_pipeline, images, tmp_path / "again", **settings, gradient_checkpointing=True) == 0
+    assert losses(tmp_path / "again") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+    assert len(set(losses(tmp_path / "plain"))) == 4
+    assert not [warning for warning in recwarn if "checkpointing" in str(warning.message)]
+
+
+def test_the_hub_gets_the_result_alone(lora_script, tiny_pipeline, images, tmp_path, monkeypatch):
+    """Not other LoRA files in the folder, nor those in folders below, which the Hub's * would take."""
+    out, sent = tmp_path / "out", {}
+    monkeypatch.setattr(lora_script.HfApi, "create_repo", lambda self, *_, **__: argparse.Namespace(repo_id="me/x"))
+    monkeypatch.setattr(lora_script.HfApi, "upload_folder", lambda self, **words: sent.update(words))
+    (out / "private").mkdir(parents=True)
+    (out / "args.json").write_text("{}")
+    for name in ("mine.safetensors", "private/secret.safetensors"):
+        save_file({}, out / name)
+        (out / name).chmod(0o600)
+    assert train(lora_script, tiny_pipeline, images, out, push_to_hub=True, output_kohya_format=True,
+                 overwrite_output_dir=True, validation_prompts=["a red circle"]) == 0
+    allowed = filter_repo_objects([*snapshot(out)], allow_patterns=sent["allow_patterns"])
+    files = {name for name in allowed if not name.startswith("samples/")}
+    assert files == {"README.md", "log.jsonl", "pytorch_lora_weights.safetensors", "out.safetensors"}
+    for name, mode in (("mine.safetensors", 0o600), ("out.safetensors", (out / "README.md").stat().st_mode & 0o777)):
+        assert (out / name).stat().st_mode & 0o777 == mode
+
+
+def test_a_lora_file_without_layers_is_refused(lora_script, tiny_pipeline, images, tmp_path, capsys):
+    save_file({}, tmp_path / "empty.safetensors")
+    settings = {"init_lora_weights": tmp_path / "empty.safetensors"}
+    assert train(lora_script, tiny_pipeline, images, tmp_path / "out", **settings) == 2
+    assert "it is in kohya's layout, or of another base" in capsys.readouterr().err
 
 
 def test_file_without_our_header_is_refused(lora_script, tiny_pipeline, images, tmp_path, capsys):
     save_file({"lora_unet_mid.lora_down.weight": torch.zeros(4, 8)}, tmp_path / "kohya.safetensors")
     settings = {"init_lora_weights": tmp_path / "kohya.safetensors"}
     assert train(lora_script, tiny_pipeline, images, tmp_path / "out", **settings) == 2
-    assert "it was made with another base, --rank, --lora_target" in capsys.readouterr().err
+    assert "it is in kohya's layout, or of another base, --rank, --lora_target" in capsys.readouterr().err
 
 
 def test_messy_folder_is_listed(lora_script, tiny_pipeline, messy_folder, tmp_path, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -176,6 +177,17 @@ def test_no_file_of_the_result_names_a_path(result, licensed):
     """args.json, the log and the samples' files aside, which stay here."""
     for path in [path for path in result.rglob("*.json") if path.name not in ("args.json", "progress.json")]:
         assert str(licensed) not in path.read_text(), path
+
+
+def test_card_names_numbers_that_are_names_of_files_too(train_script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("512", "secret.txt", "out"):
+        Path(name).mkdir()
+    settings = {"resolution": 512, "validation_prompts": ["a cat"], "hub_model_id": "secret.txt"}
+    train_script.write_card("out", "nobody/base", None, settings, 3, "...", [])
+    card = Path("out", "README.md").read_text()
+    assert "| resolution | 512 |" in card
+    assert "secret" not in card
 
 
 def test_card_of_a_base_without_one(train_script, tiny_pipeline, images, tmp_path):

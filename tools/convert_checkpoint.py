@@ -102,11 +102,11 @@ def parse_words(parser, argv):
         parser.error(f"{replaced[0]} is not taken: {REPLACED_FLAGS[replaced[0]]}")
     path, flags = parser.parse_known_args(argv)[0].config, vars(parser.parse_args([]))
     try:
-        recipe = (yaml.safe_load(Path(path).read_text(encoding="utf-8")) if path else None) or {}
-        recipe = {**recipe, **(recipe.get("training") or {})}
+        recipe = (yaml.safe_load(Path(path).expanduser().read_text("utf-8")) if path else None) or {}
+        recipe |= recipe.pop("training", None) or {}
     except (OSError, ValueError, yaml.YAMLError, AttributeError, TypeError) as error:
         parser.error(f"--config={path}: is no YAML file of flags ({' '.join(str(error).split())})")
-    if unknown := sorted(map(str, recipe.keys() - (flags.keys() - {"config"}) - {"training", "evaluation"})):
+    if unknown := sorted(map(str, recipe.keys() - (flags.keys() - {"config"}) - {"evaluation"})):
         parser.error(f"--config={path}: unknown key {', '.join(unknown)}; keys are the flags of --help without dashes")
     for key, value in [(key, value) for key, value in recipe.items() if key in flags and value is not None]:
         if isinstance(value, list):
@@ -138,6 +138,8 @@ def check_args(args):
                         "architecture, to say the rest (tokenizer, scheduler, number of heads)")
     else:
         problems += [f"--config_folder={text}" for text in check_folder(Path(args.config_folder), None, False)]
+        if output.suffix in (".safetensors", ".ckpt") and not output.exists():
+            problems.append(f"{output}: a pipeline folder is written there; name it without {output.suffix}")
     problems += check_place(output, [source, *filter(None, [args.config_folder])], not is_folder, args.overwrite)
     if problems:
         raise InputError("\n  ".join(["", *problems] if len(problems) > 1 else problems))

@@ -207,6 +207,8 @@ def check_args(args):
     place = next(path for path in (output, *output.resolve().parents) if path.exists())
     if not (place.is_dir() and os.access(place, os.W_OK)):
         problems.append(f"--output_dir={output}: {place} is a file or cannot be written to; name another folder")
+    elif args.dataset and output.resolve().is_relative_to(Path(args.dataset).resolve()):
+        problems.append(f"--output_dir={output}: lies in the dataset, which stays as it is; put it elsewhere")
     elif any((output / name).exists() for name in ("evaluation.json", "closest_pairs.png")) and not args.overwrite:
         problems.append(f"--output_dir={output}: holds an evaluation; name another, or add --overwrite")
     if problems:
@@ -290,8 +292,8 @@ def read_folder(folder, caption_column):
         number = 1
         try:
             text = path.read_text(encoding="utf-8-sig")
-            lines = filter(str.strip, text.split("\n"))  # JSON may hold other line ends
-            for row in map(json.loads, lines) if path.suffix == ".jsonl" else csv.DictReader(io.StringIO(text)):
+            rows = map(json.loads, filter(str.strip, text.split("\n")))  # JSON may hold other line ends
+            for row in rows if path.suffix == ".jsonl" else csv.DictReader(io.StringIO(text), strict=True):
                 file = Path(os.path.abspath(path.parent / row["file_name"]))
                 captions.setdefault(file, []).extend(all_captions(row.get(caption_column)))
                 if None in row:
@@ -343,11 +345,12 @@ def open_image(encoded):
         raise ValueError("floating-point pixels have no defined white")
     if image.mode.startswith("I"):  # Pillow would saturate 16-bit greys
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    mode = {"CMYK": "CMYK", "L": "L", "LA": "L"}.get(image.mode, "RGB")  # which the profile is for
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image if image.mode in ("CMYK", "L") else image.convert("RGB")
-    if profile and b"sRGB" not in profile.replace(b"\0", b""):  # most say sRGB, in letters of 1 or 2 bytes
+    image = image.convert(mode)
+    if profile and b"sRGB IEC61966" not in profile.replace(b"\0", b""):  # most name that, in letters of 1 or 2 bytes
         with contextlib.suppress(ImageCms.PyCMSError):  # a viewer, too, ignores a profile that does not fit
             image = ImageCms.profileToProfile(image, io.BytesIO(profile), ImageCms.createProfile("sRGB"), 0, "RGB")
     return image.convert("RGB")
@@ -392,9 +395,9 @@ def check_images(rows, memory):
 
 
 def all_captions(captions):
-    """The usable captions of a row that holds a string or a list of them."""
+    """The usable captions of a row that holds a string or a list of them. Raises `ValueError` for half a character."""
     captions = captions if isinstance(captions, list) else [captions]
-    return [caption for caption in captions if isinstance(caption, str) and caption.strip()]
+    return [caption for caption in captions if isinstance(caption, str) and caption.encode() and caption.strip()]
 
 
 def check_rows(rows, memory, skip_bad_images, tokenizer, resolution):
@@ -410,7 +413,7 @@ def check_rows(rows, memory, skip_bad_images, tokenizer, resolution):
         if not problem:
             good[index] = hashlib.sha256(json.dumps([digest, captions[index]]).encode()).hexdigest()
             if max(map(len, tokenizer(captions[index], verbose=False).input_ids)) > tokenizer.model_max_length:
-                cut.append(f"{captions[index][0][:80]}...")
+                cut.append(f"{max(captions[index], key=len)[:80]}...")
     unusable = "\n  ".join([f"{len(bad)} of {len(rows)} images are unusable:", *bad[:100]])
     if bad and not (skip_bad_images and good):
         raise InputError(f"{unusable}\nMend or remove them, or add --skip_bad_images.")
@@ -462,7 +465,7 @@ class CaptionedImages(torch.utils.data.Dataset):
 def load_data(pretrained_model_name_or_path, single_file_config, revision, cache_dir, train_data_dir, dataset_name,
               dataset_config_name, image_column, caption_column, hub_token, max_train_samples, num_validation_samples,
               skip_bad_images, resolution, seed, default_caption=None, repeats=1, **flags):
-    """Reads, checks and splits the images; returns (training images, held-out images, fingerprint of the former). The
+    """Reads, checks and splits the images; returns (training images, held-out images, fingerprint of both). The
     held-out ones are the same for every seed, and always seen alike. `default_caption` is that of images without."""
     source, where = single_file_config or pretrained_model_name_or_path, {"revision": revision, "cache_dir": cache_dir}
     tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)
@@ -483,7 +486,7 @@ def load_data(pretrained_model_name_or_path, single_file_config, revision, cache
         raise InputError(f"--num_validation_samples={num_validation_samples}: must leave some of {len(rows)} images")
     order = np.random.default_rng(HELD_OUT).permutation(len(rows))
     held_out, training = np.sort(order[:num_validation_samples]), np.sort(order[num_validation_samples:])
-    fingerprint = hashlib.sha256("".join(digests[index] for index in training).encode()).hexdigest()
+    fingerprint = hashlib.sha256(" ".join([f"{num_validation_samples}", *digests]).encode()).hexdigest()
     flags |= {"seed": seed, "resolution": resolution}
     images = CaptionedImages(rows.select(np.repeat(training, repeats)), tokenizer, latent_shape,
                              schedule.get("num_train_timesteps", 1000), flags)
@@ -540,7 +543,7 @@ def load_pipeline(folder, loras, dtype, device, **parts):
             wanted = sum(bool(re.search(r"lora_A|lora_down|lora\.down", key)) for key in file.keys())  # noqa: SIM118
         names = [name for part in (pipeline.unet, pipeline.text_encoder) for name, _ in part.named_parameters()]
         loaded = sum(f".lora_A.lora_{number}." in name for name in names)
-        if loaded != wanted:  # which diffusers says in a warning at most
+        if loaded != wanted or not wanted:  # which diffusers says in a warning at most
             raise InputError(f"--lora={path}: only {loaded} of its {wanted} layers are in {folder}; give the model "
                              "that it was trained on")
     if loras:

@@ -319,7 +319,7 @@ def load_pipeline(folder, loras, dtype, device, **parts):
             wanted = sum(bool(re.search(r"lora_A|lora_down|lora\.down", key)) for key in file.keys())  # noqa: SIM118
         names = [name for part in (pipeline.unet, pipeline.text_encoder) for name, _ in part.named_parameters()]
         loaded = sum(f".lora_A.lora_{number}." in name for name in names)
-        if loaded != wanted:  # which diffusers says in a warning at most
+        if loaded != wanted or not wanted:  # which diffusers says in a warning at most
             raise InputError(f"--lora={path}: only {loaded} of its {wanted} layers are in {folder}; give the model "
                              "that it was trained on")
     if loras:

@@ -56,11 +56,11 @@ def parse_words(parser, argv):
         parser.error(f"{replaced[0]} is not taken: {REPLACED_FLAGS[replaced[0]]}")
     path, flags = parser.parse_known_args(argv)[0].config, vars(parser.parse_args([]))
     try:
-        recipe = (yaml.safe_load(Path(path).read_text(encoding="utf-8")) if path else None) or {}
-        recipe = {**recipe, **(recipe.get("training") or {})}
+        recipe = (yaml.safe_load(Path(path).expanduser().read_text("utf-8")) if path else None) or {}
+        recipe |= recipe.pop("training", None) or {}
     except (OSError, ValueError, yaml.YAMLError, AttributeError, TypeError) as error:
         parser.error(f"--config={path}: is no YAML file of flags ({' '.join(str(error).split())})")
-    if unknown := sorted(map(str, recipe.keys() - (flags.keys() - {"config"}) - {"training", "evaluation"})):
+    if unknown := sorted(map(str, recipe.keys() - (flags.keys() - {"config"}) - {"evaluation"})):
         parser.error(f"--config={path}: unknown key {', '.join(unknown)}; keys are the flags of --help without dashes")
     for key, value in [(key, value) for key, value in recipe.items() if key in flags and value is not None]:
         if isinstance(value, list):

@@ -85,11 +85,11 @@ def parse_words(parser, argv):
         parser.error(f"{replaced[0]} is not taken: {REPLACED_FLAGS[replaced[0]]}")
     path, flags = parser.parse_known_args(argv)[0].config, vars(parser.parse_args([]))
     try:
-        recipe = (yaml.safe_load(Path(path).read_text(encoding="utf-8")) if path else None) or {}
-        recipe = {**recipe, **(recipe.get("training") or {})}
+        recipe = (yaml.safe_load(Path(path).expanduser().read_text("utf-8")) if path else None) or {}
+        recipe |= recipe.pop("training", None) or {}
     except (OSError, ValueError, yaml.YAMLError, AttributeError, TypeError) as error:
         parser.error(f"--config={path}: is no YAML file of flags ({' '.join(str(error).split())})")
-    if unknown := sorted(map(str, recipe.keys() - (flags.keys() - {"config"}) - {"training", "evaluation"})):
+    if unknown := sorted(map(str, recipe.keys() - (flags.keys() - {"config"}) - {"evaluation"})):
         parser.error(f"--config={path}: unknown key {', '.join(unknown)}; keys are the flags of --help without dashes")
     for key, value in [(key, value) for key, value in recipe.items() if key in flags and value is not None]:
         if isinstance(value, list):
@@ -145,8 +145,8 @@ def read_folder(folder, caption_column):
         number = 1
         try:
             text = path.read_text(encoding="utf-8-sig")
-            lines = filter(str.strip, text.split("\n"))  # JSON may hold other line ends
-            for row in map(json.loads, lines) if path.suffix == ".jsonl" else csv.DictReader(io.StringIO(text)):
+            rows = map(json.loads, filter(str.strip, text.split("\n")))  # JSON may hold other line ends
+            for row in rows if path.suffix == ".jsonl" else csv.DictReader(io.StringIO(text), strict=True):
                 file = Path(os.path.abspath(path.parent / row["file_name"]))
                 captions.setdefault(file, []).extend(all_captions(row.get(caption_column)))
                 if None in row:
@@ -198,11 +198,12 @@ def open_image(encoded):
         raise ValueError("floating-point pixels have no defined white")
     if image.mode.startswith("I"):  # Pillow would saturate 16-bit greys
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    mode = {"CMYK": "CMYK", "L": "L", "LA": "L"}.get(image.mode, "RGB")  # which the profile is for
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image if image.mode in ("CMYK", "L") else image.convert("RGB")
-    if profile and b"sRGB" not in profile.replace(b"\0", b""):  # most say sRGB, in letters of 1 or 2 bytes
+    image = image.convert(mode)
+    if profile and b"sRGB IEC61966" not in profile.replace(b"\0", b""):  # most name that, in letters of 1 or 2 bytes
         with contextlib.suppress(ImageCms.PyCMSError):  # a viewer, too, ignores a profile that does not fit
             image = ImageCms.profileToProfile(image, io.BytesIO(profile), ImageCms.createProfile("sRGB"), 0, "RGB")
     return image.convert("RGB")
@@ -247,9 +248,9 @@ def check_images(rows, memory):
 
 
 def all_captions(captions):
-    """The usable captions of a row that holds a string or a list of them."""
+    """The usable captions of a row that holds a string or a list of them. Raises `ValueError` for half a character."""
     captions = captions if isinstance(captions, list) else [captions]
-    return [caption for caption in captions if isinstance(caption, str) and caption.strip()]
+    return [caption for caption in captions if isinstance(caption, str) and caption.encode() and caption.strip()]
 
 
 def last_line(error):

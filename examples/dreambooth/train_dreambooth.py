@@ -57,7 +57,7 @@ MIN_SIDE = 16  # pixels; anything smaller is an icon or a broken file
 HELD_OUT_TIMESTEPS = 4  # at which the loss of each held-out image is measured
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SAMPLE, ORDER, DROPOUT, SUBSET, HELD_OUT = range(5)  # a stream of random numbers each
-CLASS = 5  # one more
+CLASS = 5  # the stream of the class images' noise
 REPLACED_FLAGS = {
     "--local_rank": "start with `accelerate launch` or torchrun, which set the rank",
     "--offset_noise": "use --noise_offset=0.1",
@@ -197,11 +197,11 @@ def parse_words(parser, argv):
         parser.error(f"{replaced[0]} is not taken: {REPLACED_FLAGS[replaced[0]]}")
     path, flags = parser.parse_known_args(argv)[0].config, vars(parser.parse_args([]))
     try:
-        recipe = (yaml.safe_load(Path(path).read_text(encoding="utf-8")) if path else None) or {}
-        recipe = {**recipe, **(recipe.get("training") or {})}
+        recipe = (yaml.safe_load(Path(path).expanduser().read_text("utf-8")) if path else None) or {}
+        recipe |= recipe.pop("training", None) or {}
     except (OSError, ValueError, yaml.YAMLError, AttributeError, TypeError) as error:
         parser.error(f"--config={path}: is no YAML file of flags ({' '.join(str(error).split())})")
-    if unknown := sorted(map(str, recipe.keys() - (flags.keys() - {"config"}) - {"training", "evaluation"})):
+    if unknown := sorted(map(str, recipe.keys() - (flags.keys() - {"config"}) - {"evaluation"})):
         parser.error(f"--config={path}: unknown key {', '.join(unknown)}; keys are the flags of --help without dashes")
     for key, value in [(key, value) for key, value in recipe.items() if key in flags and value is not None]:
         if isinstance(value, list):
@@ -240,7 +240,7 @@ def check_args(args):
 
 
 def check_settings(settings):
-    """Lists which flags contradict each other or cannot be obeyed here. Other scripts have some more flags."""
+    """Lists which flags contradict each other or cannot be obeyed here."""
     get, schedule = settings.get, settings["lr_scheduler"]
     is_local = Path(get("pretrained_model_name_or_path") or "").exists()
     rules = re.fullmatch(r"({0}:\d+,)+{0}".format(r"\d*\.?\d+(e-?\d+)?"), get("lr_step_rules") or "")
@@ -271,14 +271,16 @@ def check_output(output_dir, resume_from_checkpoint, overwrite_output_dir, **set
     """Lists what is wrong with the folders and the checkpoint to resume from."""
     output, wanted = Path(output_dir).resolve(), resume_from_checkpoint
     checkpoint, newest = find_checkpoint(output, wanted), find_checkpoint(output, "latest")
-    place, run = next(path for path in (output, *output.parents) if path.exists()), (output / "args.json").is_file()
+    place = next(path for path in (output, *output.parents) if path.exists())
+    other = "model_index.json" if "rank" in settings else "pytorch_lora_weights.safetensors"  # which stays behind
+    run = (output / "args.json").is_file() and not (output / other).exists()
     # Without a checkpoint `latest` starts anew, in the folder of a run that was stopped before its first one.
     begun = wanted == "latest" and run and not (output / "README.md").exists()
     own = output == checkpoint.resolve().parent if checkpoint else begun
     usable = place.is_dir() and os.access(place, os.W_OK)
     used = usable and place == output and any(output.iterdir())
     data = "train_data_dir" if "train_data_dir" in settings else "instance_data_dir"
-    folder = settings[data]
+    folder = settings[data] or settings["dataset_name"]
     return [f"--{flag}: {told}" for wrong, flag, told in (
         (checkpoint and not (checkpoint / "progress.json").is_file(), f"resume_from_checkpoint={wanted}",
          "is no whole checkpoint folder; name one, or latest"),
@@ -288,9 +290,9 @@ def check_output(output_dir, resume_from_checkpoint, overwrite_output_dir, **set
         (not usable, f"output_dir={output_dir}", f"{place} is a file or cannot be written to; name another folder"),
         (used and not own and not (overwrite_output_dir and run), f"output_dir={output_dir}", "is in use; name another"
          ", go on with its run by --resume_from_checkpoint=latest, or write over that run by --overwrite_output_dir"),
-        (folder and not os.path.isdir(folder), f"{data}={folder}", "does not exist, or is no folder"),
+        (settings[data] and not os.path.isdir(folder), f"{data}={folder}", "does not exist, or is no folder"),
         (folder and output.is_relative_to(Path(folder or "").resolve()), f"output_dir={output_dir}",
-         f"lies in the folder of --{data}; put it elsewhere"),
+         "lies in the folder of the images; put it elsewhere"),
     ) if wrong]
 
 
@@ -330,19 +332,22 @@ def check_model(pretrained_model_name_or_path, single_file_config, revision, cac
     return problems
 
 
-def check_subject(instance_data_dir, instance_prompt, with_prior_preservation, class_data_dir, class_prompt,
-                  output_dir, **_):
+def check_subject(instance_data_dir, dataset_name, instance_prompt, with_prior_preservation, class_data_dir,
+                  class_prompt, output_dir, **_):
     """Lists what is wrong with the prompts and folders of subject and class."""
     problems = [f"--with_prior_preservation: needs --{flag}" for flag, value in (
-        ("class_data_dir", class_data_dir), ("class_prompt", class_prompt)) if with_prior_preservation and not value]
+        ("class_data_dir", class_data_dir), ("class_prompt", (class_prompt or "").strip()))
+        if with_prior_preservation and not value]
     bare = instance_data_dir and not instance_prompt and not any(
-        path.suffix in (".txt", ".jsonl", ".csv") for path in Path(instance_data_dir).rglob("*"))
+        path.name in ("metadata.jsonl", "metadata.csv") or (path.suffix.lower() in IMAGE_SUFFIXES
+        and path.with_suffix(".txt").is_file()) for path in Path(instance_data_dir).rglob("*"))
     if bare or (instance_prompt or "x").isspace():
         problems.append("--instance_prompt: give a rare word and the class, such as a photo of sks dog, for photos "
                         "that have no captions")
     if class_data_dir:
         folder = Path(class_data_dir).resolve()
-        for flag, other in (("instance_data_dir", instance_data_dir), ("output_dir", output_dir)):
+        for flag, other in (("instance_data_dir", instance_data_dir), ("dataset_name", dataset_name),
+                            ("output_dir", output_dir)):
             places = [str(folder), str(Path(other or folder.anchor).resolve())]
             if other and os.path.commonpath(places) in places:
                 problems.append(f"--class_data_dir={class_data_dir}: is not apart from --{flag}; name another")
@@ -369,8 +374,8 @@ def read_folder(folder, caption_column):
         number = 1
         try:
             text = path.read_text(encoding="utf-8-sig")
-            lines = filter(str.strip, text.split("\n"))  # JSON may hold other line ends
-            for row in map(json.loads, lines) if path.suffix == ".jsonl" else csv.DictReader(io.StringIO(text)):
+            rows = map(json.loads, filter(str.strip, text.split("\n")))  # JSON may hold other line ends
+            for row in rows if path.suffix == ".jsonl" else csv.DictReader(io.StringIO(text), strict=True):
                 file = Path(os.path.abspath(path.parent / row["file_name"]))
                 captions.setdefault(file, []).extend(all_captions(row.get(caption_column)))
                 if None in row:
@@ -422,11 +427,12 @@ def open_image(encoded):
         raise ValueError("floating-point pixels have no defined white")
     if image.mode.startswith("I"):  # Pillow would saturate 16-bit greys
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    mode = {"CMYK": "CMYK", "L": "L", "LA": "L"}.get(image.mode, "RGB")  # which the profile is for
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image if image.mode in ("CMYK", "L") else image.convert("RGB")
-    if profile and b"sRGB" not in profile.replace(b"\0", b""):  # most say sRGB, in letters of 1 or 2 bytes
+    image = image.convert(mode)
+    if profile and b"sRGB IEC61966" not in profile.replace(b"\0", b""):  # most name that, in letters of 1 or 2 bytes
         with contextlib.suppress(ImageCms.PyCMSError):  # a viewer, too, ignores a profile that does not fit
             image = ImageCms.profileToProfile(image, io.BytesIO(profile), ImageCms.createProfile("sRGB"), 0, "RGB")
     return image.convert("RGB")
@@ -471,9 +477,9 @@ def check_images(rows, memory):
 
 
 def all_captions(captions):
-    """The usable captions of a row that holds a string or a list of them."""
+    """The usable captions of a row that holds a string or a list of them. Raises `ValueError` for half a character."""
     captions = captions if isinstance(captions, list) else [captions]
-    return [caption for caption in captions if isinstance(caption, str) and caption.strip()]
+    return [caption for caption in captions if isinstance(caption, str) and caption.encode() and caption.strip()]
 
 
 def check_rows(rows, memory, skip_bad_images, tokenizer, resolution):
@@ -489,7 +495,7 @@ def check_rows(rows, memory, skip_bad_images, tokenizer, resolution):
         if not problem:
             good[index] = hashlib.sha256(json.dumps([digest, captions[index]]).encode()).hexdigest()
             if max(map(len, tokenizer(captions[index], verbose=False).input_ids)) > tokenizer.model_max_length:
-                cut.append(f"{captions[index][0][:80]}...")
+                cut.append(f"{max(captions[index], key=len)[:80]}...")
     unusable = "\n  ".join([f"{len(bad)} of {len(rows)} images are unusable:", *bad[:100]])
     if bad and not (skip_bad_images and good):
         raise InputError(f"{unusable}\nMend or remove them, or add --skip_bad_images.")
@@ -541,7 +547,7 @@ class CaptionedImages(torch.utils.data.Dataset):
 def load_data(pretrained_model_name_or_path, single_file_config, revision, cache_dir, train_data_dir, dataset_name,
               dataset_config_name, image_column, caption_column, hub_token, max_train_samples, num_validation_samples,
               skip_bad_images, resolution, seed, default_caption=None, repeats=1, **flags):
-    """Reads, checks and splits the images; returns (training images, held-out images, fingerprint of the former). The
+    """Reads, checks and splits the images; returns (training images, held-out images, fingerprint of both). The
     held-out ones are the same for every seed, and always seen alike. `default_caption` is that of images without."""
     source, where = single_file_config or pretrained_model_name_or_path, {"revision": revision, "cache_dir": cache_dir}
     tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)
@@ -562,7 +568,7 @@ def load_data(pretrained_model_name_or_path, single_file_config, revision, cache
         raise InputError(f"--num_validation_samples={num_validation_samples}: must leave some of {len(rows)} images")
     order = np.random.default_rng(HELD_OUT).permutation(len(rows))
     held_out, training = np.sort(order[:num_validation_samples]), np.sort(order[num_validation_samples:])
-    fingerprint = hashlib.sha256("".join(digests[index] for index in training).encode()).hexdigest()
+    fingerprint = hashlib.sha256(" ".join([f"{num_validation_samples}", *digests]).encode()).hexdigest()
     flags |= {"seed": seed, "resolution": resolution}
     images = CaptionedImages(rows.select(np.repeat(training, repeats)), tokenizer, latent_shape,
                              schedule.get("num_train_timesteps", 1000), flags)
@@ -611,8 +617,7 @@ def load_classes(class_data_dir, class_prompt, num_class_images, dataset_name, m
              and not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     others = [name for name in there if not re.fullmatch(r"class-\d{5}\.png", name)]
     missing = [name for k in range(number - len(others)) if (name := f"class-{k:05d}.png") not in there]
-    print(f"{number} class images in {folder}, {len(missing)} of them to be drawn; each pass holds one of them for "
-          "every photo")
+    print(f"Class images in {folder}: {len(missing)} to be drawn, for {number} at least; a pass has one per photo")
     if not there:
         return [], None, missing
     images, _, fingerprint = load_data(train_data_dir=class_data_dir, default_caption=class_prompt, dataset_name=None,
@@ -644,7 +649,7 @@ def load_models(args, weight_dtype, device):
     if args.train_text_encoder:
         models["text_encoder"] = text_encoder = pipeline.text_encoder
         if args.gradient_checkpointing:
-            text_encoder.gradient_checkpointing_enable()
+            text_encoder.activation_checkpointing_enable()
     for model in models.values():
         model.requires_grad_(True).train().to(device)
     return pipeline, models, vae, text_encoder, noise_scheduler
@@ -679,7 +684,8 @@ def make_state(accelerator, weights, groups, last_step, lr_scheduler, lr_step_ru
     AdamW = functools.partial(torch.optim.AdamW, fused=True)
     if use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit as AdamW
-    optimizer = AdamW(groups, betas=(adam_beta1, adam_beta2), eps=adam_epsilon, weight_decay=adam_weight_decay)
+    # The first rate is a default too, from which get_scheduler makes its polynomial.
+    optimizer = AdamW(groups, groups[0]["lr"], (adam_beta1, adam_beta2), adam_epsilon, adam_weight_decay)
     schedule = get_scheduler(lr_scheduler, optimizer, lr_step_rules, lr_warmup_steps, last_step, lr_num_cycles or 1,
                              lr_power or 1.0)
     # The schedule is not prepared: it would count processes.
@@ -748,8 +754,12 @@ def find_checkpoint(output_dir, wanted):
 def resume(accelerator, checkpoint, settings, last_step, state):
     """Loads a checkpoint into `state`; returns its progress: steps, held-out losses before, losses not yet logged.
     Settings that change the result and differ raise `InputError`, or are told and take effect if that is allowed."""
-    before = json.loads((checkpoint / "args.json").read_text(encoding="utf-8"))
-    progress = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
+    try:
+        before, progress = [json.loads((checkpoint / name).read_text()) for name in ("args.json", "progress.json")]
+        saved = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+    except Exception as error:  # torch has one for every way of being broken
+        raise InputError(f"--resume_from_checkpoint: {checkpoint} is damaged, or of another script; name another, or "
+                         f"remove it ({last_line(error)})") from None
     changed = {name: f"{name}: {before.get(name)} there, {value} now" for name, value in settings.items()
                if name not in FREE_ON_RESUME and before.get(name) != value}
     fixed = changed.keys() & FIXED_ON_RESUME
@@ -761,7 +771,6 @@ def resume(accelerator, checkpoint, settings, last_step, state):
         accelerator.print(told)
     if progress["global_step"] > last_step:
         raise InputError(f"--max_train_steps: {checkpoint} is beyond the last step, {last_step}; raise it")
-    saved = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
     # Rates and decays are those asked for now, which are the checkpoint's unless they were changed.
     asked = {"param_groups", "base_lrs", "decay", "use_ema_warmup"}
     for name, part in state.items():
@@ -771,7 +780,7 @@ def resume(accelerator, checkpoint, settings, last_step, state):
     optimizer, lr_scheduler = state["optimizer"], state["lr_scheduler"]
     for group, factor in zip(optimizer.param_groups, lr_scheduler.lr_lambdas, strict=True):
         group["lr"] = group["initial_lr"] * factor(lr_scheduler.last_epoch)
-    return {**progress, "base_losses": None if "data" in changed else progress["base_losses"]}
+    return {**progress, "base_losses": None if changed else progress["base_losses"]}
 
 
 def exchange(accelerator, loss, grad_norm, stop):
@@ -865,8 +874,6 @@ def make_class_images(accelerator, names, class_data_dir, class_prompt, sample_b
 def validate(accelerator, parts, parameters, ema, images, batch_size, prompts, resolution, seed, output_dir, progress):
     """Draws samples to samples/step-N.png and logs the held-out loss, under the averaged weights if there are any, and
     its gain over the first call's, which `progress` keeps, with the standard error of the paired difference."""
-    if not prompts and not len(images):
-        return
     unet, vae, text_encoder, step = parts["unet"], parts["vae"], parts["text_encoder"], progress["global_step"]
     trained = torch.nn.ModuleList(part for part in (unet, text_encoder) if part.training).eval()
     if ema:
@@ -918,10 +925,12 @@ def print_plan(settings, trained, frozen, num_processes, num_trained, num_images
 def prepare_output(accelerator, output_dir, settings, first_step):
     """Makes the output folder with args.json and a log up to `first_step`, and starts the trackers."""
     if accelerator.is_main_process:
-        old = [*list_checkpoints(output_dir), *output_dir.glob("checkpoint-*.partial"), output_dir / "samples"]
-        for folder in old if settings["overwrite_output_dir"] else []:
-            shutil.rmtree(folder, ignore_errors=True)
         output_dir.mkdir(parents=True, exist_ok=True)
+        if settings["overwrite_output_dir"]:
+            (output_dir / "README.md").unlink(missing_ok=True)  # which says that a run has ended
+            old = [*list_checkpoints(output_dir), *output_dir.glob("checkpoint-*.partial"), output_dir / "samples"]
+            for folder in old:
+                shutil.rmtree(folder, ignore_errors=True)
         (output_dir / "args.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         log = output_dir / "log.jsonl"  # steps after the checkpoint are done again, and so logged again
         lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() and first_step else []
@@ -958,8 +967,8 @@ def train(args):
     unet, text_encoder = wrapped["unet"], wrapped.get("text_encoder", text_encoder)
     state = make_state(accelerator, models, [{"params": parameters, "lr": learning_rate}], last_step, **vars(args))
     optimizer, lr_scheduler, ema = state["optimizer"], state["lr_scheduler"], state.get("ema")
-    settings = {**vars(args), "hub_token": None, "data": fingerprint, "class_data": class_print, "samples_per_step":
-                samples_per_step, "peak_learning_rate": learning_rate, "mixed_precision": precision,
+    settings = {**vars(args), "mixed_precision": precision, "captioned_images": fingerprint, "class_data": class_print,
+                "samples_per_step": samples_per_step, "peak_learning_rate": learning_rate, "hub_token": None,
                 "state": [*state], "schedule_steps": None if args.lr_scheduler.startswith("constant") else last_step}
     progress = {"global_step": 0, "base_losses": None, "losses": []}
     if checkpoint := find_checkpoint(output_dir, args.resume_from_checkpoint):
@@ -1068,8 +1077,8 @@ def save_model(args, pipeline, objective, prompts, step):
     tags = ["stable-diffusion", "stable-diffusion-diffusers", "dreambooth"]
     write_card(args.output_dir, args.pretrained_model_name_or_path, prompts, vars(args), step,
                "`StableDiffusionPipeline.from_pretrained(...)`", tags, args.instance_prompt)
-    for path in Path(args.output_dir).rglob("*.safetensors"):  # which safetensors makes for their owner alone
-        shutil.copymode(Path(args.output_dir, "README.md"), path)
+    for path in [path for name in pipeline.components for path in Path(args.output_dir, name).glob("*.safetensors")]:
+        shutil.copymode(Path(args.output_dir, "README.md"), path)  # safetensors makes it for its owner alone
 
 
 def write_card(output_dir, base, prompts, settings, step, loader, tags, instance_prompt=None):
@@ -1081,9 +1090,9 @@ def write_card(output_dir, base, prompts, settings, step, loader, tags, instance
     data = ModelCardData(base_model=None if local else base, license=licence or "other", library_name="diffusers",
                          pipeline_tag="text-to-image", tags=tags, instance_prompt=instance_prompt)
     samples = f"![samples](samples/step-{step:06d}.png)\n\n{'; '.join(dict.fromkeys(prompts))}\n\n" if prompts else ""
-    rows = [f"| {flag} | {str(value).replace('|', ' ')} |\n"
-            for flag, value in settings.items() if value is not None and value is not False
-            and not re.search("_dir$|_path$|_token|config|resume", flag) and not os.path.exists(str(value))]
+    rows = [f"| {flag} | {str(value).replace('|', ' ')} |\n" for flag, value in settings.items()
+            if value is not None and value is not False and not re.search("_dir$|_path$|_token|config|resume", flag)
+            and not (isinstance(value, str) and os.path.exists(value))]
     Path(output_dir, "README.md").write_text(
         f"---\n{data.to_yaml()}\n---\n\n# {name}\n\nFine-tuned for {step} steps from "
         f"{Path(base).name if local else base}. Load it with {loader}.\n\n{samples}| setting | value |\n|---|---|\n"
@@ -1121,10 +1130,10 @@ def main(argv=None):
     try:
         with contextlib.redirect_stdout(sys.stdout if is_first else None):
             train(args)
-    except InputError as error:
+    except (InputError, KeyboardInterrupt) as error:  # once it trains, signals are noted
         if is_first:
-            print(f"{Path(__file__).name}: {error}", file=sys.stderr)
-        sys.exit(2)
+            print(f"{Path(__file__).name}: {str(error) or 'stopped before the first step'}", file=sys.stderr)
+        sys.exit(2 if str(error) else 128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

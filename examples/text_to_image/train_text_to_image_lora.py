@@ -197,11 +197,11 @@ def parse_words(parser, argv):
         parser.error(f"{replaced[0]} is not taken: {REPLACED_FLAGS[replaced[0]]}")
     path, flags = parser.parse_known_args(argv)[0].config, vars(parser.parse_args([]))
     try:
-        recipe = (yaml.safe_load(Path(path).read_text(encoding="utf-8")) if path else None) or {}
-        recipe = {**recipe, **(recipe.get("training") or {})}
+        recipe = (yaml.safe_load(Path(path).expanduser().read_text("utf-8")) if path else None) or {}
+        recipe |= recipe.pop("training", None) or {}
     except (OSError, ValueError, yaml.YAMLError, AttributeError, TypeError) as error:
         parser.error(f"--config={path}: is no YAML file of flags ({' '.join(str(error).split())})")
-    if unknown := sorted(map(str, recipe.keys() - (flags.keys() - {"config"}) - {"training", "evaluation"})):
+    if unknown := sorted(map(str, recipe.keys() - (flags.keys() - {"config"}) - {"evaluation"})):
         parser.error(f"--config={path}: unknown key {', '.join(unknown)}; keys are the flags of --help without dashes")
     for key, value in [(key, value) for key, value in recipe.items() if key in flags and value is not None]:
         if isinstance(value, list):
@@ -241,7 +241,7 @@ def check_args(args):
 
 
 def check_settings(settings):
-    """Lists which flags contradict each other or cannot be obeyed here. Other scripts have some more flags."""
+    """Lists which flags contradict each other or cannot be obeyed here."""
     get, schedule = settings.get, settings["lr_scheduler"]
     is_local = Path(get("pretrained_model_name_or_path") or "").exists()
     rules = re.fullmatch(r"({0}:\d+,)+{0}".format(r"\d*\.?\d+(e-?\d+)?"), get("lr_step_rules") or "")
@@ -272,14 +272,16 @@ def check_output(output_dir, resume_from_checkpoint, overwrite_output_dir, **set
     """Lists what is wrong with the folders and the checkpoint to resume from."""
     output, wanted = Path(output_dir).resolve(), resume_from_checkpoint
     checkpoint, newest = find_checkpoint(output, wanted), find_checkpoint(output, "latest")
-    place, run = next(path for path in (output, *output.parents) if path.exists()), (output / "args.json").is_file()
+    place = next(path for path in (output, *output.parents) if path.exists())
+    other = "model_index.json" if "rank" in settings else "pytorch_lora_weights.safetensors"  # which stays behind
+    run = (output / "args.json").is_file() and not (output / other).exists()
     # Without a checkpoint `latest` starts anew, in the folder of a run that was stopped before its first one.
     begun = wanted == "latest" and run and not (output / "README.md").exists()
     own = output == checkpoint.resolve().parent if checkpoint else begun
     usable = place.is_dir() and os.access(place, os.W_OK)
     used = usable and place == output and any(output.iterdir())
     data = "train_data_dir" if "train_data_dir" in settings else "instance_data_dir"
-    folder = settings[data]
+    folder = settings[data] or settings["dataset_name"]
     return [f"--{flag}: {told}" for wrong, flag, told in (
         (checkpoint and not (checkpoint / "progress.json").is_file(), f"resume_from_checkpoint={wanted}",
          "is no whole checkpoint folder; name one, or latest"),
@@ -289,9 +291,9 @@ def check_output(output_dir, resume_from_checkpoint, overwrite_output_dir, **set
         (not usable, f"output_dir={output_dir}", f"{place} is a file or cannot be written to; name another folder"),
         (used and not own and not (overwrite_output_dir and run), f"output_dir={output_dir}", "is in use; name another"
          ", go on with its run by --resume_from_checkpoint=latest, or write over that run by --overwrite_output_dir"),
-        (folder and not os.path.isdir(folder), f"{data}={folder}", "does not exist, or is no folder"),
+        (settings[data] and not os.path.isdir(folder), f"{data}={folder}", "does not exist, or is no folder"),
         (folder and output.is_relative_to(Path(folder or "").resolve()), f"output_dir={output_dir}",
-         f"lies in the folder of --{data}; put it elsewhere"),
+         "lies in the folder of the images; put it elsewhere"),
     ) if wrong]
 
 
@@ -370,8 +372,8 @@ def read_folder(folder, caption_column):
         number = 1
         try:
             text = path.read_text(encoding="utf-8-sig")
-            lines = filter(str.strip, text.split("\n"))  # JSON may hold other line ends
-            for row in map(json.loads, lines) if path.suffix == ".jsonl" else csv.DictReader(io.StringIO(text)):
+            rows = map(json.loads, filter(str.strip, text.split("\n")))  # JSON may hold other line ends
+            for row in rows if path.suffix == ".jsonl" else csv.DictReader(io.StringIO(text), strict=True):
                 file = Path(os.path.abspath(path.parent / row["file_name"]))
                 captions.setdefault(file, []).extend(all_captions(row.get(caption_column)))
                 if None in row:
@@ -423,11 +425,12 @@ def open_image(encoded):
         raise ValueError("floating-point pixels have no defined white")
     if image.mode.startswith("I"):  # Pillow would saturate 16-bit greys
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    mode = {"CMYK": "CMYK", "L": "L", "LA": "L"}.get(image.mode, "RGB")  # which the profile is for
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image if image.mode in ("CMYK", "L") else image.convert("RGB")
-    if profile and b"sRGB" not in profile.replace(b"\0", b""):  # most say sRGB, in letters of 1 or 2 bytes
+    image = image.convert(mode)
+    if profile and b"sRGB IEC61966" not in profile.replace(b"\0", b""):  # most name that, in letters of 1 or 2 bytes
         with contextlib.suppress(ImageCms.PyCMSError):  # a viewer, too, ignores a profile that does not fit
             image = ImageCms.profileToProfile(image, io.BytesIO(profile), ImageCms.createProfile("sRGB"), 0, "RGB")
     return image.convert("RGB")
@@ -472,9 +475,9 @@ def check_images(rows, memory):
 
 
 def all_captions(captions):
-    """The usable captions of a row that holds a string or a list of them."""
+    """The usable captions of a row that holds a string or a list of them. Raises `ValueError` for half a character."""
     captions = captions if isinstance(captions, list) else [captions]
-    return [caption for caption in captions if isinstance(caption, str) and caption.strip()]
+    return [caption for caption in captions if isinstance(caption, str) and caption.encode() and caption.strip()]
 
 
 def check_rows(rows, memory, skip_bad_images, tokenizer, resolution):
@@ -490,7 +493,7 @@ def check_rows(rows, memory, skip_bad_images, tokenizer, resolution):
         if not problem:
             good[index] = hashlib.sha256(json.dumps([digest, captions[index]]).encode()).hexdigest()
             if max(map(len, tokenizer(captions[index], verbose=False).input_ids)) > tokenizer.model_max_length:
-                cut.append(f"{captions[index][0][:80]}...")
+                cut.append(f"{max(captions[index], key=len)[:80]}...")
     unusable = "\n  ".join([f"{len(bad)} of {len(rows)} images are unusable:", *bad[:100]])
     if bad and not (skip_bad_images and good):
         raise InputError(f"{unusable}\nMend or remove them, or add --skip_bad_images.")
@@ -542,7 +545,7 @@ class CaptionedImages(torch.utils.data.Dataset):
 def load_data(pretrained_model_name_or_path, single_file_config, revision, cache_dir, train_data_dir, dataset_name,
               dataset_config_name, image_column, caption_column, hub_token, max_train_samples, num_validation_samples,
               skip_bad_images, resolution, seed, default_caption=None, repeats=1, **flags):
-    """Reads, checks and splits the images; returns (training images, held-out images, fingerprint of the former). The
+    """Reads, checks and splits the images; returns (training images, held-out images, fingerprint of both). The
     held-out ones are the same for every seed, and always seen alike. `default_caption` is that of images without."""
     source, where = single_file_config or pretrained_model_name_or_path, {"revision": revision, "cache_dir": cache_dir}
     tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)
@@ -563,7 +566,7 @@ def load_data(pretrained_model_name_or_path, single_file_config, revision, cache
         raise InputError(f"--num_validation_samples={num_validation_samples}: must leave some of {len(rows)} images")
     order = np.random.default_rng(HELD_OUT).permutation(len(rows))
     held_out, training = np.sort(order[:num_validation_samples]), np.sort(order[num_validation_samples:])
-    fingerprint = hashlib.sha256("".join(digests[index] for index in training).encode()).hexdigest()
+    fingerprint = hashlib.sha256(" ".join([f"{num_validation_samples}", *digests]).encode()).hexdigest()
     flags |= {"seed": seed, "resolution": resolution}
     images = CaptionedImages(rows.select(np.repeat(training, repeats)), tokenizer, latent_shape,
                              schedule.get("num_train_timesteps", 1000), flags)
@@ -611,7 +614,7 @@ def load_models(args, weight_dtype, device):
     if args.train_text_encoder:
         models["text_encoder"] = pipeline.text_encoder
         if args.gradient_checkpointing:
-            pipeline.text_encoder.gradient_checkpointing_enable()
+            pipeline.text_encoder.activation_checkpointing_enable()
     add_adapters(models, **vars(args))
     for model in models.values():
         model.train()
@@ -635,8 +638,8 @@ def add_adapters(models, rank, lora_alpha, lora_dropout, use_rslora, use_dora, l
             if (made := header.get(f"{name}.{key}", getattr(config, key))) != getattr(config, key):
                 raise ValueError(f"{key} is {made} in its {name}, not {getattr(config, key)}; use that")
     adapters = lora_weights(models)
-    if weights and {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in adapters.items()}:
-        raise ValueError("it was made with another base, --rank, --lora_target, --use_dora or --train_text_encoder")
+    if init_lora_weights and {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in adapters.items()}:
+        raise ValueError("it is in kohya's layout, or of another base, --rank, --lora_target, --use_dora or encoders")
     for key, value in weights.items():
         adapters[key].copy_(value)
 
@@ -686,7 +689,8 @@ def make_state(accelerator, weights, groups, last_step, lr_scheduler, lr_step_ru
     AdamW = functools.partial(torch.optim.AdamW, fused=True)
     if use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit as AdamW
-    optimizer = AdamW(groups, betas=(adam_beta1, adam_beta2), eps=adam_epsilon, weight_decay=adam_weight_decay)
+    # The first rate is a default too, from which get_scheduler makes its polynomial.
+    optimizer = AdamW(groups, groups[0]["lr"], (adam_beta1, adam_beta2), adam_epsilon, adam_weight_decay)
     schedule = get_scheduler(lr_scheduler, optimizer, lr_step_rules, lr_warmup_steps, last_step, lr_num_cycles or 1,
                              lr_power or 1.0)
     # The schedule is not prepared: it would count processes.
@@ -755,8 +759,12 @@ def find_checkpoint(output_dir, wanted):
 def resume(accelerator, checkpoint, settings, last_step, state):
     """Loads a checkpoint into `state`; returns its progress: steps, held-out losses before, losses not yet logged.
     Settings that change the result and differ raise `InputError`, or are told and take effect if that is allowed."""
-    before = json.loads((checkpoint / "args.json").read_text(encoding="utf-8"))
-    progress = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
+    try:
+        before, progress = [json.loads((checkpoint / name).read_text()) for name in ("args.json", "progress.json")]
+        saved = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+    except Exception as error:  # torch has one for every way of being broken
+        raise InputError(f"--resume_from_checkpoint: {checkpoint} is damaged, or of another script; name another, or "
+                         f"remove it ({last_line(error)})") from None
     changed = {name: f"{name}: {before.get(name)} there, {value} now" for name, value in settings.items()
                if name not in FREE_ON_RESUME and before.get(name) != value}
     fixed = changed.keys() & FIXED_ON_RESUME
@@ -768,7 +776,6 @@ def resume(accelerator, checkpoint, settings, last_step, state):
         accelerator.print(told)
     if progress["global_step"] > last_step:
         raise InputError(f"--max_train_steps: {checkpoint} is beyond the last step, {last_step}; raise it")
-    saved = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
     # Rates and decays are those asked for now, which are the checkpoint's unless they were changed.
     asked = {"param_groups", "base_lrs", "decay", "use_ema_warmup"}
     for name, part in state.items():
@@ -778,7 +785,7 @@ def resume(accelerator, checkpoint, settings, last_step, state):
     optimizer, lr_scheduler = state["optimizer"], state["lr_scheduler"]
     for group, factor in zip(optimizer.param_groups, lr_scheduler.lr_lambdas, strict=True):
         group["lr"] = group["initial_lr"] * factor(lr_scheduler.last_epoch)
-    return {**progress, "base_losses": None if "data" in changed else progress["base_losses"]}
+    return {**progress, "base_losses": None if changed else progress["base_losses"]}
 
 
 def exchange(accelerator, loss, grad_norm, stop):
@@ -841,8 +848,6 @@ def draw_samples(accelerator, parts, prompts, resolution, seed, path):
 def validate(accelerator, parts, parameters, ema, images, batch_size, prompts, resolution, seed, output_dir, progress):
     """Draws samples to samples/step-N.png and logs the held-out loss, under the averaged weights if there are any, and
     its gain over the first call's, which `progress` keeps, with the standard error of the paired difference."""
-    if not prompts and not len(images):
-        return
     unet, vae, text_encoder, step = parts["unet"], parts["vae"], parts["text_encoder"], progress["global_step"]
     trained = torch.nn.ModuleList(part for part in (unet, text_encoder) if part.training).eval()
     if ema:
@@ -894,10 +899,12 @@ def print_plan(settings, trained, frozen, num_processes, num_trained, num_images
 def prepare_output(accelerator, output_dir, settings, first_step):
     """Makes the output folder with args.json and a log up to `first_step`, and starts the trackers."""
     if accelerator.is_main_process:
-        old = [*list_checkpoints(output_dir), *output_dir.glob("checkpoint-*.partial"), output_dir / "samples"]
-        for folder in old if settings["overwrite_output_dir"] else []:
-            shutil.rmtree(folder, ignore_errors=True)
         output_dir.mkdir(parents=True, exist_ok=True)
+        if settings["overwrite_output_dir"]:
+            (output_dir / "README.md").unlink(missing_ok=True)  # which says that a run has ended
+            old = [*list_checkpoints(output_dir), *output_dir.glob("checkpoint-*.partial"), output_dir / "samples"]
+            for folder in old:
+                shutil.rmtree(folder, ignore_errors=True)
         (output_dir / "args.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         log = output_dir / "log.jsonl"  # steps after the checkpoint are done again, and so logged again
         lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() and first_step else []
@@ -932,7 +939,7 @@ def train(args):
     unet, text_encoder = wrapped["unet"], wrapped.get("text_encoder", pipeline.text_encoder)
     state = make_state(accelerator, {"adapters": torch.nn.ParameterList(parameters)}, groups, last_step, **vars(args))
     optimizer, lr_scheduler, ema = state["optimizer"], state["lr_scheduler"], state.get("ema")
-    settings = {**vars(args), "hub_token": None, "data": fingerprint, "samples_per_step": samples_per_step,
+    settings = {**vars(args), "hub_token": None, "captioned_images": fingerprint, "samples_per_step": samples_per_step,
                 "peak_learning_rate": learning_rate, "mixed_precision": precision,
                 "state": [*state], "schedule_steps": None if args.lr_scheduler.startswith("constant") else last_step}
     progress = {"global_step": 0, "base_losses": None, "losses": []}
@@ -1009,9 +1016,9 @@ def train(args):
     if accelerator.is_main_process:
         if ema:
             ema.copy_to(parameters)
-        save_model(args, models, len(images), last_step)
+        files = save_model(args, models, len(images), last_step)
         if repo_id:
-            push(repo_id, ["*.safetensors"], f"Train {last_step} steps", **vars(args))
+            push(repo_id, files, f"Train {last_step} steps", **vars(args))
     accelerator.end_training()
 
 
@@ -1027,23 +1034,26 @@ def leave(accelerator, output_dir, step, broken, signals):
 
 def save_model(args, models, num_images, step):
     """Writes the adapters in diffusers' layout with rank, alpha and targets in the header, on demand in kohya's layout
-    too, and the model card."""
+    too, and the model card; returns the names of the adapters' files."""
     weights = {key: value.to("cpu", DTYPES[args.save_precision]) for key, value in lora_weights(models).items()}
     layers = {f"{name}_lora_layers": {key.removeprefix(f"{name}."): value for key, value in weights.items()
                                       if key.startswith(f"{name}.")} for name in models}
     headers = {f"{name}_lora_adapter_metadata": {**model.peft_config["default"].to_dict(),
                                                  "base_model_name_or_path": None} for name, model in models.items()}
     diffusers.StableDiffusionPipeline.save_lora_weights(args.output_dir, **layers, **headers)
+    files = [LORA_FILE]
     if args.output_kohya_format:
         alpha = (args.lora_alpha or args.rank) * (args.rank**0.5 if args.use_rslora else 1)
         name = (args.kohya_file_name or Path(args.output_dir).resolve().name).removesuffix(".safetensors")
         version = 2 if models["unet"].config.cross_attention_dim == 1024 else 1
         header = kohya_header(name, version, alpha, num_images, step, **vars(args))
-        save_file(to_kohya(weights, alpha), Path(args.output_dir, f"{name}.safetensors"), header)
+        files.append(f"{name}.safetensors")
+        save_file(to_kohya(weights, alpha), Path(args.output_dir, files[1]), header)
     write_card(args.output_dir, args.pretrained_model_name_or_path, args.validation_prompts, vars(args), step,
                "`pipe.load_lora_weights(...)`", ["stable-diffusion", "stable-diffusion-diffusers", "lora"])
-    for path in Path(args.output_dir).glob("*.safetensors"):  # which safetensors makes for their owner alone
-        shutil.copymode(Path(args.output_dir, "README.md"), path)
+    for file in files:  # which safetensors makes for their owner alone
+        shutil.copymode(Path(args.output_dir, "README.md"), Path(args.output_dir, file))
+    return files
 
 
 def to_kohya(weights, alpha):
@@ -1088,9 +1098,9 @@ def write_card(output_dir, base, prompts, settings, step, loader, tags, instance
     data = ModelCardData(base_model=None if local else base, license=licence or "other", library_name="diffusers",
                          pipeline_tag="text-to-image", tags=tags, instance_prompt=instance_prompt)
     samples = f"![samples](samples/step-{step:06d}.png)\n\n{'; '.join(dict.fromkeys(prompts))}\n\n" if prompts else ""
-    rows = [f"| {flag} | {str(value).replace('|', ' ')} |\n"
-            for flag, value in settings.items() if value is not None and value is not False
-            and not re.search("_dir$|_path$|_token|config|resume", flag) and not os.path.exists(str(value))]
+    rows = [f"| {flag} | {str(value).replace('|', ' ')} |\n" for flag, value in settings.items()
+            if value is not None and value is not False and not re.search("_dir$|_path$|_token|config|resume", flag)
+            and not (isinstance(value, str) and os.path.exists(value))]
     Path(output_dir, "README.md").write_text(
         f"---\n{data.to_yaml()}\n---\n\n# {name}\n\nFine-tuned for {step} steps from "
         f"{Path(base).name if local else base}. Load it with {loader}.\n\n{samples}| setting | value |\n|---|---|\n"
@@ -1128,10 +1138,10 @@ def main(argv=None):
     try:
         with contextlib.redirect_stdout(sys.stdout if is_first else None):
             train(args)
-    except InputError as error:
+    except (InputError, KeyboardInterrupt) as error:  # once it trains, signals are noted
         if is_first:
-            print(f"{Path(__file__).name}: {error}", file=sys.stderr)
-        sys.exit(2)
+            print(f"{Path(__file__).name}: {str(error) or 'stopped before the first step'}", file=sys.stderr)
+        sys.exit(2 if str(error) else 128 + signal.SIGINT)
 
 
 if __name__ == "__main__":
