@@ -1,5 +1,6 @@
 """Checkpoints are whole or absent, old ones go last, and a resume under other conditions is refused."""
 
+import argparse
 import json
 import math
 import os
@@ -222,6 +223,17 @@ def test_changed_resume_is_refused_unless_allowed(
     assert named in capsys.readouterr().out
     assert len(losses(stopped)) == 4
     assert all(map(math.isfinite, losses(stopped)))
+
+
+def test_half_a_checkpoint_in_the_place_is_not_taken_for_one(train_script, tmp_path):
+    """Nor removed: it is none of ours, which are renamed when they are whole."""
+    alone = argparse.Namespace(is_main_process=True, wait_for_everyone=lambda: None)
+    (tmp_path / "checkpoint-4").mkdir()
+    (tmp_path / "checkpoint-4" / "mine.txt").write_text("mine")
+    with pytest.raises(OSError, match="not empty"):
+        train_script.save_checkpoint(alone, tmp_path, {}, {"global_step": 4}, {}, None)
+    assert (tmp_path / "checkpoint-4" / "mine.txt").read_text() == "mine"
+    assert (tmp_path / "checkpoint-4.partial" / "progress.json").exists()
 
 
 def test_other_held_out_images_are_other_images(train_script, tiny_pipeline, images, tmp_path, capsys):

@@ -486,16 +486,18 @@ def test_a_weight_too_many_or_too_few_in_flax_is_refused(fit, tiny_pipeline, tmp
 
 
 @pytest.mark.slow
-def test_saved_flax_weights_are_the_result(fit, tmp_path, monkeypatch):
+@pytest.mark.parametrize("save_precision, dtype", [("no", np.float32), ("bf16", jnp.bfloat16)])
+def test_saved_flax_weights_are_the_result(fit, tmp_path, save_precision, dtype):
     """In the published layout, by the test's own writer; and they are read again."""
-    folder = fit(max_train_steps=1, save_flax=True)
+    folder = fit(max_train_steps=1, save_flax=True, save_precision=save_precision)
     pipeline = StableDiffusionPipeline.from_pretrained(folder)
     for part, file in FILES.items():
         expected = traverse_util.flatten_dict(flax_tree(part, getattr(pipeline, part).state_dict(), np.float32))
         found = serialization.msgpack_restore((folder / part / f"{file}.msgpack").read_bytes())
         found = traverse_util.flatten_dict(found)
         assert found.keys() == expected.keys()
-        assert all(np.array_equal(found[name], expected[name]) for name in expected)
+        assert all(np.array_equal(np.float32(found[name]), expected[name]) for name in expected)
+        assert {array.dtype for array in found.values()} == {np.dtype(np.float32 if part == "text_encoder" else dtype)}
     assert losses(fit("again", base=folder, from_flax=True, max_train_steps=1)) == losses(
         fit("torch", base=folder, max_train_steps=1))
 

@@ -811,8 +811,8 @@ def load_flax(source, revision, cache_dir):
         scheduler=kind.from_config(scheduler), feature_extractor=None, requires_safety_checker=False)
 
 
-def write_flax(pipeline, output_dir, dtype):
-    """Writes the weights of UNet and VAE in `dtype` and of the text encoder in float32 as Flax's classes had them."""
+def write_flax(pipeline, output_dir):
+    """Writes the weights of UNet, VAE and text encoder as Flax's classes had them, in the precision that they have."""
     old_names = {new.replace(".", "_"): old for old, new in FLAX_NAMES.items()}
     for name, file in FLAX_FILES.items():
         tree = {}
@@ -824,7 +824,7 @@ def write_flax(pipeline, output_dir, dtype):
                 kind = "scale" if array.ndim == 1 else "embedding" if path[-1].endswith("embedding") else "kernel"
             array = array.transpose({4: (2, 3, 1, 0), 2: (1, 0)}[array.ndim]) if kind == "kernel" else array
             path = ["text_model", *path] if name == "text_encoder" else path
-            tree[*path, kind] = array.astype(jnp.float32 if name == "text_encoder" else dtype)
+            tree[*path, kind] = array.astype(str(value.dtype).removeprefix("torch."))  # JAX gives NumPy a bfloat16
         content = serialization.msgpack_serialize(traverse_util.unflatten_dict(tree))
         Path(output_dir, name, file).write_bytes(content)
 
@@ -987,7 +987,7 @@ def train_step(state, batch, rate, ema_decay, losses_of, optimizer, max_grad_nor
 def save_checkpoint(output_dir, settings, progress, state, total_limit):
     """Writes checkpoint-N beside its place, then renames it; only then do older ones beyond `total_limit` go."""
     final = output_dir / f"checkpoint-{progress['global_step']}"
-    if jax.process_index() == 0 and not final.exists():  # else a step broke just after a save of the same state
+    if jax.process_index() == 0 and not (final / "progress.json").exists():  # else a step broke just after a save
         partial = final.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)  # of a save that was killed
         partial.mkdir()
@@ -1268,6 +1268,7 @@ def train(args):
         if repo_id:
             push(repo_id, ["model_index.json", *[f"{name}/*" for name in pipeline.components]],
                  f"Train {last_step} steps", **vars(args))
+    multihost_utils.sync_global_devices("done")  # before the others' patience with the first host, 5 minutes, begins
     accelerator.end_training()
 
 
@@ -1293,8 +1294,7 @@ def save_model(args, pipeline, objective, step):
     pipeline.register_to_config(_name_or_path=None)
     pipeline.save_pretrained(args.output_dir)
     if args.save_flax:
-        write_flax(pipeline, args.output_dir, {"no": jnp.float32, "fp16": jnp.float16, "bf16": jnp.bfloat16}[
-            args.save_precision])
+        write_flax(pipeline, args.output_dir)
     settings = {flag: value for flag, value in vars(args).items() if "host" not in flag and "coordinator" not in flag}
     write_card(args.output_dir, args.pretrained_model_name_or_path, args.validation_prompts, settings, step,
                "`StableDiffusionPipeline.from_pretrained(...)`", ["stable-diffusion", "stable-diffusion-diffusers"])

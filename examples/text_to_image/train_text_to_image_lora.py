@@ -729,7 +729,7 @@ def diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, noise, added
 def save_checkpoint(accelerator, output_dir, settings, progress, state, total_limit):
     """Writes checkpoint-N beside its place, then renames it; only then do older ones beyond `total_limit` go."""
     final = output_dir / f"checkpoint-{progress['global_step']}"
-    if accelerator.is_main_process and not final.exists():  # else a step broke just after a save of the same state
+    if accelerator.is_main_process and not (final / "progress.json").exists():  # else a step broke just after a save
         partial = final.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)  # of a save that was killed
         partial.mkdir()
