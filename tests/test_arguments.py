@@ -408,6 +408,12 @@ def test_home_is_expanded(train_script, monkeypatch, tmp_path):
     assert train_script.parse_args(["--output_dir=~/out"]).output_dir == str(tmp_path / "out")
 
 
+def test_a_polynomial_needs_room_above_its_end(train_script, command):
+    words = ["--lr_scheduler=polynomial", "--learning_rate=1e-7"]
+    assert "--learning_rate=1e-07: must be above 1e-7" in problems(train_script, command(*words))
+    assert problems(train_script, command(words[0], "--learning_rate=2e-7")) == ""
+
+
 def test_home_is_expanded_for_the_config_itself(train_script, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "mine.yaml").write_text("seed: 7\n")

@@ -444,8 +444,9 @@ def test_columns_and_configurations_that_a_dataset_lacks_are_refused(train_scrip
         with pytest.raises(train_script.InputError, match="set: cannot be loaded; check it, --dataset_config_name"):
             read(**options)
     make_image(0).save(tmp_path / "image.png")  # beside the set, so that this is a folder of images
-    with pytest.raises(train_script.InputError, match="--dataset_config_name"):
-        read(".", "small")
+    for options in ({"config_name": "default"}, {"image_column": "picture"}):
+        with pytest.raises(train_script.InputError, match="holds images; drop --dataset_config_name and --image"):
+            read(".", **options)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 1.0])

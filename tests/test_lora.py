@@ -329,12 +329,13 @@ def test_the_hub_gets_the_result_alone(lora_script, tiny_pipeline, images, tmp_p
         save_file({}, out / name)
         (out / name).chmod(0o600)
     assert train(lora_script, tiny_pipeline, images, out, push_to_hub=True, output_kohya_format=True,
-                 overwrite_output_dir=True, validation_prompts=["a red circle"]) == 0
+                 kohya_file_name="new[1]", overwrite_output_dir=True, validation_prompts=["a red circle"]) == 0
     allowed = filter_repo_objects([*snapshot(out)], allow_patterns=sent["allow_patterns"])
     files = {name for name in allowed if not name.startswith("samples/")}
-    assert files == {"README.md", "log.jsonl", "pytorch_lora_weights.safetensors", "out.safetensors"}
-    for name, mode in (("mine.safetensors", 0o600), ("out.safetensors", (out / "README.md").stat().st_mode & 0o777)):
-        assert (out / name).stat().st_mode & 0o777 == mode
+    assert files == {"README.md", "log.jsonl", "pytorch_lora_weights.safetensors", "new[1].safetensors"}
+    modes = {name: (out / name).stat().st_mode & 0o777 for name in ("mine.safetensors", *files)}
+    assert modes.pop("mine.safetensors") == 0o600
+    assert set(modes.values()) == {modes["README.md"]}
 
 
 def test_a_lora_file_without_layers_is_refused(lora_script, tiny_pipeline, images, tmp_path, capsys):

@@ -99,7 +99,7 @@ def parse_words(parser, argv):
         parser.error(f"{replaced[0]} is not taken: {REPLACED_FLAGS[replaced[0]]}")
     path, flags = parser.parse_known_args(argv)[0].config, vars(parser.parse_args([]))
     try:
-        recipe = (yaml.safe_load(Path(path).expanduser().read_text("utf-8")) if path else None) or {}
+        recipe = (yaml.safe_load(Path(os.path.expanduser(path)).read_text("utf-8")) if path else None) or {}
         recipe |= recipe.pop("training", None) or {}
     except (OSError, ValueError, yaml.YAMLError, AttributeError, TypeError) as error:
         parser.error(f"--config={path}: is no YAML file of flags ({' '.join(str(error).split())})")
@@ -192,7 +192,9 @@ def read_folder(folder, caption_column):
 def read_dataset(name, config_name, image_column, caption_column, cache_dir, token, default_caption=None):
     """Loads the train split of a dataset as columns `image` (undecoded) and `captions`. Raises `InputError`."""
     # A local folder of image files is not for `datasets`, which drops images without a caption in silence.
-    if not config_name and any(path.suffix.lower() in IMAGE_SUFFIXES for path in Path(name).rglob("*")):
+    if any(path.suffix.lower() in IMAGE_SUFFIXES for path in Path(name).rglob("*")):
+        if (config_name, image_column) != (None, "image"):
+            raise InputError(f"--dataset_name={name}: holds images; drop --dataset_config_name and --image_column")
         return read_folder(name, caption_column)
     try:
         saved = Path(name, "state.json").is_file() and not config_name  # by save_to_disk

@@ -320,7 +320,9 @@ def read_folder(folder, caption_column):
 def read_dataset(name, config_name, image_column, caption_column, cache_dir, token, default_caption=None):
     """Loads the train split of a dataset as columns `image` (undecoded) and `captions`. Raises `InputError`."""
     # A local folder of image files is not for `datasets`, which drops images without a caption in silence.
-    if not config_name and any(path.suffix.lower() in IMAGE_SUFFIXES for path in Path(name).rglob("*")):
+    if any(path.suffix.lower() in IMAGE_SUFFIXES for path in Path(name).rglob("*")):
+        if (config_name, image_column) != (None, "image"):
+            raise InputError(f"--dataset_name={name}: holds images; drop --dataset_config_name and --image_column")
         return read_folder(name, caption_column)
     try:
         saved = Path(name, "state.json").is_file() and not config_name  # by save_to_disk
@@ -883,8 +885,8 @@ def wrap(text, font, width, max_lines):
             lines[-1] = longer
             continue
         lines.append(word)
-        while font.getlength(lines[-1]) > width and len(lines[-1]) > 1:
-            fits = max(n for n in range(1, len(lines[-1])) if n == 1 or font.getlength(lines[-1][:n]) <= width)
+        while len(lines) <= max_lines and len(lines[-1]) > 1 and font.getlength(lines[-1]) > width:
+            fits = next(n for n in range(1, len(lines[-1])) if font.getlength(lines[-1][: n + 1]) > width)
             lines[-1:] = [lines[-1][:fits], lines[-1][fits:]]
     if len(lines) > max_lines:
         last = lines[max_lines - 1]

@@ -439,8 +439,8 @@ def wrap(text, font, width, max_lines):
             lines[-1] = longer
             continue
         lines.append(word)
-        while font.getlength(lines[-1]) > width and len(lines[-1]) > 1:
-            fits = max(n for n in range(1, len(lines[-1])) if n == 1 or font.getlength(lines[-1][:n]) <= width)
+        while len(lines) <= max_lines and len(lines[-1]) > 1 and font.getlength(lines[-1]) > width:
+            fits = next(n for n in range(1, len(lines[-1])) if font.getlength(lines[-1][: n + 1]) > width)
             lines[-1:] = [lines[-1][:fits], lines[-1][fits:]]
     if len(lines) > max_lines:
         last = lines[max_lines - 1]

@@ -196,7 +196,7 @@ def parse_words(parser, argv):
         parser.error(f"{replaced[0]} is not taken: {REPLACED_FLAGS[replaced[0]]}")
     path, flags = parser.parse_known_args(argv)[0].config, vars(parser.parse_args([]))
     try:
-        recipe = (yaml.safe_load(Path(path).expanduser().read_text("utf-8")) if path else None) or {}
+        recipe = (yaml.safe_load(Path(os.path.expanduser(path)).read_text("utf-8")) if path else None) or {}
         recipe |= recipe.pop("training", None) or {}
     except (OSError, ValueError, yaml.YAMLError, AttributeError, TypeError) as error:
         parser.error(f"--config={path}: is no YAML file of flags ({' '.join(str(error).split())})")
@@ -255,6 +255,7 @@ def check_settings(settings):
         (schedule == "piecewise_constant" and not rules, "lr_step_rules", "give rules such as 1:10,0.1:20,0.01"),
         (bool(get("dataset_name")) == bool(get("train_data_dir")), "train_data_dir",
          "give this or --dataset_name, not both"),
+        (schedule == "polynomial" and get("learning_rate") <= 1e-7, "learning_rate", "must be above 1e-7, its end"),
         (get("report_to") not in trackers, "report_to", f"installed are {', '.join(trackers)}"),
         (get("mixed_precision") == "fp16", "mixed_precision", "gradients would vanish; use bf16 or no"),
         (get("coordinator_address") and numbered == (get("coordinator_address") == "auto"), "coordinator_address",
@@ -289,10 +290,10 @@ def check_output(output_dir, resume_from_checkpoint, overwrite_output_dir, **set
          f"{newest} is newer; use that, or another --output_dir"),
         (not usable, f"output_dir={output_dir}", f"{place} is a file or cannot be written to; name another folder"),
         (used and not own and not (overwrite_output_dir and run), f"output_dir={output_dir}", "is in use; name another"
-         ", go on with its run by --resume_from_checkpoint=latest, or write over that run by --overwrite_output_dir"),
+         ", go on with its run by --resume_from_checkpoint=latest, or, if of this kind, use --overwrite_output_dir"),
         (settings[data] and not os.path.isdir(folder), f"{data}={folder}", "does not exist, or is no folder"),
         (folder and output.is_relative_to(Path(folder or "").resolve()), f"output_dir={output_dir}",
-         "lies in the folder of the images; put it elsewhere"),
+         "lies in the folder of the images, or below its name; put it elsewhere"),
     ) if wrong]
 
 
@@ -401,7 +402,9 @@ def read_folder(folder, caption_column):
 def read_dataset(name, config_name, image_column, caption_column, cache_dir, token, default_caption=None):
     """Loads the train split of a dataset as columns `image` (undecoded) and `captions`. Raises `InputError`."""
     # A local folder of image files is not for `datasets`, which drops images without a caption in silence.
-    if not config_name and any(path.suffix.lower() in IMAGE_SUFFIXES for path in Path(name).rglob("*")):
+    if any(path.suffix.lower() in IMAGE_SUFFIXES for path in Path(name).rglob("*")):
+        if (config_name, image_column) != (None, "image"):
+            raise InputError(f"--dataset_name={name}: holds images; drop --dataset_config_name and --image_column")
         return read_folder(name, caption_column)
     try:
         saved = Path(name, "state.json").is_file() and not config_name  # by save_to_disk
@@ -758,7 +761,7 @@ def start_jax(coordinator_address, num_hosts, host_index, mixed_precision, cache
         where = {} if coordinator_address == "auto" else {
             "coordinator_address": coordinator_address, "num_processes": num_hosts, "process_id": host_index}
         try:
-            jax.distributed.initialize(**where)
+            jax.distributed.initialize(**where, shutdown_timeout_seconds=86400)  # one saves for all
         except (RuntimeError, ValueError) as error:
             raise InputError(f"--coordinator_address={coordinator_address}: the hosts do not meet; check it, and "
                              f"--num_hosts and --host_index of each ({last_line(error)})") from None
@@ -999,7 +1002,7 @@ def save_checkpoint(output_dir, settings, progress, state, total_limit):
         os.sync()  # files before names, or a crash could leave a whole name with half a file
         partial.rename(final)
         for old in list_checkpoints(output_dir)[: -total_limit if total_limit else 0]:
-            shutil.rmtree(old)
+            shutil.rmtree(old.rename(old.with_suffix(".partial")))  # which is what a kill would leave of it
     multihost_utils.sync_global_devices("saved")
 
 
@@ -1029,8 +1032,8 @@ def resume(checkpoint, settings, last_step, state):
         before, progress = [json.loads((checkpoint / name).read_text()) for name in ("args.json", "progress.json")]
         saved, wanted = load_file(checkpoint / "state.safetensors"), named_leaves(state)
     except Exception as error:  # safetensors has one for every way of being broken
-        raise InputError(f"--resume_from_checkpoint: {checkpoint} is damaged, or of another script; name another, or "
-                         f"remove it ({last_line(error)})") from None
+        raise InputError(f"--resume_from_checkpoint: {checkpoint} is damaged, or of another script; name another "
+                         f"({last_line(error)})") from None
     changed = {name: f"{name}: {before.get(name)} there, {value} now" for name, value in settings.items()
                if name not in FREE_ON_RESUME and before.get(name) != value}
     fixed = changed.keys() & FIXED_ON_RESUME
@@ -1045,7 +1048,8 @@ def resume(checkpoint, settings, last_step, state):
     if {name: leaf.shape for name, leaf in saved.items()} != {name: leaf.shape for name, leaf in wanted.items()}:
         raise InputError(f"--resume_from_checkpoint: {checkpoint} holds the state of another model")
     state = jax.tree.unflatten(jax.tree.structure(state), [saved[name] for name in wanted])
-    return state, {**progress, "base_losses": None if changed else progress["base_losses"]}
+    task = {"captioned_images", "image_interpolation_mode", "prediction_type", "rescale_betas_zero_snr", "resolution"}
+    return state, {**progress, "base_losses": None if changed.keys() & task else progress["base_losses"]}
 
 
 def on_signals(action, _=None):
@@ -1152,9 +1156,8 @@ def prepare_output(accelerator, output_dir, settings, first_step):
         output_dir.mkdir(parents=True, exist_ok=True)
         if settings["overwrite_output_dir"]:
             (output_dir / "README.md").unlink(missing_ok=True)  # which says that a run has ended
-            old = [*list_checkpoints(output_dir), *output_dir.glob("checkpoint-*.partial"), output_dir / "samples"]
-            for folder in old:
-                shutil.rmtree(folder, ignore_errors=True)
+            for old in [p for p in output_dir.iterdir() if re.fullmatch(r"samples|checkpoint-\d+(.partial)?", p.name)]:
+                shutil.rmtree(old, ignore_errors=True)
         (output_dir / "args.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         log = output_dir / "log.jsonl"  # steps after the checkpoint are done again, and so logged again
         lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() and first_step else []
@@ -1268,7 +1271,6 @@ def train(args):
         if repo_id:
             push(repo_id, ["model_index.json", *[f"{name}/*" for name in pipeline.components]],
                  f"Train {last_step} steps", **vars(args))
-    multihost_utils.sync_global_devices("done")  # before the others' patience with the first host, 5 minutes, begins
     accelerator.end_training()
 
 

@@ -197,7 +197,7 @@ def parse_words(parser, argv):
         parser.error(f"{replaced[0]} is not taken: {REPLACED_FLAGS[replaced[0]]}")
     path, flags = parser.parse_known_args(argv)[0].config, vars(parser.parse_args([]))
     try:
-        recipe = (yaml.safe_load(Path(path).expanduser().read_text("utf-8")) if path else None) or {}
+        recipe = (yaml.safe_load(Path(os.path.expanduser(path)).read_text("utf-8")) if path else None) or {}
         recipe |= recipe.pop("training", None) or {}
     except (OSError, ValueError, yaml.YAMLError, AttributeError, TypeError) as error:
         parser.error(f"--config={path}: is no YAML file of flags ({' '.join(str(error).split())})")
@@ -262,8 +262,8 @@ def check_settings(settings):
         (get("use_8bit_adam") and not is_bitsandbytes_available(), "use_8bit_adam", "needs bitsandbytes; drop this"),
         (get("allow_tf32") and on_cpu, "allow_tf32", "needs an NVIDIA GPU; drop this"),
         (get(xformers) and (on_cpu or not is_xformers_available()), xformers, "needs a GPU and xformers; drop this"),
-        (precision not in DTYPES or (on_cpu and precision == "fp16"), "mixed_precision",
-         "cannot train here; use bf16 or no"),
+        (precision not in DTYPES or (on_cpu and precision == "fp16"), "mixed_precision", "cannot train; use bf16/no"),
+        (schedule == "polynomial" and get("learning_rate") <= 1e-7, "learning_rate", "must be above 1e-7, its end"),
     ) if wrong] + [f"accelerate's config asks for {name}, which cannot be used; choose GPUs alone" for name in (
         "FSDP", "DEEPSPEED", "MEGATRON_LM") if parse_flag_from_env(f"ACCELERATE_USE_{name}")]
 
@@ -290,10 +290,10 @@ def check_output(output_dir, resume_from_checkpoint, overwrite_output_dir, **set
          f"{newest} is newer; use that, or another --output_dir"),
         (not usable, f"output_dir={output_dir}", f"{place} is a file or cannot be written to; name another folder"),
         (used and not own and not (overwrite_output_dir and run), f"output_dir={output_dir}", "is in use; name another"
-         ", go on with its run by --resume_from_checkpoint=latest, or write over that run by --overwrite_output_dir"),
+         ", go on with its run by --resume_from_checkpoint=latest, or, if of this kind, use --overwrite_output_dir"),
         (settings[data] and not os.path.isdir(folder), f"{data}={folder}", "does not exist, or is no folder"),
         (folder and output.is_relative_to(Path(folder or "").resolve()), f"output_dir={output_dir}",
-         "lies in the folder of the images; put it elsewhere"),
+         "lies in the folder of the images, or below its name; put it elsewhere"),
     ) if wrong]
 
 
@@ -400,7 +400,9 @@ def read_folder(folder, caption_column):
 def read_dataset(name, config_name, image_column, caption_column, cache_dir, token, default_caption=None):
     """Loads the train split of a dataset as columns `image` (undecoded) and `captions`. Raises `InputError`."""
     # A local folder of image files is not for `datasets`, which drops images without a caption in silence.
-    if not config_name and any(path.suffix.lower() in IMAGE_SUFFIXES for path in Path(name).rglob("*")):
+    if any(path.suffix.lower() in IMAGE_SUFFIXES for path in Path(name).rglob("*")):
+        if (config_name, image_column) != (None, "image"):
+            raise InputError(f"--dataset_name={name}: holds images; drop --dataset_config_name and --image_column")
         return read_folder(name, caption_column)
     try:
         saved = Path(name, "state.json").is_file() and not config_name  # by save_to_disk
@@ -689,10 +691,9 @@ def make_state(accelerator, weights, groups, last_step, lr_scheduler, lr_step_ru
     AdamW = functools.partial(torch.optim.AdamW, fused=True)
     if use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit as AdamW
-    # The first rate is a default too, from which get_scheduler makes its polynomial.
     optimizer = AdamW(groups, groups[0]["lr"], (adam_beta1, adam_beta2), adam_epsilon, adam_weight_decay)
     schedule = get_scheduler(lr_scheduler, optimizer, lr_step_rules, lr_warmup_steps, last_step, lr_num_cycles or 1,
-                             lr_power or 1.0)
+                             lr_power or 1.0)  # its polynomial falls from the optimizer's default rate
     # The schedule is not prepared: it would count processes.
     state = {**weights, "optimizer": accelerator.prepare(optimizer), "lr_scheduler": schedule}
     if use_ema:
@@ -739,7 +740,7 @@ def save_checkpoint(accelerator, output_dir, settings, progress, state, total_li
         os.sync()  # files before names, or a crash could leave a whole name with half a file
         partial.rename(final)
         for old in list_checkpoints(output_dir)[: -total_limit if total_limit else 0]:
-            shutil.rmtree(old)
+            shutil.rmtree(old.rename(old.with_suffix(".partial")))  # which is what a kill would leave of it
     accelerator.wait_for_everyone()
 
 
@@ -763,8 +764,8 @@ def resume(accelerator, checkpoint, settings, last_step, state):
         before, progress = [json.loads((checkpoint / name).read_text()) for name in ("args.json", "progress.json")]
         saved = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
     except Exception as error:  # torch has one for every way of being broken
-        raise InputError(f"--resume_from_checkpoint: {checkpoint} is damaged, or of another script; name another, or "
-                         f"remove it ({last_line(error)})") from None
+        raise InputError(f"--resume_from_checkpoint: {checkpoint} is damaged, or of another script; name another "
+                         f"({last_line(error)})") from None
     changed = {name: f"{name}: {before.get(name)} there, {value} now" for name, value in settings.items()
                if name not in FREE_ON_RESUME and before.get(name) != value}
     fixed = changed.keys() & FIXED_ON_RESUME
@@ -785,7 +786,8 @@ def resume(accelerator, checkpoint, settings, last_step, state):
     optimizer, lr_scheduler = state["optimizer"], state["lr_scheduler"]
     for group, factor in zip(optimizer.param_groups, lr_scheduler.lr_lambdas, strict=True):
         group["lr"] = group["initial_lr"] * factor(lr_scheduler.last_epoch)
-    return {**progress, "base_losses": None if changed else progress["base_losses"]}
+    task = {"captioned_images", "image_interpolation_mode", "prediction_type", "rescale_betas_zero_snr", "resolution"}
+    return {**progress, "base_losses": None if changed.keys() & task else progress["base_losses"]}
 
 
 def exchange(accelerator, loss, grad_norm, stop):
@@ -850,7 +852,7 @@ def validate(accelerator, parts, parameters, ema, images, batch_size, prompts, r
     its gain over the first call's, which `progress` keeps, with the standard error of the paired difference."""
     unet, vae, text_encoder, step = parts["unet"], parts["vae"], parts["text_encoder"], progress["global_step"]
     trained = torch.nn.ModuleList(part for part in (unet, text_encoder) if part.training).eval()
-    if ema:
+    if ema and (prompts or len(images)):
         ema.store(parameters)
         ema.copy_to(parameters)
     if len(images):
@@ -867,7 +869,7 @@ def validate(accelerator, parts, parameters, ema, images, batch_size, prompts, r
         for tracker in [tracker for tracker in accelerator.trackers if hasattr(tracker, "log_images")]:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({"samples": drawn}, step=step, **layout)
-    if ema:
+    if ema and (prompts or len(images)):
         ema.restore(parameters)
     trained.train()
     accelerator.wait_for_everyone()
@@ -902,9 +904,8 @@ def prepare_output(accelerator, output_dir, settings, first_step):
         output_dir.mkdir(parents=True, exist_ok=True)
         if settings["overwrite_output_dir"]:
             (output_dir / "README.md").unlink(missing_ok=True)  # which says that a run has ended
-            old = [*list_checkpoints(output_dir), *output_dir.glob("checkpoint-*.partial"), output_dir / "samples"]
-            for folder in old:
-                shutil.rmtree(folder, ignore_errors=True)
+            for old in [p for p in output_dir.iterdir() if re.fullmatch(r"samples|checkpoint-\d+(.partial)?", p.name)]:
+                shutil.rmtree(old, ignore_errors=True)
         (output_dir / "args.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         log = output_dir / "log.jsonl"  # steps after the checkpoint are done again, and so logged again
         lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() and first_step else []
@@ -1034,7 +1035,7 @@ def leave(accelerator, output_dir, step, broken, signals):
 
 def save_model(args, models, num_images, step):
     """Writes the adapters in diffusers' layout with rank, alpha and targets in the header, on demand in kohya's layout
-    too, and the model card; returns the names of the adapters' files."""
+    too, and the model card; returns patterns that are the adapters' files."""
     weights = {key: value.to("cpu", DTYPES[args.save_precision]) for key, value in lora_weights(models).items()}
     layers = {f"{name}_lora_layers": {key.removeprefix(f"{name}."): value for key, value in weights.items()
                                       if key.startswith(f"{name}.")} for name in models}
@@ -1053,7 +1054,7 @@ def save_model(args, models, num_images, step):
                "`pipe.load_lora_weights(...)`", ["stable-diffusion", "stable-diffusion-diffusers", "lora"])
     for file in files:  # which safetensors makes for their owner alone
         shutil.copymode(Path(args.output_dir, "README.md"), Path(args.output_dir, file))
-    return files
+    return [re.sub(r"([*?[])", r"[\1]", file) for file in files]
 
 
 def to_kohya(weights, alpha):
