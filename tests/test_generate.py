@@ -219,7 +219,7 @@ def test_recipes(tool, tmp_path, capsys, monkeypatch):
     assert tool.parse_args(["model", "--config", str(own), "--lora", "three"]).lora == ["three"]
     own.write_text("evaluation: {seed: 5, seeds: [1, 2], num_images: 9, clip_model: x, resolution: 64, base: ~/base}")
     monkeypatch.setenv("HOME", str(tmp_path))
-    args = tool.parse_args(["model", "--config", str(own), "--output_dir=~/out"])
+    args = tool.parse_args(["model", "--config=~/own.yaml", "--output_dir=~/out"])
     assert (args.seeds, args.base, args.output_dir) == ([1, 2], f"{tmp_path}/base", f"{tmp_path}/out")
     flags = load_script(REPO / "tools" / "evaluate.py").parse_args(["model"])
     assert vars(flags).keys() - vars(args).keys() - {"dataset", "seed"} == tool.OTHER_TOOLS_KEYS

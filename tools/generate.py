@@ -119,7 +119,8 @@ def parse_recipe(parser, argv):
     argv, words = sys.argv[1:] if argv is None else list(argv), []
     given, flags = parser.parse_known_args(argv)[0], vars(parser.parse_args([]))
     try:
-        recipe = (yaml.safe_load(Path(given.config).read_text(encoding="utf-8")) if given.config else None) or {}
+        path = given.config and os.path.expanduser(given.config)
+        recipe = (yaml.safe_load(Path(path).read_text(encoding="utf-8")) if path else None) or {}
         others = OTHER_TOOLS_KEYS if "evaluation" in recipe else set()
         recipe = dict(recipe.get("evaluation", recipe) or {})
     except (OSError, ValueError, yaml.YAMLError, AttributeError, TypeError) as error:

@@ -284,7 +284,7 @@ def check_settings(settings):
         (get("use_8bit_adam") and not is_bitsandbytes_available(), "use_8bit_adam", "needs bitsandbytes; drop this"),
         (get("allow_tf32") and on_cpu, "allow_tf32", "needs an NVIDIA GPU; drop this"),
         (get(xformers) and (on_cpu or not is_xformers_available()), xformers, "needs a GPU and xformers; drop this"),
-        (precision not in DTYPES or (on_cpu and precision == "fp16"), "mixed_precision", "cannot train; use bf16/no"),
+        (precision not in DTYPES or (on_cpu and precision == "fp16"), "mixed_precision", "cannot run here; use bf16"),
         (schedule == "polynomial" and get("learning_rate") <= 1e-7, "learning_rate", "must be above 1e-7, its end"),
     ) if wrong] + [f"accelerate's config asks for {name}, which cannot be used; choose GPUs alone" for name in (
         "FSDP", "DEEPSPEED", "MEGATRON_LM") if parse_flag_from_env(f"ACCELERATE_USE_{name}")]
