@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-lora demo-dreambooth demo-flax test check sync clean
+.PHONY: help install demo demo-lora demo-dreambooth demo-flax test scripts check clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -21,12 +21,13 @@ LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_pr
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: $(INSTALLED)  ## make .venv and install requirements_flax.txt, which names requirements.txt, into it (demo, test and check do this themselves)
+install: $(INSTALLED)  ## make .venv with what requirements_flax.txt names and the sdtune command (the other targets do this themselves)
 
 # The stamp is written last, so that an interrupted install is taken up again by the next target.
-$(INSTALLED): requirements.txt requirements_flax.txt
+$(INSTALLED): requirements.txt requirements_flax.txt setup.cfg pyproject.toml
 	$(BIN)/python -c "" 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements_flax.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
 demo: $(INSTALLED) demo/creatures/metadata.jsonl  ## fine-tune the miniature on drawn creatures, show before and after
@@ -64,12 +65,13 @@ demo/creatures/metadata.jsonl: miniature/render.py | $(INSTALLED)
 test: $(INSTALLED)  ## run all tests, offline and on the CPU; PYTEST_ARGS="-k resume" picks some
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal $(PYTEST_ARGS)
 
-check: $(INSTALLED)  ## lint, and compare the code that scripts share
-	$(BIN)/ruff check .
-	$(BIN)/python tools/check_shared_blocks.py
+scripts: $(INSTALLED)  ## build the scripts in examples/ from recipes/ and sdtune/
+	$(BIN)/python tools/build_scripts.py
 
-sync: $(INSTALLED)  ## copy the shared code of the script FROM=... to the other scripts
-	$(BIN)/python tools/check_shared_blocks.py --sync "$(FROM)"
+check: $(INSTALLED)  ## lint, formatting, and whether the scripts are as they are built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python tools/build_scripts.py --check
 
 clean:  ## remove what the demo and the tests left (not .venv)
 	rm -rf demo .pytest_cache .ruff_cache .coverage htmlcov

@@ -61,7 +61,8 @@ class FakeHub:
         self._blobs = {}  # SHA-256 -> bytes of LFS objects
         self._lock = threading.Lock()
         self._stopping = threading.Event()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _make_handler(self))
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.hub = self
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
@@ -94,63 +95,63 @@ class FakeHub:
         self._thread.join()
 
 
-def _make_handler(hub):
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+class Handler(BaseHTTPRequestHandler):
+    """Answers the requests of the clients of `server.hub`."""
 
-        def log_message(self, *args):
-            pass  # the tests' output is for the tests
+    protocol_version = "HTTP/1.1"
 
-        def do_GET(self):
-            self._serve()
+    def log_message(self, *args):
+        pass  # the tests' output is for the tests
 
-        do_HEAD = do_POST = do_PUT = do_GET
+    def do_GET(self):
+        self.serve()
 
-        def _serve(self):
-            body = self._read_body()
-            parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
-            with hub._lock:
-                hub.requests.append((self.command, urlsplit(self.path).path))
-                if self.headers.get("Authorization"):
-                    hub.tokens.add(self.headers["Authorization"].removeprefix("Bearer "))
-                query = parse_qs(urlsplit(self.path).query)
-                stage, answer = _route(hub, self.command, parts, query, body)
-                if stage in hub.fail:
-                    return self._reply(hub.fail[stage], {"error": f"the stand-in was told to fail at {stage}"})
-                hangs = hub.answered[stage] >= hub.hang.get(stage, math.inf)
-                if not hangs:
-                    status, content, headers = answer()
-                    hub.answered[stage] += 1
-                else:
-                    hub.waiting += 1
+    do_HEAD = do_POST = do_PUT = do_GET
+
+    def serve(self):
+        hub, body, url = self.server.hub, self.read_body(), urlsplit(self.path)
+        parts = [unquote(part) for part in url.path.strip("/").split("/")]
+        with hub._lock:
+            hub.requests.append((self.command, url.path))
+            if self.headers.get("Authorization"):
+                hub.tokens.add(self.headers["Authorization"].removeprefix("Bearer "))
+            stage, answer = _route(hub, self.command, parts, parse_qs(url.query), body)
+            if stage in hub.fail:
+                self.reply(hub.fail[stage], {"error": f"the stand-in was told to fail at {stage}"})
+                return
+            hangs = hub.answered[stage] >= hub.hang.get(stage, math.inf)
             if hangs:
-                self.close_connection = True
-                return hub._stopping.wait()
-            return self._reply(status, content, headers)
+                hub.waiting += 1
+            else:
+                status, content, headers = answer()
+                hub.answered[stage] += 1
+        if hangs:
+            self.close_connection = True
+            hub._stopping.wait()
+        else:
+            self.reply(status, content, headers)
 
-        def _read_body(self):
-            if "chunked" in self.headers.get("Transfer-Encoding", ""):
-                chunks = []
-                while size := int(self.rfile.readline().split(b";")[0], 16):
-                    chunks.append(self.rfile.read(size))
-                    self.rfile.readline()
-                self.rfile.readline()
-                return b"".join(chunks)
+    def read_body(self):
+        if "chunked" not in self.headers.get("Transfer-Encoding", ""):
             return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        chunks, size = [], None
+        while size != 0:  # the last chunk is empty
+            size = int(self.rfile.readline().split(b";")[0], 16)
+            chunks.append(self.rfile.read(size))
+            self.rfile.readline()
+        return b"".join(chunks)
 
-        def _reply(self, status, content, headers=None):
-            data = content if isinstance(content, bytes) else json.dumps(content).encode()
-            self.send_response(status)
-            if status >= 400 and isinstance(content, dict):
-                self.send_header("X-Error-Message", content["error"])
-            for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
-                self.send_header(name, value)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(data)
-
-    return Handler
+    def reply(self, status, content, headers=None):
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        if status >= 400 and isinstance(content, dict):
+            self.send_header("X-Error-Message", content["error"])
+        for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
 
 
 def _route(hub, method, parts, query, body):
@@ -166,7 +167,8 @@ def _route(hub, method, parts, query, body):
     if parts[-4:] == ["info", "lfs", "objects", "batch"]:
         return "lfs", lambda: _lfs_batch(hub, json.loads(body))
     if parts[0] == "api" and parts[1] in REPO_TYPES and len(parts) >= 4:
-        repo_id, action = "/".join(parts[2:4]), parts[4] if len(parts) > 4 else "info"
+        repo_id = "/".join(parts[2:4])
+        action = parts[4] if len(parts) > 4 else "info"
         if repo_id not in hub.repos:
             return "info", lambda: _not_found("RepoNotFound")
         repo = hub.repos[repo_id]
@@ -181,7 +183,8 @@ def _route(hub, method, parts, query, body):
             return "info", lambda: (200, _info(repo_id, repo), {})
     if "resolve" in parts:
         position = parts.index("resolve")
-        repo_id, path = "/".join(parts[position - 2 : position]), "/".join(parts[position + 2 :])
+        repo_id = "/".join(parts[position - 2 : position])
+        path = "/".join(parts[position + 2 :])
         return "resolve", lambda: _resolve(hub, repo_id, path)
     return "unknown", lambda: _not_found("EntryNotFound")
 
@@ -191,13 +194,14 @@ def _not_found(code):
 
 
 def _whoami():
-    return {"type": "user", "name": USER, "fullname": USER, "orgs": [], "auth": {"accessToken": {"role": "write"}}}
+    token = {"role": "write"}
+    return {"type": "user", "name": USER, "fullname": USER, "orgs": [], "auth": {"accessToken": token}}
 
 
 def _create(hub, request):
     repo_id = f"{request.get('organization') or USER}/{request['name']}"
     repo_type = request.get("type", "model")
-    url = f"{hub.url}/{'' if repo_type == 'model' else repo_type + 's/'}{repo_id}"
+    url = f"{hub.url}/{repo_id}" if repo_type == "model" else f"{hub.url}/{repo_type}s/{repo_id}"
     if repo_id in hub.repos:
         return 409, {"error": "this repository exists already", "url": url}, {}
     private = request.get("visibility") == "private" or bool(request.get("private"))
@@ -209,11 +213,16 @@ def _preupload(repo, request):
     """Says of each file how to send it, and by `oid` what is there, so that the client leaves out what is the same."""
     files = []
     for file in request["files"]:
-        large = file["size"] >= LFS_SIZE or file["path"].endswith(LFS_SUFFIXES)
-        files.append({"path": file["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": False})
-        if (data := repo.files.get(file["path"])) is not None:
-            blob = hashlib.sha1(b"blob %d\0" % len(data) + data)  # as git names it
-            files[-1]["oid"] = (hashlib.sha256(data) if large else blob).hexdigest()
+        is_large = file["size"] >= LFS_SIZE or file["path"].endswith(LFS_SUFFIXES)
+        mode = "lfs" if is_large else "regular"
+        entry = {"path": file["path"], "uploadMode": mode, "shouldIgnore": False}
+        if file["path"] in repo.files:
+            data = repo.files[file["path"]]
+            if is_large:
+                entry["oid"] = hashlib.sha256(data).hexdigest()
+            else:  # as git names it
+                entry["oid"] = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+        files.append(entry)
     return {"files": files}
 
 
@@ -274,15 +283,21 @@ def _info(repo_id, repo):
 
 def _tree(repo, folder, recursive):
     """Lists what lies in a folder, and if recursive below it: folders and files."""
-    prefix, entries = f"{folder}/" if folder else "", {}
+    prefix = f"{folder}/" if folder else ""
+    entries = {}
     for path, data in sorted(repo.files.items()):
         if not path.startswith(prefix):
             continue
         for parent in reversed(PurePosixPath(path).parents):
             entries[str(parent)] = {"type": "directory", "path": str(parent), "size": 0, "oid": "0" * 40}
         entries[path] = {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-    below = [entry for path, entry in entries.items() if path.startswith(prefix) and path != "."]
-    return [entry for entry in below if recursive or "/" not in entry["path"][len(prefix):]]
+    listed = []
+    for path, entry in entries.items():
+        is_below = path.startswith(prefix) and path != "."
+        is_direct = "/" not in path.removeprefix(prefix)
+        if is_below and (recursive or is_direct):
+            listed.append(entry)
+    return listed
 
 
 def _resolve(hub, repo_id, path):

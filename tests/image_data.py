@@ -2,6 +2,7 @@
 
 import colorsys
 import hashlib
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,22 +16,38 @@ def make_image(index, size=(32, 32)):
     """Returns an RGB image that differs from that of every other index below 61: a colour with a square on it."""
     width, height = size
     hue = index * 0.618034 % 1  # golden ratio steps never come close to an earlier hue
-    image = Image.new("RGB", size, tuple(round(255 * c) for c in colorsys.hsv_to_rgb(hue, 0.7, 0.9)))
+    image = Image.new("RGB", size, rgb(hue, 0.7, 0.9))
     side = max(1, min(size) // 3)
-    left, top = index * 5 % max(1, width - side), index * 3 % max(1, height - side)
-    square = tuple(round(255 * c) for c in colorsys.hsv_to_rgb((hue + 0.5) % 1, 0.9, 0.4))
-    ImageDraw.Draw(image).rectangle([left, top, left + side - 1, top + side - 1], fill=square)
+    left = index * 5 % max(1, width - side)
+    top = index * 3 % max(1, height - side)
+    square = [left, top, left + side - 1, top + side - 1]
+    ImageDraw.Draw(image).rectangle(square, fill=rgb((hue + 0.5) % 1, 0.9, 0.4))
     return image
+
+
+def rgb(hue, saturation, value):
+    """The colour as three whole numbers in [0, 255]."""
+    red, green, blue = colorsys.hsv_to_rgb(hue, saturation, value)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def encoded(image, suffix="png", **options):
+    """The bytes of an image file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format={"jpg": "jpeg", "tif": "tiff"}.get(suffix, suffix), **options)
+    return buffer.getvalue()
 
 
 def caption_of(index):
     """Returns the caption of make_image(index), different for every index."""
-    return "a picture of number " + " ".join(NUMBERS[int(digit)] for digit in str(index))
+    words = [NUMBERS[int(digit)] for digit in str(index)]
+    return f"a picture of number {' '.join(words)}"
 
 
 def write_metadata(folder, rows):
     """Writes metadata.jsonl, one JSON object per line."""
-    (Path(folder) / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    lines = [json.dumps(row) + "\n" for row in rows]
+    (Path(folder) / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def write_image_folder(folder, num_images=6, size=32, captions=None):
@@ -86,27 +103,27 @@ def write_messy_folder(folder, num_good=4, size=32, missing_caption="null"):
     make_image(51, (size, size)).save(bad["no_caption"])
     make_image(52, (100, 3)).save(bad["too_small"])
     for kind, path in bad.items():
-        row = {"file_name": path.name, "text": f"a picture with a defect {kind}"}
-        if kind == "no_caption":
-            if missing_caption == "no_row":
-                continue
-            row["text"] = {"null": None, "empty": "", "absent": None}[missing_caption]
-            if missing_caption == "absent":
-                del row["text"]
-        rows.append(row)
+        if kind != "no_caption":
+            rows.append({"file_name": path.name, "text": f"a picture with a defect {kind}"})
+        elif missing_caption == "null":
+            rows.append({"file_name": path.name, "text": None})
+        elif missing_caption == "empty":
+            rows.append({"file_name": path.name, "text": ""})
+        elif missing_caption == "absent":
+            rows.append({"file_name": path.name})
+        elif missing_caption != "no_row":
+            raise ValueError(f"unknown way to miss a caption {missing_caption!r}")
     write_metadata(folder, rows)
-    return MessyFolder(folder, [folder / f"{index:02d}.png" for index in range(num_good)], bad)
+    good = [folder / f"{index:02d}.png" for index in range(num_good)]
+    return MessyFolder(folder, good, bad)
 
 
 def snapshot(folder):
     """Returns {relative path: (size in bytes, time of change in ns, SHA-256)} of all files under the folder."""
     folder = Path(folder)
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {
-        path.relative_to(folder).as_posix(): (
-            path.stat().st_size,
-            path.stat().st_mtime_ns,
-            hashlib.sha256(path.read_bytes()).hexdigest(),
-        )
-        for path in files
-    }
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            status, digest = path.stat(), hashlib.sha256(path.read_bytes()).hexdigest()
+            found[path.relative_to(folder).as_posix()] = (status.st_size, status.st_mtime_ns, digest)
+    return found

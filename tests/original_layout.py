@@ -1,20 +1,22 @@
-"""Writes a pipeline in memory as one file in the original layout, by tools/convert_checkpoint.py."""
+"""Writes a pipeline in memory as one file in the original layout, as `sdtune convert` writes folders."""
 
 from pathlib import Path
 
 import torch
-from running import REPO
 from safetensors.torch import save_file
+
+from sdtune.pipeline_folder import PARTS
+from sdtune.single_file import schedule, to_original
 
 
 def original_state_dict(pipeline):
     """Returns {original name: weight} of a pipeline, with the buffers of its noise schedule."""
-    from conftest import load_script  # here: conftest imports modules beside this one
-
-    tool = load_script(REPO / "tools" / "convert_checkpoint.py")
-    models = {part: getattr(pipeline, part) for part in tool.PARTS}
-    weights = {(part, name): value for part, model in models.items() for name, value in model.state_dict().items()}
-    state = tool.to_original(weights, models, "pipeline") | tool.schedule(pipeline.scheduler.config)
+    models = {part: getattr(pipeline, part) for part in PARTS}
+    weights = {}
+    for part, model in models.items():
+        for name, value in model.state_dict().items():
+            weights[part, name] = value
+    state = {**to_original(weights, models, "pipeline"), **schedule(pipeline.scheduler.config)}
     return {name: value.detach().clone() for name, value in state.items()}
 
 

@@ -20,9 +20,19 @@ DIGESTS = {
 }
 # Buffers of the noise schedule, from register_schedule in ddpm.py; none of the lists has them.
 SCHEDULE = [
-    "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
-    "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
-    "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2"]
+    "betas",
+    "alphas_cumprod",
+    "alphas_cumprod_prev",
+    "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod",
+    "sqrt_recip_alphas_cumprod",
+    "sqrt_recipm1_alphas_cumprod",
+    "posterior_variance",
+    "posterior_log_variance_clipped",
+    "posterior_mean_coef1",
+    "posterior_mean_coef2",
+]
 # What a folder of diffusers cannot hold: its text encoder ends before OpenCLIP's last block, and has no projection.
 NOT_IN_A_FOLDER = ("transformer.resblocks.23.", "text_projection", "logit_scale")
 
@@ -32,82 +42,110 @@ def affine(name, *shape):
     return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
 
 
-def unet(context_dim, linear, channels=320, mult=(1, 2, 4, 4), layers=2, attention_levels=(0, 1, 2)):
+def unet_resnet(name, inputs, outputs, time):
+    """ResBlock, with its projection of the timestep's `time` numbers."""
+    keys = affine(f"{name}.in_layers.0", inputs)
+    keys |= affine(f"{name}.in_layers.2", outputs, inputs, 3, 3)
+    keys |= affine(f"{name}.emb_layers.1", outputs, time)
+    keys |= affine(f"{name}.out_layers.0", outputs)
+    keys |= affine(f"{name}.out_layers.3", outputs, outputs, 3, 3)
+    if inputs != outputs:
+        keys |= affine(f"{name}.skip_connection", outputs, inputs, 1, 1)
+    return keys
+
+
+def unet_transformer(name, size, context_size, linear):
+    """SpatialTransformer of one block; its ends are linear maps or 1 x 1 convolutions."""
+    block = f"{name}.transformer_blocks.0"
+    kernel = () if linear else (1, 1)
+    keys = affine(f"{name}.norm", size)
+    keys |= affine(f"{name}.proj_in", size, size, *kernel)
+    keys |= affine(f"{name}.proj_out", size, size, *kernel)
+    for attention, source_size in (("attn1", size), ("attn2", context_size)):
+        keys[f"{block}.{attention}.to_q.weight"] = (size, size)
+        keys[f"{block}.{attention}.to_k.weight"] = (size, source_size)
+        keys[f"{block}.{attention}.to_v.weight"] = (size, source_size)
+        keys |= affine(f"{block}.{attention}.to_out.0", size, size)
+    for norm in ("norm1", "norm2", "norm3"):
+        keys |= affine(f"{block}.{norm}", size)
+    keys |= affine(f"{block}.ff.net.0.proj", 8 * size, size)
+    return keys | affine(f"{block}.ff.net.2", size, 4 * size)
+
+
+def unet(context_size, linear, channels=320, factors=(1, 2, 4, 4), layers=2, attention_levels=(0, 1, 2)):
     """UNetModel: in- and output of 4 channels, one transformer block per attention."""
     time = 4 * channels
-
-    def resnet(name, inputs, outputs):
-        skip = affine(f"{name}.skip_connection", outputs, inputs, 1, 1) if inputs != outputs else {}
-        return (affine(f"{name}.in_layers.0", inputs) | affine(f"{name}.in_layers.2", outputs, inputs, 3, 3) | skip
-                | affine(f"{name}.emb_layers.1", outputs, time) | affine(f"{name}.out_layers.0", outputs)
-                | affine(f"{name}.out_layers.3", outputs, outputs, 3, 3))
-
-    def transformer(name, size):
-        block, ends = f"{name}.transformer_blocks.0", () if linear else (1, 1)
-        keys = affine(f"{name}.norm", size) | affine(f"{name}.proj_in", size, size, *ends)
-        keys |= affine(f"{name}.proj_out", size, size, *ends)
-        for attention, context in (("attn1", size), ("attn2", context_dim)):
-            keys |= {f"{block}.{attention}.to_{name}.weight": (size, context if name in "kv" else size)
-                     for name in "qkv"}
-            keys |= affine(f"{block}.{attention}.to_out.0", size, size)
-        for norm in ("norm1", "norm2", "norm3"):
-            keys |= affine(f"{block}.{norm}", size)
-        return keys | affine(f"{block}.ff.net.0.proj", 8 * size, size) | affine(f"{block}.ff.net.2", size, 4 * size)
-
     keys = affine("time_embed.0", time, channels) | affine("time_embed.2", time, time)
     keys |= affine("input_blocks.0.0", channels, 4, 3, 3)
-    sizes, size, number = [channels], channels, 1  # of what the way up takes from the way down
-    for level, factor in enumerate(mult):
+    size, number = channels, 1
+    sizes = [size]  # of what the way up takes from the way down
+    for level, factor in enumerate(factors):
         for _ in range(layers):
-            keys |= resnet(f"input_blocks.{number}.0", size, size := factor * channels)
-            keys |= transformer(f"input_blocks.{number}.1", size) if level in attention_levels else {}
+            keys |= unet_resnet(f"input_blocks.{number}.0", size, factor * channels, time)
+            size = factor * channels
+            if level in attention_levels:
+                keys |= unet_transformer(f"input_blocks.{number}.1", size, context_size, linear)
             number += 1
             sizes.append(size)
-        if level < len(mult) - 1:
+        if level < len(factors) - 1:
             keys |= affine(f"input_blocks.{number}.0.op", size, size, 3, 3)
             number += 1
             sizes.append(size)
-    keys |= resnet("middle_block.0", size, size) | transformer("middle_block.1", size)
-    keys |= resnet("middle_block.2", size, size)
+    keys |= unet_resnet("middle_block.0", size, size, time)
+    keys |= unet_transformer("middle_block.1", size, context_size, linear)
+    keys |= unet_resnet("middle_block.2", size, size, time)
     number = 0
-    for level, factor in reversed(list(enumerate(mult))):
+    for level, factor in reversed(list(enumerate(factors))):
         for layer in range(layers + 1):
-            keys |= resnet(f"output_blocks.{number}.0", size + sizes.pop(), size := factor * channels)
-            attention = level in attention_levels
-            keys |= transformer(f"output_blocks.{number}.1", size) if attention else {}
-            if level and layer == layers:
-                keys |= affine(f"output_blocks.{number}.{1 + attention}.conv", size, size, 3, 3)
+            keys |= unet_resnet(f"output_blocks.{number}.0", size + sizes.pop(), factor * channels, time)
+            size = factor * channels
+            part = 1
+            if level in attention_levels:
+                keys |= unet_transformer(f"output_blocks.{number}.1", size, context_size, linear)
+                part = 2
+            if level > 0 and layer == layers:
+                keys |= affine(f"output_blocks.{number}.{part}.conv", size, size, 3, 3)
             number += 1
     return keys | affine("out.0", channels) | affine("out.2", 4, channels, 3, 3)
 
 
-def vae(channels=128, mult=(1, 2, 4, 4), layers=2, latents=4):
-    """AutoencoderKL of RGB images; attention in the middle only."""
-    def resnet(name, inputs, outputs):
-        skip = affine(f"{name}.nin_shortcut", outputs, inputs, 1, 1) if inputs != outputs else {}
-        return (affine(f"{name}.norm1", inputs) | affine(f"{name}.conv1", outputs, inputs, 3, 3) | skip
-                | affine(f"{name}.norm2", outputs) | affine(f"{name}.conv2", outputs, outputs, 3, 3))
+def vae_resnet(name, inputs, outputs):
+    """ResnetBlock of the autoencoder."""
+    keys = affine(f"{name}.norm1", inputs)
+    keys |= affine(f"{name}.conv1", outputs, inputs, 3, 3)
+    keys |= affine(f"{name}.norm2", outputs)
+    keys |= affine(f"{name}.conv2", outputs, outputs, 3, 3)
+    if inputs != outputs:
+        keys |= affine(f"{name}.nin_shortcut", outputs, inputs, 1, 1)
+    return keys
 
-    def middle(name, size):
-        keys = resnet(f"{name}.block_1", size, size) | resnet(f"{name}.block_2", size, size)
-        keys |= affine(f"{name}.attn_1.norm", size)
-        for part in ("q", "k", "v", "proj_out"):
-            keys |= affine(f"{name}.attn_1.{part}", size, size, 1, 1)
-        return keys
 
-    size, top = channels, mult[-1] * channels
+def vae_middle(name, size):
+    """The middle of encoder and decoder: the only attention between two blocks."""
+    keys = vae_resnet(f"{name}.block_1", size, size) | vae_resnet(f"{name}.block_2", size, size)
+    keys |= affine(f"{name}.attn_1.norm", size)
+    for part in ("q", "k", "v", "proj_out"):
+        keys |= affine(f"{name}.attn_1.{part}", size, size, 1, 1)
+    return keys
+
+
+def vae(channels=128, factors=(1, 2, 4, 4), layers=2, latents=4):
+    """AutoencoderKL of RGB images."""
+    size, top = channels, factors[-1] * channels
     keys = affine("encoder.conv_in", channels, 3, 3, 3) | affine("decoder.conv_in", top, latents, 3, 3)
-    for level, factor in enumerate(mult):
+    for level, factor in enumerate(factors):
         for layer in range(layers):
-            keys |= resnet(f"encoder.down.{level}.block.{layer}", size, size := factor * channels)
-        if level < len(mult) - 1:
+            keys |= vae_resnet(f"encoder.down.{level}.block.{layer}", size, factor * channels)
+            size = factor * channels
+        if level < len(factors) - 1:
             keys |= affine(f"encoder.down.{level}.downsample.conv", size, size, 3, 3)
-    for level, factor in reversed(list(enumerate(mult))):
+    for level, factor in reversed(list(enumerate(factors))):
         for layer in range(layers + 1):
-            keys |= resnet(f"decoder.up.{level}.block.{layer}", size, size := factor * channels)
-        if level:
+            keys |= vae_resnet(f"decoder.up.{level}.block.{layer}", size, factor * channels)
+            size = factor * channels
+        if level > 0:
             keys |= affine(f"decoder.up.{level}.upsample.conv", size, size, 3, 3)
-    keys |= middle("encoder.mid", top) | middle("decoder.mid", top)
+    keys |= vae_middle("encoder.mid", top) | vae_middle("decoder.mid", top)
     keys |= affine("encoder.norm_out", top) | affine("encoder.conv_out", 2 * latents, top, 3, 3)
     keys |= affine("decoder.norm_out", channels) | affine("decoder.conv_out", 3, channels, 3, 3)
     keys |= affine("quant_conv", 2 * latents, 2 * latents, 1, 1)
@@ -116,8 +154,12 @@ def vae(channels=128, mult=(1, 2, 4, 4), layers=2, latents=4):
 
 def clip(size=768, layers=12):
     """CLIPTextModel of transformers 4, for ViT-L/14."""
-    keys = {"embeddings.position_embedding.weight": (77, size), "embeddings.position_ids": (1, 77),
-            "embeddings.token_embedding.weight": (49408, size)} | affine("final_layer_norm", size)
+    keys = {
+        "embeddings.position_embedding.weight": (77, size),
+        "embeddings.position_ids": (1, 77),
+        "embeddings.token_embedding.weight": (49408, size),
+    }
+    keys |= affine("final_layer_norm", size)
     for layer in range(layers):
         name = f"encoder.layers.{layer}"
         keys |= affine(f"{name}.layer_norm1", size) | affine(f"{name}.layer_norm2", size)
@@ -129,31 +171,51 @@ def clip(size=768, layers=12):
 
 def open_clip(size=1024, layers=24):
     """The text tower of OpenCLIP's ViT-H/14."""
-    keys = {"positional_embedding": (77, size), "text_projection": (size, size), "logit_scale": (),
-            "token_embedding.weight": (49408, size)} | affine("ln_final", size)
+    keys = {
+        "positional_embedding": (77, size),
+        "text_projection": (size, size),
+        "logit_scale": (),
+        "token_embedding.weight": (49408, size),
+    }
+    keys |= affine("ln_final", size)
     for layer in range(layers):
         name = f"transformer.resblocks.{layer}"
         keys |= affine(f"{name}.ln_1", size) | affine(f"{name}.ln_2", size)
         keys |= affine(f"{name}.mlp.c_fc", 4 * size, size) | affine(f"{name}.mlp.c_proj", size, 4 * size)
-        keys |= {f"{name}.attn.in_proj_weight": (3 * size, size), f"{name}.attn.in_proj_bias": (3 * size,)}
+        keys[f"{name}.attn.in_proj_weight"] = (3 * size, size)
+        keys[f"{name}.attn.in_proj_bias"] = (3 * size,)
         keys |= affine(f"{name}.attn.out_proj", size, size)
     return keys
 
 
-COMPONENTS = {"UNET-v1-SD": unet(768, linear=False), "UNET-v2-SD": unet(1024, linear=True), "VAE-v1-SD": vae(),
-              "CLIP-v1-SD": clip(), "CLIP-v2-SD": open_clip()}
+COMPONENTS = {
+    "UNET-v1-SD": unet(768, linear=False),
+    "UNET-v2-SD": unet(1024, linear=True),
+    "VAE-v1-SD": vae(),
+    "CLIP-v1-SD": clip(),
+    "CLIP-v2-SD": open_clip(),
+}
 
 
 def digest(component):
     """Number of lines and SHA-256 of a component, written as the source of DIGESTS does."""
-    lines = sorted(f"{key} [{','.join(map(str, shape))}]" for key, shape in COMPONENTS[component].items())
-    return len(lines), hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    lines = []
+    for key, shape in COMPONENTS[component].items():
+        sizes = ",".join(map(str, shape))
+        lines.append(f"{key} [{sizes}]")
+    return len(lines), hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
 def published(version):
     """{key: shape} of the whole file of version 1 (1.5) or 2 (2.1), without averaged weights (model_ema)."""
-    clip_prefix = {1: "cond_stage_model.transformer.text_model.", 2: "cond_stage_model.model."}[version]
-    parts = [("model.diffusion_model.", f"UNET-v{version}-SD"), ("first_stage_model.", "VAE-v1-SD"),
-             (clip_prefix, f"CLIP-v{version}-SD")]
-    keys = {prefix + key: shape for prefix, component in parts for key, shape in COMPONENTS[component].items()}
-    return keys | dict.fromkeys(SCHEDULE, (1000,))
+    text_encoder = "cond_stage_model.transformer.text_model." if version == 1 else "cond_stage_model.model."
+    components = {
+        "model.diffusion_model.": f"UNET-v{version}-SD",
+        "first_stage_model.": "VAE-v1-SD",
+        text_encoder: f"CLIP-v{version}-SD",
+    }
+    keys = dict.fromkeys(SCHEDULE, (1000,))
+    for prefix, component in components.items():
+        for key, shape in COMPONENTS[component].items():
+            keys[prefix + key] = shape
+    return keys

@@ -1,5 +1,6 @@
 """Runs a script as a user does: in a process of its own, by itself or through a launcher."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -13,6 +14,13 @@ TRAIN_TEXT_TO_IMAGE_LORA = REPO / "examples" / "text_to_image" / "train_text_to_
 TRAIN_TEXT_TO_IMAGE_FLAX = REPO / "examples" / "text_to_image" / "train_text_to_image_flax.py"
 TRAIN_DREAMBOOTH = REPO / "examples" / "dreambooth" / "train_dreambooth.py"
 TRAIN_DREAMBOOTH_LORA = REPO / "examples" / "dreambooth" / "train_dreambooth_lora.py"
+SCRIPTS = [
+    TRAIN_TEXT_TO_IMAGE,
+    TRAIN_TEXT_TO_IMAGE_LORA,
+    TRAIN_TEXT_TO_IMAGE_FLAX,
+    TRAIN_DREAMBOOTH,
+    TRAIN_DREAMBOOTH_LORA,
+]
 
 
 def command_for(args, script=TRAIN_TEXT_TO_IMAGE, launcher="python", nproc=1):
@@ -63,6 +71,24 @@ def start_script(args, env=None, nproc=1, launcher="python", script=TRAIN_TEXT_T
     )
 
 
+def run_command(words, env=None, cwd=None):
+    """Runs `python -m sdtune` with the words, from any folder, as `run_script` runs a script."""
+    return run_script(["sdtune", *words], {"PYTHONPATH": str(REPO)} | (env or {}), script="-m", cwd=cwd)
+
+
+def start_command(words, env=None):
+    """Starts `python -m sdtune` with the words as `start_script` starts a script."""
+    return start_script(["sdtune", *words], {"PYTHONPATH": str(REPO)} | (env or {}), script="-m")
+
+
+def status_of(main, *words):
+    """Calls the main() of a command in this process; returns the exit status that a process would have."""
+    try:
+        return main([str(word) for word in words]) or 0
+    except SystemExit as stop:
+        return stop.code or 0
+
+
 def kill_when(process, condition, seconds=240):
     """Ends a process of `start_script` by SIGKILL as soon as the condition holds, which it has to within the time."""
     deadline = time.monotonic() + seconds
@@ -73,6 +99,23 @@ def kill_when(process, condition, seconds=240):
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
+
+
+def kill_copy_when(condition, main, *words, seconds=60):
+    """Calls the main() of a command in a copy of this process, which has no imports to wait for, and ends that by
+    SIGKILL as soon as the condition holds."""
+    process = multiprocessing.get_context("fork").Process(target=main, args=([str(word) for word in words],))
+    process.start()
+    try:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert process.is_alive()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.join()
+    assert process.exitcode == -signal.SIGKILL
 
 
 def environment(additions):

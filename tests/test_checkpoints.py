@@ -1,6 +1,5 @@
 """Checkpoints are whole or absent, old ones go last, and a resume under other conditions is refused."""
 
-import argparse
 import json
 import math
 import os
@@ -13,7 +12,10 @@ import pytest
 import torch
 from image_data import snapshot, write_image_folder
 from PIL import Image
-from training import checkpoint_state, checkpoint_unet, losses, read_log, same, train, unet
+from training import checkpoint_state, checkpoint_unet, losses, parse, read_log, same, train, unet
+
+from sdtune.batches import count_steps
+from sdtune.checkpoints import find_checkpoint, list_checkpoints, new_run, save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +32,16 @@ def straight(train_script, tiny_pipeline, images, tmp_path_factory):
 
 
 @pytest.fixture
+def fit(train_script, tiny_pipeline, images):
+    """Trains four steps into a folder, or as the settings say; returns the exit status."""
+
+    def run(output_dir, base=tiny_pipeline, data=images, **settings):
+        return train(train_script, base, data, output_dir, **settings)
+
+    return run
+
+
+@pytest.fixture
 def stopped(straight, tmp_path):
     """A copy of that run as it was after two steps."""
     folder = tmp_path / "stopped"
@@ -40,6 +52,7 @@ def stopped(straight, tmp_path):
 
 
 def checkpoints(folder):
+    """The names of a run's checkpoints, half-written ones too."""
     return sorted(path.name for path in folder.glob("checkpoint-*"))
 
 
@@ -85,20 +98,17 @@ def break_rename(monkeypatch):
 
 
 @pytest.mark.parametrize("break_it", [break_save, break_json, break_rename])
-def test_failed_save_leaves_the_older_checkpoints(
-    train_script, tiny_pipeline, images, straight, tmp_path, monkeypatch, break_it
-):
+def test_failed_save_leaves_the_older_checkpoints(fit, straight, tmp_path, monkeypatch, break_it):
     settings = {"checkpointing_steps": 1, "checkpoints_total_limit": 2}
     with monkeypatch.context() as patch:
         break_it(patch)
         with pytest.raises(OSError, match="no space left"):
-            train(train_script, tiny_pipeline, images, tmp_path, **settings)
+            fit(tmp_path, **settings)
     assert checkpoints(tmp_path) == ["checkpoint-1", "checkpoint-2", "checkpoint-3.partial"]
     for name in ("checkpoint-1", "checkpoint-2"):
         assert same(checkpoint_state(tmp_path / name), checkpoint_state(straight / name))
     # The next start goes on from the second and is not disturbed by what lies about.
-    settings["resume_from_checkpoint"] = "latest"
-    assert train(train_script, tiny_pipeline, images, tmp_path, **settings) == 0
+    assert fit(tmp_path, **settings, resume_from_checkpoint="latest") == 0
     assert checkpoints(tmp_path) == ["checkpoint-3", "checkpoint-4"]
     assert same(checkpoint_state(tmp_path / "checkpoint-4"), checkpoint_state(straight / "checkpoint-4"))
     assert same(unet(tmp_path), unet(straight))
@@ -118,13 +128,12 @@ def test_a_whole_checkpoint_holds_what_a_resume_needs(straight):
 
 
 @pytest.mark.parametrize("limit, kept", [(1, [4]), (3, [2, 3, 4]), (9, [1, 2, 3, 4])])
-def test_limit_keeps_the_newest(train_script, tiny_pipeline, images, tmp_path, limit, kept):
-    settings = {"checkpointing_steps": 1, "checkpoints_total_limit": limit}
-    assert train(train_script, tiny_pipeline, images, tmp_path, **settings) == 0
+def test_limit_keeps_the_newest(fit, tmp_path, limit, kept):
+    assert fit(tmp_path, checkpointing_steps=1, checkpoints_total_limit=limit) == 0
     assert checkpoints(tmp_path) == [f"checkpoint-{step}" for step in kept]
 
 
-def test_newest_is_by_number_not_by_name(train_script, tmp_path):
+def test_newest_is_by_number_not_by_name(tmp_path):
     for step in (9, 10, 100):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "progress.json").write_text("{}")
@@ -132,32 +141,32 @@ def test_newest_is_by_number_not_by_name(train_script, tmp_path):
         (tmp_path / other).mkdir()
         (tmp_path / other / "progress.json").write_text("{}")
     (tmp_path / "checkpoint-200").mkdir()
-    found = [path.name for path in train_script.list_checkpoints(tmp_path)]
+    found = [path.name for path in list_checkpoints(tmp_path)]
     assert found == ["checkpoint-9", "checkpoint-10", "checkpoint-100"]
+    assert find_checkpoint(tmp_path, "latest").name == "checkpoint-100"
 
 
-def test_older_go_only_when_the_new_one_is_whole(train_script, tiny_pipeline, images, tmp_path, monkeypatch):
+def test_older_go_only_when_the_new_one_is_whole(fit, tmp_path, monkeypatch):
     rmtree, removals = shutil.rmtree, []
 
     def watch(path, *args, **options):
         path = Path(path)
         if path.exists():
-            removals.append((path.name, [whole.name for whole in train_script.list_checkpoints(path.parent)]))
+            removals.append((path.name, [whole.name for whole in list_checkpoints(path.parent)]))
         return rmtree(path, *args, **options)
 
     monkeypatch.setattr(shutil, "rmtree", watch)
-    settings = {"checkpointing_steps": 1, "checkpoints_total_limit": 1}
-    assert train(train_script, tiny_pipeline, images, tmp_path, **settings) == 0
+    assert fit(tmp_path, checkpointing_steps=1, checkpoints_total_limit=1) == 0
     assert removals == [(f"checkpoint-{step}.partial", [f"checkpoint-{step + 1}"]) for step in (1, 2, 3)]
 
 
 @pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o007, 0o660)])
-def test_files_honour_the_umask(train_script, tiny_pipeline, images, tmp_path, umask, mode):
+def test_files_honour_the_umask(fit, tmp_path, umask, mode):
     """safetensors writes for the owner alone; on a shared machine the others could not load the result."""
     before = os.umask(umask)
     try:
         settings = {"max_train_steps": 1, "checkpointing_steps": 1, "use_ema": True, "validation_prompts": ["a"]}
-        assert train(train_script, tiny_pipeline, images, tmp_path, **settings) == 0
+        assert fit(tmp_path, **settings) == 0
         assert os.umask(umask) == umask
     finally:
         os.umask(before)
@@ -172,14 +181,33 @@ def test_files_honour_the_umask(train_script, tiny_pipeline, images, tmp_path, u
 
 
 def edit_caption(images, folder):
+    """Copies images, one of them with another caption."""
     shutil.copytree(images, folder)
     metadata = folder / "metadata.jsonl"
     metadata.write_text(metadata.read_text().replace("number zero", "number ten"))
 
 
 def edit_image(images, folder):
+    """Copies images, one of them with another's pixels."""
     shutil.copytree(images, folder)
     shutil.copy(folder / "01.png", folder / "00.png")
+
+
+def refused_unless_allowed(fit, folder, capsys, named, **settings):
+    """A resume ends with a message that names what was changed and leaves the run alone; allowed, it trains on."""
+    settings = {"checkpointing_steps": 1, "resume_from_checkpoint": "latest", **settings}
+    before = snapshot(folder)
+    assert fit(folder, **settings) == 2
+    message = capsys.readouterr().err
+    assert named in message
+    assert "--allow_changed_resume" in message
+    assert len(message.splitlines()) <= 12
+    assert snapshot(folder) == before
+
+    assert fit(folder, **settings, allow_changed_resume=True) == 0
+    assert named in capsys.readouterr().out
+    assert len(losses(folder)) == 4
+    assert all(map(math.isfinite, losses(folder)))
 
 
 @pytest.mark.parametrize(
@@ -195,142 +223,127 @@ def edit_image(images, folder):
         ({"lr_scheduler": "linear"}, "lr_scheduler: constant there, linear now"),
         ({"num_validation_samples": 1}, "captioned_images: "),
         ({"max_train_samples": 5}, "captioned_images: "),
-        (edit_caption, "captioned_images: "),
-        (edit_image, "captioned_images: "),
     ],
-
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_changed_resume_is_refused_unless_allowed(
-    train_script, tiny_pipeline, images, stopped, tmp_path, capsys, changes, named
-):
-    settings, data = {"checkpointing_steps": 1, "resume_from_checkpoint": "latest"}, images
-    if callable(changes):
-        data = tmp_path / "changed"
-        changes(images, data)
-    else:
-        settings |= changes
-    before = snapshot(stopped)
-    assert train(train_script, tiny_pipeline, data, stopped, **settings) == 2
-    message = capsys.readouterr().err
-    assert named in message
-    assert "--allow_changed_resume" in message
-    assert len(message.splitlines()) <= 12
-    assert snapshot(stopped) == before
-
-    settings |= {"allow_changed_resume": True}
-    assert train(train_script, tiny_pipeline, data, stopped, **settings) == 0
-    assert named in capsys.readouterr().out
-    assert len(losses(stopped)) == 4
-    assert all(map(math.isfinite, losses(stopped)))
+def test_changed_flags_are_refused_unless_allowed(fit, stopped, capsys, changes, named):
+    refused_unless_allowed(fit, stopped, capsys, named, **changes)
 
 
-def test_half_a_checkpoint_in_the_place_is_not_taken_for_one(train_script, tmp_path):
+@pytest.mark.parametrize("edit", [edit_caption, edit_image])
+def test_changed_images_are_refused_unless_allowed(fit, images, stopped, tmp_path, capsys, edit):
+    data = tmp_path / "changed"
+    edit(images, data)
+    refused_unless_allowed(fit, stopped, capsys, "captioned_images: ", data=data)
+
+
+def test_half_a_checkpoint_in_the_place_is_not_taken_for_one(tmp_path):
     """Nor removed: it is none of ours, which are renamed when they are whole."""
-    alone = argparse.Namespace(is_main_process=True, wait_for_everyone=lambda: None)
     (tmp_path / "checkpoint-4").mkdir()
     (tmp_path / "checkpoint-4" / "mine.txt").write_text("mine")
+    args = parse(f"--output_dir={tmp_path}")
+    run = new_run(args, count_steps(args, 6, 1), {}, args.learning_rate, "no", {})
+    run.progress["global_step"] = 4
     with pytest.raises(OSError, match="not empty"):
-        train_script.save_checkpoint(alone, tmp_path, {}, {"global_step": 4}, {}, None)
+        save_checkpoint(run, lambda folder: None, None)
     assert (tmp_path / "checkpoint-4" / "mine.txt").read_text() == "mine"
     assert (tmp_path / "checkpoint-4.partial" / "progress.json").exists()
 
 
-def test_other_held_out_images_are_other_images(train_script, tiny_pipeline, images, tmp_path, capsys):
+def test_other_held_out_images_are_other_images(fit, images, tmp_path, capsys):
     """Else their loss would be compared with that of the pictures before."""
     data = shutil.copytree(images, tmp_path / "data")
-    settings = {"num_validation_samples": 2, "checkpointing_steps": 1}
-    assert train(train_script, tiny_pipeline, data, tmp_path / "out", **settings) == 0
-    held_out = np.random.default_rng(train_script.HELD_OUT).permutation(6)[0]
+    settings = {"data": data, "num_validation_samples": 2, "checkpointing_steps": 1}
+    assert fit(tmp_path / "out", **settings, max_train_steps=1) == 0
+    held_out = np.random.default_rng(4).permutation(6)[0]  # 4: the number of the stream of random numbers
     Image.new("RGB", (32, 32)).save(sorted(data.glob("*.png"))[held_out])
-    settings |= {"resume_from_checkpoint": "latest", "max_train_steps": 9}
-    assert train(train_script, tiny_pipeline, data, tmp_path / "out", **settings) == 2
+    assert fit(tmp_path / "out", **settings, resume_from_checkpoint="latest") == 2
     assert "captioned_images: " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name, content", [("state.pt", None), ("state.pt", 500), ("args.json", None),
-                                           ("args.json", 0), ("progress.json", 0)])
-def test_damaged_checkpoints_are_named(train_script, tiny_pipeline, images, stopped, capsys, name, content):
-    newest = train_script.find_checkpoint(stopped, "latest")
-    data = (newest / name).read_bytes()
+@pytest.mark.parametrize(
+    "name, length",  # of what is left of the file; None: it is gone
+    [("state.pt", None), ("state.pt", 500), ("args.json", None), ("args.json", 0), ("progress.json", 0)],
+)
+def test_damaged_checkpoints_are_named(fit, stopped, capsys, name, length):
+    newest = find_checkpoint(stopped, "latest")
+    content = (newest / name).read_bytes()
     (newest / name).unlink()
-    if content is not None:
-        (newest / name).write_bytes(data[:content])
+    if length is not None:
+        (newest / name).write_bytes(content[:length])
     before = snapshot(stopped)
-    settings = {"checkpointing_steps": 1, "resume_from_checkpoint": "latest"}
-    assert train(train_script, tiny_pipeline, images, stopped, **settings) == 2
+    assert fit(stopped, checkpointing_steps=1, resume_from_checkpoint="latest") == 2
     message = capsys.readouterr().err
     assert f"--resume_from_checkpoint: {newest} is damaged, or of another script; name another (" in message
     assert len(message.splitlines()) == 1
     assert snapshot(stopped) == before
 
 
-def test_changed_model_is_refused(train_script, tiny_pipeline, images, stopped, tmp_path, capsys):
+def test_changed_model_is_refused(fit, tiny_pipeline, stopped, tmp_path, capsys):
     other = shutil.copytree(tiny_pipeline, tmp_path / "other")
-    settings = {"checkpointing_steps": 1, "resume_from_checkpoint": "latest"}
-    assert train(train_script, other, images, stopped, **settings) == 2
+    assert fit(stopped, base=other, checkpointing_steps=1, resume_from_checkpoint="latest") == 2
     assert "pretrained_model_name_or_path" in capsys.readouterr().err
 
 
-def test_held_out_images_may_change_on_an_allowed_resume(train_script, tiny_pipeline, images, tmp_path, capsys):
+def test_held_out_images_may_change_on_an_allowed_resume(fit, tmp_path):
     """Losses of other images than at the start cannot be compared with it in pairs."""
-    settings = {"num_validation_samples": 2, "checkpointing_steps": 2, "validation_steps": 2}
-    assert train(train_script, tiny_pipeline, images, tmp_path, **settings, max_train_steps=2) == 0
-    settings |= {"num_validation_samples": 3, "resume_from_checkpoint": "latest", "allow_changed_resume": True}
-    assert train(train_script, tiny_pipeline, images, tmp_path, **settings) == 0
+    settings = {"checkpointing_steps": 2, "validation_steps": 2}
+    assert fit(tmp_path, **settings, num_validation_samples=2, max_train_steps=2) == 0
+    settings |= {"resume_from_checkpoint": "latest", "allow_changed_resume": True}
+    assert fit(tmp_path, **settings, num_validation_samples=3) == 0
     assert [row["step"] for row in read_log(tmp_path) if "held_out_loss" in row] == [0, 2, 4]
 
 
-def test_no_gain_over_losses_of_another_task(train_script, tiny_pipeline, images, tmp_path):
+def test_no_gain_over_losses_of_another_task(fit, tmp_path):
     """Losses at another resolution are no measure of what was learnt; the gain starts anew."""
     settings = {"num_validation_samples": 2, "checkpointing_steps": 2, "validation_steps": 2}
-    assert train(train_script, tiny_pipeline, images, tmp_path, **settings, max_train_steps=2) == 0
-    settings |= {"resolution": 16, "resume_from_checkpoint": "latest", "allow_changed_resume": True}
-    assert train(train_script, tiny_pipeline, images, tmp_path, **settings) == 0
+    assert fit(tmp_path, **settings, max_train_steps=2) == 0
+    settings |= {"resume_from_checkpoint": "latest", "allow_changed_resume": True}
+    assert fit(tmp_path, **settings, resolution=16) == 0
     gains = [row["held_out_gain"] for row in read_log(tmp_path) if "held_out_gain" in row]
     assert gains[0] == 0
     assert gains[1] == 0  # measured again, at the step of the resume
     assert gains[2] != 0
 
 
-def test_a_gain_outlives_a_lower_rate(train_script, tiny_pipeline, images, tmp_path):
+def test_a_gain_outlives_a_lower_rate(fit, tmp_path):
     """As is advised after a loss that is not finite: what is measured stays the same."""
     settings = {"num_validation_samples": 2, "checkpointing_steps": 3, "validation_steps": 2}
-    assert train(train_script, tiny_pipeline, images, tmp_path, **settings, max_train_steps=3) == 0
-    settings |= {"learning_rate": 1e-4, "resume_from_checkpoint": "latest", "allow_changed_resume": True}
-    assert train(train_script, tiny_pipeline, images, tmp_path, **settings) == 0
+    assert fit(tmp_path, **settings, max_train_steps=3) == 0
+    settings |= {"resume_from_checkpoint": "latest", "allow_changed_resume": True}
+    assert fit(tmp_path, **settings, learning_rate=1e-4) == 0
     rows = [row for row in read_log(tmp_path) if "held_out_loss" in row]
     assert rows[-1]["step"] == 4
     assert rows[-1]["held_out_gain"] == pytest.approx(rows[0]["held_out_loss"] - rows[-1]["held_out_loss"], abs=1e-6)
 
 
-def test_removing_a_checkpoint_leaves_no_half_one(train_script, tiny_pipeline, images, tmp_path, monkeypatch):
+def test_removing_a_checkpoint_leaves_no_half_one(train_script, fit, tmp_path, monkeypatch):
     """However far it came: what is left has the name of one that is not whole."""
-    monkeypatch.setattr(train_script.shutil, "rmtree", lambda path, **_: None)
-    assert train(train_script, tiny_pipeline, images, tmp_path, checkpointing_steps=1, checkpoints_total_limit=1) == 0
-    assert checkpoints(tmp_path) == sorted(["checkpoint-4", *(f"checkpoint-{n}.partial" for n in (1, 2, 3))])
-    monkeypatch.undo()
-    assert train(train_script, tiny_pipeline, images, tmp_path, overwrite_output_dir=True, checkpointing_steps=4) == 0
-    assert checkpoints(tmp_path) == ["checkpoint-4"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train_script.shutil, "rmtree", lambda path, **_: None)
+        assert fit(tmp_path, checkpointing_steps=1, checkpoints_total_limit=1) == 0
+    partial = [f"checkpoint-{step}.partial" for step in (1, 2, 3)]
+    assert checkpoints(tmp_path) == sorted(["checkpoint-4", *partial])
+    assert fit(tmp_path, overwrite_output_dir=True, checkpointing_steps=1, max_train_steps=1) == 0
+    assert checkpoints(tmp_path) == ["checkpoint-1"]
 
 
-def test_a_run_written_over_an_ended_one_can_be_gone_on_with(
-    train_script, tiny_pipeline, images, tmp_path, monkeypatch
-):
+def test_a_run_written_over_an_ended_one_can_be_gone_on_with(train_script, fit, tmp_path, monkeypatch):
     """Though it was stopped before its first checkpoint."""
-    assert train(train_script, tiny_pipeline, images, tmp_path, max_train_steps=1) == 0
+    assert fit(tmp_path, max_train_steps=1) == 0
 
     def stop(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(train_script, "micro_batches", stop)
-        assert train(train_script, tiny_pipeline, images, tmp_path, overwrite_output_dir=True) == 130
+        assert fit(tmp_path, overwrite_output_dir=True) == 130
     assert not (tmp_path / "README.md").exists()
-    assert train(train_script, tiny_pipeline, images, tmp_path, resume_from_checkpoint="latest") == 0
+    assert fit(tmp_path, resume_from_checkpoint="latest") == 0
     assert len(losses(tmp_path)) == 4
 
 
-def test_what_leaves_the_result_may_change(train_script, tiny_pipeline, images, straight, stopped, capsys):
+def test_what_leaves_the_result_may_change(fit, straight, stopped):
     settings = {
         "checkpointing_steps": 1,
         "checkpoints_total_limit": 1,
@@ -339,59 +352,61 @@ def test_what_leaves_the_result_may_change(train_script, tiny_pipeline, images, 
         "validation_prompts": ["a red circle"],
         "tracker_project_name": "another",
     }
-    assert train(train_script, tiny_pipeline, images, stopped, **settings) == 0
+    assert fit(stopped, **settings) == 0
     assert same(unet(stopped), unet(straight))
     assert checkpoints(stopped) == ["checkpoint-4"]
 
 
-def test_same_step_in_other_passes_may_be_resumed(train_script, tiny_pipeline, images, straight, stopped):
+def test_same_step_in_other_passes_may_be_resumed(fit, straight, stopped):
     """1 x 2 images instead of 2 x 1: the same step up to rounding."""
-    settings = {"checkpointing_steps": 1, "train_batch_size": 1, "gradient_accumulation_steps": 2}
-    settings |= {"resume_from_checkpoint": "latest", "gradient_checkpointing": True}
-    assert train(train_script, tiny_pipeline, images, stopped, **settings) == 0
+    settings = {
+        "checkpointing_steps": 1,
+        "train_batch_size": 1,
+        "gradient_accumulation_steps": 2,
+        "gradient_checkpointing": True,
+        "resume_from_checkpoint": "latest",
+    }
+    assert fit(stopped, **settings) == 0
     assert losses(stopped)[:2] == losses(straight)[:2]
     assert losses(stopped) == pytest.approx(losses(straight), rel=1e-3)
 
 
-def test_constant_schedule_may_be_extended(train_script, tiny_pipeline, images, straight, stopped):
-    settings = {"checkpointing_steps": 1, "resume_from_checkpoint": "latest", "max_train_steps": 3}
-    assert train(train_script, tiny_pipeline, images, stopped, **settings) == 0
+def test_constant_schedule_may_be_extended(fit, straight, stopped):
+    settings = {"checkpointing_steps": 1, "resume_from_checkpoint": "latest"}
+    assert fit(stopped, **settings, max_train_steps=3) == 0
     assert same(unet(stopped), checkpoint_unet(straight / "checkpoint-3"))
-    assert train(train_script, tiny_pipeline, images, stopped, **settings | {"max_train_steps": 4}) == 0
+    assert fit(stopped, **settings, max_train_steps=4) == 0
     assert same(unet(stopped), unet(straight))
     assert read_log(stopped) == read_log(straight)
 
 
-def test_schedule_that_ends_may_not_be_extended(train_script, tiny_pipeline, images, tmp_path, capsys):
+def test_schedule_that_ends_may_not_be_extended(fit, tmp_path, capsys):
     settings = {"checkpointing_steps": 1, "lr_scheduler": "cosine"}
-    assert train(train_script, tiny_pipeline, images, tmp_path, **settings, max_train_steps=2) == 0
-    assert train(train_script, tiny_pipeline, images, tmp_path, **settings, resume_from_checkpoint="latest") == 2
+    assert fit(tmp_path, **settings, max_train_steps=2) == 0
+    assert fit(tmp_path, **settings, resume_from_checkpoint="latest") == 2
     assert "schedule_steps: 2 there, 4 now" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------------- over an older run
 
 
-def test_used_folder_is_left_alone(train_script, tiny_pipeline, images, stopped, capsys):
+def test_used_folder_is_left_alone(fit, stopped, capsys):
     before = snapshot(stopped)
-    assert train(train_script, tiny_pipeline, images, stopped) == 2
+    assert fit(stopped) == 2
     message = capsys.readouterr().err
     assert "--overwrite_output_dir" in message
     assert "--resume_from_checkpoint" in message
     assert snapshot(stopped) == before
 
 
-def test_overwriting_removes_the_old_run_and_nothing_else(
-    train_script, tiny_pipeline, images, straight, stopped, monkeypatch
-):
+def test_overwriting_removes_the_old_run_and_nothing_else(fit, straight, stopped):
     (stopped / "notes.txt").write_text("mine")
     (stopped / "checkpoint-best").mkdir()
     (stopped / "checkpoint-best" / "mine.txt").write_text("mine")
     (stopped / "samples").mkdir()
     (stopped / "samples" / "step-000900.png").write_bytes(b"old")
     shutil.copytree(stopped / "checkpoint-1", stopped / "checkpoint-900")
-    settings = {"checkpointing_steps": 2, "overwrite_output_dir": True}
-    assert train(train_script, tiny_pipeline, images, stopped, **settings) == 0
+    assert fit(stopped, checkpointing_steps=2, overwrite_output_dir=True) == 0
     assert (stopped / "notes.txt").read_text() == "mine"
     assert (stopped / "checkpoint-best" / "mine.txt").read_text() == "mine"
     assert checkpoints(stopped) == ["checkpoint-2", "checkpoint-4", "checkpoint-best"]
@@ -400,10 +415,9 @@ def test_overwriting_removes_the_old_run_and_nothing_else(
     assert read_log(stopped) == read_log(straight)
 
 
-def test_wrong_flag_overwrites_nothing(train_script, tiny_pipeline, images, stopped, capsys):
+def test_wrong_flag_overwrites_nothing(fit, stopped, capsys):
     before = snapshot(stopped)
-    settings = {"overwrite_output_dir": True, "resolution": 33}
-    assert train(train_script, tiny_pipeline, images, stopped, **settings) == 2
+    assert fit(stopped, overwrite_output_dir=True, resolution=33) == 2
     assert "--resolution=33" in capsys.readouterr().err
     assert snapshot(stopped) == before
 
@@ -413,25 +427,26 @@ def test_wrong_flag_overwrites_nothing(train_script, tiny_pipeline, images, stop
 
 @pytest.mark.parametrize("broken_in", ["loss", "gradient"])
 def test_broken_step_ends_the_run_before_it_does_harm(
-    train_script, tiny_pipeline, images, straight, tmp_path, monkeypatch, capsys, broken_in
+    train_script, fit, straight, tmp_path, monkeypatch, capsys, broken_in
 ):
     """The checkpoint holds the weights before the step, so that the run may go on as if the step had been whole."""
-    diffusion_losses, calls = train_script.diffusion_losses, []
+    diffusion_losses = train_script.diffusion_losses
+    num_calls = 0
 
     def break_third(*args, **options):
-        calls.append(None)
+        nonlocal num_calls
+        num_calls += 1
         result = diffusion_losses(*args, **options)
-        if len(calls) != 3:
+        if num_calls != 3:
             return result
         if broken_in == "loss":
             return result * torch.tensor([1.0, math.nan])
         result.register_hook(lambda grad: grad * math.inf)
         return result
 
-    settings = {"checkpointing_steps": 100}
     with monkeypatch.context() as patch:
         patch.setattr(train_script, "diffusion_losses", break_third)
-        assert train(train_script, tiny_pipeline, images, tmp_path, **settings) == 1
+        assert fit(tmp_path, checkpointing_steps=100) == 1
     message = capsys.readouterr().err
     assert "not finite, in step 3" in message
     assert "checkpoint-2 holds the state after step 2" in message
@@ -439,14 +454,13 @@ def test_broken_step_ends_the_run_before_it_does_harm(
     assert checkpoints(tmp_path) == ["checkpoint-2"]
     assert same(checkpoint_state(tmp_path / "checkpoint-2"), checkpoint_state(straight / "checkpoint-2"))
     assert read_log(tmp_path) == read_log(straight)[:2]
-    assert train(train_script, tiny_pipeline, images, tmp_path, **settings, resume_from_checkpoint="latest") == 0
+    assert fit(tmp_path, checkpointing_steps=100, resume_from_checkpoint="latest") == 0
     assert same(unet(tmp_path), unet(straight))
 
 
-def test_huge_learning_rate_ends_with_finite_weights(train_script, tiny_pipeline, images, tmp_path, capsys):
+def test_huge_learning_rate_ends_with_finite_weights(fit, tmp_path, capsys):
     """By themselves, without a patch: the first step throws the weights far off, a later loss overflows."""
-    status = train(train_script, tiny_pipeline, images, tmp_path, learning_rate=1e30, adam_weight_decay=0)
-    assert status == 1
+    assert fit(tmp_path, learning_rate=1e30, adam_weight_decay=0) == 1
     message = capsys.readouterr().err
     assert "not finite" in message
     assert "a lower --learning_rate" in message

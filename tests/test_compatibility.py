@@ -82,9 +82,12 @@ def without(flags, names):
 
 
 # train_text_to_image_lora.py: what it has not, and what it has or defaults otherwise; so for those below.
-TEXT_TO_IMAGE_LORA = without(TEXT_TO_IMAGE, """
+TEXT_TO_IMAGE_LORA = without(
+    TEXT_TO_IMAGE,
+    """
     input_perturbation validation_prompts dream_training dream_detail_preservation use_ema offload_ema foreach_ema
-    non_ema_revision tracker_project_name""") | {
+    non_ema_revision tracker_project_name""",
+) | {
     "output_dir": ("result", "sd-model-finetuned-lora"),
     "validation_prompt": ("a prompt", None),
     "num_validation_images": ("2", 4),
@@ -92,11 +95,14 @@ TEXT_TO_IMAGE_LORA = without(TEXT_TO_IMAGE, """
     "rank": ("8", 4),
 }
 
-DREAMBOOTH = without(TEXT_TO_IMAGE, """
+DREAMBOOTH = without(
+    TEXT_TO_IMAGE,
+    """
     input_perturbation validation_prompts dream_training dream_detail_preservation use_ema offload_ema foreach_ema
     non_ema_revision tracker_project_name dataset_name dataset_config_name train_data_dir image_column caption_column
     max_train_samples cache_dir random_flip prediction_type noise_offset validation_epochs image_interpolation_mode
-    """) | {
+    """,
+) | {
     "tokenizer_name": ("model", None),
     "instance_data_dir": ("dog", None),
     "class_data_dir": ("dogs", None),
@@ -128,8 +134,11 @@ DREAMBOOTH = without(TEXT_TO_IMAGE, """
     "validation_scheduler": ("DDPMScheduler", "DPMSolverMultistepScheduler"),
 }
 
-DREAMBOOTH_LORA = without(DREAMBOOTH, """
-    snr_gamma offset_noise set_grads_to_none skip_save_text_encoder validation_steps validation_scheduler""") | {
+DREAMBOOTH_LORA = without(
+    DREAMBOOTH,
+    """
+    snr_gamma offset_noise set_grads_to_none skip_save_text_encoder validation_steps validation_scheduler""",
+) | {
     "output_dir": ("result", "lora-dreambooth-model"),
     "learning_rate": ("0.0001", 5e-4),
     "validation_epochs": ("10", 50),
@@ -139,22 +148,35 @@ DREAMBOOTH_LORA = without(DREAMBOOTH, """
 }
 
 # train_text_to_image_flax.py, which diffusers dropped in 0.40.
-TEXT_TO_IMAGE_FLAX = without(TEXT_TO_IMAGE, """
+TEXT_TO_IMAGE_FLAX = without(
+    TEXT_TO_IMAGE,
+    """
     input_perturbation validation_prompts gradient_accumulation_steps gradient_checkpointing lr_warmup_steps snr_gamma
     dream_training dream_detail_preservation use_8bit_adam allow_tf32 use_ema offload_ema foreach_ema non_ema_revision
     dataloader_num_workers prediction_type checkpointing_steps checkpoints_total_limit resume_from_checkpoint
     enable_xformers_memory_efficient_attention noise_offset validation_epochs tracker_project_name
-    image_interpolation_mode""") | {
+    image_interpolation_mode""",
+) | {
     "seed": ("42", 0),
     "mixed_precision": ("bf16", "no"),
     "from_pt": (None, False),
 }
 
-NUMBER = {"text_to_image": 57, "text_to_image_lora": 51, "dreambooth": 61, "dreambooth_lora": 59,
-          "text_to_image_flax": 34}
+NUMBER = {
+    "text_to_image": 57,
+    "text_to_image_lora": 51,
+    "dreambooth": 61,
+    "dreambooth_lora": 59,
+    "text_to_image_flax": 34,
+}
 UPSTREAM = dict(zip(NUMBER, [TEXT_TO_IMAGE, TEXT_TO_IMAGE_LORA, DREAMBOOTH, DREAMBOOTH_LORA, TEXT_TO_IMAGE_FLAX]))
-PATHS = [TRAIN_TEXT_TO_IMAGE, TRAIN_TEXT_TO_IMAGE_LORA, TRAIN_DREAMBOOTH, TRAIN_DREAMBOOTH_LORA,
-         TRAIN_TEXT_TO_IMAGE_FLAX]
+PATHS = [
+    TRAIN_TEXT_TO_IMAGE,
+    TRAIN_TEXT_TO_IMAGE_LORA,
+    TRAIN_DREAMBOOTH,
+    TRAIN_DREAMBOOTH_LORA,
+    TRAIN_TEXT_TO_IMAGE_FLAX,
+]
 every_script = pytest.mark.parametrize("name", UPSTREAM)
 
 
@@ -174,10 +196,17 @@ def read_table(path, heading, column):
 def tables():
     """The tables of the READMEs: {script: {flag: what it says}}."""
     examples = REPO / "examples"
-    places = [("text_to_image", "script", 1), ("text_to_image", "LoRA script", 1), ("dreambooth", "scripts", 1),
-              ("dreambooth", "scripts", 2), ("text_to_image", "Flax script", 1)]
-    return {name: read_table(examples / folder / "README.md", f"Coming from diffusers' {heading}", column)
-            for name, (folder, heading, column) in zip(UPSTREAM, places)}
+    places = [
+        ("text_to_image", "script", 1),
+        ("text_to_image", "LoRA script", 1),
+        ("dreambooth", "scripts", 1),
+        ("dreambooth", "scripts", 2),
+        ("text_to_image", "Flax script", 1),
+    ]
+    return {
+        name: read_table(examples / folder / "README.md", f"Coming from diffusers' {heading}", column)
+        for name, (folder, heading, column) in zip(UPSTREAM, places)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -245,8 +274,10 @@ def test_flag_is_what_the_table_says(script, table, capsys, name, flag):
         assert given == value
     here = default(script, flag, capsys)
     if says.startswith("default"):
-        shown = ["none" if number is None else f"{number:g}" if isinstance(number, float) else number
-                 for number in (here, there)]
+        shown = [
+            "none" if number is None else f"{number:g}" if isinstance(number, float) else number
+            for number in (here, there)
+        ]
         assert says.startswith("default {}, there {}".format(*shown))
         assert here != there
     else:
@@ -256,8 +287,12 @@ def test_flag_is_what_the_table_says(script, table, capsys, name, flag):
 
 @every_script
 def test_flags_and_values_may_stand_apart_as_well(script, name):
-    argv = [word for flag, (value, _) in UPSTREAM[name].items() if f"--{flag}" not in script.REPLACED_FLAGS
-            for word in words(flag, value)]
+    argv = [
+        word
+        for flag, (value, _) in UPSTREAM[name].items()
+        if f"--{flag}" not in script.REPLACED_FLAGS
+        for word in words(flag, value)
+    ]
     apart = [part for word in argv for part in word.split("=", 1)]
     assert script.parse_args(apart) == script.parse_args(argv)
 
@@ -345,10 +380,18 @@ def test_an_old_command_line_for_dreambooth_passes(
         ("text_to_image", "mixed_precision", "fp16", "bf16"),
         ("text_to_image", "allow_tf32", None, "NVIDIA"),
         ("text_to_image", "enable_xformers_memory_efficient_attention", None, "drop"),
-        *[(name, flag, value, "--with_prior_preservation") for name in ("dreambooth", "dreambooth_lora")
-          for flag, value in (("class_data_dir", "dogs"), ("class_prompt", "a dog"), ("num_class_images", "200"),
-                              ("sample_batch_size", "1"), ("prior_loss_weight", "0.5"),
-                              ("prior_generation_precision", "fp32"))],
+        *[
+            (name, flag, value, "--with_prior_preservation")
+            for name in ("dreambooth", "dreambooth_lora")
+            for flag, value in (
+                ("class_data_dir", "dogs"),
+                ("class_prompt", "a dog"),
+                ("num_class_images", "200"),
+                ("sample_batch_size", "1"),
+                ("prior_loss_weight", "0.5"),
+                ("prior_generation_precision", "fp32"),
+            )
+        ],
         ("dreambooth", "num_validation_images", "2", "--validation_prompt"),
         ("dreambooth_lora", "num_validation_images", "2", "--validation_prompt"),
         ("dreambooth", "validation_steps", "50", "--validation_prompt or --num_validation_samples"),

@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from closed_forms import hand_computed, min_snr_weights
 from conftest import load_script
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from image_data import caption_of, make_image, snapshot, write_metadata
 from PIL import Image
 from running import REPO, TRAIN_DREAMBOOTH, TRAIN_DREAMBOOTH_LORA, run_script
 from safetensors.torch import load_file
+from stubs import StubUNet, make_scheduler
 from test_lora_layouts import draw, largest_difference, load, merged, with_lora
-from test_mathematics import StubUNet, hand_computed, make_scheduler, min_snr_weights
 from test_training import encode_by_hand
 from training import checkpoint_state, draws, losses, read_log, same, train, words
 
@@ -69,8 +70,14 @@ def fit(script, tiny_pipeline, photos, tmp_path):
     def run(output="out", base=tiny_pipeline, classes=None, **settings):
         settings = {"instance_data_dir": photos, "instance_prompt": PROMPT, "max_train_steps": 1, **settings}
         if classes:
-            settings = {"with_prior_preservation": True, "class_data_dir": classes, "class_prompt": CLASS_PROMPT,
-                        "num_class_images": 2, "sample_batch_size": 1, **settings}
+            settings = {
+                "with_prior_preservation": True,
+                "class_data_dir": classes,
+                "class_prompt": CLASS_PROMPT,
+                "num_class_images": 2,
+                "sample_batch_size": 1,
+                **settings,
+            }
         return train(script, base, None, tmp_path / output, **settings)
 
     return run
@@ -147,9 +154,18 @@ class EchoUNet(StubUNet):
 
 def batches_of(script, num_instances, num_classes, weight, batch_size, num_processes=1, accumulation=1, steps=6):
     """The passes of all processes, [process][pass], with their class images."""
-    return [list(script.with_classes(
-        script.micro_batches(num_instances, batch_size, num_processes, process, accumulation, 0, 0, steps),
-        num_instances, num_classes, weight, 0)) for process in range(num_processes)]
+    return [
+        list(
+            script.with_classes(
+                script.micro_batches(num_instances, batch_size, num_processes, process, accumulation, 0, 0, steps),
+                num_instances,
+                num_classes,
+                weight,
+                0,
+            )
+        )
+        for process in range(num_processes)
+    ]
 
 
 @pytest.mark.parametrize("snr_gamma", [None, 5.0])
@@ -168,10 +184,12 @@ def test_combined_loss_is_instance_mean_plus_weighted_class_mean(
 
     def one_loss(index, kind):
         chosen = slice(index, index + 1)
-        found = hand_computed(prediction_type, embeddings[kind].reshape(1, 1, 1, 1), latents[chosen], noise[chosen],
-                              timesteps[chosen])
-        return found[0] * (min_snr_weights(prediction_type, timesteps[chosen].numpy(), snr_gamma)[0]
-                           if snr_gamma else 1)
+        found = hand_computed(
+            prediction_type, embeddings[kind].reshape(1, 1, 1, 1), latents[chosen], noise[chosen], timesteps[chosen]
+        )
+        return found[0] * (
+            min_snr_weights(prediction_type, timesteps[chosen].numpy(), snr_gamma)[0] if snr_gamma else 1
+        )
 
     processes = [iter(passes) for passes in batches_of(script, 7, 4, weight, batch_size, num_processes, accumulation)]
     steps_per_epoch = -(-7 // per_step)
@@ -181,8 +199,16 @@ def test_combined_loss_is_instance_mean_plus_weighted_class_mean(
         for _ in range(-(-in_step // (batch_size * num_processes))):
             for batch in map(next, processes):
                 index, weights = torch.tensor([item[1] for item in batch]), torch.tensor([item[2] for item in batch])
-                found = script.diffusion_losses(EchoUNet(), scheduler, latents[index], embeddings[(index >= 7).long()],
-                                                noise[index], noise[index], timesteps[index], snr_gamma)
+                found = script.diffusion_losses(
+                    EchoUNet(),
+                    scheduler,
+                    latents[index],
+                    embeddings[(index >= 7).long()],
+                    noise[index],
+                    noise[index],
+                    timesteps[index],
+                    snr_gamma,
+                )
                 total += float((found * weights).sum())
                 real = [item[1] for item in batch if item[2]]
                 instances += [item for item in real if item < 7]
@@ -191,8 +217,9 @@ def test_combined_loss_is_instance_mean_plus_weighted_class_mean(
         means = [np.mean([one_loss(index, kind) for index in half]) for kind, half in enumerate((instances, classes))]
         assert total == pytest.approx(means[0] + weight * means[1], rel=2e-4)
         assert total != pytest.approx(weight * means[0] + means[1], rel=1e-2)
-        swapped = [np.mean([one_loss(index, 1 - kind) for index in half])
-                   for kind, half in enumerate((instances, classes))]
+        swapped = [
+            np.mean([one_loss(index, 1 - kind) for index in half]) for kind, half in enumerate((instances, classes))
+        ]
         assert total != pytest.approx(swapped[0] + weight * swapped[1], rel=1e-2)
 
 
@@ -239,9 +266,7 @@ def test_streams_are_distinct(script):
 
 
 @pytest.mark.parametrize("prediction_type, snr_gamma", itertools.product(["epsilon", "v_prediction"], [None, 1.0]))
-def test_first_loss_by_hand(
-    script, fit, tiny_pipeline, tiny_pipeline_v, tmp_path, prediction_type, snr_gamma
-):
+def test_first_loss_by_hand(script, fit, tiny_pipeline, tiny_pipeline_v, tmp_path, prediction_type, snr_gamma):
     """Two photos and two class images in the first step: the loss from the papers' formulas and the base's weights."""
     base = tiny_pipeline if prediction_type == "epsilon" else tiny_pipeline_v
     pipeline, weight = StableDiffusionPipeline.from_pretrained(base), 0.3
@@ -249,7 +274,7 @@ def test_first_loss_by_hand(
 
     @torch.no_grad()
     def one_loss(number, caption, index):
-        drawn = draws(script, seed=0, epoch=0, index=index + 2 * (number >= 10))
+        drawn = draws(seed=0, epoch=0, index=index + 2 * (number >= 10))
         latents, embeddings = encode_by_hand(pipeline, make_image(number), caption, drawn.posterior_noise)
         a, noise = scheduler.alphas_cumprod[drawn.timestep], drawn.noise
         predicted = pipeline.unet(a.sqrt() * latents + (1 - a).sqrt() * noise, drawn.timestep, embeddings).sample
@@ -259,12 +284,16 @@ def test_first_loss_by_hand(
         return F.mse_loss(predicted, target).item() * scale
 
     def means(prompt, class_prompt):
-        return [np.mean([one_loss(first + index, caption, index) for index in range(2)])
-                for first, caption in ((0, prompt), (10, class_prompt))]
+        return [
+            np.mean([one_loss(first + index, caption, index) for index in range(2)])
+            for first, caption in ((0, prompt), (10, class_prompt))
+        ]
 
     expected, swapped = means(PROMPT, CLASS_PROMPT), means(CLASS_PROMPT, PROMPT)
-    folders = {"instance_data_dir": write_images(tmp_path / "two", [0, 1]),
-               "classes": write_images(tmp_path / "classes", [10, 11])}
+    folders = {
+        "instance_data_dir": write_images(tmp_path / "two", [0, 1]),
+        "classes": write_images(tmp_path / "classes", [10, 11]),
+    }
     settings = {"prior_loss_weight": weight, "snr_gamma": snr_gamma}
     assert fit(base=base, **folders, **settings) == 0
     (loss,) = losses(tmp_path / "out")
@@ -276,8 +305,10 @@ def test_first_loss_by_hand(
 def test_captions_of_a_pass_go_with_their_images(fit, trained_on, tmp_path):
     classes = write_images(tmp_path / "classes", [10, 11])
     assert fit(classes=classes, instance_data_dir=write_images(tmp_path / "two", [0, 1])) == 0
-    pictures = {(index, number): np.asarray(make_image(number)).transpose(2, 0, 1)
-                for index, number in enumerate([0, 1, 10, 11])}
+    pictures = {
+        (index, number): np.asarray(make_image(number)).transpose(2, 0, 1)
+        for index, number in enumerate([0, 1, 10, 11])
+    }
     assert len(trained_on) == 4
     for caption, _, pixels, index in trained_on:
         (number,) = [number for place, number in pictures if place == index]
@@ -362,10 +393,18 @@ def test_a_dry_run_draws_nothing(fit, tmp_path, quick_drawing, capsys):
 def test_two_processes_share_the_class_images(tiny_pipeline, photos, tmp_path):
     """As many as asked for, none twice, and those that one process draws one by one."""
     script = load_script(TRAIN_DREAMBOOTH)
-    settings = {"instance_data_dir": photos, "instance_prompt": PROMPT, "with_prior_preservation": True,
-                "class_prompt": CLASS_PROMPT, "num_class_images": 5, "sample_batch_size": 1, "max_train_steps": 1}
-    line = words(tiny_pipeline, None, tmp_path / "two", **settings, class_data_dir=tmp_path / "classes2",
-                 train_batch_size=1)
+    settings = {
+        "instance_data_dir": photos,
+        "instance_prompt": PROMPT,
+        "with_prior_preservation": True,
+        "class_prompt": CLASS_PROMPT,
+        "num_class_images": 5,
+        "sample_batch_size": 1,
+        "max_train_steps": 1,
+    }
+    line = words(
+        tiny_pipeline, None, tmp_path / "two", **settings, class_data_dir=tmp_path / "classes2", train_batch_size=1
+    )
     ended = run_script(line, script=TRAIN_DREAMBOOTH, nproc=2)
     assert ended.returncode == 0, ended.stderr
     made = contents(tmp_path / "classes2")
@@ -390,8 +429,9 @@ def test_text_encoder_is_trained_saved_and_loaded(script, fit, tiny_pipeline, tm
         assert {key.split(".")[0] for key in keys} == {"unet", "text_encoder"}
     else:
         after = load(tmp_path / "out")
-        weights = [load_file(folder / "text_encoder" / "model.safetensors")
-                   for folder in (tiny_pipeline, tmp_path / "out")]
+        weights = [
+            load_file(folder / "text_encoder" / "model.safetensors") for folder in (tiny_pipeline, tmp_path / "out")
+        ]
         changed = [name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])]
         assert len(changed) >= len(weights[0]) - 1  # position numbers are no weights
     tokens = before.tokenizer(PROMPT, return_tensors="pt").input_ids
@@ -418,10 +458,19 @@ def test_lora_file_draws_as_the_trained_model(tiny_pipeline, photos, tmp_path):
         return save_model(args, models, *rest)
 
     script.save_model = save_and_keep  # the module is this test's own
-    settings = {"instance_data_dir": photos, "instance_prompt": PROMPT, "with_prior_preservation": True,
-                "class_data_dir": write_images(tmp_path / "classes", [10]), "class_prompt": CLASS_PROMPT,
-                "num_class_images": 1, "train_text_encoder": True, "learning_rate": 0.05, "max_train_steps": 3,
-                "lora_alpha": 2, "output_kohya_format": True}
+    settings = {
+        "instance_data_dir": photos,
+        "instance_prompt": PROMPT,
+        "with_prior_preservation": True,
+        "class_data_dir": write_images(tmp_path / "classes", [10]),
+        "class_prompt": CLASS_PROMPT,
+        "num_class_images": 1,
+        "train_text_encoder": True,
+        "learning_rate": 0.05,
+        "max_train_steps": 3,
+        "lora_alpha": 2,
+        "output_kohya_format": True,
+    }
     folder = tmp_path / "star"
     assert train(script, tiny_pipeline, None, folder, **settings) == 0
     expected = draw(load(tiny_pipeline, **{name: model.eval() for name, model in kept.items()}))
@@ -506,8 +555,14 @@ def test_wrong_flags_end_before_models_load(refused, tmp_path, settings, message
 
 @pytest.mark.parametrize(
     "flag, value",
-    [("class_data_dir", "dogs"), ("class_prompt", "a dog"), ("num_class_images", 10), ("sample_batch_size", 2),
-     ("prior_loss_weight", 0.5), ("prior_generation_precision", "fp32")],
+    [
+        ("class_data_dir", "dogs"),
+        ("class_prompt", "a dog"),
+        ("num_class_images", 10),
+        ("sample_batch_size", 2),
+        ("prior_loss_weight", 0.5),
+        ("prior_generation_precision", "fp32"),
+    ],
 )
 def test_class_flags_do_nothing_without_prior_preservation(refused, flag, value):
     text = refused(**{flag: value})
@@ -524,7 +579,8 @@ def test_class_folder_stands_apart_from_the_instances(refused, tmp_path, place):
 def test_a_file_as_class_folder(refused, tmp_path):
     (tmp_path / "classes").write_text("no folder")
     assert f"--class_data_dir={tmp_path / 'classes'}: is a file or lies below one" in refused(
-        classes=tmp_path / "classes")
+        classes=tmp_path / "classes"
+    )
 
 
 def test_output_among_the_class_images_is_refused(refused, tmp_path):
@@ -649,11 +705,26 @@ def test_prior_preservation_keeps_the_class_plain(tmp_path):
     script, measure = load_script(TRAIN_DREAMBOOTH), load_script(REPO / "miniature" / "measure.py")
     base, learnt, marked = REPO / "miniature" / "pipeline", {}, {}
     measure.render.write_folder("subject", tmp_path / "photos", 5, seed=0)
-    settings = {"instance_data_dir": tmp_path / "photos", "instance_prompt": "a sks star", "resolution": 64,
-                "train_text_encoder": True, "train_batch_size": 5, "max_train_steps": 400, "learning_rate": 6e-4,
-                "lr_scheduler": "cosine", "lr_warmup_steps": 20, "snr_gamma": 5}
-    preservation = {"with_prior_preservation": True, "class_data_dir": tmp_path / "stars", "class_prompt": "a star",
-                    "num_class_images": 50, "sample_batch_size": 25, "prior_loss_weight": 2}
+    settings = {
+        "instance_data_dir": tmp_path / "photos",
+        "instance_prompt": "a sks star",
+        "resolution": 64,
+        "train_text_encoder": True,
+        "train_batch_size": 5,
+        "max_train_steps": 400,
+        "learning_rate": 6e-4,
+        "lr_scheduler": "cosine",
+        "lr_warmup_steps": 20,
+        "snr_gamma": 5,
+    }
+    preservation = {
+        "with_prior_preservation": True,
+        "class_data_dir": tmp_path / "stars",
+        "class_prompt": "a star",
+        "num_class_images": 50,
+        "sample_batch_size": 25,
+        "prior_loss_weight": 2,
+    }
     for name, more in (("with", preservation), ("without", {})):
         assert train(script, base, None, tmp_path / name, **settings, **more) == 0
         pipeline = measure.load_pipeline(tmp_path / name)

@@ -1,15 +1,20 @@
 """The same command gives the same bits, whatever interrupts it; processes share a batch and its losses stay."""
 
+import functools
 import json
 import os
 import random
+import select
 import shutil
 import signal
 import time
 
 import pytest
 import torch
+from copies import FORK, end_of, run_copies, start_copy
+from diffusers import StableDiffusionPipeline
 from image_data import write_image_folder
+from PIL import Image
 from running import run_script, start_script
 from training import checkpoint_state, losses, read_log, same, train, unet, words
 
@@ -49,18 +54,41 @@ def images(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def straight(train_script, base, images, tmp_path_factory):
+def fit(train_script, base, images):
+    """Trains into a folder with EVERYTHING, or other settings; returns the exit status."""
+
+    def run(folder, **settings):
+        return train(train_script, base, images, folder, **{**EVERYTHING, **settings})
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def straight(fit, tmp_path_factory):
     """The output of eight steps without interruption."""
     folder = tmp_path_factory.mktemp("straight") / "out"
-    assert train(train_script, base, images, folder, **EVERYTHING) == 0
+    assert fit(folder) == 0
     return folder
 
 
 def assert_same_run(folder, straight, step=8):
+    """Result, checkpoint and log are the same."""
     assert same(unet(folder), unet(straight))
     checkpoint = f"checkpoint-{step}"
     assert same(checkpoint_state(folder / checkpoint), checkpoint_state(straight / checkpoint))
     assert read_log(folder) == read_log(straight)
+
+
+def copy_stopped(straight, folder, last_checkpoint):
+    """Copies a run as it would be if it had been killed after its last checkpoint, when it was about to save."""
+    shutil.copytree(straight, folder)
+    shutil.rmtree(folder / last_checkpoint)
+    shutil.rmtree(folder / "unet")
+    return folder
+
+
+def names_of_checkpoints(folder):
+    return {path.name for path in folder.glob("checkpoint-*")}
 
 
 def interrupt(script, monkeypatch, at_step, number):
@@ -75,13 +103,16 @@ def interrupt(script, monkeypatch, at_step, number):
     monkeypatch.setattr(script, "write_log", write_log_and_signal)
 
 
-def wait_for_steps(process, folder, number, seconds=120):
+def wait_for_steps(is_running, folder, number, seconds=120):
     """Waits until the log of a running script has so many lines."""
     deadline, log = time.monotonic() + seconds, folder / "log.jsonl"
-    while not (log.exists() and len(log.read_text().splitlines()) >= number):
-        assert process.poll() is None, process.communicate()[0]
+    while not log.exists() or len(log.read_text().splitlines()) < number:
+        assert is_running(), "it ended before its step"
         assert time.monotonic() < deadline, "no step was logged in time"
         time.sleep(0.01)
+
+
+# ----------------------------------------------------------------------------------------------------------- same bits
 
 
 def test_the_fixture_is_no_trivial_run(straight, base):
@@ -94,27 +125,23 @@ def test_the_fixture_is_no_trivial_run(straight, base):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_same_command_gives_the_same_bits(train_script, base, images, straight, tmp_path, workers):
-    assert train(train_script, base, images, tmp_path, **EVERYTHING, dataloader_num_workers=workers) == 0
+def test_same_command_gives_the_same_bits(fit, straight, tmp_path, workers):
+    assert fit(tmp_path, dataloader_num_workers=workers) == 0
     assert_same_run(tmp_path, straight)
 
 
-def test_other_seed_gives_other_bits(train_script, base, images, straight, tmp_path):
-    assert train(train_script, base, images, tmp_path, **EVERYTHING, seed=1) == 0
+def test_other_seed_gives_other_bits(fit, straight, tmp_path):
+    assert fit(tmp_path, seed=1) == 0
     result, other = unet(straight), unet(tmp_path)
     assert not any(torch.equal(result[name], other[name]) for name in result)
     assert not set(losses(tmp_path)) & set(losses(straight))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_resumed_equals_straight(train_script, base, images, straight, tmp_path, workers):
+def test_resumed_equals_straight(fit, straight, tmp_path, workers):
     """Also where the run had gone on beyond the checkpoint: what it logged there must not be there twice."""
-    folder = tmp_path / "out"
-    shutil.copytree(straight, folder)
-    shutil.rmtree(folder / "checkpoint-8")
-    shutil.rmtree(folder / "unet")
-    settings = {**EVERYTHING, "dataloader_num_workers": workers, "resume_from_checkpoint": "latest"}
-    assert train(train_script, base, images, folder, **settings) == 0
+    folder = copy_stopped(straight, tmp_path / "out", "checkpoint-8")
+    assert fit(folder, dataloader_num_workers=workers, resume_from_checkpoint="latest") == 0
     assert_same_run(folder, straight)
 
 
@@ -123,54 +150,72 @@ def test_resumed_equals_straight(train_script, base, images, straight, tmp_path,
     [{"use_8bit_adam": True}, {"mixed_precision": "bf16"}, {"offload_ema": True}, {"foreach_ema": True}],
     ids=lambda settings: next(iter(settings)),
 )
-def test_resumed_equals_straight_in_every_precision(train_script, base, images, tmp_path, settings):
-    settings = {**EVERYTHING, "max_train_steps": 4, "checkpointing_steps": 2, **settings}
-    assert train(train_script, base, images, tmp_path / "straight", **settings) == 0
-    shutil.copytree(tmp_path / "straight", tmp_path / "out")
-    shutil.rmtree(tmp_path / "out" / "checkpoint-4")
-    shutil.rmtree(tmp_path / "out" / "unet")
-    assert train(train_script, base, images, tmp_path / "out", **settings, resume_from_checkpoint="latest") == 0
-    assert_same_run(tmp_path / "out", tmp_path / "straight", step=4)
+def test_resumed_equals_straight_in_every_precision(fit, tmp_path, settings):
+    settings = {"max_train_steps": 4, "checkpointing_steps": 2, **settings}
+    straight = tmp_path / "straight"
+    assert fit(straight, **settings) == 0
+    folder = copy_stopped(straight, tmp_path / "out", "checkpoint-4")
+    assert fit(folder, **settings, resume_from_checkpoint="latest") == 0
+    assert_same_run(folder, straight, step=4)
 
 
-@pytest.mark.parametrize(
-    "number, workers", [(signal.SIGTERM, 0), (signal.SIGTERM, 2), (signal.SIGINT, 0), (signal.SIGINT, 2)]
-)
-def test_signal_at_a_random_step(train_script, base, images, straight, tmp_path, monkeypatch, number, workers):
+# ------------------------------------------------------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_at_a_random_step(train_script, fit, straight, tmp_path, monkeypatch, number, workers):
     step = random.randrange(1, 8)
     print(f"signal at step {step}")
-    settings = {**EVERYTHING, "dataloader_num_workers": workers}
     with monkeypatch.context() as patch:
         interrupt(train_script, patch, step, number)
-        assert train(train_script, base, images, tmp_path, **settings) == 128 + number
-    checkpoints = {path.name for path in tmp_path.glob("checkpoint-*")}
-    assert checkpoints == {f"checkpoint-{step + 1}"} | ({"checkpoint-4"} if step + 1 > 4 else set())
+        assert fit(tmp_path, dataloader_num_workers=workers) == 128 + number
+    expected = {f"checkpoint-{step + 1}"}
+    if step + 1 > 4:
+        expected.add("checkpoint-4")
+    assert names_of_checkpoints(tmp_path) == expected
     assert not (tmp_path / "model_index.json").exists()
     assert read_log(tmp_path) == read_log(straight)[: step + 1]
-    assert train(train_script, base, images, tmp_path, **settings, resume_from_checkpoint="latest") == 0
+    assert fit(tmp_path, dataloader_num_workers=workers, resume_from_checkpoint="latest") == 0
     assert_same_run(tmp_path, straight)
 
 
-def test_signal_in_the_last_step_costs_nothing(train_script, base, images, tmp_path, monkeypatch):
+def draw_weights(pipeline, *prompt_and_size, **settings):
+    """Stands for the sampler: a picture of the UNet's first weights."""
+    weights = next(pipeline.unet.parameters()).flatten()[: 16 * 16].reshape(16, 16)
+    levels = (weights * 1e4).remainder(256).byte()
+    picture = Image.fromarray(levels.numpy()).convert("RGB")
+    return type("Drawn", (), {"images": [picture]})
+
+
+def test_signal_in_the_last_step_costs_nothing(train_script, fit, tmp_path, monkeypatch):
     """Validation of the step in which the signal came is made up for by the resume."""
-    prompts = {"validation_prompts": ["a red circle"], "validation_steps": 2, "num_validation_samples": 2}
-    settings = {**EVERYTHING, "max_train_steps": 4, "checkpointing_steps": 100, **prompts}
-    assert train(train_script, base, images, tmp_path / "straight", **settings) == 0
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", draw_weights)
+    settings = {
+        "max_train_steps": 4,
+        "checkpointing_steps": 100,
+        "validation_prompts": ["a red circle"],
+        "validation_steps": 2,
+        "num_validation_samples": 2,
+    }
+    straight = tmp_path / "straight"
+    assert fit(straight, **settings) == 0
+    pictures = {path.name: path.read_bytes() for path in (straight / "samples").iterdir()}
+    assert len(set(pictures.values())) == 3
     for stopped_at in (2, 4):
         folder = tmp_path / f"stopped_{stopped_at}"
         with monkeypatch.context() as patch:
             interrupt(train_script, patch, stopped_at - 1, signal.SIGTERM)
-            assert train(train_script, base, images, folder, **settings) == 143
-        assert train(train_script, base, images, folder, **settings, resume_from_checkpoint="latest") == 0
-        assert same(unet(folder), unet(tmp_path / "straight"))
-        assert read_log(folder) == read_log(tmp_path / "straight")
-        for path in (tmp_path / "straight" / "samples").iterdir():
-            assert (folder / "samples" / path.name).read_bytes() == path.read_bytes(), path.name
+            assert fit(folder, **settings) == 143
+        assert fit(folder, **settings, resume_from_checkpoint="latest") == 0
+        assert same(unet(folder), unet(straight))
+        assert read_log(folder) == read_log(straight)
+        assert {path.name: path.read_bytes() for path in (folder / "samples").iterdir()} == pictures
 
 
-def test_signal_while_loading_ends_the_run_at_once(train_script, base, images, tmp_path, monkeypatch, capsys):
+def test_signal_while_loading_ends_the_run_at_once(train_script, fit, tmp_path, monkeypatch, capsys):
     """There is nothing to save yet, and loading may take minutes."""
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     load_models = train_script.load_models
 
     def load_models_and_signal(*args):
@@ -178,38 +223,109 @@ def test_signal_while_loading_ends_the_run_at_once(train_script, base, images, t
         return load_models(*args)
 
     monkeypatch.setattr(train_script, "load_models", load_models_and_signal)
-    try:
-        assert train(train_script, base, images, tmp_path / "out", **EVERYTHING) == 128 + signal.SIGINT
-    finally:
-        signal.signal(signal.SIGINT, handler)
+    assert fit(tmp_path / "out") == 128 + signal.SIGINT
     assert "train_text_to_image.py: stopped before the first step\n" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("launched", [True, False])
-def test_launcher_that_died_while_loading_is_noticed(
-    train_script, base, images, straight, tmp_path, monkeypatch, launched
-):
+def test_launcher_that_died_while_loading_is_noticed(train_script, fit, straight, tmp_path, monkeypatch, launched):
     """Only under a launcher: who starts the script in the background and logs out wants it to go on."""
-    load_models, parent = train_script.load_models, [os.getppid()]
+    load_models = train_script.load_models
+    parent = os.getppid()
 
     def load_models_and_lose_the_parent(*args):
-        parent[:] = [1]
+        nonlocal parent
+        parent = 1
         return load_models(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(train_script, "load_models", load_models_and_lose_the_parent)
-        patch.setattr(os, "getppid", lambda: parent[0])
+        patch.setattr(os, "getppid", lambda: parent)
         if launched:
             patch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-        status = train(train_script, base, images, tmp_path, **EVERYTHING)
-    if not launched:
-        assert status == 0
-    else:
+        status = fit(tmp_path)
+    if launched:
         assert status == 143
-        assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
-        assert train(train_script, base, images, tmp_path, **EVERYTHING, resume_from_checkpoint="latest") == 0
+        assert names_of_checkpoints(tmp_path) == {"checkpoint-1"}
+        status = fit(tmp_path, resume_from_checkpoint="latest")
+    assert status == 0
     assert_same_run(tmp_path, straight)
+
+
+def test_process_ended_by_a_signal_is_resumed(train_script, base, images, fit, tmp_path):
+    """From outside, as a cluster does it: the constant schedule allows any number of steps."""
+    settings = {
+        **EVERYTHING,
+        "lr_scheduler": "constant",
+        "lr_warmup_steps": None,
+        "checkpointing_steps": 1000,
+        "max_train_steps": 1000,
+    }
+    folder, straight, said = tmp_path / "killed", tmp_path / "straight", tmp_path / "said"
+    copy = start_copy(train_script, words(base, images, folder, **settings), said)
+    try:
+        wait_for_steps(copy.is_alive, folder, random.randrange(1, 6))
+        os.kill(copy.pid, signal.SIGTERM)
+        assert end_of(copy) == 128 + signal.SIGTERM, said.read_text()
+    finally:
+        copy.kill()
+    step = len(read_log(folder))
+    assert names_of_checkpoints(folder) == {f"checkpoint-{step}"}
+    assert "--resume_from_checkpoint=latest" in said.read_text()
+    settings["max_train_steps"] = step + 2
+    assert fit(folder, **settings, resume_from_checkpoint="latest") == 0
+    assert fit(straight, **settings) == 0
+    assert same(unet(folder), unet(straight))
+    assert read_log(folder) == read_log(straight)
+
+
+def assert_saved_its_last_step(folder, said):
+    """The script has written a checkpoint after the last step that it logged, and said so."""
+    step = len(read_log(folder))
+    assert names_of_checkpoints(folder) == {f"checkpoint-{step}"}
+    progress = json.loads((folder / f"checkpoint-{step}" / "progress.json").read_text())
+    assert progress["global_step"] == step
+    assert f"holds the state after step {step}" in said
+
+
+WITHOUT_END = {**EVERYTHING, "max_train_steps": 100_000, "checkpointing_steps": 100_000}
+
+
+@pytest.mark.slow
+def test_script_saves_and_ends_when_its_launcher_was_terminated(base, images, tmp_path):
+    """`accelerate launch` hands no signal on: without a look at its parent the script would train on for ever."""
+    process = start_script(words(base, images, tmp_path, **WITHOUT_END), launcher="accelerate")
+    wait_for_steps(lambda: process.poll() is None, tmp_path, 2)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)  # the script holds the pipe: this waits until it has ended too
+    assert_saved_its_last_step(tmp_path, said)
+
+
+def launch(script, line, said):
+    """Stands for a launcher, which starts the script and waits for it."""
+    start_copy(script, line, said, ACCELERATE_MIXED_PRECISION="no").join()
+
+
+def test_script_saves_and_ends_when_its_launcher_was_killed(train_script, base, images, tmp_path):
+    folder, said = tmp_path / "out", tmp_path / "said"
+    ended, held_by_script = os.pipe()
+    line = words(base, images, folder, **WITHOUT_END)
+    launcher = FORK.Process(target=launch, args=(train_script, line, said))
+    launcher.start()
+    os.close(held_by_script)
+    try:
+        wait_for_steps(launcher.is_alive, folder, 2)
+        launcher.kill()
+        launcher.join()
+        readable, _, _ = select.select([ended], [], [], 120)  # as soon as the script has ended too
+        assert readable, "the script trains on"
+    finally:
+        os.close(ended)
+    assert_saved_its_last_step(folder, said.read_text())
+
+
+# ------------------------------------------------------------------------------------------------- half-written
 
 
 def half_written(straight, folder):
@@ -223,76 +339,52 @@ def half_written(straight, folder):
     return folder
 
 
-def test_latest_skips_half_written_checkpoints(train_script, base, images, straight, tmp_path, capsys):
+def test_latest_skips_half_written_checkpoints(fit, straight, tmp_path, capsys):
     folder = half_written(straight, tmp_path / "out")
-    assert train(train_script, base, images, folder, **EVERYTHING, resume_from_checkpoint="latest") == 0
+    assert fit(folder, resume_from_checkpoint="latest") == 0
     assert "4 to 8" in capsys.readouterr().out
     assert_same_run(folder, straight)
 
 
-def test_half_written_checkpoint_by_name_is_refused(train_script, base, images, straight, tmp_path, capsys):
+def test_half_written_checkpoint_by_name_is_refused(fit, straight, tmp_path, capsys):
     folder = half_written(straight, tmp_path / "out")
     path = folder / "checkpoint-9"
-    assert train(train_script, base, images, folder, **EVERYTHING, resume_from_checkpoint=path) == 2
+    assert fit(folder, resume_from_checkpoint=path) == 2
     message = capsys.readouterr().err
     assert str(path) in message
     assert "no whole checkpoint" in message
     assert len(message.splitlines()) <= 12
 
 
-def test_checkpoint_by_name_goes_on_in_another_folder(train_script, base, images, straight, tmp_path):
-    path = straight / "checkpoint-4"
-    assert train(train_script, base, images, tmp_path / "out", **EVERYTHING, resume_from_checkpoint=path) == 0
+def test_checkpoint_by_name_goes_on_in_another_folder(fit, straight, tmp_path):
+    assert fit(tmp_path / "out", resume_from_checkpoint=straight / "checkpoint-4") == 0
     assert same(unet(tmp_path / "out"), unet(straight))
     assert read_log(tmp_path / "out") == read_log(straight)[4:]
 
 
-def test_latest_without_a_checkpoint_starts_from_the_beginning(train_script, base, images, straight, tmp_path):
-    assert train(train_script, base, images, tmp_path, **EVERYTHING, resume_from_checkpoint="latest") == 0
+def test_latest_without_a_checkpoint_starts_from_the_beginning(fit, straight, tmp_path):
+    assert fit(tmp_path, resume_from_checkpoint="latest") == 0
     assert_same_run(tmp_path, straight)
 
 
-@pytest.mark.slow
-def test_process_ended_by_a_signal_is_resumed(train_script, base, images, tmp_path):
-    """From outside, as a cluster does it: the constant schedule allows any number of steps."""
-    settings = {**EVERYTHING, "lr_scheduler": "constant", "lr_warmup_steps": None, "checkpointing_steps": 1000}
-    folder = tmp_path / "killed"
-    process = start_script(words(base, images, folder, **settings | {"max_train_steps": 1000}))
-    wait_for_steps(process, folder, random.randrange(1, 6))
-    process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=120)[0]
-    assert process.returncode == 128 + signal.SIGTERM, said
-    (checkpoint,) = folder.glob("checkpoint-*")
-    step = len(read_log(folder))
-    assert checkpoint.name == f"checkpoint-{step}"
-    assert "--resume_from_checkpoint=latest" in said
-    settings |= {"max_train_steps": step + 2}
-    assert train(train_script, base, images, folder, **settings, resume_from_checkpoint="latest") == 0
-    assert train(train_script, base, images, tmp_path / "straight", **settings) == 0
-    assert same(unet(folder), unet(tmp_path / "straight"))
-    assert read_log(folder) == read_log(tmp_path / "straight")
+# ------------------------------------------------------------------------------------------------------- two processes
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_script_saves_and_ends_when_its_launcher_died(base, images, tmp_path, number):
-    """`accelerate launch` hands no signal on: without a look at its parent the script would train on for ever."""
-    settings = {**EVERYTHING, "max_train_steps": 100_000, "checkpointing_steps": 100_000}
-    process = start_script(words(base, images, tmp_path, **settings), launcher="accelerate")
-    wait_for_steps(process, tmp_path, 2)
-    process.send_signal(number)
-    said = process.communicate(timeout=120)[0]  # the script holds the pipe: this waits until it has ended too
-    (checkpoint,) = tmp_path.glob("checkpoint-*")
-    step = len(read_log(tmp_path))
-    assert checkpoint.name == f"checkpoint-{step}"
-    assert json.loads((checkpoint / "progress.json").read_text())["global_step"] == step
-    assert f"holds the state after step {step}" in said
+def run_by_torchrun(script, line, said):
+    """Trains in two processes as users start them."""
+    ended = run_script(line, script=script.__file__, nproc=2)
+    said.write_text(ended.stdout + ended.stderr)
+    return [ended.returncode]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("num_images, accumulation", [(11, 1), (9, 2)])
-def test_two_processes_equal_one(train_script, base, images, tmp_path, num_images, accumulation):
-    """The last step of an epoch is short: of 11 images one process has 2 and the other 1; of 9 one has none."""
+@pytest.mark.parametrize(
+    "num_images, accumulation, run_two",
+    [pytest.param(11, 1, run_by_torchrun, marks=pytest.mark.slow), (9, 2, run_copies)],
+    ids=["torchrun", "copies"],
+)
+def test_two_processes_equal_one(train_script, tiny_pipeline, tmp_path, num_images, accumulation, run_two):
+    """The last step of an epoch is short: of 11 images one process has 2 and the other 1; of 9 one has none. Without
+    dropout layers: their numbers belong to a process."""
     data = write_image_folder(tmp_path / "images", num_images, (48, 40))
     settings = {
         "max_train_steps": 10,
@@ -305,26 +397,18 @@ def test_two_processes_equal_one(train_script, base, images, tmp_path, num_image
         "learning_rate": 1e-4,
         "lr_warmup_steps": 2,
     }
-    # Without dropout layers: their numbers belong to a process.
-    one, two, resumed = tmp_path / "one", tmp_path / "two", tmp_path / "resumed"
-    plain = tmp_path / "base"
-    shutil.copytree(base, plain)
-    config = json.loads((plain / "unet" / "config.json").read_text())
-    (plain / "unet" / "config.json").write_text(json.dumps(config | {"dropout": 0.0}))
-    result = run_script(words(plain, data, two, **settings, train_batch_size=2), nproc=2)
-    assert result.returncode == 0, result.stderr
-    assert train(train_script, plain, data, one, **settings, train_batch_size=4) == 0
-    assert "x 2 ranks" in result.stdout
-    assert result.stdout.count("Plan\n") == 1  # not once a process
+    one, two, resumed, said = (tmp_path / name for name in ("one", "two", "resumed", "said"))
+    statuses = run_two(train_script, words(tiny_pipeline, data, two, **settings, train_batch_size=2), said)
+    assert not any(statuses), said.read_text()
+    fit = functools.partial(train, train_script, tiny_pipeline, data, train_batch_size=4, **settings)
+    assert fit(one) == 0
+    assert "x 2 ranks" in said.read_text()
+    assert said.read_text().count("Plan\n") == 1  # not once a process
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
     assert [row["lr"] for row in read_log(two)] == [row["lr"] for row in read_log(one)]
     assert len(losses(one)) == 10
 
     # The checkpoint of two processes goes on in one.
-    path = two / "checkpoint-5"
-    status = train(
-        train_script, plain, data, resumed, **settings, train_batch_size=4, resume_from_checkpoint=path
-    )
-    assert status == 0
+    assert fit(resumed, resume_from_checkpoint=two / "checkpoint-5") == 0
     assert losses(resumed) == pytest.approx(losses(one)[5:], rel=1e-5)
     assert [row["lr"] for row in read_log(resumed)] == [row["lr"] for row in read_log(one)][5:]

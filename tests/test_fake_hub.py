@@ -80,4 +80,5 @@ def test_fails_where_it_is_told_to(fake_hub, folder, stage):
     result = run(UPLOAD, folder, "tester/creatures", env=fake_hub.env)
     assert result.returncode == 1
     assert f"fail at {stage}" in result.stderr
-    assert not fake_hub.repos.get("tester/creatures") or not fake_hub.repos["tester/creatures"].files
+    repo = fake_hub.repos.get("tester/creatures")
+    assert repo is None or not repo.files

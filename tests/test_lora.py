@@ -86,8 +86,11 @@ def test_only_adapters_change(lora_script, tiny_pipeline, images, tmp_path, monk
     pipeline, models, _ = kept[0]
     for name in ("unet", "text_encoder", "vae"):
         start = load_file(next((tiny_pipeline / name).glob("*.safetensors")))
-        now = {key.replace(".base_layer", ""): value for key, value in getattr(pipeline, name).state_dict().items()
-               if "lora_" not in key}
+        now = {
+            key.replace(".base_layer", ""): value
+            for key, value in getattr(pipeline, name).state_dict().items()
+            if "lora_" not in key
+        }
         assert now.keys() >= start.keys()
         assert all(torch.equal(now[key], value) for key, value in start.items())
     weights = load_file(tmp_path / "out" / WEIGHTS)
@@ -136,8 +139,10 @@ def test_clipping_sees_the_adapters(lora_script, tiny_pipeline, images, tmp_path
         settings = {"max_grad_norm": norm, "adam_epsilon": 1e-2}
         assert train(lora_script, tiny_pipeline, images, tmp_path / str(norm), **settings) == 0
         results[norm] = load_file(tmp_path / str(norm) / WEIGHTS)
-    moved = {norm: sum(value.abs().sum() for key, value in found.items() if "lora_B" in key)
-             for norm, found in results.items()}
+    moved = {
+        norm: sum(value.abs().sum() for key, value in found.items() if "lora_B" in key)
+        for norm, found in results.items()
+    }
     assert moved[1e-3] < 0.5 * moved[float("inf")]
 
 
@@ -328,8 +333,20 @@ def test_the_hub_gets_the_result_alone(lora_script, tiny_pipeline, images, tmp_p
     for name in ("mine.safetensors", "private/secret.safetensors"):
         save_file({}, out / name)
         (out / name).chmod(0o600)
-    assert train(lora_script, tiny_pipeline, images, out, push_to_hub=True, output_kohya_format=True,
-                 kohya_file_name="new[1]", overwrite_output_dir=True, validation_prompts=["a red circle"]) == 0
+    assert (
+        train(
+            lora_script,
+            tiny_pipeline,
+            images,
+            out,
+            push_to_hub=True,
+            output_kohya_format=True,
+            kohya_file_name="new[1]",
+            overwrite_output_dir=True,
+            validation_prompts=["a red circle"],
+        )
+        == 0
+    )
     allowed = filter_repo_objects([*snapshot(out)], allow_patterns=sent["allow_patterns"])
     files = {name for name in allowed if not name.startswith("samples/")}
     assert files == {"README.md", "log.jsonl", "pytorch_lora_weights.safetensors", "new[1].safetensors"}

@@ -87,9 +87,18 @@ def test_from_a_folder_of_pictures_to_a_shared_model(tmp_path, tiny_captioner, f
     assert sum(shown) >= 6
 
     # Train: adapters that differ from those that do nothing.
-    flags = [f"--pretrained_model_name_or_path={BASE}", f"--train_data_dir={images}", "--resolution=64", "--rank=4",
-             "--train_batch_size=4", "--max_train_steps=12", "--learning_rate=3e-3", "--report_to=none",
-             "--lora_target=all", "--num_validation_samples=6"]
+    flags = [
+        f"--pretrained_model_name_or_path={BASE}",
+        f"--train_data_dir={images}",
+        "--resolution=64",
+        "--rank=4",
+        "--train_batch_size=4",
+        "--max_train_steps=12",
+        "--learning_rate=3e-3",
+        "--report_to=none",
+        "--lora_target=all",
+        "--num_validation_samples=6",
+    ]
     assert run(TRAIN_TEXT_TO_IMAGE_LORA, *flags, f"--output_dir={lora}") == 0, capsys.readouterr().err
     weights = load_file(lora / "pytorch_lora_weights.safetensors")
     assert any(value.abs().max() > 1e-4 for name, value in weights.items() if "lora_B" in name)
@@ -107,8 +116,19 @@ def test_from_a_folder_of_pictures_to_a_shared_model(tmp_path, tiny_captioner, f
 
     # Evaluate: the held-out loss is the one that fell in training.
     evaluation = tmp_path / "evaluation"
-    flags = [images, "--base", BASE, "--lora", lora, f"--clip_model={CLIP}", "--num_images=8", "--resolution=64",
-             "--num_validation_samples=6", "--num_inference_steps=4", f"--output_dir={evaluation}"]
+    flags = [
+        images,
+        "--base",
+        BASE,
+        "--lora",
+        lora,
+        f"--clip_model={CLIP}",
+        "--num_images=8",
+        "--resolution=64",
+        "--num_validation_samples=6",
+        "--num_inference_steps=4",
+        f"--output_dir={evaluation}",
+    ]
     assert tool("evaluate", BASE, *flags) == 0, capsys.readouterr().err
     figures = json.loads((evaluation / "evaluation.json").read_text(encoding="utf-8"))
     log = [json.loads(line) for line in (lora / "log.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -144,8 +164,14 @@ def test_from_a_folder_of_pictures_to_a_shared_model(tmp_path, tiny_captioner, f
     assert len(pictures) == NUM_IMAGES
     assert sent["pytorch_lora_weights.safetensors"] == (lora / "pytorch_lora_weights.safetensors").read_bytes()
     shutil.rmtree(images)
-    flags = [f"--pretrained_model_name_or_path={BASE}", f"--dataset_name={USER}/creatures", "--resolution=64",
-             "--report_to=none", f"--output_dir={tmp_path / 'again'}", "--dry_run"]
+    flags = [
+        f"--pretrained_model_name_or_path={BASE}",
+        f"--dataset_name={USER}/creatures",
+        "--resolution=64",
+        "--report_to=none",
+        f"--output_dir={tmp_path / 'again'}",
+        "--dry_run",
+    ]
     ran = run_script(flags, env=fake_hub.env, script=TRAIN_TEXT_TO_IMAGE_LORA)
     assert ran.returncode == 0, ran.stderr
     assert f"{NUM_IMAGES} to train on" in ran.stdout

@@ -1,41 +1,35 @@
-"""tools/push_model.py sends a result and nothing else, in one commit."""
+"""`sdtune push-model` sends a result and nothing else, in one commit."""
 
+import functools
 import json
 import shutil
 
 import numpy as np
 import pytest
-from conftest import load_script
 from diffusers import StableDiffusionPipeline
 from fake_hub import USER
 from huggingface_hub import ModelCard
 from image_data import make_image, snapshot
-from running import REPO, kill_when, run_script, start_script
+from reach_hub import push_to, reaching
+from running import kill_copy_when, status_of
 from safetensors.numpy import save_file
 from training import same
 
-TOOL = REPO / "tools" / "push_model.py"
+from sdtune.commands import push_model as command
+
 NAME = f"{USER}/drawer"
 LORA = {"unet.mid_block.attentions.0.to_q.lora_A.weight": np.ones((4, 8), np.float32)}
 
 
-@pytest.fixture(scope="module")
-def tool():
-    """The tool as a module."""
-    return load_script(TOOL)
+def run(*words):
+    """Runs the command in this process, where the Hub is out of reach; returns its exit status."""
+    return status_of(command.main, *words)
 
 
-def run(tool, *args):
-    """Runs the tool in this process, where the Hub is out of reach; returns its exit status."""
-    try:
-        tool.main([str(arg) for arg in args])
-    except SystemExit as stop:
-        return stop.code
-    return 0
-
-
-def push(hub, folder, *flags, name=NAME):
-    return run_script([folder, name, *flags], env=hub.env, script=TOOL)
+@pytest.fixture
+def push(fake_hub, monkeypatch):
+    """Factory: push(folder, *flags, name=NAME) runs the command against the stand-in; returns its exit status."""
+    return functools.partial(push_to, fake_hub, monkeypatch, command.main, NAME)
 
 
 def clutter(folder):
@@ -43,10 +37,9 @@ def clutter(folder):
     for name in ("checkpoint-2/state.pt", "logs/events", ".env", "unet/.hidden", "notes.txt", "samples/grid.psd"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("PASSWORD=1")
-    (folder / "args.json").write_text(json.dumps({"pretrained_model_name_or_path": "somebody/a-base",
-                                                  "train_data_dir": str(folder)}))
+    settings = {"pretrained_model_name_or_path": "somebody/a-base", "train_data_dir": str(folder)}
+    (folder / "args.json").write_text(json.dumps(settings))
     (folder / "log.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
-    (folder / "samples").mkdir(exist_ok=True)
     make_image(0).save(folder / "samples" / "step-000002.png")
 
 
@@ -66,19 +59,19 @@ def parts(tiny_pipeline):
     return {path.relative_to(tiny_pipeline).as_posix() for path in tiny_pipeline.rglob("*") if path.is_file()}
 
 
-@pytest.mark.slow
-def test_pipeline_arrives_and_nothing_else(fake_hub, result, parts, tmp_path):
+def test_pipeline_arrives_and_nothing_else(fake_hub, push, result, parts, tmp_path, capsys):
     before = snapshot(result)
-    ran = push(fake_hub, result, "--private", "--commit_message=Two steps", "--hub_token=hf_other")
-    assert ran.returncode == 0, ran.stderr
+    assert push(result, "--private", "--commit_message=Two steps", "--hub_token=hf_other") == 0
     repo = fake_hub.repos[NAME]
     assert (repo.type, repo.private, fake_hub.tokens) == ("model", True, {"hf_other"})
     assert set(repo.files) == parts | {"README.md", "log.jsonl", "samples/step-000002.png"}
     assert [commit.message for commit in repo.commits] == ["Two steps"]
     changed = {name for name in repo.files if name != "README.md" and repo.files[name] != (result / name).read_bytes()}
     assert changed == {"unet/config.json"}
-    assert not [name for name, data in repo.files.items() if str(tmp_path).encode() in data or b"PASSWORD" in data]
-    assert "Not sent: .env, args.json, checkpoint-2, logs, notes.txt" in ran.stdout
+    for data in repo.files.values():
+        assert str(tmp_path).encode() not in data
+        assert b"PASSWORD" not in data
+    assert "Not sent: .env, args.json, checkpoint-2, logs, notes.txt" in capsys.readouterr().out
     card = ModelCard(repo.files["README.md"].decode())
     assert (card.data.library_name, card.data.base_model) == ("diffusers", "somebody/a-base")
     assert f'StableDiffusionPipeline.from_pretrained("{NAME}")' in card.text
@@ -88,25 +81,27 @@ def test_pipeline_arrives_and_nothing_else(fake_hub, result, parts, tmp_path):
     for name, data in repo.files.items():
         (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "copy" / name).write_bytes(data)
-    here, there = [StableDiffusionPipeline.from_pretrained(path) for path in (result, tmp_path / "copy")]
+    here = StableDiffusionPipeline.from_pretrained(result)
+    there = StableDiffusionPipeline.from_pretrained(tmp_path / "copy")
     for name in ("unet", "vae", "text_encoder"):
         assert same(getattr(here, name).state_dict(), getattr(there, name).state_dict())
 
     # The same again sends nothing; a card that was edited on the Hub stays until it shall not.
-    assert push(fake_hub, result).returncode == 0
+    assert push(result) == 0
     assert len(repo.commits) == 1
     repo.files["README.md"] += b"\nEdited.\n"
     (result / "README.md").write_text("---\nlicense: mit\n---\n# My own\n")
-    ran = push(fake_hub, result)
-    assert "is kept; --overwrite_card" in ran.stdout
+    capsys.readouterr()
+    assert push(result) == 0
+    assert "is kept; --overwrite_card" in capsys.readouterr().out
     assert repo.files["README.md"].endswith(b"\nEdited.\n")
-    assert push(fake_hub, result, "--overwrite_card").returncode == 0
+    assert push(result, "--overwrite_card") == 0
     assert repo.files["README.md"] == (result / "README.md").read_bytes()
     assert [commit.paths for commit in repo.commits[1:]] == [["README.md"]]
+    assert repo.commits[1].message == "Add the trained weights"
 
 
-@pytest.mark.slow
-def test_lora_arrives(fake_hub, tmp_path):
+def test_lora_arrives(fake_hub, push, tmp_path):
     folder = tmp_path / "lora"
     folder.mkdir()
     clutter(folder)
@@ -114,51 +109,46 @@ def test_lora_arrives(fake_hub, tmp_path):
         save_file(LORA, folder / f"{name}.safetensors")
     save_file({"weight": np.ones(3)}, folder / "optimizer.safetensors")
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# My own\n")
-    ran = push(fake_hub, folder, name="lora")
-    assert ran.returncode == 0, ran.stderr
+    assert push(folder, name="lora") == 0
     repo = fake_hub.repos[f"{USER}/lora"]
-    assert repo.files == {name: (folder / name).read_bytes() for name in (
-        "pytorch_lora_weights.safetensors", "for_webui.safetensors", "README.md", "log.jsonl",
-        "samples/step-000002.png")}
+    weights = ["pytorch_lora_weights.safetensors", "for_webui.safetensors"]
+    sent = [*weights, "README.md", "log.jsonl", "samples/step-000002.png"]
+    assert repo.files == {name: (folder / name).read_bytes() for name in sent}
     assert not repo.private
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage, answered", [("upload", 1), ("commit", 0)])
-def test_killed_upload_goes_on(fake_hub, result, stage, answered):
+def test_killed_upload_goes_on(fake_hub, push, result, stage, answered, monkeypatch):
     """Nobody gets half a model, and no weights are sent twice."""
     fake_hub.hang[stage] = answered
-    process = start_script([result, NAME], env=fake_hub.env, script=TOOL)
-    kill_when(process, lambda: fake_hub.waiting)
+    with reaching(fake_hub, monkeypatch):
+        kill_copy_when(lambda: fake_hub.waiting, command.main, result, NAME)
     assert fake_hub.repos[NAME].files == {}
     large = 4  # UNet, VAE, text encoder and a sample
     assert fake_hub.answered["upload"] == (1 if stage == "upload" else large)
     fake_hub.hang.clear()
-    ran = push(fake_hub, result)
-    assert ran.returncode == 0, ran.stderr
+    assert push(result) == 0
     assert fake_hub.answered["upload"] == large
     assert len(fake_hub.repos[NAME].commits) == 1
     assert "unet/diffusion_pytorch_model.safetensors" in fake_hub.repos[NAME].files
 
 
-@pytest.mark.slow
-def test_failures_say_how_to_go_on(fake_hub, result):
+def test_failures_say_how_to_go_on(fake_hub, push, result, capsys):
     before = snapshot(result)
     fake_hub.fail["create"] = 403
-    ran = push(fake_hub, result)
-    assert ran.returncode == 2
-    assert f"REPO_ID={NAME}: cannot be made; log in with `hf auth login` or --hub_token" in ran.stderr
+    assert push(result) == 2
+    wanted = f"REPO_ID={NAME}: cannot be made; log in with `hf auth login` or --hub_token"
+    assert wanted in capsys.readouterr().err
     fake_hub.fail = {"upload": 403}
-    ran = push(fake_hub, result)
-    assert ran.returncode == 1
-    assert "The upload failed" in ran.stderr
-    assert f"The result is whole in {result}" in ran.stderr
-    assert "the same command goes on" in ran.stderr
-    assert "Traceback" not in ran.stderr
+    assert push(result) == 1
+    message = capsys.readouterr().err
+    assert "The upload failed" in message
+    assert f"The result is whole in {result}" in message
+    assert "the same command goes on" in message
+    assert "Traceback" not in message
     fake_hub.fail = {}
-    ran = push(fake_hub, result, "--private")  # it was made public above
-    assert ran.returncode == 2
-    assert f"--private: {NAME} exists and is public" in ran.stderr
+    assert push(result, "--private") == 2  # it was made public above
+    assert f"--private: {NAME} exists and is public" in capsys.readouterr().err
     assert not fake_hub.repos[NAME].files
     assert snapshot(result) == before
 
@@ -166,61 +156,65 @@ def test_failures_say_how_to_go_on(fake_hub, result):
 # ---- Without the Hub
 
 
-def test_dry_run_lists_the_files(tool, result, parts, capsys):
-    assert run(tool, result, NAME, "--dry_run") == 0
+def test_dry_run_lists_the_files(result, parts, capsys):
+    assert run(result, NAME, "--dry_run") == 0
     sent, left = capsys.readouterr().out.splitlines()
     assert sent.startswith("Would send a pipeline: ")
-    assert set(sent.removeprefix("Would send a pipeline: ").split(", ")) == parts | {"log.jsonl",
-                                                                                   "samples/step-000002.png"}
+    names = set(sent.removeprefix("Would send a pipeline: ").split(", "))
+    assert names == parts | {"log.jsonl", "samples/step-000002.png"}
     assert left == "Not sent: .env, args.json, checkpoint-2, logs, notes.txt"
 
 
-def test_result_that_is_not_whole(tool, result, tmp_path, capsys):
-    weights = result / "unet" / "diffusion_pytorch_model.safetensors"
+def test_result_that_is_not_whole(result, tmp_path, capsys):
+    weights, index = result / "unet" / "diffusion_pytorch_model.safetensors", result / "model_index.json"
     weights.write_bytes(weights.read_bytes()[:-1])
-    assert run(tool, result, NAME) == 2
+    assert run(result, NAME) == 2
     assert f"{weights}: is no whole .safetensors file" in capsys.readouterr().err
     shutil.rmtree(result / "vae")
-    assert run(tool, result, NAME) == 2
+    assert run(result, NAME) == 2
     assert f"{result}: has no vae, of which its model_index.json tells" in capsys.readouterr().err
-    (result / "model_index.json").write_text("[]")
-    assert run(tool, result, NAME) == 2
-    assert "model_index.json: cannot be read" in capsys.readouterr().err
+    for text in ("[]", "[1]", "{}", "no JSON"):
+        index.write_text(text)
+        assert run(result, NAME) == 2
+        assert "model_index.json: cannot be read" in capsys.readouterr().err
     save_file({"weight": np.ones(3)}, tmp_path / "other.safetensors")
-    assert run(tool, tmp_path, NAME) == 2
+    assert run(tmp_path, NAME) == 2
     assert f"{tmp_path}: holds neither a pipeline with model_index.json nor LoRA weights" in capsys.readouterr().err
 
 
-def test_card_of_a_lora_names_its_base(tool, tmp_path):
-    assert 'from_pretrained("MODEL")' in tool.make_card(tmp_path, NAME, is_lora=True)
+def test_card_of_a_lora_names_its_base(tmp_path):
+    assert 'from_pretrained("MODEL")' in command.make_card(tmp_path, NAME, is_lora=True)
     for base in (str(tmp_path), "models/mine/local", None, 3):
         (tmp_path / "args.json").write_text(json.dumps({"pretrained_model_name_or_path": base}))
-        card = ModelCard(tool.make_card(tmp_path, NAME, is_lora=True))
+        card = ModelCard(command.make_card(tmp_path, NAME, is_lora=True))
         assert card.data.base_model is None
     clutter(tmp_path)
-    card = ModelCard(tool.make_card(tmp_path, NAME, is_lora=True))
+    card = ModelCard(command.make_card(tmp_path, NAME, is_lora=True))
     assert card.data.base_model == "somebody/a-base"
     assert card.data.tags == ["stable-diffusion", "stable-diffusion-diffusers", "lora"]
     assert f'from_pretrained("somebody/a-base")\npipe.load_lora_weights("{NAME}")' in card.text
 
 
-def test_configuration_goes_without_a_local_path(tool, tmp_path):
+@pytest.mark.parametrize("origin", ["/home/ann/base", "models/base/unet"])
+def test_configuration_goes_without_a_local_path(tmp_path, origin):
     path = tmp_path / "config.json"
-    for origin, kept in (("/home/ann/base", False), ("models/base/unet", False), ("somebody/a-base", True)):
-        path.write_text(json.dumps({"a": 1, "_name_or_path": origin, **({} if kept else {"name_or_path": origin})}))
-        sent = tool.content(path)
-        assert (sent == path) == kept
-        if not kept:
-            assert json.loads(sent) == {"a": 1}
+    path.write_text(json.dumps({"a": 1, "_name_or_path": origin, "name_or_path": origin}))
+    assert json.loads(command.content(path)) == {"a": 1}
 
 
-def test_wrong_words_are_listed_together(tool, tmp_path, capsys):
-    assert run(tool, tmp_path / "nowhere", "a/b/c", "--commit_message= ") == 2
+def test_configuration_keeps_a_name_on_the_hub(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"a": 1, "_name_or_path": "somebody/a-base"}))
+    assert command.content(path) == path
+
+
+def test_wrong_words_are_listed_together(tmp_path, capsys):
+    assert run(tmp_path / "nowhere", "a/b/c", "--commit_message= ") == 2
     message = capsys.readouterr().err
     for part in (f"FOLDER={tmp_path / 'nowhere'}", "REPO_ID=a/b/c", "--commit_message"):
         assert part in message
 
 
-def test_without_a_connection(tool, result, capsys):
-    assert run(tool, result, NAME) == 2
+def test_without_a_connection(result, capsys):
+    assert run(result, NAME) == 2
     assert "cannot be made; log in" in capsys.readouterr().err

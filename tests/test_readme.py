@@ -5,6 +5,8 @@ model of the Hub comes before the Hub. Only counts are cut, by words added at th
 that no test here knows is a failure.
 """
 
+import configparser
+import importlib
 import json
 import os
 import re
@@ -27,7 +29,7 @@ from PIL import Image
 from running import REPO, TRAIN_TEXT_TO_IMAGE, environment, run_script
 from safetensors.torch import load_file
 
-FOLDERS = ("examples", "miniature", "tools", "benchmarks")
+FOLDERS = ("examples", "miniature", "sdtune", "recipes", "benchmarks")
 DOCUMENTS = [REPO / "README.md", REPO / "CONTRIBUTING.md"]
 DOCUMENTS += sorted(path for folder in FOLDERS for path in (REPO / folder).rglob("README.md"))
 
@@ -43,7 +45,7 @@ CUTS = {
 }
 # Given to each of the miniature's scripts that has the flag.
 MINIATURE_CUTS = {"num_images": 16, "num_steps": 2, "batch_size": 4, "num_samples": 4, "num_inference_steps": 2}
-# Given to each tool that has the flag.
+# Given to each command of sdtune that has the flag.
 TOOL_CUTS = {"num_images": 4, "max_new_tokens": 4, "resolution": 32, "num_validation_samples": 2}
 MODELS = ("miniature/pipeline", "stable-diffusion-v1-5/stable-diffusion-v1-5")
 CAPTIONER, CLIP = "Salesforce/blip-image-captioning-large", "openai/clip-vit-large-patch14"
@@ -69,7 +71,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Command:
-    """One command of a shell block, as words."""
+    """One command of a shell block, as words: the kind is which test runs it, None if none does."""
 
     place: str
     words: tuple
@@ -79,27 +81,38 @@ class Command:
 
     @property
     def kind(self):
-        """Which test runs it: train, tool, miniature, make or pip; None if none does."""
+        """train, sdtune, miniature, make or pip; None if no test runs it."""
         match self.words:
             case ("accelerate", "launch", script, *_) | ("python", script, *_) if script.startswith("examples/"):
                 return "train"
             case ("python", script, *_) if script.startswith("miniature/"):
                 return "miniature"
-            case ("python", script, *_) if script.startswith("tools/") and (REPO / script).exists():
-                return "tool"
+            case ("sdtune", name, *_) if (REPO / command_file(name)).exists():
+                return "sdtune"
             case ("make", *_):
                 return "make"
-            case ("pip", "install", "-r", _):
+            case ("pip", "install", "-r", _) | ("pip", "install", "--editable", "."):
                 return "pip"
         return None
 
     @property
     def script(self):
+        """The path of the file that the command runs."""
+        if self.kind == "sdtune":
+            return command_file(self.words[1])
         return next(word for word in self.words if word.endswith(".py"))
 
     @property
     def flags(self):
+        """The words behind the name of what is run."""
+        if self.kind == "sdtune":
+            return list(self.words[2:])
         return list(self.words[self.words.index(self.script) + 1 :])
+
+
+def command_file(name):
+    """The path of the module of a command of sdtune."""
+    return f"sdtune/commands/{name.replace('-', '_')}.py"
 
 
 def blocks_in(text, document=REPO / "README.md"):
@@ -184,7 +197,13 @@ make = 1
     ]
     assert commands[1].script == "examples/a.py"
     assert commands[1].flags == ["--prompt", "two words", "--seed=1"]
-    for unknown in ("python tools/other.py", "pip install torch", "rm -rf demo", "HF_HOME=x make demo"):
+    for unknown in (
+        "python tools/other.py",
+        "sdtune other",
+        "pip install torch",
+        "rm -rf demo",
+        "HF_HOME=x make demo",
+    ):
         assert Command("", tuple(unknown.split())).kind is None
 
 
@@ -230,7 +249,7 @@ def stand_ins(tmp_path_factory, tiny_pipeline, tiny_captioner):
 def clone(tmp_path, stand_ins, monkeypatch):
     """A working folder like a clone of the repository, with the stand-ins in place."""
     folder = shutil.copytree(stand_ins, tmp_path / "clone")
-    for name in ("Makefile", "requirements.txt", "examples", "tools", "benchmarks"):
+    for name in ("Makefile", "requirements.txt", "examples", "benchmarks"):
         if (REPO / name).exists():
             (folder / name).symlink_to(REPO / name)
     for path in (REPO / "miniature").glob("*.py"):
@@ -252,11 +271,13 @@ def few_steps(monkeypatch):
 
 @pytest.fixture(scope="module")
 def modules(train_script):
-    """A function: the module of a script in examples/, by its path from the root."""
+    """A function: the module of a script or a command, by its path from the root."""
     loaded = {TRAIN_TEXT_TO_IMAGE: train_script}
 
     def module(path):
         path = REPO / path
+        if path.parent.name == "commands":
+            return importlib.import_module(f"sdtune.commands.{path.stem}")
         if path not in loaded:
             loaded[path] = load_script(path)
         return loaded[path]
@@ -264,9 +285,19 @@ def modules(train_script):
     return module
 
 
+def parse(script, flags):
+    """The settings that a script's flags stand for, maybe wrong ones."""
+    return script.parse_flags(script.make_parser(), flags, {})[0]
+
+
+def flags_of(script):
+    """The flags that a script or a command knows."""
+    return set(script.make_parser()._option_string_actions)
+
+
 def cut(script, flags):
     """Returns the flags with those of CUTS that ask for less than they do."""
-    asked = vars(script.parse_args(flags))
+    asked = vars(parse(script, flags))
     used = [flag for flag in CUTS if flag in asked and (flag != "num_class_images" or asked["class_data_dir"])]
     more = {flag: CUTS[flag] for flag in used if asked[flag] is None or asked[flag] > CUTS[flag]}
     return flags + [f"--{flag}={most}" for flag, most in more.items()]
@@ -333,12 +364,12 @@ def test_training_command(command, clone, modules, few_steps, fake_hub, monkeypa
     assert (clone / command.script).is_file()
     script = modules(command.script)
     flags = cut(script, command.flags)
-    args = script.parse_args(flags)
+    args = parse(script, flags)
     if args.dry_run:
         check_dry_run(script, flags, clone, capsys)
     elif args.push_to_hub:
         flags += ["--validation_prompts", "a creature"]  # drawn in all 25 steps, for few_steps ends at this process
-        check_push(command.script, flags, script.parse_args(flags), fake_hub)
+        check_push(command.script, flags, parse(script, flags), fake_hub)
     elif args.resume_from_checkpoint:
         check_resume(script, flags, monkeypatch, capsys)
     else:
@@ -359,7 +390,7 @@ def check_dry_run(script, flags, clone, capsys):
     for part in ("Plan", "images", "steps", "epochs", "per step", "trained", "output"):
         assert part in printed
     assert snapshot(clone) == before
-    assert not Path(script.parse_args(flags).output_dir).exists()
+    assert not Path(parse(script, flags).output_dir).exists()
 
 
 def check_push(path, flags, args, fake_hub):
@@ -378,7 +409,7 @@ def check_push(path, flags, args, fake_hub):
 def check_resume(script, flags, monkeypatch, capsys):
     """The command goes on after the step in which the same one without --resume_from_checkpoint was stopped, to the
     same bits as one that was never stopped."""
-    args = script.parse_args(flags)
+    args = parse(script, flags)
     output = Path(args.output_dir)
     resumed = [flag for flag in flags if flag.startswith("--resume_from_checkpoint")]
     assert resumed == ["--resume_from_checkpoint=latest"]
@@ -423,37 +454,42 @@ def test_python_block(block, clone, modules, few_steps, capsys):
             image.load()
 
 
-# ------------------------------------------------------------------------------------------------------------- tools
+# ---------------------------------------------------------------------------------------------------------- commands
 
 
-def tool_commands(document):
-    """The tools' commands of a document in order, with the trainings whose results they use, those of other documents
-    first."""
+def sdtune_commands(document):
+    """The commands of sdtune in a document in order, with the trainings whose results they use, those of other
+    documents first."""
     here = [command for command in COMMANDS if command.place.startswith(f"{document.relative_to(REPO)}:")]
-    tools = [command for command in here if command.kind == "tool"]
-    used = {re.sub(r"^--\w+=|[:/].*", "", word) for command in tools for word in command.words}
+    ours = [command for command in here if command.kind == "sdtune"]
+    used = {re.sub(r"^--\w+=|[:/].*", "", word) for command in ours for word in command.words}
     trainings = {}
     for command in [*here, *COMMANDS]:
         outputs = {word.partition("=")[2] for word in command.words if word.startswith("--output_dir=")}
         if command.kind == "train" and "--push_to_hub" not in command.words and outputs & (used - trainings.keys()):
             trainings |= dict.fromkeys(outputs, command)
     others = [command for command in trainings.values() if command not in here]
-    return [*others, *[command for command in here if command in [*tools, *trainings.values()]]] if tools else []
+    return [*others, *[command for command in here if command in [*ours, *trainings.values()]]] if ours else []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("document", [document for document in DOCUMENTS if any(
-    command.kind == "tool" for command in tool_commands(document))], ids=lambda path: str(path.relative_to(REPO)))
-def test_commands_of_the_tools_one_after_another(document, clone, modules, few_steps, fake_hub, capsys):
+@pytest.mark.parametrize(
+    "document",
+    [document for document in DOCUMENTS if sdtune_commands(document)],
+    ids=lambda path: str(path.relative_to(REPO)),
+)
+def test_commands_of_sdtune_one_after_another(document, clone, modules, few_steps, fake_hub, capsys):
     """They work on the results of the commands before them; each leaves what it is told to write, or sends it."""
-    for command in tool_commands(document):
+    pushing = environment({**fake_hub.env, "PYTHONPATH": str(REPO)})
+    for command in sdtune_commands(document):
         before = set(clone.rglob("*"))
         if command.kind == "train":
             script = modules(command.script)
-            shutil.rmtree(clone / script.parse_args(command.flags).output_dir, ignore_errors=True)
+            shutil.rmtree(clone / parse(script, command.flags).output_dir, ignore_errors=True)
             assert call_main(script, cut(script, command.flags)) == 0, capsys.readouterr().err
         elif Path(command.script).stem.startswith("push_"):
-            done = run_script(command.flags, script=REPO / command.script, env=fake_hub.env)
+            words = [sys.executable, "-m", "sdtune", *command.words[1:]]
+            done = subprocess.run(words, env=pushing, text=True, capture_output=True, check=False)
             assert done.returncode == 0, done.stdout + done.stderr
             name = next(word for word in command.flags if re.fullmatch(r"[\w-]+/[\w-]+", word))
             assert "README.md" in fake_hub.repos[name].files
@@ -462,14 +498,15 @@ def test_commands_of_the_tools_one_after_another(document, clone, modules, few_s
             folder = Path(command.flags[0])
             assert sent == {path.name: path.read_bytes() for path in folder.glob(f"*{kind}")}
         else:
-            known = re.findall(r'"--(\w+)"', (REPO / command.script).read_text(encoding="utf-8"))
-            flags = command.flags + [f"--{flag}={most}" for flag, most in TOOL_CUTS.items() if flag in known]
-            assert call_main(modules(command.script), flags) == 0, (command, capsys.readouterr())
-            check_tool(command, set(clone.rglob("*")) - before)
+            script = modules(command.script)
+            known = flags_of(script)
+            flags = command.flags + [f"--{flag}={most}" for flag, most in TOOL_CUTS.items() if f"--{flag}" in known]
+            assert call_main(script, flags) == 0, (command, capsys.readouterr())
+            check_files(command, set(clone.rglob("*")) - before)
 
 
-def check_tool(command, new):
-    """What a tool leaves is whole, as many as asked for, and readable."""
+def check_files(command, new):
+    """What a command leaves is whole, as many as asked for, and readable."""
     assert new, command
     for path in new:
         if path.suffix == ".png":
@@ -481,7 +518,7 @@ def check_tool(command, new):
             rows = path.read_text(encoding="utf-8")
             assert [json.loads(row) for row in ([rows] if path.suffix == ".json" else rows.splitlines())], path
     names = {path.name for path in new}
-    if "caption_images" in command.script:
+    if "caption" in command.script:
         rows = [json.loads(row) for row in Path(command.flags[0], "metadata.jsonl").read_text().splitlines()]
         assert len(rows) == 8
         assert all(row["text"].startswith("sks, ") for row in rows)
@@ -556,6 +593,12 @@ def check_make(words, targets):
 
 @each("pip")
 def test_pip_command(command):
+    if command.words[-1] == ".":
+        setup = configparser.ConfigParser()
+        setup.read(REPO / "setup.cfg")
+        assert setup["options.entry_points"]["console_scripts"].strip() == "sdtune = sdtune.__main__:main"
+        assert setup["options"]["install_requires"] == "file: requirements.txt"
+        return
     lines = (REPO / command.words[-1]).read_text(encoding="utf-8").splitlines()
     others = [line.removeprefix("-r ") for line in lines if line.startswith("-r ")]
     lines += [line for name in others for line in (REPO / name).read_text(encoding="utf-8").splitlines()]
@@ -606,7 +649,7 @@ def test_targets_named_in_the_text_exist(document, targets):
 @every_document
 def test_paths_named_in_the_text_exist(document):
     spans = [span for span in inline_code(document) if re.fullmatch(r"[\w./-]+", span)]
-    top = (*FOLDERS, "tests", ".ci", ".github")
+    top = (*FOLDERS, "tools", "tests", ".ci", ".github")
     paths = [span for span in spans if span.startswith(tuple(f"{folder}/" for folder in top))]
     assert not [path for path in paths if not (REPO / path).exists()]
 
@@ -615,17 +658,22 @@ def test_paths_named_in_the_text_exist(document):
 def test_flags_named_in_the_text_exist(document, modules):
     """A flag in the text is one of the script that it is given to, or else of one in the same folder (of any, from the
     root), and takes the value shown."""
-    of_scripts = document.parent.name not in ("miniature", "tools")
+    of_scripts = document.parent.name not in ("miniature", "commands")
     folders = [REPO / "examples"] if document.parent == REPO else [document.parent]
-    folders += [REPO / "examples"] if document.parent.name == "tools" else []
+    folders += [REPO / "examples"] if document.parent.name == "commands" else []
     for span in inline_code(document):
         if span.startswith(("pip ", "hf ")):
             continue
-        script = re.match(r"python (\S+\.py)", span)
-        scripts = [REPO / script[1]] if script else sorted(path for at in folders for path in at.rglob("*.py"))
+        script, command = re.match(r"python (\S+\.py)", span), re.match(r"sdtune ([\w-]+) ", span)
+        if script or command:
+            scripts = [REPO / (script[1] if script else command_file(command[1]))]
+        else:
+            scripts = sorted(path for at in folders for path in at.rglob("*.py") if path.stem != "__init__")
         known = {"--help", "--no-", "--flag"}
         for path in scripts:
             known |= set(re.findall(r'"(--\w+)"', path.read_text(encoding="utf-8")))
+            if "commands" in path.parts:
+                known |= flags_of(modules(path))
         known |= {flag.replace("--", "--no-", 1) for flag in known}
         flags = re.findall(r"(?<!\S)--[a-z][\w-]*", span)
         assert not [flag for flag in flags if flag not in known], span
@@ -637,10 +685,9 @@ def test_flags_named_in_the_text_exist(document, modules):
 def takes(script, word):
     """Whether the script's command line takes the flag with its value."""
     try:
-        script.parse_args([word])
+        return not script.parse_flags(script.make_parser(), [word], {})[1]
     except SystemExit:
         return False
-    return True
 
 
 def test_fixtures_named_in_the_guide_exist(request):

@@ -4,18 +4,23 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from fake_hub import TOKEN, USER
+from fake_hub import TOKEN, USER, FakeHub
 from huggingface_hub import ModelCard
 from image_data import snapshot, write_image_folder
 from original_layout import save_original
 from PIL import Image
+from reach_hub import reaching
 from running import run_script
-from training import losses, read_log, same, train, unet, words
+from training import losses, parse, read_log, same, train, unet, words
+
+from sdtune.model_card import write_card
+from sdtune.models import load_base
 
 PROMPTS = ["a red circle", "a green star"]
 
@@ -40,13 +45,20 @@ def result(train_script, licensed, images, tmp_path_factory):
     folder = tmp_path_factory.mktemp("result") / "my_model"
     config = folder.parent / "recipe.yaml"
     config.write_text("noise_offset: 0.05\n")
-    settings = {"config": config, "validation_prompts": PROMPTS, "hub_token": "hf_a_secret", "use_ema": True}
-    settings |= {"cache_dir": folder.parent / "cache", "checkpointing_steps": 2}
+    settings = {
+        "config": config,
+        "validation_prompts": PROMPTS,
+        "hub_token": "hf_a_secret",
+        "use_ema": True,
+        "cache_dir": folder.parent / "cache",
+        "checkpointing_steps": 2,
+    }
     assert train(train_script, licensed, images, folder, **settings) == 0
     return folder
 
 
 def draw(folder, prompt="a red circle"):
+    """A picture (32, 32, 3) in [0, 1]."""
     pipeline = StableDiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(3)
@@ -66,35 +78,56 @@ def test_result_loads_and_draws_something_else_than_the_base(result, licensed):
 
 
 def test_result_holds_what_a_pipeline_folder_holds(result, licensed):
-    index = json.loads((result / "model_index.json").read_text())
+    index, base_index = (json.loads((folder / "model_index.json").read_text()) for folder in (result, licensed))
     assert index["_class_name"] == "StableDiffusionPipeline"
     for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
-        assert index[part] == json.loads((licensed / "model_index.json").read_text())[part]
+        assert index[part] == base_index[part]
     for part in ("unet", "vae", "text_encoder"):
-        pair = [json.loads((folder / part / "config.json").read_text()) for folder in (result, licensed)]
-        assert {k: v for k, v in pair[0].items() if k[0] != "_"} == {k: v for k, v in pair[1].items() if k[0] != "_"}
+        assert config_of(result / part) == config_of(licensed / part)
+
+
+def config_of(folder):
+    """A model's configuration, without what tells where it is from."""
+    config = json.loads((folder / "config.json").read_text())
+    return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
 # ----------------------------------------------------------------------------------------------------- single files
 
 
+@pytest.fixture(scope="module")
+def trained_from_folder(train_script, images, tmp_path_factory):
+    """Factory: trained_from_folder(pipeline folder, resolution) -> the output of two steps from there."""
+    made = {}
+
+    def make(folder, side):
+        if folder not in made:
+            output = tmp_path_factory.mktemp("from_folder") / "out"
+            assert train(train_script, folder, images, output, max_train_steps=2, resolution=side) == 0
+            made[folder] = output
+        return made[folder]
+
+    return make
+
+
 @pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
 @pytest.mark.parametrize("fixture, side", [("tiny_pipeline", 32), ("tiny_pipeline_sd1", 64)])
-def test_single_file_starts_where_its_folder_does(train_script, request, images, tmp_path, suffix, fixture, side):
+def test_single_file_starts_where_its_folder_does(
+    train_script, trained_from_folder, request, images, tmp_path, suffix, fixture, side
+):
     """Weights to the bit. Losses to rounding: weights lie where the file has them, and a sum's order depends on it."""
     folder = request.getfixturevalue(fixture)
-    file = save_original(StableDiffusionPipeline.from_pretrained(folder), tmp_path / f"model.{suffix}")
-    line = words(file, images, tmp_path, single_file_config=folder)
-    loaded = train_script.load_models(train_script.parse_args(line), torch.float32, "cpu")[0]
     expected = StableDiffusionPipeline.from_pretrained(folder)
+    file = save_original(expected, tmp_path / f"model.{suffix}")
+    loaded = load_base(parse(f"--pretrained_model_name_or_path={file}", f"--single_file_config={folder}"))
     for part in ("unet", "vae", "text_encoder"):
         assert same(dict(getattr(loaded, part).state_dict()), dict(getattr(expected, part).state_dict())), part
 
-    settings = {"max_train_steps": 2, "resolution": side}
-    assert train(train_script, folder, images, tmp_path / "folder", **settings) == 0
-    assert train(train_script, file, images, tmp_path / "file", **settings, single_file_config=folder) == 0
-    assert losses(tmp_path / "file") == pytest.approx(losses(tmp_path / "folder"), rel=1e-5)
-    assert np.abs(draw(tmp_path / "file") - draw(tmp_path / "folder")).max() < 0.02
+    from_file, from_folder = tmp_path / "file", trained_from_folder(folder, side)
+    settings = {"max_train_steps": 2, "resolution": side, "single_file_config": folder}
+    assert train(train_script, file, images, from_file, **settings) == 0
+    assert losses(from_file) == pytest.approx(losses(from_folder), rel=1e-5)
+    assert np.abs(draw(from_file) - draw(from_folder)).max() < 0.02
 
 
 class Payload:
@@ -144,18 +177,20 @@ def test_card_has_licence_settings_and_samples(result):
     assert text.startswith("---\n")
     assert "# my_model" in text
     assert "licensed_base" in text
-    for flag, value in (
-        ("learning_rate", 0.001),
-        ("train_batch_size", 2),
-        ("noise_offset", 0.05),
-        ("use_ema", True),
-        ("resolution", 32),
-        ("max_train_steps", 4),
-        ("seed", 0),
-    ):
+    settings = {
+        "learning_rate": 0.001,
+        "train_batch_size": 2,
+        "noise_offset": 0.05,
+        "use_ema": True,
+        "resolution": 32,
+        "max_train_steps": 4,
+        "seed": 0,
+    }
+    for flag, value in settings.items():
         assert f"| {flag} | {value} |" in text
     assert all(prompt in text for prompt in PROMPTS)
-    (picture,) = [line[line.index("(") + 1 : -1] for line in text.splitlines() if line.startswith("![")]
+    (line,) = [line for line in text.splitlines() if line.startswith("![")]
+    picture = line[line.index("(") + 1 : -1]
     with Image.open(result / picture) as image:
         assert image.size == (64, 32)
 
@@ -175,19 +210,35 @@ def test_card_and_settings_keep_secrets(result, licensed, images):
 
 def test_no_file_of_the_result_names_a_path(result, licensed):
     """args.json, the log and the samples' files aside, which stay here."""
-    for path in [path for path in result.rglob("*.json") if path.name not in ("args.json", "progress.json")]:
-        assert str(licensed) not in path.read_text(), path
+    for path in result.rglob("*.json"):
+        if path.name not in ("args.json", "progress.json"):
+            assert str(licensed) not in path.read_text(), path
 
 
-def test_card_names_numbers_that_are_names_of_files_too(train_script, tmp_path, monkeypatch):
+def test_card_names_numbers_that_are_names_of_files_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("512", "secret.txt", "out"):
         Path(name).mkdir()
-    settings = {"resolution": 512, "validation_prompts": ["a cat"], "hub_model_id": "secret.txt"}
-    train_script.write_card("out", "nobody/base", None, settings, 3, "...", [])
+    args = parse("--pretrained_model_name_or_path=nobody/base", "--resolution=512", "--hub_model_id=secret.txt")
+    write_card(args, 3, ["a cat"], "...", [])
     card = Path("out", "README.md").read_text()
     assert "| resolution | 512 |" in card
     assert "secret" not in card
+
+
+def test_many_prompts_fit_into_the_card(tiny_pipeline, tmp_path):
+    """Together they are longer than the name of a file may be, which a look for paths stumbled over."""
+    colours = ("red", "green", "blue", "yellow")
+    end = "creature with eyes of another colour, number " + "seven " * 9
+    prompts = [f"a drawing of a {colour} {end}" for colour in colours]
+    output = tmp_path / "out"
+    output.mkdir()
+    model = f"--pretrained_model_name_or_path={tiny_pipeline}"
+    args = parse(model, f"--output_dir={output}", "--validation_prompts", *prompts)
+    write_card(args, 1, args.validation_prompts, "...", [])
+    card = (output / "README.md").read_text()
+    assert "; ".join(prompts) in card
+    assert str(tmp_path) not in card
 
 
 def test_card_of_a_base_without_one(train_script, tiny_pipeline, images, tmp_path):
@@ -197,46 +248,50 @@ def test_card_of_a_base_without_one(train_script, tiny_pipeline, images, tmp_pat
     assert "![" not in card.text
 
 
-# --------------------------------------------------------------------------------------------------------------- Hub
+# -------------------------------------------------------------------------------------------------- launcher and Hub
 
 
 @pytest.fixture(scope="module")
-def pushed_words(licensed, images):
-    """The command of a run that pushes, for an output folder."""
-
-    def make(folder, **settings):
-        settings = {"validation_prompts": PROMPTS, "checkpointing_steps": 1, "report_to": "tensorboard", **settings}
-        return words(licensed, images, folder, max_train_steps=2, push_to_hub=True, **settings)
-
-    return make
-
-
-def test_many_prompts_fit_into_the_card(train_script, tiny_pipeline, images, tmp_path):
-    """Together they are longer than the name of a file may be, which a look for paths stumbled over."""
-    prompts = [f"a drawing of a {colour} creature with eyes of another colour, number {'seven ' * 9}"
-               for colour in ("red", "green", "blue", "yellow")]
-    args = train_script.parse_args(words(tiny_pipeline, images, tmp_path / "out", validation_prompts=prompts))
-    pipeline, _, _, noise_scheduler = train_script.load_models(args, torch.float32, "cpu")
-    train_script.save_model(args, pipeline, noise_scheduler.config, 1)
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "; ".join(prompts) in card
-    assert str(tmp_path) not in card
-
-
-@pytest.mark.slow
-def test_result_arrives_on_the_hub(pushed_words, fake_hub, tmp_path):
-    folder = tmp_path / "out"
+def launched(licensed, images, tmp_path_factory):
+    """The output folder and the repository of a run that users start by `accelerate launch` and that pushes, into a
+    folder of theirs; its settings too."""
+    folder = tmp_path_factory.mktemp("launched") / "out"
     folder.mkdir()
     (folder / "args.json").write_text("{}")  # an earlier run, in a folder with something of the user's own
     (folder / ".env").write_text("PASSWORD=1")
-    settings = {"hub_model_id": "a_drawer", "hub_private_repo": True, "logging_dir": "board"}
-    settings |= {"overwrite_output_dir": True}
-    ran = run_script(pushed_words(folder, **settings), env=fake_hub.env)
+    settings = {"max_train_steps": 2, "checkpointing_steps": 1, "validation_prompts": PROMPTS, "use_ema": True}
+    pushed = {
+        "report_to": "tensorboard",
+        "logging_dir": "board",
+        "overwrite_output_dir": True,
+        "push_to_hub": True,
+        "hub_model_id": "a_drawer",
+        "hub_private_repo": True,
+    }
+    hub = FakeHub().start()
+    try:
+        line = words(licensed, images, folder, **settings, **pushed)
+        ran = run_script(line, env=hub.env, launcher="accelerate")
+    finally:
+        hub.stop()
     assert ran.returncode == 0, ran.stderr
-    assert list(fake_hub.repos) == [f"{USER}/a_drawer"]
-    repo = fake_hub.repos[f"{USER}/a_drawer"]
+    return SimpleNamespace(folder=folder, hub=hub, settings=settings)
+
+
+@pytest.mark.slow
+def test_accelerate_launch_trains(launched, train_script, licensed, images, tmp_path):
+    assert train(train_script, licensed, images, tmp_path, **launched.settings) == 0
+    assert losses(launched.folder) == losses(tmp_path)
+    assert same(unet(launched.folder), unet(tmp_path))
+
+
+@pytest.mark.slow
+def test_result_arrives_on_the_hub(launched, tmp_path):
+    folder, hub = launched.folder, launched.hub
+    assert list(hub.repos) == [f"{USER}/a_drawer"]
+    repo = hub.repos[f"{USER}/a_drawer"]
     assert repo.private
-    assert fake_hub.tokens == {TOKEN}
+    assert hub.tokens == {TOKEN}
     assert [commit.message for commit in repo.commits if commit.paths] == ["Train 2 steps"]
 
     # All of the pipeline, and neither checkpoints nor the tracker's files nor the settings with their local paths.
@@ -250,53 +305,50 @@ def test_result_arrives_on_the_hub(pushed_words, fake_hub, tmp_path):
     for path in local:
         assert repo.files[path] == (folder / path).read_bytes(), path
     assert b"license: mit" in repo.files["README.md"]
-    secrets = (TOKEN.encode(), str(tmp_path).encode())
-    assert not [path for path, data in repo.files.items() if any(secret in data for secret in secrets)]
+    for path, data in repo.files.items():
+        assert TOKEN.encode() not in data, path
+        assert str(folder.parent).encode() not in data, path
 
     # Who downloads it can draw with it.
-    downloaded = tmp_path / "downloaded"
     for path, data in repo.files.items():
-        (downloaded / path).parent.mkdir(parents=True, exist_ok=True)
-        (downloaded / path).write_bytes(data)
-    assert np.array_equal(draw(downloaded), draw(folder))
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(data)
+    assert np.array_equal(draw(tmp_path), draw(folder))
 
 
-@pytest.mark.slow
-def test_failed_upload_loses_nothing(pushed_words, fake_hub, tmp_path):
+@pytest.fixture
+def push(train_script, licensed, images, fake_hub, monkeypatch):
+    """Trains two steps into a folder and uploads the result to the Hub; returns the exit status."""
+
+    def run(folder):
+        with reaching(fake_hub, monkeypatch):
+            return train(train_script, licensed, images, folder, max_train_steps=2, push_to_hub=True)
+
+    return run
+
+
+def test_failed_upload_loses_nothing(push, fake_hub, tmp_path, capsys):
     """Public this time, and named like the folder."""
     fake_hub.fail["commit"] = 403
     folder = tmp_path / "my_drawer"
-    ran = run_script(pushed_words(folder), env=fake_hub.env)
-    assert ran.returncode == 1
-    assert "Traceback" not in ran.stderr
+    assert push(folder) == 1
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
     assert not fake_hub.repos[f"{USER}/my_drawer"].private
     assert not [commit for commit in fake_hub.repos[f"{USER}/my_drawer"].commits if commit.paths]
-    assert f"hf upload {USER}/my_drawer {folder}" in ran.stderr
+    assert f"hf upload {USER}/my_drawer {folder}" in message
     assert np.isfinite(draw(folder)).all()
     assert len(read_log(folder)) == 2
 
 
-@pytest.mark.slow
-def test_repository_that_cannot_be_made_ends_the_run_at_once(pushed_words, fake_hub, tmp_path):
+def test_repository_that_cannot_be_made_ends_the_run_at_once(push, fake_hub, tmp_path, capsys):
     """Not after hours of training."""
     fake_hub.fail["create"] = 403
-    ran = run_script(pushed_words(tmp_path / "out"), env=fake_hub.env)
-    assert ran.returncode == 2
-    assert "hf auth login" in ran.stderr
-    assert "Traceback" not in ran.stderr
+    assert push(tmp_path / "out") == 2
+    message = capsys.readouterr().err
+    assert "hf auth login" in message
+    assert "Traceback" not in message
     assert not (tmp_path / "out").exists()
-
-
-# ---------------------------------------------------------------------------------------------------------- launcher
-
-
-@pytest.mark.slow
-def test_accelerate_launch_trains(train_script, licensed, images, tmp_path):
-    ran = run_script(words(licensed, images, tmp_path / "out", use_ema=True), launcher="accelerate")
-    assert ran.returncode == 0, ran.stderr
-    assert train(train_script, licensed, images, tmp_path / "here", use_ema=True) == 0
-    assert losses(tmp_path / "out") == losses(tmp_path / "here")
-    assert same(unet(tmp_path / "out"), unet(tmp_path / "here"))
 
 
 @pytest.mark.slow

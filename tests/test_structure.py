@@ -1,40 +1,31 @@
-"""Scripts keep the shape that DESIGN.md section 3 gives them, and run alone."""
+"""Scripts run alone, and the repository keeps the rules on which its readers rely."""
 
 import ast
+import copy
+import importlib
+import json
 import re
 import shutil
+import subprocess
 import sys
+from collections import defaultdict
 from functools import cache
 from pathlib import Path
 
 import pytest
 from conftest import load_script
 from image_data import snapshot
-from running import (
-    REPO,
-    TRAIN_DREAMBOOTH,
-    TRAIN_DREAMBOOTH_LORA,
-    TRAIN_TEXT_TO_IMAGE,
-    TRAIN_TEXT_TO_IMAGE_FLAX,
-    TRAIN_TEXT_TO_IMAGE_LORA,
-    run_script,
-)
+from running import REPO, SCRIPTS, environment, run_script
 
-# By wc -l; the design allows 950 (test_length_of_the_design): these numbers may only fall.
-SCRIPT_LINES = {"train_text_to_image": 1011, "train_text_to_image_lora": 1149, "train_dreambooth": 1141,
-                "train_dreambooth_lora": 1266, "train_text_to_image_flax": 1362}
-LINE_LENGTH = 119
-FUNCTION_LINES = 60
-TRAIN_LINES = 110  # of train's body
-NESTING = 4
-TAKE_ARGS = {"parse_args", "check_args", "load_models", "save_model", "train", "main"}
+from sdtune.__main__ import COMMANDS
+
 IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml"}  # where they differ from the names of the packages
-
-SCRIPTS = [TRAIN_TEXT_TO_IMAGE, TRAIN_TEXT_TO_IMAGE_LORA, TRAIN_TEXT_TO_IMAGE_FLAX, TRAIN_DREAMBOOTH,
-           TRAIN_DREAMBOOTH_LORA]
 every_script = pytest.mark.parametrize("path", SCRIPTS, ids=[path.stem for path in SCRIPTS])
-TOOLS = sorted((REPO / "tools").glob("*.py"))
-every_file = pytest.mark.parametrize("path", SCRIPTS + TOOLS, ids=[path.stem for path in SCRIPTS + TOOLS])
+
+
+def python_files(*folders):
+    """The Python files of these folders of the repository, and of those below them."""
+    return [path for folder in folders for path in sorted((REPO / folder).rglob("*.py"))]
 
 
 @cache
@@ -42,67 +33,194 @@ def tree_of(path):
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def functions(path):
-    return [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+def functions_of(tree):
+    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
 
 
-def length(function):
-    """Lines of a function with its decorators and docstring."""
-    first = min([function.lineno, *(decorator.lineno for decorator in function.decorator_list)])
-    return function.end_lineno - first + 1
+def places(rule, paths):
+    """Where nodes of these files break a rule, which is a function of the node: file:line of each."""
+    found = []
+    for path in paths:
+        found += [f"{path.relative_to(REPO)}:{node.lineno}" for node in ast.walk(tree_of(path)) if rule(node)]
+    return found
 
 
-def body_length(function):
-    """Lines of a function after its docstring."""
-    body = function.body[1:] if ast.get_docstring(function) else function.body
-    return body[-1].end_lineno - body[0].lineno + 1
+# ------------------------------------------------------------------------------------------------------- the rules
+def names_cuda(node):
+    """Which device is used is accelerate's business."""
+    if isinstance(node, ast.Attribute):
+        return node.attr == "cuda"
+    return isinstance(node, ast.Constant) and bool(re.search(r"\bcuda\b", str(node.value)))
 
 
-BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.Match, ast.FunctionDef, ast.AsyncFor, ast.AsyncWith)
+def swallows_names(node):
+    """A parameter such as `**_` takes every name that is misspelt."""
+    return isinstance(node, ast.arguments) and node.kwarg is not None and node.kwarg.arg.startswith("_")
 
 
-def depth(node):
-    """How deep blocks stand in blocks below `node`; an elif stands as deep as its if."""
-    deepest = 0
-    for name, value in ast.iter_fields(node):
-        for child in value if isinstance(value, list) else [value]:
-            if isinstance(child, ast.ExceptHandler | ast.match_case):
-                deepest = max(deepest, depth(child))
-            elif isinstance(child, ast.AST):
-                is_elif = isinstance(node, ast.If) and name == "orelse" and isinstance(child, ast.If)
-                deepest = max(deepest, depth(child) + (isinstance(child, BLOCKS) and not is_elif))
-    return deepest
+def reads_help(node):
+    """What a flag accepts stands in its `type`, not in its help."""
+    return isinstance(node, ast.Attribute) and node.attr == "help"
 
 
-def parameters(function):
-    every = function.args
-    return [item.arg for item in [*every.posonlyargs, *every.args, *every.kwonlyargs]]
+def asks_which_script(node):
+    """What differs between scripts is a parameter, or stands in the recipe."""
+    if isinstance(node, ast.Call):
+        return ast.unparse(node.func) == "hasattr" and ast.unparse(node.args[0]) == "args"
+    if not isinstance(node, ast.Compare) or not isinstance(node.ops[0], ast.In | ast.NotIn):
+        return False
+    is_name = isinstance(node.left, ast.Constant) and isinstance(node.left.value, str)
+    return is_name and bool(re.search(r"(^|\.)settings$|^vars\(args\)$", ast.unparse(node.comparators[0])))
 
 
-def writes_to_args(function):
-    """Lines on which a function changes the object called `args`."""
-    lines = []
+def changes_args(node):
+    """What was parsed stays as it was parsed, in every function that gets it."""
+    if isinstance(node, ast.Attribute | ast.Subscript) and isinstance(node.ctx, ast.Store | ast.Del):
+        return ast.unparse(node.value) in ("args", "vars(args)")
+    if isinstance(node, ast.FunctionDef) and "args" in [parameter.arg for parameter in node.args.args]:
+        names = [inner for inner in ast.walk(node) if isinstance(inner, ast.Name) and inner.id == "args"]
+        return any(isinstance(name.ctx, ast.Store | ast.Del) for name in names)
+    if not isinstance(node, ast.Call):
+        return False
+    called = ast.unparse(node.func)
+    if called in ("setattr", "delattr"):
+        return ast.unparse(node.args[0]) == "args"
+    return bool(re.fullmatch(r"vars\(args\)\.(update|pop|setdefault|clear|popitem)|args\.__dict__\..*", called))
+
+
+def keeps_state(node):
+    """No function changes what another one finds in its module, which holds constants alone."""
+    if isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign) and node.col_offset == 0:
+        names = [name.id for name in ast.walk(node) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)]
+        return not all(re.fullmatch(r"_?[A-Z][A-Z0-9_]*", name) for name in names)
+    return isinstance(node, ast.Global | ast.Nonlocal)
+
+
+def lacks_docstring(node):
+    is_definition = isinstance(node, ast.FunctionDef | ast.ClassDef)
+    return is_definition and node.col_offset == 0 and not ast.get_docstring(node)
+
+
+RULES = [  # rule, code that breaks it, code that does not, folders in which it holds
+    (names_cuda, ["x.cuda()", "x.to('cuda:0')"], ["x.cudas()", "x.to('barracuda')"], "sdtune recipes examples tools"),
+    (
+        swallows_names,
+        ["def f(a, **_): pass", "lambda **_rest: 1"],
+        ["def f(*_, **rest): pass"],
+        "sdtune recipes examples",
+    ),
+    (reads_help, ["action.help", "re.search('a', action.help)"], ["f(help=1)", "'help'"], "sdtune recipes examples"),
+    (
+        asks_which_script,
+        ["'rank' in settings", "if 'a' not in run.settings: pass", "'rank' in vars(args)", "hasattr(args, 'rank')"],
+        ["name in settings", "'a' in free", "for name in settings: pass", "settings['rank']"],
+        "sdtune recipes examples",
+    ),
+    (
+        changes_args,
+        [
+            "args.seed = 1",
+            "vars(args)['seed'] = 2",
+            "setattr(args, 'seed', 3)",
+            "args.seed += 1",
+            "del args.seed",
+            "vars(args).update(seed=1)",
+            "def f(args):\n    args = None",
+        ],
+        [
+            "unet.seed = 1",
+            "{**vars(args), 'seed': 1}",
+            "args, problems = parse_flags(parser)",
+            "def f(args): return args",
+        ],
+        "sdtune recipes examples tools",
+    ),
+    (
+        keeps_state,
+        ["def f():\n    global a", "cache = {}", "A, b = 1, 2"],
+        ["A_1 = {}", "A[b] = 1", "def f():\n    a = 1"],
+        "sdtune recipes examples tools",
+    ),
+    (lacks_docstring, ["def f(): pass", "class A: a = 1"], ["def f(): 'Does.'"], "sdtune recipes examples tools"),
+]
+every_rule = pytest.mark.parametrize("rule, broken, kept, folders", RULES, ids=[rule.__name__ for rule, *_ in RULES])
+
+
+@every_rule
+def test_rules_see_what_breaks_them(rule, broken, kept, folders):
+    """A mistake in a rule would let everything pass."""
+    for code in broken:
+        assert any(rule(node) for node in ast.walk(ast.parse(code))), code
+    for code in kept:
+        assert not any(rule(node) for node in ast.walk(ast.parse(code))), code
+
+
+@every_rule
+def test_rules_are_kept(rule, broken, kept, folders):
+    paths = python_files(*folders.split())
+    assert len(paths) > 40
+    assert places(rule, paths) == []
+
+
+def test_there_is_no_class_hierarchy_of_ours():
+    """A run is read from its start to its end, not pieced together from base classes."""
+    paths = python_files("sdtune", "recipes", "tools")
+    classes = [node for path in paths for node in ast.walk(tree_of(path)) if isinstance(node, ast.ClassDef)]
+    own = {node.name for node in classes}
+    assert "InputError" in own
+    assert [node.name for node in classes if own & {ast.unparse(base) for base in node.bases}] == []
+    assert [name for name in own if "Trainer" in name] == []
+
+
+# ------------------------------------------------------------------------------------------------- said only once
+def what_it_does(function):
+    """A function as text, without its name, docstring and decorators, and with numbers for the names that it gives."""
+    function = copy.deepcopy(function)
+    function.name, function.decorator_list = "", []
+    if ast.get_docstring(function):
+        del function.body[0]
+    numbers = {}
     for node in ast.walk(function):
-        if isinstance(node, ast.Attribute | ast.Subscript) and isinstance(node.ctx, ast.Store | ast.Del):
-            target = node.value
-            if isinstance(target, ast.Call) and ast.unparse(target.func) == "vars":
-                target = target.args[0]  # vars(args)["seed"] = ...
-            if ast.unparse(target) == "args":
-                lines.append(node.lineno)
-        elif isinstance(node, ast.Name) and node.id == "args" and isinstance(node.ctx, ast.Store | ast.Del):
-            if "args" in parameters(function):
-                lines.append(node.lineno)
-        elif isinstance(node, ast.Call):
-            called = ast.unparse(node.func)
-            if called in ("setattr", "delattr") and ast.unparse(node.args[0]) == "args":
-                lines.append(node.lineno)
-            if re.fullmatch(r"vars\(args\)\.(update|pop|setdefault|clear|popitem)|args\.__dict__\..*", called):
-                lines.append(node.lineno)
-    return lines
+        if isinstance(node, ast.arg):
+            numbers.setdefault(node.arg, f"name{len(numbers)}")
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            numbers.setdefault(node.id, f"name{len(numbers)}")
+    for node in ast.walk(function):
+        if isinstance(node, ast.arg):
+            node.arg = numbers[node.arg]
+        elif isinstance(node, ast.Name):
+            node.id = numbers.get(node.id, node.id)
+    return ast.dump(function)
 
 
+ONE = 'def total(rows, start=0):\n    """Adds up."""\n    for row in rows:\n        start += row\n    return start'
+COPY = "@cached\ndef count(lines, result=0):\n    for line in lines:\n        result += line\n    return result"
+
+
+def test_a_copy_is_seen_under_other_names():
+    (one,) = ast.parse(ONE).body
+    (other,) = ast.parse(COPY).body
+    assert what_it_does(one) == what_it_does(other)
+    for old, new in (("+=", "-="), ("=0", "=1"), ("return result", "return line"), ("in lines", "in sorted(lines)")):
+        (changed,) = ast.parse(COPY.replace(old, new)).body
+        assert what_it_does(one) != what_it_does(changed)
+
+
+def test_no_function_stands_twice():
+    """But in the built scripts: there the copies are made."""
+    found = defaultdict(list)
+    for path in python_files("sdtune", "recipes", "tools", "miniature", "benchmarks", "tests"):
+        for function in functions_of(tree_of(path)):
+            if function.end_lineno - function.lineno + 1 >= 6:
+                place = f"{path.relative_to(REPO)}:{function.lineno} {function.name}"
+                found[what_it_does(function)].append(place)
+    assert len(found) > 500
+    assert [copies for copies in found.values() if len(copies) > 1] == []
+
+
+# ---------------------------------------------------------------------------------------------------------- scripts
 def imported(path):
-    """Top-level packages that a script imports, anywhere in it."""
+    """Top-level packages that a file imports, anywhere in it."""
     found = set()
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
@@ -112,199 +230,113 @@ def imported(path):
     return found
 
 
-def required(name="requirements.txt"):
-    """What can be imported once the requirements are installed."""
+def required(name):
+    """What can be imported once these requirements are installed."""
     lines = (REPO / name).read_text(encoding="utf-8").splitlines()
     packages = [re.match(r"[\w.-]+", line).group().lower() for line in lines if line.strip() and line[0] != "#"]
     return {IMPORT_NAMES.get(package, package.replace("-", "_")) for package in packages}
 
 
-# ---- The rules are tested on what breaks them, or a mistake in this file would let everything pass.
-
-BROKEN = '''
-def train(args):
-    args.seed = 1
-    vars(args)["seed"] = 2
-    setattr(args, "seed", 3)
-    args = None
-    args.seed += 1
-    vars(args).update(seed=1)
-    unet = args
-    unet.seed = 1
-    settings = {**vars(args), "seed": 1}
-
-
-@decorated
-def nested(value):
-    """Five deep, and an elif chain that is not."""
-    if value:
-        for item in value:
-            with item:
-                try:
-                    pass
-                except ValueError:
-                    while item:
-                        pass
-    if value == 1:
-        pass
-    elif value == 2:
-        pass
-    elif value == 3:
-        pass
-    elif value == 4:
-        pass
-    elif value == 5:
-        pass
-'''
-
-
-def test_the_rules_see_what_breaks_them():
-    train, nested = ast.parse(BROKEN).body
-    assert sorted(writes_to_args(train)) == [3, 4, 5, 6, 7, 8]
-    assert depth(nested) == 5
-    assert depth(train) == 0
-    assert length(train) == 10
-    assert length(nested) == 21
-    assert body_length(nested) == 18
-    assert depth(ast.parse("for a in b:\n if a:\n  c()\n else:\n  with a:\n   pass")) == 3
-
-
-# ---- The rules
-
-
-@every_script
-def test_length(path):
-    lines = path.read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= SCRIPT_LINES[path.stem]
-    assert max(map(len, lines)) <= LINE_LENGTH
-
-
-# Strict, so it ends by itself: a script that comes down to 950 lines fails here until the mark is taken from it.
-@pytest.mark.xfail(strict=True, reason="above 950 lines: flags, checks of flags and images, messages")
-@every_script
-def test_length_of_the_design(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= (1100 if path.stem.endswith("_flax") else 950)
-
-
-@every_file
-def test_no_function_is_long(path):
-    free = {"parse_args", "train"}
-    lengths = {function.name: length(function) for function in functions(path) if function.name not in free}
-    assert {name: lines for name, lines in lengths.items() if lines > FUNCTION_LINES} == {}
-    trains = [function for function in functions(path) if function.name == "train"]
-    assert len(trains) == (path in SCRIPTS)
-    assert all(body_length(train) <= TRAIN_LINES for train in trains)
-
-
-@every_file
-def test_nothing_is_nested_deeply(path):
-    depths = {function.name: depth(function) for function in functions(path)}
-    assert {name: deep for name, deep in depths.items() if deep > NESTING} == {}
-
-
-@every_script
-def test_sections_stand_in_their_order(path):
-    """What every script has, in the order in which every script has it."""
-    names = [node.name for node in tree_of(path).body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
-    order = ["parse_args", "check_args", "load_data", "load_models", "encode", "save_checkpoint", "draw_samples"]
-    order += ["train", "save_model", "main"]
-    assert [name for name in names if name in order] == order
-    assert names[-1] == "main"
-
-
-@every_file
-def test_devices_are_accelerates_business(path):
-    for node in ast.walk(tree_of(path)):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            assert not re.search(r"\bcuda\b", node.value), node.lineno
-        if isinstance(node, ast.Attribute):
-            assert node.attr != "cuda", node.lineno
-
-
-@every_file
-def test_args_are_never_changed(path):
-    assert {function.name: writes_to_args(function) for function in functions(path) if writes_to_args(function)} == {}
-
-
-@every_script
-def test_helpers_take_what_they_need_by_name(path):
-    assert {function.name for function in functions(path) if "args" in parameters(function)} <= TAKE_ARGS
-
-
-@every_file
-def test_no_module_state_and_no_class_hierarchy(path):
-    for node in ast.walk(tree_of(path)):
-        assert not isinstance(node, ast.Global | ast.Nonlocal), node.lineno
-    for node in tree_of(path).body:
-        if isinstance(node, ast.Assign):
-            names = [name for target in node.targets for name in ast.walk(target) if is_stored(name)]
-            assert all(re.fullmatch(r"[A-Z][A-Z0-9_]*", name.id) for name in names), node.lineno
-        if isinstance(node, ast.ClassDef):
-            own = {other.name for other in tree_of(path).body if isinstance(other, ast.ClassDef)}
-            assert not own & {ast.unparse(base) for base in node.bases}
-            assert "Trainer" not in node.name
-
-
-def is_stored(node):
-    return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
-
-
-@every_file
-def test_imports_are_the_standard_library_and_the_requirements(path):
-    more = required("requirements_flax.txt") if path.stem.endswith("_flax") else set()
-    assert imported(path) <= set(sys.stdlib_module_names) | required() | more
-    siblings = {other.stem for other in path.parent.glob("*.py")}
-    assert not imported(path) & siblings
-
-
-@every_script
-def test_every_flag_function_and_class_says_what_it_is(path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, path.stem, None)  # gives the name back to the fixture's module afterwards
-    script = load_script(path)
-    for function in tree_of(path).body:
-        if isinstance(function, ast.FunctionDef | ast.ClassDef):
-            assert ast.get_docstring(function), function.name
-    with pytest.raises(SystemExit):
-        script.parse_args(["--help"])
-    text = capsys.readouterr().out
-    for name in vars(script.parse_args([])):
-        assert re.search(rf"^  --{name}\b.*\n?\s+\w", text, re.M), name
-    (parse_args,) = [function for function in functions(path) if function.name == "parse_args"]
-    adds = [node for node in ast.walk(parse_args) if isinstance(node, ast.Call) and ast.unparse(node.func) == "add"]
-    assert len(adds) == len(vars(script.parse_args([])))
-    assert [ast.unparse(node.args[0]) for node in adds if "help" not in [key.arg for key in node.keywords]] == []
+def test_imports_are_the_standard_library_and_the_requirements():
+    paths = python_files("sdtune", "recipes", "examples", "tools")
+    assert set(SCRIPTS) < set(paths)
+    for path in paths:
+        allowed = set(sys.stdlib_module_names) | required("requirements.txt")
+        if "flax" in path.relative_to(REPO).as_posix():
+            allowed |= required("requirements_flax.txt")
+        if path not in SCRIPTS:
+            allowed.add("sdtune")
+        assert imported(path) - allowed == set(), path
 
 
 @every_script
 def test_docstring_names_a_command_and_papers(path):
     text = ast.get_docstring(tree_of(path))
-    assert f"{'python' if path.stem.endswith('_flax') else 'accelerate launch'} {path.name}" in text
+    program = "python" if path.stem.endswith("_flax") else "accelerate launch"
+    assert f"{program} {path.name} --" in text
     assert re.search(r"\b\d{4}\.\d{5}\b", text)  # an arXiv number
 
 
-# ---- Alone in an empty folder
+def undocumented(parser):
+    """The flags of which `--help` does not tell what they do."""
+    text = parser.format_help()
+    names = [(action.option_strings or [action.metavar or action.dest])[0] for action in parser._actions]
+    assert len(names) > 4
+    return [name for name in names if not re.search(rf"^  (-h, )?{name}\b.*\n?\s+\w", text, re.MULTILINE)]
+
+
+@every_script
+def test_every_flag_of_a_script_is_documented(path, monkeypatch):
+    monkeypatch.setitem(sys.modules, path.stem, None)  # gives the name back to the fixture's module afterwards
+    assert undocumented(load_script(path).make_parser()) == []
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_flag_of_a_command_is_documented(name):
+    """Or belongs to an argument in front: --dataset, by which a --config names what is."""
+    command = importlib.import_module(f"sdtune.commands.{name.replace('-', '_')}")
+    hidden = set(undocumented(command.make_parser()))
+    assert hidden - {"--dataset"} == set()
+
+
+@pytest.fixture(scope="module")
+def without_sdtune(tmp_path_factory):
+    """Variables of a process in which nobody can import what the scripts are built from, installed or not."""
+    folder = tmp_path_factory.mktemp("blocked")
+    for name in ("sdtune", "recipes"):
+        (folder / f"{name}.py").write_text(f"raise ImportError('{name} was imported')\n")
+    env = {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-c", "import sdtune.dataset"]
+    result = subprocess.run(command, env=environment(env), cwd=folder, text=True, capture_output=True, check=False)
+    assert result.stderr.endswith("ImportError: sdtune was imported\n")
+    return env
 
 
 @pytest.mark.slow
 @every_script
-def test_a_copy_alone_in_an_empty_folder_runs(path, tiny_pipeline, image_folder, tmp_path):
+def test_a_copy_alone_in_an_empty_folder_trains(path, tiny_pipeline, image_folder, tmp_path, without_sdtune):
     folder = tmp_path / "alone"
     folder.mkdir()
     script = Path(shutil.copy(path, folder))
     shutil.copytree(tiny_pipeline, folder / "model")
     image_folder(3).rename(folder / "images")
     before = snapshot(folder)
-    env = {"PYTHONPATH": None, "PYTHONDONTWRITEBYTECODE": "1"}
-    result = run_script(["--help"], script=script.name, cwd=folder, env=env)
-    assert result.returncode == 0, result.stderr
-    assert "--pretrained_model_name_or_path" in result.stdout
-    data = "instance_data_dir" if "dreambooth" in path.stem else "train_data_dir"
-    words = ["--pretrained_model_name_or_path=model", f"--{data}=images", "--output_dir=out", "--resolution=32"]
-    words += ["--train_batch_size=1", "--max_train_steps=2", "--report_to=none", "--cache_dir=cache"]
-    result = run_script([*words, "--dry_run"], script=script.name, cwd=folder, env=env)
+    words = ["--pretrained_model_name_or_path=model", "--output_dir=out", "--cache_dir=cache", "--report_to=none"]
+    words += ["--resolution=32", "--train_batch_size=1", "--max_train_steps=2", "--logging_steps=1"]
+    words += ["--checkpointing_steps=1"]
+    if "dreambooth" in path.stem:
+        words += ["--instance_data_dir=images", "--with_prior_preservation", "--class_data_dir=classes"]
+        words += ["--class_prompt=a star", "--num_class_images=1"]
+    else:
+        words += ["--train_data_dir=images"]
+    if not path.stem.endswith("_flax"):  # there every function more takes ten seconds to compile
+        words += ["--num_validation_samples=1", "--use_ema"]
+    env = {**without_sdtune, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    result = run_script(words, script=script.name, cwd=folder, env=env)
     assert result.returncode == 0, result.stderr
     assert "Plan\n" in result.stdout
-    assert not (folder / "out").exists()
+    rows = [json.loads(line) for line in (folder / "out" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2]
+    if not path.stem.endswith("_flax"):
+        assert [row["step"] for row in rows if "held_out_loss" in row] == [0, 2]
+    assert sorted(path.name for path in (folder / "out").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    made = "pytorch_lora_weights.safetensors" if path.stem.endswith("_lora") else "model_index.json"
+    assert (folder / "out" / made).is_file()
     after = snapshot(folder)
-    assert {name for name in after if name not in before and not name.startswith("cache/")} == set()
+    assert {name.split("/")[0] for name in after.keys() - before.keys()} <= {"out", "cache", "classes"}
     assert all(after[name] == before[name] for name in before)
+
+
+# ------------------------------------------------------------------------------------------------------------ texts
+@pytest.mark.skipif(not (REPO / ".git").exists(), reason="git knows which files are the repository's")
+def test_no_text_names_what_is_not_in_the_repository():
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    listed = subprocess.run(command, cwd=REPO, text=True, capture_output=True, check=True).stdout.split("\0")
+    paths = [REPO / name for name in listed if name and (REPO / name).is_file()]
+    assert Path(__file__) in paths
+    elsewhere = re.compile("|".join(["DESIGN[.]md", "FACTS[.]md", r"\bshared/"]))
+    found = []
+    for path in paths:
+        text = path.read_bytes().decode("utf-8", "ignore")
+        found += [f"{path.relative_to(REPO)}: {match[0]}" for match in elsewhere.finditer(text)]
+    assert found == []

@@ -1,6 +1,8 @@
 """Stable Diffusion pipelines with random weights, as small as the classes allow: right in every shape, wrong in what
 they draw. A training step takes a few tens of milliseconds on one core."""
 
+import json
+import shutil
 from collections import Counter
 from itertools import pairwise
 
@@ -37,22 +39,27 @@ def train_bpe(words, num_merges):
     pieces = [[*word[:-1], word[-1] + "</w>"] for word in words]
     merges = []
     for _ in range(num_merges):
-        counts = Counter(pair for word in pieces for pair in pairwise(word))
+        counts = Counter()
+        for word in pieces:
+            counts.update(pairwise(word))
         if not counts:
             break
-        merges.append(min(counts, key=lambda pair: (-counts[pair], pair)))
+        pair = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append(pair)
         for word in pieces:
-            for i in range(len(word) - 2, -1, -1):
-                if tuple(word[i : i + 2]) == merges[-1]:
-                    word[i : i + 2] = ["".join(merges[-1])]
+            for i in range(len(word) - 2, -1, -1):  # from the end, so that places before it stay
+                if tuple(word[i : i + 2]) == pair:
+                    word[i : i + 2] = ["".join(pair)]
     return merges
 
 
 def make_tokenizer():
     """Returns a CLIP tokenizer with a byte-pair vocabulary of about 300 tokens and a limit of 77 tokens."""
     characters = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
+    last_characters = [character + "</w>" for character in characters]
     merges = train_bpe(WORDS.split(), num_merges=160)
-    tokens = [BOS, EOS, *characters, *(c + "</w>" for c in characters), *dict.fromkeys("".join(m) for m in merges)]
+    merged = ["".join(pair) for pair in merges]
+    tokens = [BOS, EOS, *characters, *last_characters, *dict.fromkeys(merged)]
     # vocab= and merges=: with file names instead, transformers 5 silently makes a tokenizer of two tokens.
     return CLIPTokenizer(
         vocab={token: number for number, token in enumerate(tokens)},
@@ -148,22 +155,47 @@ def make_pipeline(prediction_type="epsilon", seed=0, **unet_options):
     )
 
 
+def changed_pipeline(folder, target, file, changes):
+    """Copies a pipeline's folder to `target`, with other values in one of its JSON files; returns `target`."""
+    shutil.copytree(folder, target)
+    config = json.loads((target / file).read_text())
+    (target / file).write_text(json.dumps({**config, **changes}))
+    return target
+
+
 def make_captioner(seed=0):
     """Returns (model, processor) of a BLIP for 32 x 32 pixels that says words of WORDS, other ones for every image,
     until --max_new_tokens end it: its weights depend on `seed` alone."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]"]
     tokens = [*special, *dict.fromkeys(WORDS.split())]
-    tokenizer = BertTokenizer(
-        vocab={token: number for number, token in enumerate(tokens)}, extra_special_tokens={"dec_token": "[DEC]"}
+    vocab = {token: number for number, token in enumerate(tokens)}
+    tokenizer = BertTokenizer(vocab=vocab, extra_special_tokens={"dec_token": "[DEC]"})
+    size = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "projection_dim": 16,
+        "initializer_range": 1.0,  # else it says the same of all images
+    }
+    text_config = {
+        **size,
+        "vocab_size": len(tokenizer),
+        "encoder_hidden_size": 16,
+        "max_position_embeddings": 512,
+        "bos_token_id": vocab["[DEC]"],
+        "eos_token_id": vocab["[SEP]"],
+        "sep_token_id": vocab["[SEP]"],
+        "pad_token_id": vocab["[PAD]"],
+    }
+    config = BlipConfig(
+        text_config=text_config,
+        vision_config={**size, "image_size": 32, "patch_size": 8},
+        projection_dim=16,
+        image_text_hidden_size=16,
     )
-    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    size |= {"projection_dim": 16, "initializer_range": 1.0}  # 1.0: else it says the same of all images
-    ids = {"bos_token_id": 5, "eos_token_id": 3, "sep_token_id": 3, "pad_token_id": 0}
-    text = {"vocab_size": len(tokenizer), "encoder_hidden_size": 16, "max_position_embeddings": 512, **ids, **size}
-    vision = {"image_size": 32, "patch_size": 8, **size}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        config = BlipConfig(text_config=text, vision_config=vision, projection_dim=16, image_text_hidden_size=16)
         model = BlipForConditionalGeneration(config)
     with torch.no_grad():
         model.text_decoder.cls.predictions.bias[: len(special)] = -1e4  # it says none of these

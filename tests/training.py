@@ -1,4 +1,4 @@
-"""Runs the training script inside the test process, many times faster than as a process, and reads what it wrote."""
+"""Runs a training script inside the test process, many times faster than as a process, and reads what it wrote."""
 
 import json
 import signal
@@ -9,6 +9,19 @@ import numpy as np
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
+
+from sdtune.arguments import (
+    add_data_arguments,
+    add_memory_arguments,
+    add_model_arguments,
+    add_objective_arguments,
+    add_optimization_arguments,
+    add_output_arguments,
+    add_run_arguments,
+    add_validation_arguments,
+    new_parser,
+    parse_flags,
+)
 
 DEFAULTS = {
     "resolution": 32,
@@ -38,6 +51,26 @@ def words(base, images, output_dir, **settings):
         elif value is not None and value is not False:
             line.append(f"--{flag}={value}")
     return line
+
+
+def parse(*words):
+    """The flags of text-to-image in PyTorch, made of the groups of sdtune, and no recipe's own; for tests of parts."""
+    parser = new_parser("Trains.", "train [flags]")
+    for add_group in (
+        add_model_arguments,
+        add_data_arguments,
+        add_objective_arguments,
+        add_optimization_arguments,
+        add_memory_arguments,
+        add_output_arguments,
+        add_validation_arguments,
+        add_run_arguments,
+    ):
+        add_group(parser)
+    parser.set_defaults(output_dir="out", report_to="none")
+    args, problems = parse_flags(parser, [str(word) for word in words], {})
+    assert problems == []
+    return args
 
 
 def train(script, base, images, output_dir, **settings):
@@ -83,15 +116,26 @@ def same(a, b):
     return a == b
 
 
-def draws(script, seed, epoch, index, shape=(4, 4, 4), num_timesteps=1000):
-    """What a sample with latents of `shape` draws, from the definition alone: one generator, in this order."""
-    generator = np.random.default_rng((seed, script.SAMPLE, epoch, index))
+def draws(seed, epoch, index, shape=(4, 4, 4), num_timesteps=1000):
+    """What a sample with latents of `shape` draws, from the definition alone: one generator, by the seed, stream 0,
+    the epoch and the index, in this order."""
+    generator = np.random.default_rng((seed, 0, epoch, index))
     left, top, flip, choice, drop = generator.random(5)
     timestep = int(generator.integers(num_timesteps))
     normal = torch.from_numpy(generator.standard_normal((3, *shape), np.float32))
     offset = torch.from_numpy(generator.standard_normal((shape[0], 1, 1), np.float32))
-    return SimpleNamespace(left=left, top=top, flip=flip, choice=choice, drop=drop, timestep=timestep,
-                           posterior_noise=normal[0], noise=normal[1], perturbation=normal[2], offset=offset)
+    return SimpleNamespace(
+        left=left,
+        top=top,
+        flip=flip,
+        choice=choice,
+        drop=drop,
+        timestep=timestep,
+        posterior_noise=normal[0],
+        noise=normal[1],
+        perturbation=normal[2],
+        offset=offset,
+    )
 
 
 def read_log(folder):

@@ -1,4 +1,5 @@
 #!/usr/bin/env python
+# Built by `make scripts` from recipes/train_dreambooth_lora.py and sdtune/: edit those; a copy is yours to edit.
 """DreamBooth with LoRA: teach Stable Diffusion 1.x or 2.x one subject from three to thirty photos, by adapters.
 
     accelerate launch train_dreambooth_lora.py --pretrained_model_name_or_path=MODEL --instance_data_dir=my_dog \
@@ -9,10 +10,39 @@
 `my_dog` holds the photos. Prior preservation keeps the class as it was: images of it, drawn by the base before
 training, are trained on beside the photos. The result is pytorch_lora_weights.safetensors, and on demand the same
 adapter as A1111, Forge and ComfyUI read it. What is random in a sample depends on (seed, epoch, index of the sample)
-alone, so a run that is killed and resumed ends in the same bits. Papers: DreamBooth (arXiv 2208.12242), LoRA
-(2106.09685), rsLoRA (2312.03732), DoRA (2402.09353), latent diffusion (2112.10752), DDPM (2006.11239), v-prediction
-(2202.00512), min-SNR (2303.09556), zero terminal SNR (2305.08891), input perturbation (2301.11706).
+alone, and no state of a generator is kept: a run that is killed and resumed by the same command ends in the same bits
+on a CPU, and on a GPU in the same up to the order in which its kernels add.
+
+Papers: DreamBooth (arXiv 2208.12242), LoRA (2106.09685), rsLoRA (2312.03732), DoRA (2402.09353), latent diffusion
+(2112.10752), DDPM (2006.11239), v-prediction (2202.00512), min-SNR (2303.09556), zero terminal SNR (2305.08891), input
+perturbation (2301.11706).
 """
+
+# Tested with torch 2.13.0, diffusers 0.42.1, transformers 5.23.0, accelerate 1.15.0, datasets 5.2.0, peft 0.21.2.
+# Constants and classes come first, then the functions:
+#
+#   the script     what is its own: its flags, what it loads and trains, the loss of a step, what it saves, main
+#   diffusion      The diffusion step: encode images, add noise, compare the prediction with the target
+#   training       Train in PyTorch: the accelerator, the state of a run, and the loop over its steps
+#   batches        The order of an epoch, and each process's share of a step
+#   randomness     Random numbers as a pure function of the seed and of what they are for
+#   dataset        Read captioned images from a folder or the Hub, check them, make samples to train on
+#   checkpoints    Write checkpoints that are whole or not there, find them, and go on from one
+#   errors         Mistakes of the user's: how they are gathered, told and end the process
+#   files          Files: read, written beside their place and renamed when complete, with permissions
+#   arguments      The flags that several scripts share, their types, and `--config`
+#   images         Decode images as a viewer shows them, and check every one before training
+#   models         Check and load the models of a Stable Diffusion pipeline
+#   lora_layouts   LoRA files in diffusers' and kohya's layouts: read, renamed, written; tensors keep their bits
+#   lora           Add adapters to models, go on from those in a file, and save what was trained
+#   subject        DreamBooth's prior preservation: images of the subject's class, drawn by the base, beside the photos
+#   optimization   The optimizer, its learning rate, and the average of the weights
+#   output         The folder of a run: whether it may be used, its log, the pipeline that results
+#   plan           The plan that a run prints before its first step
+#   model_card     The model card, README.md of a result
+#   hub            The upload of a result to the Hub
+#   validation     Look at a run: draw samples, and measure the loss on images that are not trained on
+#   signals        Stop at the end of a step, on SIGTERM, Ctrl-C or the death of the launcher
 
 import argparse
 import contextlib
@@ -44,7 +74,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env, send_to_device
-from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, cast_training_params, compute_snr
 from diffusers.utils import is_bitsandbytes_available, is_xformers_available, make_image_grid
 from filelock import FileLock
@@ -55,13 +85,51 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-IMAGE_SUFFIXES = set(".avif .bmp .gif .jfif .jpe .jpeg .jpg .png .tif .tiff .webp".split())
-MIN_SIDE = 16  # pixels; anything smaller is an icon or a broken file
-HELD_OUT_TIMESTEPS = 4  # at which the loss of each held-out image is measured
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-SAMPLE, ORDER, DROPOUT, SUBSET, HELD_OUT = range(5)  # a stream of random numbers each
-CLASS = 5  # the stream of the class images' noise
-REPLACED_FLAGS = {
+
+class InputError(ValueError):
+    """A mistake in what the user gave; its text is all that they need to see."""
+
+
+# A stream of random numbers each: what is drawn from one leaves the others as they are.
+SAMPLE = 0  # crop, flip, caption, timestep and noise of a sample, by epoch and index
+ORDER = 1  # of an epoch
+DROPOUT = 2  # layers, by step and process
+SUBSET = 3  # the images that --max_train_samples leaves
+HELD_OUT = 4  # the images that are not trained on
+CLASS = 5  # order and noise of class images
+
+SWITCH = {"action": argparse.BooleanOptionalAction, "default": False}  # so that a config file can turn it off too
+
+# By group, the settings that a resume may change. They leave the result as it is, or what they lead to is compared in
+# their place: a digest of the images, the samples of a step, the steps of the schedule. Any other has to be as it was.
+MODEL_FREE_ON_RESUME = {"cache_dir"}
+ADAPTERS_FREE_ON_RESUME = {"init_lora_weights", "kohya_file_name", "output_kohya_format"}
+DATASET_FREE_ON_RESUME = set(
+    """
+    caption_column dataset_config_name dataset_name image_column max_train_samples skip_bad_images
+    """.split()
+)
+SUBJECT_FREE_ON_RESUME = {*DATASET_FREE_ON_RESUME, "instance_data_dir"}
+CLASS_FREE_ON_RESUME = {"class_data_dir", "num_class_images", "prior_generation_precision", "sample_batch_size"}
+OPTIMIZATION_FREE_ON_RESUME = set(
+    """
+    gradient_accumulation_steps gradient_checkpointing max_train_steps num_train_epochs train_batch_size
+    """.split()
+)
+MEMORY_FREE_ON_RESUME = {"dataloader_num_workers", "offload_ema"}
+OUTPUT_FREE_ON_RESUME = set(
+    """
+    allow_changed_resume checkpointing_steps checkpoints_total_limit hub_model_id hub_private_repo hub_token
+    logging_dir logging_steps output_dir overwrite_output_dir push_to_hub report_to resume_from_checkpoint
+    save_precision tracker_project_name
+    """.split()
+)
+HELD_OUT_FREE_ON_RESUME = {"num_validation_samples", "validation_steps"}
+SUBJECT_VALIDATION_FREE_ON_RESUME = {*HELD_OUT_FREE_ON_RESUME, "num_validation_images", "validation_prompt"}
+RUN_FREE_ON_RESUME = {"config", "dry_run"}
+
+# Flags of diffusers' DreamBooth scripts that have another name here, or no use.
+SUBJECT_REPLACED_FLAGS = {
     "--local_rank": "start with `accelerate launch` or torchrun, which set the rank",
     "--offset_noise": "use --noise_offset=0.1",
     "--set_grads_to_none": "drop it; gradients are always set to none",
@@ -71,397 +139,1409 @@ REPLACED_FLAGS = {
     "--validation_images": "use --num_validation_images",
     "--validation_scheduler": "drop it; samples are drawn by DPM-Solver++",
     "--skip_save_text_encoder": "drop it; the result is a whole pipeline",
-    **dict.fromkeys(["--text_encoder_use_attention_mask", "--class_labels_conditioning",
-                     "--pre_compute_text_embeddings"], "drop it; only Stable Diffusion 1.x and 2.x are trained"),
+    "--text_encoder_use_attention_mask": "drop it; only Stable Diffusion 1.x and 2.x are trained",
+    "--class_labels_conditioning": "drop it; only Stable Diffusion 1.x and 2.x are trained",
+    "--pre_compute_text_embeddings": "drop it; only Stable Diffusion 1.x and 2.x are trained",
 }
-# Settings that a resume may change: they leave the result as it is, or what follows from them is compared instead.
-FREE_ON_RESUME = """allow_changed_resume cache_dir caption_column checkpointing_steps checkpoints_total_limit
-    class_data_dir config dataloader_num_workers dataset_config_name dataset_name dry_run gradient_accumulation_steps
-    gradient_checkpointing hub_model_id hub_private_repo hub_token image_column init_lora_weights instance_data_dir
-    kohya_file_name logging_dir logging_steps max_train_samples max_train_steps num_class_images num_train_epochs
-    num_validation_images num_validation_samples offload_ema output_dir output_kohya_format overwrite_output_dir
-    prior_generation_precision push_to_hub report_to resume_from_checkpoint sample_batch_size save_precision
-    skip_bad_images tracker_project_name train_batch_size train_data_dir validation_prompt validation_prompts
-    validation_steps""".split()
-# The checkpoint's state would not fit.
-FIXED_ON_RESUME = set("lora_target mixed_precision rank state train_text_encoder use_8bit_adam use_dora".split())
-# Names of layers, of the UNet and of the text encoder, by --lora_target.
-ATTENTION = "to_q to_k to_v to_out.0 q_proj k_proj v_proj out_proj".split()
-FEED_FORWARD = "ff.net.0.proj ff.net.2 fc1 fc2".split()
-RESIDUAL = "proj_in proj_out conv1 conv2 time_emb_proj conv_shortcut".split()
-LORA_TARGETS = {"attention": ATTENTION, "attention+ff": ATTENTION + FEED_FORWARD,
-                "all": ATTENTION + FEED_FORWARD + RESIDUAL}
+
+# Flags that do nothing without another one.
+DATASET_REQUIRES = {"dataset_config_name": "dataset_name"}
+CLASS_REQUIRES = {
+    "class_data_dir": "with_prior_preservation",
+    "class_prompt": "with_prior_preservation",
+    "num_class_images": "with_prior_preservation",
+    "prior_generation_precision": "with_prior_preservation",
+    "prior_loss_weight": "with_prior_preservation",
+    "sample_batch_size": "with_prior_preservation",
+}
+ADAPTERS_REQUIRES = {"kohya_file_name": "output_kohya_format", "text_encoder_lr": "train_text_encoder"}
+AVERAGE_REQUIRES = {"ema_decay": "use_ema", "ema_warmup": "use_ema"}
+MEMORY_REQUIRES = {"foreach_ema": "use_ema", "offload_ema": "use_ema"}
+SUBJECT_VALIDATION_REQUIRES = {"num_validation_images": "validation_prompt"}
+OUTPUT_REQUIRES = {
+    "allow_changed_resume": "resume_from_checkpoint",
+    "hub_model_id": "push_to_hub",
+    "hub_private_repo": "push_to_hub",
+}
+
+IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+NO_CAPTION = "has no caption, in metadata or a .txt beside it"
+MIN_SIDE = 16  # pixels; anything smaller is an icon or a broken file
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+METADATA_NAMES = {"metadata.jsonl", "metadata.csv"}
+
+
+@dataclasses.dataclass
+class CaptionedImages(torch.utils.data.Dataset):
+    """Maps (epoch, index, weight) to these and pixel_values uint8 (3, height, width), input_ids (max_length,),
+    timestep, and posterior_noise, noise, added_noise in float32 (4, height / 8, width / 8)."""
+
+    rows: datasets.Dataset  # of image and captions
+    tokenizer: CLIPTokenizer
+    latent_shape: tuple
+    num_timesteps: int
+    seed: int
+    resolution: int
+    center_crop: bool
+    random_flip: bool
+    image_interpolation_mode: str
+    caption_dropout: float
+    noise_offset: float
+    input_perturbation: float
+
+    def __len__(self):
+        return len(self.rows)
+
+    def view(self, index, draw):
+        """The image and the caption of a row as an epoch sees them; the first numbers of `draw` choose."""
+        # All are drawn always and in this order: an option leaves the others' numbers alone.
+        left, top, flip, choice, drop = draw.random(5)
+        row = self.rows[index]
+        place = (0.5, 0.5) if self.center_crop else (left, top)
+        resample = Image.Resampling[self.image_interpolation_mode.upper()]
+        size = (self.resolution, self.resolution)
+        image = ImageOps.fit(read_image(row["image"]), size, resample, centering=place)
+        if self.random_flip and flip < 0.5:
+            image = ImageOps.mirror(image)
+        caption = row["captions"][int(choice * len(row["captions"]))]
+        return image, "" if drop < self.caption_dropout else caption
+
+    def __getitem__(self, item):
+        epoch, index, weight = item
+        draw = random_numbers(self.seed, SAMPLE, epoch, index)
+        image, caption = self.view(index, draw)
+        timestep = draw.integers(self.num_timesteps)
+        posterior_noise, noise, perturbation = draw.standard_normal((3, *self.latent_shape), np.float32)
+        # The offset shifts whole channels; perturbation (arXiv 2301.11706, eq. 3) is added and not to be predicted.
+        noise = noise + self.noise_offset * draw.standard_normal((len(noise), 1, 1), np.float32)
+        input_ids = self.tokenizer(caption, padding="max_length", truncation=True, return_tensors="np").input_ids[0]
+        return {
+            "epoch": epoch,
+            "index": index,
+            "weight": np.float32(weight),
+            "pixel_values": np.array(image).transpose(2, 0, 1),
+            "input_ids": input_ids,
+            "timestep": timestep,
+            "posterior_noise": posterior_noise,
+            "noise": noise,
+            "added_noise": noise + self.input_perturbation * perturbation,
+        }
+
+
+@dataclasses.dataclass
+class StepCounts:
+    """How many samples and steps a run has."""
+
+    num_images: int
+    samples_per_pass: int  # over all processes
+    samples_per_step: int
+    steps_per_epoch: int
+    last_step: int
+
+
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
+# Names of layers, of the UNet and of the text encoder.
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj"]
+FEED_FORWARD = ["ff.net.0.proj", "ff.net.2", "fc1", "fc2"]
+PROJECTIONS = ["proj_in", "proj_out"]  # into and out of the transformers
+RESIDUAL = ["conv1", "conv2", "time_emb_proj", "conv_shortcut"]
+LORA_TARGETS = {  # by --lora_target
+    "attention": ATTENTION,
+    "attention+ff": ATTENTION + FEED_FORWARD,
+    "all": ATTENTION + FEED_FORWARD + PROJECTIONS + RESIDUAL,
+}
 
-class InputError(ValueError):
-    """A mistake in what the user gave; its text is all that they need to see."""
+
+@dataclasses.dataclass
+class ClassImages:
+    """The images of the class that are there, and those that are still to be drawn."""
+
+    rows: list  # of one dataset of image and captions, or empty
+    fingerprint: str | None
+    missing: list  # file names
 
 
-# ------------------------------------------------------------------------------------------------------- arguments
-def parse_args(argv=None, check=None):
-    """Reads the command line and `--config` or ends with status 2; lists what is wrong with settings to `check`."""
+POLYNOMIAL_END = 1e-7  # the rate at which diffusers' polynomial schedule ends
+
+
+@dataclasses.dataclass
+class Run:
+    """What a run is and how far it has come. A checkpoint holds `settings`, `progress` and `state`."""
+
+    output_dir: Path
+    settings: dict  # flags, and what was made of them
+    progress: dict  # global_step, base_losses (held-out losses before training), losses (not yet logged)
+    state: dict  # by name: what has a state_dict, or in JAX arrays
+    counts: StepCounts
+
+
+NOT_ON_CARD = re.compile(r"_dir$|_path$|_token|_address$|host|config|resume")  # places, secrets and how it was started
+
+HELD_OUT_TIMESTEPS = 4  # at which the loss of each held-out image is measured
+
+REQUIRES = {
+    **ADAPTERS_REQUIRES,
+    **DATASET_REQUIRES,
+    **AVERAGE_REQUIRES,
+    **MEMORY_REQUIRES,
+    **OUTPUT_REQUIRES,
+    **CLASS_REQUIRES,
+    **SUBJECT_VALIDATION_REQUIRES,
+}
+FREE_ON_RESUME = {
+    *MODEL_FREE_ON_RESUME,
+    *ADAPTERS_FREE_ON_RESUME,
+    *SUBJECT_FREE_ON_RESUME,
+    *CLASS_FREE_ON_RESUME,
+    *OPTIMIZATION_FREE_ON_RESUME,
+    *MEMORY_FREE_ON_RESUME,
+    *OUTPUT_FREE_ON_RESUME,
+    *SUBJECT_VALIDATION_FREE_ON_RESUME,
+    *RUN_FREE_ON_RESUME,
+}
+# The checkpoint's state would not fit.
+FIXED_ON_RESUME = {
+    "lora_target",
+    "mixed_precision",
+    "rank",
+    "state",
+    "train_text_encoder",
+    "use_8bit_adam",
+    "use_dora",
+}
+
+
+# ---------------------------------------------------------------------------------------------------------- the script
+def make_parser():
+    """The flags of this script."""
     usage = "%(prog)s --pretrained_model_name_or_path MODEL --instance_data_dir FOLDER --instance_prompt TEXT [flags]"
-    parser = argparse.ArgumentParser(usage=usage, description=__doc__.split("\n")[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    switch = {"action": argparse.BooleanOptionalAction, "default": False}
-    add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", help="pipeline folder, Hub id, or original .ckpt/.safetensors file")
-    add("--revision", help="branch, tag or commit of the model on the Hub")
-    add("--variant", help="variant of the weight files, such as fp16")
-    add("--single_file_config", help="pipeline folder or Hub id with the configs for a single-file model")
-    add("--cache_dir", help="where downloads and remembered checks go, instead of the Hugging Face cache")
-    add = parser.add_argument_group("adapters").add_argument
-    add("--rank", type=int, default=4, help="rank of the adapters [1, inf)")
-    add("--lora_alpha", type=float, help="scale of the adapters times the rank; default: the rank (0, inf)")
-    add("--lora_dropout", type=float, default=0.0, help="share of the adapters' inputs that is dropped [0, 1)")
-    add("--use_rslora", **switch, help="scale by alpha / sqrt(rank) instead of alpha / rank")
-    add("--use_dora", **switch, help="train the length of the weights apart from their direction")
-    add("--lora_target", default="attention", choices=list(LORA_TARGETS), help="layers with adapters")
-    add("--train_text_encoder", **switch, help="adapters on the text encoder too")
-    add("--text_encoder_lr", type=float, help="default: --learning_rate; needs --train_text_encoder (0, inf)")
-    add("--init_lora_weights", metavar="PATH", help="go on from such a file of this script, or its folder")
-    add = parser.add_argument_group("data").add_argument
-    add("--instance_data_dir", help="folder of the subject's photos, maybe with captions as for text-to-image")
-    add("--instance_prompt", help="caption of photos that have none, with a rare word: a photo of sks dog")
-    add("--dataset_name", help="dataset on the Hub, or a local path that `datasets` can load")
-    add("--dataset_config_name", help="configuration of that dataset; needs --dataset_name")
-    add("--image_column", default="image", help="column of its images; needs --dataset_name")
-    add("--caption_column", default="text", help="column with a caption, or a list of them: one is drawn per epoch")
-    add("--max_train_samples", type=int, help="use so many images, drawn by the seed [1, inf)")
-    add("--repeats", type=int, default=1, help="times that each photo counts in an epoch [1, inf)")
-    add("--skip_bad_images", **switch, help="go on without images that cannot be used, instead of stopping")
-    add("--resolution", type=int, default=512, help="side of the square training images in pixels [1, inf)")
-    add("--center_crop", **switch, help="crop the centre, not a random place")
-    add("--random_flip", **switch, help="mirror half of the images, drawn anew each epoch")
-    filters = [kind.name.lower() for kind in Image.Resampling]
-    add("--image_interpolation_mode", default="lanczos", choices=filters, help="filter for resizing")
-    add("--caption_dropout", type=float, default=0.0, help="share of captions replaced by the empty one [0, 1]")
-    add("--dataloader_num_workers", type=int, default=0, help="processes that load images; 0: the main one [0, inf)")
-    add = parser.add_argument_group("prior preservation").add_argument
-    add("--with_prior_preservation", **switch, help="train on images of the class too, so that it stays as it was")
-    add("--class_data_dir", help="their folder; the base draws what is missing; needs --with_prior_preservation")
-    add("--class_prompt", help="their caption: a photo of a dog; needs --with_prior_preservation")
-    add("--num_class_images", type=int, help="how many; 100 if not given; needs --with_prior_preservation [1, inf)")
-    add("--sample_batch_size", type=int, help="how many at once, or 4; needs --with_prior_preservation [1, inf)")
-    add("--prior_loss_weight", type=float, help="weight of their loss, or 1; needs --with_prior_preservation [0, inf)")
-    add("--prior_generation_precision", choices=["no", "fp32", "fp16", "bf16"],
-        help="as in training if not given; needs --with_prior_preservation")
-    add = parser.add_argument_group("objective").add_argument
-    add("--prediction_type", choices=["epsilon", "v_prediction"], help="what the UNet predicts; default: the model's")
-    add("--snr_gamma", type=float, help="min-SNR loss weights with this gamma; 5.0 in the paper (0, inf)")
-    add("--noise_offset", type=float, default=0.0, help="scale of noise that shifts channels; 0.05 is common [0, inf)")
-    add("--input_perturbation", type=float, default=0.0, help="scale of extra input noise; 0.1 in the paper [0, inf)")
-    add("--rescale_betas_zero_snr", **switch, help="rescale the schedule to zero terminal SNR; needs v_prediction")
-    add = parser.add_argument_group("optimization").add_argument
-    add("--learning_rate", type=float, default=1e-4, help="initial learning rate (0, inf)")
-    add("--scale_lr", **switch, help="multiply the learning rate by batch size, accumulation steps and processes")
-    add("--lr_scheduler", default="constant", choices=[kind.value for kind in SchedulerType], help="its schedule")
-    add("--lr_warmup_steps", type=int, default=0, help="steps in which the learning rate rises from 0 [0, inf)")
-    add("--lr_num_cycles", type=int, help="cycles, 1 if not given; needs --lr_scheduler=cosine_with_restarts [1, inf)")
-    add("--lr_power", type=float, help="power, 1 if not given; needs --lr_scheduler=polynomial (0, inf)")
-    add("--lr_step_rules", help="factor:until_step,...,last factor: 1:10,0.1; needs --lr_scheduler=piecewise_constant")
-    add("--train_batch_size", type=int, default=4, help="images per forward pass and process [1, inf)")
-    add("--gradient_accumulation_steps", type=int, default=1, help="forward passes per optimizer step [1, inf)")
-    add("--num_train_epochs", type=int, default=100, help="passes over the images, unless --max_train_steps [1, inf)")
-    add("--max_train_steps", type=int, help="optimizer steps [1, inf)")
-    add("--max_grad_norm", type=float, default=1.0, help="clip the gradient's norm to this; inf: no clipping (0, inf]")
-    add("--adam_beta1", type=float, default=0.9, help="AdamW's beta1 [0, 1)")
-    add("--adam_beta2", type=float, default=0.999, help="AdamW's beta2 [0, 1)")
-    add("--adam_weight_decay", type=float, default=1e-2, help="AdamW's weight decay [0, inf)")
-    add("--adam_epsilon", type=float, default=1e-8, help="AdamW's epsilon (0, inf)")
-    add("--use_8bit_adam", **switch, help="AdamW with 8-bit state, by bitsandbytes")
-    add("--use_ema", **switch, help="average the weights over the steps; samples and result use the average")
-    add("--ema_decay", type=float, help="highest decay of the average; 0.9999 if not given; needs --use_ema [0, 1]")
-    add("--ema_warmup", **switch, help="raise the decay slowly, as 1 - (1 + step) ** -2/3; needs --use_ema")
-    add("--offload_ema", **switch, help="keep the average in CPU memory between steps; needs --use_ema")
-    add("--foreach_ema", **switch, help="update the average with fused operations; needs --use_ema")
-    add = parser.add_argument_group("memory and speed").add_argument
-    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="precision of passes; default: accelerate's config")
-    add("--gradient_checkpointing", **switch, help="compute activations twice: slower, less memory")
-    add("--enable_xformers_memory_efficient_attention", **switch, help="xFormers' attention instead of torch's")
-    add("--allow_tf32", **switch, help="TensorFloat-32 matrix products, on GPUs that have them")
-    add = parser.add_argument_group("output").add_argument
-    add("--output_kohya_format", **switch, help="write the adapter as A1111, Forge and ComfyUI read it too")
-    add("--kohya_file_name", help="name of that file; default: that of --output_dir; needs --output_kohya_format")
-    add("--output_dir", default="dreambooth-lora", help="where everything is written")
-    add("--overwrite_output_dir", **switch, help="write over the run in --output_dir and remove its checkpoints")
-    add("--save_precision", default="no", choices=list(DTYPES), help="half precision of what is saved, or no")
-    add("--checkpointing_steps", type=int, default=500, help="write a checkpoint every so many steps [1, inf)")
-    add("--checkpoints_total_limit", type=int, help="keep only so many checkpoints, the newest [1, inf)")
-    add("--resume_from_checkpoint", metavar="PATH|latest", help="go on from a checkpoint, if there is a latest")
-    add("--allow_changed_resume", **switch, help="though the result will change; needs --resume_from_checkpoint")
-    add("--validation_prompt", help="prompt to draw samples for: the subject in a new setting")
-    add("--num_validation_images", type=int, help="how many; 4 if not given; needs --validation_prompt [1, inf)")
-    add("--num_validation_samples", type=int, default=0, help="images held out, to measure the loss on [0, inf)")
-    add("--validation_steps", type=int,
-        help="draw and measure every so many, or 500; needs --validation_prompt or --num_validation_samples [1, inf)")
-    add("--report_to", default="tensorboard", help="tracker of accelerate's (tensorboard, wandb, ...), all or none")
-    add("--tracker_project_name", default="dreambooth", help="project name in the tracker")
-    add("--logging_dir", default="logs", help="folder for the tracker's files, in --output_dir")
-    add("--logging_steps", type=int, default=10, help="log the mean loss every so many steps [1, inf)")
-    add("--push_to_hub", **switch, help="upload the result to the Hub")
-    add("--hub_model_id", help="repository to upload to; default: the name of --output_dir; needs --push_to_hub")
-    add("--hub_token", help="token for dataset and upload; default: the one that `hf auth login` stored")
-    add("--hub_private_repo", **switch, help="make the repository private; needs --push_to_hub")
-    add = parser.add_argument_group("run").add_argument
-    add("--seed", type=int, default=0, help="seed of everything that is drawn at random [0, 9e18]")
-    add("--config", metavar="FILE.yaml", help="flags by name, maybe under `training:`; the command line wins")
-    add("--dry_run", **switch, help="check everything, print the plan and stop")
-    return parse_words(parser, argv) if check is None else check_flags(parser, check)
-
-
-def parse_words(parser, argv):
-    """Parses `argv` or the command line, after its `--config` as words, so that argparse checks that; expands `~`."""
-    argv, words = sys.argv[1:] if argv is None else list(argv), []
-    if replaced := [flag for word in argv if (flag := word.split("=")[0]) in REPLACED_FLAGS]:
-        parser.error(f"{replaced[0]} is not taken: {REPLACED_FLAGS[replaced[0]]}")
-    path, flags = parser.parse_known_args(argv)[0].config, vars(parser.parse_args([]))
-    try:
-        recipe = (yaml.safe_load(Path(os.path.expanduser(path)).read_text("utf-8")) if path else None) or {}
-        recipe |= recipe.pop("training", None) or {}
-    except (OSError, ValueError, yaml.YAMLError, AttributeError, TypeError) as error:
-        parser.error(f"--config={path}: is no YAML file of flags ({' '.join(str(error).split())})")
-    if unknown := sorted(map(str, recipe.keys() - (flags.keys() - {"config"}) - {"evaluation"})):
-        parser.error(f"--config={path}: unknown key {', '.join(unknown)}; keys are the flags of --help without dashes")
-    for key, value in [(key, value) for key, value in recipe.items() if key in flags and value is not None]:
-        if isinstance(value, list):
-            words += [f"--{key}", *map(str, value)]
-        elif isinstance(value, bool) and isinstance(flags[key], bool):
-            words.append(f"--{'' if value else 'no-'}{key}")
-        else:  # YAML reads a bare `no` as false, but --mixed_precision means the word
-            words.append(f"--{key}={'no' if value is False else value}")
-    return argparse.Namespace(**{name: os.path.expanduser(value) if isinstance(value, str) else value
-                                 for name, value in vars(parser.parse_args(words + argv)).items()})
-
-
-def check_flags(parser, values):
-    """Lists flags outside the interval that ends their help, and those given without what it says that they need."""
-    problems = []
-    for action in parser._actions:
-        flag, value, told = action.dest, values.get(action.dest), action.help
-        if value is not None and (limits := re.search(r"([\[(])(\S+), (\S+)([\])])$", told)):
-            low, high = float(limits[2]), float(limits[3])
-            if not (low < value < high or value in [low] * (limits[1] == "[") + [high] * (limits[4] == "]")):
-                problems.append(f"--{flag}={value}: must be in {limits[0]}")
-        needs = re.sub(r" [\[(].*", "", told.partition("needs ")[2]) if value not in (None, action.default) else ""
-        ways = re.findall(r"--(\w+)=?(\w*)", needs)
-        if ways and not any(values[name] and word in ("", values[name]) for name, word in ways):
-            problems.append(f"--{flag}={value}: does nothing without {needs}; add that or drop this")
-    return problems
+    parser = new_parser(__doc__, usage)
+    add_model_arguments(parser)
+    add_adapter_arguments(parser, list(LORA_TARGETS))
+    add_subject_arguments(parser)
+    add_class_arguments(parser)
+    add_objective_arguments(parser)
+    add_optimization_arguments(parser)
+    add_memory_arguments(parser)
+    add_output_arguments(parser)
+    add_subject_validation_arguments(parser)
+    add_run_arguments(parser)
+    parser.set_defaults(output_dir="dreambooth-lora", tracker_project_name="dreambooth", train_batch_size=4)
+    return parser
 
 
 def check_args(args):
-    """Raises one `InputError` that names every flag that is wrong, its value, what is accepted and the remedy."""
-    problems = parse_args(check=vars(args)) + check_settings(vars(args))
-    problems += check_output(**vars(args)) + check_model(**vars(args))
-    problems += check_subject(**vars(args))
-    if not problems:  # else the layers are not known
-        problems = check_adapters(**vars(args))
-    if problems:
-        raise InputError("\n  ".join(["", *problems] if len(problems) > 1 else problems))
+    """Lists what is wrong with the flags, each with its value, what is accepted and the remedy."""
+    problems = check_requirements(args, REQUIRES)
+    problems += check_data(args, "instance_data_dir") + check_subject(args)
+    problems += check_optimization(args) + check_8bit_adam(args)
+    problems += check_hardware(args) + check_trackers(args) + check_validation(args, "validation_prompt")
+    problems += check_output(args, foreign_result="model_index.json")
+    problems += check_model(args)
+    return problems or check_adapters(args)  # whose layers are not known before
 
 
-def check_settings(settings):
-    """Lists which flags contradict each other or cannot be obeyed here."""
-    get, schedule = settings.get, settings["lr_scheduler"]
-    is_local = Path(get("pretrained_model_name_or_path") or "").exists()
-    rules = re.fullmatch(r"({0}:\d+,)+{0}".format(r"\d*\.?\d+(e-?\d+)?"), get("lr_step_rules") or "")
-    folder = "train_data_dir" if "train_data_dir" in settings else "instance_data_dir"
-    trackers = ["all", "none", *map(str, get_available_trackers())]
+def train(args):
+    """Trains as `args` say, which have been checked."""
+    launcher = find_launcher()  # before accelerate sets variables of its own
+    images, held_out, fingerprint = load_data(args, args.instance_data_dir, args.instance_prompt, args.repeats)
+    class_images = load_class_images(args)
+    repo_id = create_repo(args) if args.push_to_hub and not args.dry_run else None
+    accelerator = make_accelerator(args)
+    if class_images.missing and not args.dry_run:
+        draw_class_images(args, accelerator, class_images.missing)
+        class_images = load_class_images(args)
+    pipeline, models, noise_scheduler = load_models_with_adapters(args, accelerator)
+    prepared = {name: accelerator.prepare(model) for name, model in models.items()}  # passes are autocast now
+    unet, text_encoder = prepared["unet"], prepared.get("text_encoder", pipeline.text_encoder)
+
+    def training_loss(batch):
+        """The loss of each sample of a batch (batch,)."""
+        latents = encode(pipeline.vae, batch)
+        prompt_embeds = text_encoder(batch["input_ids"])[0]
+        return diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, batch, args.snr_gamma)
+
+    counts = count_steps(args, len(images), accelerator.num_processes)
+    learning_rate = peak_learning_rate(args, counts.samples_per_step)
+    groups = group_parameters(args, models, learning_rate)
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    adapters = torch.nn.ParameterList(parameters)
+    state = make_state(args, accelerator, {"adapters": adapters}, groups, counts.last_step)
+    fingerprints = {"captioned_images": fingerprint, "class_data": class_images.fingerprint}
+    run = start_run(args, accelerator, counts, state, fingerprints, FREE_ON_RESUME, FIXED_ON_RESUME)
+    trained = f"LoRA of rank {args.rank} on {args.lora_target} of {' and '.join(models)}"
+    tell_plan(args, accelerator, run, len(held_out), parameters, trained, frozen="all else")
+    if args.dry_run:
+        accelerator.end_training()
+        return
+
+    start_output(args, accelerator, run)
+    parts = {**pipeline.components, "scheduler": noise_scheduler}
+    prompts = prompts_of(args)
+    look = functools.partial(validate, args, accelerator, run, parameters, parts, held_out, prompts)
+    samples = with_class_rows(images, class_images)
+    batches = batches_of(args, accelerator, run)
+    batches = with_classes(batches, len(images), len(samples) - len(images), args.prior_loss_weight, args.seed)
+    loader = make_loader(args, accelerator, samples, batches)
+    models_to_sync = list(prepared.values())
+    train_steps(args, accelerator, run, launcher, loader, models_to_sync, parameters, training_loss, look)
+    if accelerator.is_main_process:
+        use_average(run, parameters)
+        files = save_model(args, models, prompts, len(images), counts.last_step)
+        if repo_id:
+            push(args, repo_id, files, counts.last_step)
+    accelerator.end_training()
+
+
+def save_model(args, models, prompts, num_images, step):
+    """Writes the adapters in diffusers' layout, on demand in kohya's too, and the model card; returns patterns that
+    are the adapters' files."""
+    files = save_adapters(args, models, num_images, step)
+    tags = ["stable-diffusion", "stable-diffusion-diffusers", "dreambooth", "lora"]
+    write_card(args, step, prompts, "`pipe.load_lora_weights(...)`", tags, args.instance_prompt)
+    return files
+
+
+def main(argv=None):
+    """Runs the script; a mistake of the user's ends with status 2 and its message."""
+    run_script(Path(__file__).name, make_parser(), argv, SUBJECT_REPLACED_FLAGS, check_args, train)
+
+
+# ----------------------------------------------------------------------------------------------------------- diffusion
+@torch.no_grad()
+def encode(vae, batch):
+    """Encodes images to latents (batch, 4, height / 8, width / 8) in float32, drawn from the VAE's posterior."""
+    pixel_values = batch["pixel_values"] / 127.5 - 1  # [-1, 1], to be rounded once, by the VAE's precision
+    posterior = vae.encode(pixel_values.to(vae.dtype)).latent_dist
+    latents = posterior.mean.float() + posterior.std.float() * batch["posterior_noise"]
+    return latents * vae.config.scaling_factor
+
+
+def diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, batch, snr_gamma=None):
+    """One diffusion step: the loss of each sample (batch,), the mean over its latents (arXiv 2006.11239, eq. 14).
+    `batch` has `noise` and `added_noise`, of the shape of the latents, and `timestep` (batch,)."""
+    noise, timesteps = batch["noise"], batch["timestep"]
+    # Latents and noise are float32: add_noise works in their precision, and in bfloat16 the first timesteps would get
+    # no noise at all.
+    noisy_latents = noise_scheduler.add_noise(latents, batch["added_noise"], timesteps)
+    predicts_noise = noise_scheduler.config.prediction_type == "epsilon"
+    target = noise if predicts_noise else noise_scheduler.get_velocity(latents, noise, timesteps)
+    model_pred = unet(noisy_latents, timesteps, prompt_embeds).sample
+    losses = F.mse_loss(model_pred.float(), target, reduction="none").mean(dim=(1, 2, 3))
+    if snr_gamma is None:
+        return losses
+    snr = compute_snr(noise_scheduler, timesteps)
+    return losses * min_snr_weights(snr, snr_gamma, predicts_noise)
+
+
+def min_snr_weights(snr, snr_gamma, predicts_noise):
+    """The weights of min-SNR (arXiv 2303.09556, section 3.4) for signal-to-noise ratios (batch,): min(snr, gamma) /
+    snr where noise is predicted, min(snr, gamma) / (snr + 1) for v."""
+    return snr.clamp(max=snr_gamma) / (snr if predicts_noise else snr + 1)
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+def run_script(program, parser, argv, replaced_flags, check_args, train, prints=None):
+    """Runs a training script: reads its flags, tells all that `check_args` finds wrong with them, and trains. A
+    mistake of the user's ends with status 2 and its message; of several processes the first one tells it. On hosts
+    that are started one by one, `prints(args)` says whether this one tells more than its mistakes."""
+    args, problems = parse_flags(parser, argv, replaced_flags)
+    quiet_libraries()
+    is_first = os.environ.get("RANK", "0") == "0"
+    with told_to_user(program, speaks=is_first):
+        raise_problems(problems + check_args(args))
+        with contextlib.redirect_stdout(sys.stdout if prints is None or prints(args) else None):
+            train(args)
+
+
+def check_hardware(args):
+    """Lists what this machine, or accelerate's config, cannot do."""
+    problems = []
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    xformers = "enable_xformers_memory_efficient_attention"
-    precision = get("mixed_precision") or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    shown = {**settings, "mixed_precision": f"{precision} (or accelerate's config)"}
-    return [f"--{flag}={shown.get(flag)}: {remedy}" for wrong, flag, remedy in (
-        (get("revision") and is_local, "revision", "does nothing without a model on the Hub; drop this"),
-        (get("variant") and get("single_file_config"), "variant", "does nothing with a single file; drop this"),
-        (get("lr_warmup_steps") and schedule in ("constant", "piecewise_constant"), "lr_warmup_steps",
-         "does nothing without constant_with_warmup or the like; add that or drop this"),
-        (schedule == "piecewise_constant" and not rules, "lr_step_rules", "give rules such as 1:10,0.1:20,0.01"),
-        (bool(get("dataset_name")) == bool(get(folder)), folder, "give this or --dataset_name, not both"),
-        (get("report_to") not in trackers, "report_to", f"installed are {', '.join(trackers)}"),
-        (get("use_8bit_adam") and not is_bitsandbytes_available(), "use_8bit_adam", "needs bitsandbytes; drop this"),
-        (get("allow_tf32") and on_cpu, "allow_tf32", "needs an NVIDIA GPU; drop this"),
-        (get(xformers) and (on_cpu or not is_xformers_available()), xformers, "needs a GPU and xformers; drop this"),
-        (precision not in DTYPES or (on_cpu and precision == "fp16"), "mixed_precision", "cannot run here; use bf16"),
-        (schedule == "polynomial" and get("learning_rate") <= 1e-7, "learning_rate", "must be above 1e-7, its end"),
-    ) if wrong] + [f"accelerate's config asks for {name}, which cannot be used; choose GPUs alone" for name in (
-        "FSDP", "DEEPSPEED", "MEGATRON_LM") if parse_flag_from_env(f"ACCELERATE_USE_{name}")]
-
-
-def check_output(output_dir, resume_from_checkpoint, overwrite_output_dir, **settings):
-    """Lists what is wrong with the folders and the checkpoint to resume from."""
-    output, wanted = Path(output_dir).resolve(), resume_from_checkpoint
-    checkpoint, newest = find_checkpoint(output, wanted), find_checkpoint(output, "latest")
-    place = next(path for path in (output, *output.parents) if path.exists())
-    other = "model_index.json" if "rank" in settings else "pytorch_lora_weights.safetensors"  # which stays behind
-    run = (output / "args.json").is_file() and not (output / other).exists()
-    # Without a checkpoint `latest` starts anew, in the folder of a run that was stopped before its first one.
-    begun = wanted == "latest" and run and not (output / "README.md").exists()
-    own = output == checkpoint.resolve().parent if checkpoint else begun
-    usable = place.is_dir() and os.access(place, os.W_OK)
-    used = usable and place == output and any(output.iterdir())
-    data = "train_data_dir" if "train_data_dir" in settings else "instance_data_dir"
-    folder = settings[data] or settings["dataset_name"]
-    return [f"--{flag}: {told}" for wrong, flag, told in (
-        (checkpoint and not (checkpoint / "progress.json").is_file(), f"resume_from_checkpoint={wanted}",
-         "is no whole checkpoint folder; name one, or latest"),
-        (wanted and overwrite_output_dir, "overwrite_output_dir", "contradicts --resume_from_checkpoint; drop one"),
-        (own and newest and checkpoint.resolve() != newest.resolve(), f"resume_from_checkpoint={wanted}",
-         f"{newest} is newer; use that, or another --output_dir"),
-        (not usable, f"output_dir={output_dir}", f"{place} is a file or cannot be written to; name another folder"),
-        (used and not own and not (overwrite_output_dir and run), f"output_dir={output_dir}", "is in use; name another"
-         ", go on with its run by --resume_from_checkpoint=latest, or, if of this kind, use --overwrite_output_dir"),
-        (settings[data] and not os.path.isdir(folder), f"{data}={folder}", "does not exist, or is no folder"),
-        (folder and output.is_relative_to(Path(folder or "").resolve()), f"output_dir={output_dir}",
-         "lies in the folder of the images, or below its name; put it elsewhere"),
-    ) if wrong]
-
-
-def check_model(pretrained_model_name_or_path, single_file_config, revision, cache_dir, resolution, prediction_type,
-                rescale_betas_zero_snr, **_):
-    """Lists what is wrong with the model's configs, or between them and the flags; reads no weights."""
-    source = pretrained_model_name_or_path or ""
-    name, single_file = f"--pretrained_model_name_or_path={source}", source.endswith((".ckpt", ".safetensors"))
-    if not source or (single_file and not Path(source).is_file()):
-        return [f"{name}: there is no such file; name a pipeline folder, a Hub id or a file"]
-    if single_file != bool(single_file_config):
-        return [f"{name}: a single file, and only that, needs --single_file_config (see --help)"]
-    source, where = single_file_config or source, {"revision": revision, "cache_dir": cache_dir}
-    try:
-        parts = diffusers.StableDiffusionPipeline.load_config(source, **where)
-        if foreign := {"text_encoder_2", "transformer"} & parts.keys():
-            return [f"{name}: has a {min(foreign)} (SDXL, SD 3 or the like); use a Stable Diffusion 1.x or 2.x model"]
-        unet = diffusers.UNet2DConditionModel.load_config(source, subfolder="unet", **where)
-        vae = diffusers.AutoencoderKL.load_config(source, subfolder="vae", **where)
-        scheduler = diffusers.DDPMScheduler.load_config(source, subfolder="scheduler", **where)
-        CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where)
-        if len(CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)) < 3:
-            raise OSError("its tokenizer knows no words")  # nor does transformers' for a folder without one
-    except (OSError, ValueError) as error:
-        return [f"{source}: no whole pipeline, no name of one on the Hub, or no connection ({last_line(error)})"]
-    problems, divisor = [], 2 ** (len(vae["block_out_channels"]) - 1)
-    if resolution % divisor:
-        usable = resolution // divisor * divisor or divisor
-        problems.append(f"--resolution={resolution}: must be a multiple of {divisor} for this VAE; use {usable}")
-    if unet["in_channels"] != vae["latent_channels"]:
-        problems.append(f"{name}: its UNet takes {unet['in_channels']} channels; use a text-to-image model")
-    prediction_type = prediction_type or scheduler.get("prediction_type", "epsilon")
-    if prediction_type not in ("epsilon", "v_prediction"):
-        problems.append(f"{name}: predicts {prediction_type!r}; only epsilon and v_prediction can be trained")
-    if prediction_type == "epsilon" and (rescale_betas_zero_snr or scheduler.get("rescale_betas_zero_snr")):
-        problems.append("--rescale_betas_zero_snr: useless for epsilon; drop it or add --prediction_type=v_prediction")
+    if args.allow_tf32 and on_cpu:
+        problems.append("--allow_tf32=True: needs an NVIDIA GPU; drop this")
+    if args.enable_xformers_memory_efficient_attention and (on_cpu or not is_xformers_available()):
+        problems.append("--enable_xformers_memory_efficient_attention=True: needs a GPU and xformers; drop this")
+    precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in DTYPES or (precision == "fp16" and on_cpu):
+        problems.append(f"--mixed_precision={precision} (or accelerate's config): cannot run here; use bf16")
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
+            problems.append(f"accelerate's config asks for {name}, which cannot be used; choose GPUs alone")
     return problems
 
 
-def check_adapters(pretrained_model_name_or_path, single_file_config, revision, cache_dir, train_text_encoder,
-                   output_kohya_format, kohya_file_name, output_dir, **settings):
-    """Lists what is wrong with the name of kohya's file, or between adapters, layers and the file to go on from."""
-    kohya = (kohya_file_name or Path(output_dir).resolve().name).removesuffix(".safetensors")
-    if output_kohya_format and (Path(kohya).name != kohya or f"{kohya}.safetensors" == LORA_FILE):
-        return [f"--kohya_file_name={kohya}: is a path, or the name of the other file; give another name"]
-    source, where = single_file_config or pretrained_model_name_or_path, {"revision": revision, "cache_dir": cache_dir}
-    with torch.device("meta"):  # layers without weights
-        unet = diffusers.UNet2DConditionModel
-        models = {"unet": unet.from_config(unet.load_config(source, subfolder="unet", **where))}
-        if train_text_encoder:
-            config = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where)
-            models["text_encoder"] = CLIPTextModel(config)
-        try:
-            add_adapters(models, **settings)
-        except Exception as error:  # of the file system, the format, or the layers
-            flag = "init_lora_weights" if settings["init_lora_weights"] else "lora_target"
-            return [f"--{flag}={settings[flag]}: cannot be used with these flags and model ({last_line(error)})"]
-    return []
+def make_accelerator(args):
+    """The accelerator; its processes wait for each other for a day, since one of them draws and saves alone."""
+    torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
+    return Accelerator(
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=Path(args.output_dir, args.logging_dir),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(days=1))],
+    )
 
 
-def check_subject(instance_data_dir, dataset_name, instance_prompt, with_prior_preservation, class_data_dir,
-                  class_prompt, output_dir, **_):
-    """Lists what is wrong with the prompts and folders of subject and class."""
-    problems = [f"--with_prior_preservation: needs --{flag}" for flag, value in (
-        ("class_data_dir", class_data_dir), ("class_prompt", (class_prompt or "").strip()))
-        if with_prior_preservation and not value]
-    bare = instance_data_dir and not instance_prompt and not any(
-        path.name in ("metadata.jsonl", "metadata.csv") or (path.suffix.lower() in IMAGE_SUFFIXES
-        and path.with_suffix(".txt").is_file()) for path in Path(instance_data_dir).rglob("*"))
-    if bare or (instance_prompt or "x").isspace():
-        problems.append("--instance_prompt: give a rare word and the class, such as a photo of sks dog, for photos "
-                        "that have no captions")
-    if class_data_dir:
-        folder = Path(class_data_dir).resolve()
-        for flag, other in (("instance_data_dir", instance_data_dir), ("output_dir", output_dir),
-                            ("dataset_name", os.path.isdir(dataset_name or "") and dataset_name)):
-            places = [str(folder), str(Path(other or folder.anchor).resolve())]
-            if other and os.path.commonpath(places) in places:
-                problems.append(f"--class_data_dir={class_data_dir}: is not apart from --{flag}; name another")
-        if not next(path for path in (folder, *folder.parents) if path.exists()).is_dir():
-            problems.append(f"--class_data_dir={class_data_dir}: is a file or lies below one; name another")
+def make_state(args, accelerator, weights, groups, last_step):
+    """All that a checkpoint holds, by name: `weights` (modules), optimizer, lr_scheduler, maybe ema and scaler. The
+    optimizer trains the parameter `groups`."""
+    optimizer = make_optimizer(args, groups)
+    lr_scheduler = make_schedule(args, optimizer, last_step)
+    state = {**weights, "optimizer": accelerator.prepare(optimizer), "lr_scheduler": lr_scheduler}
+    if args.use_ema:
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        state["ema"] = make_average(args, parameters, args.foreach_ema)
+    if accelerator.scaler is not None:
+        state["scaler"] = accelerator.scaler
+    return state
+
+
+def start_run(args, accelerator, counts, state, fingerprints, free, fixed):
+    """A run at its start, or where the checkpoint to resume from ended; `free` and `fixed` name settings that may and
+    that cannot differ from the checkpoint's. Raises `InputError`."""
+    run = new_run(args, counts, state, accelerator.mixed_precision, fingerprints)
+    if checkpoint := find_checkpoint(run.output_dir, args.resume_from_checkpoint):
+        resume(run, checkpoint, free, fixed)
+    return run
+
+
+def tell_plan(args, accelerator, run, num_held_out, parameters, trained, frozen):
+    """Prints what will be done: how many of `parameters`, of which models are `trained`, and which are `frozen`."""
+    num_trained = sum(parameter.numel() for parameter in parameters)
+    about = {
+        "images": "",
+        "devices": f"{accelerator.num_processes} ranks",
+        "trained": trained,
+        "frozen": frozen,
+        "optimizer": f"8-bit: {args.use_8bit_adam}; EMA: {args.use_ema}",
+    }
+    print_plan(args, run, num_held_out, num_trained, about)
+
+
+def start_output(args, accelerator, run):
+    """Makes the output folder, and starts the trackers."""
+    if accelerator.is_main_process:
+        prepare_output(run, args.overwrite_output_dir)
+    accelerator.wait_for_everyone()
+    config = {name: str(value) for name, value in run.settings.items()}
+    accelerator.init_trackers(args.tracker_project_name, config)
+
+
+def batches_of(args, accelerator, run):
+    """This process's lists of (epoch, index, weight), from the run's next step on."""
+    first_step = run.progress["global_step"]
+    return micro_batches(run.counts, accelerator.num_processes, accelerator.process_index, args.seed, first_step)
+
+
+def make_loader(args, accelerator, samples, batches):
+    """Loads the samples of `batches`, lists of what `samples` takes."""
+    return torch.utils.data.DataLoader(
+        samples,
+        batch_sampler=batches,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=accelerator.device.type != "cpu",
+        worker_init_fn=functools.partial(on_signals, signal.SIG_IGN),
+    )
+
+
+def train_steps(args, accelerator, run, launcher, loader, models, parameters, training_loss, look):
+    """Trains `parameters` to the last step; `training_loss(batch)` gives the loss of each sample (batch,) through
+    `models`, as accelerate prepared them. `look()` is called before training and every --validation_steps.
+
+    Ends the process with status 128 + signal after SIGTERM or SIGINT, 1 if a loss is not finite.
+    """
+    received, device, counts = [], accelerator.device, run.counts
+    optimizer, lr_scheduler = run.state["optimizer"], run.state["lr_scheduler"]
+    first_step, validation_steps = run.progress["global_step"], args.validation_steps or 500
+    # A run that was stopped had not yet looked at the step that it goes on from.
+    if first_step % validation_steps == 0 or first_step == counts.last_step:
+        look()
+    on_signals(functools.partial(note_signal, received))
+    batches = iter(loader)
+    bar = tqdm(
+        range(first_step, counts.last_step),
+        initial=first_step,
+        total=counts.last_step,
+        unit="step",
+        disable=not accelerator.is_local_main_process,
+    )
+    for step in bar:
+        started = time.perf_counter()
+        # Dropout layers alone use torch's own generator.
+        torch.manual_seed(random_numbers(args.seed, DROPOUT, step, accelerator.process_index).integers(2**32))
+
+        # Forward and backward: the passes of a step add up their gradients, which processes share in the last one.
+        step_loss = torch.zeros((), device=device)
+        num_passes = passes_in_step(counts, step)
+        for number in range(num_passes):
+            batch = send_to_device(next(batches), device, non_blocking=True)
+            is_last = number == num_passes - 1
+            with without_sync(accelerator, [] if is_last else models):
+                loss = (training_loss(batch) * batch["weight"]).sum()
+                accelerator.backward(loss * accelerator.num_processes)  # gradients are averaged over processes
+            step_loss += loss.detach()
+        grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+
+        # Optimizer step, unless a loss or a gradient is not finite in some process.
+        stop = bool(received) or is_orphaned(launcher)
+        loss, broken, overflow, stop = exchange(accelerator, step_loss, grad_norm, stop)
+        if not broken:
+            optimizer.step()
+            optimizer.zero_grad()
+            if not overflow:  # else fp16's scaler skipped the step; its own report misses that of a fused optimizer
+                lr_scheduler.step()
+                update_average(args, accelerator, run, parameters)
+            run.progress["global_step"] = step + 1
+            run.progress["losses"].append(loss)
+        done = run.progress["global_step"]
+
+        # Log
+        if not broken:
+            images_per_second = samples_in_step(counts, step) / (time.perf_counter() - started)
+            bar.set_postfix(loss=f"{loss:.4f}", images_per_second=f"{images_per_second:.1f}", refresh=False)
+            if done % args.logging_steps == 0 or done == counts.last_step:
+                norm = None if overflow else grad_norm.item()
+                log_losses(accelerator, run, lr_scheduler.get_last_lr()[0], norm, images_per_second)
+
+        # Save and look
+        if stop or broken or done % args.checkpointing_steps == 0:
+            if accelerator.is_main_process:
+                # After a broken step none is removed: the last good one may be an older one.
+                limit = None if broken else args.checkpoints_total_limit
+                save_checkpoint(run, functools.partial(write_torch_state, run), limit)
+            accelerator.wait_for_everyone()
+        if stop or broken:
+            leave(accelerator, run, broken, received)
+        if done % validation_steps == 0 or done == counts.last_step:
+            look()
+
+
+@contextlib.contextmanager
+def without_sync(accelerator, models):
+    """Leaves the gradients of `models` in each process, to be shared later."""
+    with contextlib.ExitStack() as stack:
+        for model in models:
+            stack.enter_context(accelerator.no_sync(model))
+        yield
+
+
+def exchange(accelerator, loss, grad_norm, stop):
+    """The step's one exchange between processes: the sum of their losses, and in how many of them loss or gradient is
+    not finite, the gradient is not (which is for fp16's scaler to mend), a stop is asked for."""
+    overflow = ~torch.isfinite(grad_norm)
+    broken = ~torch.isfinite(loss) | (overflow & (accelerator.mixed_precision != "fp16"))
+    flags = torch.stack([loss, broken.float(), overflow.float(), torch.full_like(loss, stop)])
+    return accelerator.reduce(flags, reduction="sum").tolist()
+
+
+def update_average(args, accelerator, run, parameters):
+    """Moves the average of the weights, if there is one, towards the parameters."""
+    ema = run.state.get("ema")
+    if ema:
+        ema.to(accelerator.device)
+        ema.step(parameters)
+        if args.offload_ema:
+            ema.to("cpu")
+
+
+def use_average(run, parameters):
+    """Puts the averaged weights, if there are any, into the models: those are the result."""
+    if "ema" in run.state:
+        run.state["ema"].copy_to(parameters)
+
+
+# ------------------------------------------------------------------------------------------------------------- batches
+def count_steps(args, num_images, num_processes):
+    """Counts the samples of a step and the steps of a run; the last step of an epoch may be short."""
+    samples_per_pass = args.train_batch_size * num_processes
+    samples_per_step = samples_per_pass * args.gradient_accumulation_steps
+    steps_per_epoch = math.ceil(num_images / samples_per_step)
+    last_step = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+    return StepCounts(num_images, samples_per_pass, samples_per_step, steps_per_epoch, last_step)
+
+
+def samples_in_step(counts, step):
+    """How many samples a step has: fewer in the last one of an epoch."""
+    taken = step % counts.steps_per_epoch * counts.samples_per_step
+    return min(counts.samples_per_step, counts.num_images - taken)
+
+
+def passes_in_step(counts, step):
+    """How many forward passes a step has: fewer in the last one of an epoch."""
+    return math.ceil(samples_in_step(counts, step) / counts.samples_per_pass)
+
+
+def micro_batches(counts, num_processes, process_index, seed, first_step):
+    """Yields this process's lists of (epoch, index, weight), one per pass of the steps from `first_step` on. An epoch
+    is a permutation by (seed, epoch), cut into steps, the last of which may be short. The weights of a step sum to 1
+    over all processes and passes; a process without a sample in a pass gets one of weight 0."""
+    per_pass, per_step = counts.samples_per_pass, counts.samples_per_step
+    batch_size = per_pass // num_processes
+    for step in range(first_step, counts.last_step):
+        epoch, step_in_epoch = divmod(step, counts.steps_per_epoch)
+        if step == first_step or step_in_epoch == 0:
+            order = random_numbers(seed, ORDER, epoch).permutation(counts.num_images).tolist()
+        samples = order[step_in_epoch * per_step :][:per_step]
+        for start in range(0, len(samples), per_pass):
+            mine = samples[start + process_index * batch_size :][:batch_size]
+            yield [(epoch, index, 1 / len(samples)) for index in mine] or [(epoch, samples[0], 0.0)]
+
+
+# ---------------------------------------------------------------------------------------------------------- randomness
+def random_numbers(seed, stream, *place):
+    """A generator of the numbers of a stream at a place, such as an epoch and an index: the same in every process,
+    worker and run."""
+    return np.random.default_rng((seed, stream, *place))
+
+
+# ------------------------------------------------------------------------------------------------------------- dataset
+def check_data(args, folder_flag):
+    """Lists what is wrong with where the images are; `folder_flag` names the flag for a folder."""
+    problems, folder = [], getattr(args, folder_flag)
+    source = folder or args.dataset_name
+    if bool(args.dataset_name) == bool(folder):
+        problems.append(f"--{folder_flag}={folder}: give this or --dataset_name, not both")
+    if args.image_column != "image" and not args.dataset_name:
+        problems.append(
+            f"--image_column={args.image_column}: does nothing without --dataset_name; add that or drop this"
+        )
+    if folder and not os.path.isdir(folder):
+        problems.append(f"--{folder_flag}={folder}: does not exist, or is no folder")
+    if source and Path(args.output_dir).resolve().is_relative_to(Path(source).resolve()):
+        problems.append(
+            f"--output_dir={args.output_dir}: lies in the folder of the images, or below its name; put it elsewhere"
+        )
     return problems
 
 
-# ------------------------------------------------------------------------------------------------------------ data
+def load_data(args, folder, default_caption=None, repeats=1):
+    """Reads, checks and splits the images in `folder`, or else those of --dataset_name; returns (training images,
+    held-out images, fingerprint of both). The held-out ones are the same for every seed, and always seen alike.
+    `default_caption` is that of images without. Raises `InputError`."""
+    tokenizer = load_tokenizer(args)
+    rows, digests = load_rows(args, tokenizer, folder, default_caption, args.max_train_samples)
+    training, held_out = split_rows(len(rows), args.num_validation_samples)
+    images = CaptionedImages(
+        rows=rows.select(np.repeat(training, repeats)),
+        tokenizer=tokenizer,
+        latent_shape=read_latent_shape(args),
+        num_timesteps=read_num_timesteps(args),
+        seed=args.seed,
+        resolution=args.resolution,
+        center_crop=args.center_crop,
+        random_flip=args.random_flip,
+        image_interpolation_mode=args.image_interpolation_mode,
+        caption_dropout=args.caption_dropout,
+        noise_offset=args.noise_offset,
+        input_perturbation=args.input_perturbation,
+    )
+    fingerprint = fingerprint_of(args.num_validation_samples, digests)
+    return images, seen_alike(images, rows.select(held_out)), fingerprint
+
+
+def seen_alike(images, rows):
+    """The images of other rows, with nothing about them that changes from epoch to epoch or with the seed."""
+    return dataclasses.replace(
+        images,
+        rows=rows,
+        seed=0,
+        center_crop=True,
+        random_flip=False,
+        caption_dropout=0,
+        noise_offset=0,
+        input_perturbation=0,
+    )
+
+
+def load_rows(args, tokenizer, folder, default_caption, max_samples=None):
+    """Reads and checks the images in `folder`, or else those of --dataset_name, or so many of them; returns the good
+    rows and a digest of each. Raises `InputError`."""
+    rows = choose_rows(read_rows(args, folder, default_caption), max_samples, args.seed)
+    memory = path_of_findings(folder or args.dataset_name, args.cache_dir)
+    return check_rows(rows, memory, args.skip_bad_images, tokenizer, args.resolution)
+
+
+def fingerprint_of(num_held_out, digests):
+    """A digest of all images and captions, and of how they are split."""
+    return hashlib.sha256(" ".join([f"{num_held_out}", *digests]).encode()).hexdigest()
+
+
+def read_rows(args, folder, default_caption):
+    """Reads a folder, or else --dataset_name, as columns `image` (undecoded) and `captions` (a list that is empty
+    where there is none). Raises `InputError`."""
+    if folder:
+        rows = read_folder(folder, args.caption_column)
+    else:
+        rows = read_dataset(args, args.dataset_name, default_caption)
+    captions = [all_captions(found) or all_captions(default_caption) for found in rows["captions"]]
+    return rows.remove_columns("captions").add_column("captions", captions)
+
+
+def choose_rows(rows, max_samples, seed):
+    """At most so many of the rows, drawn by the seed, in their order; all of them for None."""
+    order = random_numbers(seed, SUBSET).permutation(len(rows))
+    return rows.select(np.sort(order[:max_samples]))
+
+
+def split_rows(num_rows, num_held_out):
+    """The indices of the rows to train on and of those held out, which no seed changes. Raises `InputError`."""
+    if num_held_out >= num_rows:
+        raise InputError(f"--num_validation_samples={num_held_out}: must leave some of {num_rows} images")
+    order = np.random.default_rng(HELD_OUT).permutation(num_rows)
+    return np.sort(order[num_held_out:]), np.sort(order[:num_held_out])
+
+
 def read_folder(folder, caption_column):
     """Reads a folder into rows of `image` and `captions`, from metadata.jsonl or .csv or a .txt beside the image. What
     is missing gives a row too, so that the check names it. Raises `InputError` for what cannot be read as text."""
-    folder, closed, columns = Path(os.path.abspath(folder)), [], set()
-    files = sorted(Path(at, name) for at, below, names in os.walk(folder, onerror=closed.append)
-                   for name in [*names, *(name for name in below if os.path.islink(Path(at, name)))])
-    if closed:
-        raise InputError(f"{closed[0].filename}: cannot be searched ({closed[0].strerror}); grant access")
-    captions = {path: [] for path in files if path.suffix.lower() in IMAGE_SUFFIXES
-                and not any(part.startswith(".") for part in path.relative_to(folder).parts)}
-    metadata = [path for path in files if path.name in ("metadata.jsonl", "metadata.csv")]
+    folder = Path(os.path.abspath(folder))
+    files = list_files(folder)
+    captions = {path: [] for path in files if is_image_file(path, folder)}
+    metadata = [path for path in files if path.name in METADATA_NAMES]
     if not captions:
         raise InputError(f"the folder {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}); name another")
+    columns = set()
     for path in metadata:
-        number = 1
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-            rows = map(json.loads, filter(str.strip, text.split("\n")))  # JSON may hold other line ends
-            for row in rows if path.suffix == ".jsonl" else csv.DictReader(io.StringIO(text), strict=True):
-                file = Path(os.path.abspath(path.parent / row["file_name"]))
-                captions.setdefault(file, []).extend(all_captions(row.get(caption_column)))
-                if None in row:
-                    raise ValueError("too many cells: put captions with commas in quotes")
-                number, columns = number + 1, columns | row.keys()
-        except (ValueError, TypeError, KeyError, AttributeError, csv.Error) as error:
-            raise InputError(f"{path}: row {number} is not a file_name and a caption in UTF-8 ({error!r})") from None
+        for row in read_metadata(path, caption_column):
+            captions.setdefault(row["file"], []).extend(row["captions"])
+            columns |= row["columns"]
     if metadata and caption_column not in columns:
         raise InputError(f"{metadata[0]}: has no {caption_column!r} but {sorted(columns)}; set --caption_column")
     for image in [image for image, found in captions.items() if not found]:
-        beside = image.with_suffix(".txt")
-        try:
-            captions[image] += [beside.read_text("utf-8-sig").strip()] if beside.is_file() else []
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{beside}: cannot be read as UTF-8 ({last_line(error)}); convert or remove it") from None
-    if aside := [path.name for path in sorted({*files} - {*captions, *metadata}) if path.suffix != ".txt"]:
+        captions[image] += read_caption_beside(image)
+    known = {*captions, *metadata}
+    if aside := [path.name for path in files if path not in known and path.suffix != ".txt"]:
         print(f"Left aside in {folder}: {len(aside)} files of other kinds, such as {', '.join(aside[:5])}.")
-    if odd := [name for name in map(str, captions) if name != name.encode("utf-8", "replace").decode("utf-8")]:
+    names = [str(path) for path in captions]
+    if odd := [name for name in names if name != name.encode("utf-8", "replace").decode("utf-8")]:
         raise InputError(f"{odd[0]!a}: its name is not UTF-8; rename it")
     rows = [{"image": str(path), "captions": found} for path, found in sorted(captions.items())]
     return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image(decode=False))
 
 
-def read_dataset(name, config_name, image_column, caption_column, cache_dir, token, default_caption=None):
-    """Loads the train split of a dataset as columns `image` (undecoded) and `captions`. Raises `InputError`."""
+def list_files(folder):
+    """The files in a folder and below it, sorted; linked folders are listed, not entered. Raises `InputError`."""
+    closed, files = [], []
+    for place, below, names in os.walk(folder, onerror=closed.append):
+        links = [name for name in below if os.path.islink(Path(place, name))]
+        files += [Path(place, name) for name in [*names, *links]]
+    if closed:
+        raise InputError(f"{closed[0].filename}: cannot be searched ({closed[0].strerror}); grant access")
+    return sorted(files)
+
+
+def read_metadata(path, caption_column):
+    """The rows of a metadata.jsonl or .csv: a list of the image's absolute path, its captions, the columns' names and
+    the row itself, as `file`, `captions`, `columns` and `row`. Raises `InputError`, which names the row."""
+    found = []
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".jsonl":  # lines end by a line feed alone: JSON may hold other line ends
+            rows = map(json.loads, filter(str.strip, text.split("\n")))
+        else:
+            rows = csv.DictReader(io.StringIO(text), strict=True)
+        for row in rows:
+            file = Path(os.path.abspath(path.parent / row["file_name"]))
+            captions = all_captions(row.get(caption_column))
+            if None in row:
+                raise ValueError("too many cells: put captions with commas in quotes")
+            found.append({"file": file, "captions": captions, "columns": row.keys(), "row": row})
+    except (ValueError, TypeError, KeyError, AttributeError, csv.Error) as error:
+        number = len(found) + 1
+        raise InputError(f"{path}: row {number} is not a file_name and a caption in UTF-8 ({error!r})") from None
+    return found
+
+
+def read_caption_beside(image):
+    """The caption in the .txt beside an image, as a list that is empty if there is none. Raises `InputError`."""
+    beside = image.with_suffix(".txt")
+    try:
+        return [beside.read_text("utf-8-sig").strip()] if beside.is_file() else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{beside}: cannot be read as UTF-8 ({last_line(error)}); convert or remove it") from None
+
+
+def all_captions(captions):
+    """The usable captions of a row that holds a string or a list of them. Raises `ValueError` for half a character."""
+    captions = captions if isinstance(captions, list) else [captions]
+    return [caption for caption in captions if isinstance(caption, str) and caption.encode() and caption.strip()]
+
+
+def read_dataset(args, name, default_caption=None):
+    """Loads the train split of a dataset, on the Hub or local, as columns `image` (undecoded) and `captions`; `args`
+    name its columns and configuration. Raises `InputError`."""
     # A local folder of image files is not for `datasets`, which drops images without a caption in silence.
     if any(path.suffix.lower() in IMAGE_SUFFIXES for path in Path(name).rglob("*")):
-        if (config_name, image_column) != (None, "image"):
+        if (args.dataset_config_name, args.image_column) != (None, "image"):
             raise InputError(f"--dataset_name={name}: holds images; drop --dataset_config_name and --image_column")
-        return read_folder(name, caption_column)
+        return read_folder(name, args.caption_column)
+    image_column, caption_column = args.image_column, args.caption_column
     try:
-        saved = Path(name, "state.json").is_file() and not config_name  # by save_to_disk
-        dataset = datasets.load_from_disk(name) if saved else datasets.load_dataset(
-            name, config_name, split="train", cache_dir=cache_dir, token=token)
+        if Path(name, "state.json").is_file() and not args.dataset_config_name:  # by save_to_disk
+            dataset = datasets.load_from_disk(name)
+        else:
+            dataset = datasets.load_dataset(
+                name, args.dataset_config_name, split="train", cache_dir=args.cache_dir, token=args.hub_token
+            )
         if default_caption and caption_column == "text" and "text" not in dataset.column_names:
             dataset = dataset.add_column(caption_column, [default_caption] * len(dataset))
         dataset = dataset.select_columns([image_column, caption_column])
         dataset = dataset.rename_columns({image_column: "image", caption_column: "captions"})
         return dataset.cast_column("image", datasets.Image(decode=False))
     except Exception as error:  # arrow has one for every pair of types
-        raise InputError(f"--dataset_name={name}: cannot be loaded; check it, --dataset_config_name, --image_column="
-                         f"{image_column} and --caption_column={caption_column} ({last_line(error)})") from None
+        raise InputError(
+            f"--dataset_name={name}: cannot be loaded; check it, --dataset_config_name, --image_column={image_column} "
+            f"and --caption_column={caption_column} ({last_line(error)})"
+        ) from None
+
+
+def check_rows(rows, memory, skip_bad_images, tokenizer, resolution):
+    """Checks every image and caption; returns the good rows and a digest of each one's content and captions. Raises
+    one `InputError` for all others, unless `skip_bad_images`; warns of small images and of captions that are cut."""
+    bad, small, cut, digests = [], [], [], {}
+    captions = list(rows["captions"])
+    for index, (digest, width, height, problem) in enumerate(check_images(rows, memory)):
+        if not problem and not captions[index]:
+            problem = NO_CAPTION
+        if problem:
+            bad.append(f"{name_of(rows, index)}: {problem}")
+            continue
+        if min(width, height) < resolution:
+            small.append(f"{name_of(rows, index)}: {width} x {height}")
+        num_tokens = max(map(len, tokenizer(captions[index], verbose=False).input_ids))
+        if num_tokens > tokenizer.model_max_length:
+            cut.append(f"{max(captions[index], key=len)[:80]}...")
+        digests[index] = hashlib.sha256(json.dumps([digest, captions[index]]).encode()).hexdigest()
+
+    leave_out(bad, len(rows), may_leave_out=skip_bad_images and bool(digests))
+    warn(f"images are smaller than --resolution={resolution} and are enlarged", small)
+    warn(f"captions have more than {tokenizer.model_max_length} tokens and are cut", cut)
+    return rows.select(list(digests)), list(digests.values())
+
+
+def name_of(rows, index):
+    """What a row's image is called: its path, or the row's number where a dataset holds the image itself."""
+    return (rows[index]["image"] or {}).get("path") or f"row {index}"
+
+
+def warn(what, found):
+    """Warns of what was found, by number and the first five."""
+    if found:
+        print("\n  ".join([f"Warning: {len(found)} {what}, such as", *found[:5]]))
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+def new_run(args, counts, state, precision, fingerprints):
+    """A run at its start. `fingerprints` are digests, by name, of what the run is trained on."""
+    settings = {
+        **vars(args),
+        **fingerprints,
+        "hub_token": None,
+        "mixed_precision": precision,
+        "peak_learning_rate": peak_learning_rate(args, counts.samples_per_step),
+        "samples_per_step": counts.samples_per_step,
+        "schedule_steps": None if args.lr_scheduler.startswith("constant") else counts.last_step,
+        "state": [*state],
+    }
+    progress = {"global_step": 0, "base_losses": None, "losses": []}
+    return Run(Path(args.output_dir), settings, progress, state, counts)
+
+
+def list_checkpoints(output_dir):
+    """The whole checkpoints of a run, oldest first; half-written ones have another name or no progress.json."""
+    found = [path.parent for path in Path(output_dir).glob("checkpoint-*/progress.json")]
+    numbered = {path: path.name.removeprefix("checkpoint-") for path in found}
+    whole = [path for path, number in numbered.items() if number.isdigit()]
+    return sorted(whole, key=lambda path: int(numbered[path]))
+
+
+def find_checkpoint(output_dir, wanted):
+    """The checkpoint that `wanted` means: a folder in `output_dir`, a path, or the "latest"; None if there is none."""
+    if wanted is None:
+        return None
+    if wanted == "latest":
+        checkpoints = list_checkpoints(output_dir)
+        return checkpoints[-1] if checkpoints else None
+    inside = Path(output_dir, wanted)
+    return inside if inside.is_dir() else Path(wanted)
+
+
+def save_checkpoint(run, write_state, total_limit):
+    """Writes checkpoint-N beside its place, then renames it; only then do older ones beyond `total_limit` go.
+    `write_state(folder)` writes the run's state. For one process alone."""
+    final = run.output_dir / f"checkpoint-{run.progress['global_step']}"
+    if (final / "progress.json").exists():  # a step broke just after a save
+        return
+    partial = final.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a save that was killed
+    partial.mkdir()
+    write_state(partial)
+    for name, content in (("args", run.settings), ("progress", run.progress)):
+        (partial / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.sync()  # files before names, or a crash could leave a whole name with half a file
+    partial.rename(final)
+    surplus = list_checkpoints(run.output_dir)[:-total_limit] if total_limit else []
+    for old in surplus:
+        shutil.rmtree(old.rename(old.with_suffix(".partial")))  # which is what a kill would leave of it
+
+
+def write_torch_state(run, folder):
+    """Writes the state of what was made by PyTorch into a checkpoint's folder."""
+    torch.save({name: part.state_dict() for name, part in run.state.items()}, folder / "state.pt")
+
+
+def read_checkpoint(checkpoint, read_state):
+    """Returns (settings, progress, state) in a checkpoint, the state as `read_state(folder)` reads it. Raises
+    `InputError`."""
+    try:
+        settings = json.loads((checkpoint / "args.json").read_text())
+        progress = json.loads((checkpoint / "progress.json").read_text())
+        return settings, progress, read_state(checkpoint)
+    except Exception as error:  # torch and safetensors have one for every way of being broken
+        told = f"{checkpoint} is damaged, or of another script; name another ({last_line(error)})"
+        raise InputError(f"--resume_from_checkpoint: {told}") from None
+
+
+def read_torch_state(folder):
+    """The state in a checkpoint's folder, by name, as tensors in the CPU's memory."""
+    return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+
+
+def compare_settings(run, checkpoint, before, free, fixed):
+    """Returns the names of settings that were others `before`, in the checkpoint. Those in `free` may differ. Others
+    change the result: they raise `InputError`, or are told and take effect if --allow_changed_resume allows that, but
+    not those in `fixed`, with which the state would not fit."""
+    settings = run.settings
+    changed = {}
+    for name, value in settings.items():
+        if name not in free and before.get(name) != value:
+            changed[name] = f"{name}: {before.get(name)} there, {value} now"
+    cannot_change = changed.keys() & fixed
+    remedy = "use those" if cannot_change else "use those, or add --allow_changed_resume"
+    told = "\n  ".join([f"{checkpoint} was made under other settings; {remedy}", *changed.values()])
+    if cannot_change or (changed and not settings["allow_changed_resume"]):
+        raise InputError(f"--resume_from_checkpoint: {told}")
+    if changed:
+        print(told)
+    return changed.keys()
+
+
+def take_progress(run, checkpoint, progress, changed):
+    """Sets the run's progress to the checkpoint's. Raises `InputError` if that is beyond the last step."""
+    if progress["global_step"] > run.counts.last_step:
+        raise InputError(f"--max_train_steps: {checkpoint} is beyond the last step, {run.counts.last_step}; raise it")
+    task = {"captioned_images", "image_interpolation_mode", "prediction_type", "rescale_betas_zero_snr", "resolution"}
+    if changed & task:  # held-out losses are of other images, or of another objective
+        progress["base_losses"] = None
+    run.progress = progress
+
+
+def resume(run, checkpoint, free, fixed):
+    """Loads a checkpoint into the run, made by PyTorch; `free` and `fixed` as in `compare_settings`. Raises
+    `InputError`."""
+    before, progress, saved = read_checkpoint(checkpoint, read_torch_state)
+    changed = compare_settings(run, checkpoint, before, free, fixed)
+    take_progress(run, checkpoint, progress, changed)
+    # Rates and decays are those asked for now, which are the checkpoint's unless they were changed.
+    asked = {"param_groups", "base_lrs", "decay", "use_ema_warmup"}
+    for name, part in run.state.items():
+        now = part.state_dict()
+        saved[name].update({key: now[key] for key in now.keys() & asked})
+        part.load_state_dict(saved[name])
+    optimizer, lr_scheduler = run.state["optimizer"], run.state["lr_scheduler"]
+    for group, factor in zip(optimizer.param_groups, lr_scheduler.lr_lambdas, strict=True):
+        group["lr"] = group["initial_lr"] * factor(lr_scheduler.last_epoch)
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+def last_line(error):
+    """The last line of an exception's text, for a message of one line."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1][:200]
+
+
+def raise_problems(problems):
+    """Raises one `InputError` that lists all problems, if there are any."""
+    if len(problems) == 1:
+        raise InputError(problems[0])
+    if problems:
+        raise InputError("\n  ".join(["", *problems]))
+
+
+@contextlib.contextmanager
+def told_to_user(program, speaks=True, errors=InputError, stopped=None):
+    """Ends the process with status 2 and the message after an `InputError`, or the class or classes `errors`; after
+    Ctrl-C with the status of SIGINT and the line `stopped`. Of several processes only the one that `speaks` prints:
+    the others would say the same."""
+    try:
+        with contextlib.redirect_stdout(sys.stdout if speaks else io.StringIO()):
+            yield
+    except errors as error:
+        if speaks:
+            print(f"{program}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        if speaks:
+            print(stopped or f"{program}: stopped before the first step", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+def existing_place(path):
+    """The path itself, or the nearest folder above it that exists."""
+    path = Path(path).resolve()
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
+def copy_mode(source, files):
+    """Gives files, which safetensors makes for their owner alone, the permissions of another file."""
+    for path in files:
+        shutil.copymode(source, path)
+
+
+# ----------------------------------------------------------------------------------------------------------- arguments
+def checked(text, kind, accepts, accepted):
+    """The number that `text` is, of this kind, for the `type` of a flag, whose help gives the interval too. Raises
+    `argparse.ArgumentTypeError`, which says what is accepted."""
+    try:
+        number = kind(text)
+    except ValueError:
+        number = math.nan  # which no comparison accepts
+    if not accepts(number):
+        raise argparse.ArgumentTypeError(f"must be {accepted}, not {text!r}")
+    return number
+
+
+def positive_int(text):
+    """A whole number in [1, inf)."""
+    return checked(text, int, lambda number: number >= 1, "a whole number in [1, inf)")
+
+
+def non_negative_int(text):
+    """A whole number in [0, inf)."""
+    return checked(text, int, lambda number: number >= 0, "a whole number in [0, inf)")
+
+
+def positive_float(text):
+    """A number in (0, inf)."""
+    return checked(text, float, lambda number: 0 < number < math.inf, "in (0, inf)")
+
+
+def positive_float_or_inf(text):
+    """A number in (0, inf]."""
+    return checked(text, float, lambda number: number > 0, "in (0, inf]")
+
+
+def non_negative_float(text):
+    """A number in [0, inf)."""
+    return checked(text, float, lambda number: 0 <= number < math.inf, "in [0, inf)")
+
+
+def fraction(text):
+    """A number in [0, 1]."""
+    return checked(text, float, lambda number: 0 <= number <= 1, "in [0, 1]")
+
+
+def fraction_below_one(text):
+    """A number in [0, 1)."""
+    return checked(text, float, lambda number: 0 <= number < 1, "in [0, 1)")
+
+
+def random_seed(text):
+    """A whole number in [0, 9e18], which every generator takes."""
+    return checked(text, int, lambda number: 0 <= number <= 9e18, "a whole number in [0, 9e18]")
+
+
+def new_parser(description, usage):
+    """A parser that takes no shortened flags, and leaves it to `parse_flags` to tell what is wrong."""
+    return argparse.ArgumentParser(
+        usage=usage,
+        description=description.split("\n")[0],
+        allow_abbrev=False,
+        exit_on_error=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+
+
+def add_model_arguments(parser):
+    """Adds which base model is read, and from where."""
+    add = parser.add_argument_group("model").add_argument
+    add("--pretrained_model_name_or_path", help="pipeline folder, Hub id, or original .ckpt/.safetensors file")
+    add("--revision", help="branch, tag or commit of the model on the Hub")
+    add("--variant", help="variant of the weight files, such as fp16")
+    add("--single_file_config", help="pipeline folder or Hub id with the configs for a single-file model")
+    add("--cache_dir", help="where downloads and remembered checks go, instead of the Hugging Face cache")
+
+
+def add_adapter_arguments(parser, targets):
+    """Adds what the adapters of LoRA are like; `targets` are the choices of layers."""
+    add = parser.add_argument_group("adapters").add_argument
+    add("--rank", type=positive_int, default=4, help="rank of the adapters [1, inf)")
+    add("--lora_alpha", type=positive_float, help="scale of the adapters times the rank; default: the rank (0, inf)")
+    add(
+        "--lora_dropout",
+        type=fraction_below_one,
+        default=0.0,
+        help="share of the adapters' inputs that is dropped [0, 1)",
+    )
+    add("--use_rslora", **SWITCH, help="scale by alpha / sqrt(rank) instead of alpha / rank")
+    add("--use_dora", **SWITCH, help="train the magnitude of the weights apart from their direction")
+    add("--lora_target", default="attention", choices=targets, help="layers with adapters")
+    add("--train_text_encoder", **SWITCH, help="adapters on the text encoder too")
+    add(
+        "--text_encoder_lr",
+        type=positive_float,
+        help="default: --learning_rate; needs --train_text_encoder (0, inf)",
+    )
+    add("--init_lora_weights", metavar="PATH", help="go on from such a file of this script, or its folder")
+    add("--output_kohya_format", **SWITCH, help="write the adapter as A1111, Forge and ComfyUI read it too")
+    add("--kohya_file_name", help="name of that file; default: that of --output_dir; needs --output_kohya_format")
+
+
+def add_subject_arguments(parser):
+    """Adds the photos of a subject to train on, and what is done to them."""
+    add = parser.add_argument_group("data").add_argument
+    add("--instance_data_dir", help="folder of the subject's photos, maybe with captions as for text-to-image")
+    add("--instance_prompt", help="caption of photos that have none, with a rare word: a photo of sks dog")
+    add("--repeats", type=positive_int, default=1, help="times that each photo counts in an epoch [1, inf)")
+    add_dataset_arguments(add)
+    add_transform_arguments(add)
+
+
+def add_dataset_arguments(add):
+    """Adds, to the group whose method `add` is, where a dataset is read from and which of its rows are used."""
+    add("--dataset_name", help="dataset on the Hub, or a local path that `datasets` can load")
+    add("--dataset_config_name", help="configuration of that dataset; needs --dataset_name")
+    add("--image_column", default="image", help="column of its images; needs --dataset_name")
+    add("--caption_column", default="text", help="column with a caption, or a list of them: one is drawn per epoch")
+    add("--max_train_samples", type=positive_int, help="use so many images, drawn by the seed [1, inf)")
+    add("--skip_bad_images", **SWITCH, help="go on without images that cannot be used, instead of stopping")
+
+
+def add_transform_arguments(add):
+    """Adds, to the group whose method `add` is, what is done to images and captions."""
+    add(
+        "--resolution",
+        type=positive_int,
+        default=512,
+        help="side of the square training images in pixels [1, inf)",
+    )
+    add("--center_crop", **SWITCH, help="crop the centre, not a random place")
+    add("--random_flip", **SWITCH, help="mirror half of the images, drawn anew each epoch")
+    filters = [kind.name.lower() for kind in Image.Resampling]
+    add("--image_interpolation_mode", default="lanczos", choices=filters, help="filter for resizing")
+    add("--caption_dropout", type=fraction, default=0.0, help="share of captions replaced by the empty one [0, 1]")
+
+
+def add_class_arguments(parser):
+    """Adds the images of the subject's class, for prior preservation."""
+    add = parser.add_argument_group("prior preservation").add_argument
+    add("--with_prior_preservation", **SWITCH, help="train on images of the class too, so that it stays as it was")
+    add("--class_data_dir", help="their folder; the base draws what is missing; needs --with_prior_preservation")
+    add("--class_prompt", help="their caption: a photo of a dog; needs --with_prior_preservation")
+    add(
+        "--num_class_images",
+        type=positive_int,
+        help="how many; 100 if not given; needs --with_prior_preservation [1, inf)",
+    )
+    add(
+        "--sample_batch_size",
+        type=positive_int,
+        help="how many at once, or 4; needs --with_prior_preservation [1, inf)",
+    )
+    add(
+        "--prior_loss_weight",
+        type=non_negative_float,
+        help="weight of their loss, or 1; needs --with_prior_preservation [0, inf)",
+    )
+    add(
+        "--prior_generation_precision",
+        choices=["no", "fp32", "fp16", "bf16"],
+        help="as in training if not given; needs --with_prior_preservation",
+    )
+
+
+def add_objective_arguments(parser):
+    """Adds what the UNet is to predict, from which noise, and how its losses are weighted."""
+    add = parser.add_argument_group("objective").add_argument
+    add("--prediction_type", choices=["epsilon", "v_prediction"], help="what the UNet predicts; default: the model's")
+    add("--snr_gamma", type=positive_float, help="min-SNR loss weights with this gamma; 5.0 in the paper (0, inf)")
+    add(
+        "--noise_offset",
+        type=non_negative_float,
+        default=0.0,
+        help="scale of noise that shifts channels; 0.05 is common [0, inf)",
+    )
+    add(
+        "--input_perturbation",
+        type=non_negative_float,
+        default=0.0,
+        help="scale of extra input noise; 0.1 in the paper [0, inf)",
+    )
+    add("--rescale_betas_zero_snr", **SWITCH, help="rescale the schedule to zero terminal SNR; needs v_prediction")
+
+
+def add_optimization_arguments(parser):
+    """Adds the optimizer, its learning rate, the batch, the length of the run, and the average of the weights."""
+    from diffusers.optimization import (
+        SchedulerType,  # not above: it takes seconds
+    )
+
+    add = parser.add_argument_group("optimization").add_argument
+    add("--learning_rate", type=positive_float, default=1e-4, help="initial learning rate (0, inf)")
+    add("--scale_lr", **SWITCH, help="multiply the learning rate by batch size, accumulation steps and processes")
+    add("--lr_scheduler", default="constant", choices=[kind.value for kind in SchedulerType], help="its schedule")
+    add(
+        "--lr_warmup_steps",
+        type=non_negative_int,
+        default=0,
+        help="steps in which the learning rate rises from 0 [0, inf)",
+    )
+    add(
+        "--lr_num_cycles",
+        type=positive_int,
+        help="cycles, 1 if not given; needs --lr_scheduler=cosine_with_restarts [1, inf)",
+    )
+    add(
+        "--lr_power",
+        type=positive_float,
+        help="power, 1 if not given; needs --lr_scheduler=polynomial (0, inf)",
+    )
+    add("--lr_step_rules", help="factor:until_step,...,last factor: 1:10,0.1; needs --lr_scheduler=piecewise_constant")
+    add("--train_batch_size", type=positive_int, default=16, help="images per forward pass and process [1, inf)")
+    add(
+        "--gradient_accumulation_steps",
+        type=positive_int,
+        default=1,
+        help="forward passes per optimizer step [1, inf)",
+    )
+    add("--gradient_checkpointing", **SWITCH, help="compute activations twice: slower, less memory")
+    add(
+        "--num_train_epochs",
+        type=positive_int,
+        default=100,
+        help="passes over the images, unless --max_train_steps [1, inf)",
+    )
+    add("--max_train_steps", type=positive_int, help="optimizer steps [1, inf)")
+    add(
+        "--max_grad_norm",
+        type=positive_float_or_inf,
+        default=1.0,
+        help="clip the gradient's norm to this; inf: no clipping (0, inf]",
+    )
+    add("--adam_beta1", type=fraction_below_one, default=0.9, help="AdamW's beta1 [0, 1)")
+    add("--adam_beta2", type=fraction_below_one, default=0.999, help="AdamW's beta2 [0, 1)")
+    add("--adam_weight_decay", type=non_negative_float, default=1e-2, help="AdamW's weight decay [0, inf)")
+    add("--adam_epsilon", type=positive_float, default=1e-8, help="AdamW's epsilon (0, inf)")
+    add("--use_ema", **SWITCH, help="average the weights over the steps; samples and result use the average")
+    add("--ema_decay", type=fraction, help="highest decay of the average; 0.9999 if not given; needs --use_ema [0, 1]")
+    add("--ema_warmup", **SWITCH, help="raise the decay slowly, as 1 - (1 + step) ** -2/3; needs --use_ema")
+
+
+def add_memory_arguments(parser):
+    """Adds what makes training in PyTorch faster or smaller."""
+    add = parser.add_argument_group("memory and speed").add_argument
+    add(
+        "--mixed_precision",
+        choices=["no", "fp16", "bf16"],
+        help="precision of passes; default: accelerate's config",
+    )
+    add("--use_8bit_adam", **SWITCH, help="AdamW with 8-bit state, by bitsandbytes")
+    add("--offload_ema", **SWITCH, help="keep the average in CPU memory between steps; needs --use_ema")
+    add("--foreach_ema", **SWITCH, help="update the average with fused operations; needs --use_ema")
+    add("--enable_xformers_memory_efficient_attention", **SWITCH, help="xFormers' attention instead of torch's")
+    add("--allow_tf32", **SWITCH, help="TensorFloat-32 matrix products, on GPUs that have them")
+    add(
+        "--dataloader_num_workers",
+        type=non_negative_int,
+        default=0,
+        help="processes that load images; 0: the main one [0, inf)",
+    )
+
+
+def add_output_arguments(parser):
+    """Adds where results, checkpoints and logs go."""
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", help="where everything is written")
+    add("--overwrite_output_dir", **SWITCH, help="write over the run in --output_dir and remove its checkpoints")
+    add(
+        "--save_precision", default="no", choices=["no", "fp16", "bf16"], help="half precision of what is saved, or no"
+    )
+    add(
+        "--checkpointing_steps", type=positive_int, default=500, help="write a checkpoint every so many steps [1, inf)"
+    )
+    add("--checkpoints_total_limit", type=positive_int, help="keep only so many checkpoints, the newest [1, inf)")
+    add("--resume_from_checkpoint", metavar="PATH|latest", help="go on from a checkpoint, if there is a latest")
+    add("--allow_changed_resume", **SWITCH, help="though the result will change; needs --resume_from_checkpoint")
+    add("--report_to", default="tensorboard", help="tracker of accelerate's (tensorboard, wandb, ...), all or none")
+    add("--tracker_project_name", default="text2image-fine-tune", help="project name in the tracker")
+    add("--logging_dir", default="logs", help="folder for the tracker's files, in --output_dir")
+    add("--logging_steps", type=positive_int, default=10, help="log the mean loss every so many steps [1, inf)")
+    add("--push_to_hub", **SWITCH, help="upload the result to the Hub")
+    add("--hub_model_id", help="repository to upload to; default: the name of --output_dir; needs --push_to_hub")
+    add("--hub_token", help="token for dataset and upload; default: the one that `hf auth login` stored")
+    add("--hub_private_repo", **SWITCH, help="make the repository private; needs --push_to_hub")
+
+
+def add_subject_validation_arguments(parser):
+    """Adds the prompt to draw samples for, several of it, and the photos held out to measure the loss on."""
+    add = parser.add_argument_group("validation").add_argument
+    add("--validation_prompt", help="prompt to draw samples for: the subject in a new setting")
+    add(
+        "--num_validation_images",
+        type=positive_int,
+        help="how many; 4 if not given; needs --validation_prompt [1, inf)",
+    )
+    add_held_out_arguments(add, "--validation_prompt")
+
+
+def add_held_out_arguments(add, prompt_flag):
+    """Adds, to the group whose method `add` is, the images held out and how often the run is looked at."""
+    add(
+        "--num_validation_samples",
+        type=non_negative_int,
+        default=0,
+        help="images held out, to measure the loss on [0, inf)",
+    )
+    add(
+        "--validation_steps",
+        type=positive_int,
+        help=f"draw and measure every so many, or 500; needs {prompt_flag} or --num_validation_samples [1, inf)",
+    )
+
+
+def add_run_arguments(parser):
+    """Adds seed, configuration file and trial."""
+    add = parser.add_argument_group("run").add_argument
+    add("--seed", type=random_seed, default=0, help="seed of everything that is drawn at random [0, 9e18]")
+    add("--config", metavar="FILE.yaml", help="flags by name, maybe under `training:`; the command line wins")
+    add("--dry_run", **SWITCH, help="check everything, print the plan and stop")
+
+
+def parse_flags(parser, argv, replaced_flags):
+    """Parses `argv`, or the command line, after the flags in its `--config`, so that argparse checks both.
+
+    Returns (args, what is wrong with them): a flag with a wrong value is told and left at its default, so that the
+    checks that follow can tell the rest. `replaced_flags` maps flags of other scripts to a remedy. `~` is expanded.
+    Ends with status 2 and the usage for flags that do not exist.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    flags = [word.split("=")[0] for word in argv]
+    if replaced := [flag for flag in flags if flag in replaced_flags]:
+        parser.error(f"{replaced[0]} is not taken: {replaced_flags[replaced[0]]}")
+    config_only = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage=parser.usage)
+    config_only.add_argument("--config")
+    config = config_only.parse_known_args(argv)[0].config
+    defaults = vars(parser.parse_args([]))
+    words = (config_words(parser, config, defaults, {"training"}, {"evaluation"}) if config else []) + argv
+    return parse_words(parser, words)
+
+
+def parse_words(parser, words, args=None):
+    """Parses the words of a command line, over what `args` hold already; returns (args, what is wrong with the words).
+    A flag with a wrong value is told and left out. `~` is expanded. Ends with status 2 for flags that do not exist."""
+    problems = []
+    while True:  # argparse ends at the first wrong value
+        try:
+            parsed = parser.parse_args(words, argparse.Namespace(**vars(args)) if args else None)
+            break
+        except argparse.ArgumentError as error:
+            problems.append(f"{error.argument_name}: {error.message}")
+            flag = flag_named(parser, error.argument_name)
+            if flag is None:
+                parser.error(str(error))
+            words = without_flag(words, flag)
+    expanded = {
+        name: os.path.expanduser(value) if isinstance(value, str) else value for name, value in vars(parsed).items()
+    }
+    return argparse.Namespace(**expanded), problems
+
+
+def config_words(parser, path, defaults, sections, other_sections):
+    """The words of a command line that say what the YAML file at `path` says: flags by name, at top level or in one of
+    `sections`. `other_sections` are for other programs. Ends with status 2 for what is none."""
+    recipe = read_config(parser, path, sections)
+    for section in sections & recipe.keys():
+        recipe |= recipe.pop(section)
+    known = defaults.keys() - {"config"}
+    if unknown := sorted(map(str, recipe.keys() - known - other_sections)):
+        parser.error(f"--config={path}: unknown key {', '.join(unknown)}; keys are the flags of --help without dashes")
+    return setting_words({key: value for key, value in recipe.items() if key in known}, defaults)
+
+
+def read_config(parser, path, sections):
+    """What the YAML file at `path` says, as a dictionary, as are those of `sections` that it has. Ends with status 2
+    for what is none."""
+    try:
+        recipe = dict(yaml.safe_load(Path(os.path.expanduser(path)).read_text("utf-8")) or {})
+        for section in sections & recipe.keys():
+            recipe[section] = dict(recipe[section] or {})
+    except (OSError, ValueError, yaml.YAMLError, TypeError) as error:
+        parser.error(f"--config={path}: is no YAML file of flags ({' '.join(str(error).split())})")
+    return recipe
+
+
+def setting_words(settings, defaults):
+    """The words of a command line that give flags the values that YAML has for them; `defaults` are the flags' own."""
+    words = []
+    for key, value in settings.items():
+        if value is None:
+            continue
+        if isinstance(value, list):
+            words += [f"--{key}", *map(str, value)]
+        elif isinstance(value, bool) and isinstance(defaults[key], bool):
+            words.append(f"--{key}" if value else f"--no-{key}")
+        elif value is False:  # YAML reads a bare `no` as false, but --mixed_precision means the word
+            words.append(f"--{key}=no")
+        else:
+            words.append(f"--{key}={value}")
+    return words
+
+
+def flag_named(parser, name):
+    """The flag that argparse calls `name` in a message, `--flag` or `--flag/--no-flag`; None for other arguments."""
+    for action in parser._actions:
+        if name and "/".join(action.option_strings) == name:
+            return action
+    return None
+
+
+def without_flag(words, flag):
+    """The words of a command line without a flag, an action of argparse, and without the values behind it."""
+    kept, num_values = [], 0  # how many values are still to be dropped
+    for word in words:
+        name, joined, _ = word.partition("=")
+        if name in flag.option_strings:
+            num_values = 0 if joined else 1 if flag.nargs is None else math.inf
+        elif word.startswith("--"):
+            num_values = 0
+            kept.append(word)
+        elif num_values:
+            num_values -= 1
+        else:
+            kept.append(word)
+    return kept
+
+
+def check_requirements(args, requires):
+    """Lists the flags that were given but do nothing without another one: `requires` maps them to that."""
+    problems = []
+    for flag, needed in requires.items():
+        value = getattr(args, flag)
+        is_given = value is not None and value is not False
+        if is_given and not getattr(args, needed):
+            problems.append(f"--{flag}={value}: does nothing without --{needed}; add that or drop this")
+    return problems
+
+
+# -------------------------------------------------------------------------------------------------------------- images
+def is_image_file(path, folder):
+    """Whether the path below `folder` has an image's suffix and is not hidden."""
+    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    return path.suffix.lower() in IMAGE_SUFFIXES and not hidden
 
 
 def open_image(encoded):
@@ -473,40 +1553,61 @@ def open_image(encoded):
         raise ValueError("floating-point pixels have no defined white")
     if image.mode.startswith("I"):  # Pillow would saturate 16-bit greys
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-    mode = {"CMYK": "CMYK", "L": "L", "LA": "L"}.get(image.mode, "RGB")  # which the profile is for
+    profiled_mode = {"CMYK": "CMYK", "L": "L", "LA": "L"}.get(image.mode, "RGB")  # which the profile is for
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert(mode)
-    if profile and b"sRGB IEC61966" not in profile.replace(b"\0", b""):  # most name that, in letters of 1 or 2 bytes
+    image = image.convert(profiled_mode)
+    is_srgb = b"sRGB IEC61966" in profile.replace(b"\0", b"")  # as most are named, in letters of 1 or 2 bytes
+    if profile and not is_srgb:
         with contextlib.suppress(ImageCms.PyCMSError):  # a viewer, too, ignores a profile that does not fit
             image = ImageCms.profileToProfile(image, io.BytesIO(profile), ImageCms.createProfile("sRGB"), 0, "RGB")
     return image.convert("RGB")
+
+
+def read_image(image):
+    """Opens an image of a dataset's undecoded column, a dictionary of `bytes` or `path`, as `open_image` does."""
+    return open_image(image["bytes"] or Path(image["path"]).read_bytes())
 
 
 def check_image(image, known):
     """Opens one image, unless `known` has it; returns a key, of path, size and time or of the content where a dataset
     holds it, and [sha256, width, height, what is wrong or ""]."""
     try:
-        if encoded := image["bytes"]:
+        encoded = image["bytes"]
+        if encoded:
             key = hashlib.sha256(encoded).hexdigest()
         else:
-            key = "{0}|{1.st_size}|{1.st_mtime_ns}".format(os.path.abspath(image["path"]), os.stat(image["path"]))
+            status = os.stat(image["path"])
+            key = f"{os.path.abspath(image['path'])}|{status.st_size}|{status.st_mtime_ns}"
         if key in known:
             return key, known[key]
         encoded = encoded or Path(image["path"]).read_bytes()
         width, height = open_image(encoded).size
-        tiny = f"{width} x {height} pixels; a side needs at least {MIN_SIDE}" if min(width, height) < MIN_SIDE else ""
-        return key, [hashlib.sha256(encoded).hexdigest(), width, height, tiny]
+        problem = ""
+        if min(width, height) < MIN_SIDE:
+            problem = f"{width} x {height} pixels; a side needs at least {MIN_SIDE}"
+        return key, [hashlib.sha256(encoded).hexdigest(), width, height, problem]
+    except FileNotFoundError:
+        problem = "there is no such file"
+    except TypeError:
+        problem = "the row holds no image"
+    except UnidentifiedImageError:
+        problem = "no image that Pillow knows"
     except Exception as error:  # damaged files raise whatever a decoder stumbles over
-        known_as = {FileNotFoundError: "there is no such file", TypeError: "the row holds no image",
-                    UnidentifiedImageError: "no image that Pillow knows"}
-        return None, ["", 0, 0, known_as.get(type(error), f"cannot be read: {error}")]
+        problem = f"cannot be read: {error}"
+    return None, ["", 0, 0, problem]
+
+
+def path_of_findings(place, cache_dir):
+    """The file that remembers the check of the images in `place`, a folder or a dataset's name."""
+    name = hashlib.sha256(os.path.abspath(place).encode()).hexdigest()[:16]
+    return Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "checked_images" / f"{name}.json"
 
 
 def check_images(rows, memory):
     """Opens every image once, in parallel, and remembers `check_image`'s findings, which it returns, in the file
-    `memory`. Of several processes the first one does it, the others read what it remembers."""
+    `memory`. Of several processes the first one does it, the others read what it remembers. Raises `InputError`."""
     try:
         memory.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{memory}.lock").acquire()
@@ -518,217 +1619,280 @@ def check_images(rows, memory):
             known = json.loads(memory.read_text(encoding="utf-8"))
         results = pool.map(lambda index: check_image(rows[index]["image"], known), range(len(rows)))
         results = list(tqdm(results, "Checking images", len(rows), unit="image", disable=None, leave=False))
-        memory.write_text(json.dumps({**known, **{key: found for key, found in results if key}}), encoding="utf-8")
-    return [found for _, found in results]
+        found = {key: finding for key, finding in results if key}
+        memory.write_text(json.dumps({**known, **found}), encoding="utf-8")
+    return [finding for _, finding in results]
 
 
-def all_captions(captions):
-    """The usable captions of a row that holds a string or a list of them. Raises `ValueError` for half a character."""
-    captions = captions if isinstance(captions, list) else [captions]
-    return [caption for caption in captions if isinstance(caption, str) and caption.encode() and caption.strip()]
+def leave_out(bad, num_images, may_leave_out, remedy=""):
+    """Tells which of so many images are left out: `bad` are lines of a path and what is wrong. Raises `InputError`
+    with these, and one more `remedy`, unless images may be left out."""
+    if not bad:
+        return
+    unusable = "\n  ".join([f"{len(bad)} of {num_images} images are unusable:", *bad[:100]])
+    if not may_leave_out:
+        raise InputError(f"{unusable}\nMend or remove them, or add --skip_bad_images{remedy}.")
+    print(f"Left out (--skip_bad_images): {unusable}")
 
 
-def check_rows(rows, memory, skip_bad_images, tokenizer, resolution):
-    """Checks every image and caption; returns the good rows and a digest of each one's content and captions. Raises
-    one `InputError` for all others, unless `skip_bad_images`; warns of small images and of captions that are cut."""
-    bad, small, cut, good = [], [], [], {}
-    captions = list(rows["captions"])
-    for index, (digest, width, height, problem) in enumerate(check_images(rows, memory)):
-        problem = problem or ("" if captions[index] else "has no caption, in metadata or a .txt beside it")
-        if problem or min(width, height) < resolution:
-            name = (rows[index]["image"] or {}).get("path") or f"row {index}"
-            (bad if problem else small).append(f"{name}: {problem or f'{width} x {height}'}")
-        if not problem:
-            good[index] = hashlib.sha256(json.dumps([digest, captions[index]]).encode()).hexdigest()
-            if max(map(len, tokenizer(captions[index], verbose=False).input_ids)) > tokenizer.model_max_length:
-                cut.append(f"{max(captions[index], key=len)[:80]}...")
-    unusable = "\n  ".join([f"{len(bad)} of {len(rows)} images are unusable:", *bad[:100]])
-    if bad and not (skip_bad_images and good):
-        raise InputError(f"{unusable}\nMend or remove them, or add --skip_bad_images.")
-    if bad:
-        print(f"Left out (--skip_bad_images): {unusable}")
-    for what, warned in ((f"images are smaller than --resolution={resolution} and are enlarged", small),
-                         (f"captions have more than {tokenizer.model_max_length} tokens and are cut", cut)):
-        if warned:
-            print("\n  ".join([f"Warning: {len(warned)} {what}, such as", *warned[:5]]))
-    return rows.select(list(good)), list(good.values())
+# -------------------------------------------------------------------------------------------------------------- models
+def quiet_libraries():
+    """Turns off the bars and remarks of libraries, which would drown ours."""
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
 
 
-@dataclasses.dataclass
-class CaptionedImages(torch.utils.data.Dataset):
-    """Maps (epoch, index, weight) to these and pixel_values uint8 (3, height, width), input_ids (max_length,),
-    timestep, and posterior_noise, noise, added_noise in float32 (4, height / 8, width / 8)."""
-    rows: datasets.Dataset  # of image and captions
-    tokenizer: CLIPTokenizer
-    latent_shape: tuple
-    num_timesteps: int
-    flags: dict  # by name: seed, resolution, center_crop, random_flip, ... as load_data takes them
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, item):
-        (epoch, index, weight), flags = item, self.flags
-        # All that is random in a sample, drawn always and in this order: an option leaves the others' numbers alone.
-        draw = np.random.default_rng((flags["seed"], SAMPLE, epoch, index))
-        left, top, flip, choice, drop = draw.random(5)
-        timestep = draw.integers(self.num_timesteps)
-        posterior_noise, noise, perturbation = draw.standard_normal((3, *self.latent_shape), np.float32)
-        # The offset shifts whole channels; perturbation (arXiv 2301.11706, eq. 3) is added and not to be predicted.
-        noise = noise + flags["noise_offset"] * draw.standard_normal((len(noise), 1, 1), np.float32)
-
-        row, place = self.rows[index], (0.5, 0.5) if flags["center_crop"] else (left, top)
-        image = open_image(row["image"]["bytes"] or Path(row["image"]["path"]).read_bytes())
-        resample = Image.Resampling[flags["image_interpolation_mode"].upper()]
-        image = ImageOps.fit(image, (flags["resolution"], flags["resolution"]), resample, centering=place)
-        if flags["random_flip"] and flip < 0.5:
-            image = ImageOps.mirror(image)
-        caption = "" if drop < flags["caption_dropout"] else row["captions"][int(choice * len(row["captions"]))]
-        input_ids = self.tokenizer(caption, padding="max_length", truncation=True, return_tensors="np").input_ids[0]
-        return {"pixel_values": np.array(image).transpose(2, 0, 1), "input_ids": input_ids, "timestep": timestep,
-                "posterior_noise": posterior_noise, "noise": noise, "epoch": epoch, "index": index,
-                "added_noise": noise + flags["input_perturbation"] * perturbation, "weight": np.float32(weight)}
+def config_source(args):
+    """Where the configs and the tokenizer of the base are read from: (folder or Hub id, keywords of its loaders)."""
+    return (
+        args.single_file_config or args.pretrained_model_name_or_path,
+        {"revision": args.revision, "cache_dir": args.cache_dir},
+    )
 
 
-def load_data(pretrained_model_name_or_path, single_file_config, revision, cache_dir, train_data_dir, dataset_name,
-              dataset_config_name, image_column, caption_column, hub_token, max_train_samples, num_validation_samples,
-              skip_bad_images, resolution, seed, default_caption=None, repeats=1, **flags):
-    """Reads, checks and splits the images; returns (training images, held-out images, fingerprint of both). The
-    held-out ones are the same for every seed, and always seen alike. `default_caption` is that of images without."""
-    source, where = single_file_config or pretrained_model_name_or_path, {"revision": revision, "cache_dir": cache_dir}
+def check_model(args):
+    """Lists what is wrong with the base's configs, or between them and the flags; reads no weights."""
+    source = args.pretrained_model_name_or_path or ""
+    name = f"--pretrained_model_name_or_path={source}"
+    single_file = source.endswith((".ckpt", ".safetensors"))
+    problems = []
+    if args.revision and Path(source).exists():
+        problems.append(f"--revision={args.revision}: does nothing without a model on the Hub; drop this")
+    if args.variant and args.single_file_config:
+        problems.append(f"--variant={args.variant}: does nothing with a single file; drop this")
+    if not source or (single_file and not Path(source).is_file()):
+        return [*problems, f"{name}: there is no such file; name a pipeline folder, a Hub id or a file"]
+    if single_file != bool(args.single_file_config):
+        return [*problems, f"{name}: a single file, and only that, needs --single_file_config (see --help)"]
+
+    source, where = config_source(args)
+    try:
+        parts = diffusers.StableDiffusionPipeline.load_config(source, **where)
+        if foreign := {"text_encoder_2", "transformer"} & parts.keys():
+            remedy = "use a Stable Diffusion 1.x or 2.x model"
+            return [*problems, f"{name}: has a {min(foreign)} (SDXL, SD 3 or the like); {remedy}"]
+        unet = diffusers.UNet2DConditionModel.load_config(source, subfolder="unet", **where)
+        vae = diffusers.AutoencoderKL.load_config(source, subfolder="vae", **where)
+        scheduler = diffusers.DDPMScheduler.load_config(source, subfolder="scheduler", **where)
+        CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where)
+        if not CLIPTextConfig.get_config_dict(source, subfolder="text_encoder", **where)[0]:
+            raise OSError("it has no text encoder")  # for which transformers would take a default
+        if len(CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)) < 3:
+            raise OSError("its tokenizer knows no words")  # nor does transformers' for a folder without one
+    except (OSError, ValueError) as error:
+        told = f"no whole pipeline, no name of one on the Hub, or no connection ({last_line(error)})"
+        return [*problems, f"{source}: {told}"]
+
+    factor = vae_factor(vae)
+    if args.resolution % factor:
+        usable = args.resolution // factor * factor or factor
+        problems.append(f"--resolution={args.resolution}: must be a multiple of {factor} for this VAE; use {usable}")
+    if unet["in_channels"] != vae["latent_channels"]:
+        problems.append(f"{name}: its UNet takes {unet['in_channels']} channels; use a text-to-image model")
+    prediction_type = args.prediction_type or scheduler.get("prediction_type", "epsilon")
+    if prediction_type not in ("epsilon", "v_prediction"):
+        problems.append(f"{name}: predicts {prediction_type!r}; only epsilon and v_prediction can be trained")
+    zero_snr = args.rescale_betas_zero_snr or scheduler.get("rescale_betas_zero_snr")
+    if prediction_type == "epsilon" and zero_snr:
+        problems.append("--rescale_betas_zero_snr: useless for epsilon; drop it or add --prediction_type=v_prediction")
+    return problems
+
+
+def vae_factor(config):
+    """Pixels along one side of a latent, of a VAE with this config: 8 for Stable Diffusion's."""
+    return 2 ** (len(config["block_out_channels"]) - 1)
+
+
+def load_tokenizer(args):
+    """The base's tokenizer, which cuts captions where the text encoder has to."""
+    source, where = config_source(args)
     tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)
     text_config = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where)
     tokenizer.model_max_length = text_config.max_position_embeddings
+    return tokenizer
+
+
+def read_latent_shape(args):
+    """The shape (4, resolution / 8, resolution / 8) of an image's latents."""
+    source, where = config_source(args)
     vae = diffusers.AutoencoderKL.load_config(source, subfolder="vae", **where)
-    latent_shape = (vae["latent_channels"], *[resolution // 2 ** (len(vae["block_out_channels"]) - 1)] * 2)
+    side = args.resolution // vae_factor(vae)
+    return vae["latent_channels"], side, side
+
+
+def read_num_timesteps(args):
+    """How many timesteps the base was trained on: 1000 for Stable Diffusion."""
+    source, where = config_source(args)
     schedule = diffusers.DDPMScheduler.load_config(source, subfolder="scheduler", **where)
-    rows = read_folder(train_data_dir, caption_column) if train_data_dir else read_dataset(
-        dataset_name, dataset_config_name, image_column, caption_column, cache_dir, hub_token, default_caption)
-    captions = [all_captions(found) or [default_caption] * bool(default_caption) for found in rows["captions"]]
-    rows = rows.remove_columns("captions").add_column("captions", captions)  # before a selection, which it would copy
-    subset = np.random.default_rng((seed, SUBSET)).permutation(len(rows))[:max_train_samples]
-    place = hashlib.sha256(os.path.abspath(train_data_dir or dataset_name).encode()).hexdigest()[:16]
-    memory = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "checked_images" / f"{place}.json"
-    rows, digests = check_rows(rows.select(np.sort(subset)), memory, skip_bad_images, tokenizer, resolution)
-    if num_validation_samples >= len(rows):
-        raise InputError(f"--num_validation_samples={num_validation_samples}: must leave some of {len(rows)} images")
-    order = np.random.default_rng(HELD_OUT).permutation(len(rows))
-    held_out, training = np.sort(order[:num_validation_samples]), np.sort(order[num_validation_samples:])
-    fingerprint = hashlib.sha256(" ".join([f"{num_validation_samples}", *digests]).encode()).hexdigest()
-    flags |= {"seed": seed, "resolution": resolution}
-    images = CaptionedImages(rows.select(np.repeat(training, repeats)), tokenizer, latent_shape,
-                             schedule.get("num_train_timesteps", 1000), flags)
-    plain = dict.fromkeys(["random_flip", "seed", "caption_dropout", "noise_offset", "input_perturbation"], 0)
-    held_out = dataclasses.replace(images, rows=rows.select(held_out), flags={**flags, **plain, "center_crop": True})
-    return images, held_out, fingerprint
+    return schedule.get("num_train_timesteps", 1000)
 
 
-def micro_batches(num_samples, batch_size, num_processes, process_index, accumulation, seed, first_step, last_step):
-    """Yields this process's lists of (epoch, index, weight), one per pass of the steps first_step to last_step - 1. An
-    epoch is a permutation by (seed, epoch), cut into steps, the last of which may be short. The weights of a step sum
-    to 1 over all processes and passes; a process without a sample in a pass gets one of weight 0."""
-    per_pass, per_step = batch_size * num_processes, batch_size * num_processes * accumulation
-    for step in range(first_step, last_step):
-        epoch, step_in_epoch = divmod(step, math.ceil(num_samples / per_step))
-        if step == first_step or step_in_epoch == 0:
-            order = np.random.default_rng((seed, ORDER, epoch)).permutation(num_samples).tolist()
-        samples = order[step_in_epoch * per_step :][:per_step]
-        for start in range(0, len(samples), per_pass):
-            mine = samples[start + process_index * batch_size :][:batch_size]
-            yield [(epoch, index, 1 / len(samples)) for index in mine] or [(epoch, samples[0], 0.0)]
+def load_base(args):
+    """Loads the base's pipeline in float32, without its safety checker. Raises `InputError`."""
+    base, where = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
+    options = {**where, "dtype": torch.float32, "variant": args.variant, "safety_checker": None}
+    try:
+        if args.single_file_config:  # a .ckpt is read as weights only
+            return diffusers.StableDiffusionPipeline.from_single_file(
+                base, config=args.single_file_config, dtype=torch.float32, safety_checker=None, **where
+            )
+        return diffusers.StableDiffusionPipeline.from_pretrained(base, **options)
+    except Exception as error:  # every format has its own way of being broken
+        raise InputError(f"{base}: cannot be loaded ({last_line(error)})") from None
 
 
-def with_classes(batches, num_instances, num_classes, prior_loss_weight, seed):
-    """Appends to each pass of (epoch, index, weight) a class image for every instance, if there are any, its weight
-    multiplied: the sum of weighted losses is then the mean over instances plus `prior_loss_weight`, 1 if None, times
-    that over class images (arXiv 2208.12242, eq. 2). These come in permutations, each by (seed, its number)."""
-    factor = 1.0 if prior_loss_weight is None else prior_loss_weight
-    for batch in batches:
-        partners = []
-        for epoch, index, weight in batch if num_classes else []:
-            turn, place = divmod(epoch * num_instances + index, num_classes)
-            order = np.random.default_rng((seed, CLASS, turn)).permutation(num_classes)
-            partners.append((turn, num_instances + int(order[place]), weight * factor))
-        yield batch + partners
+def enable_memory_savers(args, unet):
+    """Turns on what makes a UNet's passes smaller, as the flags ask for. Raises `InputError`."""
+    if args.enable_xformers_memory_efficient_attention:
+        try:
+            unet.enable_xformers_memory_efficient_attention()
+        except Exception as error:  # xFormers has one for every mismatch
+            base = args.pretrained_model_name_or_path
+            raise InputError(f"{base}: cannot be loaded ({last_line(error)})") from None
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
 
 
-def load_classes(class_data_dir, class_prompt, num_class_images, dataset_name, max_train_samples,
-                 num_validation_samples, repeats, **settings):
-    """Checks the class images that are there; returns a list of their rows, their fingerprint, and the names of those
-    still to be made: class-00000.png and so on, fewer by those that came from elsewhere. Raises `InputError`."""
-    if not class_data_dir:
-        return [], None, []
-    folder, number = Path(class_data_dir), num_class_images or 100
-    there = [path.name for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES
-             and not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-    others = [name for name in there if not re.fullmatch(r"class-\d{5}\.png", name)]
-    missing = [name for k in range(number - len(others)) if (name := f"class-{k:05d}.png") not in there]
-    print(f"Class images in {folder}: {len(missing)} to be drawn, for {number} at least; a pass has one per photo")
-    if not there:
-        return [], None, missing
-    images, _, fingerprint = load_data(train_data_dir=class_data_dir, default_caption=class_prompt, dataset_name=None,
-                                       max_train_samples=None, num_validation_samples=0, **settings)
-    return [images.rows], fingerprint, missing
+def make_noise_scheduler(args, pipeline):
+    """The scheduler that adds noise in training, for the objective that the flags name or else the base's."""
+    changes = {}
+    if args.prediction_type:
+        changes["prediction_type"] = args.prediction_type
+    if args.rescale_betas_zero_snr:
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return diffusers.DDPMScheduler.from_config(pipeline.scheduler.config, **changes)
 
 
-# ---------------------------------------------------------------------------------------------------------- models
-def last_line(error):
-    """The last line of an exception's text, for a message of one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
+# -------------------------------------------------------------------------------------------------------- lora_layouts
+def to_kohya(weights, alphas):
+    """Renames adapters to kohya's layout: lora_unet_ or lora_te_text_model_, the layer's name with underscores, and
+    .lora_down.weight (rank, in, ...), .lora_up.weight (out, rank, ...), .alpha, with DoRA .dora_scale (out, 1, ...).
+    A layer's effect is lora_up @ lora_down * alpha / rank, with its alpha in `alphas`, {layer: alpha}."""
+    renamed = {}
+    for key, weight in weights.items():
+        layer, kind = split_weight_name(key)
+        name = layer.replace("text_encoder.", "lora_te_text_model.", 1).replace("unet.", "lora_unet.", 1)
+        name = name.replace(".", "_")
+        if kind == "lora_magnitude_vector":
+            ones = [1] * (weights[f"{layer}.lora_A.weight"].ndim - 1)
+            renamed[f"{name}.dora_scale"] = weight.reshape(-1, *ones).contiguous()
+            continue
+        side = "lora_down" if kind == "lora_A" else "lora_up"
+        renamed[f"{name}.{side}.weight"] = weight.contiguous()
+        exact = torch.tensor(float(alphas[layer]))
+        short = exact.to(weight.dtype)
+        renamed[f"{name}.alpha"] = short if short == exact else exact  # half precision rounds what rsLoRA needs
+    return renamed
 
 
-def make_accelerator(mixed_precision, report_to, output_dir, logging_dir, allow_tf32, **_):
-    """The accelerator; its processes wait for each other for a day, since one of them draws and saves alone."""
-    torch.set_float32_matmul_precision("high" if allow_tf32 else "highest")
-    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(days=1))
-    return Accelerator(mixed_precision=mixed_precision, log_with=None if report_to == "none" else report_to,
-                       project_dir=Path(output_dir, logging_dir), kwargs_handlers=[patience])
+def split_weight_name(key):
+    """The layer, and which of its tensors, of a name that `lora_weights` gives: lora_A, lora_B or
+    lora_magnitude_vector."""
+    return re.fullmatch(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?", key).groups()
 
 
-def load_models(args, weight_dtype, device):
-    """Returns the base's pipeline, frozen and in `weight_dtype`, its models that get adapters, by name, and the noise
-    scheduler. Adapters are in float32. Raises `InputError`."""
-    pipeline, noise_scheduler = load_base(**vars(args))
-    for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
-        part.requires_grad_(False).eval().to(device, dtype=weight_dtype)
-    models = {"unet": pipeline.unet}
-    if args.train_text_encoder:
-        models["text_encoder"] = pipeline.text_encoder
-        if args.gradient_checkpointing:
-            pipeline.text_encoder.activation_checkpointing_enable()
-    add_adapters(models, **vars(args))
-    for model in models.values():
-        model.train()
-    return pipeline, models, noise_scheduler
+# ---------------------------------------------------------------------------------------------------------------- lora
+def kohya_name(args):
+    """The name, without suffix, of the file in kohya's layout."""
+    return (args.kohya_file_name or Path(args.output_dir).resolve().name).removesuffix(".safetensors")
 
 
-def add_adapters(models, rank, lora_alpha, lora_dropout, use_rslora, use_dora, lora_target, init_lora_weights, seed,
-                 **_):
+def check_adapters(args):
+    """Lists what is wrong with the name of kohya's file, or between adapters, layers and the file to go on from. The
+    flags of the model have to be right."""
+    name = kohya_name(args)
+    is_path = Path(name).name != name
+    if args.output_kohya_format and (is_path or f"{name}.safetensors" == LORA_FILE):
+        return [f"--kohya_file_name={name}: is a path, or the name of the other file; give another name"]
+    source, where = config_source(args)
+    with torch.device("meta"):  # layers without weights
+        unet_config = diffusers.UNet2DConditionModel.load_config(source, subfolder="unet", **where)
+        models = {"unet": diffusers.UNet2DConditionModel.from_config(unet_config)}
+        if args.train_text_encoder:
+            text_config = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where)
+            models["text_encoder"] = CLIPTextModel(text_config)
+        try:
+            add_adapters(args, models)
+        except Exception as error:  # of the file system, the format, or the layers
+            flag = "init_lora_weights" if args.init_lora_weights else "lora_target"
+            told = f"cannot be used with these flags and model ({last_line(error)})"
+            return [f"--{flag}={getattr(args, flag)}: {told}"]
+    return []
+
+
+def add_adapters(args, models):
     """Adds adapters in float32 to the `unet` and maybe `text_encoder` of `models`, new ones or those in a file: W + B
     A alpha / rank, with A (rank, in) and B (out, rank), arXiv 2106.09685, section 4.1. Raises `ValueError` if no layer
     is a target or if the file does not fit, or what reading it raises."""
-    torch.manual_seed(seed)
-    weights, header = read_lora(init_lora_weights) if init_lora_weights else ({}, {})
-    for name, model in models.items():
-        config = peft.LoraConfig(
-            r=rank, lora_alpha=lora_alpha or rank, lora_dropout=lora_dropout, use_rslora=use_rslora, use_dora=use_dora,
-            target_modules=LORA_TARGETS[lora_target])
-        model.add_adapter(config)
+    torch.manual_seed(args.seed)
+    for model in models.values():
+        model.add_adapter(
+            peft.LoraConfig(
+                r=args.rank,
+                lora_alpha=args.lora_alpha or args.rank,
+                lora_dropout=args.lora_dropout,
+                use_rslora=args.use_rslora,
+                use_dora=args.use_dora,
+                target_modules=LORA_TARGETS[args.lora_target],
+            )
+        )
         cast_training_params(model, torch.float32)
+    if args.init_lora_weights:
+        set_adapters(models, *read_lora(args.init_lora_weights))
+
+
+def set_adapters(models, weights, header):
+    """Copies the tensors of a LoRA file into adapters that have to be as its header says. Raises `ValueError`."""
+    for name, model in models.items():
+        config = model.peft_config["default"]
         for key in ("r", "lora_alpha", "use_rslora", "alpha_pattern"):
-            if (made := header.get(f"{name}.{key}", getattr(config, key))) != getattr(config, key):
-                raise ValueError(f"{key} is {made} in its {name}, not {getattr(config, key)}; use that")
+            here = getattr(config, key)
+            there = header.get(f"{name}.{key}", here)
+            if there != here:
+                raise ValueError(f"{key} is {there} in its {name}, not {here}; use that")
     adapters = lora_weights(models)
-    if init_lora_weights and {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in adapters.items()}:
+    if {key: value.shape for key, value in weights.items()} != {key: value.shape for key, value in adapters.items()}:
         raise ValueError("it is in kohya's layout, or of another base, --rank, --lora_target, --use_dora or encoders")
     for key, value in weights.items():
         adapters[key].copy_(value)
 
 
+def load_models_with_adapters(args, accelerator):
+    """Returns the base's pipeline, frozen and in the precision of passes, its models that get adapters, by name, and
+    the noise scheduler. Adapters are in float32. Raises `InputError`."""
+    pipeline = load_base(args)
+    enable_memory_savers(args, pipeline.unet)
+    for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
+        part.requires_grad_(False).eval().to(accelerator.device, dtype=DTYPES[accelerator.mixed_precision])
+    models = {"unet": pipeline.unet}
+    if args.train_text_encoder:
+        models["text_encoder"] = pipeline.text_encoder
+        if args.gradient_checkpointing:
+            pipeline.text_encoder.activation_checkpointing_enable()
+    add_adapters(args, models)
+    for model in models.values():
+        model.train()
+    return pipeline, models, make_noise_scheduler(args, pipeline)
+
+
+def group_parameters(args, models, learning_rate):
+    """The adapters' parameters of each model, with their learning rates: the UNet's first."""
+    asked = args.text_encoder_lr or args.learning_rate
+    rates = {"unet": learning_rate, "text_encoder": learning_rate * asked / args.learning_rate}  # both are scaled
+    groups = []
+    for name, model in models.items():
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        groups.append({"params": trained, "lr": rates[name]})
+    return groups
+
+
 def lora_weights(models):
     """The adapters' tensors as peft names them, such as unet.<layer>.lora_A.weight."""
-    weights = {f"{name}.{key}": value.detach() for name, model in models.items()
-               for key, value in peft.get_peft_model_state_dict(model).items()}
+    weights = {}
+    for name, model in models.items():
+        for key, value in peft.get_peft_model_state_dict(model).items():
+            weights[f"{name}.{key}"] = value.detach()
     # transformers finds DoRA's lengths of the text encoder under this name only.
     return {re.sub(r"^(text_encoder\..+_vector)$", r"\1.weight", key): value for key, value in weights.items()}
 
@@ -741,143 +1905,535 @@ def read_lora(path):
         return {key: file.get_tensor(key) for key in file.keys()}, header  # noqa: SIM118 (it is no dict)
 
 
-def load_base(pretrained_model_name_or_path, single_file_config, revision, variant, cache_dir, prediction_type,
-              rescale_betas_zero_snr, gradient_checkpointing, enable_xformers_memory_efficient_attention, **_):
-    """Loads a pipeline in float32 without its safety checker, and the noise scheduler. Raises `InputError`."""
-    load, source = diffusers.StableDiffusionPipeline.from_pretrained, {"revision": revision, "variant": variant}
-    if single_file_config:  # a .ckpt is read as weights only
-        load, source = diffusers.StableDiffusionPipeline.from_single_file, {"config": single_file_config}
-    source |= {"cache_dir": cache_dir, "safety_checker": None}
-    try:
-        pipeline = load(pretrained_model_name_or_path, dtype=torch.float32, **source)
-        if enable_xformers_memory_efficient_attention:
-            pipeline.unet.enable_xformers_memory_efficient_attention()
-    except Exception as error:  # every format has its own way of being broken, and xFormers one for every mismatch
-        raise InputError(f"{pretrained_model_name_or_path}: cannot be loaded ({last_line(error)})") from None
-    if gradient_checkpointing:
-        pipeline.unet.enable_gradient_checkpointing()
-    objective = {"prediction_type": prediction_type} if prediction_type else {}
-    if rescale_betas_zero_snr:
-        objective |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    return pipeline, diffusers.DDPMScheduler.from_config(pipeline.scheduler.config, **objective)
+def save_adapters(args, models, num_images, step):
+    """Writes the adapters of `models` in diffusers' layout and on demand in kohya's too; returns patterns that are the
+    files."""
+    output_dir, dtype = Path(args.output_dir), DTYPES[args.save_precision]
+    weights = {key: value.to("cpu", dtype) for key, value in lora_weights(models).items()}
+    save_lora(models, weights, output_dir)
+    files = [LORA_FILE]
+    if args.output_kohya_format:
+        files.append(save_kohya(args, models, weights, num_images, step))
+    copy_mode(output_dir / "args.json", [output_dir / file for file in files])
+    return [re.sub(r"([*?[])", r"[\1]", file) for file in files]
 
 
-def make_state(accelerator, weights, groups, last_step, lr_scheduler, lr_step_rules, lr_warmup_steps, lr_num_cycles,
-               lr_power, use_8bit_adam, adam_beta1, adam_beta2, adam_weight_decay, adam_epsilon, use_ema, ema_decay,
-               ema_warmup, foreach_ema, **_):
-    """All that a checkpoint holds, by name: `weights` (modules), optimizer, lr_scheduler, maybe ema and scaler. AdamW
-    (arXiv 1711.05101) trains the parameter `groups`, or its 8-bit form (2110.02861)."""
-    AdamW = functools.partial(torch.optim.AdamW, fused=True)
-    if use_8bit_adam:
-        from bitsandbytes.optim import AdamW8bit as AdamW
-    optimizer = AdamW(groups, groups[0]["lr"], (adam_beta1, adam_beta2), adam_epsilon, adam_weight_decay)
-    schedule = get_scheduler(lr_scheduler, optimizer, lr_step_rules, lr_warmup_steps, last_step, lr_num_cycles or 1,
-                             lr_power or 1.0)  # its polynomial falls from the optimizer's default rate
-    # The schedule is not prepared: it would count processes.
-    state = {**weights, "optimizer": accelerator.prepare(optimizer), "lr_scheduler": schedule}
-    if use_ema:
-        parameters = [parameter for group in groups for parameter in group["params"]]
-        decay = 0.9999 if ema_decay is None else ema_decay
-        state["ema"] = EMAModel(parameters, decay, use_ema_warmup=ema_warmup, foreach=foreach_ema)
-    return state if accelerator.scaler is None else {**state, "scaler": accelerator.scaler}
+def save_lora(models, weights, output_dir):
+    """Writes adapters, as `lora_weights` names them, in diffusers' layout, with rank, alpha and targets in the
+    header."""
+    layers, settings = {}, {}
+    for name, model in models.items():
+        start = f"{name}."
+        own = {key.removeprefix(start): value for key, value in weights.items() if key.startswith(start)}
+        layers[f"{name}_lora_layers"] = own
+        config = model.peft_config["default"].to_dict()
+        settings[f"{name}_lora_adapter_metadata"] = {**config, "base_model_name_or_path": None}
+    diffusers.StableDiffusionPipeline.save_lora_weights(output_dir, **layers, **settings)
 
 
-# ----------------------------------------------------------------------------------------------------- mathematics
+def save_kohya(args, models, weights, num_images, step):
+    """Writes adapters, as `lora_weights` names them, in kohya's layout; returns the file's name."""
+    name = kohya_name(args)
+    # A layer's effect is scaled by alpha / rank there, by alpha / sqrt(rank) in rsLoRA.
+    alpha = (args.lora_alpha or args.rank) * (args.rank**0.5 if args.use_rslora else 1)
+    header = kohya_header(args, name, models["unet"], alpha, num_images, step)
+    alphas = {split_weight_name(key)[0]: alpha for key in weights}
+    save_file(to_kohya(weights, alphas), Path(args.output_dir, f"{name}.safetensors"), header)
+    return f"{name}.safetensors"
+
+
+def kohya_header(args, name, unet, alpha, num_images, step):
+    """What interfaces show of a LoRA file for Stable Diffusion 1 or 2, as strings: no captions and no paths."""
+    base, side = args.pretrained_model_name_or_path, args.resolution
+    version = 2 if unet.config.cross_attention_dim == 1024 else 1
+    fields = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": args.rank,
+        "ss_network_alpha": alpha,
+        "ss_seed": args.seed,
+        "ss_output_name": name,
+        "ss_sd_model_name": Path(base).name if Path(base).exists() else base,
+        "ss_base_model_version": f"sd_v{version}",
+        "ss_v2": version == 2,
+        "ss_learning_rate": args.learning_rate,
+        "ss_resolution": f"({side}, {side})",
+        "ss_num_train_images": num_images,
+        "ss_steps": step,
+        "modelspec.title": name,
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.resolution": f"{side}x{side}",
+        "modelspec.architecture": f"stable-diffusion-v{version}/lora",
+    }
+    return {"format": "pt", **{key: str(value) for key, value in fields.items()}}
+
+
+# ------------------------------------------------------------------------------------------------------------- subject
+def check_subject(args):
+    """Lists what is wrong with the prompts and folders of subject and class."""
+    problems = []
+    if args.with_prior_preservation and not args.class_data_dir:
+        problems.append("--with_prior_preservation: needs --class_data_dir")
+    if args.with_prior_preservation and not (args.class_prompt or "").strip():
+        problems.append("--with_prior_preservation: needs --class_prompt")
+    is_blank = bool(args.instance_prompt) and args.instance_prompt.isspace()
+    lacks_prompt = args.instance_data_dir and not args.instance_prompt and not has_captions(args.instance_data_dir)
+    if is_blank or lacks_prompt:
+        problems.append(
+            "--instance_prompt: give a rare word and the class, such as a photo of sks dog, for photos that have no "
+            "captions"
+        )
+    if args.class_data_dir:
+        problems += check_class_folder(args)
+    return problems
+
+
+def has_captions(folder):
+    """Whether a folder holds captions in some place, be they of all images or not."""
+    for path in Path(folder).rglob("*"):
+        beside_image = path.suffix.lower() in IMAGE_SUFFIXES and path.with_suffix(".txt").is_file()
+        if path.name in METADATA_NAMES or beside_image:
+            return True
+    return False
+
+
+def check_class_folder(args):
+    """Lists what is wrong with the place of the class images: it may be made, but not inside another folder's."""
+    problems, folder = [], Path(args.class_data_dir).resolve()
+    local_dataset = args.dataset_name if os.path.isdir(args.dataset_name or "") else None
+    others = {
+        "instance_data_dir": args.instance_data_dir,
+        "output_dir": args.output_dir,
+        "dataset_name": local_dataset,
+    }
+    for flag, other in others.items():
+        place = Path(other).resolve() if other else None
+        if place and (folder.is_relative_to(place) or place.is_relative_to(folder)):
+            problems.append(f"--class_data_dir={args.class_data_dir}: is not apart from --{flag}; name another")
+    if not existing_place(folder).is_dir():
+        problems.append(f"--class_data_dir={args.class_data_dir}: is a file or lies below one; name another")
+    return problems
+
+
+def load_class_images(args):
+    """Checks the class images that are there and names those to be made: class-00000.png and so on, fewer by those
+    that came from elsewhere. Raises `InputError`."""
+    if not args.class_data_dir:
+        return ClassImages([], None, [])
+    folder, number = Path(args.class_data_dir), args.num_class_images or 100
+    there = [path.name for path in folder.rglob("*") if is_image_file(path, folder)]
+    others = [name for name in there if not re.fullmatch(r"class-\d{5}\.png", name)]
+    wanted = [f"class-{k:05d}.png" for k in range(number - len(others))]
+    missing = [name for name in wanted if name not in there]
+    print(f"Class images in {folder}: {len(missing)} to be drawn, for {number} at least; a pass has one per photo")
+    if not there:
+        return ClassImages([], None, missing)
+    rows, digests = load_rows(args, load_tokenizer(args), args.class_data_dir, args.class_prompt)
+    return ClassImages([rows], fingerprint_of(0, digests), missing)
+
+
+def with_class_rows(images, class_images):
+    """The photos of the subject, and behind them the images of its class."""
+    return dataclasses.replace(images, rows=datasets.concatenate_datasets([images.rows, *class_images.rows]))
+
+
+def with_classes(batches, num_instances, num_classes, prior_loss_weight, seed):
+    """Appends to each pass of (epoch, index, weight) a class image for every instance, if there are any, its weight
+    multiplied: the sum of weighted losses is then the mean over instances plus `prior_loss_weight`, 1 if None, times
+    that over class images (arXiv 2208.12242, eq. 2). These come in permutations, each by (seed, its number)."""
+    factor = 1.0 if prior_loss_weight is None else prior_loss_weight
+    for batch in batches:
+        partners = []
+        for epoch, index, weight in batch if num_classes else []:
+            turn, place = divmod(epoch * num_instances + index, num_classes)
+            order = random_numbers(seed, CLASS, turn).permutation(num_classes)
+            partners.append((turn, num_instances + int(order[place]), weight * factor))
+        yield batch + partners
+
+
 @torch.no_grad()
-def encode(vae, batch):
-    """Encodes images to latents (batch, 4, height / 8, width / 8) in float32, drawn from the VAE's posterior."""
-    pixel_values = batch["pixel_values"] / 127.5 - 1  # [-1, 1], in float32: half precision would round them
-    posterior = vae.encode(pixel_values.to(vae.dtype)).latent_dist
-    return (posterior.mean.float() + posterior.std.float() * batch["posterior_noise"]) * vae.config.scaling_factor
+def draw_class_images(args, accelerator, names):
+    """Draws the class images `names` by the base, each from a seed of its own, shared out over the processes; one that
+    is there is whole, so that an interrupted run goes on where it stopped. Raises `InputError`."""
+    folder, mine = Path(args.class_data_dir), names[accelerator.process_index :: accelerator.num_processes]
+    accelerator.wait_for_everyone()  # all have listed what is missing before the first image appears
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--class_data_dir={folder}: cannot be made ({last_line(error)}); name another") from None
+    pipeline = load_base(args)  # not the one to be trained: that may have dropout, and adapters
+    enable_memory_savers(args, pipeline.unet)
+    dtype = {**DTYPES, "fp32": torch.float32}[args.prior_generation_precision or accelerator.mixed_precision]
+    pipeline.to(accelerator.device, dtype).set_progress_bar_config(disable=True)
+    pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    size = args.sample_batch_size or 4
+    for start in tqdm(range(0, len(mine), size), "Class images", disable=not accelerator.is_main_process):
+        batch = mine[start : start + size]
+        numbers = [int(name.removeprefix("class-").removesuffix(".png")) for name in batch]
+        seeds = [random_numbers(args.seed, CLASS, 0, number).integers(2**63) for number in numbers]
+        drawn = pipeline(
+            [args.class_prompt] * len(batch),
+            height=args.resolution,
+            width=args.resolution,
+            num_inference_steps=25,
+            generator=[torch.Generator().manual_seed(int(seed)) for seed in seeds],
+        ).images
+        for name, image in zip(batch, drawn, strict=True):
+            image.save(folder / f".{name}", "PNG")
+            (folder / f".{name}").rename(folder / name)
+    accelerator.wait_for_everyone()
+    if lost := [name for name in names if not (folder / name).exists()]:
+        raise InputError(
+            f"--class_data_dir={folder}: {len(lost)} drawn images are not there; all machines need the same folder"
+        )
 
 
-def diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, noise, added_noise, timesteps, snr_gamma=None):
-    """One diffusion step: the loss of each sample (batch,), the mean over its latents (arXiv 2006.11239, eq. 14)."""
-    # All is float32 up to the UNet: in bfloat16 the first timesteps would get no noise at all.
-    noisy_latents = noise_scheduler.add_noise(latents, added_noise, timesteps)
-    predicts_noise = noise_scheduler.config.prediction_type == "epsilon"
-    target = noise if predicts_noise else noise_scheduler.get_velocity(latents, noise, timesteps)
-    model_pred = unet(noisy_latents, timesteps, prompt_embeds).sample
-    losses = F.mse_loss(model_pred.float(), target, reduction="none").mean(dim=(1, 2, 3))
-    if snr_gamma is not None:  # min-SNR, arXiv 2303.09556, section 3.4: min(snr, gamma) / snr, or / (snr + 1) for v
-        snr = compute_snr(noise_scheduler, timesteps)
-        losses = losses * (snr.clamp(max=snr_gamma) / (snr if predicts_noise else snr + 1))
-    return losses
+# -------------------------------------------------------------------------------------------------------- optimization
+def check_optimization(args):
+    """Lists which flags of the learning rate contradict each other."""
+    problems, schedule = [], args.lr_scheduler
+    if args.lr_warmup_steps and schedule in ("constant", "piecewise_constant"):
+        problems.append(
+            f"--lr_warmup_steps={args.lr_warmup_steps}: does nothing without constant_with_warmup or the like; add "
+            "that or drop this"
+        )
+    number = r"\d*\.?\d+(e-?\d+)?"
+    rules = re.fullmatch(rf"({number}:\d+,)+{number}", args.lr_step_rules or "")
+    if schedule == "piecewise_constant" and not rules:
+        problems.append(f"--lr_step_rules={args.lr_step_rules}: give rules such as 1:10,0.1:20,0.01")
+    if schedule == "polynomial" and args.learning_rate <= POLYNOMIAL_END:
+        problems.append(f"--learning_rate={args.learning_rate}: must be above 1e-7, its end")
+    used_by = {
+        "lr_num_cycles": "cosine_with_restarts",
+        "lr_power": "polynomial",
+        "lr_step_rules": "piecewise_constant",
+    }
+    for flag, kind in used_by.items():
+        value = getattr(args, flag)
+        if value is not None and schedule != kind:
+            problems.append(f"--{flag}={value}: does nothing without --lr_scheduler={kind}; add that or drop this")
+    return problems
 
 
-# ----------------------------------------------------------------------------------------------------- checkpoints
-def save_checkpoint(accelerator, output_dir, settings, progress, state, total_limit):
-    """Writes checkpoint-N beside its place, then renames it; only then do older ones beyond `total_limit` go."""
-    final = output_dir / f"checkpoint-{progress['global_step']}"
-    if accelerator.is_main_process and not (final / "progress.json").exists():  # else a step broke just after a save
-        partial = final.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)  # of a save that was killed
-        partial.mkdir()
-        torch.save({name: part.state_dict() for name, part in state.items()}, partial / "state.pt")
-        for name, content in (("args", settings), ("progress", progress)):
-            (partial / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.sync()  # files before names, or a crash could leave a whole name with half a file
-        partial.rename(final)
-        for old in list_checkpoints(output_dir)[: -total_limit if total_limit else 0]:
-            shutil.rmtree(old.rename(old.with_suffix(".partial")))  # which is what a kill would leave of it
+def check_8bit_adam(args):
+    """Lists whether 8-bit AdamW is asked for where it is not installed."""
+    if args.use_8bit_adam and not is_bitsandbytes_available():
+        return ["--use_8bit_adam=True: needs bitsandbytes; drop this"]
+    return []
+
+
+def peak_learning_rate(args, samples_per_step):
+    """The learning rate after warm-up, scaled by the samples of a step if that is asked for."""
+    return args.learning_rate * samples_per_step if args.scale_lr else args.learning_rate
+
+
+def make_optimizer(args, groups):
+    """AdamW (arXiv 1711.05101) for groups of parameters with their rates, or its 8-bit form (2110.02861)."""
+    if args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit as AdamW
+    else:
+        AdamW = functools.partial(torch.optim.AdamW, fused=True)
+    return AdamW(
+        groups,
+        lr=groups[0]["lr"],
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        weight_decay=args.adam_weight_decay,
+    )
+
+
+def make_schedule(args, optimizer, last_step):
+    """The learning rate's schedule, to be stepped once per optimizer step. It must not be prepared by accelerate,
+    which would count processes."""
+    return get_scheduler(
+        args.lr_scheduler,
+        optimizer,  # whose default rate is where the polynomial starts
+        step_rules=args.lr_step_rules,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=last_step,
+        num_cycles=args.lr_num_cycles or 1,
+        power=args.lr_power or 1.0,
+    )
+
+
+def make_average(args, parameters, foreach=False):
+    """The average of the weights, with the decay that the flags ask for; `foreach` updates many tensors at once."""
+    decay = 0.9999 if args.ema_decay is None else args.ema_decay
+    return EMAModel(parameters, decay=decay, use_ema_warmup=args.ema_warmup, foreach=foreach)
+
+
+# -------------------------------------------------------------------------------------------------------------- output
+def check_output(args, foreign_result):
+    """Lists what is wrong with the output folder and the checkpoint to resume from. The file `foreign_result` marks a
+    result of another kind of script, which would stay behind beside this one's."""
+    problems, wanted = [], args.resume_from_checkpoint
+    output = Path(args.output_dir).resolve()
+    checkpoint, newest = find_checkpoint(output, wanted), find_checkpoint(output, "latest")
+    existing = existing_place(output)
+    is_usable = existing.is_dir() and os.access(existing, os.W_OK)
+    is_used = is_usable and existing == output and any(output.iterdir())
+    is_run = (output / "args.json").is_file() and not (output / foreign_result).exists()
+    if checkpoint:
+        is_own = output == checkpoint.resolve().parent
+    else:  # `latest` starts anew, in the folder of a run that was stopped before its first checkpoint
+        is_own = wanted == "latest" and is_run and not (output / "README.md").exists()
+
+    if checkpoint and not (checkpoint / "progress.json").is_file():
+        problems.append(f"--resume_from_checkpoint={wanted}: is no whole checkpoint folder; name one, or latest")
+    if wanted and args.overwrite_output_dir:
+        problems.append("--overwrite_output_dir: contradicts --resume_from_checkpoint; drop one")
+    if is_own and newest and checkpoint.resolve() != newest.resolve():
+        problems.append(f"--resume_from_checkpoint={wanted}: {newest} is newer; use that, or another --output_dir")
+    if not is_usable:
+        told = f"{existing} is a file or cannot be written to; name another folder"
+        problems.append(f"--output_dir={args.output_dir}: {told}")
+    if is_used and not is_own and not (args.overwrite_output_dir and is_run):
+        problems.append(
+            f"--output_dir={args.output_dir}: is in use; name another, go on with its run by "
+            "--resume_from_checkpoint=latest, or, if of this kind, use --overwrite_output_dir"
+        )
+    return problems
+
+
+def check_trackers(args):
+    """Lists whether a tracker is asked for that is not installed."""
+    installed = ["all", "none", *map(str, get_available_trackers())]
+    if args.report_to not in installed:
+        return [f"--report_to={args.report_to}: installed are {', '.join(installed)}"]
+    return []
+
+
+def prepare_output(run, overwrite):
+    """Makes the output folder with args.json and a log up to the first step; removes what an earlier run left there if
+    it may be overwritten. For one process alone."""
+    output_dir = run.output_dir
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if overwrite:
+        (output_dir / "README.md").unlink(missing_ok=True)  # which says that a run has ended
+        for old in list(output_dir.iterdir()):
+            if re.fullmatch(r"samples|checkpoint-\d+(.partial)?", old.name):
+                shutil.rmtree(old, ignore_errors=True)
+    (output_dir / "args.json").write_text(json.dumps(run.settings, indent=2) + "\n", encoding="utf-8")
+    log = output_dir / "log.jsonl"
+    first_step = run.progress["global_step"]
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() and first_step else []
+    log.write_text("".join(line for line in lines if was_before(line, first_step)), encoding="utf-8")
+
+
+def was_before(line, first_step):
+    """Whether a line of the log is whole and stays: steps after the checkpoint are done again, and so logged again,
+    and so is the held-out loss at its step."""
+    if not line.endswith("}\n"):
+        return False
+    row = json.loads(line)
+    return row["step"] < first_step or ("loss" in row and row["step"] == first_step)
+
+
+def log_losses(accelerator, run, learning_rate, grad_norm, images_per_second):
+    """Logs the mean loss of the steps since the last such line, and the last step's other numbers."""
+    losses = run.progress["losses"]
+    numbers = {
+        "loss": sum(losses) / len(losses),
+        "lr": learning_rate,
+        "grad_norm": grad_norm,
+        "images_per_second": images_per_second,
+    }
+    write_log(accelerator, run.output_dir, run.progress["global_step"], numbers)
+    run.progress["losses"] = []
+
+
+def write_log(accelerator, output_dir, step, numbers):
+    """Appends numbers to log.jsonl and sends them to the trackers."""
+    if accelerator.is_main_process:
+        with (output_dir / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **numbers}) + "\n")
+    accelerator.log(numbers, step=step)
+
+
+# ---------------------------------------------------------------------------------------------------------------- plan
+def print_plan(args, run, num_held_out, num_trained, about):
+    """Says, before the first step, what will be done. `about` says what only a script knows: `trained` and `frozen`
+    (which models), `devices` (how many share a pass), `images` and `optimizer` (remarks)."""
+    counts, side = run.counts, args.resolution
+    first_step, precision = run.progress["global_step"], run.settings["mixed_precision"]
+    num_copies = 4 if args.use_ema else 3  # weights, the two moments of AdamW, the average
+    images = f"{counts.num_images:,} to train on, {num_held_out:,} held out, at {side} x {side} pixels"
+    passes = f"{args.train_batch_size} a pass x {args.gradient_accumulation_steps} passes x {about['devices']}"
+    rows = {
+        "images": images + about["images"],
+        "steps": f"{first_step:,} to {counts.last_step:,}, {counts.last_step / counts.steps_per_epoch:,.1f} epochs",
+        "per step": f"{counts.samples_per_step:,} images: {passes}",
+        "trained": f"{about['trained']}, {num_trained:,} parameters in float32, passes in precision {precision!r}; "
+        f"frozen: {about['frozen']}",
+        "optimizer": f"AdamW at {run.settings['peak_learning_rate']:g}, {args.lr_scheduler}; {about['optimizer']}",
+        "output": f"{args.output_dir}, a checkpoint of {4e-9 * num_trained * num_copies:.2g} GB every "
+        f"{args.checkpointing_steps:,} steps",
+    }
+    print("\n".join(["Plan", *[f"  {name:<10} {text}" for name, text in rows.items()]]))
+
+
+# ---------------------------------------------------------------------------------------------------------- model_card
+def write_card(args, step, prompts, loader, tags, instance_prompt=None):
+    """Writes the model card: licence of the base, how to load the result, samples, settings; no paths, no secrets."""
+    base, name = args.pretrained_model_name_or_path, Path(args.output_dir).resolve().name
+    is_local = Path(base).exists()
+    licence = None
+    with contextlib.suppress(Exception):  # no card, no connection, bad YAML: a licence must not cost a result
+        licence = ModelCard.load(Path(base) / "README.md" if is_local else base).data.license
+    data = ModelCardData(
+        base_model=None if is_local else base,
+        license=licence or "other",
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=tags,
+        instance_prompt=instance_prompt,
+    )
+    text = f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n"
+    text += f"Fine-tuned for {step} steps from {Path(base).name if is_local else base}. Load it with {loader}.\n\n"
+    if prompts:
+        text += f"![samples](samples/step-{step:06d}.png)\n\n{'; '.join(dict.fromkeys(prompts))}\n\n"
+    text += "| setting | value |\n|---|---|\n"
+    for flag, value in vars(args).items():
+        is_given = value is not None and value is not False
+        is_file = isinstance(value, str) and os.path.exists(value)
+        if is_given and not is_file and not NOT_ON_CARD.search(flag):
+            shown = str(value).replace("|", " ")
+            text += f"| {flag} | {shown} |\n"
+    Path(args.output_dir, "README.md").write_text(text, encoding="utf-8")
+
+
+# ----------------------------------------------------------------------------------------------------------------- hub
+def create_repo(args):
+    """Makes the repository on the Hub; returns its full name. Raises `InputError`."""
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    try:
+        api = HfApi(token=args.hub_token)
+        return api.create_repo(name, private=args.hub_private_repo or None, exist_ok=True).repo_id
+    except Exception as error:  # of the Hub, of the connection or of the name
+        raise InputError(
+            f"--push_to_hub: the repository {name} cannot be made; log in with `hf auth login` or --hub_token, and "
+            f"check --hub_model_id ({last_line(error)})"
+        ) from None
+
+
+def push(args, repo_id, files, step):
+    """Uploads `files` of the result, card, log and samples, nothing else; if that fails, says how to and ends with
+    status 1."""
+    folder = args.output_dir
+    files = ["README.md", "log.jsonl", "samples/*", *files]
+    try:
+        HfApi(token=args.hub_token).upload_folder(
+            repo_id=repo_id, folder_path=folder, commit_message=f"Train {step} steps", allow_patterns=files
+        )
+    except Exception as error:  # whatever it is, the result is safe and the user should hear that
+        include = " ".join(map(repr, files))
+        print(
+            f"The upload failed ({last_line(error)}). The result is whole in {folder}; to send it again:\n"
+            f"  hf upload {repo_id} {folder} . --include {include}",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+
+
+# ---------------------------------------------------------------------------------------------------------- validation
+@torch.no_grad()
+def held_out_losses(accelerator, unet, vae, text_encoder, noise_scheduler, images, batch_size):
+    """The unweighted loss of every held-out image (num_images,), a mean over timesteps spread evenly; noise and
+    timesteps are the same in every call and run. Each process does its share."""
+    pairs = [(part, index, 1.0) for index in range(len(images)) for part in range(HELD_OUT_TIMESTEPS)]
+    mine = pairs[accelerator.process_index :: accelerator.num_processes]
+    losses = torch.zeros(len(images))
+    for batch in torch.utils.data.DataLoader(images, batch_size, sampler=mine):
+        batch = send_to_device(batch, accelerator.device, skip_keys="index")
+        # Each image comes four times, with the number of a quarter in the place of the epoch: its timestep goes there.
+        batch["timestep"] = (batch["timestep"] + batch["epoch"] * images.num_timesteps) // HELD_OUT_TIMESTEPS
+        with accelerator.autocast():
+            latents, prompt_embeds = encode(vae, batch), text_encoder(batch["input_ids"])[0]
+            part_losses = diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, batch)
+        losses.index_add_(0, batch["index"], part_losses.cpu() / HELD_OUT_TIMESTEPS)
+    return accelerator.reduce(losses.to(accelerator.device), "sum").cpu()
+
+
+def log_held_out_losses(accelerator, run, losses):
+    """Logs and prints the mean of held-out losses, and its gain over those before training, which the run's progress
+    keeps, with the standard error of the paired difference."""
+    progress = run.progress
+    progress["base_losses"] = progress["base_losses"] or losses.tolist()
+    gain = torch.tensor(progress["base_losses"], dtype=losses.dtype) - losses
+    error = gain.std().item() / len(gain) ** 0.5 if len(gain) > 1 else 0.0
+    numbers = {"held_out_loss": losses.mean().item(), "held_out_gain": gain.mean().item(), "gain_error": error}
+    write_log(accelerator, run.output_dir, progress["global_step"], numbers)
+    shown = [f"{name} {value:.5f}" for name, value in numbers.items()]
+    accelerator.print(f"\nStep {progress['global_step']}:", *shown)
+
+
+@torch.no_grad()
+def draw_samples(accelerator, parts, prompts, resolution, seed, path):
+    """Draws an image per prompt by 25 steps of DPM-Solver++ (arXiv 2211.01095), and their grid to `path`."""
+    scheduler = diffusers.DPMSolverMultistepScheduler.from_config(parts["scheduler"].config)
+    pipeline = diffusers.StableDiffusionPipeline(**{**parts, "scheduler": scheduler}, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    images = []
+    with accelerator.autocast():
+        for number, prompt in enumerate(prompts):
+            generator = torch.Generator().manual_seed(seed + number)
+            drawn = pipeline(prompt, resolution, resolution, num_inference_steps=25, generator=generator)
+            images.append(drawn.images[0])
+    columns = min(len(images), 4)
+    padding = [Image.new("RGB", images[0].size, "white")] * (-len(images) % columns)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    make_image_grid(images + padding, math.ceil(len(images) / columns), columns).save(path)
+    return images
+
+
+def show_samples(args, accelerator, run, parts, prompts):
+    """Draws samples to samples/step-N.png and sends them to the trackers that take images."""
+    step = run.progress["global_step"]
+    path = run.output_dir / "samples" / f"step-{step:06d}.png"
+    drawn = np.stack(draw_samples(accelerator, parts, prompts, args.resolution, args.seed, path))
+    for tracker in accelerator.trackers:
+        if hasattr(tracker, "log_images"):
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"samples": drawn}, step=step, **layout)
+
+
+def validate(args, accelerator, run, parameters, parts, held_out, prompts):
+    """Draws samples and measures the held-out loss, under the averaged weights if there are any. `parts` are those of
+    the pipeline, with the scheduler of training."""
+    if not prompts and not len(held_out):
+        return
+    unet, vae, text_encoder = parts["unet"], parts["vae"], parts["text_encoder"]
+    ema = run.state.get("ema")
+    trained = torch.nn.ModuleList(part for part in (unet, text_encoder) if part.training).eval()
+    if ema:
+        ema.store(parameters)
+        ema.copy_to(parameters)
+    if len(held_out):
+        losses = held_out_losses(
+            accelerator, unet, vae, text_encoder, parts["scheduler"], held_out, args.train_batch_size
+        )
+        log_held_out_losses(accelerator, run, losses)
+    if prompts and accelerator.is_main_process:
+        show_samples(args, accelerator, run, parts, prompts)
+    if ema:
+        ema.restore(parameters)
+    trained.train()
     accelerator.wait_for_everyone()
 
 
-def list_checkpoints(output_dir):
-    """The whole checkpoints of a run, oldest first; half-written ones have another name or no progress.json."""
-    found = [path.parent for path in Path(output_dir).glob("checkpoint-*/progress.json")]
-    return sorted((path for path in found if path.name[11:].isdigit()), key=lambda path: int(path.name[11:]))
+def check_validation(args, prompt_flag):
+    """Lists --validation_steps if there is nothing to draw or measure; `prompt_flag` names the flag for samples."""
+    if args.validation_steps and not getattr(args, prompt_flag) and not args.num_validation_samples:
+        needed = f"--{prompt_flag} or --num_validation_samples"
+        return [f"--validation_steps={args.validation_steps}: does nothing without {needed}; add that or drop this"]
+    return []
 
 
-def find_checkpoint(output_dir, wanted):
-    """The checkpoint that `wanted` means: a folder in `output_dir`, a path, or the "latest"; None if there is none."""
-    if wanted in (None, "latest"):
-        return (list_checkpoints(output_dir) or [None])[-1] if wanted else None
-    return Path(output_dir, wanted) if Path(output_dir, wanted).is_dir() else Path(wanted)
+def prompts_of(args):
+    """The prompts of the samples: one several times, for as many images."""
+    return [args.validation_prompt] * (args.num_validation_images or 4) if args.validation_prompt else []
 
 
-def resume(accelerator, checkpoint, settings, last_step, state):
-    """Loads a checkpoint into `state`; returns its progress: steps, held-out losses before, losses not yet logged.
-    Settings that change the result and differ raise `InputError`, or are told and take effect if that is allowed."""
-    try:
-        before, progress = [json.loads((checkpoint / name).read_text()) for name in ("args.json", "progress.json")]
-        saved = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
-    except Exception as error:  # torch has one for every way of being broken
-        raise InputError(f"--resume_from_checkpoint: {checkpoint} is damaged, or of another script; name another "
-                         f"({last_line(error)})") from None
-    changed = {name: f"{name}: {before.get(name)} there, {value} now" for name, value in settings.items()
-               if name not in FREE_ON_RESUME and before.get(name) != value}
-    fixed = changed.keys() & FIXED_ON_RESUME
-    remedy = "use those" if fixed else "use those, or add --allow_changed_resume"
-    told = "\n  ".join([f"{checkpoint} was made under other settings; {remedy}", *changed.values()])
-    if fixed or (changed and not settings["allow_changed_resume"]):
-        raise InputError(f"--resume_from_checkpoint: {told}")
-    if changed:
-        accelerator.print(told)
-    if progress["global_step"] > last_step:
-        raise InputError(f"--max_train_steps: {checkpoint} is beyond the last step, {last_step}; raise it")
-    # Rates and decays are those asked for now, which are the checkpoint's unless they were changed.
-    asked = {"param_groups", "base_lrs", "decay", "use_ema_warmup"}
-    for name, part in state.items():
-        now = part.state_dict()
-        saved[name].update({key: now[key] for key in now.keys() & asked})
-        part.load_state_dict(saved[name])
-    optimizer, lr_scheduler = state["optimizer"], state["lr_scheduler"]
-    for group, factor in zip(optimizer.param_groups, lr_scheduler.lr_lambdas, strict=True):
-        group["lr"] = group["initial_lr"] * factor(lr_scheduler.last_epoch)
-    task = {"captioned_images", "image_interpolation_mode", "prediction_type", "rescale_betas_zero_snr", "resolution"}
-    return {**progress, "base_losses": None if changed.keys() & task else progress["base_losses"]}
-
-
-def exchange(accelerator, loss, grad_norm, stop):
-    """The step's one exchange between processes: the sum of their losses, whether loss or gradient is not finite,
-    whether the gradient is not (which is for fp16's scaler to mend), and whether any of them has to stop."""
-    overflow = ~torch.isfinite(grad_norm)
-    broken = ~torch.isfinite(loss) | (overflow & (accelerator.mixed_precision != "fp16"))
-    flags = torch.stack([loss, broken.float(), overflow.float(), torch.full_like(loss, stop)])
-    return accelerator.reduce(flags).tolist()
-
-
+# ------------------------------------------------------------------------------------------------------------- signals
 def on_signals(action, _=None):
     """Answers SIGTERM and SIGINT by `action`; workers ignore them: the main process needs them to finish the step."""
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -891,375 +2447,34 @@ def note_signal(received, number, _):
     signal.signal(number, signal.SIG_DFL)
 
 
-# -------------------------------------------------------------------------------------------- samples, held-out loss
-@torch.no_grad()
-def held_out_losses(accelerator, unet, vae, text_encoder, noise_scheduler, images, batch_size):
-    """The unweighted loss of every held-out image (num_images,), a mean over timesteps spread evenly; noise and
-    timesteps are the same in every call and run. Each process does its share."""
-    pairs = [(part, index, 1.0) for index in range(len(images)) for part in range(HELD_OUT_TIMESTEPS)]
-    mine = pairs[accelerator.process_index :: accelerator.num_processes]
-    losses = torch.zeros(len(images))
-    for batch in torch.utils.data.DataLoader(images, batch_size, sampler=mine):
-        batch = send_to_device(batch, accelerator.device, skip_keys="index")
-        timesteps = (batch["timestep"] + batch["epoch"] * images.num_timesteps) // HELD_OUT_TIMESTEPS
-        with accelerator.autocast():
-            latents, prompt_embeds = encode(vae, batch), text_encoder(batch["input_ids"])[0]
-            part_losses = diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, batch["noise"],
-                                           batch["noise"], timesteps)
-        losses.index_add_(0, batch["index"], part_losses.cpu() / HELD_OUT_TIMESTEPS)
-    return accelerator.reduce(losses.to(accelerator.device), "sum").cpu()
-
-
-@torch.no_grad()
-def draw_samples(accelerator, parts, prompts, resolution, seed, path):
-    """Draws an image per prompt by 25 steps of DPM-Solver++ (arXiv 2211.01095), and their grid to `path`."""
-    parts = {**parts, "scheduler": diffusers.DPMSolverMultistepScheduler.from_config(parts["scheduler"].config)}
-    pipeline = diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=False)
-    pipeline.set_progress_bar_config(disable=True)
-    with accelerator.autocast():
-        images = [pipeline(prompt, resolution, resolution, num_inference_steps=25, generator=torch.Generator()
-                           .manual_seed(seed + k)).images[0] for k, prompt in enumerate(prompts)]
-    columns = min(len(images), 4)
-    padding = [Image.new("RGB", images[0].size, "white")] * (-len(images) % columns)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    make_image_grid(images + padding, math.ceil(len(images) / columns), columns).save(path)
-    return images
-
-
-@torch.no_grad()
-def make_class_images(accelerator, names, class_data_dir, class_prompt, sample_batch_size, resolution, seed,
-                      prior_generation_precision, **settings):
-    """Draws the class images `names` by the base, each from a seed of its own, shared out over the processes; one that
-    is there is whole, so that an interrupted run goes on where it stopped. Raises `InputError`."""
-    folder, mine = Path(class_data_dir), names[accelerator.process_index :: accelerator.num_processes]
-    accelerator.wait_for_everyone()  # all have listed what is missing before the first image appears
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--class_data_dir={folder}: cannot be made ({last_line(error)}); name another") from None
-    pipeline, _ = load_base(**settings)  # not the one to be trained: that may have dropout, and adapters
-    dtype = {**DTYPES, "fp32": torch.float32}[prior_generation_precision or accelerator.mixed_precision]
-    pipeline.to(accelerator.device, dtype).set_progress_bar_config(disable=True)
-    pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
-    size = sample_batch_size or 4
-    for start in tqdm(range(0, len(mine), size), "Class images", disable=not accelerator.is_main_process):
-        batch = mine[start : start + size]
-        seeds = [np.random.default_rng((seed, CLASS, 0, int(name[6:11]))).integers(2**63) for name in batch]
-        generators = [torch.Generator().manual_seed(int(number)) for number in seeds]
-        drawn = pipeline([class_prompt] * len(batch), generator=generators, height=resolution, width=resolution,
-                         num_inference_steps=25).images
-        for name, image in zip(batch, drawn, strict=True):
-            image.save(folder / f".{name}", "PNG")
-            (folder / f".{name}").rename(folder / name)
-    accelerator.wait_for_everyone()
-    if lost := [name for name in names if not (folder / name).exists()]:
-        raise InputError(f"--class_data_dir={folder}: {len(lost)} drawn images are not there; all machines need the "
-                         "same folder")
-
-
-def validate(accelerator, parts, parameters, ema, images, batch_size, prompts, resolution, seed, output_dir, progress):
-    """Draws samples to samples/step-N.png and logs the held-out loss, under the averaged weights if there are any, and
-    its gain over the first call's, which `progress` keeps, with the standard error of the paired difference."""
-    unet, vae, text_encoder, step = parts["unet"], parts["vae"], parts["text_encoder"], progress["global_step"]
-    trained = torch.nn.ModuleList(part for part in (unet, text_encoder) if part.training).eval()
-    if ema and (prompts or len(images)):
-        ema.store(parameters)
-        ema.copy_to(parameters)
-    if len(images):
-        losses = held_out_losses(accelerator, unet, vae, text_encoder, parts["scheduler"], images, batch_size)
-        progress["base_losses"] = progress["base_losses"] or losses.tolist()
-        gain = torch.tensor(progress["base_losses"]) - losses
-        error = gain.std().item() / len(gain) ** 0.5 if len(gain) > 1 else 0.0
-        numbers = {"held_out_loss": losses.mean().item(), "held_out_gain": gain.mean().item(), "gain_error": error}
-        write_log(accelerator, output_dir, step, numbers)
-        accelerator.print(f"\nStep {step}:", *[f"{name} {value:.5f}" for name, value in numbers.items()])
-    if prompts and accelerator.is_main_process:
-        path = output_dir / "samples" / f"step-{step:06d}.png"
-        drawn = np.stack(draw_samples(accelerator, parts, prompts, resolution, seed, path))
-        for tracker in [tracker for tracker in accelerator.trackers if hasattr(tracker, "log_images")]:
-            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({"samples": drawn}, step=step, **layout)
-    if ema and (prompts or len(images)):
-        ema.restore(parameters)
-    trained.train()
-    accelerator.wait_for_everyone()
-
-
-def write_log(accelerator, output_dir, step, numbers):
-    """Appends numbers to log.jsonl and sends them to the trackers."""
-    if accelerator.is_main_process:
-        with (output_dir / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **numbers}) + "\n")
-    accelerator.log(numbers, step=step)
-
-
-# -------------------------------------------------------------------------------------------------------- training
-def print_plan(settings, trained, frozen, num_processes, num_trained, num_images, num_held_out, first_step, last_step):
-    """Says, before the first step, what will be done."""
-    epochs = last_step / math.ceil(num_images / settings["samples_per_step"])
-    print("""Plan
-  images     {0:,} to train on, {1:,} held out, at {resolution} x {resolution} pixels
-  steps      {2:,} to {3:,}, {4:,.1f} epochs
-  per step   {samples_per_step:,} images: {train_batch_size} a pass x {gradient_accumulation_steps} passes x {5} ranks
-  trained    {6}, {7:,} parameters in float32, passes in precision {mixed_precision!r}; frozen: {8}
-  optimizer  AdamW at {peak_learning_rate:g}, {lr_scheduler}; 8-bit: {use_8bit_adam}; EMA: {use_ema}
-  output     {output_dir}, a checkpoint of {9:.2g} GB every {checkpointing_steps:,} steps""".format(
-        num_images, num_held_out, first_step, last_step, epochs, num_processes, trained, num_trained, frozen,
-        4e-9 * num_trained * (3 + settings["use_ema"]), **settings))
-
-
-def prepare_output(accelerator, output_dir, settings, first_step):
-    """Makes the output folder with args.json and a log up to `first_step`, and starts the trackers."""
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        if settings["overwrite_output_dir"]:
-            (output_dir / "README.md").unlink(missing_ok=True)  # which says that a run has ended
-            for old in [p for p in output_dir.iterdir() if re.fullmatch(r"samples|checkpoint-\d+(.partial)?", p.name)]:
-                shutil.rmtree(old, ignore_errors=True)
-        (output_dir / "args.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        log = output_dir / "log.jsonl"  # steps after the checkpoint are done again, and so logged again
-        lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() and first_step else []
-        log.write_text("".join(line for line in lines if line.endswith("}\n") and (row := json.loads(line))
-                               and row["step"] < first_step + ("loss" in row)), encoding="utf-8")
-    accelerator.wait_for_everyone()
-    accelerator.init_trackers(settings["tracker_project_name"], {name: str(value) for name, value in settings.items()})
-
-
-def train(args):
-    """Trains as `args` say. Ends with status 128 + signal after SIGTERM or SIGINT, 1 if a loss is not finite."""
+def find_launcher():
+    """The process number of the launcher that started this process, or None without one; to be asked before accelerate
+    sets variables of its own."""
     launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
-    output_dir, signals, parent = Path(args.output_dir), [], os.getppid()
-    check_args(args)
-    instances = {"train_data_dir": args.instance_data_dir, "default_caption": args.instance_prompt}
-    images, held_out, fingerprint = load_data(**vars(args), **instances)
-    class_rows, class_print, missing = load_classes(**vars(args))
-    repo_id = create_repo(**vars(args)) if args.push_to_hub and not args.dry_run else None
-    accelerator = make_accelerator(**vars(args))
-    device, precision = accelerator.device, accelerator.mixed_precision
-    if missing and not args.dry_run:
-        make_class_images(accelerator, missing, **vars(args))
-        class_rows, class_print, _ = load_classes(**vars(args))
-    pipeline, models, noise_scheduler = load_models(args, DTYPES[precision], device)
-    parts = {**pipeline.components, "scheduler": noise_scheduler}
-    per_pass = args.train_batch_size * accelerator.num_processes
-    samples_per_step = per_pass * args.gradient_accumulation_steps
-    steps_per_epoch = math.ceil(len(images) / samples_per_step)
-    last_step = args.max_train_steps or args.num_train_epochs * steps_per_epoch
-    validation_steps = args.validation_steps or 500
-    learning_rate = args.learning_rate * (samples_per_step if args.scale_lr else 1)
-    text_rate = learning_rate * (args.text_encoder_lr or args.learning_rate) / args.learning_rate
-    groups = [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad], "lr": rate}
-              for model, rate in zip(models.values(), (learning_rate, text_rate))]
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    wrapped = {name: accelerator.prepare(model) for name, model in models.items()}
-    unet, text_encoder = wrapped["unet"], wrapped.get("text_encoder", pipeline.text_encoder)
-    state = make_state(accelerator, {"adapters": torch.nn.ParameterList(parameters)}, groups, last_step, **vars(args))
-    optimizer, lr_scheduler, ema = state["optimizer"], state["lr_scheduler"], state.get("ema")
-    settings = {**vars(args), "mixed_precision": precision, "captioned_images": fingerprint, "class_data": class_print,
-                "samples_per_step": samples_per_step, "peak_learning_rate": learning_rate, "hub_token": None,
-                "state": [*state], "schedule_steps": None if args.lr_scheduler.startswith("constant") else last_step}
-    progress = {"global_step": 0, "base_losses": None, "losses": []}
-    if checkpoint := find_checkpoint(output_dir, args.resume_from_checkpoint):
-        progress = resume(accelerator, checkpoint, settings, last_step, state)
-    first_step, num_trained = progress["global_step"], sum(parameter.numel() for parameter in parameters)
-    print_plan(settings, f"LoRA of rank {args.rank} on {args.lora_target} of {' and '.join(models)}", "all else",
-               accelerator.num_processes, num_trained, len(images), len(held_out), first_step, last_step)
-    if args.dry_run:
-        accelerator.end_training()
-        return
-    prepare_output(accelerator, output_dir, settings, first_step)
-    prompts = [args.validation_prompt] * (args.num_validation_images or 4) if args.validation_prompt else []
-    look = functools.partial(validate, accelerator, parts, parameters, ema, held_out, args.train_batch_size,
-                             prompts, args.resolution, args.seed, output_dir, progress)
-    if first_step % validation_steps == 0 or first_step == last_step:  # a stop comes before the look at its step
-        look()
-    on_signals(functools.partial(note_signal, signals))
-    order = micro_batches(len(images), args.train_batch_size, accelerator.num_processes, accelerator.process_index,
-                          args.gradient_accumulation_steps, args.seed, first_step, last_step)
-    samples = dataclasses.replace(images, rows=datasets.concatenate_datasets([images.rows, *class_rows]))
-    order = with_classes(order, len(images), len(samples) - len(images), args.prior_loss_weight, args.seed)
-    batches = iter(torch.utils.data.DataLoader(samples, batch_sampler=order, num_workers=args.dataloader_num_workers,
-        pin_memory=device.type != "cpu", worker_init_fn=functools.partial(on_signals, signal.SIG_IGN)))
-    bar = tqdm(range(first_step, last_step), initial=first_step, total=last_step, unit="step",
-               disable=not accelerator.is_local_main_process)
+    return os.getppid() if launched else None
 
-    for step in bar:
-        started, step_loss = time.perf_counter(), torch.zeros((), device=device)
-        # Only dropout uses torch's own generator.
-        torch.manual_seed(np.random.default_rng((args.seed, DROPOUT, step, accelerator.process_index)).integers(2**32))
-        num_samples = min(samples_per_step, len(images) - step % steps_per_epoch * samples_per_step)
-        for passes_left in reversed(range(math.ceil(num_samples / per_pass))):
-            batch = send_to_device(next(batches), device, non_blocking=True)
-            latents = encode(pipeline.vae, batch)
-            with contextlib.ExitStack() as stack:
-                for model in wrapped.values() if passes_left else []:
-                    stack.enter_context(accelerator.no_sync(model))
-                prompt_embeds = text_encoder(batch["input_ids"])[0]
-                losses = diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, batch["noise"],
-                                          batch["added_noise"], batch["timestep"], args.snr_gamma)
-                loss = (losses * batch["weight"]).sum()
-                accelerator.backward(loss * accelerator.num_processes)  # gradients are averaged over processes
-            step_loss += loss.detach()
-        grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
-        # A SIGTERM to the launcher ends it alone: then this process has another parent.
-        stop = bool(signals or (launched and os.getppid() != parent))
-        loss, broken, overflow, stop = exchange(accelerator, step_loss, grad_norm, stop)
-        if not broken:
-            optimizer.step()
-            optimizer.zero_grad()
-            progress["global_step"] = step + 1
-            progress["losses"].append(loss)
-            if not overflow:  # else fp16's scaler skipped the step; its own report misses that of a fused optimizer
-                lr_scheduler.step()
-                if ema:
-                    ema.to(device)
-                    ema.step(parameters)
-                    ema.to("cpu" if args.offload_ema else None)
-            images_per_second = num_samples / (time.perf_counter() - started)
-            bar.set_postfix(loss=f"{loss:.4f}", images_per_second=f"{images_per_second:.1f}", refresh=False)
-        done = progress["global_step"]
-        if done > step and (done % args.logging_steps == 0 or done == last_step):
-            write_log(accelerator, output_dir, done, {
-                "loss": sum(progress["losses"]) / len(progress["losses"]), "lr": lr_scheduler.get_last_lr()[0],
-                "grad_norm": None if overflow else grad_norm.item(), "images_per_second": images_per_second})
-            progress["losses"] = []
-        if stop or broken or done % args.checkpointing_steps == 0:
-            limit = None if broken else args.checkpoints_total_limit  # the last good one may be an older one
-            save_checkpoint(accelerator, output_dir, settings, progress, state, limit)
-        if stop or broken:
-            leave(accelerator, output_dir, done, broken, signals)
-        if done % validation_steps == 0 or done == last_step:
-            look()
-    if accelerator.is_main_process:
-        if ema:
-            ema.copy_to(parameters)
-        files = save_model(args, models, prompts, len(images), last_step)
-        if repo_id:
-            push(repo_id, files, f"Train {last_step} steps", **vars(args))
+
+def is_orphaned(launcher):
+    """Whether the launcher is gone, to whom alone a SIGTERM goes: then this process has another parent."""
+    return launcher is not None and os.getppid() != launcher
+
+
+def leave(accelerator, run, broken, received):
+    """Ends the process after its last checkpoint, and says why: status 1 for a broken step, else 128 + signal."""
     accelerator.end_training()
-
-
-def leave(accelerator, output_dir, step, broken, signals):
-    """Ends the process after its last checkpoint, and says why."""
-    accelerator.end_training()
-    why = "a signal" if not broken else f"a loss or gradient that is not finite, in step {step + 1}"
-    remedy = "" if not broken else " --allow_changed_resume and a lower --learning_rate"
-    accelerator.print(f"Stopped by {why}. {output_dir / f'checkpoint-{step}'} holds the state after step {step}; go "
-                      f"on with --resume_from_checkpoint=latest{remedy}", file=sys.stderr)
-    sys.exit(1 if broken else 128 + (signals or [signal.SIGTERM])[0])
-
-
-def save_model(args, models, prompts, num_images, step):
-    """Writes the adapters in diffusers' layout with rank, alpha and targets in the header, on demand in kohya's layout
-    too, and the model card; returns patterns that are the adapters' files."""
-    weights = {key: value.to("cpu", DTYPES[args.save_precision]) for key, value in lora_weights(models).items()}
-    layers = {f"{name}_lora_layers": {key.removeprefix(f"{name}."): value for key, value in weights.items()
-                                      if key.startswith(f"{name}.")} for name in models}
-    headers = {f"{name}_lora_adapter_metadata": {**model.peft_config["default"].to_dict(),
-                                                 "base_model_name_or_path": None} for name, model in models.items()}
-    diffusers.StableDiffusionPipeline.save_lora_weights(args.output_dir, **layers, **headers)
-    files = [LORA_FILE]
-    if args.output_kohya_format:
-        alpha = (args.lora_alpha or args.rank) * (args.rank**0.5 if args.use_rslora else 1)
-        name = (args.kohya_file_name or Path(args.output_dir).resolve().name).removesuffix(".safetensors")
-        version = 2 if models["unet"].config.cross_attention_dim == 1024 else 1
-        header = kohya_header(name, version, alpha, num_images, step, **vars(args))
-        files.append(f"{name}.safetensors")
-        save_file(to_kohya(weights, alpha), Path(args.output_dir, files[1]), header)
-    tags = ["stable-diffusion", "stable-diffusion-diffusers", "dreambooth", "lora"]
-    write_card(args.output_dir, args.pretrained_model_name_or_path, prompts, vars(args), step,
-               "`pipe.load_lora_weights(...)`", tags, args.instance_prompt)
-    for file in files:  # which safetensors makes for their owner alone
-        shutil.copymode(Path(args.output_dir, "README.md"), Path(args.output_dir, file))
-    return [re.sub(r"([*?[])", r"[\1]", file) for file in files]
-
-
-def to_kohya(weights, alpha):
-    """Renames adapters to kohya's layout: lora_unet_ or lora_te_text_model_, the layer's name with underscores, and
-    .lora_down.weight (rank, in, ...), .lora_up.weight (out, rank, ...), .alpha, with DoRA .dora_scale (out, 1, ...).
-    A layer's effect is lora_up @ lora_down * alpha / rank."""
-    renamed = {}
-    for key, weight in weights.items():
-        layer, kind = re.fullmatch(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?", key).groups()
-        name = layer.replace("text_encoder.", "lora_te_text_model.", 1).replace("unet.", "lora_unet.", 1)
-        name = name.replace(".", "_")
-        if kind == "lora_magnitude_vector":
-            ones = [1] * (weights[f"{layer}.lora_A.weight"].ndim - 1)
-            renamed[f"{name}.dora_scale"] = weight.reshape(-1, *ones).contiguous()
-        else:
-            renamed[f"{name}.{'lora_down' if kind == 'lora_A' else 'lora_up'}.weight"] = weight.contiguous()
-            exact, short = torch.tensor(float(alpha)), torch.tensor(float(alpha), dtype=weight.dtype)
-            renamed[f"{name}.alpha"] = short if short == exact else exact  # half precision rounds what rsLoRA needs
-    return renamed
-
-
-def kohya_header(name, version, alpha, num_images, step, rank, resolution, seed, learning_rate,
-                 pretrained_model_name_or_path, **_):
-    """What interfaces show of a LoRA file for Stable Diffusion 1 or 2, as strings: no captions and no paths."""
-    base = pretrained_model_name_or_path
-    fields = {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": alpha, "ss_seed": seed,
-              "ss_output_name": name, "ss_sd_model_name": Path(base).name if Path(base).exists() else base,
-              "ss_base_model_version": f"sd_v{version}", "ss_v2": version == 2, "ss_learning_rate": learning_rate,
-              "ss_resolution": f"({resolution}, {resolution})", "ss_num_train_images": num_images, "ss_steps": step,
-              "modelspec.title": name, "modelspec.sai_model_spec": "1.0.0",
-              "modelspec.resolution": f"{resolution}x{resolution}",
-              "modelspec.architecture": f"stable-diffusion-v{version}/lora"}
-    return {"format": "pt", **{key: str(value) for key, value in fields.items()}}
-
-
-def write_card(output_dir, base, prompts, settings, step, loader, tags, instance_prompt=None):
-    """Writes the model card: licence of the base, how to load the result, samples, settings; no paths, no secrets."""
-    local, name = Path(base).exists(), Path(output_dir).resolve().name
-    licence = None
-    with contextlib.suppress(Exception):  # no card, no connection, bad YAML: a licence must not cost a result
-        licence = ModelCard.load(Path(base) / "README.md" if local else base).data.license
-    data = ModelCardData(base_model=None if local else base, license=licence or "other", library_name="diffusers",
-                         pipeline_tag="text-to-image", tags=tags, instance_prompt=instance_prompt)
-    samples = f"![samples](samples/step-{step:06d}.png)\n\n{'; '.join(dict.fromkeys(prompts))}\n\n" if prompts else ""
-    rows = [f"| {flag} | {str(value).replace('|', ' ')} |\n" for flag, value in settings.items()
-            if value is not None and value is not False and not re.search("_dir$|_path$|_token|config|resume", flag)
-            and not (isinstance(value, str) and os.path.exists(value))]
-    Path(output_dir, "README.md").write_text(
-        f"---\n{data.to_yaml()}\n---\n\n# {name}\n\nFine-tuned for {step} steps from "
-        f"{Path(base).name if local else base}. Load it with {loader}.\n\n{samples}| setting | value |\n|---|---|\n"
-        f"{''.join(rows)}", encoding="utf-8")
-
-
-def create_repo(output_dir, hub_model_id, hub_token, hub_private_repo, **_):
-    """Makes the repository on the Hub; returns its full name. Raises `InputError`."""
-    name = hub_model_id or Path(output_dir).resolve().name
-    try:
-        return HfApi(token=hub_token).create_repo(name, private=hub_private_repo or None, exist_ok=True).repo_id
-    except Exception as error:  # of the Hub, of the connection or of the name
-        raise InputError(f"--push_to_hub: the repository {name} cannot be made; log in with `hf auth login` or "
-                         f"--hub_token, and check --hub_model_id ({last_line(error)})") from None
-
-
-def push(repo_id, files, message, output_dir, hub_token, **_):
-    """Uploads `files` of the result, nothing else; if that fails, says how to and ends with status 1."""
-    files = ["README.md", "log.jsonl", "samples/*", *files]
-    try:
-        HfApi(token=hub_token).upload_folder(repo_id=repo_id, folder_path=output_dir, commit_message=message,
-                                             allow_patterns=files)
-    except Exception as error:  # whatever it is, the result is safe and the user should hear that
-        print(f"The upload failed ({last_line(error)}). The result is whole in {output_dir}; to send it again:\n"
-              f"  hf upload {repo_id} {output_dir} . --include {' '.join(map(repr, files))}", file=sys.stderr)
-        sys.exit(1)
-
-
-def main(argv=None):
-    """Runs the script; a mistake of the user's ends with status 2 and its message."""
-    args, is_first = parse_args(argv), os.environ.get("RANK", "0") == "0"
-    for library in (diffusers, transformers):  # their bars and remarks would drown the plan
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-    try:
-        with contextlib.redirect_stdout(sys.stdout if is_first else None):
-            train(args)
-    except (InputError, KeyboardInterrupt) as error:  # once it trains, signals are noted
-        if is_first:
-            print(f"{Path(__file__).name}: {str(error) or 'stopped before the first step'}", file=sys.stderr)
-        sys.exit(2 if str(error) else 128 + signal.SIGINT)
+    step = run.progress["global_step"]
+    why, remedy = "a signal", ""
+    if broken:
+        why = f"a loss or gradient that is not finite, in step {step + 1}"
+        remedy = " --allow_changed_resume and a lower --learning_rate"
+    accelerator.print(
+        f"Stopped by {why}. {run.output_dir / f'checkpoint-{step}'} holds the state after step {step}; go on with "
+        f"--resume_from_checkpoint=latest{remedy}",
+        file=sys.stderr,
+    )
+    # Another process, or the launcher, may have got the signal: SIGTERM, then.
+    number = received[0] if received else signal.SIGTERM
+    sys.exit(1 if broken else 128 + number)
 
 
 if __name__ == "__main__":

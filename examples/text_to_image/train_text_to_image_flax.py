@@ -1,4 +1,5 @@
 #!/usr/bin/env python
+# Built by `make scripts` from recipes/train_text_to_image_flax.py and sdtune/: edit those; a copy is yours to edit.
 """Fine-tune the UNet of Stable Diffusion 1.x or 2.x on captioned images, in JAX: on TPUs, GPUs or a CPU.
 
     python train_text_to_image_flax.py --pretrained_model_name_or_path=MODEL --train_data_dir=my_images \
@@ -10,6 +11,36 @@ folder for PyTorch, with `--save_flax` for Flax as well. The networks are functi
 share a batch; what is random in a sample depends on (seed, epoch, index of the sample) alone. Papers: latent diffusion
 (arXiv 2112.10752), DDPM (2006.11239), v-prediction (2202.00512), min-SNR (2303.09556), zero terminal SNR (2305.08891).
 """
+
+# Tested with torch 2.13.0, diffusers 0.42.1, transformers 5.23.0, accelerate 1.15.0, datasets 5.2.0, peft 0.21.2.
+# Constants and classes come first, then the functions:
+#
+#   the script          what is its own: its flags, what it loads and trains, the loss of a step, what it saves, main
+#   flax.diffusion      The diffusion step in JAX: draw latents, add noise, compare the prediction with the target
+#   flax.optimization   The optimizer in JAX, its learning rate, and the step: gradient, clipping, update, average
+#   training            Train in PyTorch: the accelerator, the state of a run, and the loop over its steps
+#   flax.training       Train in JAX: hosts and devices, the state of a run, and the loop over its steps
+#   batches             The order of an epoch, and each process's share of a step
+#   randomness          Random numbers as a pure function of the seed and of what they are for
+#   dataset             Read captioned images from a folder or the Hub, check them, make samples to train on
+#   flax.encoding       What is encoded once, captions and images that stay the same, and the batches made of it
+#   checkpoints         Write checkpoints that are whole or not there, find them, and go on from one
+#   flax.checkpoints    The state of a run in JAX, written into checkpoints and read from them
+#   errors              Mistakes of the user's: how they are gathered, told and end the process
+#   files               Files: read, written beside their place and renamed when complete, with permissions
+#   arguments           The flags that several scripts share, their types, and `--config`
+#   images              Decode images as a viewer shows them, and check every one before training
+#   models              Check and load the models of a Stable Diffusion pipeline
+#   optimization        The optimizer, its learning rate, and the average of the weights
+#   output              The folder of a run: whether it may be used, its log, the pipeline that results
+#   plan                The plan that a run prints before its first step
+#   model_card          The model card, README.md of a result
+#   hub                 The upload of a result to the Hub
+#   validation          Look at a run: draw samples, and measure the loss on images that are not trained on
+#   signals             Stop at the end of a step, on SIGTERM, Ctrl-C or the death of the launcher
+#   flax.networks       The networks of Stable Diffusion in JAX, as pure functions of the weights of PyTorch's modules
+#   flax.weights        Weights on their way between PyTorch's modules, JAX and Flax's files (.msgpack)
+#   flax.validation     Look at a run in JAX: samples by PyTorch's pipeline, the loss on images not trained on
 
 import argparse
 import contextlib
@@ -28,6 +59,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -42,7 +74,7 @@ import transformers
 import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from filelock import FileLock
@@ -55,369 +87,1581 @@ from safetensors.numpy import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-IMAGE_SUFFIXES = set(".avif .bmp .gif .jfif .jpe .jpeg .jpg .png .tif .tiff .webp".split())
-MIN_SIDE = 16  # pixels; anything smaller is an icon or a broken file
-HELD_OUT_TIMESTEPS = 4  # at which the loss of each held-out image is measured
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # of the saved result
-SAMPLE, ORDER, DROPOUT, SUBSET, HELD_OUT = range(5)  # a stream of random numbers each
-REPLACED_FLAGS = {
-    "--from_pt": "PyTorch weights are what is read; for Flax weights (.msgpack) use --from_flax",
-    "--local_rank": "start this on every host, with --coordinator_address; devices are found",
-    "--validation_epochs": "use --validation_steps",
-    **dict.fromkeys(["--use_8bit_adam", "--allow_tf32", "--enable_xformers_memory_efficient_attention",
-                     "--offload_ema", "--foreach_ema"], "drop it; what is compiled here has no need of it"),
-}
-# Settings that a resume may change: they leave the result as it is, or what follows from them is compared instead.
-FREE_ON_RESUME = """allow_changed_resume cache_dir caption_column checkpointing_steps checkpoints_total_limit config
-    coordinator_address dataloader_num_workers dataset_config_name dataset_name dry_run gradient_accumulation_steps
-    gradient_checkpointing host_index hub_model_id hub_private_repo hub_token image_column logging_dir logging_steps
-    max_train_samples max_train_steps num_hosts num_train_epochs num_validation_samples output_dir overwrite_output_dir
-    push_to_hub report_to resume_from_checkpoint save_flax save_precision skip_bad_images tracker_project_name
-    train_batch_size train_data_dir validation_prompts validation_steps""".split()
-FIXED_ON_RESUME = {"state"}  # the checkpoint's state would not fit
-# Keys of the configs that the networks below obey or that do not bear on them; any other must be at its default.
-UNDERSTOOD = {
-    "unet": """attention_head_dim block_out_channels cross_attention_dim down_block_types flip_sin_to_cos freq_shift
-        in_channels layers_per_block norm_eps norm_num_groups out_channels sample_size split_head_dim up_block_types
-        transformer_layers_per_block upcast_attention use_linear_projection use_memory_efficient_attention""".split(),
-    "vae": """block_out_channels down_block_types force_upcast in_channels latent_channels layers_per_block
-        norm_num_groups out_channels sample_size scaling_factor up_block_types use_post_quant_conv""".split(),
-    "text_encoder": """architectures attention_dropout bos_token_id dropout dtype eos_token_id hidden_act hidden_size
-        initializer_factor initializer_range intermediate_size layer_norm_eps max_position_embeddings pad_token_id
-        num_attention_heads num_hidden_layers projection_dim torch_dtype transformers_version vocab_size""".split(),
-}
-BLOCKS = {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D", "DownEncoderBlock2D",
-          "UpDecoderBlock2D"}
-# The modules of which Flax writes `name_0` where PyTorch writes `name.0`, and its older names of the VAE's attention.
-FLAX_LISTS = "down_blocks|up_blocks|resnets|attentions|transformer_blocks|downsamplers|upsamplers|net|to_out"
-FLAX_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-FLAX_FILES = {"unet": "diffusion_flax_model.msgpack", "vae": "diffusion_flax_model.msgpack",
-              "text_encoder": "flax_model.msgpack"}
-
 
 class InputError(ValueError):
     """A mistake in what the user gave; its text is all that they need to see."""
 
 
-# ------------------------------------------------------------------------------------------------------- arguments
-def parse_args(argv=None, check=None):
-    """Reads the command line and `--config` or ends with status 2; lists what is wrong with settings to `check`."""
+# A stream of random numbers each: what is drawn from one leaves the others as they are.
+SAMPLE = 0  # crop, flip, caption, timestep and noise of a sample, by epoch and index
+ORDER = 1  # of an epoch
+SUBSET = 3  # the images that --max_train_samples leaves
+HELD_OUT = 4  # the images that are not trained on
+
+SWITCH = {"action": argparse.BooleanOptionalAction, "default": False}  # so that a config file can turn it off too
+
+# By group, the settings that a resume may change. They leave the result as it is, or what they lead to is compared in
+# their place: a digest of the images, the samples of a step, the steps of the schedule. Any other has to be as it was.
+MODEL_FREE_ON_RESUME = {"cache_dir"}
+DATASET_FREE_ON_RESUME = set(
+    """
+    caption_column dataset_config_name dataset_name image_column max_train_samples skip_bad_images
+    """.split()
+)
+DATA_FREE_ON_RESUME = {*DATASET_FREE_ON_RESUME, "train_data_dir"}
+OPTIMIZATION_FREE_ON_RESUME = set(
+    """
+    gradient_accumulation_steps gradient_checkpointing max_train_steps num_train_epochs train_batch_size
+    """.split()
+)
+OUTPUT_FREE_ON_RESUME = set(
+    """
+    allow_changed_resume checkpointing_steps checkpoints_total_limit hub_model_id hub_private_repo hub_token
+    logging_dir logging_steps output_dir overwrite_output_dir push_to_hub report_to resume_from_checkpoint
+    save_precision tracker_project_name
+    """.split()
+)
+HELD_OUT_FREE_ON_RESUME = {"num_validation_samples", "validation_steps"}
+VALIDATION_FREE_ON_RESUME = {*HELD_OUT_FREE_ON_RESUME, "validation_prompts"}
+RUN_FREE_ON_RESUME = {"config", "dry_run"}
+
+# Flags that do nothing without another one.
+DATASET_REQUIRES = {"dataset_config_name": "dataset_name"}
+AVERAGE_REQUIRES = {"ema_decay": "use_ema", "ema_warmup": "use_ema"}
+OUTPUT_REQUIRES = {
+    "allow_changed_resume": "resume_from_checkpoint",
+    "hub_model_id": "push_to_hub",
+    "hub_private_repo": "push_to_hub",
+}
+
+IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+NO_CAPTION = "has no caption, in metadata or a .txt beside it"
+MIN_SIDE = 16  # pixels; anything smaller is an icon or a broken file
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+METADATA_NAMES = {"metadata.jsonl", "metadata.csv"}
+
+
+@dataclasses.dataclass
+class CaptionedImages(torch.utils.data.Dataset):
+    """Maps (epoch, index, weight) to these and pixel_values uint8 (3, height, width), input_ids (max_length,),
+    timestep, and posterior_noise, noise, added_noise in float32 (4, height / 8, width / 8)."""
+
+    rows: datasets.Dataset  # of image and captions
+    tokenizer: CLIPTokenizer
+    latent_shape: tuple
+    num_timesteps: int
+    seed: int
+    resolution: int
+    center_crop: bool
+    random_flip: bool
+    image_interpolation_mode: str
+    caption_dropout: float
+    noise_offset: float
+    input_perturbation: float
+
+    def __len__(self):
+        return len(self.rows)
+
+    def view(self, index, draw):
+        """The image and the caption of a row as an epoch sees them; the first numbers of `draw` choose."""
+        # All are drawn always and in this order: an option leaves the others' numbers alone.
+        left, top, flip, choice, drop = draw.random(5)
+        row = self.rows[index]
+        place = (0.5, 0.5) if self.center_crop else (left, top)
+        resample = Image.Resampling[self.image_interpolation_mode.upper()]
+        size = (self.resolution, self.resolution)
+        image = ImageOps.fit(read_image(row["image"]), size, resample, centering=place)
+        if self.random_flip and flip < 0.5:
+            image = ImageOps.mirror(image)
+        caption = row["captions"][int(choice * len(row["captions"]))]
+        return image, "" if drop < self.caption_dropout else caption
+
+    def __getitem__(self, item):
+        epoch, index, weight = item
+        draw = random_numbers(self.seed, SAMPLE, epoch, index)
+        image, caption = self.view(index, draw)
+        timestep = draw.integers(self.num_timesteps)
+        posterior_noise, noise, perturbation = draw.standard_normal((3, *self.latent_shape), np.float32)
+        # The offset shifts whole channels; perturbation (arXiv 2301.11706, eq. 3) is added and not to be predicted.
+        noise = noise + self.noise_offset * draw.standard_normal((len(noise), 1, 1), np.float32)
+        input_ids = self.tokenizer(caption, padding="max_length", truncation=True, return_tensors="np").input_ids[0]
+        return {
+            "epoch": epoch,
+            "index": index,
+            "weight": np.float32(weight),
+            "pixel_values": np.array(image).transpose(2, 0, 1),
+            "input_ids": input_ids,
+            "timestep": timestep,
+            "posterior_noise": posterior_noise,
+            "noise": noise,
+            "added_noise": noise + self.input_perturbation * perturbation,
+        }
+
+
+@dataclasses.dataclass
+class StepCounts:
+    """How many samples and steps a run has."""
+
+    num_images: int
+    samples_per_pass: int  # over all processes
+    samples_per_step: int
+    steps_per_epoch: int
+    last_step: int
+
+
+POLYNOMIAL_END = 1e-7  # the rate at which diffusers' polynomial schedule ends
+
+
+@dataclasses.dataclass
+class Run:
+    """What a run is and how far it has come. A checkpoint holds `settings`, `progress` and `state`."""
+
+    output_dir: Path
+    settings: dict  # flags, and what was made of them
+    progress: dict  # global_step, base_losses (held-out losses before training), losses (not yet logged)
+    state: dict  # by name: what has a state_dict, or in JAX arrays
+    counts: StepCounts
+
+
+NOT_ON_CARD = re.compile(r"_dir$|_path$|_token|_address$|host|config|resume")  # places, secrets and how it was started
+
+HELD_OUT_TIMESTEPS = 4  # at which the loss of each held-out image is measured
+
+# Keys of the configs that the networks obey or that do not bear on them; any other must be at its default.
+UNDERSTOOD = {
+    "unet": set(
+        """
+        attention_head_dim block_out_channels cross_attention_dim down_block_types flip_sin_to_cos freq_shift
+        in_channels layers_per_block norm_eps norm_num_groups out_channels sample_size split_head_dim
+        transformer_layers_per_block up_block_types upcast_attention use_linear_projection
+        use_memory_efficient_attention
+        """.split()
+    ),
+    "vae": set(
+        """
+        block_out_channels down_block_types force_upcast in_channels latent_channels layers_per_block norm_num_groups
+        out_channels sample_size scaling_factor up_block_types use_post_quant_conv
+        """.split()
+    ),
+    "text_encoder": set(
+        """
+        architectures attention_dropout bos_token_id dropout dtype eos_token_id hidden_act hidden_size
+        initializer_factor initializer_range intermediate_size layer_norm_eps max_position_embeddings
+        num_attention_heads num_hidden_layers pad_token_id projection_dim torch_dtype transformers_version vocab_size
+        """.split()
+    ),
+}
+BLOCKS = {
+    "CrossAttnDownBlock2D",
+    "CrossAttnUpBlock2D",
+    "DownBlock2D",
+    "DownEncoderBlock2D",
+    "UpBlock2D",
+    "UpDecoderBlock2D",
+}
+ACTIVATIONS = {"gelu", "quick_gelu"}  # of the text encoder
+
+FLAX_FILES = {
+    "unet": "diffusion_flax_model.msgpack",
+    "vae": "diffusion_flax_model.msgpack",
+    "text_encoder": "flax_model.msgpack",
+}
+# The lists of modules, of which Flax writes `name_0` where PyTorch writes `name.0`.
+FLAX_LISTS = "attentions|down_blocks|downsamplers|net|resnets|to_out|transformer_blocks|up_blocks|upsamplers"
+# Flax's older names in the VAE's attention, and PyTorch's.
+FLAX_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+# What makes a kernel of Flax's one of PyTorch's, by its number of axes: dense (in, out), convolution (height, width,
+# in, out).
+TORCH_AXES = {2: (1, 0), 4: (3, 2, 0, 1)}
+FLAX_AXES = {2: (1, 0), 4: (2, 3, 1, 0)}
+
+
+@dataclasses.dataclass
+class EncodedImages:
+    """A set of images, of which what does not change is encoded."""
+
+    samples: CaptionedImages  # what a sample draws; without the images' content where that is encoded
+    prompt_embeds: np.ndarray  # (captions, tokens, channels)
+    row_of: dict  # of prompt_embeds, by the bytes of a caption's tokens
+    moments: np.ndarray | None  # (images, views, 2 x 4, height / 8, width / 8); the second view is mirrored
+    vae: Callable | None  # gives the moments of pixels in every step, where they are not encoded once
+
+
+NO_NEED = "drop it; what is compiled here has no need of it"
+REPLACED_FLAGS = {
+    "--from_pt": "PyTorch weights are what is read; for Flax weights (.msgpack) use --from_flax",
+    "--local_rank": "start this on every host, with --coordinator_address; devices are found",
+    "--validation_epochs": "use --validation_steps",
+    "--use_8bit_adam": NO_NEED,
+    "--allow_tf32": NO_NEED,
+    "--enable_xformers_memory_efficient_attention": NO_NEED,
+    "--offload_ema": NO_NEED,
+    "--foreach_ema": NO_NEED,
+}
+REQUIRES = {
+    **DATASET_REQUIRES,
+    **AVERAGE_REQUIRES,
+    **OUTPUT_REQUIRES,
+    "num_hosts": "coordinator_address",
+    "host_index": "coordinator_address",
+}
+FREE_ON_RESUME = {
+    *MODEL_FREE_ON_RESUME,
+    *DATA_FREE_ON_RESUME,
+    *OPTIMIZATION_FREE_ON_RESUME,
+    *OUTPUT_FREE_ON_RESUME,
+    *VALIDATION_FREE_ON_RESUME,
+    *RUN_FREE_ON_RESUME,
+    "coordinator_address",
+    "dataloader_num_workers",
+    "host_index",
+    "num_hosts",
+    "save_flax",
+}
+FIXED_ON_RESUME = {"state"}  # the checkpoint's state would not fit
+
+
+# ---------------------------------------------------------------------------------------------------------- the script
+def make_parser():
+    """The flags of this script."""
     usage = "%(prog)s --pretrained_model_name_or_path MODEL (--train_data_dir FOLDER | --dataset_name NAME) [flags]"
-    parser = argparse.ArgumentParser(usage=usage, description=__doc__.split("\n")[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    switch = {"action": argparse.BooleanOptionalAction, "default": False}
-    add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", help="pipeline folder, Hub id, or original .ckpt/.safetensors file")
-    add("--revision", help="branch, tag or commit of the model on the Hub")
-    add("--variant", help="variant of the weight files, such as fp16")
-    add("--single_file_config", help="pipeline folder or Hub id with the configs for a single-file model")
-    add("--from_flax", **switch, help="read the Flax weights (.msgpack) of a pipeline folder or Hub id")
-    add("--cache_dir", help="where downloads and remembered checks go, instead of the Hugging Face cache")
-    add = parser.add_argument_group("data").add_argument
-    add("--train_data_dir", help="folder of images with metadata.jsonl/.csv (file_name, text), or a .txt beside each")
-    add("--dataset_name", help="dataset on the Hub, or a local path that `datasets` can load")
-    add("--dataset_config_name", help="configuration of that dataset; needs --dataset_name")
-    add("--image_column", default="image", help="column of its images; needs --dataset_name")
-    add("--caption_column", default="text", help="column with a caption, or a list of them: one is drawn per epoch")
-    add("--max_train_samples", type=int, help="use so many images, drawn by the seed [1, inf)")
-    add("--skip_bad_images", **switch, help="go on without images that cannot be used, instead of stopping")
-    add("--resolution", type=int, default=512, help="side of the square training images in pixels [1, inf)")
-    add("--center_crop", **switch, help="crop the centre, not a random place")
-    add("--random_flip", **switch, help="mirror half of the images, drawn anew each epoch")
-    filters = [kind.name.lower() for kind in Image.Resampling]
-    add("--image_interpolation_mode", default="lanczos", choices=filters, help="filter for resizing")
-    add("--caption_dropout", type=float, default=0.0, help="share of captions replaced by the empty one [0, 1]")
-    add("--dataloader_num_workers", type=int, default=0, help="threads that load images; 1 if 0 [0, inf)")
-    add = parser.add_argument_group("objective").add_argument
-    add("--prediction_type", choices=["epsilon", "v_prediction"], help="what the UNet predicts; default: the model's")
-    add("--snr_gamma", type=float, help="min-SNR loss weights with this gamma; 5.0 in the paper (0, inf)")
-    add("--noise_offset", type=float, default=0.0, help="scale of noise that shifts channels; 0.05 is common [0, inf)")
-    add("--input_perturbation", type=float, default=0.0, help="scale of extra input noise; 0.1 in the paper [0, inf)")
-    add("--rescale_betas_zero_snr", **switch, help="rescale the schedule to zero terminal SNR; needs v_prediction")
-    add = parser.add_argument_group("optimization").add_argument
-    add("--learning_rate", type=float, default=1e-4, help="initial learning rate (0, inf)")
-    add("--scale_lr", **switch, help="multiply the learning rate by batch size, accumulation steps and processes")
-    add("--lr_scheduler", default="constant", choices=[kind.value for kind in SchedulerType], help="its schedule")
-    add("--lr_warmup_steps", type=int, default=0, help="steps in which the learning rate rises from 0 [0, inf)")
-    add("--lr_num_cycles", type=int, help="cycles, 1 if not given; needs --lr_scheduler=cosine_with_restarts [1, inf)")
-    add("--lr_power", type=float, help="power, 1 if not given; needs --lr_scheduler=polynomial (0, inf)")
-    add("--lr_step_rules", help="factor:until_step,...,last factor: 1:10,0.1; needs --lr_scheduler=piecewise_constant")
-    add("--train_batch_size", type=int, default=16, help="images per forward pass and process [1, inf)")
-    add("--gradient_accumulation_steps", type=int, default=1, help="forward passes per optimizer step [1, inf)")
-    add("--num_train_epochs", type=int, default=100, help="passes over the images, unless --max_train_steps [1, inf)")
-    add("--max_train_steps", type=int, help="optimizer steps [1, inf)")
-    add("--max_grad_norm", type=float, default=1.0, help="clip the gradient's norm to this; inf: no clipping (0, inf]")
-    add("--adam_beta1", type=float, default=0.9, help="AdamW's beta1 [0, 1)")
-    add("--adam_beta2", type=float, default=0.999, help="AdamW's beta2 [0, 1)")
-    add("--adam_weight_decay", type=float, default=1e-2, help="AdamW's weight decay [0, inf)")
-    add("--adam_epsilon", type=float, default=1e-8, help="AdamW's epsilon (0, inf)")
-    add("--use_ema", **switch, help="average the weights over the steps; samples and result use the average")
-    add("--ema_decay", type=float, help="highest decay of the average; 0.9999 if not given; needs --use_ema [0, 1]")
-    add("--ema_warmup", **switch, help="raise the decay slowly, as 1 - (1 + step) ** -2/3; needs --use_ema")
+    parser = new_parser(__doc__, usage)
+    add_model_arguments(parser)
+    add_data_arguments(parser)
+    add_objective_arguments(parser)
+    add_optimization_arguments(parser)
+    add_jax_arguments(parser)
+    add_output_arguments(parser)
+    add_validation_arguments(parser)
+    add_run_arguments(parser)
+    parser.set_defaults(output_dir="sd-model-finetuned")
+    return parser
+
+
+def add_jax_arguments(parser):
+    """Adds what only this script has: precision, Flax's files, and hosts."""
     add = parser.add_argument_group("memory and speed").add_argument
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="precision of passes; no if not given")
-    add("--gradient_checkpointing", **switch, help="compute activations twice: slower, less memory")
-    add = parser.add_argument_group("output").add_argument
-    add("--output_dir", default="sd-model-finetuned", help="where everything is written")
-    add("--overwrite_output_dir", **switch, help="write over the run in --output_dir and remove its checkpoints")
-    add("--save_precision", default="no", choices=list(DTYPES), help="half precision of what is saved, or no")
-    add("--save_flax", **switch, help="write the weights as Flax (.msgpack) too")
-    add("--checkpointing_steps", type=int, default=500, help="write a checkpoint every so many steps [1, inf)")
-    add("--checkpoints_total_limit", type=int, help="keep only so many checkpoints, the newest [1, inf)")
-    add("--resume_from_checkpoint", metavar="PATH|latest", help="go on from a checkpoint, if there is a latest")
-    add("--allow_changed_resume", **switch, help="though the result will change; needs --resume_from_checkpoint")
-    add("--validation_prompts", nargs="+", help="prompts to draw samples for")
-    add("--num_validation_samples", type=int, default=0, help="images held out, to measure the loss on [0, inf)")
-    add("--validation_steps", type=int,
-        help="draw and measure every so many, or 500; needs --validation_prompts or --num_validation_samples [1, inf)")
-    add("--report_to", default="tensorboard", help="tracker of accelerate's (tensorboard, wandb, ...), all or none")
-    add("--tracker_project_name", default="text2image-fine-tune", help="project name in the tracker")
-    add("--logging_dir", default="logs", help="folder for the tracker's files, in --output_dir")
-    add("--logging_steps", type=int, default=10, help="log the mean loss every so many steps [1, inf)")
-    add("--push_to_hub", **switch, help="upload the result to the Hub")
-    add("--hub_model_id", help="repository to upload to; default: the name of --output_dir; needs --push_to_hub")
-    add("--hub_token", help="token for dataset and upload; default: the one that `hf auth login` stored")
-    add("--hub_private_repo", **switch, help="make the repository private; needs --push_to_hub")
-    add = parser.add_argument_group("run").add_argument
-    add("--seed", type=int, default=0, help="seed of everything that is drawn at random [0, 9e18]")
-    add("--config", metavar="FILE.yaml", help="flags by name, maybe under `training:`; the command line wins")
-    add("--dry_run", **switch, help="check everything, print the plan and stop")
+    add(
+        "--dataloader_num_workers",
+        type=non_negative_int,
+        default=0,
+        help="threads that load images; 1 if 0 [0, inf)",
+    )
+    add = parser.add_argument_group("weights of Flax").add_argument
+    add("--from_flax", **SWITCH, help="read the Flax weights (.msgpack) of a pipeline folder or Hub id")
+    add("--save_flax", **SWITCH, help="write the weights as Flax (.msgpack) too")
     add = parser.add_argument_group("several hosts").add_argument
     add("--coordinator_address", metavar="HOST:PORT|auto", help="where host 0 is found; auto: as the cluster says")
-    add("--num_hosts", type=int, help="hosts on which this is started; needs --coordinator_address [1, inf)")
-    add("--host_index", type=int, help="number of this host, from 0; needs --coordinator_address [0, inf)")
-    return parse_words(parser, argv) if check is None else check_flags(parser, check)
-
-
-def parse_words(parser, argv):
-    """Parses `argv` or the command line, after its `--config` as words, so that argparse checks that; expands `~`."""
-    argv, words = sys.argv[1:] if argv is None else list(argv), []
-    if replaced := [flag for word in argv if (flag := word.split("=")[0]) in REPLACED_FLAGS]:
-        parser.error(f"{replaced[0]} is not taken: {REPLACED_FLAGS[replaced[0]]}")
-    path, flags = parser.parse_known_args(argv)[0].config, vars(parser.parse_args([]))
-    try:
-        recipe = (yaml.safe_load(Path(os.path.expanduser(path)).read_text("utf-8")) if path else None) or {}
-        recipe |= recipe.pop("training", None) or {}
-    except (OSError, ValueError, yaml.YAMLError, AttributeError, TypeError) as error:
-        parser.error(f"--config={path}: is no YAML file of flags ({' '.join(str(error).split())})")
-    if unknown := sorted(map(str, recipe.keys() - (flags.keys() - {"config"}) - {"evaluation"})):
-        parser.error(f"--config={path}: unknown key {', '.join(unknown)}; keys are the flags of --help without dashes")
-    for key, value in [(key, value) for key, value in recipe.items() if key in flags and value is not None]:
-        if isinstance(value, list):
-            words += [f"--{key}", *map(str, value)]
-        elif isinstance(value, bool) and isinstance(flags[key], bool):
-            words.append(f"--{'' if value else 'no-'}{key}")
-        else:  # YAML reads a bare `no` as false, but --mixed_precision means the word
-            words.append(f"--{key}={'no' if value is False else value}")
-    return argparse.Namespace(**{name: os.path.expanduser(value) if isinstance(value, str) else value
-                                 for name, value in vars(parser.parse_args(words + argv)).items()})
-
-
-def check_flags(parser, values):
-    """Lists flags outside the interval that ends their help, and those given without what it says that they need."""
-    problems = []
-    for action in parser._actions:
-        flag, value, told = action.dest, values.get(action.dest), action.help
-        if value is not None and (limits := re.search(r"([\[(])(\S+), (\S+)([\])])$", told)):
-            low, high = float(limits[2]), float(limits[3])
-            if not (low < value < high or value in [low] * (limits[1] == "[") + [high] * (limits[4] == "]")):
-                problems.append(f"--{flag}={value}: must be in {limits[0]}")
-        needs = re.sub(r" [\[(].*", "", told.partition("needs ")[2]) if value not in (None, action.default) else ""
-        ways = re.findall(r"--(\w+)=?(\w*)", needs)
-        if ways and not any(values[name] and word in ("", values[name]) for name, word in ways):
-            problems.append(f"--{flag}={value}: does nothing without {needs}; add that or drop this")
-    return problems
+    add("--num_hosts", type=positive_int, help="hosts on which this is started; needs --coordinator_address [1, inf)")
+    add(
+        "--host_index",
+        type=non_negative_int,
+        help="number of this host, from 0; needs --coordinator_address [0, inf)",
+    )
 
 
 def check_args(args):
-    """Raises one `InputError` that names every flag that is wrong, its value, what is accepted and the remedy."""
-    problems = parse_args(check=vars(args)) + check_settings(vars(args)) + check_output(**vars(args))
-    problems += check_model(**vars(args)) or check_networks(**vars(args))
-    if problems:
-        raise InputError("\n  ".join(["", *problems] if len(problems) > 1 else problems))
+    """Lists what is wrong with the flags, each with its value, what is accepted and the remedy."""
+    problems = check_requirements(args, REQUIRES)
+    problems += check_data(args, "train_data_dir")
+    problems += check_optimization(args) + check_precision(args) + check_hosts(args)
+    problems += check_trackers(args) + check_validation(args, "validation_prompts")
+    problems += check_output(args, foreign_result="pytorch_lora_weights.safetensors")
+    problems += check_flax(args)
+    return problems + (check_model(args) or check_networks(args))
 
 
-def check_settings(settings):
-    """Lists which flags contradict each other or cannot be obeyed here."""
-    get, schedule = settings.get, settings["lr_scheduler"]
-    source = Path(get("pretrained_model_name_or_path") or "")
-    rules = re.fullmatch(r"({0}:\d+,)+{0}".format(r"\d*\.?\d+(e-?\d+)?"), get("lr_step_rules") or "")
-    trackers = ["all", "none", *map(str, get_available_trackers())]
-    numbered = get("num_hosts") is not None and get("host_index") is not None
-    flax_file, is_folder = source / "unet" / FLAX_FILES["unet"], (source / "unet").is_dir()
-    others = {path.suffix for path in source.glob("unet/diffusion_pytorch_model*")} & {".bin", ".safetensors"}
-    return [f"--{flag}={get(flag)}: {remedy}" for wrong, flag, remedy in (
-        (get("revision") and source.exists(), "revision", "does nothing without a model on the Hub; drop this"),
-        (get("variant") and (get("single_file_config") or get("from_flax")), "variant",
-         "does nothing without a PyTorch pipeline folder or Hub id; drop this"),
-        (get("lr_warmup_steps") and schedule in ("constant", "piecewise_constant"), "lr_warmup_steps",
-         "does nothing without constant_with_warmup or the like; add that or drop this"),
-        (schedule == "piecewise_constant" and not rules, "lr_step_rules", "give rules such as 1:10,0.1:20,0.01"),
-        (bool(get("dataset_name")) == bool(get("train_data_dir")), "train_data_dir",
-         "give this or --dataset_name, not both"),
-        (schedule == "polynomial" and get("learning_rate") <= 1e-7, "learning_rate", "must be above 1e-7, its end"),
-        (get("report_to") not in trackers, "report_to", f"installed are {', '.join(trackers)}"),
-        (get("mixed_precision") == "fp16", "mixed_precision", "gradients would vanish; use bf16 or no"),
-        (get("coordinator_address") and numbered == (get("coordinator_address") == "auto"), "coordinator_address",
-         "HOST:PORT needs --num_hosts and --host_index, auto finds them"),
-        (numbered and get("host_index") >= (get("num_hosts") or 0), "host_index", "must be below --num_hosts"),
-        (is_folder and get("from_flax") and not flax_file.exists(), "from_flax", f"needs {flax_file}; drop this"),
-        (is_folder and flax_file.exists() and not others and not get("from_flax"), "from_flax",
-         "this pipeline has Flax weights alone; add --from_flax"),
-        (get("from_flax") and get("single_file_config"), "from_flax", "a single file is PyTorch's; drop this"),
-    ) if wrong]
+def load_models(args):
+    """Returns the base's pipeline in float32, whose UNet is to be trained, and the noise scheduler. Raises
+    `InputError`."""
+    pipeline = load_flax(args) if args.from_flax else load_base(args)
+    return pipeline, make_noise_scheduler(args, pipeline)
 
 
-def check_output(output_dir, resume_from_checkpoint, overwrite_output_dir, **settings):
-    """Lists what is wrong with the folders and the checkpoint to resume from."""
-    output, wanted = Path(output_dir).resolve(), resume_from_checkpoint
-    checkpoint, newest = find_checkpoint(output, wanted), find_checkpoint(output, "latest")
-    place = next(path for path in (output, *output.parents) if path.exists())
-    other = "model_index.json" if "rank" in settings else "pytorch_lora_weights.safetensors"  # which stays behind
-    run = (output / "args.json").is_file() and not (output / other).exists()
-    # Without a checkpoint `latest` starts anew, in the folder of a run that was stopped before its first one.
-    begun = wanted == "latest" and run and not (output / "README.md").exists()
-    own = output == checkpoint.resolve().parent if checkpoint else begun
-    usable = place.is_dir() and os.access(place, os.W_OK)
-    used = usable and place == output and any(output.iterdir())
-    data = "train_data_dir" if "train_data_dir" in settings else "instance_data_dir"
-    folder = settings[data] or settings["dataset_name"]
-    return [f"--{flag}: {told}" for wrong, flag, told in (
-        (checkpoint and not (checkpoint / "progress.json").is_file(), f"resume_from_checkpoint={wanted}",
-         "is no whole checkpoint folder; name one, or latest"),
-        (wanted and overwrite_output_dir, "overwrite_output_dir", "contradicts --resume_from_checkpoint; drop one"),
-        (own and newest and checkpoint.resolve() != newest.resolve(), f"resume_from_checkpoint={wanted}",
-         f"{newest} is newer; use that, or another --output_dir"),
-        (not usable, f"output_dir={output_dir}", f"{place} is a file or cannot be written to; name another folder"),
-        (used and not own and not (overwrite_output_dir and run), f"output_dir={output_dir}", "is in use; name another"
-         ", go on with its run by --resume_from_checkpoint=latest, or, if of this kind, use --overwrite_output_dir"),
-        (settings[data] and not os.path.isdir(folder), f"{data}={folder}", "does not exist, or is no folder"),
-        (folder and output.is_relative_to(Path(folder or "").resolve()), f"output_dir={output_dir}",
-         "lies in the folder of the images, or below its name; put it elsewhere"),
-    ) if wrong]
+def train(args):
+    """Trains as `args` say, which have been checked."""
+    mesh = start_jax(args)
+    is_first = jax.process_index() == 0
+    images, held_out, fingerprint = load_data(args, args.train_data_dir)
+    repo_id = create_repo(args) if is_first and args.push_to_hub and not args.dry_run else None
+    accelerator = make_accelerator(args)
+    pipeline, noise_scheduler = load_models(args)
+    dtype = jnp.bfloat16 if args.mixed_precision == "bf16" else jnp.float32
+
+    def losses(weights, batch, snr_gamma=None):
+        """The loss of each sample of a batch (batch,), of a UNet with these float32 weights, computed in `dtype`."""
+        weights = {name: weight.astype(dtype) for name, weight in weights.items()}
+        unet = functools.partial(
+            apply_unet,
+            weights,
+            config=dict(pipeline.unet.config),
+            gradient_checkpointing=args.gradient_checkpointing,
+        )
+        latents = encode(batch, pipeline.vae.config.scaling_factor)
+        return diffusion_losses(unet, noise_scheduler, latents, batch["prompt_embeds"], batch, snr_gamma)
+
+    counts = count_steps(args, len(images), jax.device_count())
+    optimizer = make_optimizer(args)
+    state = make_state(args, arrays_of(pipeline.unet), optimizer)
+    fingerprints = {"captioned_images": fingerprint}
+    run = start_run(args, counts, state, fingerprints, FREE_ON_RESUME, FIXED_ON_RESUME)
+    tell_plan(args, run, len(held_out))
+    if args.dry_run:
+        accelerator.end_training()
+        return
+
+    start_output(args, accelerator, run)
+    pool = ThreadPoolExecutor(args.dataloader_num_workers or 1)
+    batch_size = args.train_batch_size * jax.local_device_count()  # of this host
+    vae = frozen(encode_pixels, pipeline.vae, dtype)
+    text_encoder = frozen(apply_text_encoder, pipeline.text_encoder, dtype)
+    encoded = encode_once(images, vae, text_encoder, batch_size, pool)
+    measure = None
+    if len(held_out):
+        encoded_held_out = encode_once(held_out, vae, text_encoder, batch_size, pool)
+        measure = make_measure(losses, mesh, encoded_held_out, counts.samples_per_pass)
+    del vae, text_encoder  # which hold weights on the devices
+    look = functools.partial(validate, args, accelerator, run, pipeline, noise_scheduler, measure)
+    batches = load_batches(args, run, encoded, batch_size, pool)
+    training_loss = functools.partial(losses, snr_gamma=args.snr_gamma)
+    train_steps(args, accelerator, run, mesh, batches, training_loss, optimizer, look)
+    if is_first:
+        copy_weights(result_weights(run), pipeline.unet)
+        files = save_model(args, pipeline, noise_scheduler, counts.last_step)
+        if repo_id:
+            push(args, repo_id, files, counts.last_step)
+    accelerator.end_training()
 
 
-def check_model(pretrained_model_name_or_path, single_file_config, revision, cache_dir, resolution, prediction_type,
-                rescale_betas_zero_snr, **_):
-    """Lists what is wrong with the model's configs, or between them and the flags; reads no weights."""
-    source = pretrained_model_name_or_path or ""
-    name, single_file = f"--pretrained_model_name_or_path={source}", source.endswith((".ckpt", ".safetensors"))
-    if not source or (single_file and not Path(source).is_file()):
-        return [f"{name}: there is no such file; name a pipeline folder, a Hub id or a file"]
-    if single_file != bool(single_file_config):
-        return [f"{name}: a single file, and only that, needs --single_file_config (see --help)"]
-    source, where = single_file_config or source, {"revision": revision, "cache_dir": cache_dir}
-    try:
-        parts = diffusers.StableDiffusionPipeline.load_config(source, **where)
-        if foreign := {"text_encoder_2", "transformer"} & parts.keys():
-            return [f"{name}: has a {min(foreign)} (SDXL, SD 3 or the like); use a Stable Diffusion 1.x or 2.x model"]
-        unet = diffusers.UNet2DConditionModel.load_config(source, subfolder="unet", **where)
-        vae = diffusers.AutoencoderKL.load_config(source, subfolder="vae", **where)
-        scheduler = diffusers.DDPMScheduler.load_config(source, subfolder="scheduler", **where)
-        CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where)
-        if len(CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)) < 3:
-            raise OSError("its tokenizer knows no words")  # nor does transformers' for a folder without one
-    except (OSError, ValueError) as error:
-        return [f"{source}: no whole pipeline, no name of one on the Hub, or no connection ({last_line(error)})"]
-    problems, divisor = [], 2 ** (len(vae["block_out_channels"]) - 1)
-    if resolution % divisor:
-        usable = resolution // divisor * divisor or divisor
-        problems.append(f"--resolution={resolution}: must be a multiple of {divisor} for this VAE; use {usable}")
-    if unet["in_channels"] != vae["latent_channels"]:
-        problems.append(f"{name}: its UNet takes {unet['in_channels']} channels; use a text-to-image model")
-    prediction_type = prediction_type or scheduler.get("prediction_type", "epsilon")
-    if prediction_type not in ("epsilon", "v_prediction"):
-        problems.append(f"{name}: predicts {prediction_type!r}; only epsilon and v_prediction can be trained")
-    if prediction_type == "epsilon" and (rescale_betas_zero_snr or scheduler.get("rescale_betas_zero_snr")):
-        problems.append("--rescale_betas_zero_snr: useless for epsilon; drop it or add --prediction_type=v_prediction")
+def save_model(args, pipeline, noise_scheduler, step):
+    """Writes the pipeline, on demand with Flax's files, and the model card; returns patterns that are the pipeline's
+    files."""
+    files = save_pipeline(args, pipeline, noise_scheduler)
+    if args.save_flax:
+        write_flax(pipeline, args.output_dir)
+    loader = "`StableDiffusionPipeline.from_pretrained(...)`"
+    write_card(args, step, args.validation_prompts, loader, ["stable-diffusion", "stable-diffusion-diffusers"])
+    return files
+
+
+def main(argv=None):
+    """Runs the script; a mistake of the user's ends with status 2 and its message."""
+    run_script(Path(__file__).name, make_parser(), argv, REPLACED_FLAGS, check_args, train, prints=is_first_host)
+
+
+# ------------------------------------------------------------------------------------------------------ flax.diffusion
+def encode(batch, scaling_factor):
+    """Latents (batch, 4, height / 8, width / 8) in float32, drawn from the VAE's posterior, whose `moments` the batch
+    has: mean and log-variance, (batch, 2 x 4, height / 8, width / 8)."""
+    mean, log_variance = jnp.split(batch["moments"], 2, axis=1)
+    std = jnp.exp(0.5 * log_variance.clip(-30, 20))
+    return (mean + std * batch["posterior_noise"]) * scaling_factor
+
+
+def diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, batch, snr_gamma=None):
+    """One diffusion step: the loss of each sample (batch,), the mean over its latents (arXiv 2006.11239, eq. 14).
+    `batch` has `noise` and `added_noise`, of the shape of the latents, and `timestep` (batch,)."""
+    noise, timesteps = batch["noise"], batch["timestep"]
+    # Latents and noise are float32: in bfloat16 the first timesteps would get no noise at all.
+    alphas = jnp.asarray(noise_scheduler.alphas_cumprod.numpy())[timesteps]
+    signal_rate = jnp.sqrt(alphas)[:, None, None, None]
+    noise_rate = jnp.sqrt(1 - alphas)[:, None, None, None]
+    noisy_latents = signal_rate * latents + noise_rate * batch["added_noise"]
+    predicts_noise = noise_scheduler.config.prediction_type == "epsilon"
+    target = noise if predicts_noise else signal_rate * noise - noise_rate * latents
+    model_pred = unet(noisy_latents, timesteps, prompt_embeds)
+    losses = jnp.square(model_pred.astype(jnp.float32) - target).mean(axis=(1, 2, 3))
+    if snr_gamma is None:
+        return losses
+    snr = alphas / (1 - alphas)
+    return losses * min_snr_weights(snr, snr_gamma, predicts_noise)
+
+
+def min_snr_weights(snr, snr_gamma, predicts_noise):
+    """The weights of min-SNR (arXiv 2303.09556, section 3.4) for signal-to-noise ratios (batch,): min(snr, gamma) /
+    snr where noise is predicted, min(snr, gamma) / (snr + 1) for v."""
+    return jnp.minimum(snr, snr_gamma) / (snr if predicts_noise else snr + 1)
+
+
+# --------------------------------------------------------------------------------------------------- flax.optimization
+def make_optimizer(args):
+    """AdamW (arXiv 1711.05101) for a learning rate of 1: `train_step` has the step's."""
+    return optax.chain(
+        optax.scale_by_adam(args.adam_beta1, args.adam_beta2, args.adam_epsilon),
+        optax.add_decayed_weights(args.adam_weight_decay),
+    )
+
+
+def learning_rate_of_step(args, learning_rate, last_step):
+    """The learning rate as a function of the step, by diffusers' schedules."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=learning_rate)  # they want one, and are not told more
+    factor = make_schedule(args, optimizer, last_step).lr_lambdas[0]
+    return lambda step: learning_rate * factor(step)
+
+
+def loss_and_gradient(training_loss, weights, batch):
+    """The weighted sum of losses over the passes of a step (num_passes, images, ...), and its gradient."""
+
+    def loss_of(weights, one_pass):
+        return (training_loss(weights, one_pass) * one_pass["weight"]).sum()
+
+    def add_pass(total, one_pass):
+        return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_of)(weights, one_pass)), None
+
+    if len(batch["weight"]) == 1:  # without a loop, in which XLA's convolutions are five times slower on a CPU
+        return jax.value_and_grad(loss_of)(weights, {name: array[0] for name, array in batch.items()})
+    nothing = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, weights))
+    total, _ = jax.lax.scan(add_pass, nothing, batch)
+    return total
+
+
+def train_step(state, batch, learning_rate, ema_decay, training_loss, optimizer, max_grad_norm):
+    """One optimizer step over passes (num_passes, images, ...); `training_loss(weights, one_pass)` gives the loss of
+    each sample. `state` has `unet` (weights), `optimizer` (moments) and maybe `ema` (weights).
+
+    Returns the new state, or the old one if loss or gradient is not finite, and [loss, gradient's norm, whether a host
+    has to stop].
+    """
+    # Forward and backward
+    loss, grads = loss_and_gradient(training_loss, state["unet"], batch)
+    grad_norm = optax.global_norm(grads)
+    grads = jax.tree.map(lambda grad: grad * jnp.minimum(1, max_grad_norm / (grad_norm + 1e-6)), grads)
+
+    # Optimizer step
+    updates, moments = optimizer.update(grads, state["optimizer"], state["unet"])
+    updates = jax.tree.map(lambda update: -learning_rate * update, updates)
+    after = {"unet": optax.apply_updates(state["unet"], updates), "optimizer": moments}
+    if "ema" in state:
+        after["ema"] = optax.incremental_update(after["unet"], state["ema"], 1 - ema_decay)
+
+    # Unless a loss or a gradient is not finite
+    is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    after = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), after, state)
+    return after, jnp.stack([loss, grad_norm, batch["stop"].max()])
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+def run_script(program, parser, argv, replaced_flags, check_args, train, prints=None):
+    """Runs a training script: reads its flags, tells all that `check_args` finds wrong with them, and trains. A
+    mistake of the user's ends with status 2 and its message; of several processes the first one tells it. On hosts
+    that are started one by one, `prints(args)` says whether this one tells more than its mistakes."""
+    args, problems = parse_flags(parser, argv, replaced_flags)
+    quiet_libraries()
+    is_first = os.environ.get("RANK", "0") == "0"
+    with told_to_user(program, speaks=is_first):
+        raise_problems(problems + check_args(args))
+        with contextlib.redirect_stdout(sys.stdout if prints is None or prints(args) else None):
+            train(args)
+
+
+# ------------------------------------------------------------------------------------------------------- flax.training
+def check_hosts(args):
+    """Lists what is wrong with how the hosts are to find each other."""
+    problems = []
+    is_numbered = args.num_hosts is not None and args.host_index is not None
+    if args.coordinator_address and is_numbered == (args.coordinator_address == "auto"):
+        told = "HOST:PORT needs --num_hosts and --host_index, auto finds them"
+        problems.append(f"--coordinator_address={args.coordinator_address}: {told}")
+    if is_numbered and args.host_index >= args.num_hosts:
+        problems.append(f"--host_index={args.host_index}: must be below --num_hosts")
     return problems
 
 
-def check_networks(pretrained_model_name_or_path, single_file_config, revision, cache_dir, **_):
-    """Lists what the networks below would not compute as PyTorch's do: unknown keys and values of the configs."""
-    source, where = single_file_config or pretrained_model_name_or_path, {"revision": revision, "cache_dir": cache_dir}
-    problems = []
-    for name, kind in (("unet", diffusers.UNet2DConditionModel), ("vae", diffusers.AutoencoderKL)):
-        config = kind.load_config(source, subfolder=name, **where)
-        defaults = {key: known.default for key, known in inspect.signature(kind.__init__).parameters.items()}
-        problems += [f"{name}: {key}={value!r} is not known in JAX" for key, value in config.items()
-                     if not key.startswith("_") and key not in UNDERSTOOD[name]
-                     and (key not in defaults or value != defaults[key])]
-        blocks = [block for key in ("down_block_types", "up_block_types") for block in config.get(key, [])]
-        problems += [f"{name}: blocks of type {block} are not known in JAX" for block in {*blocks} - BLOCKS]
-        if not isinstance(width := config.get("cross_attention_dim", 0), int):
-            problems.append(f"{name}: cross_attention_dim={width!r} is not known in JAX")
-    config, defaults = CLIPTextConfig.get_config_dict(source, subfolder="text_encoder", **where)[0], CLIPTextConfig()
-    problems += [f"text_encoder: {key}={value!r} is not known in JAX" for key, value in config.items()
-                 if not key.startswith("_") and key not in UNDERSTOOD["text_encoder"]
-                 and value != getattr(defaults, key, None)]
-    if config.get("hidden_act", "quick_gelu") not in ("gelu", "quick_gelu"):
-        problems.append(f"text_encoder: hidden_act={config['hidden_act']!r} is not known in JAX")
-    return [f"{problem}; use train_text_to_image.py for this model" for problem in problems]
+def check_precision(args):
+    """Lists whether passes are asked for in a precision in which the gradients of unscaled losses vanish."""
+    if args.mixed_precision == "fp16":
+        return ["--mixed_precision=fp16: gradients would vanish; use bf16 or no"]
+    return []
 
 
-# ------------------------------------------------------------------------------------------------------------ data
+def start_jax(args):
+    """Sets up JAX and joins the other hosts, if any; returns the mesh of all devices. Raises `InputError`."""
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # compiled programs are kept for the next run
+        folder = Path(args.cache_dir or datasets.config.HF_CACHE_HOME, "compiled_by_jax")
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_default_matmul_precision", None if args.mixed_precision == "bf16" else "highest")
+    if args.coordinator_address:
+        join_hosts(args)
+    return Mesh(np.array(jax.devices()), ("data",))
+
+
+def join_hosts(args):
+    """Joins the other hosts. They wait for each other for a day, since one of them draws and saves alone. Raises
+    `InputError`."""
+    jax.config.update("jax_enable_preemption_service", False)  # it would take our signals
+    where = {}
+    if args.coordinator_address != "auto":
+        where["coordinator_address"] = args.coordinator_address
+        where["num_processes"], where["process_id"] = args.num_hosts, args.host_index
+    try:
+        jax.distributed.initialize(**where, shutdown_timeout_seconds=86400)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            f"--coordinator_address={args.coordinator_address}: the hosts do not meet; check it, and --num_hosts and "
+            f"--host_index of each ({last_line(error)})"
+        ) from None
+
+
+def is_first_host(args):
+    """Whether this host is the first one by its flags, which are known before JAX is started."""
+    return not args.host_index
+
+
+def make_accelerator(args):
+    """Accelerate's trackers, for the first host alone; nothing else is accelerate's here, so it sees one process."""
+    is_first = jax.process_index() == 0
+    return Accelerator(
+        cpu=True,
+        mixed_precision="no",
+        log_with=args.report_to if is_first and args.report_to != "none" else None,
+        project_dir=Path(args.output_dir, args.logging_dir),
+    )
+
+
+def make_state(args, weights, optimizer):
+    """All that a checkpoint holds, as arrays of numpy: `unet` (the weights), `optimizer`, maybe `ema`."""
+    state = {"unet": weights, "optimizer": jax.device_get(optimizer.init(weights))}
+    if args.use_ema:
+        state["ema"] = weights
+    return state
+
+
+def start_run(args, counts, state, fingerprints, free, fixed):
+    """A run at its start, or where the checkpoint to resume from ended; `free` and `fixed` name settings that may and
+    that cannot differ from the checkpoint's. Raises `InputError`."""
+    run = new_run(args, counts, state, args.mixed_precision or "no", fingerprints)
+    if checkpoint := find_checkpoint(run.output_dir, args.resume_from_checkpoint):
+        resume(run, checkpoint, free, fixed)
+    return run
+
+
+def tell_plan(args, run, num_held_out):
+    """Prints what will be done."""
+    num_trained = sum(weight.size for weight in run.state["unet"].values())
+    encoded = "once" if args.center_crop else "in every step; once with --center_crop"
+    about = {
+        "images": f", encoded {encoded}",
+        "devices": f"{jax.device_count()} {jax.default_backend()} devices",
+        "trained": "UNet",
+        "frozen": "VAE, text encoder",
+        "optimizer": f"EMA: {args.use_ema}",
+    }
+    print_plan(args, run, num_held_out, num_trained, about)
+
+
+def start_output(args, accelerator, run):
+    """Makes the output folder, and starts the trackers, by the first host alone."""
+    if jax.process_index() == 0:
+        prepare_output(run, args.overwrite_output_dir)
+        config = {name: str(value) for name, value in run.settings.items()}
+        accelerator.init_trackers(args.tracker_project_name, config)
+
+
+def load_batches(args, run, encoded, batch_size, pool):
+    """Yields this host's share of what each step needs, from the run's next step on; a pass has `batch_size` images
+    here."""
+    counts, first_step = run.counts, run.progress["global_step"]
+    passes = micro_batches(counts, jax.process_count(), jax.process_index(), args.seed, first_step)
+    return step_batches(encoded, counts, first_step, passes, batch_size, pool)
+
+
+def compile_step(args, mesh, training_loss, optimizer):
+    """`train_step` as a program of all devices, which writes a new state over the old one."""
+    step = functools.partial(
+        train_step, training_loss=training_loss, optimizer=optimizer, max_grad_norm=args.max_grad_norm
+    )
+    return jax.jit(step, donate_argnums=0, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+def train_steps(args, accelerator, run, mesh, batches, training_loss, optimizer, look):
+    """Trains to the last step; `training_loss(weights, batch)` gives the loss of each sample (batch,). `look()` is
+    called before training and every --validation_steps.
+
+    Ends the process with status 128 + signal after SIGTERM or SIGINT, 1 if a loss is not finite.
+    """
+    received, counts, is_first = [], run.counts, jax.process_index() == 0
+    average = make_average(args, [])  # for its decay
+    learning_rate_of = learning_rate_of_step(args, run.settings["peak_learning_rate"], counts.last_step)
+    step_program = compile_step(args, mesh, training_loss, optimizer)
+    run.state = jax.device_put(run.state, NamedSharding(mesh, PartitionSpec()))  # whole on every device
+    split = NamedSharding(mesh, PartitionSpec(None, "data"))  # the passes of a batch one after the other
+    first_step, validation_steps = run.progress["global_step"], args.validation_steps or 500
+    # A run that was stopped has not had the look at its last step.
+    if first_step % validation_steps == 0 or first_step == counts.last_step:
+        look()
+    on_signals(functools.partial(note_signal, received))
+    bar = tqdm(
+        range(first_step, counts.last_step),
+        initial=first_step,
+        total=counts.last_step,
+        unit="step",
+        disable=not is_first,
+    )
+    batch = next(batches, None)
+    for step in bar:
+        started = time.perf_counter()
+
+        # Forward, backward and optimizer step on the devices, unless a loss or a gradient is not finite.
+        batch["stop"] = np.full_like(batch["weight"], bool(received))  # which is how the hosts tell each other
+        arrays = {name: jax.make_array_from_process_local_data(split, array) for name, array in batch.items()}
+        learning_rate, ema_decay = np.float32(learning_rate_of(step)), np.float32(average.get_decay(step + 1))
+        run.state, outcome = step_program(run.state, arrays, learning_rate, ema_decay)
+        batch = next(batches, None)  # the next one is made while the devices work
+        loss, grad_norm, stop = np.asarray(outcome).tolist()
+        broken = not (math.isfinite(loss) and math.isfinite(grad_norm))
+        stop = bool(stop) or (bool(received) and jax.process_count() == 1)
+        if not broken:
+            run.progress["global_step"] = step + 1
+            run.progress["losses"].append(loss)
+        done = run.progress["global_step"]
+
+        # Log
+        if not broken:
+            images_per_second = samples_in_step(counts, step) / (time.perf_counter() - started)
+            bar.set_postfix(loss=f"{loss:.4f}", images_per_second=f"{images_per_second:.1f}", refresh=False)
+            if is_first and (done % args.logging_steps == 0 or done == counts.last_step):
+                log_losses(accelerator, run, learning_rate_of(done), grad_norm, images_per_second)
+
+        # Save and look
+        if stop or broken or done % args.checkpointing_steps == 0:
+            if is_first:
+                # After a broken step none is removed: the last good one may be an older one.
+                limit = None if broken else args.checkpoints_total_limit
+                save_checkpoint(run, functools.partial(write_arrays, run), limit)
+            multihost_utils.sync_global_devices("saved")
+        if stop or broken:
+            leave(accelerator, run, broken, received)
+        if done % validation_steps == 0 or done == counts.last_step:
+            look()
+
+
+# ------------------------------------------------------------------------------------------------------------- batches
+def count_steps(args, num_images, num_processes):
+    """Counts the samples of a step and the steps of a run; the last step of an epoch may be short."""
+    samples_per_pass = args.train_batch_size * num_processes
+    samples_per_step = samples_per_pass * args.gradient_accumulation_steps
+    steps_per_epoch = math.ceil(num_images / samples_per_step)
+    last_step = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+    return StepCounts(num_images, samples_per_pass, samples_per_step, steps_per_epoch, last_step)
+
+
+def samples_in_step(counts, step):
+    """How many samples a step has: fewer in the last one of an epoch."""
+    taken = step % counts.steps_per_epoch * counts.samples_per_step
+    return min(counts.samples_per_step, counts.num_images - taken)
+
+
+def passes_in_step(counts, step):
+    """How many forward passes a step has: fewer in the last one of an epoch."""
+    return math.ceil(samples_in_step(counts, step) / counts.samples_per_pass)
+
+
+def micro_batches(counts, num_processes, process_index, seed, first_step):
+    """Yields this process's lists of (epoch, index, weight), one per pass of the steps from `first_step` on. An epoch
+    is a permutation by (seed, epoch), cut into steps, the last of which may be short. The weights of a step sum to 1
+    over all processes and passes; a process without a sample in a pass gets one of weight 0."""
+    per_pass, per_step = counts.samples_per_pass, counts.samples_per_step
+    batch_size = per_pass // num_processes
+    for step in range(first_step, counts.last_step):
+        epoch, step_in_epoch = divmod(step, counts.steps_per_epoch)
+        if step == first_step or step_in_epoch == 0:
+            order = random_numbers(seed, ORDER, epoch).permutation(counts.num_images).tolist()
+        samples = order[step_in_epoch * per_step :][:per_step]
+        for start in range(0, len(samples), per_pass):
+            mine = samples[start + process_index * batch_size :][:batch_size]
+            yield [(epoch, index, 1 / len(samples)) for index in mine] or [(epoch, samples[0], 0.0)]
+
+
+# ---------------------------------------------------------------------------------------------------------- randomness
+def random_numbers(seed, stream, *place):
+    """A generator of the numbers of a stream at a place, such as an epoch and an index: the same in every process,
+    worker and run."""
+    return np.random.default_rng((seed, stream, *place))
+
+
+# ------------------------------------------------------------------------------------------------------------- dataset
+def check_data(args, folder_flag):
+    """Lists what is wrong with where the images are; `folder_flag` names the flag for a folder."""
+    problems, folder = [], getattr(args, folder_flag)
+    source = folder or args.dataset_name
+    if bool(args.dataset_name) == bool(folder):
+        problems.append(f"--{folder_flag}={folder}: give this or --dataset_name, not both")
+    if args.image_column != "image" and not args.dataset_name:
+        problems.append(
+            f"--image_column={args.image_column}: does nothing without --dataset_name; add that or drop this"
+        )
+    if folder and not os.path.isdir(folder):
+        problems.append(f"--{folder_flag}={folder}: does not exist, or is no folder")
+    if source and Path(args.output_dir).resolve().is_relative_to(Path(source).resolve()):
+        problems.append(
+            f"--output_dir={args.output_dir}: lies in the folder of the images, or below its name; put it elsewhere"
+        )
+    return problems
+
+
+def load_data(args, folder, default_caption=None, repeats=1):
+    """Reads, checks and splits the images in `folder`, or else those of --dataset_name; returns (training images,
+    held-out images, fingerprint of both). The held-out ones are the same for every seed, and always seen alike.
+    `default_caption` is that of images without. Raises `InputError`."""
+    tokenizer = load_tokenizer(args)
+    rows, digests = load_rows(args, tokenizer, folder, default_caption, args.max_train_samples)
+    training, held_out = split_rows(len(rows), args.num_validation_samples)
+    images = CaptionedImages(
+        rows=rows.select(np.repeat(training, repeats)),
+        tokenizer=tokenizer,
+        latent_shape=read_latent_shape(args),
+        num_timesteps=read_num_timesteps(args),
+        seed=args.seed,
+        resolution=args.resolution,
+        center_crop=args.center_crop,
+        random_flip=args.random_flip,
+        image_interpolation_mode=args.image_interpolation_mode,
+        caption_dropout=args.caption_dropout,
+        noise_offset=args.noise_offset,
+        input_perturbation=args.input_perturbation,
+    )
+    fingerprint = fingerprint_of(args.num_validation_samples, digests)
+    return images, seen_alike(images, rows.select(held_out)), fingerprint
+
+
+def seen_alike(images, rows):
+    """The images of other rows, with nothing about them that changes from epoch to epoch or with the seed."""
+    return dataclasses.replace(
+        images,
+        rows=rows,
+        seed=0,
+        center_crop=True,
+        random_flip=False,
+        caption_dropout=0,
+        noise_offset=0,
+        input_perturbation=0,
+    )
+
+
+def load_rows(args, tokenizer, folder, default_caption, max_samples=None):
+    """Reads and checks the images in `folder`, or else those of --dataset_name, or so many of them; returns the good
+    rows and a digest of each. Raises `InputError`."""
+    rows = choose_rows(read_rows(args, folder, default_caption), max_samples, args.seed)
+    memory = path_of_findings(folder or args.dataset_name, args.cache_dir)
+    return check_rows(rows, memory, args.skip_bad_images, tokenizer, args.resolution)
+
+
+def fingerprint_of(num_held_out, digests):
+    """A digest of all images and captions, and of how they are split."""
+    return hashlib.sha256(" ".join([f"{num_held_out}", *digests]).encode()).hexdigest()
+
+
+def read_rows(args, folder, default_caption):
+    """Reads a folder, or else --dataset_name, as columns `image` (undecoded) and `captions` (a list that is empty
+    where there is none). Raises `InputError`."""
+    if folder:
+        rows = read_folder(folder, args.caption_column)
+    else:
+        rows = read_dataset(args, args.dataset_name, default_caption)
+    captions = [all_captions(found) or all_captions(default_caption) for found in rows["captions"]]
+    return rows.remove_columns("captions").add_column("captions", captions)
+
+
+def choose_rows(rows, max_samples, seed):
+    """At most so many of the rows, drawn by the seed, in their order; all of them for None."""
+    order = random_numbers(seed, SUBSET).permutation(len(rows))
+    return rows.select(np.sort(order[:max_samples]))
+
+
+def split_rows(num_rows, num_held_out):
+    """The indices of the rows to train on and of those held out, which no seed changes. Raises `InputError`."""
+    if num_held_out >= num_rows:
+        raise InputError(f"--num_validation_samples={num_held_out}: must leave some of {num_rows} images")
+    order = np.random.default_rng(HELD_OUT).permutation(num_rows)
+    return np.sort(order[num_held_out:]), np.sort(order[:num_held_out])
+
+
 def read_folder(folder, caption_column):
     """Reads a folder into rows of `image` and `captions`, from metadata.jsonl or .csv or a .txt beside the image. What
     is missing gives a row too, so that the check names it. Raises `InputError` for what cannot be read as text."""
-    folder, closed, columns = Path(os.path.abspath(folder)), [], set()
-    files = sorted(Path(at, name) for at, below, names in os.walk(folder, onerror=closed.append)
-                   for name in [*names, *(name for name in below if os.path.islink(Path(at, name)))])
-    if closed:
-        raise InputError(f"{closed[0].filename}: cannot be searched ({closed[0].strerror}); grant access")
-    captions = {path: [] for path in files if path.suffix.lower() in IMAGE_SUFFIXES
-                and not any(part.startswith(".") for part in path.relative_to(folder).parts)}
-    metadata = [path for path in files if path.name in ("metadata.jsonl", "metadata.csv")]
+    folder = Path(os.path.abspath(folder))
+    files = list_files(folder)
+    captions = {path: [] for path in files if is_image_file(path, folder)}
+    metadata = [path for path in files if path.name in METADATA_NAMES]
     if not captions:
         raise InputError(f"the folder {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}); name another")
+    columns = set()
     for path in metadata:
-        number = 1
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-            rows = map(json.loads, filter(str.strip, text.split("\n")))  # JSON may hold other line ends
-            for row in rows if path.suffix == ".jsonl" else csv.DictReader(io.StringIO(text), strict=True):
-                file = Path(os.path.abspath(path.parent / row["file_name"]))
-                captions.setdefault(file, []).extend(all_captions(row.get(caption_column)))
-                if None in row:
-                    raise ValueError("too many cells: put captions with commas in quotes")
-                number, columns = number + 1, columns | row.keys()
-        except (ValueError, TypeError, KeyError, AttributeError, csv.Error) as error:
-            raise InputError(f"{path}: row {number} is not a file_name and a caption in UTF-8 ({error!r})") from None
+        for row in read_metadata(path, caption_column):
+            captions.setdefault(row["file"], []).extend(row["captions"])
+            columns |= row["columns"]
     if metadata and caption_column not in columns:
         raise InputError(f"{metadata[0]}: has no {caption_column!r} but {sorted(columns)}; set --caption_column")
     for image in [image for image, found in captions.items() if not found]:
-        beside = image.with_suffix(".txt")
-        try:
-            captions[image] += [beside.read_text("utf-8-sig").strip()] if beside.is_file() else []
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{beside}: cannot be read as UTF-8 ({last_line(error)}); convert or remove it") from None
-    if aside := [path.name for path in sorted({*files} - {*captions, *metadata}) if path.suffix != ".txt"]:
+        captions[image] += read_caption_beside(image)
+    known = {*captions, *metadata}
+    if aside := [path.name for path in files if path not in known and path.suffix != ".txt"]:
         print(f"Left aside in {folder}: {len(aside)} files of other kinds, such as {', '.join(aside[:5])}.")
-    if odd := [name for name in map(str, captions) if name != name.encode("utf-8", "replace").decode("utf-8")]:
+    names = [str(path) for path in captions]
+    if odd := [name for name in names if name != name.encode("utf-8", "replace").decode("utf-8")]:
         raise InputError(f"{odd[0]!a}: its name is not UTF-8; rename it")
     rows = [{"image": str(path), "captions": found} for path, found in sorted(captions.items())]
     return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image(decode=False))
 
 
-def read_dataset(name, config_name, image_column, caption_column, cache_dir, token, default_caption=None):
-    """Loads the train split of a dataset as columns `image` (undecoded) and `captions`. Raises `InputError`."""
+def list_files(folder):
+    """The files in a folder and below it, sorted; linked folders are listed, not entered. Raises `InputError`."""
+    closed, files = [], []
+    for place, below, names in os.walk(folder, onerror=closed.append):
+        links = [name for name in below if os.path.islink(Path(place, name))]
+        files += [Path(place, name) for name in [*names, *links]]
+    if closed:
+        raise InputError(f"{closed[0].filename}: cannot be searched ({closed[0].strerror}); grant access")
+    return sorted(files)
+
+
+def read_metadata(path, caption_column):
+    """The rows of a metadata.jsonl or .csv: a list of the image's absolute path, its captions, the columns' names and
+    the row itself, as `file`, `captions`, `columns` and `row`. Raises `InputError`, which names the row."""
+    found = []
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".jsonl":  # lines end by a line feed alone: JSON may hold other line ends
+            rows = map(json.loads, filter(str.strip, text.split("\n")))
+        else:
+            rows = csv.DictReader(io.StringIO(text), strict=True)
+        for row in rows:
+            file = Path(os.path.abspath(path.parent / row["file_name"]))
+            captions = all_captions(row.get(caption_column))
+            if None in row:
+                raise ValueError("too many cells: put captions with commas in quotes")
+            found.append({"file": file, "captions": captions, "columns": row.keys(), "row": row})
+    except (ValueError, TypeError, KeyError, AttributeError, csv.Error) as error:
+        number = len(found) + 1
+        raise InputError(f"{path}: row {number} is not a file_name and a caption in UTF-8 ({error!r})") from None
+    return found
+
+
+def read_caption_beside(image):
+    """The caption in the .txt beside an image, as a list that is empty if there is none. Raises `InputError`."""
+    beside = image.with_suffix(".txt")
+    try:
+        return [beside.read_text("utf-8-sig").strip()] if beside.is_file() else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{beside}: cannot be read as UTF-8 ({last_line(error)}); convert or remove it") from None
+
+
+def all_captions(captions):
+    """The usable captions of a row that holds a string or a list of them. Raises `ValueError` for half a character."""
+    captions = captions if isinstance(captions, list) else [captions]
+    return [caption for caption in captions if isinstance(caption, str) and caption.encode() and caption.strip()]
+
+
+def read_dataset(args, name, default_caption=None):
+    """Loads the train split of a dataset, on the Hub or local, as columns `image` (undecoded) and `captions`; `args`
+    name its columns and configuration. Raises `InputError`."""
     # A local folder of image files is not for `datasets`, which drops images without a caption in silence.
     if any(path.suffix.lower() in IMAGE_SUFFIXES for path in Path(name).rglob("*")):
-        if (config_name, image_column) != (None, "image"):
+        if (args.dataset_config_name, args.image_column) != (None, "image"):
             raise InputError(f"--dataset_name={name}: holds images; drop --dataset_config_name and --image_column")
-        return read_folder(name, caption_column)
+        return read_folder(name, args.caption_column)
+    image_column, caption_column = args.image_column, args.caption_column
     try:
-        saved = Path(name, "state.json").is_file() and not config_name  # by save_to_disk
-        dataset = datasets.load_from_disk(name) if saved else datasets.load_dataset(
-            name, config_name, split="train", cache_dir=cache_dir, token=token)
+        if Path(name, "state.json").is_file() and not args.dataset_config_name:  # by save_to_disk
+            dataset = datasets.load_from_disk(name)
+        else:
+            dataset = datasets.load_dataset(
+                name, args.dataset_config_name, split="train", cache_dir=args.cache_dir, token=args.hub_token
+            )
         if default_caption and caption_column == "text" and "text" not in dataset.column_names:
             dataset = dataset.add_column(caption_column, [default_caption] * len(dataset))
         dataset = dataset.select_columns([image_column, caption_column])
         dataset = dataset.rename_columns({image_column: "image", caption_column: "captions"})
         return dataset.cast_column("image", datasets.Image(decode=False))
     except Exception as error:  # arrow has one for every pair of types
-        raise InputError(f"--dataset_name={name}: cannot be loaded; check it, --dataset_config_name, --image_column="
-                         f"{image_column} and --caption_column={caption_column} ({last_line(error)})") from None
+        raise InputError(
+            f"--dataset_name={name}: cannot be loaded; check it, --dataset_config_name, --image_column={image_column} "
+            f"and --caption_column={caption_column} ({last_line(error)})"
+        ) from None
+
+
+def check_rows(rows, memory, skip_bad_images, tokenizer, resolution):
+    """Checks every image and caption; returns the good rows and a digest of each one's content and captions. Raises
+    one `InputError` for all others, unless `skip_bad_images`; warns of small images and of captions that are cut."""
+    bad, small, cut, digests = [], [], [], {}
+    captions = list(rows["captions"])
+    for index, (digest, width, height, problem) in enumerate(check_images(rows, memory)):
+        if not problem and not captions[index]:
+            problem = NO_CAPTION
+        if problem:
+            bad.append(f"{name_of(rows, index)}: {problem}")
+            continue
+        if min(width, height) < resolution:
+            small.append(f"{name_of(rows, index)}: {width} x {height}")
+        num_tokens = max(map(len, tokenizer(captions[index], verbose=False).input_ids))
+        if num_tokens > tokenizer.model_max_length:
+            cut.append(f"{max(captions[index], key=len)[:80]}...")
+        digests[index] = hashlib.sha256(json.dumps([digest, captions[index]]).encode()).hexdigest()
+
+    leave_out(bad, len(rows), may_leave_out=skip_bad_images and bool(digests))
+    warn(f"images are smaller than --resolution={resolution} and are enlarged", small)
+    warn(f"captions have more than {tokenizer.model_max_length} tokens and are cut", cut)
+    return rows.select(list(digests)), list(digests.values())
+
+
+def name_of(rows, index):
+    """What a row's image is called: its path, or the row's number where a dataset holds the image itself."""
+    return (rows[index]["image"] or {}).get("path") or f"row {index}"
+
+
+def warn(what, found):
+    """Warns of what was found, by number and the first five."""
+    if found:
+        print("\n  ".join([f"Warning: {len(found)} {what}, such as", *found[:5]]))
+
+
+# ------------------------------------------------------------------------------------------------------- flax.encoding
+def stack(samples):
+    """A batch of numpy arrays of samples, by name."""
+    return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
+
+
+def pad(array, length):
+    """Repeats the first row at the end, up to `length` rows: compiled programs have one size."""
+    return np.concatenate([array, np.repeat(array[:1], length - len(array), axis=0)])
+
+
+def encode_pixels(weights, pixel_values, config):
+    """The moments of the VAE's posterior, as `apply_vae_encoder` gives them, for images of 8 bits."""
+    return apply_vae_encoder(weights, pixel_values / 127.5 - 1, config)
+
+
+def encode_once(images, vae, text_encoder, batch_size, pool):
+    """Encodes all captions and, where the crop is the centre, the images, each with its mirror image if these are
+    drawn; with random crops they are others in every epoch. `vae` and `text_encoder` take batches of `batch_size`;
+    the threads of `pool` load images."""
+    prompt_embeds, row_of = encode_captions(images, text_encoder, batch_size)
+    if not images.center_crop:
+        return EncodedImages(images, prompt_embeds, row_of, moments=None, vae=vae)
+    moments = encode_images(images, vae, batch_size, pool)
+    return EncodedImages(without_content(images), prompt_embeds, row_of, moments, vae=None)
+
+
+def encode_captions(images, text_encoder, batch_size):
+    """Returns the embeddings of all captions and of the empty one, and which row is whose, by the bytes of tokens."""
+    captions = {""}
+    for found in images.rows["captions"]:
+        captions.update(found)
+    tokens = images.tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="np").input_ids
+    tokens = np.unique(tokens, axis=0)
+    prompt_embeds = encode_rows(tokens.__getitem__, len(tokens), batch_size, text_encoder, "Encoding captions")
+    return prompt_embeds, {row.tobytes(): number for number, row in enumerate(tokens)}
+
+
+def encode_images(images, vae, batch_size, pool):
+    """Returns the moments of all images and, if these are drawn, of their mirror images."""
+    upright = dataclasses.replace(images, random_flip=False)
+
+    def pixels_of(indices):
+        samples = pool.map(upright.__getitem__, [(0, index, 1.0) for index in indices])
+        return stack(list(samples))["pixel_values"]
+
+    def moments_of(pixels):
+        views = [pixels, pixels[..., ::-1]] if images.random_flip else [pixels]
+        return np.stack([vae(view) for view in views], axis=1)
+
+    return encode_rows(pixels_of, len(images), batch_size, moments_of, "Encoding images")
+
+
+def encode_rows(rows_of, num_rows, batch_size, compute, label):
+    """What `compute` gives for `rows_of(indices)`, as an array (num_rows, ...) in a nameless file of the temporary
+    folder: it may be larger than the memory."""
+    table = None
+    for start in tqdm(range(0, num_rows, batch_size), label, unit="batch", disable=None, leave=False):
+        indices = range(start, min(start + batch_size, num_rows))
+        found = compute(pad(rows_of(indices), batch_size))[: len(indices)]
+        if table is None:
+            with tempfile.TemporaryFile() as file:  # which stays as long as the table
+                table = np.memmap(file, np.float32, "w+", shape=(num_rows, *found.shape[1:]))
+        table[indices.start : indices.stop] = found
+    return table
+
+
+def without_content(images):
+    """The images with a mark in the place of each, so that none is opened again; what a sample draws stays as it is.
+    The mark is 2 x 2 pixels, black and white: the white is on the left where it is mirrored."""
+    file = io.BytesIO()
+    Image.fromarray(np.array([[0, 255], [0, 255]], np.uint8)).save(file, "PNG")
+    mark = {"bytes": file.getvalue()}
+    rows = [{"image": mark, "captions": found} for found in images.rows["captions"]]
+    return dataclasses.replace(images, rows=rows, resolution=2)
+
+
+def look_up(encoded, batch, batch_size):
+    """What a pass needs of a batch of samples, by name and padded by samples of weight 0: the moments of images,
+    prompt_embeds, timestep, posterior_noise, noise, added_noise and weight."""
+    rows = [encoded.row_of[tokens.tobytes()] for tokens in batch["input_ids"]]
+    found = {
+        "prompt_embeds": encoded.prompt_embeds[rows],
+        "timestep": batch["timestep"].astype(np.int32),
+        "posterior_noise": batch["posterior_noise"],
+        "noise": batch["noise"],
+        "added_noise": batch["added_noise"],
+    }
+    if encoded.moments is not None:
+        is_mirrored = batch["pixel_values"][:, 0, 0, 0] > 127
+        found["moments"] = encoded.moments[batch["index"], is_mirrored.astype(int)]
+    found = {name: pad(array, batch_size) for name, array in found.items()}
+    if encoded.moments is None:
+        found["moments"] = encoded.vae(pad(batch["pixel_values"], batch_size))
+    found["weight"] = np.pad(batch["weight"], (0, batch_size - len(batch["weight"])))
+    return found
+
+
+def step_batches(encoded, counts, first_step, passes, batch_size, pool):
+    """Yields what each step from `first_step` on needs, arrays (num_passes, images, ...), of `passes`, each a list of
+    (epoch, index, weight). The last step of an epoch, which may have fewer, gets passes of weight 0."""
+    num_passes = counts.samples_per_step // counts.samples_per_pass
+    for step in range(first_step, counts.last_step):
+        found = []
+        for _ in range(passes_in_step(counts, step)):
+            samples = list(pool.map(encoded.samples.__getitem__, next(passes)))
+            found.append(look_up(encoded, stack(samples), batch_size))
+        unweighted = {**found[0], "weight": np.zeros_like(found[0]["weight"])}
+        yield stack(found + [unweighted] * (num_passes - len(found)))
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+def new_run(args, counts, state, precision, fingerprints):
+    """A run at its start. `fingerprints` are digests, by name, of what the run is trained on."""
+    settings = {
+        **vars(args),
+        **fingerprints,
+        "hub_token": None,
+        "mixed_precision": precision,
+        "peak_learning_rate": peak_learning_rate(args, counts.samples_per_step),
+        "samples_per_step": counts.samples_per_step,
+        "schedule_steps": None if args.lr_scheduler.startswith("constant") else counts.last_step,
+        "state": [*state],
+    }
+    progress = {"global_step": 0, "base_losses": None, "losses": []}
+    return Run(Path(args.output_dir), settings, progress, state, counts)
+
+
+def list_checkpoints(output_dir):
+    """The whole checkpoints of a run, oldest first; half-written ones have another name or no progress.json."""
+    found = [path.parent for path in Path(output_dir).glob("checkpoint-*/progress.json")]
+    numbered = {path: path.name.removeprefix("checkpoint-") for path in found}
+    whole = [path for path, number in numbered.items() if number.isdigit()]
+    return sorted(whole, key=lambda path: int(numbered[path]))
+
+
+def find_checkpoint(output_dir, wanted):
+    """The checkpoint that `wanted` means: a folder in `output_dir`, a path, or the "latest"; None if there is none."""
+    if wanted is None:
+        return None
+    if wanted == "latest":
+        checkpoints = list_checkpoints(output_dir)
+        return checkpoints[-1] if checkpoints else None
+    inside = Path(output_dir, wanted)
+    return inside if inside.is_dir() else Path(wanted)
+
+
+def save_checkpoint(run, write_state, total_limit):
+    """Writes checkpoint-N beside its place, then renames it; only then do older ones beyond `total_limit` go.
+    `write_state(folder)` writes the run's state. For one process alone."""
+    final = run.output_dir / f"checkpoint-{run.progress['global_step']}"
+    if (final / "progress.json").exists():  # a step broke just after a save
+        return
+    partial = final.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a save that was killed
+    partial.mkdir()
+    write_state(partial)
+    for name, content in (("args", run.settings), ("progress", run.progress)):
+        (partial / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.sync()  # files before names, or a crash could leave a whole name with half a file
+    partial.rename(final)
+    surplus = list_checkpoints(run.output_dir)[:-total_limit] if total_limit else []
+    for old in surplus:
+        shutil.rmtree(old.rename(old.with_suffix(".partial")))  # which is what a kill would leave of it
+
+
+def read_checkpoint(checkpoint, read_state):
+    """Returns (settings, progress, state) in a checkpoint, the state as `read_state(folder)` reads it. Raises
+    `InputError`."""
+    try:
+        settings = json.loads((checkpoint / "args.json").read_text())
+        progress = json.loads((checkpoint / "progress.json").read_text())
+        return settings, progress, read_state(checkpoint)
+    except Exception as error:  # torch and safetensors have one for every way of being broken
+        told = f"{checkpoint} is damaged, or of another script; name another ({last_line(error)})"
+        raise InputError(f"--resume_from_checkpoint: {told}") from None
+
+
+def compare_settings(run, checkpoint, before, free, fixed):
+    """Returns the names of settings that were others `before`, in the checkpoint. Those in `free` may differ. Others
+    change the result: they raise `InputError`, or are told and take effect if --allow_changed_resume allows that, but
+    not those in `fixed`, with which the state would not fit."""
+    settings = run.settings
+    changed = {}
+    for name, value in settings.items():
+        if name not in free and before.get(name) != value:
+            changed[name] = f"{name}: {before.get(name)} there, {value} now"
+    cannot_change = changed.keys() & fixed
+    remedy = "use those" if cannot_change else "use those, or add --allow_changed_resume"
+    told = "\n  ".join([f"{checkpoint} was made under other settings; {remedy}", *changed.values()])
+    if cannot_change or (changed and not settings["allow_changed_resume"]):
+        raise InputError(f"--resume_from_checkpoint: {told}")
+    if changed:
+        print(told)
+    return changed.keys()
+
+
+def take_progress(run, checkpoint, progress, changed):
+    """Sets the run's progress to the checkpoint's. Raises `InputError` if that is beyond the last step."""
+    if progress["global_step"] > run.counts.last_step:
+        raise InputError(f"--max_train_steps: {checkpoint} is beyond the last step, {run.counts.last_step}; raise it")
+    task = {"captioned_images", "image_interpolation_mode", "prediction_type", "rescale_betas_zero_snr", "resolution"}
+    if changed & task:  # held-out losses are of other images, or of another objective
+        progress["base_losses"] = None
+    run.progress = progress
+
+
+# ---------------------------------------------------------------------------------------------------- flax.checkpoints
+def named_leaves(state):
+    """The arrays of a nested state by their paths, such as unet/conv_in.bias."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def write_arrays(run, folder):
+    """Writes the arrays of the run's state into a checkpoint's folder."""
+    arrays = {name: np.asarray(leaf) for name, leaf in named_leaves(run.state).items()}
+    save_file(arrays, folder / "state.safetensors")
+    copy_mode(run.output_dir / "args.json", [folder / "state.safetensors"])
+
+
+def read_arrays(folder):
+    """The arrays of the state in a checkpoint's folder, by their paths."""
+    return load_file(folder / "state.safetensors")
+
+
+def resume(run, checkpoint, free, fixed):
+    """Loads a checkpoint into the run; `free` and `fixed` as in `compare_settings`. Raises `InputError`."""
+    before, progress, saved = read_checkpoint(checkpoint, read_arrays)
+    changed = compare_settings(run, checkpoint, before, free, fixed)
+    take_progress(run, checkpoint, progress, changed)
+    wanted = named_leaves(run.state)
+    shapes_saved = {name: leaf.shape for name, leaf in saved.items()}
+    shapes_wanted = {name: leaf.shape for name, leaf in wanted.items()}
+    if shapes_saved != shapes_wanted:
+        raise InputError(f"--resume_from_checkpoint: {checkpoint} holds the state of another model")
+    run.state = jax.tree.unflatten(jax.tree.structure(run.state), [saved[name] for name in wanted])
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+def last_line(error):
+    """The last line of an exception's text, for a message of one line."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1][:200]
+
+
+def raise_problems(problems):
+    """Raises one `InputError` that lists all problems, if there are any."""
+    if len(problems) == 1:
+        raise InputError(problems[0])
+    if problems:
+        raise InputError("\n  ".join(["", *problems]))
+
+
+@contextlib.contextmanager
+def told_to_user(program, speaks=True, errors=InputError, stopped=None):
+    """Ends the process with status 2 and the message after an `InputError`, or the class or classes `errors`; after
+    Ctrl-C with the status of SIGINT and the line `stopped`. Of several processes only the one that `speaks` prints:
+    the others would say the same."""
+    try:
+        with contextlib.redirect_stdout(sys.stdout if speaks else io.StringIO()):
+            yield
+    except errors as error:
+        if speaks:
+            print(f"{program}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        if speaks:
+            print(stopped or f"{program}: stopped before the first step", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+def existing_place(path):
+    """The path itself, or the nearest folder above it that exists."""
+    path = Path(path).resolve()
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
+def copy_mode(source, files):
+    """Gives files, which safetensors makes for their owner alone, the permissions of another file."""
+    for path in files:
+        shutil.copymode(source, path)
+
+
+# ----------------------------------------------------------------------------------------------------------- arguments
+def checked(text, kind, accepts, accepted):
+    """The number that `text` is, of this kind, for the `type` of a flag, whose help gives the interval too. Raises
+    `argparse.ArgumentTypeError`, which says what is accepted."""
+    try:
+        number = kind(text)
+    except ValueError:
+        number = math.nan  # which no comparison accepts
+    if not accepts(number):
+        raise argparse.ArgumentTypeError(f"must be {accepted}, not {text!r}")
+    return number
+
+
+def positive_int(text):
+    """A whole number in [1, inf)."""
+    return checked(text, int, lambda number: number >= 1, "a whole number in [1, inf)")
+
+
+def non_negative_int(text):
+    """A whole number in [0, inf)."""
+    return checked(text, int, lambda number: number >= 0, "a whole number in [0, inf)")
+
+
+def positive_float(text):
+    """A number in (0, inf)."""
+    return checked(text, float, lambda number: 0 < number < math.inf, "in (0, inf)")
+
+
+def positive_float_or_inf(text):
+    """A number in (0, inf]."""
+    return checked(text, float, lambda number: number > 0, "in (0, inf]")
+
+
+def non_negative_float(text):
+    """A number in [0, inf)."""
+    return checked(text, float, lambda number: 0 <= number < math.inf, "in [0, inf)")
+
+
+def fraction(text):
+    """A number in [0, 1]."""
+    return checked(text, float, lambda number: 0 <= number <= 1, "in [0, 1]")
+
+
+def fraction_below_one(text):
+    """A number in [0, 1)."""
+    return checked(text, float, lambda number: 0 <= number < 1, "in [0, 1)")
+
+
+def random_seed(text):
+    """A whole number in [0, 9e18], which every generator takes."""
+    return checked(text, int, lambda number: 0 <= number <= 9e18, "a whole number in [0, 9e18]")
+
+
+def new_parser(description, usage):
+    """A parser that takes no shortened flags, and leaves it to `parse_flags` to tell what is wrong."""
+    return argparse.ArgumentParser(
+        usage=usage,
+        description=description.split("\n")[0],
+        allow_abbrev=False,
+        exit_on_error=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+
+
+def add_model_arguments(parser):
+    """Adds which base model is read, and from where."""
+    add = parser.add_argument_group("model").add_argument
+    add("--pretrained_model_name_or_path", help="pipeline folder, Hub id, or original .ckpt/.safetensors file")
+    add("--revision", help="branch, tag or commit of the model on the Hub")
+    add("--variant", help="variant of the weight files, such as fp16")
+    add("--single_file_config", help="pipeline folder or Hub id with the configs for a single-file model")
+    add("--cache_dir", help="where downloads and remembered checks go, instead of the Hugging Face cache")
+
+
+def add_data_arguments(parser):
+    """Adds the captioned images to train on, and what is done to them."""
+    add = parser.add_argument_group("data").add_argument
+    add("--train_data_dir", help="folder of images with metadata.jsonl/.csv (file_name, text), or a .txt beside each")
+    add_dataset_arguments(add)
+    add_transform_arguments(add)
+
+
+def add_dataset_arguments(add):
+    """Adds, to the group whose method `add` is, where a dataset is read from and which of its rows are used."""
+    add("--dataset_name", help="dataset on the Hub, or a local path that `datasets` can load")
+    add("--dataset_config_name", help="configuration of that dataset; needs --dataset_name")
+    add("--image_column", default="image", help="column of its images; needs --dataset_name")
+    add("--caption_column", default="text", help="column with a caption, or a list of them: one is drawn per epoch")
+    add("--max_train_samples", type=positive_int, help="use so many images, drawn by the seed [1, inf)")
+    add("--skip_bad_images", **SWITCH, help="go on without images that cannot be used, instead of stopping")
+
+
+def add_transform_arguments(add):
+    """Adds, to the group whose method `add` is, what is done to images and captions."""
+    add(
+        "--resolution",
+        type=positive_int,
+        default=512,
+        help="side of the square training images in pixels [1, inf)",
+    )
+    add("--center_crop", **SWITCH, help="crop the centre, not a random place")
+    add("--random_flip", **SWITCH, help="mirror half of the images, drawn anew each epoch")
+    filters = [kind.name.lower() for kind in Image.Resampling]
+    add("--image_interpolation_mode", default="lanczos", choices=filters, help="filter for resizing")
+    add("--caption_dropout", type=fraction, default=0.0, help="share of captions replaced by the empty one [0, 1]")
+
+
+def add_objective_arguments(parser):
+    """Adds what the UNet is to predict, from which noise, and how its losses are weighted."""
+    add = parser.add_argument_group("objective").add_argument
+    add("--prediction_type", choices=["epsilon", "v_prediction"], help="what the UNet predicts; default: the model's")
+    add("--snr_gamma", type=positive_float, help="min-SNR loss weights with this gamma; 5.0 in the paper (0, inf)")
+    add(
+        "--noise_offset",
+        type=non_negative_float,
+        default=0.0,
+        help="scale of noise that shifts channels; 0.05 is common [0, inf)",
+    )
+    add(
+        "--input_perturbation",
+        type=non_negative_float,
+        default=0.0,
+        help="scale of extra input noise; 0.1 in the paper [0, inf)",
+    )
+    add("--rescale_betas_zero_snr", **SWITCH, help="rescale the schedule to zero terminal SNR; needs v_prediction")
+
+
+def add_optimization_arguments(parser):
+    """Adds the optimizer, its learning rate, the batch, the length of the run, and the average of the weights."""
+    from diffusers.optimization import (
+        SchedulerType,  # not above: it takes seconds
+    )
+
+    add = parser.add_argument_group("optimization").add_argument
+    add("--learning_rate", type=positive_float, default=1e-4, help="initial learning rate (0, inf)")
+    add("--scale_lr", **SWITCH, help="multiply the learning rate by batch size, accumulation steps and processes")
+    add("--lr_scheduler", default="constant", choices=[kind.value for kind in SchedulerType], help="its schedule")
+    add(
+        "--lr_warmup_steps",
+        type=non_negative_int,
+        default=0,
+        help="steps in which the learning rate rises from 0 [0, inf)",
+    )
+    add(
+        "--lr_num_cycles",
+        type=positive_int,
+        help="cycles, 1 if not given; needs --lr_scheduler=cosine_with_restarts [1, inf)",
+    )
+    add(
+        "--lr_power",
+        type=positive_float,
+        help="power, 1 if not given; needs --lr_scheduler=polynomial (0, inf)",
+    )
+    add("--lr_step_rules", help="factor:until_step,...,last factor: 1:10,0.1; needs --lr_scheduler=piecewise_constant")
+    add("--train_batch_size", type=positive_int, default=16, help="images per forward pass and process [1, inf)")
+    add(
+        "--gradient_accumulation_steps",
+        type=positive_int,
+        default=1,
+        help="forward passes per optimizer step [1, inf)",
+    )
+    add("--gradient_checkpointing", **SWITCH, help="compute activations twice: slower, less memory")
+    add(
+        "--num_train_epochs",
+        type=positive_int,
+        default=100,
+        help="passes over the images, unless --max_train_steps [1, inf)",
+    )
+    add("--max_train_steps", type=positive_int, help="optimizer steps [1, inf)")
+    add(
+        "--max_grad_norm",
+        type=positive_float_or_inf,
+        default=1.0,
+        help="clip the gradient's norm to this; inf: no clipping (0, inf]",
+    )
+    add("--adam_beta1", type=fraction_below_one, default=0.9, help="AdamW's beta1 [0, 1)")
+    add("--adam_beta2", type=fraction_below_one, default=0.999, help="AdamW's beta2 [0, 1)")
+    add("--adam_weight_decay", type=non_negative_float, default=1e-2, help="AdamW's weight decay [0, inf)")
+    add("--adam_epsilon", type=positive_float, default=1e-8, help="AdamW's epsilon (0, inf)")
+    add("--use_ema", **SWITCH, help="average the weights over the steps; samples and result use the average")
+    add("--ema_decay", type=fraction, help="highest decay of the average; 0.9999 if not given; needs --use_ema [0, 1]")
+    add("--ema_warmup", **SWITCH, help="raise the decay slowly, as 1 - (1 + step) ** -2/3; needs --use_ema")
+
+
+def add_output_arguments(parser):
+    """Adds where results, checkpoints and logs go."""
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", help="where everything is written")
+    add("--overwrite_output_dir", **SWITCH, help="write over the run in --output_dir and remove its checkpoints")
+    add(
+        "--save_precision", default="no", choices=["no", "fp16", "bf16"], help="half precision of what is saved, or no"
+    )
+    add(
+        "--checkpointing_steps", type=positive_int, default=500, help="write a checkpoint every so many steps [1, inf)"
+    )
+    add("--checkpoints_total_limit", type=positive_int, help="keep only so many checkpoints, the newest [1, inf)")
+    add("--resume_from_checkpoint", metavar="PATH|latest", help="go on from a checkpoint, if there is a latest")
+    add("--allow_changed_resume", **SWITCH, help="though the result will change; needs --resume_from_checkpoint")
+    add("--report_to", default="tensorboard", help="tracker of accelerate's (tensorboard, wandb, ...), all or none")
+    add("--tracker_project_name", default="text2image-fine-tune", help="project name in the tracker")
+    add("--logging_dir", default="logs", help="folder for the tracker's files, in --output_dir")
+    add("--logging_steps", type=positive_int, default=10, help="log the mean loss every so many steps [1, inf)")
+    add("--push_to_hub", **SWITCH, help="upload the result to the Hub")
+    add("--hub_model_id", help="repository to upload to; default: the name of --output_dir; needs --push_to_hub")
+    add("--hub_token", help="token for dataset and upload; default: the one that `hf auth login` stored")
+    add("--hub_private_repo", **SWITCH, help="make the repository private; needs --push_to_hub")
+
+
+def add_validation_arguments(parser):
+    """Adds the prompts to draw samples for, one of each, and the images held out to measure the loss on."""
+    add = parser.add_argument_group("validation").add_argument
+    add("--validation_prompts", nargs="+", help="prompts to draw samples for")
+    add_held_out_arguments(add, "--validation_prompts")
+
+
+def add_held_out_arguments(add, prompt_flag):
+    """Adds, to the group whose method `add` is, the images held out and how often the run is looked at."""
+    add(
+        "--num_validation_samples",
+        type=non_negative_int,
+        default=0,
+        help="images held out, to measure the loss on [0, inf)",
+    )
+    add(
+        "--validation_steps",
+        type=positive_int,
+        help=f"draw and measure every so many, or 500; needs {prompt_flag} or --num_validation_samples [1, inf)",
+    )
+
+
+def add_run_arguments(parser):
+    """Adds seed, configuration file and trial."""
+    add = parser.add_argument_group("run").add_argument
+    add("--seed", type=random_seed, default=0, help="seed of everything that is drawn at random [0, 9e18]")
+    add("--config", metavar="FILE.yaml", help="flags by name, maybe under `training:`; the command line wins")
+    add("--dry_run", **SWITCH, help="check everything, print the plan and stop")
+
+
+def parse_flags(parser, argv, replaced_flags):
+    """Parses `argv`, or the command line, after the flags in its `--config`, so that argparse checks both.
+
+    Returns (args, what is wrong with them): a flag with a wrong value is told and left at its default, so that the
+    checks that follow can tell the rest. `replaced_flags` maps flags of other scripts to a remedy. `~` is expanded.
+    Ends with status 2 and the usage for flags that do not exist.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    flags = [word.split("=")[0] for word in argv]
+    if replaced := [flag for flag in flags if flag in replaced_flags]:
+        parser.error(f"{replaced[0]} is not taken: {replaced_flags[replaced[0]]}")
+    config_only = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage=parser.usage)
+    config_only.add_argument("--config")
+    config = config_only.parse_known_args(argv)[0].config
+    defaults = vars(parser.parse_args([]))
+    words = (config_words(parser, config, defaults, {"training"}, {"evaluation"}) if config else []) + argv
+    return parse_words(parser, words)
+
+
+def parse_words(parser, words, args=None):
+    """Parses the words of a command line, over what `args` hold already; returns (args, what is wrong with the words).
+    A flag with a wrong value is told and left out. `~` is expanded. Ends with status 2 for flags that do not exist."""
+    problems = []
+    while True:  # argparse ends at the first wrong value
+        try:
+            parsed = parser.parse_args(words, argparse.Namespace(**vars(args)) if args else None)
+            break
+        except argparse.ArgumentError as error:
+            problems.append(f"{error.argument_name}: {error.message}")
+            flag = flag_named(parser, error.argument_name)
+            if flag is None:
+                parser.error(str(error))
+            words = without_flag(words, flag)
+    expanded = {
+        name: os.path.expanduser(value) if isinstance(value, str) else value for name, value in vars(parsed).items()
+    }
+    return argparse.Namespace(**expanded), problems
+
+
+def config_words(parser, path, defaults, sections, other_sections):
+    """The words of a command line that say what the YAML file at `path` says: flags by name, at top level or in one of
+    `sections`. `other_sections` are for other programs. Ends with status 2 for what is none."""
+    recipe = read_config(parser, path, sections)
+    for section in sections & recipe.keys():
+        recipe |= recipe.pop(section)
+    known = defaults.keys() - {"config"}
+    if unknown := sorted(map(str, recipe.keys() - known - other_sections)):
+        parser.error(f"--config={path}: unknown key {', '.join(unknown)}; keys are the flags of --help without dashes")
+    return setting_words({key: value for key, value in recipe.items() if key in known}, defaults)
+
+
+def read_config(parser, path, sections):
+    """What the YAML file at `path` says, as a dictionary, as are those of `sections` that it has. Ends with status 2
+    for what is none."""
+    try:
+        recipe = dict(yaml.safe_load(Path(os.path.expanduser(path)).read_text("utf-8")) or {})
+        for section in sections & recipe.keys():
+            recipe[section] = dict(recipe[section] or {})
+    except (OSError, ValueError, yaml.YAMLError, TypeError) as error:
+        parser.error(f"--config={path}: is no YAML file of flags ({' '.join(str(error).split())})")
+    return recipe
+
+
+def setting_words(settings, defaults):
+    """The words of a command line that give flags the values that YAML has for them; `defaults` are the flags' own."""
+    words = []
+    for key, value in settings.items():
+        if value is None:
+            continue
+        if isinstance(value, list):
+            words += [f"--{key}", *map(str, value)]
+        elif isinstance(value, bool) and isinstance(defaults[key], bool):
+            words.append(f"--{key}" if value else f"--no-{key}")
+        elif value is False:  # YAML reads a bare `no` as false, but --mixed_precision means the word
+            words.append(f"--{key}=no")
+        else:
+            words.append(f"--{key}={value}")
+    return words
+
+
+def flag_named(parser, name):
+    """The flag that argparse calls `name` in a message, `--flag` or `--flag/--no-flag`; None for other arguments."""
+    for action in parser._actions:
+        if name and "/".join(action.option_strings) == name:
+            return action
+    return None
+
+
+def without_flag(words, flag):
+    """The words of a command line without a flag, an action of argparse, and without the values behind it."""
+    kept, num_values = [], 0  # how many values are still to be dropped
+    for word in words:
+        name, joined, _ = word.partition("=")
+        if name in flag.option_strings:
+            num_values = 0 if joined else 1 if flag.nargs is None else math.inf
+        elif word.startswith("--"):
+            num_values = 0
+            kept.append(word)
+        elif num_values:
+            num_values -= 1
+        else:
+            kept.append(word)
+    return kept
+
+
+def check_requirements(args, requires):
+    """Lists the flags that were given but do nothing without another one: `requires` maps them to that."""
+    problems = []
+    for flag, needed in requires.items():
+        value = getattr(args, flag)
+        is_given = value is not None and value is not False
+        if is_given and not getattr(args, needed):
+            problems.append(f"--{flag}={value}: does nothing without --{needed}; add that or drop this")
+    return problems
+
+
+# -------------------------------------------------------------------------------------------------------------- images
+def is_image_file(path, folder):
+    """Whether the path below `folder` has an image's suffix and is not hidden."""
+    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    return path.suffix.lower() in IMAGE_SUFFIXES and not hidden
 
 
 def open_image(encoded):
@@ -429,40 +1673,61 @@ def open_image(encoded):
         raise ValueError("floating-point pixels have no defined white")
     if image.mode.startswith("I"):  # Pillow would saturate 16-bit greys
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-    mode = {"CMYK": "CMYK", "L": "L", "LA": "L"}.get(image.mode, "RGB")  # which the profile is for
+    profiled_mode = {"CMYK": "CMYK", "L": "L", "LA": "L"}.get(image.mode, "RGB")  # which the profile is for
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert(mode)
-    if profile and b"sRGB IEC61966" not in profile.replace(b"\0", b""):  # most name that, in letters of 1 or 2 bytes
+    image = image.convert(profiled_mode)
+    is_srgb = b"sRGB IEC61966" in profile.replace(b"\0", b"")  # as most are named, in letters of 1 or 2 bytes
+    if profile and not is_srgb:
         with contextlib.suppress(ImageCms.PyCMSError):  # a viewer, too, ignores a profile that does not fit
             image = ImageCms.profileToProfile(image, io.BytesIO(profile), ImageCms.createProfile("sRGB"), 0, "RGB")
     return image.convert("RGB")
+
+
+def read_image(image):
+    """Opens an image of a dataset's undecoded column, a dictionary of `bytes` or `path`, as `open_image` does."""
+    return open_image(image["bytes"] or Path(image["path"]).read_bytes())
 
 
 def check_image(image, known):
     """Opens one image, unless `known` has it; returns a key, of path, size and time or of the content where a dataset
     holds it, and [sha256, width, height, what is wrong or ""]."""
     try:
-        if encoded := image["bytes"]:
+        encoded = image["bytes"]
+        if encoded:
             key = hashlib.sha256(encoded).hexdigest()
         else:
-            key = "{0}|{1.st_size}|{1.st_mtime_ns}".format(os.path.abspath(image["path"]), os.stat(image["path"]))
+            status = os.stat(image["path"])
+            key = f"{os.path.abspath(image['path'])}|{status.st_size}|{status.st_mtime_ns}"
         if key in known:
             return key, known[key]
         encoded = encoded or Path(image["path"]).read_bytes()
         width, height = open_image(encoded).size
-        tiny = f"{width} x {height} pixels; a side needs at least {MIN_SIDE}" if min(width, height) < MIN_SIDE else ""
-        return key, [hashlib.sha256(encoded).hexdigest(), width, height, tiny]
+        problem = ""
+        if min(width, height) < MIN_SIDE:
+            problem = f"{width} x {height} pixels; a side needs at least {MIN_SIDE}"
+        return key, [hashlib.sha256(encoded).hexdigest(), width, height, problem]
+    except FileNotFoundError:
+        problem = "there is no such file"
+    except TypeError:
+        problem = "the row holds no image"
+    except UnidentifiedImageError:
+        problem = "no image that Pillow knows"
     except Exception as error:  # damaged files raise whatever a decoder stumbles over
-        known_as = {FileNotFoundError: "there is no such file", TypeError: "the row holds no image",
-                    UnidentifiedImageError: "no image that Pillow knows"}
-        return None, ["", 0, 0, known_as.get(type(error), f"cannot be read: {error}")]
+        problem = f"cannot be read: {error}"
+    return None, ["", 0, 0, problem]
+
+
+def path_of_findings(place, cache_dir):
+    """The file that remembers the check of the images in `place`, a folder or a dataset's name."""
+    name = hashlib.sha256(os.path.abspath(place).encode()).hexdigest()[:16]
+    return Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "checked_images" / f"{name}.json"
 
 
 def check_images(rows, memory):
     """Opens every image once, in parallel, and remembers `check_image`'s findings, which it returns, in the file
-    `memory`. Of several processes the first one does it, the others read what it remembers."""
+    `memory`. Of several processes the first one does it, the others read what it remembers. Raises `InputError`."""
     try:
         memory.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{memory}.lock").acquire()
@@ -474,129 +1739,509 @@ def check_images(rows, memory):
             known = json.loads(memory.read_text(encoding="utf-8"))
         results = pool.map(lambda index: check_image(rows[index]["image"], known), range(len(rows)))
         results = list(tqdm(results, "Checking images", len(rows), unit="image", disable=None, leave=False))
-        memory.write_text(json.dumps({**known, **{key: found for key, found in results if key}}), encoding="utf-8")
-    return [found for _, found in results]
+        found = {key: finding for key, finding in results if key}
+        memory.write_text(json.dumps({**known, **found}), encoding="utf-8")
+    return [finding for _, finding in results]
 
 
-def all_captions(captions):
-    """The usable captions of a row that holds a string or a list of them. Raises `ValueError` for half a character."""
-    captions = captions if isinstance(captions, list) else [captions]
-    return [caption for caption in captions if isinstance(caption, str) and caption.encode() and caption.strip()]
+def leave_out(bad, num_images, may_leave_out, remedy=""):
+    """Tells which of so many images are left out: `bad` are lines of a path and what is wrong. Raises `InputError`
+    with these, and one more `remedy`, unless images may be left out."""
+    if not bad:
+        return
+    unusable = "\n  ".join([f"{len(bad)} of {num_images} images are unusable:", *bad[:100]])
+    if not may_leave_out:
+        raise InputError(f"{unusable}\nMend or remove them, or add --skip_bad_images{remedy}.")
+    print(f"Left out (--skip_bad_images): {unusable}")
 
 
-def check_rows(rows, memory, skip_bad_images, tokenizer, resolution):
-    """Checks every image and caption; returns the good rows and a digest of each one's content and captions. Raises
-    one `InputError` for all others, unless `skip_bad_images`; warns of small images and of captions that are cut."""
-    bad, small, cut, good = [], [], [], {}
-    captions = list(rows["captions"])
-    for index, (digest, width, height, problem) in enumerate(check_images(rows, memory)):
-        problem = problem or ("" if captions[index] else "has no caption, in metadata or a .txt beside it")
-        if problem or min(width, height) < resolution:
-            name = (rows[index]["image"] or {}).get("path") or f"row {index}"
-            (bad if problem else small).append(f"{name}: {problem or f'{width} x {height}'}")
-        if not problem:
-            good[index] = hashlib.sha256(json.dumps([digest, captions[index]]).encode()).hexdigest()
-            if max(map(len, tokenizer(captions[index], verbose=False).input_ids)) > tokenizer.model_max_length:
-                cut.append(f"{max(captions[index], key=len)[:80]}...")
-    unusable = "\n  ".join([f"{len(bad)} of {len(rows)} images are unusable:", *bad[:100]])
-    if bad and not (skip_bad_images and good):
-        raise InputError(f"{unusable}\nMend or remove them, or add --skip_bad_images.")
-    if bad:
-        print(f"Left out (--skip_bad_images): {unusable}")
-    for what, warned in ((f"images are smaller than --resolution={resolution} and are enlarged", small),
-                         (f"captions have more than {tokenizer.model_max_length} tokens and are cut", cut)):
-        if warned:
-            print("\n  ".join([f"Warning: {len(warned)} {what}, such as", *warned[:5]]))
-    return rows.select(list(good)), list(good.values())
+# -------------------------------------------------------------------------------------------------------------- models
+def quiet_libraries():
+    """Turns off the bars and remarks of libraries, which would drown ours."""
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
 
 
-@dataclasses.dataclass
-class CaptionedImages(torch.utils.data.Dataset):
-    """Maps (epoch, index, weight) to these and pixel_values uint8 (3, height, width), input_ids (max_length,),
-    timestep, and posterior_noise, noise, added_noise in float32 (4, height / 8, width / 8)."""
-    rows: datasets.Dataset  # of image and captions
-    tokenizer: CLIPTokenizer
-    latent_shape: tuple
-    num_timesteps: int
-    flags: dict  # by name: seed, resolution, center_crop, random_flip, ... as load_data takes them
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, item):
-        (epoch, index, weight), flags = item, self.flags
-        # All that is random in a sample, drawn always and in this order: an option leaves the others' numbers alone.
-        draw = np.random.default_rng((flags["seed"], SAMPLE, epoch, index))
-        left, top, flip, choice, drop = draw.random(5)
-        timestep = draw.integers(self.num_timesteps)
-        posterior_noise, noise, perturbation = draw.standard_normal((3, *self.latent_shape), np.float32)
-        # The offset shifts whole channels; perturbation (arXiv 2301.11706, eq. 3) is added and not to be predicted.
-        noise = noise + flags["noise_offset"] * draw.standard_normal((len(noise), 1, 1), np.float32)
-
-        row, place = self.rows[index], (0.5, 0.5) if flags["center_crop"] else (left, top)
-        image = open_image(row["image"]["bytes"] or Path(row["image"]["path"]).read_bytes())
-        resample = Image.Resampling[flags["image_interpolation_mode"].upper()]
-        image = ImageOps.fit(image, (flags["resolution"], flags["resolution"]), resample, centering=place)
-        if flags["random_flip"] and flip < 0.5:
-            image = ImageOps.mirror(image)
-        caption = "" if drop < flags["caption_dropout"] else row["captions"][int(choice * len(row["captions"]))]
-        input_ids = self.tokenizer(caption, padding="max_length", truncation=True, return_tensors="np").input_ids[0]
-        return {"pixel_values": np.array(image).transpose(2, 0, 1), "input_ids": input_ids, "timestep": timestep,
-                "posterior_noise": posterior_noise, "noise": noise, "epoch": epoch, "index": index,
-                "added_noise": noise + flags["input_perturbation"] * perturbation, "weight": np.float32(weight)}
+def config_source(args):
+    """Where the configs and the tokenizer of the base are read from: (folder or Hub id, keywords of its loaders)."""
+    return (
+        args.single_file_config or args.pretrained_model_name_or_path,
+        {"revision": args.revision, "cache_dir": args.cache_dir},
+    )
 
 
-def load_data(pretrained_model_name_or_path, single_file_config, revision, cache_dir, train_data_dir, dataset_name,
-              dataset_config_name, image_column, caption_column, hub_token, max_train_samples, num_validation_samples,
-              skip_bad_images, resolution, seed, default_caption=None, repeats=1, **flags):
-    """Reads, checks and splits the images; returns (training images, held-out images, fingerprint of both). The
-    held-out ones are the same for every seed, and always seen alike. `default_caption` is that of images without."""
-    source, where = single_file_config or pretrained_model_name_or_path, {"revision": revision, "cache_dir": cache_dir}
+def check_model(args):
+    """Lists what is wrong with the base's configs, or between them and the flags; reads no weights."""
+    source = args.pretrained_model_name_or_path or ""
+    name = f"--pretrained_model_name_or_path={source}"
+    single_file = source.endswith((".ckpt", ".safetensors"))
+    problems = []
+    if args.revision and Path(source).exists():
+        problems.append(f"--revision={args.revision}: does nothing without a model on the Hub; drop this")
+    if args.variant and args.single_file_config:
+        problems.append(f"--variant={args.variant}: does nothing with a single file; drop this")
+    if not source or (single_file and not Path(source).is_file()):
+        return [*problems, f"{name}: there is no such file; name a pipeline folder, a Hub id or a file"]
+    if single_file != bool(args.single_file_config):
+        return [*problems, f"{name}: a single file, and only that, needs --single_file_config (see --help)"]
+
+    source, where = config_source(args)
+    try:
+        parts = diffusers.StableDiffusionPipeline.load_config(source, **where)
+        if foreign := {"text_encoder_2", "transformer"} & parts.keys():
+            remedy = "use a Stable Diffusion 1.x or 2.x model"
+            return [*problems, f"{name}: has a {min(foreign)} (SDXL, SD 3 or the like); {remedy}"]
+        unet = diffusers.UNet2DConditionModel.load_config(source, subfolder="unet", **where)
+        vae = diffusers.AutoencoderKL.load_config(source, subfolder="vae", **where)
+        scheduler = diffusers.DDPMScheduler.load_config(source, subfolder="scheduler", **where)
+        CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where)
+        if not CLIPTextConfig.get_config_dict(source, subfolder="text_encoder", **where)[0]:
+            raise OSError("it has no text encoder")  # for which transformers would take a default
+        if len(CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)) < 3:
+            raise OSError("its tokenizer knows no words")  # nor does transformers' for a folder without one
+    except (OSError, ValueError) as error:
+        told = f"no whole pipeline, no name of one on the Hub, or no connection ({last_line(error)})"
+        return [*problems, f"{source}: {told}"]
+
+    factor = vae_factor(vae)
+    if args.resolution % factor:
+        usable = args.resolution // factor * factor or factor
+        problems.append(f"--resolution={args.resolution}: must be a multiple of {factor} for this VAE; use {usable}")
+    if unet["in_channels"] != vae["latent_channels"]:
+        problems.append(f"{name}: its UNet takes {unet['in_channels']} channels; use a text-to-image model")
+    prediction_type = args.prediction_type or scheduler.get("prediction_type", "epsilon")
+    if prediction_type not in ("epsilon", "v_prediction"):
+        problems.append(f"{name}: predicts {prediction_type!r}; only epsilon and v_prediction can be trained")
+    zero_snr = args.rescale_betas_zero_snr or scheduler.get("rescale_betas_zero_snr")
+    if prediction_type == "epsilon" and zero_snr:
+        problems.append("--rescale_betas_zero_snr: useless for epsilon; drop it or add --prediction_type=v_prediction")
+    return problems
+
+
+def vae_factor(config):
+    """Pixels along one side of a latent, of a VAE with this config: 8 for Stable Diffusion's."""
+    return 2 ** (len(config["block_out_channels"]) - 1)
+
+
+def load_tokenizer(args):
+    """The base's tokenizer, which cuts captions where the text encoder has to."""
+    source, where = config_source(args)
     tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)
     text_config = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where)
     tokenizer.model_max_length = text_config.max_position_embeddings
+    return tokenizer
+
+
+def read_latent_shape(args):
+    """The shape (4, resolution / 8, resolution / 8) of an image's latents."""
+    source, where = config_source(args)
     vae = diffusers.AutoencoderKL.load_config(source, subfolder="vae", **where)
-    latent_shape = (vae["latent_channels"], *[resolution // 2 ** (len(vae["block_out_channels"]) - 1)] * 2)
+    side = args.resolution // vae_factor(vae)
+    return vae["latent_channels"], side, side
+
+
+def read_num_timesteps(args):
+    """How many timesteps the base was trained on: 1000 for Stable Diffusion."""
+    source, where = config_source(args)
     schedule = diffusers.DDPMScheduler.load_config(source, subfolder="scheduler", **where)
-    rows = read_folder(train_data_dir, caption_column) if train_data_dir else read_dataset(
-        dataset_name, dataset_config_name, image_column, caption_column, cache_dir, hub_token, default_caption)
-    captions = [all_captions(found) or [default_caption] * bool(default_caption) for found in rows["captions"]]
-    rows = rows.remove_columns("captions").add_column("captions", captions)  # before a selection, which it would copy
-    subset = np.random.default_rng((seed, SUBSET)).permutation(len(rows))[:max_train_samples]
-    place = hashlib.sha256(os.path.abspath(train_data_dir or dataset_name).encode()).hexdigest()[:16]
-    memory = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "checked_images" / f"{place}.json"
-    rows, digests = check_rows(rows.select(np.sort(subset)), memory, skip_bad_images, tokenizer, resolution)
-    if num_validation_samples >= len(rows):
-        raise InputError(f"--num_validation_samples={num_validation_samples}: must leave some of {len(rows)} images")
-    order = np.random.default_rng(HELD_OUT).permutation(len(rows))
-    held_out, training = np.sort(order[:num_validation_samples]), np.sort(order[num_validation_samples:])
-    fingerprint = hashlib.sha256(" ".join([f"{num_validation_samples}", *digests]).encode()).hexdigest()
-    flags |= {"seed": seed, "resolution": resolution}
-    images = CaptionedImages(rows.select(np.repeat(training, repeats)), tokenizer, latent_shape,
-                             schedule.get("num_train_timesteps", 1000), flags)
-    plain = dict.fromkeys(["random_flip", "seed", "caption_dropout", "noise_offset", "input_perturbation"], 0)
-    held_out = dataclasses.replace(images, rows=rows.select(held_out), flags={**flags, **plain, "center_crop": True})
-    return images, held_out, fingerprint
+    return schedule.get("num_train_timesteps", 1000)
 
 
-def micro_batches(num_samples, batch_size, num_processes, process_index, accumulation, seed, first_step, last_step):
-    """Yields this process's lists of (epoch, index, weight), one per pass of the steps first_step to last_step - 1. An
-    epoch is a permutation by (seed, epoch), cut into steps, the last of which may be short. The weights of a step sum
-    to 1 over all processes and passes; a process without a sample in a pass gets one of weight 0."""
-    per_pass, per_step = batch_size * num_processes, batch_size * num_processes * accumulation
-    for step in range(first_step, last_step):
-        epoch, step_in_epoch = divmod(step, math.ceil(num_samples / per_step))
-        if step == first_step or step_in_epoch == 0:
-            order = np.random.default_rng((seed, ORDER, epoch)).permutation(num_samples).tolist()
-        samples = order[step_in_epoch * per_step :][:per_step]
-        for start in range(0, len(samples), per_pass):
-            mine = samples[start + process_index * batch_size :][:batch_size]
-            yield [(epoch, index, 1 / len(samples)) for index in mine] or [(epoch, samples[0], 0.0)]
+def load_base(args):
+    """Loads the base's pipeline in float32, without its safety checker. Raises `InputError`."""
+    base, where = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
+    options = {**where, "dtype": torch.float32, "variant": args.variant, "safety_checker": None}
+    try:
+        if args.single_file_config:  # a .ckpt is read as weights only
+            return diffusers.StableDiffusionPipeline.from_single_file(
+                base, config=args.single_file_config, dtype=torch.float32, safety_checker=None, **where
+            )
+        return diffusers.StableDiffusionPipeline.from_pretrained(base, **options)
+    except Exception as error:  # every format has its own way of being broken
+        raise InputError(f"{base}: cannot be loaded ({last_line(error)})") from None
 
 
-# ------------------------------------------------------------------------------------------------- networks in JAX
-# Pure functions of PyTorch's state dict, of which the three whole networks make a tree by the parts of the names.
-# Inside, images and latents are (batch, height, width, channels), which convolutions on every backend prefer.
+def make_noise_scheduler(args, pipeline):
+    """The scheduler that adds noise in training, for the objective that the flags name or else the base's."""
+    changes = {}
+    if args.prediction_type:
+        changes["prediction_type"] = args.prediction_type
+    if args.rescale_betas_zero_snr:
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return diffusers.DDPMScheduler.from_config(pipeline.scheduler.config, **changes)
+
+
+# -------------------------------------------------------------------------------------------------------- optimization
+def check_optimization(args):
+    """Lists which flags of the learning rate contradict each other."""
+    problems, schedule = [], args.lr_scheduler
+    if args.lr_warmup_steps and schedule in ("constant", "piecewise_constant"):
+        problems.append(
+            f"--lr_warmup_steps={args.lr_warmup_steps}: does nothing without constant_with_warmup or the like; add "
+            "that or drop this"
+        )
+    number = r"\d*\.?\d+(e-?\d+)?"
+    rules = re.fullmatch(rf"({number}:\d+,)+{number}", args.lr_step_rules or "")
+    if schedule == "piecewise_constant" and not rules:
+        problems.append(f"--lr_step_rules={args.lr_step_rules}: give rules such as 1:10,0.1:20,0.01")
+    if schedule == "polynomial" and args.learning_rate <= POLYNOMIAL_END:
+        problems.append(f"--learning_rate={args.learning_rate}: must be above 1e-7, its end")
+    used_by = {
+        "lr_num_cycles": "cosine_with_restarts",
+        "lr_power": "polynomial",
+        "lr_step_rules": "piecewise_constant",
+    }
+    for flag, kind in used_by.items():
+        value = getattr(args, flag)
+        if value is not None and schedule != kind:
+            problems.append(f"--{flag}={value}: does nothing without --lr_scheduler={kind}; add that or drop this")
+    return problems
+
+
+def peak_learning_rate(args, samples_per_step):
+    """The learning rate after warm-up, scaled by the samples of a step if that is asked for."""
+    return args.learning_rate * samples_per_step if args.scale_lr else args.learning_rate
+
+
+def make_schedule(args, optimizer, last_step):
+    """The learning rate's schedule, to be stepped once per optimizer step. It must not be prepared by accelerate,
+    which would count processes."""
+    return get_scheduler(
+        args.lr_scheduler,
+        optimizer,  # whose default rate is where the polynomial starts
+        step_rules=args.lr_step_rules,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=last_step,
+        num_cycles=args.lr_num_cycles or 1,
+        power=args.lr_power or 1.0,
+    )
+
+
+def make_average(args, parameters, foreach=False):
+    """The average of the weights, with the decay that the flags ask for; `foreach` updates many tensors at once."""
+    decay = 0.9999 if args.ema_decay is None else args.ema_decay
+    return EMAModel(parameters, decay=decay, use_ema_warmup=args.ema_warmup, foreach=foreach)
+
+
+# -------------------------------------------------------------------------------------------------------------- output
+def check_output(args, foreign_result):
+    """Lists what is wrong with the output folder and the checkpoint to resume from. The file `foreign_result` marks a
+    result of another kind of script, which would stay behind beside this one's."""
+    problems, wanted = [], args.resume_from_checkpoint
+    output = Path(args.output_dir).resolve()
+    checkpoint, newest = find_checkpoint(output, wanted), find_checkpoint(output, "latest")
+    existing = existing_place(output)
+    is_usable = existing.is_dir() and os.access(existing, os.W_OK)
+    is_used = is_usable and existing == output and any(output.iterdir())
+    is_run = (output / "args.json").is_file() and not (output / foreign_result).exists()
+    if checkpoint:
+        is_own = output == checkpoint.resolve().parent
+    else:  # `latest` starts anew, in the folder of a run that was stopped before its first checkpoint
+        is_own = wanted == "latest" and is_run and not (output / "README.md").exists()
+
+    if checkpoint and not (checkpoint / "progress.json").is_file():
+        problems.append(f"--resume_from_checkpoint={wanted}: is no whole checkpoint folder; name one, or latest")
+    if wanted and args.overwrite_output_dir:
+        problems.append("--overwrite_output_dir: contradicts --resume_from_checkpoint; drop one")
+    if is_own and newest and checkpoint.resolve() != newest.resolve():
+        problems.append(f"--resume_from_checkpoint={wanted}: {newest} is newer; use that, or another --output_dir")
+    if not is_usable:
+        told = f"{existing} is a file or cannot be written to; name another folder"
+        problems.append(f"--output_dir={args.output_dir}: {told}")
+    if is_used and not is_own and not (args.overwrite_output_dir and is_run):
+        problems.append(
+            f"--output_dir={args.output_dir}: is in use; name another, go on with its run by "
+            "--resume_from_checkpoint=latest, or, if of this kind, use --overwrite_output_dir"
+        )
+    return problems
+
+
+def check_trackers(args):
+    """Lists whether a tracker is asked for that is not installed."""
+    installed = ["all", "none", *map(str, get_available_trackers())]
+    if args.report_to not in installed:
+        return [f"--report_to={args.report_to}: installed are {', '.join(installed)}"]
+    return []
+
+
+def prepare_output(run, overwrite):
+    """Makes the output folder with args.json and a log up to the first step; removes what an earlier run left there if
+    it may be overwritten. For one process alone."""
+    output_dir = run.output_dir
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if overwrite:
+        (output_dir / "README.md").unlink(missing_ok=True)  # which says that a run has ended
+        for old in list(output_dir.iterdir()):
+            if re.fullmatch(r"samples|checkpoint-\d+(.partial)?", old.name):
+                shutil.rmtree(old, ignore_errors=True)
+    (output_dir / "args.json").write_text(json.dumps(run.settings, indent=2) + "\n", encoding="utf-8")
+    log = output_dir / "log.jsonl"
+    first_step = run.progress["global_step"]
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() and first_step else []
+    log.write_text("".join(line for line in lines if was_before(line, first_step)), encoding="utf-8")
+
+
+def was_before(line, first_step):
+    """Whether a line of the log is whole and stays: steps after the checkpoint are done again, and so logged again,
+    and so is the held-out loss at its step."""
+    if not line.endswith("}\n"):
+        return False
+    row = json.loads(line)
+    return row["step"] < first_step or ("loss" in row and row["step"] == first_step)
+
+
+def log_losses(accelerator, run, learning_rate, grad_norm, images_per_second):
+    """Logs the mean loss of the steps since the last such line, and the last step's other numbers."""
+    losses = run.progress["losses"]
+    numbers = {
+        "loss": sum(losses) / len(losses),
+        "lr": learning_rate,
+        "grad_norm": grad_norm,
+        "images_per_second": images_per_second,
+    }
+    write_log(accelerator, run.output_dir, run.progress["global_step"], numbers)
+    run.progress["losses"] = []
+
+
+def write_log(accelerator, output_dir, step, numbers):
+    """Appends numbers to log.jsonl and sends them to the trackers."""
+    if accelerator.is_main_process:
+        with (output_dir / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **numbers}) + "\n")
+    accelerator.log(numbers, step=step)
+
+
+def save_pipeline(args, pipeline, noise_scheduler):
+    """Writes a pipeline folder with UNet and VAE in the precision asked for, and a scheduler that fits what was
+    trained; returns patterns that are its files."""
+    objective, output_dir = noise_scheduler.config, Path(args.output_dir)
+    kind, changes = type(pipeline.scheduler), {"prediction_type": objective.prediction_type}
+    if objective.rescale_betas_zero_snr:  # few samplers can start from pure noise
+        kind = diffusers.DDIMScheduler
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    pipeline.register_modules(scheduler=kind.from_config(pipeline.scheduler.config, **changes))
+    for part in (pipeline.unet, pipeline.vae):  # not the text encoder: half would stay half when loaded, and fail
+        part.to(DTYPES[args.save_precision])
+        part.register_to_config(_name_or_path=None)  # which is a path here
+    pipeline.register_to_config(_name_or_path=None)
+    pipeline.save_pretrained(output_dir)
+    for name in pipeline.components:
+        copy_mode(output_dir / "args.json", (output_dir / name).glob("*.safetensors"))
+    return ["model_index.json", *[f"{name}/*" for name in pipeline.components]]
+
+
+# ---------------------------------------------------------------------------------------------------------------- plan
+def print_plan(args, run, num_held_out, num_trained, about):
+    """Says, before the first step, what will be done. `about` says what only a script knows: `trained` and `frozen`
+    (which models), `devices` (how many share a pass), `images` and `optimizer` (remarks)."""
+    counts, side = run.counts, args.resolution
+    first_step, precision = run.progress["global_step"], run.settings["mixed_precision"]
+    num_copies = 4 if args.use_ema else 3  # weights, the two moments of AdamW, the average
+    images = f"{counts.num_images:,} to train on, {num_held_out:,} held out, at {side} x {side} pixels"
+    passes = f"{args.train_batch_size} a pass x {args.gradient_accumulation_steps} passes x {about['devices']}"
+    rows = {
+        "images": images + about["images"],
+        "steps": f"{first_step:,} to {counts.last_step:,}, {counts.last_step / counts.steps_per_epoch:,.1f} epochs",
+        "per step": f"{counts.samples_per_step:,} images: {passes}",
+        "trained": f"{about['trained']}, {num_trained:,} parameters in float32, passes in precision {precision!r}; "
+        f"frozen: {about['frozen']}",
+        "optimizer": f"AdamW at {run.settings['peak_learning_rate']:g}, {args.lr_scheduler}; {about['optimizer']}",
+        "output": f"{args.output_dir}, a checkpoint of {4e-9 * num_trained * num_copies:.2g} GB every "
+        f"{args.checkpointing_steps:,} steps",
+    }
+    print("\n".join(["Plan", *[f"  {name:<10} {text}" for name, text in rows.items()]]))
+
+
+# ---------------------------------------------------------------------------------------------------------- model_card
+def write_card(args, step, prompts, loader, tags, instance_prompt=None):
+    """Writes the model card: licence of the base, how to load the result, samples, settings; no paths, no secrets."""
+    base, name = args.pretrained_model_name_or_path, Path(args.output_dir).resolve().name
+    is_local = Path(base).exists()
+    licence = None
+    with contextlib.suppress(Exception):  # no card, no connection, bad YAML: a licence must not cost a result
+        licence = ModelCard.load(Path(base) / "README.md" if is_local else base).data.license
+    data = ModelCardData(
+        base_model=None if is_local else base,
+        license=licence or "other",
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=tags,
+        instance_prompt=instance_prompt,
+    )
+    text = f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n"
+    text += f"Fine-tuned for {step} steps from {Path(base).name if is_local else base}. Load it with {loader}.\n\n"
+    if prompts:
+        text += f"![samples](samples/step-{step:06d}.png)\n\n{'; '.join(dict.fromkeys(prompts))}\n\n"
+    text += "| setting | value |\n|---|---|\n"
+    for flag, value in vars(args).items():
+        is_given = value is not None and value is not False
+        is_file = isinstance(value, str) and os.path.exists(value)
+        if is_given and not is_file and not NOT_ON_CARD.search(flag):
+            shown = str(value).replace("|", " ")
+            text += f"| {flag} | {shown} |\n"
+    Path(args.output_dir, "README.md").write_text(text, encoding="utf-8")
+
+
+# ----------------------------------------------------------------------------------------------------------------- hub
+def create_repo(args):
+    """Makes the repository on the Hub; returns its full name. Raises `InputError`."""
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    try:
+        api = HfApi(token=args.hub_token)
+        return api.create_repo(name, private=args.hub_private_repo or None, exist_ok=True).repo_id
+    except Exception as error:  # of the Hub, of the connection or of the name
+        raise InputError(
+            f"--push_to_hub: the repository {name} cannot be made; log in with `hf auth login` or --hub_token, and "
+            f"check --hub_model_id ({last_line(error)})"
+        ) from None
+
+
+def push(args, repo_id, files, step):
+    """Uploads `files` of the result, card, log and samples, nothing else; if that fails, says how to and ends with
+    status 1."""
+    folder = args.output_dir
+    files = ["README.md", "log.jsonl", "samples/*", *files]
+    try:
+        HfApi(token=args.hub_token).upload_folder(
+            repo_id=repo_id, folder_path=folder, commit_message=f"Train {step} steps", allow_patterns=files
+        )
+    except Exception as error:  # whatever it is, the result is safe and the user should hear that
+        include = " ".join(map(repr, files))
+        print(
+            f"The upload failed ({last_line(error)}). The result is whole in {folder}; to send it again:\n"
+            f"  hf upload {repo_id} {folder} . --include {include}",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+
+
+# ---------------------------------------------------------------------------------------------------------- validation
+def log_held_out_losses(accelerator, run, losses):
+    """Logs and prints the mean of held-out losses, and its gain over those before training, which the run's progress
+    keeps, with the standard error of the paired difference."""
+    progress = run.progress
+    progress["base_losses"] = progress["base_losses"] or losses.tolist()
+    gain = torch.tensor(progress["base_losses"], dtype=losses.dtype) - losses
+    error = gain.std().item() / len(gain) ** 0.5 if len(gain) > 1 else 0.0
+    numbers = {"held_out_loss": losses.mean().item(), "held_out_gain": gain.mean().item(), "gain_error": error}
+    write_log(accelerator, run.output_dir, progress["global_step"], numbers)
+    shown = [f"{name} {value:.5f}" for name, value in numbers.items()]
+    accelerator.print(f"\nStep {progress['global_step']}:", *shown)
+
+
+@torch.no_grad()
+def draw_samples(accelerator, parts, prompts, resolution, seed, path):
+    """Draws an image per prompt by 25 steps of DPM-Solver++ (arXiv 2211.01095), and their grid to `path`."""
+    scheduler = diffusers.DPMSolverMultistepScheduler.from_config(parts["scheduler"].config)
+    pipeline = diffusers.StableDiffusionPipeline(**{**parts, "scheduler": scheduler}, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    images = []
+    with accelerator.autocast():
+        for number, prompt in enumerate(prompts):
+            generator = torch.Generator().manual_seed(seed + number)
+            drawn = pipeline(prompt, resolution, resolution, num_inference_steps=25, generator=generator)
+            images.append(drawn.images[0])
+    columns = min(len(images), 4)
+    padding = [Image.new("RGB", images[0].size, "white")] * (-len(images) % columns)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    make_image_grid(images + padding, math.ceil(len(images) / columns), columns).save(path)
+    return images
+
+
+def show_samples(args, accelerator, run, parts, prompts):
+    """Draws samples to samples/step-N.png and sends them to the trackers that take images."""
+    step = run.progress["global_step"]
+    path = run.output_dir / "samples" / f"step-{step:06d}.png"
+    drawn = np.stack(draw_samples(accelerator, parts, prompts, args.resolution, args.seed, path))
+    for tracker in accelerator.trackers:
+        if hasattr(tracker, "log_images"):
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"samples": drawn}, step=step, **layout)
+
+
+def check_validation(args, prompt_flag):
+    """Lists --validation_steps if there is nothing to draw or measure; `prompt_flag` names the flag for samples."""
+    if args.validation_steps and not getattr(args, prompt_flag) and not args.num_validation_samples:
+        needed = f"--{prompt_flag} or --num_validation_samples"
+        return [f"--validation_steps={args.validation_steps}: does nothing without {needed}; add that or drop this"]
+    return []
+
+
+# ------------------------------------------------------------------------------------------------------------- signals
+def on_signals(action, _=None):
+    """Answers SIGTERM and SIGINT by `action`; workers ignore them: the main process needs them to finish the step."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, action)
+
+
+def note_signal(received, number, _):
+    """Appends the signal to `received`; a second one ends the process at once."""
+    os.write(2, b"\nFinishing the step and writing a checkpoint; a second signal ends at once, without one.\n")
+    received.append(number)
+    signal.signal(number, signal.SIG_DFL)
+
+
+def leave(accelerator, run, broken, received):
+    """Ends the process after its last checkpoint, and says why: status 1 for a broken step, else 128 + signal."""
+    accelerator.end_training()
+    step = run.progress["global_step"]
+    why, remedy = "a signal", ""
+    if broken:
+        why = f"a loss or gradient that is not finite, in step {step + 1}"
+        remedy = " --allow_changed_resume and a lower --learning_rate"
+    accelerator.print(
+        f"Stopped by {why}. {run.output_dir / f'checkpoint-{step}'} holds the state after step {step}; go on with "
+        f"--resume_from_checkpoint=latest{remedy}",
+        file=sys.stderr,
+    )
+    # Another process, or the launcher, may have got the signal: SIGTERM, then.
+    number = received[0] if received else signal.SIGTERM
+    sys.exit(1 if broken else 128 + number)
+
+
+# ------------------------------------------------------------------------------------------------------- flax.networks
+def check_networks(args):
+    """Lists what the networks here would not compute as PyTorch's do: unknown keys and values of the configs."""
+    source, where = config_source(args)
+    problems = check_blocks("unet", diffusers.UNet2DConditionModel, source, where)
+    problems += check_blocks("vae", diffusers.AutoencoderKL, source, where)
+    problems += check_text_encoder(source, where)
+    return [f"{problem} not known in JAX; use train_text_to_image.py for this model" for problem in problems]
+
+
+def check_blocks(name, kind, source, where):
+    """Lists what is unknown in the config of a UNet or a VAE of the class `kind`."""
+    config = kind.load_config(source, subfolder=name, **where)
+    parameters = inspect.signature(kind.__init__).parameters
+    problems = []
+    for key, value in config.items():
+        is_default = key in parameters and value == parameters[key].default
+        if not (key.startswith("_") or key in UNDERSTOOD[name] or is_default):
+            problems.append(f"{name}: {key}={value!r} is")
+    types = {*config.get("down_block_types", []), *config.get("up_block_types", [])}
+    problems += [f"{name}: blocks of type {block} are" for block in types - BLOCKS]
+    width = config.get("cross_attention_dim", 0)
+    if not isinstance(width, int):  # one for each level
+        problems.append(f"{name}: cross_attention_dim={width!r} is")
+    return problems
+
+
+def check_text_encoder(source, where):
+    """Lists what is unknown in the config of a text encoder."""
+    config, _ = CLIPTextConfig.get_config_dict(source, subfolder="text_encoder", **where)
+    defaults = CLIPTextConfig()
+    problems = []
+    for key, value in config.items():
+        is_default = value == getattr(defaults, key, None)
+        if not (key.startswith("_") or key in UNDERSTOOD["text_encoder"] or is_default):
+            problems.append(f"text_encoder: {key}={value!r} is")
+    activation = config.get("hidden_act", "quick_gelu")
+    if activation not in ACTIVATIONS:
+        problems.append(f"text_encoder: hidden_act={activation!r} is")
+    return problems
+
+
 def in_order(layers):
     """The layers of a list, by their numbers: under `jax.jit` 10 comes before 2."""
     return [layers[str(number)] for number in range(len(layers))]
@@ -610,29 +2255,42 @@ def dense(weights, x):
 
 
 def conv(weights, x, stride=1, padding=(1, 1)):
-    """A convolution with the same padding in both directions."""
-    y = jax.lax.conv_general_dilated(x, weights["weight"], (stride, stride), [padding, padding],
-                                     dimension_numbers=("NHWC", "OIHW", "NHWC"))
+    """A convolution with the same stride and the same padding (before, after) in both directions."""
+    layout = ("NHWC", "OIHW", "NHWC")
+    y = jax.lax.conv_general_dilated(
+        x, weights["weight"], (stride, stride), [padding, padding], dimension_numbers=layout
+    )
     return y + weights["bias"]
 
 
 def norm(weights, x, eps, groups=None):
     """Layer normalization (arXiv 1607.06450), or group normalization (1803.08494) of x (batch, ..., channels) in so
     many `groups`, with statistics in float32."""
-    grouped, axes = x.astype(jnp.float32).reshape(len(x), -1, groups or 1, x.shape[-1] // (groups or 1)), (1, 3)
-    centred = grouped - grouped.mean(axes if groups else 3, keepdims=True)
-    variance = jnp.square(centred).mean(axes if groups else 3, keepdims=True)
+    if groups is None:
+        shape, axes = (len(x), -1, 1, x.shape[-1]), 3
+    else:
+        shape, axes = (len(x), -1, groups, x.shape[-1] // groups), (1, 3)
+    grouped = x.astype(jnp.float32).reshape(shape)
+    centred = grouped - grouped.mean(axes, keepdims=True)
+    variance = jnp.square(centred).mean(axes, keepdims=True)
     normal = (centred * jax.lax.rsqrt(variance + eps)).reshape(x.shape)
     return (normal * weights["weight"] + weights["bias"]).astype(x.dtype)
 
 
-def attention(weights, x, context, num_heads, names="to_q to_k to_v to_out", is_causal=False):
-    """Attention of x (batch, length, channels) to `context`; the softmax is float32 in every precision."""
-    query, key, value, out = [weights[name] for name in names.split()]
-    heads = [dense(projection, source) for projection, source in ((query, x), (key, context), (value, context))]
+def attention(projections, x, context, num_heads, is_causal=False):
+    """Attention of x (batch, length, channels) to `context`; `projections` are the weights of those to queries, keys
+    and values and of the last one. The softmax is float32 in every precision."""
+    query, key, value, out = projections
+    heads = [dense(query, x), dense(key, context), dense(value, context)]
     heads = [head.reshape(*head.shape[:2], num_heads, -1) for head in heads]
-    out = out.get("0", out)  # the UNet's and the VAE's is the first of a list
-    return dense(out, jax.nn.dot_product_attention(*heads, is_causal=is_causal).reshape(*x.shape[:2], -1))
+    attended = jax.nn.dot_product_attention(*heads, is_causal=is_causal)
+    return dense(out, attended.reshape(*x.shape[:2], -1))
+
+
+def diffusers_attention(weights, x, context, num_heads):
+    """Attention by the names that UNet and VAE have for its projections; the last one is the first of a list."""
+    projections = [weights["to_q"], weights["to_k"], weights["to_v"], weights["to_out"]["0"]]
+    return attention(projections, x, context, num_heads)
 
 
 def residual_block(weights, x, time_embedding, groups, eps):
@@ -641,16 +2299,27 @@ def residual_block(weights, x, time_embedding, groups, eps):
     if time_embedding is not None:
         hidden += dense(weights["time_emb_proj"], jax.nn.silu(time_embedding))[:, None, None]
     hidden = conv(weights["conv2"], jax.nn.silu(norm(weights["norm2"], hidden, eps, groups)))
-    return (dense(weights["conv_shortcut"], x) if "conv_shortcut" in weights else x) + hidden
+    shortcut = dense(weights["conv_shortcut"], x) if "conv_shortcut" in weights else x
+    return shortcut + hidden
 
 
 def transformer_block(weights, x, context, num_heads):
     """Self-attention, cross-attention and a gated feed-forward layer; the gate is the exact GELU."""
-    normal, layers = norm(weights["norm1"], x, 1e-5), weights["ff"]["net"]
-    x += attention(weights["attn1"], normal, normal, num_heads)
-    x += attention(weights["attn2"], norm(weights["norm2"], x, 1e-5), context, num_heads)
-    hidden, gate = jnp.split(dense(layers["0"]["proj"], norm(weights["norm3"], x, 1e-5)), 2, axis=-1)
-    return x + dense(layers["2"], hidden * jax.nn.gelu(gate, approximate=False))
+    normal = norm(weights["norm1"], x, 1e-5)
+    x += diffusers_attention(weights["attn1"], normal, normal, num_heads)
+    x += diffusers_attention(weights["attn2"], norm(weights["norm2"], x, 1e-5), context, num_heads)
+    widen, narrow = weights["ff"]["net"]["0"]["proj"], weights["ff"]["net"]["2"]
+    hidden, gate = jnp.split(dense(widen, norm(weights["norm3"], x, 1e-5)), 2, axis=-1)
+    return x + dense(narrow, hidden * jax.nn.gelu(gate, approximate=False))
+
+
+def transformer(weights, x, context, groups, block):
+    """Adds to x (batch, height, width, channels) what transformer blocks, by the function `block`, make of it."""
+    hidden = norm(weights["norm"], x, 1e-6, groups).reshape(len(x), -1, x.shape[-1])
+    hidden = dense(weights["proj_in"], hidden)
+    for layer in in_order(weights["transformer_blocks"]):
+        hidden = block(layer, hidden, context)
+    return x + dense(weights["proj_out"], hidden).reshape(x.shape)
 
 
 def embed_timesteps(weights, config, timesteps):
@@ -664,28 +2333,30 @@ def embed_timesteps(weights, config, timesteps):
     return dense(weights["linear_2"], jax.nn.silu(dense(weights["linear_1"], waves)))
 
 
-def apply_unet(weights, latents, timesteps, context, config, gradient_checkpointing=False):
+def apply_unet(weights, latents, timesteps, prompt_embeds, config, gradient_checkpointing=False):
     """The prediction (batch, 4, height / 8, width / 8) of a UNet2DConditionModel for latents of this shape, timesteps
     (batch,) and prompt embeddings (batch, tokens, channels), in the precision of the weights."""
     weights, dtype = traverse_util.unflatten_dict(weights, sep="."), weights["conv_in.weight"].dtype
     groups, num_levels = config["norm_num_groups"], len(weights["down_blocks"])
-    heads = config["attention_head_dim"]  # so called since the first releases, it is the number of heads
-    heads = heads if isinstance(heads, list | tuple) else [heads] * num_levels
-    maybe_checkpoint = jax.checkpoint if gradient_checkpointing else lambda function: function
-    residual = maybe_checkpoint(functools.partial(residual_block, groups=groups, eps=config["norm_eps"]))
-    blocks_of_level = [maybe_checkpoint(functools.partial(transformer_block, num_heads=number)) for number in heads]
+    num_heads = config["attention_head_dim"]  # so called since the first releases, it is the number of heads
+    if not isinstance(num_heads, list | tuple):
+        num_heads = [num_heads] * num_levels
+    residual = functools.partial(residual_block, groups=groups, eps=config["norm_eps"])
+    blocks_of_level = [functools.partial(transformer_block, num_heads=number) for number in num_heads]
+    if gradient_checkpointing:
+        residual, blocks_of_level = jax.checkpoint(residual), [jax.checkpoint(block) for block in blocks_of_level]
 
     def attend(block, index, x, level):
+        """x after the transformer that follows residual block `index`, if that has one."""
         if "attentions" not in block:
             return x
-        inside = block["attentions"][str(index)]
-        hidden = dense(inside["proj_in"], norm(inside["norm"], x, 1e-6, groups).reshape(len(x), -1, x.shape[-1]))
-        for layer in in_order(inside["transformer_blocks"]):
-            hidden = blocks_of_level[level](layer, hidden, context)
-        return x + dense(inside["proj_out"], hidden).reshape(x.shape)
+        return transformer(block["attentions"][str(index)], x, context, groups, blocks_of_level[level])
 
-    context, time_embedding = context.astype(dtype), embed_timesteps(weights["time_embedding"], config, timesteps)
+    context = prompt_embeds.astype(dtype)
+    time_embedding = embed_timesteps(weights["time_embedding"], config, timesteps)
     x = conv(weights["conv_in"], latents.transpose(0, 2, 3, 1).astype(dtype))
+
+    # Down: what each layer gives is kept for the way up.
     skipped = [x]
     for level, block in enumerate(in_order(weights["down_blocks"])):
         for index, layer in enumerate(in_order(block["resnets"])):
@@ -694,10 +2365,14 @@ def apply_unet(weights, latents, timesteps, context, config, gradient_checkpoint
         if "downsamplers" in block:
             x = conv(block["downsamplers"]["0"]["conv"], x, stride=2)
             skipped.append(x)
+
+    # Middle
     first, *others = in_order(weights["mid_block"]["resnets"])
     x = residual(first, x, time_embedding)
     for index, layer in enumerate(others):
         x = residual(layer, attend(weights["mid_block"], index, x, -1), time_embedding)
+
+    # Up
     for level, block in enumerate(in_order(weights["up_blocks"])):
         for index, layer in enumerate(in_order(block["resnets"])):
             x = residual(layer, jnp.concatenate([x, skipped.pop()], -1), time_embedding)
@@ -713,649 +2388,227 @@ def apply_vae_encoder(weights, pixel_values, config):
     """Mean and log-variance (batch, 2 x 4, height / 8, width / 8) of an AutoencoderKL's posterior, in float32, for
     pixels (batch, 3, height, width) in [-1, 1]."""
     weights, groups = traverse_util.unflatten_dict(weights, sep="."), config["norm_num_groups"]
-    encoder, middle = weights["encoder"], weights["encoder"]["mid_block"]
+    encoder = weights["encoder"]
     x = conv(encoder["conv_in"], pixel_values.transpose(0, 2, 3, 1).astype(encoder["conv_in"]["weight"].dtype))
     for block in in_order(encoder["down_blocks"]):
         for layer in in_order(block["resnets"]):
             x = residual_block(layer, x, None, groups, 1e-6)
         if "downsamplers" in block:
             x = conv(block["downsamplers"]["0"]["conv"], x, stride=2, padding=(0, 1))
-    x = residual_block(middle["resnets"]["0"], x, None, groups, 1e-6)
-    hidden = norm(middle["attentions"]["0"]["group_norm"], x, 1e-6, groups).reshape(len(x), -1, x.shape[-1])
-    x += attention(middle["attentions"]["0"], hidden, hidden, 1).reshape(x.shape)
-    x = residual_block(middle["resnets"]["1"], x, None, groups, 1e-6)
+
+    first, last = in_order(encoder["mid_block"]["resnets"])
+    middle = encoder["mid_block"]["attentions"]["0"]
+    x = residual_block(first, x, None, groups, 1e-6)
+    hidden = norm(middle["group_norm"], x, 1e-6, groups).reshape(len(x), -1, x.shape[-1])
+    x += diffusers_attention(middle, hidden, hidden, 1).reshape(x.shape)
+    x = residual_block(last, x, None, groups, 1e-6)
     x = conv(encoder["conv_out"], jax.nn.silu(norm(encoder["conv_norm_out"], x, 1e-6, groups)))
     return dense(weights["quant_conv"], x).transpose(0, 3, 1, 2).astype(jnp.float32)
 
 
 def apply_text_encoder(weights, input_ids, config):
     """The last hidden states (batch, tokens, channels) of a CLIPTextModel (arXiv 2103.00020) for tokens."""
-    gelu = {"gelu": functools.partial(jax.nn.gelu, approximate=False),
-            "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x)}[config["hidden_act"]]
-    normal = functools.partial(norm, eps=config["layer_norm_eps"])
     weights = traverse_util.unflatten_dict(weights, sep=".")
+    normal = functools.partial(norm, eps=config["layer_norm_eps"])
     x = weights["embeddings"]["token_embedding"]["weight"][input_ids]
     x += weights["embeddings"]["position_embedding"]["weight"][: input_ids.shape[1]]
     for layer in in_order(weights["encoder"]["layers"]):
+        projections = [layer["self_attn"][name] for name in ("q_proj", "k_proj", "v_proj", "out_proj")]
         hidden = normal(layer["layer_norm1"], x)
-        x += attention(layer["self_attn"], hidden, hidden, config["num_attention_heads"],
-                       "q_proj k_proj v_proj out_proj", is_causal=True)
-        x += dense(layer["mlp"]["fc2"], gelu(dense(layer["mlp"]["fc1"], normal(layer["layer_norm2"], x))))
+        x += attention(projections, hidden, hidden, config["num_attention_heads"], is_causal=True)
+        hidden = dense(layer["mlp"]["fc1"], normal(layer["layer_norm2"], x))
+        x += dense(layer["mlp"]["fc2"], activate(hidden, config["hidden_act"]))
     return normal(weights["final_layer_norm"], x)
 
 
-# ---------------------------------------------------------------------------------------------------------- models
-def last_line(error):
-    """The last line of an exception's text, for a message of one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
+def activate(x, activation):
+    """GELU (arXiv 1606.08415), exact or in the quick form that OpenAI's CLIP was trained with."""
+    if activation == "gelu":
+        return jax.nn.gelu(x, approximate=False)
+    return x * jax.nn.sigmoid(1.702 * x)
 
 
-def start_jax(coordinator_address, num_hosts, host_index, mixed_precision, cache_dir, **_):
-    """Joins the other hosts, if there are any; returns the mesh of all devices. Raises `InputError`."""
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # compiled programs are kept for the next run
-        folder = Path(cache_dir or datasets.config.HF_CACHE_HOME, "compiled_by_jax")
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_default_matmul_precision", "highest" if mixed_precision != "bf16" else None)
-    if coordinator_address:
-        jax.config.update("jax_enable_preemption_service", False)  # it would take our signals
-        where = {} if coordinator_address == "auto" else {
-            "coordinator_address": coordinator_address, "num_processes": num_hosts, "process_id": host_index}
-        try:
-            jax.distributed.initialize(**where, shutdown_timeout_seconds=86400)  # one saves for all
-        except (RuntimeError, ValueError) as error:
-            raise InputError(f"--coordinator_address={coordinator_address}: the hosts do not meet; check it, and "
-                             f"--num_hosts and --host_index of each ({last_line(error)})") from None
-    return Mesh(np.array(jax.devices()), ("data",))
+# -------------------------------------------------------------------------------------------------------- flax.weights
+def check_flax(args):
+    """Lists what is wrong with --from_flax, and whether the base needs it."""
+    base = Path(args.pretrained_model_name_or_path or "")
+    flax_file = base / "unet" / FLAX_FILES["unet"]
+    suffixes = {path.suffix for path in base.glob("unet/diffusion_pytorch_model*")}
+    has_torch = bool(suffixes & {".bin", ".safetensors"})
+    is_folder = (base / "unet").is_dir()
+    problems = []
+    if args.from_flax and args.variant:
+        problems.append(
+            f"--variant={args.variant}: does nothing without a PyTorch pipeline folder or Hub id; drop this"
+        )
+    if args.from_flax and args.single_file_config:
+        problems.append("--from_flax=True: a single file is PyTorch's; drop this")
+    if args.from_flax and is_folder and not flax_file.exists():
+        problems.append(f"--from_flax=True: needs {flax_file}; drop this")
+    if not args.from_flax and flax_file.exists() and not has_torch:
+        problems.append("--from_flax=False: this pipeline has Flax weights alone; add --from_flax")
+    return problems
 
 
-def load_models(args):
-    """Returns the base's pipeline in float32, whose UNet is to be trained, and the noise scheduler. Raises
+def load_flax(args):
+    """Loads the base's pipeline from Flax's weights, of a folder or Hub id, into PyTorch's modules in float32. Raises
     `InputError`."""
-    source = {"revision": args.revision, "cache_dir": args.cache_dir}
+    source = args.pretrained_model_name_or_path
     try:
-        if args.from_flax:
-            pipeline = load_flax(args.pretrained_model_name_or_path, **source)
-        else:
-            load = diffusers.StableDiffusionPipeline.from_pretrained
-            if args.single_file_config:  # a .ckpt is read as weights only
-                load, source["config"] = diffusers.StableDiffusionPipeline.from_single_file, args.single_file_config
-            pipeline = load(args.pretrained_model_name_or_path, dtype=torch.float32, variant=args.variant,
-                            safety_checker=None, **source)
+        folder = Path(source)
+        if not folder.is_dir():
+            wanted = ["*.json", "tokenizer/*", "*/*.msgpack"]
+            folder = snapshot_download(source, revision=args.revision, cache_dir=args.cache_dir, allow_patterns=wanted)
+        return read_flax(Path(folder))
     except Exception as error:  # every format has its own way of being broken
-        raise InputError(f"{args.pretrained_model_name_or_path}: cannot be loaded ({last_line(error)})") from None
-    objective = {"prediction_type": args.prediction_type} if args.prediction_type else {}
-    if args.rescale_betas_zero_snr:
-        objective |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    return pipeline, diffusers.DDPMScheduler.from_config(pipeline.scheduler.config, **objective)
+        raise InputError(f"{source}: cannot be loaded ({last_line(error)})") from None
 
 
-def load_flax(source, revision, cache_dir):
-    """A pipeline of PyTorch's modules with the weights of a Flax pipeline, folder or Hub id, in float32. Raises
-    `RuntimeError` for a name or shape too many or too few."""
-    folder = Path(source) if Path(source).is_dir() else Path(snapshot_download(
-        source, revision=revision, cache_dir=cache_dir, allow_patterns=["*.json", "tokenizer/*", "*/*.msgpack"]))
-    parts = {name: kind.from_config(kind.load_config(folder, subfolder=name)) for name, kind in (
-        ("unet", diffusers.UNet2DConditionModel), ("vae", diffusers.AutoencoderKL))}
-    parts["text_encoder"] = CLIPTextModel(CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder")).float()
-    for name, module in parts.items():  # which may be in chunks or bfloat16
+def read_flax(folder):
+    """A pipeline of PyTorch's modules in float32, with the Flax weights of a pipeline folder. Raises `RuntimeError`
+    for a name or shape too many or too few."""
+    unet_config = diffusers.UNet2DConditionModel.load_config(folder, subfolder="unet")
+    vae_config = diffusers.AutoencoderKL.load_config(folder, subfolder="vae")
+    text_config = CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder")
+    models = {
+        "unet": diffusers.UNet2DConditionModel.from_config(unet_config),
+        "vae": diffusers.AutoencoderKL.from_config(vae_config),
+        "text_encoder": CLIPTextModel(text_config).float(),
+    }
+    for name, model in models.items():
         tree = serialization.msgpack_restore((folder / name / FLAX_FILES[name]).read_bytes())
-        weights = {}
-        for path, array in traverse_util.flatten_dict(tree).items():
-            *path, kind = [FLAX_NAMES.get(key, key) if name == "vae" else key for key in path if key != "text_model"]
-            array = np.asarray(array, np.float32)
-            array = array.transpose({4: (3, 2, 0, 1), 2: (1, 0)}[array.ndim]) if kind == "kernel" else array
-            key = re.sub(rf"\b({FLAX_LISTS})_(\d+)", r"\1.\2", ".".join(path))
-            weights[f"{key}.{'bias' if kind == 'bias' else 'weight'}"] = torch.tensor(np.ascontiguousarray(array))
-        module.load_state_dict(weights)
-    scheduler = diffusers.DDPMScheduler.load_config(folder, subfolder="scheduler")
-    kind = getattr(diffusers, scheduler.get("_class_name", "").removeprefix("Flax"), diffusers.PNDMScheduler)
+        arrays = traverse_util.flatten_dict(tree)
+        model.load_state_dict(dict(torch_weight(name, path, array) for path, array in arrays.items()))
+    scheduler_config = diffusers.DDPMScheduler.load_config(folder, subfolder="scheduler")
+    kind = scheduler_config.get("_class_name", "").removeprefix("Flax")
     return diffusers.StableDiffusionPipeline(
-        **parts, tokenizer=CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"), safety_checker=None,
-        scheduler=kind.from_config(scheduler), feature_extractor=None, requires_safety_checker=False)
+        **models,
+        tokenizer=CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"),
+        scheduler=getattr(diffusers, kind, diffusers.PNDMScheduler).from_config(scheduler_config),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def torch_weight(model, path, array):
+    """PyTorch's name of a weight and its value in float32, from Flax's path, a tuple, and array, which may be in
+    bfloat16. `model` is unet, vae or text_encoder."""
+    words = [word for word in path if word != "text_model"]
+    if model == "vae":
+        words = [FLAX_NAMES.get(word, word) for word in words]
+    *words, kind = words
+    array = np.asarray(array, np.float32)
+    if kind == "kernel":
+        array = array.transpose(TORCH_AXES[array.ndim])
+    name = re.sub(rf"\b({FLAX_LISTS})_(\d+)", r"\1.\2", ".".join(words))
+    suffix = "bias" if kind == "bias" else "weight"  # which is a kernel, scale or embedding
+    return f"{name}.{suffix}", torch.tensor(np.ascontiguousarray(array))
 
 
 def write_flax(pipeline, output_dir):
     """Writes the weights of UNet, VAE and text encoder as Flax's classes had them, in the precision that they have."""
-    old_names = {new.replace(".", "_"): old for old, new in FLAX_NAMES.items()}
     for name, file in FLAX_FILES.items():
-        tree = {}
-        for key, value in getattr(pipeline, name).state_dict().items():
-            *path, kind = re.sub(rf"\b({FLAX_LISTS})\.(\d+)", r"\1_\2", key).split(".")
-            path = [old_names.get(word, word) if name == "vae" else word for word in path]
-            array = value.float().numpy()
-            if kind == "weight":
-                kind = "scale" if array.ndim == 1 else "embedding" if path[-1].endswith("embedding") else "kernel"
-            array = array.transpose({4: (2, 3, 1, 0), 2: (1, 0)}[array.ndim]) if kind == "kernel" else array
-            path = ["text_model", *path] if name == "text_encoder" else path
-            tree[*path, kind] = array.astype(str(value.dtype).removeprefix("torch."))  # JAX gives NumPy a bfloat16
-        content = serialization.msgpack_serialize(traverse_util.unflatten_dict(tree))
+        weights = getattr(pipeline, name).state_dict()
+        arrays = dict(flax_weight(name, key, value) for key, value in weights.items())
+        content = serialization.msgpack_serialize(traverse_util.unflatten_dict(arrays))
         Path(output_dir, name, file).write_bytes(content)
 
 
-def make_schedule(rate, last_step, lr_scheduler, lr_step_rules, lr_warmup_steps, lr_num_cycles, lr_power, **_):
-    """The learning rate as a function of the step, by diffusers' schedules."""
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=rate)  # they want one, and are not told more
-    schedule = get_scheduler(lr_scheduler, optimizer, lr_step_rules, lr_warmup_steps, last_step, lr_num_cycles or 1,
-                             lr_power or 1.0)
-    return lambda step: rate * schedule.lr_lambdas[0](step)
+def flax_weight(model, name, value):
+    """Flax's path of a weight, a tuple, and its array, from PyTorch's name and value; the reverse of
+    `torch_weight`."""
+    *words, kind = re.sub(rf"\b({FLAX_LISTS})\.(\d+)", r"\1_\2", name).split(".")
+    if model == "vae":
+        old_names = {new.replace(".", "_"): old for old, new in FLAX_NAMES.items()}
+        words = [old_names.get(word, word) for word in words]
+    if model == "text_encoder":
+        words = ["text_model", *words]
+    array = value.float().numpy()
+    if kind == "weight" and array.ndim == 1:
+        kind = "scale"
+    elif kind == "weight":
+        kind = "embedding" if words[-1].endswith("embedding") else "kernel"
+    if kind == "kernel":
+        array = array.transpose(FLAX_AXES[array.ndim])
+    dtype = str(value.dtype).removeprefix("torch.")  # by its name: JAX gives NumPy a bfloat16
+    return (*words, kind), array.astype(dtype)
 
 
-def frozen(function, module, dtype):
-    """`function(weights, inputs, config)` of a module's weights in `dtype`: takes numpy inputs, a multiple of this
-    host's devices, splits them over these and returns the outputs in float32."""
+def arrays_of(model):
+    """The weights of a module of PyTorch's as arrays, by name."""
+    return {name: value.numpy() for name, value in model.state_dict().items()}
+
+
+def result_weights(run):
+    """The weights of the UNet that are the result: the averaged ones, if there are any."""
+    return run.state["ema"] if "ema" in run.state else run.state["unet"]
+
+
+def copy_weights(weights, model):
+    """Copies weights of JAX into a module of PyTorch's, whose names and shapes have to be the same."""
+    model.load_state_dict({name: torch.tensor(np.asarray(weight)) for name, weight in weights.items()})
+
+
+def frozen(function, model, dtype):
+    """`function(weights, inputs, config)` as a function of numpy inputs, with the weights of a module of PyTorch's in
+    `dtype`: splits the inputs, a multiple of this host's devices, over these, and returns outputs in float32."""
     mesh = Mesh(np.array(jax.local_devices()), ("data",))
     everywhere, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
-    config = dict(module.config) if hasattr(module.config, "items") else module.config.to_dict()
-    weights = {name: jnp.asarray(value.numpy(), dtype) for name, value in module.state_dict().items()}
+    config = dict(model.config) if hasattr(model.config, "items") else model.config.to_dict()
+    weights = {name: jnp.asarray(array, dtype) for name, array in arrays_of(model).items()}
     weights = jax.device_put(weights, everywhere)
-    program = jax.jit(lambda weights, inputs: function(weights, inputs, config).astype(jnp.float32),
-                      out_shardings=split)
-    return lambda inputs: np.asarray(program(weights, jax.device_put(inputs, split)))
+
+    def program(weights, inputs):
+        return function(weights, inputs, config).astype(jnp.float32)
+
+    compiled = jax.jit(program, out_shardings=split)
+
+    def apply(inputs):
+        return np.asarray(compiled(weights, jax.device_put(inputs, split)))
+
+    return apply
 
 
-# ------------------------------------------------------------------------------------------- what is encoded once
-def stack(samples):
-    """A batch of numpy arrays of samples, by name."""
-    return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
+# ----------------------------------------------------------------------------------------------------- flax.validation
+def make_measure(losses, mesh, encoded, batch_size):
+    """`held_out_losses` of the images of `encoded` as a function of weights; `losses(weights, batch)` gives the loss
+    of each sample of a batch, which all devices share."""
+    everywhere, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+    program = jax.jit(losses, out_shardings=everywhere)  # every host gets all of them
+    return functools.partial(held_out_losses, program, split, encoded, batch_size)
 
 
-def pad(array, length):
-    """Repeats the first row at the end, up to `length` rows: compiled programs have one size."""
-    return np.concatenate([array, np.repeat(array[:1], length - len(array), axis=0)])
-
-
-def encode_rows(rows_of, num_rows, batch_size, compute, label):
-    """What `compute` gives for `rows_of(indices)`, as an array (num_rows, ...) in a nameless file of the temporary
-    folder: it may be larger than the memory."""
-    table = None
-    for start in tqdm(range(0, num_rows, batch_size), label, unit="batch", disable=None, leave=False):
-        indices = range(start, min(start + batch_size, num_rows))
-        found = compute(pad(rows_of(indices), batch_size))[: len(indices)]
-        if table is None:
-            file = tempfile.TemporaryFile()  # noqa: SIM115 (as long as the table)
-            table = np.memmap(file, np.float32, "w+", shape=(num_rows, *found.shape[1:]))
-        table[indices.start : indices.stop] = found
-    return table
-
-
-def encode_once(images, vae, text_encoder, batch_size, pool):
-    """Encodes all captions and, with `center_crop`, the images, each with its mirror image if these are drawn; with
-    random crops they are others in every epoch. Returns what to draw samples from, and the tables for `look_up`."""
-    captions = {"", *(caption for found in images.rows["captions"] for caption in found)}
-    tokens = images.tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="np").input_ids
-    tokens = np.unique(tokens, axis=0)
-    prompts = encode_rows(lambda rows: tokens[rows], len(tokens), batch_size, text_encoder, "Encoding captions")
-    tables = {"prompts": prompts, "row_of": {row.tobytes(): number for number, row in enumerate(tokens)}}
-    if not images.flags["center_crop"]:
-        return images, {**tables, "moments": None, "vae": vae}
-    plain = dataclasses.replace(images, flags={**images.flags, "random_flip": False})
-    views = [slice(None), slice(None, None, -1)][: 1 + images.flags["random_flip"]]
-
-    def pixels_of(indices):
-        return stack(list(pool.map(plain.__getitem__, [(0, index, 1.0) for index in indices])))["pixel_values"]
-
-    def moments_of(pixels):
-        return np.stack([vae(pixels[..., view]) for view in views], axis=1)
-
-    moments = encode_rows(pixels_of, len(images), batch_size, moments_of, "Encoding images")
-    # A mark in the place of each image, black and white: white is on the left in mirrored ones. None is opened again.
-    file = io.BytesIO()
-    Image.fromarray(np.array([[0, 255], [0, 255]], np.uint8)).save(file, "PNG")
-    rows = [{"image": {"bytes": file.getvalue()}, "captions": found} for found in images.rows["captions"]]
-    images = dataclasses.replace(images, rows=rows, flags={**images.flags, "resolution": 2})
-    return images, {**tables, "moments": moments, "vae": None}
-
-
-def look_up(batch, prompts, row_of, moments, vae, batch_size):
-    """What a pass needs of a batch of samples, from the tables of `encode_once`, padded by samples of weight 0."""
-    found = {"prompt_embeds": prompts[[row_of[tokens.tobytes()] for tokens in batch["input_ids"]]],
-             "timestep": batch["timestep"].astype(np.int32)}
-    found |= {name: batch[name] for name in ("noise", "added_noise", "posterior_noise")}
-    if moments is not None:
-        found["moments"] = moments[batch["index"], (batch["pixel_values"][:, 0, 0, 0] > 127).astype(int)]
-    found = {name: pad(array, batch_size) for name, array in found.items()}
-    if moments is None:
-        found["moments"] = vae(pad(batch["pixel_values"], batch_size))
-    return {**found, "weight": np.pad(batch["weight"], (0, batch_size - len(batch["weight"])))}
-
-
-def step_batches(images, order, passes_of_steps, num_passes, pool, **tables):
-    """Yields what each step needs, arrays (num_passes, images, ...); the last step of an epoch, which may have fewer
-    passes, gets passes of weight 0."""
-    for number in passes_of_steps:
-        passes = [look_up(stack(list(pool.map(images.__getitem__, next(order)))), **tables) for _ in range(number)]
-        passes += [passes[0] | {"weight": np.zeros_like(passes[0]["weight"])}] * (num_passes - number)
-        yield stack(passes)
-
-
-# ----------------------------------------------------------------------------------------------------- mathematics
-def encode(moments, posterior_noise, scaling_factor):
-    """Latents (batch, 4, height / 8, width / 8) in float32, drawn from the VAE's posterior with these moments."""
-    mean, log_variance = jnp.split(moments, 2, axis=1)
-    return (mean + jnp.exp(0.5 * log_variance.clip(-30, 20)) * posterior_noise) * scaling_factor
-
-
-def diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, noise, added_noise, timesteps, snr_gamma=None):
-    """One diffusion step: the loss of each sample (batch,), the mean over its latents (arXiv 2006.11239, eq. 14)."""
-    # All is float32 up to the UNet: in bfloat16 the first timesteps would get no noise at all.
-    alphas = jnp.asarray(noise_scheduler.alphas_cumprod.numpy())[timesteps]
-    signal_rate, noise_rate = [jnp.sqrt(share)[:, None, None, None] for share in (alphas, 1 - alphas)]
-    noisy_latents = signal_rate * latents + noise_rate * added_noise
-    predicts_noise = noise_scheduler.config.prediction_type == "epsilon"
-    target = noise if predicts_noise else signal_rate * noise - noise_rate * latents
-    model_pred = unet(noisy_latents, timesteps, prompt_embeds)
-    losses = jnp.square(model_pred.astype(jnp.float32) - target).mean(axis=(1, 2, 3))
-    if snr_gamma is not None:  # min-SNR, arXiv 2303.09556, section 3.4: min(snr, gamma) / snr, or / (snr + 1) for v
-        snr = alphas / (1 - alphas)
-        losses = losses * (jnp.minimum(snr, snr_gamma) / (snr if predicts_noise else snr + 1))
-    return losses
-
-
-def batch_losses(weights, batch, unet, noise_scheduler, scaling_factor, dtype, snr_gamma=None):
-    """The losses (batch,) of a UNet with these float32 weights, computed in `dtype`."""
-    weights = jax.tree.map(lambda weight: weight.astype(dtype), weights)
-    latents = encode(batch["moments"], batch["posterior_noise"], scaling_factor)
-    return diffusion_losses(functools.partial(unet, weights), noise_scheduler, latents, batch["prompt_embeds"],
-                            batch["noise"], batch["added_noise"], batch["timestep"], snr_gamma)
-
-
-def train_step(state, batch, rate, ema_decay, losses_of, optimizer, max_grad_norm):
-    """One optimizer step over passes (num_passes, images, ...), whose weighted losses are added. Returns the new
-    state, or the old one if loss or gradient is not finite, and [loss, gradient's norm, whether a host has to stop].
-    """
-    def loss_of(weights, one_pass):
-        return (losses_of(weights, one_pass) * one_pass["weight"]).sum()
-
-    def add_pass(total, one_pass):
-        return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_of)(state["unet"], one_pass)), None
-
-    if len(batch["weight"]) == 1:  # without a loop, in which XLA's convolutions are five times slower on a CPU
-        loss, grads = jax.value_and_grad(loss_of)(state["unet"], {name: array[0] for name, array in batch.items()})
-    else:
-        nothing = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state["unet"]))
-        (loss, grads), _ = jax.lax.scan(add_pass, nothing, batch)
-    grad_norm = optax.global_norm(grads)
-    grads = jax.tree.map(lambda grad: grad * jnp.minimum(1, max_grad_norm / (grad_norm + 1e-6)), grads)
-    updates, moments = optimizer.update(grads, state["optimizer"], state["unet"])
-    updates = jax.tree.map(lambda update: -rate * update, updates)
-    after = {"unet": optax.apply_updates(state["unet"], updates), "optimizer": moments}
-    if "ema" in state:
-        after["ema"] = optax.incremental_update(after["unet"], state["ema"], 1 - ema_decay)
-    whole = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    after = jax.tree.map(lambda new, old: jnp.where(whole, new, old), after, state)
-    return after, jnp.stack([loss, grad_norm, batch["stop"].max()])
-
-
-# ----------------------------------------------------------------------------------------------------- checkpoints
-def save_checkpoint(output_dir, settings, progress, state, total_limit):
-    """Writes checkpoint-N beside its place, then renames it; only then do older ones beyond `total_limit` go."""
-    final = output_dir / f"checkpoint-{progress['global_step']}"
-    if jax.process_index() == 0 and not (final / "progress.json").exists():  # else a step broke just after a save
-        partial = final.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)  # of a save that was killed
-        partial.mkdir()
-        for name, content in (("args", settings), ("progress", progress)):
-            (partial / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        arrays = {name: np.asarray(leaf) for name, leaf in named_leaves(state).items()}
-        save_file(arrays, partial / "state.safetensors")
-        shutil.copymode(partial / "args.json", partial / "state.safetensors")  # made for its owner alone
-        os.sync()  # files before names, or a crash could leave a whole name with half a file
-        partial.rename(final)
-        for old in list_checkpoints(output_dir)[: -total_limit if total_limit else 0]:
-            shutil.rmtree(old.rename(old.with_suffix(".partial")))  # which is what a kill would leave of it
-    multihost_utils.sync_global_devices("saved")
-
-
-def named_leaves(state):
-    """The arrays of a nested state by their paths."""
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-            for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
-
-
-def list_checkpoints(output_dir):
-    """The whole checkpoints of a run, oldest first; half-written ones have another name or no progress.json."""
-    found = [path.parent for path in Path(output_dir).glob("checkpoint-*/progress.json")]
-    return sorted((path for path in found if path.name[11:].isdigit()), key=lambda path: int(path.name[11:]))
-
-
-def find_checkpoint(output_dir, wanted):
-    """The checkpoint that `wanted` means: a folder in `output_dir`, a path, or the "latest"; None if there is none."""
-    if wanted in (None, "latest"):
-        return (list_checkpoints(output_dir) or [None])[-1] if wanted else None
-    return Path(output_dir, wanted) if Path(output_dir, wanted).is_dir() else Path(wanted)
-
-
-def resume(checkpoint, settings, last_step, state):
-    """Returns the state in a checkpoint, and its progress: steps, held-out losses before, losses not yet logged.
-    Settings that change the result and differ raise `InputError`, or are told and take effect if that is allowed."""
-    try:
-        before, progress = [json.loads((checkpoint / name).read_text()) for name in ("args.json", "progress.json")]
-        saved, wanted = load_file(checkpoint / "state.safetensors"), named_leaves(state)
-    except Exception as error:  # safetensors has one for every way of being broken
-        raise InputError(f"--resume_from_checkpoint: {checkpoint} is damaged, or of another script; name another "
-                         f"({last_line(error)})") from None
-    changed = {name: f"{name}: {before.get(name)} there, {value} now" for name, value in settings.items()
-               if name not in FREE_ON_RESUME and before.get(name) != value}
-    fixed = changed.keys() & FIXED_ON_RESUME
-    remedy = "use those" if fixed else "use those, or add --allow_changed_resume"
-    told = "\n  ".join([f"{checkpoint} was made under other settings; {remedy}", *changed.values()])
-    if fixed or (changed and not settings["allow_changed_resume"]):
-        raise InputError(f"--resume_from_checkpoint: {told}")
-    if changed:
-        print(told)
-    if progress["global_step"] > last_step:
-        raise InputError(f"--max_train_steps: {checkpoint} is beyond the last step, {last_step}; raise it")
-    if {name: leaf.shape for name, leaf in saved.items()} != {name: leaf.shape for name, leaf in wanted.items()}:
-        raise InputError(f"--resume_from_checkpoint: {checkpoint} holds the state of another model")
-    state = jax.tree.unflatten(jax.tree.structure(state), [saved[name] for name in wanted])
-    task = {"captioned_images", "image_interpolation_mode", "prediction_type", "rescale_betas_zero_snr", "resolution"}
-    return state, {**progress, "base_losses": None if changed.keys() & task else progress["base_losses"]}
-
-
-def on_signals(action, _=None):
-    """Answers SIGTERM and SIGINT by `action`; workers ignore them: the main process needs them to finish the step."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, action)
-
-
-def note_signal(received, number, _):
-    """Appends the signal to `received`; a second one ends the process at once."""
-    os.write(2, b"\nFinishing the step and writing a checkpoint; a second signal ends at once, without one.\n")
-    received.append(number)
-    signal.signal(number, signal.SIG_DFL)
-
-
-# -------------------------------------------------------------------------------------------- samples, held-out loss
-def held_out_losses(losses_of, mesh, images, tables, batch_size, weights):
+def held_out_losses(program, split, encoded, batch_size, weights):
     """The unweighted loss of every held-out image (num_images,), a mean over timesteps spread evenly; noise and
-    timesteps are the same in every call and run."""
+    timesteps are the same in every call and run. `split` is how the batches of `program` lie on the devices."""
+    images, losses = encoded.samples, []
     pairs = [(part, index, 1.0) for index in range(len(images)) for part in range(HELD_OUT_TIMESTEPS)]
-    split, losses = NamedSharding(mesh, PartitionSpec("data")), []
     for start in range(0, len(pairs), batch_size):
-        batch = stack([images[pair] for pair in pairs[start : start + batch_size]])
+        samples = [images[pair] for pair in pairs[start : start + batch_size]]
+        batch = stack(samples)
+        # The part, which stands in the place of the epoch, moves a timestep into its quarter of them all.
         batch["timestep"] = (batch["timestep"] + batch["epoch"] * images.num_timesteps) // HELD_OUT_TIMESTEPS
-        found = {name: jax.make_array_from_callback(array.shape, split, array.__getitem__)
-                 for name, array in look_up(batch, **tables, batch_size=batch_size).items()}
-        losses += np.asarray(losses_of(weights, found))[: len(batch["weight"])].tolist()
+        padded = look_up(encoded, batch, batch_size)
+        arrays = {
+            name: jax.make_array_from_callback(array.shape, split, array.__getitem__) for name, array in padded.items()
+        }
+        losses += np.asarray(program(weights, arrays))[: len(samples)].tolist()
     return np.reshape(losses, (len(images), HELD_OUT_TIMESTEPS)).mean(axis=1)
 
 
-@torch.no_grad()
-def draw_samples(accelerator, parts, prompts, resolution, seed, path):
-    """Draws an image per prompt by 25 steps of DPM-Solver++ (arXiv 2211.01095), and their grid to `path`."""
-    parts = {**parts, "scheduler": diffusers.DPMSolverMultistepScheduler.from_config(parts["scheduler"].config)}
-    pipeline = diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=False)
-    pipeline.set_progress_bar_config(disable=True)
-    with accelerator.autocast():
-        images = [pipeline(prompt, resolution, resolution, num_inference_steps=25, generator=torch.Generator()
-                           .manual_seed(seed + k)).images[0] for k, prompt in enumerate(prompts)]
-    columns = min(len(images), 4)
-    padding = [Image.new("RGB", images[0].size, "white")] * (-len(images) % columns)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    make_image_grid(images + padding, math.ceil(len(images) / columns), columns).save(path)
-    return images
-
-
-def validate(accelerator, pipeline, noise_scheduler, measure, prompts, resolution, seed, output_dir, progress,
-             weights):
-    """Draws samples to samples/step-N.png by PyTorch's pipeline and logs the held-out loss that `measure` gives, and
-    its gain over the first call's, which `progress` keeps, with the standard error of the paired difference."""
-    step, is_first = progress["global_step"], jax.process_index() == 0
+def validate(args, accelerator, run, pipeline, noise_scheduler, measure):
+    """Draws samples and measures the held-out loss, under the averaged weights if there are any. `measure(weights)`
+    gives the held-out losses, which takes all hosts; it is None if there are no such images."""
+    weights, is_first = result_weights(run), jax.process_index() == 0
     if measure:
-        losses = measure(weights)
-        progress["base_losses"] = progress["base_losses"] or losses.tolist()
-        gain = np.array(progress["base_losses"]) - losses
-        error = gain.std(ddof=1) / len(gain) ** 0.5 if len(gain) > 1 else 0.0
-        numbers = {"held_out_loss": losses.mean(), "held_out_gain": gain.mean(), "gain_error": error}
-        numbers = {name: float(value) for name, value in numbers.items()}
+        losses = torch.from_numpy(measure(weights))
         if is_first:
-            write_log(accelerator, output_dir, step, numbers)
-        print(f"\nStep {step}:", *[f"{name} {value:.5f}" for name, value in numbers.items()])
-    if prompts and is_first:
+            log_held_out_losses(accelerator, run, losses)
+    if args.validation_prompts and is_first:
         copy_weights(weights, pipeline.unet)
-        path = output_dir / "samples" / f"step-{step:06d}.png"
         parts = {**pipeline.components, "scheduler": noise_scheduler}
-        drawn = np.stack(draw_samples(accelerator, parts, prompts, resolution, seed, path))
-        for tracker in [tracker for tracker in accelerator.trackers if hasattr(tracker, "log_images")]:
-            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({"samples": drawn}, step=step, **layout)
-
-
-def copy_weights(weights, module):
-    """Copies weights of JAX into a module of PyTorch, whose names and shapes have to be the same."""
-    module.load_state_dict({name: torch.tensor(np.asarray(weight)) for name, weight in weights.items()})
-
-
-def write_log(accelerator, output_dir, step, numbers):
-    """Appends numbers to log.jsonl and sends them to the trackers."""
-    if accelerator.is_main_process:
-        with (output_dir / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **numbers}) + "\n")
-    accelerator.log(numbers, step=step)
-
-
-# -------------------------------------------------------------------------------------------------------- training
-def print_plan(settings, num_devices, num_trained, num_images, num_held_out, first_step, last_step):
-    """Says, before the first step, what will be done."""
-    epochs = last_step / math.ceil(num_images / settings["samples_per_step"])
-    latents = "once" if settings["center_crop"] else "in every step; once with --center_crop"
-    print("""Plan
-  images     {0:,} to train on, {1:,} held out, at {resolution} x {resolution} pixels, encoded {2}
-  steps      {3:,} to {4:,}, {5:,.1f} epochs
-  per step   {samples_per_step:,} images: {train_batch_size} a pass x {gradient_accumulation_steps} passes x {6} {7}
-  trained    UNet, {8:,} parameters in float32, passes in precision {mixed_precision!r}; frozen: VAE, text encoder
-  optimizer  AdamW at {peak_learning_rate:g}, {lr_scheduler}; EMA: {use_ema}
-  output     {output_dir}, a checkpoint of {9:.2g} GB every {checkpointing_steps:,} steps""".format(
-        num_images, num_held_out, latents, first_step, last_step, epochs, num_devices,
-        f"{jax.default_backend()} devices", num_trained, 4e-9 * num_trained * (3 + settings["use_ema"]), **settings))
-
-
-def prepare_output(accelerator, output_dir, settings, first_step):
-    """Makes the output folder with args.json and a log up to `first_step`, and starts the trackers."""
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        if settings["overwrite_output_dir"]:
-            (output_dir / "README.md").unlink(missing_ok=True)  # which says that a run has ended
-            for old in [p for p in output_dir.iterdir() if re.fullmatch(r"samples|checkpoint-\d+(.partial)?", p.name)]:
-                shutil.rmtree(old, ignore_errors=True)
-        (output_dir / "args.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        log = output_dir / "log.jsonl"  # steps after the checkpoint are done again, and so logged again
-        lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() and first_step else []
-        log.write_text("".join(line for line in lines if line.endswith("}\n") and (row := json.loads(line))
-                               and row["step"] < first_step + ("loss" in row)), encoding="utf-8")
-    accelerator.wait_for_everyone()
-    accelerator.init_trackers(settings["tracker_project_name"], {name: str(value) for name, value in settings.items()})
-
-
-def train(args):
-    """Trains as `args` say. Ends with status 128 + signal after SIGTERM or SIGINT, 1 if a loss is not finite."""
-    output_dir, signals = Path(args.output_dir), []
-    check_args(args)
-    mesh = start_jax(**vars(args))
-    is_first, num_devices, num_local = jax.process_index() == 0, jax.device_count(), jax.local_device_count()
-    images, held_out, fingerprint = load_data(**vars(args))
-    repo_id = create_repo(**vars(args)) if is_first and args.push_to_hub and not args.dry_run else None
-    accelerator = Accelerator(cpu=True, mixed_precision="no", project_dir=output_dir / args.logging_dir,
-                              log_with=None if args.report_to == "none" or not is_first else args.report_to)
-    dtype = jnp.bfloat16 if args.mixed_precision == "bf16" else jnp.float32
-    pipeline, noise_scheduler = load_models(args)
-
-    per_pass, per_host = args.train_batch_size * num_devices, args.train_batch_size * num_local
-    samples_per_step = per_pass * args.gradient_accumulation_steps
-    steps_per_epoch = math.ceil(len(images) / samples_per_step)
-    last_step = args.max_train_steps or args.num_train_epochs * steps_per_epoch
-    validation_steps = args.validation_steps or 500
-    learning_rate = args.learning_rate * (samples_per_step if args.scale_lr else 1)
-    rate_of = make_schedule(learning_rate, last_step, **vars(args))
-    average = EMAModel([], 0.9999 if args.ema_decay is None else args.ema_decay, use_ema_warmup=args.ema_warmup)
-    optimizer = optax.chain(optax.scale_by_adam(args.adam_beta1, args.adam_beta2, args.adam_epsilon),
-                            optax.add_decayed_weights(args.adam_weight_decay))
-    weights = {name: value.numpy() for name, value in pipeline.unet.state_dict().items()}
-    state = {"unet": weights, "optimizer": jax.device_get(optimizer.init(weights))}
-    state |= {"ema": weights} if args.use_ema else {}
-    settings = {**vars(args), "hub_token": None, "captioned_images": fingerprint, "samples_per_step": samples_per_step,
-                "peak_learning_rate": learning_rate, "mixed_precision": args.mixed_precision or "no",
-                "state": [*state], "schedule_steps": None if args.lr_scheduler.startswith("constant") else last_step}
-    progress = {"global_step": 0, "base_losses": None, "losses": []}
-    if checkpoint := find_checkpoint(output_dir, args.resume_from_checkpoint):
-        state, progress = resume(checkpoint, settings, last_step, state)
-    first_step, num_trained = progress["global_step"], sum(weight.size for weight in weights.values())
-    print_plan(settings, num_devices, num_trained, len(images), len(held_out), first_step, last_step)
-    if args.dry_run:
-        return
-    if is_first:
-        prepare_output(accelerator, output_dir, settings, first_step)
-    everywhere, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(None, "data"))
-    state = jax.device_put(state, everywhere)
-    unet = functools.partial(apply_unet, config=dict(pipeline.unet.config),
-                             gradient_checkpointing=args.gradient_checkpointing)
-    losses_of = functools.partial(batch_losses, unet=unet, noise_scheduler=noise_scheduler, dtype=dtype,
-                                  scaling_factor=pipeline.vae.config.scaling_factor)
-    step_program = jax.jit(functools.partial(
-        train_step, losses_of=functools.partial(losses_of, snr_gamma=args.snr_gamma), optimizer=optimizer,
-        max_grad_norm=args.max_grad_norm), donate_argnums=0, out_shardings=everywhere)
-    pool = ThreadPoolExecutor(args.dataloader_num_workers or 1)
-    vae = frozen(lambda weights, pixels, config: apply_vae_encoder(weights, pixels / 127.5 - 1, config), pipeline.vae,
-                 dtype)
-    encoders = {"vae": vae, "text_encoder": frozen(apply_text_encoder, pipeline.text_encoder, dtype)}
-    images, tables = encode_once(images, **encoders, batch_size=per_host, pool=pool)
-    measure = len(held_out) and functools.partial(held_out_losses, jax.jit(losses_of, out_shardings=everywhere), mesh,
-                                                  *encode_once(held_out, **encoders, batch_size=per_host, pool=pool),
-                                                  per_pass)
-    del vae, encoders  # which hold weights on the devices
-    look = functools.partial(validate, accelerator, pipeline, noise_scheduler, measure, args.validation_prompts,
-                             args.resolution, args.seed, output_dir, progress)
-    if first_step % validation_steps == 0 or first_step == last_step:  # a stop comes before the look at its step
-        look(state.get("ema", state["unet"]))
-    on_signals(functools.partial(note_signal, signals))
-    order = micro_batches(len(images), per_host, jax.process_count(), jax.process_index(),
-                          args.gradient_accumulation_steps, args.seed, first_step, last_step)
-    sizes = [min(samples_per_step, len(images) - k * samples_per_step) for k in range(steps_per_epoch)]
-    num_passes = [math.ceil(sizes[step % steps_per_epoch] / per_pass) for step in range(first_step, last_step)]
-    batches = step_batches(images, order, num_passes, args.gradient_accumulation_steps, pool, batch_size=per_host,
-                           **tables)
-    bar = tqdm(range(first_step, last_step), initial=first_step, total=last_step, unit="step", disable=not is_first)
-
-    batch = next(batches, None)
-    for step in bar:
-        started = time.perf_counter()
-        batch["stop"] = np.full_like(batch["weight"], bool(signals))
-        batch = {name: jax.make_array_from_process_local_data(split, array) for name, array in batch.items()}
-        decay = average.get_decay(step + 1)
-        state, numbers = step_program(state, batch, np.float32(rate_of(step)), np.float32(decay))
-        batch = next(batches, None)  # the next one is made while the devices work
-        loss, grad_norm, stop = np.asarray(numbers).tolist()
-        stop = bool(stop or (signals and jax.process_count() == 1))
-        broken = not np.isfinite([loss, grad_norm]).all()
-        if not broken:
-            progress["global_step"] = step + 1
-            progress["losses"].append(loss)
-            images_per_second = sizes[step % steps_per_epoch] / (time.perf_counter() - started)
-            bar.set_postfix(loss=f"{loss:.4f}", images_per_second=f"{images_per_second:.1f}", refresh=False)
-        done = progress["global_step"]
-        if is_first and done > step and (done % args.logging_steps == 0 or done == last_step):
-            write_log(accelerator, output_dir, done, {
-                "loss": sum(progress["losses"]) / len(progress["losses"]), "lr": rate_of(done), "grad_norm": grad_norm,
-                "images_per_second": images_per_second})
-            progress["losses"] = []
-        if stop or broken or done % args.checkpointing_steps == 0:
-            limit = None if broken else args.checkpoints_total_limit  # the last good one may be an older one
-            save_checkpoint(output_dir, settings, progress, state, limit)
-        if stop or broken:
-            leave(accelerator, output_dir, done, broken, signals)
-        if done % validation_steps == 0 or done == last_step:
-            look(state.get("ema", state["unet"]))
-    if is_first:
-        copy_weights(state.get("ema", state["unet"]), pipeline.unet)
-        save_model(args, pipeline, noise_scheduler.config, last_step)
-        if repo_id:
-            push(repo_id, ["model_index.json", *[f"{name}/*" for name in pipeline.components]],
-                 f"Train {last_step} steps", **vars(args))
-    accelerator.end_training()
-
-
-def leave(accelerator, output_dir, step, broken, signals):
-    """Ends the process after its last checkpoint, and says why."""
-    accelerator.end_training()
-    why = "a signal" if not broken else f"a loss or gradient that is not finite, in step {step + 1}"
-    remedy = "" if not broken else " --allow_changed_resume and a lower --learning_rate"
-    accelerator.print(f"Stopped by {why}. {output_dir / f'checkpoint-{step}'} holds the state after step {step}; go "
-                      f"on with --resume_from_checkpoint=latest{remedy}", file=sys.stderr)
-    sys.exit(1 if broken else 128 + (signals or [signal.SIGTERM])[0])
-
-
-def save_model(args, pipeline, objective, step):
-    """Writes the pipeline, with a scheduler that fits `objective`, the noise scheduler's config, and the card."""
-    kind, changes = type(pipeline.scheduler), {"prediction_type": objective.prediction_type}
-    if objective.rescale_betas_zero_snr:  # few samplers can start from pure noise
-        kind = diffusers.DDIMScheduler
-        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    pipeline.register_modules(scheduler=kind.from_config(pipeline.scheduler.config, **changes))
-    for module in (pipeline.unet, pipeline.vae):  # not the text encoder: half would stay half when loaded, and fail
-        module.to(DTYPES[args.save_precision]).register_to_config(_name_or_path=None)  # which is a path here
-    pipeline.register_to_config(_name_or_path=None)
-    pipeline.save_pretrained(args.output_dir)
-    if args.save_flax:
-        write_flax(pipeline, args.output_dir)
-    settings = {flag: value for flag, value in vars(args).items() if "host" not in flag and "coordinator" not in flag}
-    write_card(args.output_dir, args.pretrained_model_name_or_path, args.validation_prompts, settings, step,
-               "`StableDiffusionPipeline.from_pretrained(...)`", ["stable-diffusion", "stable-diffusion-diffusers"])
-    for path in [path for name in pipeline.components for path in Path(args.output_dir, name).glob("*.safetensors")]:
-        shutil.copymode(Path(args.output_dir, "README.md"), path)  # safetensors makes it for its owner alone
-
-
-def write_card(output_dir, base, prompts, settings, step, loader, tags, instance_prompt=None):
-    """Writes the model card: licence of the base, how to load the result, samples, settings; no paths, no secrets."""
-    local, name = Path(base).exists(), Path(output_dir).resolve().name
-    licence = None
-    with contextlib.suppress(Exception):  # no card, no connection, bad YAML: a licence must not cost a result
-        licence = ModelCard.load(Path(base) / "README.md" if local else base).data.license
-    data = ModelCardData(base_model=None if local else base, license=licence or "other", library_name="diffusers",
-                         pipeline_tag="text-to-image", tags=tags, instance_prompt=instance_prompt)
-    samples = f"![samples](samples/step-{step:06d}.png)\n\n{'; '.join(dict.fromkeys(prompts))}\n\n" if prompts else ""
-    rows = [f"| {flag} | {str(value).replace('|', ' ')} |\n" for flag, value in settings.items()
-            if value is not None and value is not False and not re.search("_dir$|_path$|_token|config|resume", flag)
-            and not (isinstance(value, str) and os.path.exists(value))]
-    Path(output_dir, "README.md").write_text(
-        f"---\n{data.to_yaml()}\n---\n\n# {name}\n\nFine-tuned for {step} steps from "
-        f"{Path(base).name if local else base}. Load it with {loader}.\n\n{samples}| setting | value |\n|---|---|\n"
-        f"{''.join(rows)}", encoding="utf-8")
-
-
-def create_repo(output_dir, hub_model_id, hub_token, hub_private_repo, **_):
-    """Makes the repository on the Hub; returns its full name. Raises `InputError`."""
-    name = hub_model_id or Path(output_dir).resolve().name
-    try:
-        return HfApi(token=hub_token).create_repo(name, private=hub_private_repo or None, exist_ok=True).repo_id
-    except Exception as error:  # of the Hub, of the connection or of the name
-        raise InputError(f"--push_to_hub: the repository {name} cannot be made; log in with `hf auth login` or "
-                         f"--hub_token, and check --hub_model_id ({last_line(error)})") from None
-
-
-def push(repo_id, files, message, output_dir, hub_token, **_):
-    """Uploads `files` of the result, nothing else; if that fails, says how to and ends with status 1."""
-    files = ["README.md", "log.jsonl", "samples/*", *files]
-    try:
-        HfApi(token=hub_token).upload_folder(repo_id=repo_id, folder_path=output_dir, commit_message=message,
-                                             allow_patterns=files)
-    except Exception as error:  # whatever it is, the result is safe and the user should hear that
-        print(f"The upload failed ({last_line(error)}). The result is whole in {output_dir}; to send it again:\n"
-              f"  hf upload {repo_id} {output_dir} . --include {' '.join(map(repr, files))}", file=sys.stderr)
-        sys.exit(1)
-
-
-def main(argv=None):
-    """Runs the script; a mistake of the user's ends with status 2 and its message."""
-    args = parse_args(argv)
-    for library in (diffusers, transformers):  # their bars and remarks would drown the plan
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-    try:
-        with contextlib.redirect_stdout(None if args.host_index else sys.stdout):
-            train(args)
-    except (InputError, KeyboardInterrupt) as error:  # once it trains, signals are noted
-        print(f"{Path(__file__).name}: {str(error) or 'stopped before the first step'}", file=sys.stderr)
-        sys.exit(2 if str(error) else 128 + signal.SIGINT)
+        show_samples(args, accelerator, run, parts, args.validation_prompts)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,236 @@
+"""DreamBooth: teach Stable Diffusion 1.x or 2.x one subject from three to thirty photos.
+
+    accelerate launch train_dreambooth.py --pretrained_model_name_or_path=MODEL --instance_data_dir=my_dog \
+        --instance_prompt="a photo of sks dog" --with_prior_preservation --class_data_dir=dogs \
+        --class_prompt="a photo of a dog" --resolution=512 --train_batch_size=1 --learning_rate=5e-6 \
+        --max_train_steps=800 --mixed_precision=bf16 --validation_prompt="a sks dog on a beach" --output_dir=my_model
+
+`my_dog` holds the photos. Prior preservation keeps the class as it was: images of it, drawn by the base before
+training, are trained on beside the photos. The result is a pipeline folder. What is random in a sample depends on
+(seed, epoch, index of the sample) alone, and no state of a generator is kept: a run that is killed and resumed by the
+same command ends in the same bits on a CPU, and on a GPU in the same up to the order in which its kernels add.
+
+Papers: DreamBooth (arXiv 2208.12242), latent diffusion (2112.10752), DDPM (2006.11239), v-prediction (2202.00512),
+min-SNR (2303.09556), zero terminal SNR (2305.08891), input perturbation (2301.11706).
+"""
+
+import functools
+from pathlib import Path
+
+from sdtune.arguments import (
+    AVERAGE_REQUIRES,
+    CLASS_FREE_ON_RESUME,
+    CLASS_REQUIRES,
+    DATASET_REQUIRES,
+    MEMORY_FREE_ON_RESUME,
+    MEMORY_REQUIRES,
+    MODEL_FREE_ON_RESUME,
+    OPTIMIZATION_FREE_ON_RESUME,
+    OUTPUT_FREE_ON_RESUME,
+    OUTPUT_REQUIRES,
+    RUN_FREE_ON_RESUME,
+    SUBJECT_FREE_ON_RESUME,
+    SUBJECT_REPLACED_FLAGS,
+    SUBJECT_VALIDATION_FREE_ON_RESUME,
+    SUBJECT_VALIDATION_REQUIRES,
+    SWITCH,
+    add_class_arguments,
+    add_memory_arguments,
+    add_model_arguments,
+    add_objective_arguments,
+    add_optimization_arguments,
+    add_output_arguments,
+    add_run_arguments,
+    add_subject_arguments,
+    add_subject_validation_arguments,
+    check_requirements,
+    new_parser,
+)
+from sdtune.batches import count_steps
+from sdtune.dataset import check_data, load_data
+from sdtune.diffusion import diffusion_losses, encode
+from sdtune.hub import create_repo, push
+from sdtune.model_card import write_card
+from sdtune.models import (
+    DTYPES,
+    check_model,
+    enable_memory_savers,
+    frozen_copy,
+    load_base,
+    make_noise_scheduler,
+)
+from sdtune.optimization import check_8bit_adam, check_optimization, peak_learning_rate
+from sdtune.output import check_output, check_trackers, save_pipeline
+from sdtune.signals import find_launcher
+from sdtune.subject import (
+    check_subject,
+    draw_class_images,
+    load_class_images,
+    with_class_rows,
+    with_classes,
+)
+from sdtune.training import (
+    batches_of,
+    check_hardware,
+    make_accelerator,
+    make_loader,
+    make_state,
+    run_script,
+    start_output,
+    start_run,
+    tell_plan,
+    train_steps,
+    use_average,
+)
+from sdtune.validation import check_validation, prompts_of, validate
+
+REQUIRES = {
+    **DATASET_REQUIRES,
+    **AVERAGE_REQUIRES,
+    **MEMORY_REQUIRES,
+    **OUTPUT_REQUIRES,
+    **CLASS_REQUIRES,
+    **SUBJECT_VALIDATION_REQUIRES,
+}
+FREE_ON_RESUME = {
+    *MODEL_FREE_ON_RESUME,
+    *SUBJECT_FREE_ON_RESUME,
+    *CLASS_FREE_ON_RESUME,
+    *OPTIMIZATION_FREE_ON_RESUME,
+    *MEMORY_FREE_ON_RESUME,
+    *OUTPUT_FREE_ON_RESUME,
+    *SUBJECT_VALIDATION_FREE_ON_RESUME,
+    *RUN_FREE_ON_RESUME,
+}
+FIXED_ON_RESUME = {
+    "mixed_precision",
+    "state",
+    "train_text_encoder",
+    "use_8bit_adam",
+}  # the checkpoint's state would not fit
+
+
+def make_parser():
+    """The flags of this script."""
+    usage = "%(prog)s --pretrained_model_name_or_path MODEL --instance_data_dir FOLDER --instance_prompt TEXT [flags]"
+    parser = new_parser(__doc__, usage)
+    add_model_arguments(parser)
+    add = parser.add_argument_group("trained models").add_argument
+    add("--train_text_encoder", **SWITCH, help="train the text encoder too: a closer likeness, more memory")
+    add_subject_arguments(parser)
+    add_class_arguments(parser)
+    add_objective_arguments(parser)
+    add_optimization_arguments(parser)
+    add_memory_arguments(parser)
+    add_output_arguments(parser)
+    add_subject_validation_arguments(parser)
+    add_run_arguments(parser)
+    parser.set_defaults(
+        learning_rate=5e-6, output_dir="dreambooth-model", tracker_project_name="dreambooth", train_batch_size=4
+    )
+    return parser
+
+
+def check_args(args):
+    """Lists what is wrong with the flags, each with its value, what is accepted and the remedy."""
+    problems = check_requirements(args, REQUIRES)
+    problems += check_data(args, "instance_data_dir") + check_subject(args)
+    problems += check_optimization(args) + check_8bit_adam(args)
+    problems += check_hardware(args) + check_trackers(args) + check_validation(args, "validation_prompt")
+    problems += check_output(args, foreign_result="pytorch_lora_weights.safetensors")
+    problems += check_model(args)
+    return problems
+
+
+def load_models(args, accelerator):
+    """Returns the base's pipeline, its models that are trained, by name and in float32, frozen copies of VAE and text
+    encoder in the precision of passes (a trained text encoder itself), and the noise scheduler. Raises `InputError`.
+    """
+    pipeline = load_base(args)
+    enable_memory_savers(args, pipeline.unet)
+    weight_dtype = DTYPES[accelerator.mixed_precision]
+    vae = frozen_copy(pipeline.vae, accelerator.device, weight_dtype)
+    models = {"unet": pipeline.unet}
+    if args.train_text_encoder:
+        models["text_encoder"] = text_encoder = pipeline.text_encoder
+        if args.gradient_checkpointing:
+            text_encoder.activation_checkpointing_enable()
+    else:
+        text_encoder = frozen_copy(pipeline.text_encoder, accelerator.device, weight_dtype)
+    for model in models.values():
+        model.requires_grad_(True).train().to(accelerator.device)
+    return pipeline, models, vae, text_encoder, make_noise_scheduler(args, pipeline)
+
+
+def train(args):
+    """Trains as `args` say, which have been checked."""
+    launcher = find_launcher()  # before accelerate sets variables of its own
+    images, held_out, fingerprint = load_data(args, args.instance_data_dir, args.instance_prompt, args.repeats)
+    class_images = load_class_images(args)
+    repo_id = create_repo(args) if args.push_to_hub and not args.dry_run else None
+    accelerator = make_accelerator(args)
+    if class_images.missing and not args.dry_run:
+        draw_class_images(args, accelerator, class_images.missing)
+        class_images = load_class_images(args)
+    pipeline, models, vae, text_encoder, noise_scheduler = load_models(args, accelerator)
+    parts = {**pipeline.components, "vae": vae, "text_encoder": text_encoder, "scheduler": noise_scheduler}
+    prepared = {name: accelerator.prepare(model) for name, model in models.items()}  # passes are autocast now
+    unet, text_encoder = prepared["unet"], prepared.get("text_encoder", text_encoder)
+
+    def training_loss(batch):
+        """The loss of each sample of a batch (batch,)."""
+        latents = encode(vae, batch)
+        prompt_embeds = text_encoder(batch["input_ids"])[0]
+        return diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, batch, args.snr_gamma)
+
+    counts = count_steps(args, len(images), accelerator.num_processes)
+    learning_rate = peak_learning_rate(args, counts.samples_per_step)
+    parameters = [parameter for model in models.values() for parameter in model.parameters()]
+    groups = [{"params": parameters, "lr": learning_rate}]
+    state = make_state(args, accelerator, models, groups, counts.last_step)
+    fingerprints = {"captioned_images": fingerprint, "class_data": class_images.fingerprint}
+    run = start_run(args, accelerator, counts, state, fingerprints, FREE_ON_RESUME, FIXED_ON_RESUME)
+    frozen = ", ".join(sorted({"vae", "text_encoder"} - models.keys()))
+    tell_plan(args, accelerator, run, len(held_out), parameters, ", ".join(models), frozen)
+    if args.dry_run:
+        accelerator.end_training()
+        return
+
+    start_output(args, accelerator, run)
+    prompts = prompts_of(args)
+    look = functools.partial(validate, args, accelerator, run, parameters, parts, held_out, prompts)
+    samples = with_class_rows(images, class_images)
+    batches = batches_of(args, accelerator, run)
+    batches = with_classes(batches, len(images), len(samples) - len(images), args.prior_loss_weight, args.seed)
+    loader = make_loader(args, accelerator, samples, batches)
+    train_steps(args, accelerator, run, launcher, loader, list(prepared.values()), parameters, training_loss, look)
+    if accelerator.is_main_process:
+        use_average(run, parameters)
+        files = save_model(args, pipeline, noise_scheduler, prompts, counts.last_step)
+        if repo_id:
+            push(args, repo_id, files, counts.last_step)
+    accelerator.end_training()
+
+
+def save_model(args, pipeline, noise_scheduler, prompts, step):
+    """Writes the pipeline and the model card; returns patterns that are the pipeline's files."""
+    files = save_pipeline(args, pipeline, noise_scheduler)
+    loader = "`StableDiffusionPipeline.from_pretrained(...)`"
+    write_card(
+        args,
+        step,
+        prompts,
+        loader,
+        ["stable-diffusion", "stable-diffusion-diffusers", "dreambooth"],
+        args.instance_prompt,
+    )
+    return files
+
+
+def main(argv=None):
+    """Runs the script; a mistake of the user's ends with status 2 and its message."""
+    run_script(Path(__file__).name, make_parser(), argv, SUBJECT_REPLACED_FLAGS, check_args, train)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""Fine-tune the UNet of Stable Diffusion 1.x or 2.x on captioned images.
+
+    accelerate launch train_text_to_image.py --pretrained_model_name_or_path=MODEL --train_data_dir=my_images \
+        --resolution=512 --train_batch_size=4 --learning_rate=1e-5 --max_train_steps=5000 --use_ema \
+        --mixed_precision=bf16 --validation_prompts "a drawing of a cat" --output_dir=my_model
+
+`my_images` holds images and a metadata.jsonl (file_name, text), or a .txt beside each image; the result is a pipeline
+folder. What is random in a sample depends on (seed, epoch, index of the sample) alone, and no state of a generator is
+kept: a run that is killed and resumed by the same command ends in the same bits on a CPU, and on a GPU in the same up
+to the order in which its kernels add.
+
+Papers: latent diffusion (arXiv 2112.10752), DDPM (2006.11239), v-prediction (2202.00512), min-SNR (2303.09556), zero
+terminal SNR (2305.08891), input perturbation (2301.11706).
+"""
+
+import functools
+from pathlib import Path
+
+from sdtune.arguments import (
+    AVERAGE_REQUIRES,
+    DATA_FREE_ON_RESUME,
+    DATASET_REQUIRES,
+    MEMORY_FREE_ON_RESUME,
+    MEMORY_REQUIRES,
+    MODEL_FREE_ON_RESUME,
+    OPTIMIZATION_FREE_ON_RESUME,
+    OUTPUT_FREE_ON_RESUME,
+    OUTPUT_REQUIRES,
+    RUN_FREE_ON_RESUME,
+    VALIDATION_FREE_ON_RESUME,
+    add_data_arguments,
+    add_memory_arguments,
+    add_model_arguments,
+    add_objective_arguments,
+    add_optimization_arguments,
+    add_output_arguments,
+    add_run_arguments,
+    add_validation_arguments,
+    check_requirements,
+    new_parser,
+)
+from sdtune.batches import count_steps
+from sdtune.dataset import check_data, load_data
+from sdtune.diffusion import diffusion_losses, encode
+from sdtune.hub import create_repo, push
+from sdtune.model_card import write_card
+from sdtune.models import (
+    DTYPES,
+    check_model,
+    enable_memory_savers,
+    frozen_copy,
+    load_base,
+    make_noise_scheduler,
+)
+from sdtune.optimization import check_8bit_adam, check_optimization, peak_learning_rate
+from sdtune.output import check_output, check_trackers, save_pipeline
+from sdtune.signals import find_launcher
+from sdtune.training import (
+    batches_of,
+    check_hardware,
+    make_accelerator,
+    make_loader,
+    make_state,
+    run_script,
+    start_output,
+    start_run,
+    tell_plan,
+    train_steps,
+    use_average,
+)
+from sdtune.validation import check_validation, validate
+
+REPLACED_FLAGS = {
+    "--local_rank": "start with `accelerate launch` or torchrun, which set the rank",
+    "--validation_epochs": "use --validation_steps",
+    "--non_ema_revision": "use --revision; the UNet and its average start from the same weights",
+    "--dream_training": "use --snr_gamma=5 to weigh timesteps",
+    "--dream_detail_preservation": "use --snr_gamma=5 to weigh timesteps",
+}
+REQUIRES = {**DATASET_REQUIRES, **AVERAGE_REQUIRES, **MEMORY_REQUIRES, **OUTPUT_REQUIRES}
+FREE_ON_RESUME = {
+    *MODEL_FREE_ON_RESUME,
+    *DATA_FREE_ON_RESUME,
+    *OPTIMIZATION_FREE_ON_RESUME,
+    *MEMORY_FREE_ON_RESUME,
+    *OUTPUT_FREE_ON_RESUME,
+    *VALIDATION_FREE_ON_RESUME,
+    *RUN_FREE_ON_RESUME,
+}
+FIXED_ON_RESUME = {"mixed_precision", "state", "use_8bit_adam"}  # the checkpoint's state would not fit
+
+
+def make_parser():
+    """The flags of this script."""
+    usage = "%(prog)s --pretrained_model_name_or_path MODEL (--train_data_dir FOLDER | --dataset_name NAME) [flags]"
+    parser = new_parser(__doc__, usage)
+    add_model_arguments(parser)
+    add_data_arguments(parser)
+    add_objective_arguments(parser)
+    add_optimization_arguments(parser)
+    add_memory_arguments(parser)
+    add_output_arguments(parser)
+    add_validation_arguments(parser)
+    add_run_arguments(parser)
+    parser.set_defaults(output_dir="sd-model-finetuned")
+    return parser
+
+
+def check_args(args):
+    """Lists what is wrong with the flags, each with its value, what is accepted and the remedy."""
+    problems = check_requirements(args, REQUIRES)
+    problems += check_data(args, "train_data_dir")
+    problems += check_optimization(args) + check_8bit_adam(args)
+    problems += check_hardware(args) + check_trackers(args) + check_validation(args, "validation_prompts")
+    problems += check_output(args, foreign_result="pytorch_lora_weights.safetensors")
+    problems += check_model(args)
+    return problems
+
+
+def load_models(args, accelerator):
+    """Returns the base's pipeline in float32, whose UNet is to be trained, frozen copies of VAE and text encoder in
+    the precision of passes, and the noise scheduler. Raises `InputError`."""
+    pipeline = load_base(args)
+    enable_memory_savers(args, pipeline.unet)
+    weight_dtype = DTYPES[accelerator.mixed_precision]
+    vae = frozen_copy(pipeline.vae, accelerator.device, weight_dtype)
+    text_encoder = frozen_copy(pipeline.text_encoder, accelerator.device, weight_dtype)
+    pipeline.unet.requires_grad_(True).train()
+    return pipeline, vae, text_encoder, make_noise_scheduler(args, pipeline)
+
+
+def train(args):
+    """Trains as `args` say, which have been checked."""
+    launcher = find_launcher()  # before accelerate sets variables of its own
+    images, held_out, fingerprint = load_data(args, args.train_data_dir)
+    repo_id = create_repo(args) if args.push_to_hub and not args.dry_run else None
+    accelerator = make_accelerator(args)
+    pipeline, vae, text_encoder, noise_scheduler = load_models(args, accelerator)
+    unet = accelerator.prepare(pipeline.unet)  # whose passes are autocast now
+
+    def training_loss(batch):
+        """The loss of each sample of a batch (batch,)."""
+        latents = encode(vae, batch)
+        prompt_embeds = text_encoder(batch["input_ids"])[0]
+        return diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, batch, args.snr_gamma)
+
+    counts = count_steps(args, len(images), accelerator.num_processes)
+    learning_rate = peak_learning_rate(args, counts.samples_per_step)
+    parameters = list(pipeline.unet.parameters())
+    groups = [{"params": parameters, "lr": learning_rate}]
+    state = make_state(args, accelerator, {"unet": pipeline.unet}, groups, counts.last_step)
+    fingerprints = {"captioned_images": fingerprint}
+    run = start_run(args, accelerator, counts, state, fingerprints, FREE_ON_RESUME, FIXED_ON_RESUME)
+    tell_plan(args, accelerator, run, len(held_out), parameters, trained="UNet", frozen="VAE, text encoder")
+    if args.dry_run:
+        accelerator.end_training()
+        return
+
+    start_output(args, accelerator, run)
+    parts = {**pipeline.components, "vae": vae, "text_encoder": text_encoder, "scheduler": noise_scheduler}
+    look = functools.partial(validate, args, accelerator, run, parameters, parts, held_out, args.validation_prompts)
+    loader = make_loader(args, accelerator, images, batches_of(args, accelerator, run))
+    train_steps(args, accelerator, run, launcher, loader, [unet], parameters, training_loss, look)
+    if accelerator.is_main_process:
+        use_average(run, parameters)
+        files = save_model(args, pipeline, noise_scheduler, counts.last_step)
+        if repo_id:
+            push(args, repo_id, files, counts.last_step)
+    accelerator.end_training()
+
+
+def save_model(args, pipeline, noise_scheduler, step):
+    """Writes the pipeline and the model card; returns patterns that are the pipeline's files."""
+    files = save_pipeline(args, pipeline, noise_scheduler)
+    loader = "`StableDiffusionPipeline.from_pretrained(...)`"
+    write_card(args, step, args.validation_prompts, loader, ["stable-diffusion", "stable-diffusion-diffusers"])
+    return files
+
+
+def main(argv=None):
+    """Runs the script; a mistake of the user's ends with status 2 and its message."""
+    run_script(Path(__file__).name, make_parser(), argv, REPLACED_FLAGS, check_args, train)
+
+
+if __name__ == "__main__":
+    main()

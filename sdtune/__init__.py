@@ -1,0 +1,1 @@
+"""The parts from which the training scripts in `examples/` are built, and the `sdtune` command."""

@@ -1,0 +1,44 @@
+"""The `sdtune` command: what comes before and after a training."""
+
+import importlib
+import sys
+
+COMMANDS = {
+    "caption": "write a caption for every image of a folder",
+    "check": "report what is wrong with a dataset of captioned images",
+    "show": "draw a contact sheet of images and captions as training sees them",
+    "generate": "draw pictures and labelled grids, base beside result",
+    "evaluate": "measure a result: CLIP score, KID, held-out loss, memorisation",
+    "convert": "turn a pipeline folder into one file for A1111, Forge and ComfyUI, and back",
+    "convert-lora": "turn adapters from diffusers' layout into kohya's and back, or merge them",
+    "push-dataset": "upload a folder of captioned images to the Hub",
+    "push-model": "upload a pipeline folder or LoRA weights to the Hub",
+}
+
+
+def overview():
+    """The list of the commands."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name.ljust(width)}  {does}" for name, does in COMMANDS.items()]
+    return "\n".join(["usage: sdtune COMMAND ...", "", *lines, "", "sdtune COMMAND --help lists the flags of one."])
+
+
+def main(argv=None):
+    """Runs the command that the first word names, with the others as its own; returns its status."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    name = argv[0] if argv else ""
+    if name in COMMANDS:
+        sys.argv[0] = f"sdtune {name}"  # which argparse names in its own messages
+        module = importlib.import_module(f"sdtune.commands.{name.replace('-', '_')}")
+        return module.main(argv[1:])
+    if name in ("-h", "--help"):
+        print(overview())
+        return 0
+    if name:
+        print(f"sdtune: there is no command {name!r}", file=sys.stderr)
+    print(overview(), file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

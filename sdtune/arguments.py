@@ -1,0 +1,527 @@
+"""The flags that several scripts share, their types, and `--config`."""
+
+import argparse
+import math
+import os
+import sys
+from pathlib import Path
+
+import yaml
+from PIL import Image
+
+SWITCH = {"action": argparse.BooleanOptionalAction, "default": False}  # so that a config file can turn it off too
+
+# By group, the settings that a resume may change. They leave the result as it is, or what they lead to is compared in
+# their place: a digest of the images, the samples of a step, the steps of the schedule. Any other has to be as it was.
+MODEL_FREE_ON_RESUME = {"cache_dir"}
+ADAPTERS_FREE_ON_RESUME = {"init_lora_weights", "kohya_file_name", "output_kohya_format"}
+DATASET_FREE_ON_RESUME = set(
+    """
+    caption_column dataset_config_name dataset_name image_column max_train_samples skip_bad_images
+    """.split()
+)
+DATA_FREE_ON_RESUME = {*DATASET_FREE_ON_RESUME, "train_data_dir"}
+SUBJECT_FREE_ON_RESUME = {*DATASET_FREE_ON_RESUME, "instance_data_dir"}
+CLASS_FREE_ON_RESUME = {"class_data_dir", "num_class_images", "prior_generation_precision", "sample_batch_size"}
+OPTIMIZATION_FREE_ON_RESUME = set(
+    """
+    gradient_accumulation_steps gradient_checkpointing max_train_steps num_train_epochs train_batch_size
+    """.split()
+)
+MEMORY_FREE_ON_RESUME = {"dataloader_num_workers", "offload_ema"}
+OUTPUT_FREE_ON_RESUME = set(
+    """
+    allow_changed_resume checkpointing_steps checkpoints_total_limit hub_model_id hub_private_repo hub_token
+    logging_dir logging_steps output_dir overwrite_output_dir push_to_hub report_to resume_from_checkpoint
+    save_precision tracker_project_name
+    """.split()
+)
+HELD_OUT_FREE_ON_RESUME = {"num_validation_samples", "validation_steps"}
+VALIDATION_FREE_ON_RESUME = {*HELD_OUT_FREE_ON_RESUME, "validation_prompts"}
+SUBJECT_VALIDATION_FREE_ON_RESUME = {*HELD_OUT_FREE_ON_RESUME, "num_validation_images", "validation_prompt"}
+RUN_FREE_ON_RESUME = {"config", "dry_run"}
+
+# Flags of diffusers' DreamBooth scripts that have another name here, or no use.
+SUBJECT_REPLACED_FLAGS = {
+    "--local_rank": "start with `accelerate launch` or torchrun, which set the rank",
+    "--offset_noise": "use --noise_offset=0.1",
+    "--set_grads_to_none": "drop it; gradients are always set to none",
+    "--tokenizer_name": "put the tokenizer into the folder of --pretrained_model_name_or_path",
+    "--tokenizer_max_length": "drop it; captions take what the text encoder takes",
+    "--validation_epochs": "use --validation_steps",
+    "--validation_images": "use --num_validation_images",
+    "--validation_scheduler": "drop it; samples are drawn by DPM-Solver++",
+    "--skip_save_text_encoder": "drop it; the result is a whole pipeline",
+    "--text_encoder_use_attention_mask": "drop it; only Stable Diffusion 1.x and 2.x are trained",
+    "--class_labels_conditioning": "drop it; only Stable Diffusion 1.x and 2.x are trained",
+    "--pre_compute_text_embeddings": "drop it; only Stable Diffusion 1.x and 2.x are trained",
+}
+
+# Flags that do nothing without another one.
+DATASET_REQUIRES = {"dataset_config_name": "dataset_name"}
+CLASS_REQUIRES = {
+    "class_data_dir": "with_prior_preservation",
+    "class_prompt": "with_prior_preservation",
+    "num_class_images": "with_prior_preservation",
+    "prior_generation_precision": "with_prior_preservation",
+    "prior_loss_weight": "with_prior_preservation",
+    "sample_batch_size": "with_prior_preservation",
+}
+ADAPTERS_REQUIRES = {"kohya_file_name": "output_kohya_format", "text_encoder_lr": "train_text_encoder"}
+AVERAGE_REQUIRES = {"ema_decay": "use_ema", "ema_warmup": "use_ema"}
+MEMORY_REQUIRES = {"foreach_ema": "use_ema", "offload_ema": "use_ema"}
+SUBJECT_VALIDATION_REQUIRES = {"num_validation_images": "validation_prompt"}
+OUTPUT_REQUIRES = {
+    "allow_changed_resume": "resume_from_checkpoint",
+    "hub_model_id": "push_to_hub",
+    "hub_private_repo": "push_to_hub",
+}
+
+
+def checked(text, kind, accepts, accepted):
+    """The number that `text` is, of this kind, for the `type` of a flag, whose help gives the interval too. Raises
+    `argparse.ArgumentTypeError`, which says what is accepted."""
+    try:
+        number = kind(text)
+    except ValueError:
+        number = math.nan  # which no comparison accepts
+    if not accepts(number):
+        raise argparse.ArgumentTypeError(f"must be {accepted}, not {text!r}")
+    return number
+
+
+def positive_int(text):
+    """A whole number in [1, inf)."""
+    return checked(text, int, lambda number: number >= 1, "a whole number in [1, inf)")
+
+
+def non_negative_int(text):
+    """A whole number in [0, inf)."""
+    return checked(text, int, lambda number: number >= 0, "a whole number in [0, inf)")
+
+
+def positive_float(text):
+    """A number in (0, inf)."""
+    return checked(text, float, lambda number: 0 < number < math.inf, "in (0, inf)")
+
+
+def positive_float_or_inf(text):
+    """A number in (0, inf]."""
+    return checked(text, float, lambda number: number > 0, "in (0, inf]")
+
+
+def non_negative_float(text):
+    """A number in [0, inf)."""
+    return checked(text, float, lambda number: 0 <= number < math.inf, "in [0, inf)")
+
+
+def fraction(text):
+    """A number in [0, 1]."""
+    return checked(text, float, lambda number: 0 <= number <= 1, "in [0, 1]")
+
+
+def fraction_below_one(text):
+    """A number in [0, 1)."""
+    return checked(text, float, lambda number: 0 <= number < 1, "in [0, 1)")
+
+
+def random_seed(text):
+    """A whole number in [0, 9e18], which every generator takes."""
+    return checked(text, int, lambda number: 0 <= number <= 9e18, "a whole number in [0, 9e18]")
+
+
+def new_parser(description, usage):
+    """A parser that takes no shortened flags, and leaves it to `parse_flags` to tell what is wrong."""
+    return argparse.ArgumentParser(
+        usage=usage,
+        description=description.split("\n")[0],
+        allow_abbrev=False,
+        exit_on_error=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+
+
+def add_model_arguments(parser):
+    """Adds which base model is read, and from where."""
+    add = parser.add_argument_group("model").add_argument
+    add("--pretrained_model_name_or_path", help="pipeline folder, Hub id, or original .ckpt/.safetensors file")
+    add("--revision", help="branch, tag or commit of the model on the Hub")
+    add("--variant", help="variant of the weight files, such as fp16")
+    add("--single_file_config", help="pipeline folder or Hub id with the configs for a single-file model")
+    add("--cache_dir", help="where downloads and remembered checks go, instead of the Hugging Face cache")
+
+
+def add_adapter_arguments(parser, targets):
+    """Adds what the adapters of LoRA are like; `targets` are the choices of layers."""
+    add = parser.add_argument_group("adapters").add_argument
+    add("--rank", type=positive_int, default=4, help="rank of the adapters [1, inf)")
+    add("--lora_alpha", type=positive_float, help="scale of the adapters times the rank; default: the rank (0, inf)")
+    add(
+        "--lora_dropout",
+        type=fraction_below_one,
+        default=0.0,
+        help="share of the adapters' inputs that is dropped [0, 1)",
+    )
+    add("--use_rslora", **SWITCH, help="scale by alpha / sqrt(rank) instead of alpha / rank")
+    add("--use_dora", **SWITCH, help="train the magnitude of the weights apart from their direction")
+    add("--lora_target", default="attention", choices=targets, help="layers with adapters")
+    add("--train_text_encoder", **SWITCH, help="adapters on the text encoder too")
+    add(
+        "--text_encoder_lr",
+        type=positive_float,
+        help="default: --learning_rate; needs --train_text_encoder (0, inf)",
+    )
+    add("--init_lora_weights", metavar="PATH", help="go on from such a file of this script, or its folder")
+    add("--output_kohya_format", **SWITCH, help="write the adapter as A1111, Forge and ComfyUI read it too")
+    add("--kohya_file_name", help="name of that file; default: that of --output_dir; needs --output_kohya_format")
+
+
+def add_data_arguments(parser):
+    """Adds the captioned images to train on, and what is done to them."""
+    add = parser.add_argument_group("data").add_argument
+    add("--train_data_dir", help="folder of images with metadata.jsonl/.csv (file_name, text), or a .txt beside each")
+    add_dataset_arguments(add)
+    add_transform_arguments(add)
+
+
+def add_subject_arguments(parser):
+    """Adds the photos of a subject to train on, and what is done to them."""
+    add = parser.add_argument_group("data").add_argument
+    add("--instance_data_dir", help="folder of the subject's photos, maybe with captions as for text-to-image")
+    add("--instance_prompt", help="caption of photos that have none, with a rare word: a photo of sks dog")
+    add("--repeats", type=positive_int, default=1, help="times that each photo counts in an epoch [1, inf)")
+    add_dataset_arguments(add)
+    add_transform_arguments(add)
+
+
+def add_dataset_arguments(add):
+    """Adds, to the group whose method `add` is, where a dataset is read from and which of its rows are used."""
+    add("--dataset_name", help="dataset on the Hub, or a local path that `datasets` can load")
+    add("--dataset_config_name", help="configuration of that dataset; needs --dataset_name")
+    add("--image_column", default="image", help="column of its images; needs --dataset_name")
+    add("--caption_column", default="text", help="column with a caption, or a list of them: one is drawn per epoch")
+    add("--max_train_samples", type=positive_int, help="use so many images, drawn by the seed [1, inf)")
+    add("--skip_bad_images", **SWITCH, help="go on without images that cannot be used, instead of stopping")
+
+
+def add_transform_arguments(add):
+    """Adds, to the group whose method `add` is, what is done to images and captions."""
+    add(
+        "--resolution",
+        type=positive_int,
+        default=512,
+        help="side of the square training images in pixels [1, inf)",
+    )
+    add("--center_crop", **SWITCH, help="crop the centre, not a random place")
+    add("--random_flip", **SWITCH, help="mirror half of the images, drawn anew each epoch")
+    filters = [kind.name.lower() for kind in Image.Resampling]
+    add("--image_interpolation_mode", default="lanczos", choices=filters, help="filter for resizing")
+    add("--caption_dropout", type=fraction, default=0.0, help="share of captions replaced by the empty one [0, 1]")
+
+
+def add_class_arguments(parser):
+    """Adds the images of the subject's class, for prior preservation."""
+    add = parser.add_argument_group("prior preservation").add_argument
+    add("--with_prior_preservation", **SWITCH, help="train on images of the class too, so that it stays as it was")
+    add("--class_data_dir", help="their folder; the base draws what is missing; needs --with_prior_preservation")
+    add("--class_prompt", help="their caption: a photo of a dog; needs --with_prior_preservation")
+    add(
+        "--num_class_images",
+        type=positive_int,
+        help="how many; 100 if not given; needs --with_prior_preservation [1, inf)",
+    )
+    add(
+        "--sample_batch_size",
+        type=positive_int,
+        help="how many at once, or 4; needs --with_prior_preservation [1, inf)",
+    )
+    add(
+        "--prior_loss_weight",
+        type=non_negative_float,
+        help="weight of their loss, or 1; needs --with_prior_preservation [0, inf)",
+    )
+    add(
+        "--prior_generation_precision",
+        choices=["no", "fp32", "fp16", "bf16"],
+        help="as in training if not given; needs --with_prior_preservation",
+    )
+
+
+def add_objective_arguments(parser):
+    """Adds what the UNet is to predict, from which noise, and how its losses are weighted."""
+    add = parser.add_argument_group("objective").add_argument
+    add("--prediction_type", choices=["epsilon", "v_prediction"], help="what the UNet predicts; default: the model's")
+    add("--snr_gamma", type=positive_float, help="min-SNR loss weights with this gamma; 5.0 in the paper (0, inf)")
+    add(
+        "--noise_offset",
+        type=non_negative_float,
+        default=0.0,
+        help="scale of noise that shifts channels; 0.05 is common [0, inf)",
+    )
+    add(
+        "--input_perturbation",
+        type=non_negative_float,
+        default=0.0,
+        help="scale of extra input noise; 0.1 in the paper [0, inf)",
+    )
+    add("--rescale_betas_zero_snr", **SWITCH, help="rescale the schedule to zero terminal SNR; needs v_prediction")
+
+
+def add_optimization_arguments(parser):
+    """Adds the optimizer, its learning rate, the batch, the length of the run, and the average of the weights."""
+    from diffusers.optimization import (
+        SchedulerType,  # not above: it takes seconds
+    )
+
+    add = parser.add_argument_group("optimization").add_argument
+    add("--learning_rate", type=positive_float, default=1e-4, help="initial learning rate (0, inf)")
+    add("--scale_lr", **SWITCH, help="multiply the learning rate by batch size, accumulation steps and processes")
+    add("--lr_scheduler", default="constant", choices=[kind.value for kind in SchedulerType], help="its schedule")
+    add(
+        "--lr_warmup_steps",
+        type=non_negative_int,
+        default=0,
+        help="steps in which the learning rate rises from 0 [0, inf)",
+    )
+    add(
+        "--lr_num_cycles",
+        type=positive_int,
+        help="cycles, 1 if not given; needs --lr_scheduler=cosine_with_restarts [1, inf)",
+    )
+    add(
+        "--lr_power",
+        type=positive_float,
+        help="power, 1 if not given; needs --lr_scheduler=polynomial (0, inf)",
+    )
+    add("--lr_step_rules", help="factor:until_step,...,last factor: 1:10,0.1; needs --lr_scheduler=piecewise_constant")
+    add("--train_batch_size", type=positive_int, default=16, help="images per forward pass and process [1, inf)")
+    add(
+        "--gradient_accumulation_steps",
+        type=positive_int,
+        default=1,
+        help="forward passes per optimizer step [1, inf)",
+    )
+    add("--gradient_checkpointing", **SWITCH, help="compute activations twice: slower, less memory")
+    add(
+        "--num_train_epochs",
+        type=positive_int,
+        default=100,
+        help="passes over the images, unless --max_train_steps [1, inf)",
+    )
+    add("--max_train_steps", type=positive_int, help="optimizer steps [1, inf)")
+    add(
+        "--max_grad_norm",
+        type=positive_float_or_inf,
+        default=1.0,
+        help="clip the gradient's norm to this; inf: no clipping (0, inf]",
+    )
+    add("--adam_beta1", type=fraction_below_one, default=0.9, help="AdamW's beta1 [0, 1)")
+    add("--adam_beta2", type=fraction_below_one, default=0.999, help="AdamW's beta2 [0, 1)")
+    add("--adam_weight_decay", type=non_negative_float, default=1e-2, help="AdamW's weight decay [0, inf)")
+    add("--adam_epsilon", type=positive_float, default=1e-8, help="AdamW's epsilon (0, inf)")
+    add("--use_ema", **SWITCH, help="average the weights over the steps; samples and result use the average")
+    add("--ema_decay", type=fraction, help="highest decay of the average; 0.9999 if not given; needs --use_ema [0, 1]")
+    add("--ema_warmup", **SWITCH, help="raise the decay slowly, as 1 - (1 + step) ** -2/3; needs --use_ema")
+
+
+def add_memory_arguments(parser):
+    """Adds what makes training in PyTorch faster or smaller."""
+    add = parser.add_argument_group("memory and speed").add_argument
+    add(
+        "--mixed_precision",
+        choices=["no", "fp16", "bf16"],
+        help="precision of passes; default: accelerate's config",
+    )
+    add("--use_8bit_adam", **SWITCH, help="AdamW with 8-bit state, by bitsandbytes")
+    add("--offload_ema", **SWITCH, help="keep the average in CPU memory between steps; needs --use_ema")
+    add("--foreach_ema", **SWITCH, help="update the average with fused operations; needs --use_ema")
+    add("--enable_xformers_memory_efficient_attention", **SWITCH, help="xFormers' attention instead of torch's")
+    add("--allow_tf32", **SWITCH, help="TensorFloat-32 matrix products, on GPUs that have them")
+    add(
+        "--dataloader_num_workers",
+        type=non_negative_int,
+        default=0,
+        help="processes that load images; 0: the main one [0, inf)",
+    )
+
+
+def add_output_arguments(parser):
+    """Adds where results, checkpoints and logs go."""
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", help="where everything is written")
+    add("--overwrite_output_dir", **SWITCH, help="write over the run in --output_dir and remove its checkpoints")
+    add(
+        "--save_precision", default="no", choices=["no", "fp16", "bf16"], help="half precision of what is saved, or no"
+    )
+    add(
+        "--checkpointing_steps", type=positive_int, default=500, help="write a checkpoint every so many steps [1, inf)"
+    )
+    add("--checkpoints_total_limit", type=positive_int, help="keep only so many checkpoints, the newest [1, inf)")
+    add("--resume_from_checkpoint", metavar="PATH|latest", help="go on from a checkpoint, if there is a latest")
+    add("--allow_changed_resume", **SWITCH, help="though the result will change; needs --resume_from_checkpoint")
+    add("--report_to", default="tensorboard", help="tracker of accelerate's (tensorboard, wandb, ...), all or none")
+    add("--tracker_project_name", default="text2image-fine-tune", help="project name in the tracker")
+    add("--logging_dir", default="logs", help="folder for the tracker's files, in --output_dir")
+    add("--logging_steps", type=positive_int, default=10, help="log the mean loss every so many steps [1, inf)")
+    add("--push_to_hub", **SWITCH, help="upload the result to the Hub")
+    add("--hub_model_id", help="repository to upload to; default: the name of --output_dir; needs --push_to_hub")
+    add("--hub_token", help="token for dataset and upload; default: the one that `hf auth login` stored")
+    add("--hub_private_repo", **SWITCH, help="make the repository private; needs --push_to_hub")
+
+
+def add_validation_arguments(parser):
+    """Adds the prompts to draw samples for, one of each, and the images held out to measure the loss on."""
+    add = parser.add_argument_group("validation").add_argument
+    add("--validation_prompts", nargs="+", help="prompts to draw samples for")
+    add_held_out_arguments(add, "--validation_prompts")
+
+
+def add_subject_validation_arguments(parser):
+    """Adds the prompt to draw samples for, several of it, and the photos held out to measure the loss on."""
+    add = parser.add_argument_group("validation").add_argument
+    add("--validation_prompt", help="prompt to draw samples for: the subject in a new setting")
+    add(
+        "--num_validation_images",
+        type=positive_int,
+        help="how many; 4 if not given; needs --validation_prompt [1, inf)",
+    )
+    add_held_out_arguments(add, "--validation_prompt")
+
+
+def add_held_out_arguments(add, prompt_flag):
+    """Adds, to the group whose method `add` is, the images held out and how often the run is looked at."""
+    add(
+        "--num_validation_samples",
+        type=non_negative_int,
+        default=0,
+        help="images held out, to measure the loss on [0, inf)",
+    )
+    add(
+        "--validation_steps",
+        type=positive_int,
+        help=f"draw and measure every so many, or 500; needs {prompt_flag} or --num_validation_samples [1, inf)",
+    )
+
+
+def add_run_arguments(parser):
+    """Adds seed, configuration file and trial."""
+    add = parser.add_argument_group("run").add_argument
+    add("--seed", type=random_seed, default=0, help="seed of everything that is drawn at random [0, 9e18]")
+    add("--config", metavar="FILE.yaml", help="flags by name, maybe under `training:`; the command line wins")
+    add("--dry_run", **SWITCH, help="check everything, print the plan and stop")
+
+
+def parse_flags(parser, argv, replaced_flags):
+    """Parses `argv`, or the command line, after the flags in its `--config`, so that argparse checks both.
+
+    Returns (args, what is wrong with them): a flag with a wrong value is told and left at its default, so that the
+    checks that follow can tell the rest. `replaced_flags` maps flags of other scripts to a remedy. `~` is expanded.
+    Ends with status 2 and the usage for flags that do not exist.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    flags = [word.split("=")[0] for word in argv]
+    if replaced := [flag for flag in flags if flag in replaced_flags]:
+        parser.error(f"{replaced[0]} is not taken: {replaced_flags[replaced[0]]}")
+    config_only = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage=parser.usage)
+    config_only.add_argument("--config")
+    config = config_only.parse_known_args(argv)[0].config
+    defaults = vars(parser.parse_args([]))
+    words = (config_words(parser, config, defaults, {"training"}, {"evaluation"}) if config else []) + argv
+    return parse_words(parser, words)
+
+
+def parse_words(parser, words, args=None):
+    """Parses the words of a command line, over what `args` hold already; returns (args, what is wrong with the words).
+    A flag with a wrong value is told and left out. `~` is expanded. Ends with status 2 for flags that do not exist."""
+    problems = []
+    while True:  # argparse ends at the first wrong value
+        try:
+            parsed = parser.parse_args(words, argparse.Namespace(**vars(args)) if args else None)
+            break
+        except argparse.ArgumentError as error:
+            problems.append(f"{error.argument_name}: {error.message}")
+            flag = flag_named(parser, error.argument_name)
+            if flag is None:
+                parser.error(str(error))
+            words = without_flag(words, flag)
+    expanded = {
+        name: os.path.expanduser(value) if isinstance(value, str) else value for name, value in vars(parsed).items()
+    }
+    return argparse.Namespace(**expanded), problems
+
+
+def config_words(parser, path, defaults, sections, other_sections):
+    """The words of a command line that say what the YAML file at `path` says: flags by name, at top level or in one of
+    `sections`. `other_sections` are for other programs. Ends with status 2 for what is none."""
+    recipe = read_config(parser, path, sections)
+    for section in sections & recipe.keys():
+        recipe |= recipe.pop(section)
+    known = defaults.keys() - {"config"}
+    if unknown := sorted(map(str, recipe.keys() - known - other_sections)):
+        parser.error(f"--config={path}: unknown key {', '.join(unknown)}; keys are the flags of --help without dashes")
+    return setting_words({key: value for key, value in recipe.items() if key in known}, defaults)
+
+
+def read_config(parser, path, sections):
+    """What the YAML file at `path` says, as a dictionary, as are those of `sections` that it has. Ends with status 2
+    for what is none."""
+    try:
+        recipe = dict(yaml.safe_load(Path(os.path.expanduser(path)).read_text("utf-8")) or {})
+        for section in sections & recipe.keys():
+            recipe[section] = dict(recipe[section] or {})
+    except (OSError, ValueError, yaml.YAMLError, TypeError) as error:
+        parser.error(f"--config={path}: is no YAML file of flags ({' '.join(str(error).split())})")
+    return recipe
+
+
+def setting_words(settings, defaults):
+    """The words of a command line that give flags the values that YAML has for them; `defaults` are the flags' own."""
+    words = []
+    for key, value in settings.items():
+        if value is None:
+            continue
+        if isinstance(value, list):
+            words += [f"--{key}", *map(str, value)]
+        elif isinstance(value, bool) and isinstance(defaults[key], bool):
+            words.append(f"--{key}" if value else f"--no-{key}")
+        elif value is False:  # YAML reads a bare `no` as false, but --mixed_precision means the word
+            words.append(f"--{key}=no")
+        else:
+            words.append(f"--{key}={value}")
+    return words
+
+
+def flag_named(parser, name):
+    """The flag that argparse calls `name` in a message, `--flag` or `--flag/--no-flag`; None for other arguments."""
+    for action in parser._actions:
+        if name and "/".join(action.option_strings) == name:
+            return action
+    return None
+
+
+def without_flag(words, flag):
+    """The words of a command line without a flag, an action of argparse, and without the values behind it."""
+    kept, num_values = [], 0  # how many values are still to be dropped
+    for word in words:
+        name, joined, _ = word.partition("=")
+        if name in flag.option_strings:
+            num_values = 0 if joined else 1 if flag.nargs is None else math.inf
+        elif word.startswith("--"):
+            num_values = 0
+            kept.append(word)
+        elif num_values:
+            num_values -= 1
+        else:
+            kept.append(word)
+    return kept
+
+
+def check_requirements(args, requires):
+    """Lists the flags that were given but do nothing without another one: `requires` maps them to that."""
+    problems = []
+    for flag, needed in requires.items():
+        value = getattr(args, flag)
+        is_given = value is not None and value is not False
+        if is_given and not getattr(args, needed):
+            problems.append(f"--{flag}={value}: does nothing without --{needed}; add that or drop this")
+    return problems

@@ -1,0 +1,560 @@
+"""Report what is wrong with a dataset of captioned images before anything is trained on it.
+
+    sdtune check my_images --resolution 512
+    sdtune check my_images --pretrained_model_name_or_path MODEL --json report.json --html report.html
+
+Looks for what the training scripts look for, images that cannot be used, captions that are cut and images that are
+enlarged, and for exact and near duplicates, mirrored ones too; counts sizes, aspect ratios and words. The dataset is
+not changed. The status is 0 if nothing was found, 1 if something was, and 2 if the check could not be made.
+"""
+
+import argparse
+import base64
+import html
+import io
+import json
+import math
+import os
+import re
+import textwrap
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import imagehash
+import numpy as np
+import transformers
+from PIL import Image, ImageOps
+from tqdm.auto import tqdm
+
+from sdtune.arguments import SWITCH, checked, new_parser, parse_flags, positive_int
+from sdtune.dataset import name_of
+from sdtune.errors import InputError, last_line, raise_problems, told_to_user
+from sdtune.files import beside, is_writable
+from sdtune.images import NO_CAPTION, check_images, path_of_findings, read_image, still_readable
+from sdtune.models import load_tokenizer
+from sdtune.named_dataset import (
+    add_named_dataset_arguments,
+    check_dataset_is_named,
+    check_outside,
+    read_named_rows,
+)
+
+PROGRAM = "sdtune check"
+# A hash is of grey shapes alone, and drawings on a plain ground have the same: near duplicates need alike small
+# versions as well. Measured: a difference of 2.5 leaves 2 of 890,000 pairs of rendered creatures and shapes, and takes
+# JPEG of quality 75, which differs by at most 2.4 at 64 pixels, and by 0.6 in photo-like noise.
+HASH_BITS = 12  # of 64, by which the hashes of near duplicates differ at most
+PAIRS = 2**22  # compared at a time
+RATIOS = {  # width / height
+    "1:2": 1 / 2,
+    "9:16": 9 / 16,
+    "2:3": 2 / 3,
+    "3:4": 3 / 4,
+    "4:5": 4 / 5,
+    "1:1": 1,
+    "5:4": 5 / 4,
+    "4:3": 4 / 3,
+    "3:2": 3 / 2,
+    "16:9": 16 / 9,
+    "2:1": 2,
+}
+MAX_LINES = 20  # findings of a kind in the text
+MAX_SHOWN = 200  # findings of a kind in the page
+MAX_WORDS = 40  # in both
+COLUMNS = 100
+THUMBNAIL = 160  # pixels
+TITLES = {  # of the kinds of findings, in the order of the report
+    "unusable": "Unusable images",
+    "cut_captions": "Cut captions",
+    "enlarged": "Small images",
+    "exact_duplicates": "Exact duplicates",
+    "near_duplicates": "Near duplicates",
+}
+WIDE = {"cut_captions", "exact_duplicates", "near_duplicates"}  # in the page: two images or a long text
+
+
+# ------------------------------------------------------------------------------------------------------- arguments
+def largest_difference(text):
+    """A number in [-1, inf]."""
+    return checked(text, float, lambda number: number >= -1, "in [-1, inf]")
+
+
+def make_parser():
+    """The flags of the command."""
+    parser = new_parser(__doc__, "sdtune check DATASET [flags]")
+    add_named_dataset_arguments(parser)
+    add = parser.add_argument_group("what is wrong").add_argument
+    add(
+        "--resolution",
+        type=positive_int,
+        default=512,
+        help="side of the square training images in pixels [1, inf)",
+    )
+    add("--pretrained_model_name_or_path", help="pipeline folder or Hub id, whose tokenizer cuts the captions")
+    add("--revision", help="branch, tag or commit of the model on the Hub")
+    add(
+        "--near_duplicate_difference",
+        type=largest_difference,
+        default=2.5,
+        help="root mean square difference, of 255, of small versions of near duplicates at most; -1: look for none",
+    )
+    add = parser.add_argument_group("output").add_argument
+    add("--json", metavar="FILE", help="write everything as JSON")
+    add("--html", metavar="FILE", help="write a page with thumbnails that needs no other file")
+    add("--overwrite", **SWITCH, help="replace these files if they exist")
+    add("--config", metavar="FILE.yaml", help="flags of this command by name; the command line wins")
+    return parser
+
+
+def check_args(args):
+    """Lists every flag that is wrong, its value and the remedy."""
+    problems = check_dataset_is_named(args)
+    source = args.pretrained_model_name_or_path or ""
+    if args.revision and not source:
+        problems.append("--revision: does nothing without --pretrained_model_name_or_path; add that or drop this")
+    if source.endswith((".ckpt", ".safetensors")):
+        problems.append(
+            f"--pretrained_model_name_or_path={source}: a single file holds no tokenizer; give a pipeline "
+            "folder or Hub id of the same kind of model"
+        )
+    for flag, path in (("json", args.json), ("html", args.html)):
+        if path:
+            problems += check_output(flag, path, args)
+    if args.json and args.html and Path(args.json).resolve() == Path(args.html).resolve():
+        problems.append(f"--json and --html both name {args.json}; name two files")
+    return problems
+
+
+def check_output(flag, path, args):
+    """Lists what is wrong with a file to write."""
+    problems = []
+    if Path(path).is_dir() or not is_writable(path):
+        problems.append(f"--{flag}={path}: is a folder, or cannot be written to; name a file elsewhere")
+    elif Path(path).exists() and not args.overwrite:
+        problems.append(f"--{flag}={path}: exists; name another, or add --overwrite")
+    return problems + check_outside(flag, path, args.dataset)
+
+
+# ------------------------------------------------------------------------------------------------------------ data
+def load_clip_tokenizer(args):
+    """The model's tokenizer with the length at which the scripts cut, or None without a model. Raises `InputError`."""
+    source = args.pretrained_model_name_or_path
+    if not source:
+        return None
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        tokenizer = load_tokenizer(argparse.Namespace(**vars(args), single_file_config=None))
+        if len(tokenizer) < 256:  # transformers makes one of two tokens where there is none
+            raise OSError("there is no tokenizer")
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"--pretrained_model_name_or_path={source}: no pipeline with a tokenizer and a text encoder, "
+            f"no name of one on the Hub, or no connection ({last_line(error)})"
+        ) from None
+    return tokenizer
+
+
+def short_names(rows, dataset):
+    """The names of the images, below the folder where the dataset is one."""
+    root, names = Path(os.path.abspath(dataset)), []
+    for index in range(len(rows)):
+        name = name_of(rows, index)
+        is_inside = os.path.isabs(name) and Path(name).is_relative_to(root)
+        names.append(Path(name).relative_to(root).as_posix() if is_inside else name)
+    return names
+
+
+def open_row(rows, index):
+    """Decodes the image of a row. Raises `InputError` if that does not go any more."""
+    with still_readable(name_of(rows, index)):
+        return read_image(rows[index]["image"])
+
+
+# -------------------------------------------------------------------------------------------------------- findings
+def lost_words(tokenizer, caption):
+    """Returns (number of tokens, the part of the caption that is cut off, from the start of a word that is cut in two;
+    "" if none is)."""
+    encoded = tokenizer(caption, return_offsets_mapping=True, verbose=False)
+    limit, length = tokenizer.model_max_length, len(encoded.input_ids)
+    if length <= limit:
+        return length, ""
+    start = encoded["offset_mapping"][limit - 1][0]  # its place is taken by the token that ends the text
+    start = re.search(r"\S*$", caption[:start]).start()
+    return length, caption[start:]
+
+
+def fingerprint(image):
+    """What near duplicates have in common: hash bool (64,) of the image, hash (64,) of its mirror image, and small
+    versions, of brightness uint8 (16, 16) and of colour uint8 (8, 8, 2), since JPEG blurs colours most."""
+    image = image.resize((64, 64), Image.Resampling.LANCZOS)  # once; unlike `reduce` the same from both sides
+    own_hash = imagehash.dhash(image).hash.ravel()
+    mirrored_hash = imagehash.dhash(ImageOps.mirror(image)).hash.ravel()
+    image = image.convert("YCbCr")
+    brightness = np.asarray(image.resize((16, 16), Image.Resampling.LANCZOS))[..., 0]
+    colour = np.asarray(image.resize((8, 8), Image.Resampling.LANCZOS))[..., 1:]
+    return own_hash, mirrored_hash, brightness, colour
+
+
+def difference(first, second):
+    """Root mean square difference of small versions (pairs, 16, 16) and (pairs, 8, 8, 2), the larger of brightness's
+    and colour's: (pairs,) in [0, 255]."""
+    squares = []
+    for one, other in zip(first, second):
+        square = np.square(one.astype(np.float32) - other)
+        squares.append(square.reshape(len(one), -1).mean(axis=1))
+    return np.sqrt(np.maximum(*squares))
+
+
+def packed(hashes):
+    """Hashes bool (images, 64) as one number each: uint64 (images,)."""
+    return np.packbits(np.stack(hashes), axis=1).view(np.uint64)[:, 0]
+
+
+def alike_pairs(hashes, others):
+    """Yields arrays (late, early), early < late, of the pairs of `hashes` and `others`, uint64, that differ little."""
+    num_rows = max(1, PAIRS // len(hashes))
+    for start in range(0, len(hashes), num_rows):
+        different_bits = np.bitwise_count(hashes[start : start + num_rows, None] ^ others[None])
+        late, early = np.nonzero(np.tril(different_bits <= HASH_BITS, start - 1))
+        for part in range(0, len(late), 2**16):
+            yield late[part : part + 2**16] + start, early[part : part + 2**16]
+
+
+def near_duplicates(prints, limit):
+    """Finds images that are like an earlier one, given what `fingerprint` returned for each.
+
+    Returns {index: (difference, whether mirrored, index of the earlier one that is most alike)}.
+    """
+    own_hashes, mirrored_hashes, brightness, colour = zip(*prints)
+    brightness, colour = np.stack(brightness), np.stack(colour)
+    own_hashes, mirrored_hashes = packed(own_hashes), packed(mirrored_hashes)
+    found = {}
+    for mirrored in (False, True):
+        step = -1 if mirrored else 1  # along the columns of the earlier image
+        for late, early in alike_pairs(own_hashes, mirrored_hashes if mirrored else own_hashes):
+            of_late = brightness[late], colour[late]
+            of_early = brightness[early, :, ::step], colour[early, :, ::step]
+            gaps = difference(of_late, of_early)
+            for index in np.flatnonzero(gaps <= limit):
+                match = float(gaps[index]), mirrored, int(early[index])
+                image = int(late[index])
+                found[image] = min(match, found.get(image, match))
+    return found
+
+
+def find_exact_duplicates(names, results):
+    """Returns the findings, and the indices of the images that differ."""
+    first, exact = {}, []  # first: the index of the first image of a content
+    for index, (digest, _, _, problem) in enumerate(results):
+        if problem:
+            continue
+        same = first.setdefault(digest, index)
+        if same != index:
+            exact.append({"image": names[index], "same_as": names[same], "rows": [index, same]})
+    return exact, sorted(first.values())
+
+
+def find_near_duplicates(rows, names, indices, limit):
+    """Lists the near duplicates among the images of some indices."""
+    if len(indices) < 2:
+        return []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding releases Python's lock
+        prints = pool.map(lambda index: fingerprint(open_row(rows, index)), indices)
+        prints = list(tqdm(prints, "Comparing images", len(indices), unit="image", disable=None, leave=False))
+    near = []
+    for late, (gap, mirrored, early) in sorted(near_duplicates(prints, limit).items()):
+        late, early = indices[late], indices[early]
+        near.append(
+            {
+                "image": names[late],
+                "like": names[early],
+                "mirrored": mirrored,
+                "difference": round(gap, 2),
+                "rows": [late, early],
+            }
+        )
+    return near
+
+
+def find_cuts(rows, names, usable, tokenizer):
+    """Lists the captions of usable images that the tokenizer cuts."""
+    cut = []
+    for index in usable:
+        for caption in rows[index]["captions"]:
+            length, lost = lost_words(tokenizer, caption)
+            if lost:
+                finding = {"image": names[index], "tokens": length, "lost": lost, "caption": caption, "rows": [index]}
+                cut.append(finding)
+    return cut
+
+
+def find_unusable(captions, names, results):
+    """Returns the findings, and the indices of the images that can be trained on."""
+    unusable, usable = [], []
+    for index, (_, _, _, problem) in enumerate(results):
+        if not problem and not captions[index]:
+            problem = NO_CAPTION
+        if problem:
+            unusable.append({"image": names[index], "problem": problem, "rows": [index]})
+        else:
+            usable.append(index)
+    return unusable, usable
+
+
+def find_enlarged(names, results, usable, resolution):
+    """Lists the usable images that training enlarges."""
+    enlarged = []
+    for index in usable:
+        _, width, height, _ = results[index]
+        if min(width, height) < resolution:
+            factor = round(resolution / min(width, height), 2)
+            finding = {"image": names[index], "width": width, "height": height, "factor": factor, "rows": [index]}
+            enlarged.append(finding)
+    return enlarged
+
+
+def count_sizes(results):
+    """Counts sizes and aspect ratios, and the share of pixels that a square crop cuts off."""
+    sizes = [(width, height) for _, width, height, problem in results if not problem]
+    ratios = Counter(nearest_ratio(width / height) for width, height in sizes)
+    cropped = [1 - min(size) / max(size) for size in sizes]
+    return {
+        "sizes": {f"{width} x {height}": count for (width, height), count in Counter(sizes).most_common()},
+        "aspect_ratios": {name: ratios[name] for name in RATIOS if ratios[name]},
+        "cropped_away": round(float(np.mean(cropped)), 4) if cropped else 0,
+    }
+
+
+def nearest_ratio(ratio):
+    """The name of the usual aspect ratio that is nearest."""
+    return min(RATIOS, key=lambda name: abs(math.log(ratio / RATIOS[name])))
+
+
+def count_words(texts):
+    """Counts the words of captions, and the captions with each word."""
+    words = Counter()
+    for text in texts:
+        words.update(set(re.findall(r"\w+(?:['’-]\w+)*", text.casefold())))
+    lengths, spread = [len(text.split()) for text in texts], {}
+    if lengths:
+        spread = {"min": min(lengths), "median": float(np.median(lengths)), "max": max(lengths)}
+    most_first = sorted(words.items(), key=lambda item: (-item[1], item[0]))
+    return {"words_per_caption": spread, "captions_with_word": dict(most_first)}
+
+
+def make_report(args, rows, names, results, tokenizer):
+    """Gathers findings and counts into what --json writes; `rows` of a finding are numbers in the dataset. What is not
+    looked for is None."""
+    captions = list(rows["captions"])
+    texts = [caption for found in captions for caption in found]
+    unusable, usable = find_unusable(captions, names, results)
+    exact, different = find_exact_duplicates(names, results)
+    cut, near = None, None
+    if tokenizer:
+        cut = find_cuts(rows, names, usable, tokenizer)
+    if args.near_duplicate_difference >= 0:
+        near = find_near_duplicates(rows, names, different, args.near_duplicate_difference)
+    return {
+        "dataset": args.dataset,
+        "num_images": len(rows),
+        "num_usable": len(usable),
+        "num_captions": len(texts),
+        "resolution": args.resolution,
+        "max_tokens": tokenizer.model_max_length if tokenizer else None,
+        "unusable": unusable,
+        "cut_captions": cut,
+        "enlarged": find_enlarged(names, results, usable, args.resolution),
+        "exact_duplicates": exact,
+        "near_duplicates": near,
+        **count_sizes(results),
+        **count_words(texts),
+    }
+
+
+# --------------------------------------------------------------------------------------------------------- writing
+def describe(kind, finding):
+    """One line about a finding, after the name of its image."""
+    if kind == "unusable":
+        return finding["problem"]
+    if kind == "cut_captions":
+        return f"{finding['tokens']} tokens; lost: “{finding['lost']}”"
+    if kind == "enlarged":
+        return f"{finding['width']} x {finding['height']}, enlarged {finding['factor']:.2f} times"
+    if kind == "exact_duplicates":
+        return f"same as {finding['same_as']}"
+    mirrored = ", mirrored" if finding["mirrored"] else ""
+    return f"like {finding['like']}{mirrored}, differs by {finding['difference']:.2f}"
+
+
+def consequence(kind, report):
+    """What follows from the findings of a kind."""
+    if kind == "unusable":
+        return "training stops at these, or goes on without them by --skip_bad_images"
+    if kind == "cut_captions":
+        return f"longer than {report['max_tokens']} tokens; what is quoted is never seen"
+    if kind == "enlarged":
+        return f"below --resolution={report['resolution']}; enlarging blurs them"
+    if kind == "exact_duplicates":
+        return "the same file again; it weighs double"
+    return "alike but for size, format, compression or mirroring"
+
+
+def headline(kind, report):
+    """Returns the title of a kind of findings with their number, and what follows from them or how to look for
+    them."""
+    findings = report[kind]
+    if findings is None:
+        flag = "--near_duplicate_difference" if kind == "near_duplicates" else "--pretrained_model_name_or_path"
+        return f"{TITLES[kind]}: not checked", f"give {flag} to look for them"
+    return f"{TITLES[kind]}: {len(findings)}", consequence(kind, report) if findings else ""
+
+
+def list_counts(counts, limit, link):
+    """The first of some counts by name, with `link` between both, and how many more there are."""
+    shown = [f"{name}{link}{count:,}" for name, count in list(counts.items())[:limit]]
+    more = f" and {len(counts) - limit:,} more" if len(counts) > limit else ""
+    return ", ".join(shown) + more
+
+
+def statistics(report):
+    """{title: text} of what is counted."""
+    ratios = list_counts(report["aspect_ratios"], 12, " in ") or "none"
+    words = report["words_per_caption"]
+    spread = f"{words['min']} to {words['max']}, median {words['median']:g}" if words else "no captions"
+    return {
+        "Sizes": list_counts(report["sizes"], 12, ": ") or "none",
+        "Aspect ratios": f"{ratios}; a square crop cuts {report['cropped_away']:.0%} of the pixels off",
+        "Words per caption": spread,
+        "Captions with the word": list_counts(report["captions_with_word"], MAX_WORDS, " ") or "none",
+    }
+
+
+def printable(text):
+    """A text without line ends, nor what could steer a terminal."""
+    return "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in " ".join(text.split()))
+
+
+def filled(line):
+    """A line, which may be indented, as lines of at most 100 columns."""
+    margin = line[: len(line) - len(line.lstrip())]
+    return textwrap.fill(printable(line), COLUMNS, initial_indent=margin, subsequent_indent=margin + " " * 4)
+
+
+def as_text(report):
+    """The report in lines of at most 100 columns."""
+    counts = f"{report['num_images']:,} images, {report['num_usable']:,} usable, {report['num_captions']:,} captions"
+    lines = [f"{report['dataset']}: {counts}", ""]
+    for kind in TITLES:
+        title, note = headline(kind, report)
+        lines.append(f"{title} ({note})" if note else title)
+        findings = report[kind] or []
+        for finding in findings[:MAX_LINES]:
+            if kind == "cut_captions":
+                finding = {**finding, "lost": textwrap.shorten(finding["lost"], 200)}
+            lines.append(f"  {finding['image']}: {describe(kind, finding)}")
+        if len(findings) > MAX_LINES:
+            lines.append(f"  and {len(findings) - MAX_LINES:,} more, which --json lists")
+    lines.append("")
+    lines += [f"{title}: {text}" for title, text in statistics(report).items()]
+    return "\n".join(map(filled, lines))
+
+
+STYLE = f"""
+body {{ font: 15px/1.45 system-ui, sans-serif; color: #222; background: #fff; max-width: 1200px; margin: 2em auto;
+  padding: 0 1em; overflow-wrap: anywhere; }}
+h1 {{ font-size: 1.5em; }} h2 {{ font-size: 1.15em; margin: 2em 0 .2em; }} p {{ margin: .2em 0 .8em; color: #555; }}
+table {{ border-collapse: collapse; }} th {{ text-align: left; vertical-align: top; font-weight: 600; width: 13em; }}
+th, td {{ padding: .3em 1em .3em 0; border-top: 1px solid #ddd; }}
+.cards {{ display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax({THUMBNAIL + 22}px, 1fr)); }}
+.cards.wide {{ grid-template-columns: repeat(auto-fill, minmax({2 * THUMBNAIL + 32}px, 1fr)); }}
+.card {{ border: 1px solid #ddd; border-radius: 6px; padding: 10px; font-size: 13px; }}
+.card img {{ max-width: {THUMBNAIL}px; max-height: {THUMBNAIL}px; margin: 0 6px 6px 0; vertical-align: top; }}
+.card b {{ display: block; }} .text {{ max-height: 13em; overflow-y: auto; }} .none {{ color: #2a7d36; }}
+"""
+
+
+def thumbnail(rows, index):
+    """An image as a small JPEG inside of an <img>."""
+    image, encoded = open_row(rows, index), io.BytesIO()
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    image.save(encoded, "JPEG", quality=85)
+    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(encoded.getvalue()).decode()}">'
+
+
+def card(rows, shown, title, text):
+    """A box with the images of some rows, a title and a text, which are escaped."""
+    images = "".join(thumbnail(rows, index) for index in shown)
+    title, text = html.escape(printable(title)), html.escape(printable(text))
+    return f'<div class="card">{images}<b>{title}</b><div class="text">{text}</div></div>\n'
+
+
+def findings_section(kind, report, rows, results):
+    """The part of the page with the findings of a kind."""
+    findings = report[kind] or []
+    title, note = headline(kind, report)
+    good = "" if findings else " class=none"
+    wide = " wide" if kind in WIDE else ""
+    parts = [f'<h2{good}>{title}</h2>\n<p>{html.escape(note)}</p>\n<div class="cards{wide}">\n']
+    for finding in tqdm(findings[:MAX_SHOWN], title, unit="image", disable=None, leave=False):
+        shown = [index for index in finding["rows"] if not results[index][3]]  # those that can be opened
+        parts.append(card(rows, shown, finding["image"], describe(kind, finding)))
+    parts.append("</div>\n")
+    if len(findings) > MAX_SHOWN:
+        parts.append(f"<p>and {len(findings) - MAX_SHOWN:,} more, which --json lists</p>")
+    return "".join([*parts, "\n"])
+
+
+def gallery(rows, names, results):
+    """The part of the page with images from all over the dataset."""
+    good = [index for index, (_, _, _, problem) in enumerate(results) if not problem]
+    if len(good) > MAX_SHOWN:
+        good = [good[place * len(good) // MAX_SHOWN] for place in range(MAX_SHOWN)]
+    parts = [f'<h2>{len(good)} of the images</h2>\n<p>With their captions.</p>\n<div class="cards">\n']
+    for index in tqdm(good, "Thumbnails", unit="image", disable=None, leave=False):
+        _, width, height, _ = results[index]
+        captions = " | ".join(rows[index]["captions"]) or "no caption"
+        parts.append(card(rows, [index], names[index], f"{width} x {height}: {captions}"))
+    return "".join([*parts, "</div>\n"])
+
+
+def as_page(report, rows, names, results):
+    """The report as one HTML page: all of the text, thumbnails of findings and of images from all over the dataset."""
+    title = html.escape(f"{report['dataset']}: {report['num_images']:,} images")
+    parts = [
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n',
+        f"<style>{STYLE}</style></head><body>\n<h1>{title}</h1>\n",
+        f"<p>{report['num_usable']:,} usable, {report['num_captions']:,} captions</p>\n<table>\n",
+    ]
+    for name, text in statistics(report).items():
+        parts.append(f"<tr><th>{name}</th><td>{html.escape(text)}</td></tr>")
+    parts.append("\n</table>\n")
+    for kind in TITLES:
+        parts.append(findings_section(kind, report, rows, results))
+    parts.append(gallery(rows, names, results))
+    return "".join([*parts, "</body></html>\n"])
+
+
+def write_text(path, text):
+    """Writes a file whole or not at all."""
+    with beside(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+def main(argv=None):
+    """Runs the command; returns 1 if something was found, else 0. A mistake of the user's ends with status 2."""
+    args, problems = parse_flags(make_parser(), argv, {})
+    with told_to_user(PROGRAM, errors=(InputError, OSError), stopped="Stopped."):
+        raise_problems(problems + check_args(args))
+        tokenizer = load_clip_tokenizer(args)
+        rows = read_named_rows(args)
+        names = short_names(rows, args.dataset)
+        results = check_images(rows, path_of_findings(args.dataset, args.cache_dir))  # which training reads too
+        report = make_report(args, rows, names, results, tokenizer)
+        page = as_page(report, rows, names, results) if args.html else None
+        if args.json:
+            write_text(args.json, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+        if page:
+            write_text(args.html, page)
+    print(as_text(report))
+    return 1 if any(report[kind] for kind in TITLES) else 0

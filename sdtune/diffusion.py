@@ -1,0 +1,37 @@
+"""The diffusion step: encode images, add noise, compare the prediction with the target."""
+
+import torch
+import torch.nn.functional as F
+from diffusers.training_utils import compute_snr
+
+
+@torch.no_grad()
+def encode(vae, batch):
+    """Encodes images to latents (batch, 4, height / 8, width / 8) in float32, drawn from the VAE's posterior."""
+    pixel_values = batch["pixel_values"] / 127.5 - 1  # [-1, 1], to be rounded once, by the VAE's precision
+    posterior = vae.encode(pixel_values.to(vae.dtype)).latent_dist
+    latents = posterior.mean.float() + posterior.std.float() * batch["posterior_noise"]
+    return latents * vae.config.scaling_factor
+
+
+def diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, batch, snr_gamma=None):
+    """One diffusion step: the loss of each sample (batch,), the mean over its latents (arXiv 2006.11239, eq. 14).
+    `batch` has `noise` and `added_noise`, of the shape of the latents, and `timestep` (batch,)."""
+    noise, timesteps = batch["noise"], batch["timestep"]
+    # Latents and noise are float32: add_noise works in their precision, and in bfloat16 the first timesteps would get
+    # no noise at all.
+    noisy_latents = noise_scheduler.add_noise(latents, batch["added_noise"], timesteps)
+    predicts_noise = noise_scheduler.config.prediction_type == "epsilon"
+    target = noise if predicts_noise else noise_scheduler.get_velocity(latents, noise, timesteps)
+    model_pred = unet(noisy_latents, timesteps, prompt_embeds).sample
+    losses = F.mse_loss(model_pred.float(), target, reduction="none").mean(dim=(1, 2, 3))
+    if snr_gamma is None:
+        return losses
+    snr = compute_snr(noise_scheduler, timesteps)
+    return losses * min_snr_weights(snr, snr_gamma, predicts_noise)
+
+
+def min_snr_weights(snr, snr_gamma, predicts_noise):
+    """The weights of min-SNR (arXiv 2303.09556, section 3.4) for signal-to-noise ratios (batch,): min(snr, gamma) /
+    snr where noise is predicted, min(snr, gamma) / (snr + 1) for v."""
+    return snr.clamp(max=snr_gamma) / (snr if predicts_noise else snr + 1)

@@ -1,0 +1,51 @@
+"""Mistakes of the user's: how they are gathered, told and end the process."""
+
+import contextlib
+import io
+import signal
+import sys
+
+
+class InputError(ValueError):
+    """A mistake in what the user gave; its text is all that they need to see."""
+
+
+def last_line(error):
+    """The last line of an exception's text, for a message of one line."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1][:200]
+
+
+def raise_problems(problems):
+    """Raises one `InputError` that lists all problems, if there are any."""
+    if len(problems) == 1:
+        raise InputError(problems[0])
+    if problems:
+        raise InputError("\n  ".join(["", *problems]))
+
+
+@contextlib.contextmanager
+def gathered(problems):
+    """Adds the message of an `InputError` to a list, instead of raising it."""
+    try:
+        yield
+    except InputError as error:
+        problems.append(str(error))
+
+
+@contextlib.contextmanager
+def told_to_user(program, speaks=True, errors=InputError, stopped=None):
+    """Ends the process with status 2 and the message after an `InputError`, or the class or classes `errors`; after
+    Ctrl-C with the status of SIGINT and the line `stopped`. Of several processes only the one that `speaks` prints:
+    the others would say the same."""
+    try:
+        with contextlib.redirect_stdout(sys.stdout if speaks else io.StringIO()):
+            yield
+    except errors as error:
+        if speaks:
+            print(f"{program}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        if speaks:
+            print(stopped or f"{program}: stopped before the first step", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

@@ -1,0 +1,68 @@
+"""Files: read, written beside their place and renamed when complete, with permissions."""
+
+import contextlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+from sdtune.errors import InputError, last_line
+
+
+@contextlib.contextmanager
+def beside(output, keep_mode=False):
+    """Gives a name to write to beside `output`, a file or a folder, and renames what is there when it is complete.
+    Files get a new file's usual permissions: safetensors makes them for their owner alone. With `keep_mode` a file
+    gets those of the one that it replaces."""
+    output = Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    new, old = [output.with_name(f".{output.name}.{os.getpid()}.{word}") for word in ("new", "old")]
+    try:
+        yield new
+        umask = os.umask(0)
+        os.umask(umask)
+        written = [new, *new.glob("**/*.safetensors")]
+        for path in [path for path in written if path.is_file()]:
+            path.chmod(0o666 & ~umask)
+        if keep_mode and output.exists():
+            shutil.copymode(output, new)
+        if output.is_dir():  # which a rename does not replace
+            output.rename(old)
+        new.replace(output)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if new.is_dir():
+            shutil.rmtree(new)
+        else:
+            new.unlink(missing_ok=True)
+
+
+def read_json(path):
+    """The dictionary in a JSON file. Raises `InputError`."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: cannot be read ({last_line(error)})") from None
+
+
+def existing_place(path):
+    """The path itself, or the nearest folder above it that exists."""
+    path = Path(path).resolve()
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
+def is_writable(path):
+    """Whether something can be made at `path`, with the folders above it where they are missing."""
+    place = existing_place(Path(path).resolve().parent)
+    return place.is_dir() and os.access(place, os.W_OK)
+
+
+def copy_mode(source, files):
+    """Gives files, which safetensors makes for their owner alone, the permissions of another file."""
+    for path in files:
+        shutil.copymode(source, path)
+
+
+def name_in(folder, path):
+    """What metadata and the Hub call a file: its path below the folder, with slashes."""
+    return Path(os.path.relpath(path, folder)).as_posix()

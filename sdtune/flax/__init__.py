@@ -1,0 +1,1 @@
+"""What training in JAX has in place of PyTorch's parts."""

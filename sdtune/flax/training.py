@@ -1,0 +1,206 @@
+"""Train in JAX: hosts and devices, the state of a run, and the loop over its steps."""
+
+import functools
+import math
+import os
+import time
+from pathlib import Path
+
+import datasets
+import jax
+import numpy as np
+from accelerate import Accelerator
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tqdm.auto import tqdm
+
+from sdtune.batches import micro_batches, samples_in_step
+from sdtune.checkpoints import find_checkpoint, new_run, save_checkpoint
+from sdtune.errors import InputError, last_line
+from sdtune.flax.checkpoints import resume, write_arrays
+from sdtune.flax.encoding import step_batches
+from sdtune.flax.optimization import learning_rate_of_step, train_step
+from sdtune.optimization import make_average
+from sdtune.output import log_losses, prepare_output
+from sdtune.plan import print_plan
+from sdtune.signals import leave, note_signal, on_signals
+
+
+def check_hosts(args):
+    """Lists what is wrong with how the hosts are to find each other."""
+    problems = []
+    is_numbered = args.num_hosts is not None and args.host_index is not None
+    if args.coordinator_address and is_numbered == (args.coordinator_address == "auto"):
+        told = "HOST:PORT needs --num_hosts and --host_index, auto finds them"
+        problems.append(f"--coordinator_address={args.coordinator_address}: {told}")
+    if is_numbered and args.host_index >= args.num_hosts:
+        problems.append(f"--host_index={args.host_index}: must be below --num_hosts")
+    return problems
+
+
+def check_precision(args):
+    """Lists whether passes are asked for in a precision in which the gradients of unscaled losses vanish."""
+    if args.mixed_precision == "fp16":
+        return ["--mixed_precision=fp16: gradients would vanish; use bf16 or no"]
+    return []
+
+
+def start_jax(args):
+    """Sets up JAX and joins the other hosts, if any; returns the mesh of all devices. Raises `InputError`."""
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # compiled programs are kept for the next run
+        folder = Path(args.cache_dir or datasets.config.HF_CACHE_HOME, "compiled_by_jax")
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_default_matmul_precision", None if args.mixed_precision == "bf16" else "highest")
+    if args.coordinator_address:
+        join_hosts(args)
+    return Mesh(np.array(jax.devices()), ("data",))
+
+
+def join_hosts(args):
+    """Joins the other hosts. They wait for each other for a day, since one of them draws and saves alone. Raises
+    `InputError`."""
+    jax.config.update("jax_enable_preemption_service", False)  # it would take our signals
+    where = {}
+    if args.coordinator_address != "auto":
+        where["coordinator_address"] = args.coordinator_address
+        where["num_processes"], where["process_id"] = args.num_hosts, args.host_index
+    try:
+        jax.distributed.initialize(**where, shutdown_timeout_seconds=86400)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            f"--coordinator_address={args.coordinator_address}: the hosts do not meet; check it, and --num_hosts and "
+            f"--host_index of each ({last_line(error)})"
+        ) from None
+
+
+def is_first_host(args):
+    """Whether this host is the first one by its flags, which are known before JAX is started."""
+    return not args.host_index
+
+
+def make_accelerator(args):
+    """Accelerate's trackers, for the first host alone; nothing else is accelerate's here, so it sees one process."""
+    is_first = jax.process_index() == 0
+    return Accelerator(
+        cpu=True,
+        mixed_precision="no",
+        log_with=args.report_to if is_first and args.report_to != "none" else None,
+        project_dir=Path(args.output_dir, args.logging_dir),
+    )
+
+
+def make_state(args, weights, optimizer):
+    """All that a checkpoint holds, as arrays of numpy: `unet` (the weights), `optimizer`, maybe `ema`."""
+    state = {"unet": weights, "optimizer": jax.device_get(optimizer.init(weights))}
+    if args.use_ema:
+        state["ema"] = weights
+    return state
+
+
+def start_run(args, counts, state, fingerprints, free, fixed):
+    """A run at its start, or where the checkpoint to resume from ended; `free` and `fixed` name settings that may and
+    that cannot differ from the checkpoint's. Raises `InputError`."""
+    run = new_run(args, counts, state, args.mixed_precision or "no", fingerprints)
+    if checkpoint := find_checkpoint(run.output_dir, args.resume_from_checkpoint):
+        resume(run, checkpoint, free, fixed)
+    return run
+
+
+def tell_plan(args, run, num_held_out):
+    """Prints what will be done."""
+    num_trained = sum(weight.size for weight in run.state["unet"].values())
+    encoded = "once" if args.center_crop else "in every step; once with --center_crop"
+    about = {
+        "images": f", encoded {encoded}",
+        "devices": f"{jax.device_count()} {jax.default_backend()} devices",
+        "trained": "UNet",
+        "frozen": "VAE, text encoder",
+        "optimizer": f"EMA: {args.use_ema}",
+    }
+    print_plan(args, run, num_held_out, num_trained, about)
+
+
+def start_output(args, accelerator, run):
+    """Makes the output folder, and starts the trackers, by the first host alone."""
+    if jax.process_index() == 0:
+        prepare_output(run, args.overwrite_output_dir)
+        config = {name: str(value) for name, value in run.settings.items()}
+        accelerator.init_trackers(args.tracker_project_name, config)
+
+
+def load_batches(args, run, encoded, batch_size, pool):
+    """Yields this host's share of what each step needs, from the run's next step on; a pass has `batch_size` images
+    here."""
+    counts, first_step = run.counts, run.progress["global_step"]
+    passes = micro_batches(counts, jax.process_count(), jax.process_index(), args.seed, first_step)
+    return step_batches(encoded, counts, first_step, passes, batch_size, pool)
+
+
+def compile_step(args, mesh, training_loss, optimizer):
+    """`train_step` as a program of all devices, which writes a new state over the old one."""
+    step = functools.partial(
+        train_step, training_loss=training_loss, optimizer=optimizer, max_grad_norm=args.max_grad_norm
+    )
+    return jax.jit(step, donate_argnums=0, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+def train_steps(args, accelerator, run, mesh, batches, training_loss, optimizer, look):
+    """Trains to the last step; `training_loss(weights, batch)` gives the loss of each sample (batch,). `look()` is
+    called before training and every --validation_steps.
+
+    Ends the process with status 128 + signal after SIGTERM or SIGINT, 1 if a loss is not finite.
+    """
+    received, counts, is_first = [], run.counts, jax.process_index() == 0
+    average = make_average(args, [])  # for its decay
+    learning_rate_of = learning_rate_of_step(args, run.settings["peak_learning_rate"], counts.last_step)
+    step_program = compile_step(args, mesh, training_loss, optimizer)
+    run.state = jax.device_put(run.state, NamedSharding(mesh, PartitionSpec()))  # whole on every device
+    split = NamedSharding(mesh, PartitionSpec(None, "data"))  # the passes of a batch one after the other
+    first_step, validation_steps = run.progress["global_step"], args.validation_steps or 500
+    # A run that was stopped has not had the look at its last step.
+    if first_step % validation_steps == 0 or first_step == counts.last_step:
+        look()
+    on_signals(functools.partial(note_signal, received))
+    bar = tqdm(
+        range(first_step, counts.last_step),
+        initial=first_step,
+        total=counts.last_step,
+        unit="step",
+        disable=not is_first,
+    )
+    batch = next(batches, None)
+    for step in bar:
+        started = time.perf_counter()
+
+        # Forward, backward and optimizer step on the devices, unless a loss or a gradient is not finite.
+        batch["stop"] = np.full_like(batch["weight"], bool(received))  # which is how the hosts tell each other
+        arrays = {name: jax.make_array_from_process_local_data(split, array) for name, array in batch.items()}
+        learning_rate, ema_decay = np.float32(learning_rate_of(step)), np.float32(average.get_decay(step + 1))
+        run.state, outcome = step_program(run.state, arrays, learning_rate, ema_decay)
+        batch = next(batches, None)  # the next one is made while the devices work
+        loss, grad_norm, stop = np.asarray(outcome).tolist()
+        broken = not (math.isfinite(loss) and math.isfinite(grad_norm))
+        stop = bool(stop) or (bool(received) and jax.process_count() == 1)
+        if not broken:
+            run.progress["global_step"] = step + 1
+            run.progress["losses"].append(loss)
+        done = run.progress["global_step"]
+
+        # Log
+        if not broken:
+            images_per_second = samples_in_step(counts, step) / (time.perf_counter() - started)
+            bar.set_postfix(loss=f"{loss:.4f}", images_per_second=f"{images_per_second:.1f}", refresh=False)
+            if is_first and (done % args.logging_steps == 0 or done == counts.last_step):
+                log_losses(accelerator, run, learning_rate_of(done), grad_norm, images_per_second)
+
+        # Save and look
+        if stop or broken or done % args.checkpointing_steps == 0:
+            if is_first:
+                # After a broken step none is removed: the last good one may be an older one.
+                limit = None if broken else args.checkpoints_total_limit
+                save_checkpoint(run, functools.partial(write_arrays, run), limit)
+            multihost_utils.sync_global_devices("saved")
+        if stop or broken:
+            leave(accelerator, run, broken, received)
+        if done % validation_steps == 0 or done == counts.last_step:
+            look()

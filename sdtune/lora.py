@@ -1,0 +1,203 @@
+"""Add adapters to models, go on from those in a file, and save what was trained."""
+
+import json
+import re
+from pathlib import Path
+
+import diffusers
+import peft
+import torch
+from diffusers.training_utils import cast_training_params
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from sdtune.errors import last_line
+from sdtune.files import copy_mode
+from sdtune.lora_layouts import LORA_FILE, split_weight_name, to_kohya
+from sdtune.models import DTYPES, config_source, enable_memory_savers, load_base, make_noise_scheduler
+
+# Names of layers, of the UNet and of the text encoder.
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj"]
+FEED_FORWARD = ["ff.net.0.proj", "ff.net.2", "fc1", "fc2"]
+PROJECTIONS = ["proj_in", "proj_out"]  # into and out of the transformers
+RESIDUAL = ["conv1", "conv2", "time_emb_proj", "conv_shortcut"]
+LORA_TARGETS = {  # by --lora_target
+    "attention": ATTENTION,
+    "attention+ff": ATTENTION + FEED_FORWARD,
+    "all": ATTENTION + FEED_FORWARD + PROJECTIONS + RESIDUAL,
+}
+
+
+def kohya_name(args):
+    """The name, without suffix, of the file in kohya's layout."""
+    return (args.kohya_file_name or Path(args.output_dir).resolve().name).removesuffix(".safetensors")
+
+
+def check_adapters(args):
+    """Lists what is wrong with the name of kohya's file, or between adapters, layers and the file to go on from. The
+    flags of the model have to be right."""
+    name = kohya_name(args)
+    is_path = Path(name).name != name
+    if args.output_kohya_format and (is_path or f"{name}.safetensors" == LORA_FILE):
+        return [f"--kohya_file_name={name}: is a path, or the name of the other file; give another name"]
+    source, where = config_source(args)
+    with torch.device("meta"):  # layers without weights
+        unet_config = diffusers.UNet2DConditionModel.load_config(source, subfolder="unet", **where)
+        models = {"unet": diffusers.UNet2DConditionModel.from_config(unet_config)}
+        if args.train_text_encoder:
+            text_config = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where)
+            models["text_encoder"] = CLIPTextModel(text_config)
+        try:
+            add_adapters(args, models)
+        except Exception as error:  # of the file system, the format, or the layers
+            flag = "init_lora_weights" if args.init_lora_weights else "lora_target"
+            told = f"cannot be used with these flags and model ({last_line(error)})"
+            return [f"--{flag}={getattr(args, flag)}: {told}"]
+    return []
+
+
+def add_adapters(args, models):
+    """Adds adapters in float32 to the `unet` and maybe `text_encoder` of `models`, new ones or those in a file: W + B
+    A alpha / rank, with A (rank, in) and B (out, rank), arXiv 2106.09685, section 4.1. Raises `ValueError` if no layer
+    is a target or if the file does not fit, or what reading it raises."""
+    torch.manual_seed(args.seed)
+    for model in models.values():
+        model.add_adapter(
+            peft.LoraConfig(
+                r=args.rank,
+                lora_alpha=args.lora_alpha or args.rank,
+                lora_dropout=args.lora_dropout,
+                use_rslora=args.use_rslora,
+                use_dora=args.use_dora,
+                target_modules=LORA_TARGETS[args.lora_target],
+            )
+        )
+        cast_training_params(model, torch.float32)
+    if args.init_lora_weights:
+        set_adapters(models, *read_lora(args.init_lora_weights))
+
+
+def set_adapters(models, weights, header):
+    """Copies the tensors of a LoRA file into adapters that have to be as its header says. Raises `ValueError`."""
+    for name, model in models.items():
+        config = model.peft_config["default"]
+        for key in ("r", "lora_alpha", "use_rslora", "alpha_pattern"):
+            here = getattr(config, key)
+            there = header.get(f"{name}.{key}", here)
+            if there != here:
+                raise ValueError(f"{key} is {there} in its {name}, not {here}; use that")
+    adapters = lora_weights(models)
+    if {key: value.shape for key, value in weights.items()} != {key: value.shape for key, value in adapters.items()}:
+        raise ValueError("it is in kohya's layout, or of another base, --rank, --lora_target, --use_dora or encoders")
+    for key, value in weights.items():
+        adapters[key].copy_(value)
+
+
+def load_models_with_adapters(args, accelerator):
+    """Returns the base's pipeline, frozen and in the precision of passes, its models that get adapters, by name, and
+    the noise scheduler. Adapters are in float32. Raises `InputError`."""
+    pipeline = load_base(args)
+    enable_memory_savers(args, pipeline.unet)
+    for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
+        part.requires_grad_(False).eval().to(accelerator.device, dtype=DTYPES[accelerator.mixed_precision])
+    models = {"unet": pipeline.unet}
+    if args.train_text_encoder:
+        models["text_encoder"] = pipeline.text_encoder
+        if args.gradient_checkpointing:
+            pipeline.text_encoder.activation_checkpointing_enable()
+    add_adapters(args, models)
+    for model in models.values():
+        model.train()
+    return pipeline, models, make_noise_scheduler(args, pipeline)
+
+
+def group_parameters(args, models, learning_rate):
+    """The adapters' parameters of each model, with their learning rates: the UNet's first."""
+    asked = args.text_encoder_lr or args.learning_rate
+    rates = {"unet": learning_rate, "text_encoder": learning_rate * asked / args.learning_rate}  # both are scaled
+    groups = []
+    for name, model in models.items():
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        groups.append({"params": trained, "lr": rates[name]})
+    return groups
+
+
+def lora_weights(models):
+    """The adapters' tensors as peft names them, such as unet.<layer>.lora_A.weight."""
+    weights = {}
+    for name, model in models.items():
+        for key, value in peft.get_peft_model_state_dict(model).items():
+            weights[f"{name}.{key}"] = value.detach()
+    # transformers finds DoRA's lengths of the text encoder under this name only.
+    return {re.sub(r"^(text_encoder\..+_vector)$", r"\1.weight", key): value for key, value in weights.items()}
+
+
+def read_lora(path):
+    """Reads a LoRA file of these scripts, or the one in a folder: returns its tensors by name, and peft's settings."""
+    path = Path(path, LORA_FILE) if Path(path).is_dir() else path
+    with safe_open(path, "pt") as file:
+        header = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        return {key: file.get_tensor(key) for key in file.keys()}, header  # noqa: SIM118 (it is no dict)
+
+
+def save_adapters(args, models, num_images, step):
+    """Writes the adapters of `models` in diffusers' layout and on demand in kohya's too; returns patterns that are the
+    files."""
+    output_dir, dtype = Path(args.output_dir), DTYPES[args.save_precision]
+    weights = {key: value.to("cpu", dtype) for key, value in lora_weights(models).items()}
+    save_lora(models, weights, output_dir)
+    files = [LORA_FILE]
+    if args.output_kohya_format:
+        files.append(save_kohya(args, models, weights, num_images, step))
+    copy_mode(output_dir / "args.json", [output_dir / file for file in files])
+    return [re.sub(r"([*?[])", r"[\1]", file) for file in files]
+
+
+def save_lora(models, weights, output_dir):
+    """Writes adapters, as `lora_weights` names them, in diffusers' layout, with rank, alpha and targets in the
+    header."""
+    layers, settings = {}, {}
+    for name, model in models.items():
+        start = f"{name}."
+        own = {key.removeprefix(start): value for key, value in weights.items() if key.startswith(start)}
+        layers[f"{name}_lora_layers"] = own
+        config = model.peft_config["default"].to_dict()
+        settings[f"{name}_lora_adapter_metadata"] = {**config, "base_model_name_or_path": None}
+    diffusers.StableDiffusionPipeline.save_lora_weights(output_dir, **layers, **settings)
+
+
+def save_kohya(args, models, weights, num_images, step):
+    """Writes adapters, as `lora_weights` names them, in kohya's layout; returns the file's name."""
+    name = kohya_name(args)
+    # A layer's effect is scaled by alpha / rank there, by alpha / sqrt(rank) in rsLoRA.
+    alpha = (args.lora_alpha or args.rank) * (args.rank**0.5 if args.use_rslora else 1)
+    header = kohya_header(args, name, models["unet"], alpha, num_images, step)
+    alphas = {split_weight_name(key)[0]: alpha for key in weights}
+    save_file(to_kohya(weights, alphas), Path(args.output_dir, f"{name}.safetensors"), header)
+    return f"{name}.safetensors"
+
+
+def kohya_header(args, name, unet, alpha, num_images, step):
+    """What interfaces show of a LoRA file for Stable Diffusion 1 or 2, as strings: no captions and no paths."""
+    base, side = args.pretrained_model_name_or_path, args.resolution
+    version = 2 if unet.config.cross_attention_dim == 1024 else 1
+    fields = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": args.rank,
+        "ss_network_alpha": alpha,
+        "ss_seed": args.seed,
+        "ss_output_name": name,
+        "ss_sd_model_name": Path(base).name if Path(base).exists() else base,
+        "ss_base_model_version": f"sd_v{version}",
+        "ss_v2": version == 2,
+        "ss_learning_rate": args.learning_rate,
+        "ss_resolution": f"({side}, {side})",
+        "ss_num_train_images": num_images,
+        "ss_steps": step,
+        "modelspec.title": name,
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.resolution": f"{side}x{side}",
+        "modelspec.architecture": f"stable-diffusion-v{version}/lora",
+    }
+    return {"format": "pt", **{key: str(value) for key, value in fields.items()}}

@@ -1,0 +1,146 @@
+"""Check and load the models of a Stable Diffusion pipeline."""
+
+import copy
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from transformers import CLIPTextConfig, CLIPTokenizer
+
+from sdtune.errors import InputError, last_line
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def quiet_libraries():
+    """Turns off the bars and remarks of libraries, which would drown ours."""
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def config_source(args):
+    """Where the configs and the tokenizer of the base are read from: (folder or Hub id, keywords of its loaders)."""
+    return (
+        args.single_file_config or args.pretrained_model_name_or_path,
+        {"revision": args.revision, "cache_dir": args.cache_dir},
+    )
+
+
+def check_model(args):
+    """Lists what is wrong with the base's configs, or between them and the flags; reads no weights."""
+    source = args.pretrained_model_name_or_path or ""
+    name = f"--pretrained_model_name_or_path={source}"
+    single_file = source.endswith((".ckpt", ".safetensors"))
+    problems = []
+    if args.revision and Path(source).exists():
+        problems.append(f"--revision={args.revision}: does nothing without a model on the Hub; drop this")
+    if args.variant and args.single_file_config:
+        problems.append(f"--variant={args.variant}: does nothing with a single file; drop this")
+    if not source or (single_file and not Path(source).is_file()):
+        return [*problems, f"{name}: there is no such file; name a pipeline folder, a Hub id or a file"]
+    if single_file != bool(args.single_file_config):
+        return [*problems, f"{name}: a single file, and only that, needs --single_file_config (see --help)"]
+
+    source, where = config_source(args)
+    try:
+        parts = diffusers.StableDiffusionPipeline.load_config(source, **where)
+        if foreign := {"text_encoder_2", "transformer"} & parts.keys():
+            remedy = "use a Stable Diffusion 1.x or 2.x model"
+            return [*problems, f"{name}: has a {min(foreign)} (SDXL, SD 3 or the like); {remedy}"]
+        unet = diffusers.UNet2DConditionModel.load_config(source, subfolder="unet", **where)
+        vae = diffusers.AutoencoderKL.load_config(source, subfolder="vae", **where)
+        scheduler = diffusers.DDPMScheduler.load_config(source, subfolder="scheduler", **where)
+        CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where)
+        if not CLIPTextConfig.get_config_dict(source, subfolder="text_encoder", **where)[0]:
+            raise OSError("it has no text encoder")  # for which transformers would take a default
+        if len(CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)) < 3:
+            raise OSError("its tokenizer knows no words")  # nor does transformers' for a folder without one
+    except (OSError, ValueError) as error:
+        told = f"no whole pipeline, no name of one on the Hub, or no connection ({last_line(error)})"
+        return [*problems, f"{source}: {told}"]
+
+    factor = vae_factor(vae)
+    if args.resolution % factor:
+        usable = args.resolution // factor * factor or factor
+        problems.append(f"--resolution={args.resolution}: must be a multiple of {factor} for this VAE; use {usable}")
+    if unet["in_channels"] != vae["latent_channels"]:
+        problems.append(f"{name}: its UNet takes {unet['in_channels']} channels; use a text-to-image model")
+    prediction_type = args.prediction_type or scheduler.get("prediction_type", "epsilon")
+    if prediction_type not in ("epsilon", "v_prediction"):
+        problems.append(f"{name}: predicts {prediction_type!r}; only epsilon and v_prediction can be trained")
+    zero_snr = args.rescale_betas_zero_snr or scheduler.get("rescale_betas_zero_snr")
+    if prediction_type == "epsilon" and zero_snr:
+        problems.append("--rescale_betas_zero_snr: useless for epsilon; drop it or add --prediction_type=v_prediction")
+    return problems
+
+
+def vae_factor(config):
+    """Pixels along one side of a latent, of a VAE with this config: 8 for Stable Diffusion's."""
+    return 2 ** (len(config["block_out_channels"]) - 1)
+
+
+def load_tokenizer(args):
+    """The base's tokenizer, which cuts captions where the text encoder has to."""
+    source, where = config_source(args)
+    tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)
+    text_config = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where)
+    tokenizer.model_max_length = text_config.max_position_embeddings
+    return tokenizer
+
+
+def read_latent_shape(args):
+    """The shape (4, resolution / 8, resolution / 8) of an image's latents."""
+    source, where = config_source(args)
+    vae = diffusers.AutoencoderKL.load_config(source, subfolder="vae", **where)
+    side = args.resolution // vae_factor(vae)
+    return vae["latent_channels"], side, side
+
+
+def read_num_timesteps(args):
+    """How many timesteps the base was trained on: 1000 for Stable Diffusion."""
+    source, where = config_source(args)
+    schedule = diffusers.DDPMScheduler.load_config(source, subfolder="scheduler", **where)
+    return schedule.get("num_train_timesteps", 1000)
+
+
+def load_base(args):
+    """Loads the base's pipeline in float32, without its safety checker. Raises `InputError`."""
+    base, where = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
+    options = {**where, "dtype": torch.float32, "variant": args.variant, "safety_checker": None}
+    try:
+        if args.single_file_config:  # a .ckpt is read as weights only
+            return diffusers.StableDiffusionPipeline.from_single_file(
+                base, config=args.single_file_config, dtype=torch.float32, safety_checker=None, **where
+            )
+        return diffusers.StableDiffusionPipeline.from_pretrained(base, **options)
+    except Exception as error:  # every format has its own way of being broken
+        raise InputError(f"{base}: cannot be loaded ({last_line(error)})") from None
+
+
+def enable_memory_savers(args, unet):
+    """Turns on what makes a UNet's passes smaller, as the flags ask for. Raises `InputError`."""
+    if args.enable_xformers_memory_efficient_attention:
+        try:
+            unet.enable_xformers_memory_efficient_attention()
+        except Exception as error:  # xFormers has one for every mismatch
+            base = args.pretrained_model_name_or_path
+            raise InputError(f"{base}: cannot be loaded ({last_line(error)})") from None
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+
+
+def make_noise_scheduler(args, pipeline):
+    """The scheduler that adds noise in training, for the objective that the flags name or else the base's."""
+    changes = {}
+    if args.prediction_type:
+        changes["prediction_type"] = args.prediction_type
+    if args.rescale_betas_zero_snr:
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return diffusers.DDPMScheduler.from_config(pipeline.scheduler.config, **changes)
+
+
+def frozen_copy(model, device, dtype):
+    """A copy of a model that is only used, never trained or saved, in `dtype`."""
+    return copy.deepcopy(model).requires_grad_(False).eval().to(device, dtype=dtype)

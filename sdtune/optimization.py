@@ -1,0 +1,84 @@
+"""The optimizer, its learning rate, and the average of the weights."""
+
+import functools
+import re
+
+import torch
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from diffusers.utils import is_bitsandbytes_available
+
+POLYNOMIAL_END = 1e-7  # the rate at which diffusers' polynomial schedule ends
+
+
+def check_optimization(args):
+    """Lists which flags of the learning rate contradict each other."""
+    problems, schedule = [], args.lr_scheduler
+    if args.lr_warmup_steps and schedule in ("constant", "piecewise_constant"):
+        problems.append(
+            f"--lr_warmup_steps={args.lr_warmup_steps}: does nothing without constant_with_warmup or the like; add "
+            "that or drop this"
+        )
+    number = r"\d*\.?\d+(e-?\d+)?"
+    rules = re.fullmatch(rf"({number}:\d+,)+{number}", args.lr_step_rules or "")
+    if schedule == "piecewise_constant" and not rules:
+        problems.append(f"--lr_step_rules={args.lr_step_rules}: give rules such as 1:10,0.1:20,0.01")
+    if schedule == "polynomial" and args.learning_rate <= POLYNOMIAL_END:
+        problems.append(f"--learning_rate={args.learning_rate}: must be above 1e-7, its end")
+    used_by = {
+        "lr_num_cycles": "cosine_with_restarts",
+        "lr_power": "polynomial",
+        "lr_step_rules": "piecewise_constant",
+    }
+    for flag, kind in used_by.items():
+        value = getattr(args, flag)
+        if value is not None and schedule != kind:
+            problems.append(f"--{flag}={value}: does nothing without --lr_scheduler={kind}; add that or drop this")
+    return problems
+
+
+def check_8bit_adam(args):
+    """Lists whether 8-bit AdamW is asked for where it is not installed."""
+    if args.use_8bit_adam and not is_bitsandbytes_available():
+        return ["--use_8bit_adam=True: needs bitsandbytes; drop this"]
+    return []
+
+
+def peak_learning_rate(args, samples_per_step):
+    """The learning rate after warm-up, scaled by the samples of a step if that is asked for."""
+    return args.learning_rate * samples_per_step if args.scale_lr else args.learning_rate
+
+
+def make_optimizer(args, groups):
+    """AdamW (arXiv 1711.05101) for groups of parameters with their rates, or its 8-bit form (2110.02861)."""
+    if args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit as AdamW
+    else:
+        AdamW = functools.partial(torch.optim.AdamW, fused=True)
+    return AdamW(
+        groups,
+        lr=groups[0]["lr"],
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        weight_decay=args.adam_weight_decay,
+    )
+
+
+def make_schedule(args, optimizer, last_step):
+    """The learning rate's schedule, to be stepped once per optimizer step. It must not be prepared by accelerate,
+    which would count processes."""
+    return get_scheduler(
+        args.lr_scheduler,
+        optimizer,  # whose default rate is where the polynomial starts
+        step_rules=args.lr_step_rules,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=last_step,
+        num_cycles=args.lr_num_cycles or 1,
+        power=args.lr_power or 1.0,
+    )
+
+
+def make_average(args, parameters, foreach=False):
+    """The average of the weights, with the decay that the flags ask for; `foreach` updates many tensors at once."""
+    decay = 0.9999 if args.ema_decay is None else args.ema_decay
+    return EMAModel(parameters, decay=decay, use_ema_warmup=args.ema_warmup, foreach=foreach)

@@ -1,0 +1,17 @@
+"""Random numbers as a pure function of the seed and of what they are for."""
+
+import numpy as np
+
+# A stream of random numbers each: what is drawn from one leaves the others as they are.
+SAMPLE = 0  # crop, flip, caption, timestep and noise of a sample, by epoch and index
+ORDER = 1  # of an epoch
+DROPOUT = 2  # layers, by step and process
+SUBSET = 3  # the images that --max_train_samples leaves
+HELD_OUT = 4  # the images that are not trained on
+CLASS = 5  # order and noise of class images
+
+
+def random_numbers(seed, stream, *place):
+    """A generator of the numbers of a stream at a place, such as an epoch and an index: the same in every process,
+    worker and run."""
+    return np.random.default_rng((seed, stream, *place))

@@ -1,0 +1,146 @@
+"""DreamBooth's prior preservation: images of the subject's class, drawn by the base, beside the photos."""
+
+import dataclasses
+import os
+import re
+from pathlib import Path
+
+import datasets
+import diffusers
+import torch
+from tqdm.auto import tqdm
+
+from sdtune.dataset import METADATA_NAMES, fingerprint_of, load_rows
+from sdtune.errors import InputError, last_line
+from sdtune.files import existing_place
+from sdtune.images import IMAGE_SUFFIXES, is_image_file
+from sdtune.models import DTYPES, enable_memory_savers, load_base, load_tokenizer
+from sdtune.randomness import CLASS, random_numbers
+
+
+@dataclasses.dataclass
+class ClassImages:
+    """The images of the class that are there, and those that are still to be drawn."""
+
+    rows: list  # of one dataset of image and captions, or empty
+    fingerprint: str | None
+    missing: list  # file names
+
+
+def check_subject(args):
+    """Lists what is wrong with the prompts and folders of subject and class."""
+    problems = []
+    if args.with_prior_preservation and not args.class_data_dir:
+        problems.append("--with_prior_preservation: needs --class_data_dir")
+    if args.with_prior_preservation and not (args.class_prompt or "").strip():
+        problems.append("--with_prior_preservation: needs --class_prompt")
+    is_blank = bool(args.instance_prompt) and args.instance_prompt.isspace()
+    lacks_prompt = args.instance_data_dir and not args.instance_prompt and not has_captions(args.instance_data_dir)
+    if is_blank or lacks_prompt:
+        problems.append(
+            "--instance_prompt: give a rare word and the class, such as a photo of sks dog, for photos that have no "
+            "captions"
+        )
+    if args.class_data_dir:
+        problems += check_class_folder(args)
+    return problems
+
+
+def has_captions(folder):
+    """Whether a folder holds captions in some place, be they of all images or not."""
+    for path in Path(folder).rglob("*"):
+        beside_image = path.suffix.lower() in IMAGE_SUFFIXES and path.with_suffix(".txt").is_file()
+        if path.name in METADATA_NAMES or beside_image:
+            return True
+    return False
+
+
+def check_class_folder(args):
+    """Lists what is wrong with the place of the class images: it may be made, but not inside another folder's."""
+    problems, folder = [], Path(args.class_data_dir).resolve()
+    local_dataset = args.dataset_name if os.path.isdir(args.dataset_name or "") else None
+    others = {
+        "instance_data_dir": args.instance_data_dir,
+        "output_dir": args.output_dir,
+        "dataset_name": local_dataset,
+    }
+    for flag, other in others.items():
+        place = Path(other).resolve() if other else None
+        if place and (folder.is_relative_to(place) or place.is_relative_to(folder)):
+            problems.append(f"--class_data_dir={args.class_data_dir}: is not apart from --{flag}; name another")
+    if not existing_place(folder).is_dir():
+        problems.append(f"--class_data_dir={args.class_data_dir}: is a file or lies below one; name another")
+    return problems
+
+
+def load_class_images(args):
+    """Checks the class images that are there and names those to be made: class-00000.png and so on, fewer by those
+    that came from elsewhere. Raises `InputError`."""
+    if not args.class_data_dir:
+        return ClassImages([], None, [])
+    folder, number = Path(args.class_data_dir), args.num_class_images or 100
+    there = [path.name for path in folder.rglob("*") if is_image_file(path, folder)]
+    others = [name for name in there if not re.fullmatch(r"class-\d{5}\.png", name)]
+    wanted = [f"class-{k:05d}.png" for k in range(number - len(others))]
+    missing = [name for name in wanted if name not in there]
+    print(f"Class images in {folder}: {len(missing)} to be drawn, for {number} at least; a pass has one per photo")
+    if not there:
+        return ClassImages([], None, missing)
+    rows, digests = load_rows(args, load_tokenizer(args), args.class_data_dir, args.class_prompt)
+    return ClassImages([rows], fingerprint_of(0, digests), missing)
+
+
+def with_class_rows(images, class_images):
+    """The photos of the subject, and behind them the images of its class."""
+    return dataclasses.replace(images, rows=datasets.concatenate_datasets([images.rows, *class_images.rows]))
+
+
+def with_classes(batches, num_instances, num_classes, prior_loss_weight, seed):
+    """Appends to each pass of (epoch, index, weight) a class image for every instance, if there are any, its weight
+    multiplied: the sum of weighted losses is then the mean over instances plus `prior_loss_weight`, 1 if None, times
+    that over class images (arXiv 2208.12242, eq. 2). These come in permutations, each by (seed, its number)."""
+    factor = 1.0 if prior_loss_weight is None else prior_loss_weight
+    for batch in batches:
+        partners = []
+        for epoch, index, weight in batch if num_classes else []:
+            turn, place = divmod(epoch * num_instances + index, num_classes)
+            order = random_numbers(seed, CLASS, turn).permutation(num_classes)
+            partners.append((turn, num_instances + int(order[place]), weight * factor))
+        yield batch + partners
+
+
+@torch.no_grad()
+def draw_class_images(args, accelerator, names):
+    """Draws the class images `names` by the base, each from a seed of its own, shared out over the processes; one that
+    is there is whole, so that an interrupted run goes on where it stopped. Raises `InputError`."""
+    folder, mine = Path(args.class_data_dir), names[accelerator.process_index :: accelerator.num_processes]
+    accelerator.wait_for_everyone()  # all have listed what is missing before the first image appears
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--class_data_dir={folder}: cannot be made ({last_line(error)}); name another") from None
+    pipeline = load_base(args)  # not the one to be trained: that may have dropout, and adapters
+    enable_memory_savers(args, pipeline.unet)
+    dtype = {**DTYPES, "fp32": torch.float32}[args.prior_generation_precision or accelerator.mixed_precision]
+    pipeline.to(accelerator.device, dtype).set_progress_bar_config(disable=True)
+    pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    size = args.sample_batch_size or 4
+    for start in tqdm(range(0, len(mine), size), "Class images", disable=not accelerator.is_main_process):
+        batch = mine[start : start + size]
+        numbers = [int(name.removeprefix("class-").removesuffix(".png")) for name in batch]
+        seeds = [random_numbers(args.seed, CLASS, 0, number).integers(2**63) for number in numbers]
+        drawn = pipeline(
+            [args.class_prompt] * len(batch),
+            height=args.resolution,
+            width=args.resolution,
+            num_inference_steps=25,
+            generator=[torch.Generator().manual_seed(int(seed)) for seed in seeds],
+        ).images
+        for name, image in zip(batch, drawn, strict=True):
+            image.save(folder / f".{name}", "PNG")
+            (folder / f".{name}").rename(folder / name)
+    accelerator.wait_for_everyone()
+    if lost := [name for name in names if not (folder / name).exists()]:
+        raise InputError(
+            f"--class_data_dir={folder}: {len(lost)} drawn images are not there; all machines need the same folder"
+        )

@@ -1,0 +1,75 @@
+"""Runs a script in copies of the test's own process: as apart as other processes, without seconds of imports."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+
+import torch
+
+FORK = multiprocessing.get_context("fork")
+
+
+def start_copy(script, words, said, **environment):
+    """Starts main() of a script with the words in a copy of this process; returns the copy. What it prints is appended
+    to the file `said`, and `environment` is added to its variables."""
+    copy = FORK.Process(target=run_main, args=(script, words, said, environment))
+    copy.start()
+    return copy
+
+
+def run_main(script, words, said, environment):
+    """Calls main() of a script as if this process had begun with it; its end becomes the exit status."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    sys.stdout = sys.stderr = open(said, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (until the process ends)
+    for stream in (1, 2):
+        os.dup2(sys.stdout.fileno(), stream)
+    os.environ.update(environment)
+    torch.set_num_threads(1)  # others of this process were not copied
+    script.main(words)
+
+
+def end_of(copy, seconds=120):
+    """Waits for a copy to end; returns its exit status, that of a signal as a negative number."""
+    copy.join(seconds)
+    if copy.is_alive():
+        copy.kill()
+        copy.join()
+        raise TimeoutError(f"the copy did not end in {seconds} seconds")
+    return copy.exitcode
+
+
+def run_copies(script, words, said, number=2, seconds=240):
+    """Runs main() of a script in so many copies that share the work, as torchrun starts them on one machine; returns
+    their exit statuses."""
+    together = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(number),
+        "LOCAL_WORLD_SIZE": str(number),
+        "TORCHELASTIC_RUN_ID": "none",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    copies = [
+        start_copy(script, words, said, **together, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(number)
+    ]
+    deadline = time.monotonic() + seconds
+    while any(copy.is_alive() for copy in copies):
+        failed = [copy for copy in copies if copy.exitcode]
+        if failed or time.monotonic() > deadline:  # the others would wait for it for a day
+            time.sleep(1)
+            for copy in copies:
+                copy.kill()
+        time.sleep(0.01)
+    return [copy.exitcode for copy in copies]
+
+
+def free_port():
+    """A port of this machine that nobody listens on."""
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,347 @@
+"""`sdtune check` finds what is wrong with a dataset and nothing else, and leaves it as it is."""
+
+import io
+import json
+import re
+import shutil
+
+import datasets
+import numpy as np
+import pytest
+from conftest import load_script
+from image_data import make_image, snapshot, write_messy_folder, write_metadata
+from PIL import Image, ImageOps
+from running import REPO, status_of
+from tiny import make_tokenizer
+
+from sdtune.commands import check as command
+
+KINDS = ("unusable", "cut_captions", "enlarged", "exact_duplicates", "near_duplicates")
+
+
+@pytest.fixture(scope="module")
+def render():
+    """miniature/render.py as a module."""
+    return load_script(REPO / "miniature" / "render.py")
+
+
+@pytest.fixture(scope="module")
+def creatures(render):
+    """240 creatures, as the demo draws them."""
+    return [Image.fromarray(render.make("creatures", 0, index)[0]) for index in range(240)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """The tokenizer of the tiny pipelines."""
+    return make_tokenizer()
+
+
+def check(folder, tmp_path, *words):
+    """Runs the command; returns (status, report)."""
+    report = tmp_path / "report.json"
+    own = ["--resolution=64", f"--cache_dir={tmp_path / 'cache'}", f"--json={report}", "--overwrite"]
+    status = status_of(command.main, folder, *own, *words)
+    return status, json.loads(report.read_text(encoding="utf-8"))
+
+
+def errors(capsys, *words):
+    """What the command says on the standard error, having ended with status 2."""
+    assert status_of(command.main, *words) == 2
+    return capsys.readouterr().err
+
+
+def write_images(folder, images, captions=None):
+    """Writes images by name, and their captions; returns the folder."""
+    folder.mkdir()
+    captions, rows = captions or {}, []
+    for name, image in images.items():
+        image.save(folder / name)
+        rows.append({"file_name": name, "text": captions.get(name, f"picture {name}")})
+    write_metadata(folder, rows)
+    return folder
+
+
+def encoded(image, kind, quality):
+    """The image as a file of another format gives it back."""
+    file = io.BytesIO()
+    image.save(file, kind, quality=quality)
+    return Image.open(file).convert("RGB")
+
+
+def noise(seed, size=(200, 150)):
+    """A photo-like image: coloured noise of which large parts are stronger than small ones."""
+    frequency = np.hypot(*np.meshgrid(*map(np.fft.fftfreq, size[::-1]), indexing="ij"))
+    frequency[0, 0] = 1
+    waves = np.fft.fft2(np.random.default_rng(seed).standard_normal((3, *size[::-1]))) / frequency**1.2
+    pixels = np.fft.ifft2(waves).real
+    pixels = (pixels - pixels.mean()) / pixels.std() * 55 + 128
+    return Image.fromarray(pixels.transpose(1, 2, 0).clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture
+def planted(tmp_path, creatures):
+    """A folder of 40 images, 29 of them good and 11 with a fault each."""
+    folder = write_messy_folder(tmp_path / "planted", 0, 64).path
+    images = {f"creature_{index:02d}.png": image for index, image in enumerate(creatures[:28])}
+    images["cmyk.jpg"] = noise(1).convert("CMYK")  # no fault: opened as a viewer would
+    images["long.png"] = noise(2)
+    images["small.png"] = noise(3, (60, 40))
+    images["mirrored.png"] = ImageOps.mirror(creatures[7])
+    for name, image in images.items():
+        image.save(folder / name)
+    creatures[5].save(folder / "reencoded.jpg", quality=75)
+    creatures[9].resize((100, 100), Image.Resampling.BICUBIC).save(folder / "resized.webp", quality=80)
+    shutil.copy(folder / "creature_03.png", folder / "exact.png")
+
+    captions = dict.fromkeys([*images, "reencoded.jpg", "resized.webp", "exact.png"], "a <b>red</b> & star")
+    captions["long.png"] = "red " * 80 + "tail"
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    write_metadata(folder, rows + [{"file_name": name, "text": text} for name, text in captions.items()])
+    return folder
+
+
+def named(findings, *keys):
+    """What findings say under some keys: a list of tuples, the image first."""
+    return [tuple(finding[key] for key in ("image", *keys)) for finding in findings]
+
+
+def test_every_planted_fault_and_nothing_else(planted, tiny_pipeline, tmp_path, capsys):
+    before = snapshot(planted)
+    assert len(before) - 1 == 39  # and one in the metadata that is not there
+    page = tmp_path / "report.html"
+    base = f"--pretrained_model_name_or_path={tiny_pipeline}"
+    status, report = check(planted, tmp_path, base, f"--html={page}")
+    assert status == 1
+    assert snapshot(planted) == before
+    assert (report["num_images"], report["num_usable"], report["num_captions"]) == (40, 35, 39)
+    assert {image: problem.split(":")[0] for image, problem in named(report["unusable"], "problem")} == {
+        "no_caption.png": "has no caption, in metadata or a .txt beside it",
+        "no_file.png": "there is no such file",
+        "not_an_image.jpg": "no image that Pillow knows",
+        "truncated.jpg": "cannot be read",
+        "too_small.png": "100 x 3 pixels; a side needs at least 16",
+    }
+    assert named(report["cut_captions"], "tokens", "lost") == [("long.png", 86, "red red red red red tail")]
+    assert named(report["enlarged"], "width", "height", "factor") == [("small.png", 60, 40, 1.6)]
+    assert named(report["exact_duplicates"], "same_as") == [("exact.png", "creature_03.png")]
+    assert named(report["near_duplicates"], "like", "mirrored") == [
+        ("mirrored.png", "creature_07.png", True),
+        ("reencoded.jpg", "creature_05.png", False),
+        ("resized.webp", "creature_09.png", False),
+    ]
+    assert report["near_duplicates"][0]["difference"] == 0
+    assert sum(report["sizes"].values()) == 36
+    assert sum(report["aspect_ratios"].values()) == 36
+    assert report["sizes"]["64 x 64"] == 32
+    assert report["captions_with_word"]["star"] == 34
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 100
+    for line in (
+        "Unusable images: 5",
+        "Cut captions: 1",
+        "Small images: 1",
+        "Exact duplicates: 1",
+        "Near duplicates: 3",
+        "small.png: 60 x 40, enlarged 1.60 times",
+        "exact.png: same as creature_03.png",
+    ):
+        assert line in text
+    check_page(page.read_text(encoding="utf-8"), report)
+
+
+def check_page(page, report):
+    """The page holds all findings, escaped, and needs nothing else."""
+    assert "a &lt;b&gt;red&lt;/b&gt; &amp; star" in page
+    assert "<b>red" not in page
+    assert not re.search(r"<(script|link|iframe)|https?://|url\(", page)
+    sources = re.findall(r'src="([^"]*)"', page)
+    # Unusable ones that open, a thumbnail of each cut, small and good image, and two of each duplicate.
+    assert len(sources) == 1 + 1 + 1 + 2 * 4 + 36
+    assert all(source.startswith("data:image/jpeg;base64,") for source in sources)
+    assert all(finding["image"] in page for kind in KINDS for finding in report[kind])
+
+
+def test_a_good_dataset_has_no_findings(creatures, tmp_path, tiny_pipeline, capsys):
+    """Among the demo's creatures no two pass for near duplicates, as they are or mirrored."""
+    folder = write_images(tmp_path / "good", {f"{index:03d}.png": image for index, image in enumerate(creatures)})
+    status, report = check(folder, tmp_path, f"--pretrained_model_name_or_path={tiny_pipeline}")
+    assert status == 0
+    assert [report[kind] for kind in KINDS] == [[], [], [], [], []]
+    assert "Near duplicates: 0\n" in capsys.readouterr().out
+
+
+def test_shapes_test_images_and_noise_are_no_near_duplicates(render):
+    """Squares of any colour have one and the same hash; their colours tell them apart."""
+    shapes = [Image.fromarray(render.make("shapes", 0, index)[0]) for index in range(120)]
+    for images in (shapes, [make_image(index) for index in range(60)], [noise(seed) for seed in range(30)]):
+        assert command.near_duplicates([command.fingerprint(image) for image in images], 2.5) == {}
+
+
+def as_jpeg(image):
+    return encoded(image, "JPEG", 75)
+
+
+def as_webp(image):
+    return encoded(image, "WEBP", 80)
+
+
+def doubled(image):
+    return image.resize([2 * side for side in image.size], Image.Resampling.BICUBIC)
+
+
+def made_smaller(image):
+    return image.resize([3 * side // 4 for side in image.size], Image.Resampling.LANCZOS)
+
+
+@pytest.mark.parametrize("change", [as_jpeg, as_webp, doubled, made_smaller])
+@pytest.mark.parametrize("mirror", [False, True])
+def test_near_duplicates_are_found(creatures, change, mirror):
+    for image in [*creatures[:30], *map(noise, range(5)), noise(6, (211, 97))]:
+        copy = change(ImageOps.mirror(image) if mirror else image)
+        found = command.near_duplicates([command.fingerprint(image), command.fingerprint(copy)], 2.5)
+        assert list(found) == [1]
+        assert found[1][1:] == (mirror, 0)
+
+
+def test_the_most_alike_is_named_in_blocks_too(monkeypatch):
+    re_encoded, mirrored = encoded(noise(0), "JPEG", 30), ImageOps.mirror(noise(1))
+    images = [noise(0), noise(1), re_encoded, noise(0), mirrored, noise(2)]
+    prints = [command.fingerprint(image) for image in images]
+    found = command.near_duplicates(prints, 5.0)
+    matches = {late: (is_mirrored, early) for late, (_, is_mirrored, early) in found.items()}
+    assert matches == {2: (False, 0), 3: (False, 0), 4: (True, 1)}
+    monkeypatch.setattr(command, "PAIRS", 7)  # one row at a time
+    assert command.near_duplicates(prints, 5.0) == found
+
+
+def test_difference():
+    """Root mean square, the larger one of brightness and colour."""
+    brightness, colour = np.zeros((2, 16, 16), np.uint8), np.full((2, 8, 8, 2), 200, np.uint8)
+    other_brightness = np.stack([np.full((16, 16), 3), np.eye(16) * 8]).astype(np.uint8)
+    other_colour = colour + np.array([5, 1], np.uint8).reshape(2, 1, 1, 1)
+    found = command.difference((brightness, colour), (other_brightness, other_colour))
+    assert found.tolist() == [5, 2]  # 8 in one pixel of 16: sqrt(64 / 16)
+
+
+def test_no_near_duplicates_are_looked_for_if_not_wanted(planted, tmp_path, capsys):
+    _, report = check(planted, tmp_path, "--near_duplicate_difference=-1")
+    assert report["near_duplicates"] is None
+    assert report["cut_captions"] is None  # without a tokenizer
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Near duplicates: not checked (give --near_duplicate_difference" in text
+    assert "Cut captions: not checked (give --pretrained_model_name_or_path" in text
+
+
+@pytest.mark.parametrize(
+    "caption", ["red " * 74 + "circles are lost", "red  " * 75 + "\ncircle", "Ünï " + "x" * 90, "red " * 75, ""]
+)
+def test_lost_words_are_those_that_the_tokenizer_cuts(tokenizer, caption):
+    length, lost = command.lost_words(tokenizer, caption)
+    whole = tokenizer(caption, verbose=False).input_ids
+    cut = tokenizer(caption, truncation=True).input_ids
+    assert length == len(whole)
+    assert bool(lost) == (len(whole) > 77)
+    assert caption.endswith(lost)
+    kept = caption[: len(caption) - len(lost)]
+    assert not lost or kept[-1].isspace()  # whole words are named
+    seen = tokenizer(kept, verbose=False).input_ids[:-1]
+    assert seen == cut[: len(seen)]
+
+
+def test_words_that_are_cut_in_two_are_lost_whole(tokenizer):
+    assert command.lost_words(tokenizer, "red " * 74 + "zzz tail") == (83, "zzz tail")
+    assert command.lost_words(tokenizer, "red " * 75 + "tail")[1] == "tail"
+    assert command.lost_words(tokenizer, "red " * 75) == (77, "")
+
+
+def test_captions_of_dreambooth_and_of_a_config(tmp_path):
+    """Photos without captions are no fault if all have one caption; a configuration file sets any flag."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for seed in range(2):
+        noise(seed).save(folder / f"{seed}.png")
+    status, report = check(folder, tmp_path)
+    assert (status, len(report["unusable"])) == (1, 2)
+    recipe = tmp_path / "check.yaml"
+    recipe.write_text(
+        f"dataset: {folder}\ninstance_prompt: a sks star\nresolution: 100\n"
+        f"json: {tmp_path / 'two.json'}\ncache_dir: {tmp_path / 'cache'}\n"
+    )
+    assert status_of(command.main, "--config", recipe) == 0
+    report = json.loads((tmp_path / "two.json").read_text())
+    assert report["captions_with_word"] == {"a": 2, "sks": 2, "star": 2}
+    assert report["resolution"] == 100
+
+
+def test_a_dataset_that_holds_its_images(tmp_path):
+    rows = []
+    for index, seed in enumerate((1, 2, 1)):
+        file = io.BytesIO()
+        noise(seed).save(file, "PNG")
+        rows.append({"picture": {"bytes": file.getvalue(), "path": None}, "prompt": ["one", f"two {index}"]})
+    features = datasets.Features({"picture": datasets.Image(), "prompt": datasets.List(datasets.Value("string"))})
+    folder = tmp_path / "saved"
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(folder)
+    before = snapshot(folder)
+    columns = ["--image_column=picture", "--caption_column=prompt"]
+    status, report = check(folder, tmp_path, *columns, f"--html={tmp_path / 'page.html'}")
+    assert status == 1
+    assert report["exact_duplicates"] == [{"image": "row 2", "same_as": "row 0", "rows": [2, 0]}]
+    assert report["captions_with_word"] == {"one": 3, "two": 3, "0": 1, "1": 1, "2": 1}
+    assert snapshot(folder) == before
+
+
+def test_long_names_and_steering_characters_stay_in_the_columns(tmp_path, capsys):
+    name = "\x1b[31m" + "long" * 40 + ".png"
+    folder = write_images(tmp_path / "names", {name: make_image(0, (20, 20))}, {name: "x"})
+    check(folder, tmp_path)
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 100
+    assert "\x1b" not in text
+    assert "20 x 20, enlarged 3.20 times" in " ".join(text.split())
+
+
+def test_only_some_findings_are_shown_and_all_written(tmp_path, capsys):
+    images = {f"{index:02d}.png": make_image(index, (32, 32)) for index in range(25)}
+    _, report = check(write_images(tmp_path / "small", images), tmp_path)
+    assert len(report["enlarged"]) == 25
+    text = capsys.readouterr().out
+    assert text.count("enlarged 2.00 times") == 20
+    assert "and 5 more, which --json lists" in text
+
+
+def test_wrong_usage_is_named_at_once_before_anything_is_read(image_folder, tmp_path, capsys):
+    folder, there = image_folder(2), tmp_path / "there.html"
+    there.write_text("mine")
+    before = snapshot(tmp_path)
+    wrong = ["--resolution=0", f"--json={folder / 'r.json'}", "--revision=x", f"--html={there}"]
+    said = errors(capsys, folder, *wrong, "--near_duplicate_difference=nan")
+    assert "--resolution: must be a whole number in [1, inf), not '0'" in said
+    assert "--near_duplicate_difference: must be in [-1, inf], not 'nan'" in said
+    assert f"--json={folder / 'r.json'}: lies in the dataset" in said
+    assert f"--html={there}: exists; name another" in said
+    assert "--revision: does nothing" in said
+    assert "single file" in errors(capsys, folder, "--pretrained_model_name_or_path=model.ckpt")
+    assert "no dataset is given" in errors(capsys)
+    assert "name two files" in errors(capsys, folder, f"--json={tmp_path}/x", f"--html={tmp_path}/x")
+    assert "tokenizer" in errors(capsys, folder, f"--pretrained_model_name_or_path={tmp_path}")
+    said = errors(capsys, tmp_path / "nowhere")
+    assert "DATASET=" in said
+    assert "--dataset_name" not in said
+    assert snapshot(tmp_path) == before
+
+
+def test_status_and_output(tmp_path, image_folder, monkeypatch, capsys):
+    image_folder(2, 64).rename(tmp_path / "data")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    words = ["../data", "--json=r.json", "--cache_dir=cache"]
+    assert status_of(command.main, *words, "--resolution=32") == 0
+    assert "2 images, 2 usable" in capsys.readouterr().out
+    assert status_of(command.main, *words, "--resolution=65", "--overwrite") == 1
+    assert "01.png: 64 x 64, enlarged 1.02 times" in capsys.readouterr().out
+    assert status_of(command.main, *words) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err == "sdtune check: --json=r.json: exists; name another, or add --overwrite\n"

@@ -1,0 +1,83 @@
+"""`sdtune` names its commands without importing what they need, and passes words and status on."""
+
+import subprocess
+import sys
+from configparser import ConfigParser
+from importlib import import_module
+
+import pytest
+from image_data import write_image_folder
+from running import REPO, run_command, status_of
+
+from sdtune import __main__ as sdtune
+
+every_command = pytest.mark.parametrize("name", sdtune.COMMANDS)
+# Runs `sdtune --help`, then says what it has imported.
+HELP = """
+import sys
+from sdtune.__main__ import main
+status = main(["--help"])
+print(status, sorted({"torch", "numpy", "diffusers", "transformers", "datasets", "yaml"} & sys.modules.keys()))
+"""
+
+
+@pytest.fixture
+def main(monkeypatch):
+    """The main() of `sdtune`, which puts the command's name into sys.argv."""
+    monkeypatch.setattr(sys, "argv", ["sdtune"])
+    return sdtune.main
+
+
+def test_help_lists_the_commands_and_imports_nothing(main, capsys):
+    ran = subprocess.run([sys.executable, "-c", HELP], cwd=REPO, text=True, capture_output=True)
+    assert ran.returncode == 0, ran.stderr
+    *shown, last = ran.stdout.splitlines()
+    assert last == "0 []"
+    assert max(map(len, shown)) <= 100
+    for name, does in sdtune.COMMANDS.items():
+        (line,) = [line for line in shown if line.split()[:1] == [name]]
+        assert line.endswith(f"  {does}")
+    for word in ("--help", "-h"):
+        assert status_of(main, word) == 0
+        assert capsys.readouterr().out.splitlines() == shown
+
+
+def test_without_a_command_and_with_one_that_is_none(main, capsys):
+    assert status_of(main) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err == sdtune.overview() + "\n"
+    assert status_of(main, "nothing", "--help") == 2
+    assert capsys.readouterr().err == f"sdtune: there is no command 'nothing'\n{sdtune.overview()}\n"
+
+
+@every_command
+def test_every_command_has_a_module_and_help(main, capsys, name):
+    """In which it is called by its name, as in its mistakes."""
+    module = import_module(f"sdtune.commands.{name.replace('-', '_')}")
+    assert module.__doc__.split("\n")[0].endswith((".", "?"))
+    assert f"sdtune {name} " in module.__doc__
+    assert status_of(main, name, "--help") == 0
+    assert capsys.readouterr().out.startswith(f"usage: sdtune {name} ")
+    assert status_of(main, name, "--no_such_flag") == 2
+    assert f"sdtune {name}: error: " in capsys.readouterr().err
+
+
+def test_there_is_no_other_module():
+    modules = {path.stem for path in (REPO / "sdtune" / "commands").glob("*.py")} - {"__init__"}
+    assert modules == {name.replace("-", "_") for name in sdtune.COMMANDS}
+
+
+def test_words_and_status_are_passed_on(tmp_path):
+    """In a clone, from any folder, as users run it."""
+    write_image_folder(tmp_path / "data", 2, 64)
+    ran = run_command(["check", "data", "--resolution=65", "--cache_dir=cache"], cwd=tmp_path)
+    assert ran.returncode == 1, ran.stderr
+    assert "01.png: 64 x 64, enlarged 1.02 times" in ran.stdout
+    assert "Traceback" not in ran.stderr
+
+
+def test_the_installed_command_is_this_one():
+    settings = ConfigParser()
+    settings.read(REPO / "setup.cfg")
+    assert settings["options.entry_points"]["console_scripts"].split("\n") == ["", "sdtune = sdtune.__main__:main"]

@@ -1,0 +1,126 @@
+"""A base that cannot be trained is refused by its configs, before any of its weights is read."""
+
+import shutil
+
+import pytest
+from tiny import changed_pipeline, make_scheduler
+from training import parse
+
+from sdtune.models import check_model, load_tokenizer, make_noise_scheduler, read_latent_shape, read_num_timesteps
+
+
+def flags(model, *words):
+    return parse(f"--pretrained_model_name_or_path={model}", "--resolution=32", *words)
+
+
+def test_stable_diffusion_is_right(tiny_pipeline, tiny_pipeline_v, tiny_pipeline_sd1):
+    for model in (tiny_pipeline, tiny_pipeline_v, tiny_pipeline_sd1):
+        assert check_model(flags(model)) == []
+
+
+@pytest.mark.parametrize("model", ["no/such_folder/at_all", "nobody/nothing", "./nowhere"])
+def test_a_model_that_is_nowhere_is_named(model):
+    (problem,) = check_model(flags(model))
+    assert problem.startswith(f"{model}: no whole pipeline, no name of one on the Hub, or no connection (")
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "text_encoder", "unet", "vae", "scheduler"])
+def test_a_folder_without_a_part_is_no_pipeline(tiny_pipeline, tmp_path, part):
+    """Without a tokenizer transformers would go on with one that knows nothing."""
+    shutil.copytree(tiny_pipeline, tmp_path / "model", ignore=shutil.ignore_patterns(part))
+    (problem,) = check_model(flags(tmp_path / "model"))
+    assert problem.startswith(f"{tmp_path / 'model'}: no whole pipeline")
+
+
+@pytest.mark.parametrize("part", ["text_encoder_2", "transformer"])
+def test_models_of_another_kind_are_refused_by_the_name_of_their_part(tiny_pipeline, tmp_path, part):
+    changes = {part: ["transformers", "CLIPTextModelWithProjection"], "_class_name": "StableDiffusionXLPipeline"}
+    (problem,) = check_model(flags(changed_pipeline(tiny_pipeline, tmp_path / "changed", "model_index.json", changes)))
+    assert f"has a {part}" in problem
+    assert "use a Stable Diffusion 1.x or 2.x model" in problem
+
+
+def test_inpainting_models_are_refused(tiny_pipeline, tmp_path):
+    (problem,) = check_model(
+        flags(changed_pipeline(tiny_pipeline, tmp_path / "changed", "unet/config.json", {"in_channels": 9}))
+    )
+    assert "its UNet takes 9 channels; use a text-to-image model" in problem
+
+
+def test_other_prediction_types_are_refused(tiny_pipeline, tmp_path):
+    changes = {"prediction_type": "sample"}
+    model = changed_pipeline(tiny_pipeline, tmp_path / "changed", "scheduler/scheduler_config.json", changes)
+    (problem,) = check_model(flags(model))
+    assert "predicts 'sample'; only epsilon and v_prediction can be trained" in problem
+    assert check_model(flags(model, "--prediction_type=epsilon")) == []
+
+
+@pytest.mark.parametrize("resolution, usable", [(60, 56), (33, 32), (7, 8)])
+def test_resolution_that_the_vae_cannot_divide(tiny_pipeline, resolution, usable):
+    (problem,) = check_model(flags(tiny_pipeline, f"--resolution={resolution}"))
+    assert problem == f"--resolution={resolution}: must be a multiple of 8 for this VAE; use {usable}"
+
+
+def test_zero_terminal_snr_needs_v_prediction(tiny_pipeline, tiny_pipeline_v, tmp_path):
+    flag, v_prediction = "--rescale_betas_zero_snr", "--prediction_type=v_prediction"
+    for words in ([], ["--prediction_type=epsilon"]):
+        (problem,) = check_model(flags(tiny_pipeline, flag, *words))
+        assert v_prediction in problem
+    assert check_model(flags(tiny_pipeline, flag, v_prediction)) == []
+    assert check_model(flags(tiny_pipeline_v, flag)) == []
+    changes = {"rescale_betas_zero_snr": True}  # the base's own, not a flag
+    model = changed_pipeline(tiny_pipeline, tmp_path / "changed", "scheduler/scheduler_config.json", changes)
+    (problem,) = check_model(flags(model))
+    assert v_prediction in problem
+    assert check_model(flags(model, v_prediction)) == []
+
+
+def test_single_file_and_its_config_belong_together(tiny_pipeline, tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"")
+    config = f"--single_file_config={tiny_pipeline}"
+    (problem,) = check_model(flags(path))
+    assert "--single_file_config" in problem
+    assert check_model(flags(path, config)) == []
+    (problem,) = check_model(flags(tiny_pipeline, config))
+    assert "--single_file_config" in problem
+    (problem,) = check_model(flags(tmp_path / "missing.ckpt"))
+    assert "no such file" in problem
+
+
+def test_flags_of_a_model_that_do_nothing_are_refused(tiny_pipeline, tmp_path):
+    (problem,) = check_model(flags(tiny_pipeline, "--revision=main"))
+    assert "--revision=main: does nothing without a model on the Hub" in problem
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"")
+    (problem,) = check_model(flags(path, f"--single_file_config={tiny_pipeline}", "--variant=fp16"))
+    assert "--variant=fp16: does nothing with a single file" in problem
+
+
+def test_what_a_dataset_needs_to_know_of_a_base(tiny_pipeline, tmp_path):
+    args = flags(tiny_pipeline, "--resolution=64")
+    assert read_latent_shape(args) == (4, 8, 8)
+    assert read_num_timesteps(args) == 1000
+    tokenizer = load_tokenizer(args)
+    assert tokenizer.model_max_length == 77
+    changed = changed_pipeline(
+        tiny_pipeline, tmp_path / "changed", "text_encoder/config.json", {"max_position_embeddings": 20}
+    )
+    assert load_tokenizer(flags(changed)).model_max_length == 20  # as far as the text encoder reads
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ([], ("epsilon", False, "leading")),
+        (["--prediction_type=v_prediction"], ("v_prediction", False, "leading")),
+        (["--prediction_type=v_prediction", "--rescale_betas_zero_snr"], ("v_prediction", True, "trailing")),
+    ],
+)
+def test_noise_scheduler_is_that_of_the_objective(tiny_pipeline, words, expected):
+    class Pipeline:
+        scheduler = make_scheduler()
+
+    config = make_noise_scheduler(flags(tiny_pipeline, *words), Pipeline).config
+    assert (config.prediction_type, config.rescale_betas_zero_snr, config.timestep_spacing) == expected
+    assert (config.beta_start, config.beta_end, config.beta_schedule) == (0.00085, 0.012, "scaled_linear")

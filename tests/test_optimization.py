@@ -1,0 +1,129 @@
+"""Flags of the learning rate that contradict each other are refused; optimizer, schedule and average obey them."""
+
+import math
+
+import pytest
+import torch
+from training import parse
+
+from sdtune import optimization
+from sdtune.optimization import (
+    check_8bit_adam,
+    check_optimization,
+    make_average,
+    make_optimizer,
+    make_schedule,
+    peak_learning_rate,
+)
+
+
+@pytest.mark.parametrize(
+    "flag, needed, instead",
+    [
+        ("--lr_num_cycles=2", "--lr_scheduler=cosine_with_restarts", "--lr_scheduler=cosine"),
+        ("--lr_power=2", "--lr_scheduler=polynomial", "--lr_scheduler=linear"),
+        ("--lr_step_rules=1:10,0.1", "--lr_scheduler=piecewise_constant", "--lr_scheduler=constant"),
+    ],
+)
+def test_flag_that_is_for_another_schedule(flag, needed, instead):
+    assert check_optimization(parse(flag, needed)) == []
+    (problem,) = check_optimization(parse(flag, instead))
+    assert problem == f"{flag.replace('=2', '=2.0') if 'power' in flag else flag}: does nothing without {needed}; " + (
+        "add that or drop this"
+    )
+
+
+@pytest.mark.parametrize("schedule", ["constant", "piecewise_constant"])
+def test_schedules_that_do_not_warm_up(schedule):
+    words = [f"--lr_scheduler={schedule}"]
+    if schedule == "piecewise_constant":
+        words.append("--lr_step_rules=1:10,0.1")
+    (problem,) = check_optimization(parse(*words, "--lr_warmup_steps=3"))
+    assert "--lr_warmup_steps=3: does nothing without constant_with_warmup or the like" in problem
+    assert check_optimization(parse(*words)) == []
+
+
+@pytest.mark.parametrize(
+    "schedule", ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant_with_warmup"]
+)
+def test_schedules_that_warm_up(schedule):
+    assert check_optimization(parse(f"--lr_scheduler={schedule}", "--lr_warmup_steps=1")) == []
+
+
+@pytest.mark.parametrize("rules", [None, "1", "10:1", "1:10,0.1:20", "ten:1,2", "1:10 0.1", ""])
+def test_piecewise_constant_needs_rules_that_can_be_read(rules):
+    words = [] if rules is None else [f"--lr_step_rules={rules}"]
+    (problem,) = check_optimization(parse("--lr_scheduler=piecewise_constant", *words))
+    assert f"--lr_step_rules={rules}: give rules such as 1:10,0.1:20,0.01" in problem
+
+
+@pytest.mark.parametrize("rules", ["1:10,0.1", "1:10,0.1:20,1e-2", ".5:3,2"])
+def test_rules_of_piecewise_constant(rules):
+    assert check_optimization(parse("--lr_scheduler=piecewise_constant", f"--lr_step_rules={rules}")) == []
+
+
+def test_a_polynomial_needs_room_above_its_end():
+    (problem,) = check_optimization(parse("--lr_scheduler=polynomial", "--learning_rate=1e-7"))
+    assert "--learning_rate=1e-07: must be above 1e-7" in problem
+    assert check_optimization(parse("--lr_scheduler=polynomial", "--learning_rate=2e-7")) == []
+
+
+def test_8bit_adam_needs_its_package(monkeypatch):
+    assert check_8bit_adam(parse("--use_8bit_adam")) == []
+    monkeypatch.setattr(optimization, "is_bitsandbytes_available", lambda: False)
+    assert check_8bit_adam(parse("--use_8bit_adam")) == ["--use_8bit_adam=True: needs bitsandbytes; drop this"]
+    assert check_8bit_adam(parse()) == []
+
+
+def test_learning_rate_is_scaled_on_demand():
+    assert peak_learning_rate(parse("--learning_rate=1e-5"), 12) == 1e-5
+    assert peak_learning_rate(parse("--learning_rate=1e-5", "--scale_lr"), 12) == pytest.approx(1.2e-4)
+
+
+def rates_of(num_steps, *words):
+    """The learning rates of the steps, relative to the peak of 0.5."""
+    args = parse(*words)
+    groups = [{"params": [torch.nn.Parameter(torch.ones(1))], "lr": 0.5}]
+    optimizer = make_optimizer(args, groups)
+    lr_scheduler = make_schedule(args, optimizer, num_steps)
+    rates = []
+    for _ in range(num_steps):
+        rates.append(lr_scheduler.get_last_lr()[0] / 0.5)
+        optimizer.step()
+        lr_scheduler.step()
+    return rates
+
+
+def test_schedules_by_their_formulas():
+    steps = range(8)
+    assert rates_of(8, "--lr_scheduler=constant") == [1] * 8
+    assert rates_of(8, "--lr_scheduler=linear") == pytest.approx([1 - step / 8 for step in steps])
+    warm = rates_of(8, "--lr_scheduler=constant_with_warmup", "--lr_warmup_steps=4")
+    assert warm == pytest.approx([min(1, step / 4) for step in steps])
+    cosine = [(1 + math.cos(math.pi * step / 8)) / 2 for step in steps]
+    assert rates_of(8, "--lr_scheduler=cosine") == pytest.approx(cosine)
+    twice = [(1 + math.cos(math.pi * (step % 4) / 4)) / 2 for step in steps]
+    assert rates_of(8, "--lr_scheduler=cosine_with_restarts", "--lr_num_cycles=2") == pytest.approx(twice)
+    square = [(1 - step / 8) ** 2 for step in steps]
+    assert rates_of(8, "--lr_scheduler=polynomial", "--lr_power=2") == pytest.approx(square, abs=1e-6)
+    pieces = rates_of(8, "--lr_scheduler=piecewise_constant", "--lr_step_rules=1:3,0.1:5,0.01")
+    assert pieces == pytest.approx([1, 1, 1, 0.1, 0.1, 0.01, 0.01, 0.01])
+
+
+def test_optimizer_is_adamw_by_its_formula():
+    """One step of arXiv 1711.05101, algorithm 2, with the flags' constants."""
+    parameter = torch.nn.Parameter(torch.tensor([2.0, -3.0]))
+    parameter.grad = torch.tensor([0.5, 4.0])
+    flags = ["--adam_beta1=0.8", "--adam_beta2=0.9", "--adam_epsilon=0.01", "--adam_weight_decay=0.1"]
+    make_optimizer(parse(*flags), [{"params": [parameter], "lr": 0.25}]).step()
+    weight, grad = torch.tensor([2.0, -3.0]), torch.tensor([0.5, 4.0])
+    expected = weight - 0.25 * (grad / (grad.abs() + 0.01) + 0.1 * weight)  # both moments' corrections cancel here
+    torch.testing.assert_close(parameter.data, expected)
+
+
+def test_average_takes_its_decay_from_the_flags():
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    assert make_average(parse("--use_ema"), [parameter]).decay == 0.9999
+    assert make_average(parse("--use_ema", "--ema_decay=0"), [parameter]).decay == 0
+    average = make_average(parse("--use_ema", "--ema_decay=0.5", "--ema_warmup"), [parameter], foreach=True)
+    assert (average.decay, average.use_ema_warmup, average.foreach) == (0.5, True, True)

@@ -1,0 +1,243 @@
+"""`sdtune show` draws what training sees, pixel by pixel, with captions that can be read."""
+
+import io
+import json
+from itertools import combinations
+
+import datasets
+import numpy as np
+import pytest
+from image_data import caption_of, make_image, snapshot, write_image_folder, write_metadata
+from PIL import Image, ImageDraw, ImageFont
+from running import status_of
+
+from sdtune import fonts
+from sdtune.arguments import (
+    add_data_arguments,
+    add_model_arguments,
+    add_objective_arguments,
+    add_run_arguments,
+    add_validation_arguments,
+    new_parser,
+    parse_flags,
+)
+from sdtune.batches import StepCounts, micro_batches
+from sdtune.commands import show as command
+from sdtune.dataset import load_data
+
+
+def show(folder, tmp_path, *flags):
+    """Runs the command; returns the sheet as pixels (height, width, 3)."""
+    sheet = tmp_path / "sheet.png"
+    own = [f"--output={sheet}", f"--cache_dir={tmp_path / 'cache'}", "--overwrite"]
+    assert status_of(command.main, folder, *own, *flags) == 0
+    return np.asarray(Image.open(sheet))
+
+
+def errors(capsys, *flags):
+    """What the command says on the standard error, having ended with status 2."""
+    assert status_of(command.main, *flags) == 2
+    return capsys.readouterr().err
+
+
+def training_flags(flags):
+    """The flags of a training run, as a script reads them."""
+    parser = new_parser("", "")
+    for add_arguments in (
+        add_model_arguments,
+        add_data_arguments,
+        add_objective_arguments,
+        add_validation_arguments,
+        add_run_arguments,
+    ):
+        add_arguments(parser)
+    args, problems = parse_flags(parser, flags, {})
+    assert not problems
+    return args
+
+
+@pytest.fixture
+def odd_images(tmp_path):
+    """A folder of 12 images of all shapes, of two captions each, and a broken one."""
+    sizes = [(40 + 7 * index, 90 - 4 * index) for index in range(12)]
+    captions = [[caption_of(index), "another one"] for index in range(12)]
+    folder = write_image_folder(tmp_path / "odd", 12, sizes, captions)
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    write_metadata(folder, [*rows, {"file_name": "broken.jpg", "text": "broken"}])
+    (folder / "broken.jpg").write_bytes(b"no image")
+    return folder
+
+
+SETTINGS = {
+    "plain": [],
+    "flip": ["--random_flip", "--seed=3"],
+    "centre": ["--center_crop", "--image_interpolation_mode=nearest"],
+    "all": ["--random_flip", "--caption_dropout=0.5", "--num_validation_samples=3", "--max_train_samples=9"],
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_the_sheet_is_what_training_sees(tiny_pipeline, odd_images, tmp_path, name, epoch, monkeypatch):
+    """The same images in the same order, cropped, mirrored and captioned as the samples that are trained on."""
+    settings = [*SETTINGS[name], "--resolution=32", f"--cache_dir={tmp_path / 'cache'}"]
+    base = f"--pretrained_model_name_or_path={tiny_pipeline}"
+    args = training_flags([base, f"--train_data_dir={odd_images}", "--skip_bad_images", *settings])
+    images, _, _ = load_data(args, args.train_data_dir)
+    num = len(images)
+    counts = StepCounts(num, num, num, 1, epoch + 1)
+    samples = [images[item] for item in next(micro_batches(counts, 1, 0, args.seed, epoch))]
+
+    seen, draw_sheet = [], command.draw_sheet
+
+    def note_cells(cells, *rest):
+        seen.extend(cells)
+        return draw_sheet(cells, *rest)
+
+    monkeypatch.setattr(command, "draw_sheet", note_cells)
+    layout = ["--num_images=7", "--columns=7", "--caption_lines=3"]
+    sheet = show(odd_images, tmp_path, f"--epoch={epoch}", *layout, *settings)
+    assert len(seen) == min(7, num)
+    for column, ((image, caption, _), sample) in enumerate(zip(seen, samples)):
+        pixels = sample["pixel_values"].transpose(1, 2, 0)
+        assert np.array_equal(np.asarray(image), pixels)
+        input_ids = images.tokenizer(caption, padding="max_length", truncation=True).input_ids
+        assert np.array_equal(input_ids, sample["input_ids"])
+        left = 13 + column * (192 + 13)  # a cell of six times 32 pixels and a gap of the font's size
+        assert np.array_equal(sheet[13 : 13 + 192 : 6, left : left + 192 : 6], pixels)
+        assert np.array_equal(sheet[18 : 18 + 192 : 6, left + 5 : left + 192 + 5 : 6], pixels)
+    if args.caption_dropout:
+        assert 0 < sum(caption == "" for _, caption, _ in seen) < len(seen)
+
+
+@pytest.fixture(params=["system", "own"])
+def font_names(request, monkeypatch):
+    """Where the font comes from: the system, if it has one, or Pillow."""
+    if request.param == "own":
+        monkeypatch.setattr(fonts, "FONTS", ())
+    return request.param
+
+
+CAPTIONS = [
+    "short",
+    "a caption of many words " * 30,
+    "Donaudampfschifffahrtsgesellschaft" * 5,
+    "猫" * 200,
+    "größer als Привет – “quoted” 😀",
+    "i" * 500,
+    "W" * 60 + " and more",
+    "two words",
+    "x",
+    "a b " * 40,
+]
+
+
+@pytest.mark.parametrize("resolution, columns", [(32, None), (200, 3), (512, 10)])
+def test_nothing_overlaps_and_all_is_on_the_sheet(monkeypatch, font_names, resolution, columns):
+    """Every text and every image has a box of its own."""
+    texts, images = [], []
+
+    class Draw(ImageDraw.ImageDraw):
+        def text(self, place, text, fill, font):
+            texts.append(self.textbbox(place, text, font=font))
+            super().text(place, text, fill, font)
+
+        def rectangle(self, box, **options):
+            images.append(box)
+            super().rectangle(box, **options)
+
+    cells = []
+    for index, caption in enumerate([*CAPTIONS, ""]):
+        cells.append((make_image(index, (resolution, resolution)), caption, f"{'long name ' * 9}{index}.png"))
+    monkeypatch.setattr(command.ImageDraw, "Draw", Draw)
+    sheet, _ = command.draw_sheet(cells, None, resolution, columns, 4)
+    assert len(images) == 11
+    assert len(texts) >= 11 + 4 * 5
+    for a, b in combinations(texts + images, 2):
+        is_beside = a[2] <= b[0] or b[2] <= a[0]
+        is_above_or_below = a[3] <= b[1] or b[3] <= a[1]
+        assert is_beside or is_above_or_below, (a, b)
+    for left, top, right, bottom in texts + images:
+        assert min(left, top) >= 0
+        assert right < sheet.width
+        assert bottom < sheet.height
+
+
+@pytest.mark.parametrize("text", CAPTIONS)
+def test_captions_wrap(text):
+    """No line is too wide; all words are there in their order, or the last line says that some are not."""
+    font = ImageFont.load_default(14)
+    whole = fonts.wrap(text, font, 200, 999)
+    assert max(map(font.getlength, whole)) <= 200
+    assert "".join(whole).replace(" ", "") == "".join(text.split())
+    cut = fonts.wrap(text, font, 200, 3)
+    assert max(map(font.getlength, cut)) <= 200
+    if len(whole) <= 3:
+        assert cut == whole
+    else:
+        assert len(cut) == 3
+        assert cut[:2] == whole[:2]
+        assert cut[2].endswith("...")
+
+
+def test_words_are_cut_only_where_they_must_be():
+    font = ImageFont.load_default(14)
+    lines = fonts.wrap("one two three four five six seven eight", font, 80, 9)
+    assert len(lines) > 2
+    assert " ".join(lines) == "one two three four five six seven eight"
+    assert fonts.wrap("", font, 80, 3) == []
+    assert fonts.wrap(" \n ", font, 80, 3) == []
+
+
+def test_signs_that_the_font_lacks_are_said(image_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(fonts, "FONTS", ())
+    folder = image_folder(2, captions=["ein Mädchen", "“plain” one"])
+    show(folder, tmp_path, "--resolution=32")
+    assert "The font has no picture of ä and draws boxes; give another by --font.\n" in capsys.readouterr().out
+
+
+def test_a_dataset_that_holds_its_images_and_a_config(tmp_path, capsys):
+    file = io.BytesIO()
+    make_image(3, (40, 40)).save(file, "PNG")
+    rows = [{"image": {"bytes": file.getvalue(), "path": None}, "text": ""}] * 2
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "saved")
+    before = snapshot(tmp_path / "saved")
+    recipe, sheet = tmp_path / "show.yaml", tmp_path / "new" / "sheet.png"
+    recipe.write_text(
+        f"dataset: {tmp_path / 'saved'}\noutput: {sheet}\nresolution: 256\ninstance_prompt: a sks star\n"
+        f"cache_dir: {tmp_path / 'cache'}\n"
+    )
+    assert status_of(command.main, "--config", recipe) == 0
+    assert capsys.readouterr().out == f"Wrote {sheet}: 2 of 2 images, as epoch 0 takes them.\n"
+    with Image.open(sheet) as image:
+        assert image.width == 3 * 13 + 2 * 256
+    assert snapshot(tmp_path / "saved") == before
+
+
+def test_the_dataset_stays_as_it_is_and_bad_images_are_left_out(messy_folder, tmp_path, capsys):
+    folder = messy_folder(3).path
+    before = snapshot(folder)
+    show(folder, tmp_path)
+    assert "Left out 5 images that cannot be used; `sdtune check` names them." in capsys.readouterr().out
+    assert snapshot(folder) == before
+
+
+def test_wrong_usage_is_named_at_once_before_anything_is_read(image_folder, tmp_path, capsys):
+    folder = image_folder(2)
+    (tmp_path / "there.png").write_text("mine")
+    before = snapshot(tmp_path)
+    said = errors(capsys, folder, "--resolution=0", "--epoch=-1", "--caption_dropout=2", "--columns=0")
+    for problem in ("--resolution", "--epoch", "--caption_dropout", "--columns", "--output=None"):
+        assert f"\n  {problem}: " in said
+    assert "exists" in errors(capsys, folder, f"--output={tmp_path / 'there.png'}")
+    assert "lies in the dataset" in errors(capsys, folder, f"--output={folder / 'new.png'}")
+    assert "ends in .png" in errors(capsys, folder, f"--output={tmp_path / 'new.jpg'}")
+    output = f"--output={tmp_path / 'new.png'}"
+    assert "no dataset is given" in errors(capsys, output)
+    assert "no font file" in errors(capsys, folder, output, f"--font={tmp_path / 'there.png'}")
+    assert "DATASET=" in errors(capsys, tmp_path / "nowhere", output)
+    cache = f"--cache_dir={tmp_path / 'cache'}"
+    assert "must leave some of 2 images" in errors(capsys, folder, output, cache, "--num_validation_samples=2")
+    after = snapshot(tmp_path)
+    assert {name: state for name, state in after.items() if not name.startswith("cache/")} == before
