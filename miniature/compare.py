@@ -7,29 +7,37 @@ replaces them.
 """
 
 import argparse
+import sys
+from collections import Counter
 from pathlib import Path
 
-import measure
-import render
 import torch
 import yaml
 from PIL import Image, ImageDraw, ImageFont
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # sdtune is found also where it is not installed
+import measure
+import render
+
+from sdtune.fonts import wrap
 
 TILE = 160  # pixels of a column: 64-pixel images are enlarged to be seen
 MARGIN = 8
 LABEL_WIDTH = 90
 FONT_SIZE = 15
+LINE_HEIGHT = round(FONT_SIZE * 1.4)
+MAX_LINES = 99  # no caption is cut
 
 
 def held_out_captions(number):
     """Returns captions of held-out creatures, every body colour once before any comes twice."""
-    rest, ordered = list(render.held_out_combinations("creatures")), []
-    while rest:
-        bodies = set()
-        turn = [pair for pair in rest if not (pair[0] in bodies or bodies.add(pair[0]))]
-        ordered += turn
-        rest = [pair for pair in rest if pair not in turn]
-    return [render.creature_caption(*pair) for pair in ordered[:number]]
+    turns = {}  # pairs of colours by how many of their body colour came before
+    count = Counter()
+    for body, eyes in render.held_out_combinations("creatures"):
+        turns.setdefault(count[body], []).append((body, eyes))
+        count[body] += 1
+    ordered = [pair for turn in turns.values() for pair in turn]
+    return [render.creature_caption(body, eyes) for body, eyes in ordered[:number]]
 
 
 @torch.no_grad()
@@ -43,34 +51,23 @@ def draw(pipeline, prompts, seed, num_inference_steps, guidance_scale):
     ).images
 
 
-def wrap(text, font, width):
-    """Returns the text broken into lines of at most `width` pixels, a word at least."""
-    lines = []
-    for word in text.split():
-        longer = f"{lines[-1]} {word}" if lines else word
-        if lines and font.getlength(longer) <= width:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return "\n".join(lines)
-
-
 def make_grid(rows, captions):
-    """Returns the picture: captions on top, then for each (label, images) of `rows` the label and its images."""
+    """Returns the picture: captions on top, then for each label of `rows` the label and its images."""
     font = ImageFont.load_default(FONT_SIZE)
-    texts = [wrap(caption, font, TILE - MARGIN) for caption in captions]
-    header = max(text.count("\n") + 1 for text in texts) * round(FONT_SIZE * 1.4) + MARGIN
-    size = (LABEL_WIDTH + len(captions) * (TILE + MARGIN), header + len(rows) * (TILE + MARGIN))
-    grid = Image.new("RGB", size, "white")
+    texts = [wrap(caption, font, TILE - MARGIN, MAX_LINES) for caption in captions]
+    header = max(max(1, len(lines)) for lines in texts) * LINE_HEIGHT + MARGIN
+    step = TILE + MARGIN
+    grid = Image.new("RGB", (LABEL_WIDTH + len(captions) * step, header + len(rows) * step), "white")
     pen = ImageDraw.Draw(grid)
-    for column, text in enumerate(texts):
-        pen.multiline_text((LABEL_WIDTH + column * (TILE + MARGIN), MARGIN // 2), text, fill="black", font=font)
-    for row, (label, images) in enumerate(rows):
-        top = header + row * (TILE + MARGIN)
+    for column, lines in enumerate(texts):
+        pen.multiline_text((LABEL_WIDTH + column * step, MARGIN // 2), "\n".join(lines), fill="black", font=font)
+    for row, (label, images) in enumerate(rows.items()):
+        top = header + row * step
         pen.text((MARGIN, top + TILE // 2), label, fill="black", font=font, anchor="lm")
         for column, image in enumerate(images):
-            left = LABEL_WIDTH + column * (TILE + MARGIN)
-            grid.paste(image.convert("RGB").resize((TILE, TILE), Image.Resampling.BICUBIC), (left, top))
+            left = LABEL_WIDTH + column * step
+            tile = image.convert("RGB").resize((TILE, TILE), Image.Resampling.BICUBIC)
+            grid.paste(tile, (left, top))
             pen.rectangle([left - 1, top - 1, left + TILE, top + TILE], outline="lightgrey")
     return grid
 
@@ -78,7 +75,7 @@ def make_grid(rows, captions):
 def add_photos(grid, folder):
     """Returns the grid with a row of the photos of a folder above it."""
     photos = [Image.open(path) for path in sorted(Path(folder).glob("*.png"))]
-    row = make_grid([("photos", photos)], [""] * len(photos))
+    row = make_grid({"photos": photos}, [""] * len(photos))
     both = Image.new("RGB", (max(row.width, grid.width), row.height + grid.height), "white")
     both.paste(row, (0, 0))
     both.paste(grid, (0, row.height))
@@ -86,6 +83,7 @@ def add_photos(grid, folder):
 
 
 def parse_args(argv=None):
+    """The flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", required=True, help="pipeline folder, drawn in the upper row")
     parser.add_argument("--model", required=True, help="pipeline or LoRA folder, drawn in the lower row")
@@ -101,16 +99,26 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
+    """Draws and writes the grid that the command line asks for."""
     args = parse_args(argv)
-    recipe = yaml.safe_load(Path(args.recipe).read_text(encoding="utf-8"))["evaluation"] if args.recipe else {}
-    prompts = recipe.get("prompts") or args.prompts or held_out_captions(args.num_images)
-    options = [prompts, *(recipe.get(name, getattr(args, name)) for name in (
-        "seed", "num_inference_steps", "guidance_scale"))]
-    rows = [("base", draw(measure.load_pipeline(args.base), *options)),
-            ("fine-tuned", draw(measure.load_pipeline(args.model, args.base), *options))]
+    settings = {
+        "prompts": args.prompts,
+        "seed": args.seed,
+        "num_inference_steps": args.num_inference_steps,
+        "guidance_scale": args.guidance_scale,
+    }
+    if args.recipe:
+        recipe = yaml.safe_load(Path(args.recipe).read_text(encoding="utf-8"))["evaluation"]
+        settings |= {name: value for name, value in recipe.items() if name in settings}
+    settings["prompts"] = settings["prompts"] or held_out_captions(args.num_images)
+    rows = {
+        "base": draw(measure.load_pipeline(args.base), **settings),
+        "fine-tuned": draw(measure.load_pipeline(args.model, args.base), **settings),
+    }
+    grid = make_grid(rows, settings["prompts"])
+    if args.photos:
+        grid = add_photos(grid, args.photos)
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    grid = make_grid(rows, prompts)
-    grid = add_photos(grid, args.photos) if args.photos else grid
     grid.save(args.output)
     print(f"Base above result, for prompts that no training image has: {args.output}", flush=True)
 

@@ -12,6 +12,7 @@ Pictures are drawn in 25 DPM-Solver++ steps, prompt k with seed k, so two models
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -22,7 +23,10 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # found by whoever imports this file by its path
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # and sdtune also where it is not installed
 import render
+
+from sdtune.lora import LORA_FILE
 
 HERE = Path(__file__).resolve().parent
 GUIDANCE = 5.0
@@ -34,8 +38,13 @@ def shape_records(number=200, seed=0):
     rng, records = np.random.default_rng(seed), []
     for k in range(number):
         colour, shape, background = combinations[k % len(combinations)]
-        drawn = {"colour": colour, "shape": shape, "background": background,
-                 "size": str(rng.choice(list(render.RADII))), "position": str(rng.choice(list(render.POSITIONS)))}
+        drawn = {
+            "colour": colour,
+            "shape": shape,
+            "background": background,
+            "size": str(rng.choice(list(render.RADII))),
+            "position": str(rng.choice(list(render.POSITIONS))),
+        }
         records.append({"text": render.shape_caption(**drawn), **drawn})
     return records
 
@@ -49,14 +58,14 @@ def creature_records(number=108):
 
 def subject_records(number=50):
     """Prompts with the rare word on the backgrounds that five views of the subject leave out, in turn."""
-    unseen = [name for name in render.COLOURS if name != render.SUBJECT_COLOUR][5:]
+    unseen = render.SUBJECT_GROUNDS[5:]
     chosen = [unseen[k % len(unseen)] for k in range(number)]
     return [{"text": f"a sks star on a {background} background", "background": background} for background in chosen]
 
 
 def star_records(number=50):
     """Prompts of plain stars, each with its `colour`, on other backgrounds."""
-    names = [name for name in render.COLOURS if name != render.SUBJECT_COLOUR]
+    names = render.SUBJECT_GROUNDS
     pairs = [(colour, ground) for colour in names for ground in names if colour != ground]
     chosen = [pairs[k * 11 % len(pairs)] for k in range(number)]
     return [{"text": f"a {colour} star on a {ground} background", "colour": colour} for colour, ground in chosen]
@@ -64,11 +73,12 @@ def star_records(number=50):
 
 def load_pipeline(folder, base=None):
     """A pipeline in float32 with DPM-Solver++ and no progress bar; a folder of LoRA weights goes onto `base`."""
-    adapters = (Path(folder) / "pytorch_lora_weights.safetensors").exists()
-    pipeline = StableDiffusionPipeline.from_pretrained(base if adapters else folder, safety_checker=None,
-                                                       torch_dtype=torch.float32)
-    if adapters:
-        pipeline.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")
+    is_lora = Path(folder, LORA_FILE).exists()
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        base if is_lora else folder, safety_checker=None, torch_dtype=torch.float32
+    )
+    if is_lora:
+        pipeline.load_lora_weights(folder, weight_name=LORA_FILE)
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -81,54 +91,72 @@ def draw(pipeline, records, steps=25, guidance=GUIDANCE, batch_size=50, seed=0):
     for first in range(0, len(records), batch_size):
         batch = records[first : first + batch_size]
         generators = [torch.Generator().manual_seed(seed + first + k) for k in range(len(batch))]
-        made = pipeline([r["text"] for r in batch], num_inference_steps=steps, guidance_scale=guidance,
-                        height=render.SIZE, width=render.SIZE, generator=generators, output_type="np").images
+        made = pipeline(
+            [record["text"] for record in batch],
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            height=render.SIZE,
+            width=render.SIZE,
+            generator=generators,
+            output_type="np",
+        ).images
         images.append((made * 255).round().astype(np.uint8))
     return np.concatenate(images), records
 
 
 def share(values):
+    """The share of True."""
     return round(float(np.mean(values)), 4)
+
+
+def agreeing(seen, records, key):
+    """The share of pictures whose `key` was seen as the record has it."""
+    return share([found[key] == record[key] for found, record in zip(seen, records, strict=True)])
 
 
 def score_shapes(images, records):
     """Shares in [0, 1] of pictures with the right background, shape colour, shape, and all three."""
     seen = [render.read_shape(image) for image in images]
-    right = {key: [s[key] == r[key] for s, r in zip(seen, records, strict=True)]
-             for key in ("background", "colour", "shape")}
-    right["all"] = list(np.all(list(right.values()), axis=0))
-    return {key: share(values) for key, values in right.items()}
+    keys = ("background", "colour", "shape")
+    all_right = []
+    for found, record in zip(seen, records, strict=True):
+        all_right.append(all(found[key] == record[key] for key in keys))
+    return {**{key: agreeing(seen, records, key) for key in keys}, "all": share(all_right)}
 
 
 def score_creatures(images, records):
     """Shares in [0, 1] with the right body colour, a plain white ground, visible eyes, and the right eye colour."""
     seen = [render.read_creature(image) for image in images]
-    pairs = list(zip(seen, records, strict=True))
     return {
-        "body": share([s["body"] == r["body"] for s, r in pairs]),
-        "white_ground": share([s["white_ground"] for s in seen]),
-        "eyes_visible": share([s["eyes_visible"] for s in seen]),
-        "eyes": share([s["eyes"] == r["eyes"] for s, r in pairs]),
+        "body": agreeing(seen, records, "body"),
+        "white_ground": share([found["white_ground"] for found in seen]),
+        "eyes_visible": share([found["eyes_visible"] for found in seen]),
+        "eyes": agreeing(seen, records, "eyes"),
     }
 
 
 def score_subject(images, records):
     """Shares in [0, 1] of pictures with the subject's stripes, its ring, both, and the prompted background."""
     seen = [render.read_subject(image) for image in images]
-    return {"stripes": share([s["stripes"] for s in seen]), "ring": share([s["ring"] for s in seen]),
-            "both": share([s["stripes"] and s["ring"] for s in seen]),
-            "background": share([s["background"] == r["background"] for s, r in zip(seen, records, strict=True)])}
+    return {
+        "stripes": share([found["stripes"] for found in seen]),
+        "ring": share([found["ring"] for found in seen]),
+        "both": share([found["stripes"] and found["ring"] for found in seen]),
+        "background": agreeing(seen, records, "background"),
+    }
 
 
 def score_stars(images, records):
     """Shares in [0, 1] of pictures with any of the subject's marks, a ring of another colour too, and of plain stars
     in the prompted colour."""
-    marks = [render.read_subject(image) for image in images]
-    shapes = [render.read_shape(image) for image in images]
-    plain = [not (m["stripes"] or m["circled"]) for m in marks]
-    right = [p and s["shape"] == "star" and s["colour"] == r["colour"]
-             for p, s, r in zip(plain, shapes, records, strict=True)]
-    return {"marked": share(np.logical_not(plain)), "plain_star_in_its_colour": share(right)}
+    marked, right = [], []
+    for image, record in zip(images, records, strict=True):
+        marks, shape = render.read_subject(image), render.read_shape(image)
+        is_marked = marks["stripes"] or marks["circled"]
+        is_star_in_colour = shape["shape"] == "star" and shape["colour"] == record["colour"]
+        marked.append(is_marked)
+        right.append(is_star_in_colour and not is_marked)
+    return {"marked": share(marked), "plain_star_in_its_colour": share(right)}
 
 
 @torch.no_grad()
@@ -137,7 +165,8 @@ def reconstruct(vae, images, batch_size=64):
     made = []
     for chunk in torch.from_numpy(images).split(batch_size):
         pixels = chunk.permute(0, 3, 1, 2).float() / 127.5 - 1
-        decoded = vae.decode(vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
+        latents = vae.encode(pixels).latent_dist.mode()
+        decoded = vae.decode(latents).sample.clamp(-1, 1)
         made.append(((decoded + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1))
     return torch.cat(made).numpy()
 
@@ -151,9 +180,9 @@ def psnr(made, wanted):
 def measure_vae(folder, number=128, seed=7):
     """Mean PSNR per family, and what the renderer still reads in reconstructions of held-out images."""
     vae = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).eval()
+    splits = {"creatures": "held_out", "shapes": "held_out", "patterned": "train", "subject": "train"}
     result = {}
-    for family, split in (("creatures", "held_out"), ("shapes", "held_out"), ("patterned", "train"),
-                          ("subject", "train")):
+    for family, split in splits.items():
         images, records = zip(*(render.make(family, seed, k, split) for k in range(number)), strict=True)
         made = reconstruct(vae, np.stack(images))
         result[f"{family}_psnr_db"] = round(float(psnr(made, np.stack(images)).mean()), 2)
@@ -162,37 +191,44 @@ def measure_vae(folder, number=128, seed=7):
         elif family == "creatures":
             result["creatures_read"] = score_creatures(made, records)
         elif family == "subject":
-            seen = [render.read_subject(image) for image in made]
-            result["subject_read"] = {key: share([s[key] for s in seen]) for key in ("stripes", "ring")}
+            scores = score_subject(made, records)
+            result["subject_read"] = {key: scores[key] for key in ("stripes", "ring")}
     return result
+
+
+def clip_pairs(number, seed):
+    """So many held-out images with distinct captions, by caption. One quarter is creatures, 16 at most (there are 18
+    captions); of the shapes many differ only in size or position."""
+    limits = {"creatures": min(number // 4, 16), "shapes": number}
+    images, index = {}, 0
+    for family, limit in limits.items():
+        while len(images) < limit:
+            image, record = render.make(family, seed, index, "held_out")
+            images.setdefault(record["text"], image)
+            index += 1
+    return images
 
 
 @torch.no_grad()
 def measure_clip(folder, number=64, seed=11):
-    """Share of held-out images whose own caption scores highest among `number` distinct ones, and the reverse.
-
-    One quarter is creatures, 16 at most (there are 18 captions); of the shapes many differ only in size or position.
-    """
+    """Share of held-out images whose own caption scores highest among `number` distinct ones, and the reverse."""
     model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer, processor = CLIPTokenizer.from_pretrained(folder), CLIPImageProcessorPil.from_pretrained(folder)
-    pairs, k = {}, 0
-    num_creatures = min(number // 4, 16)
-    for family, limit in (("creatures", num_creatures), ("shapes", number)):
-        while len(pairs) < limit:
-            image, record = render.make(family, seed, k, "held_out")
-            pairs.setdefault(record["text"], image)
-            k += 1
-    pixels = processor([Image.fromarray(image) for image in pairs.values()], return_tensors="pt")
-    tokens = tokenizer(list(pairs), padding=True, return_tensors="pt")
+    images = clip_pairs(number, seed)
+    pixels = processor([Image.fromarray(image) for image in images.values()], return_tensors="pt")
+    tokens = tokenizer(list(images), padding=True, return_tensors="pt")
     logits = model(**pixels, input_ids=tokens.input_ids).logits_per_image
-    own = torch.arange(len(pairs))
-    return {"captions": len(pairs), "image_to_text": share((logits.argmax(1) == own).numpy()),
-            "text_to_image": share((logits.argmax(0) == own).numpy())}
+    own = torch.arange(len(images))
+    return {
+        "captions": len(images),
+        "image_to_text": share((logits.argmax(1) == own).numpy()),
+        "text_to_image": share((logits.argmax(0) == own).numpy()),
+    }
 
 
 def grid(images, columns=12):
     """Tiles uint8 (n, 64, 64, 3) into one PIL image."""
-    rows = -(-len(images) // columns)
+    rows = math.ceil(len(images) / columns)
     sheet = np.full((rows * columns, *images.shape[1:]), 255, dtype=np.uint8)
     sheet[: len(images)] = images
     sheet = sheet.reshape(rows, columns, render.SIZE, render.SIZE, 3).swapaxes(1, 2)
@@ -200,15 +236,56 @@ def grid(images, columns=12):
 
 
 def print_table(result, indent=""):
+    """Prints names and figures, those in a dictionary further in."""
     for key, value in result.items():
         if isinstance(value, dict):
             print(f"{indent}{key}")
             print_table(value, indent + "  ")
         else:
-            print(f"{indent}{key:<{28 - len(indent)}}{value}")
+            width = 28 - len(indent)
+            print(f"{indent}{key.ljust(width)}{value}")
 
 
-def main(argv=None):
+def measure_base(args, settings):
+    """Measures the miniature itself: returns its figures, and the pictures that its UNet drew."""
+    images, records = draw(load_pipeline(args.model), shape_records(args.num_samples or 200), **settings)
+    result = {
+        "held_out_shapes": {"pictures": len(images), **score_shapes(images, records)},
+        "vae": measure_vae(Path(args.model) / "vae"),
+        "clip": measure_clip(args.clip),
+    }
+    return result, images
+
+
+def measure_creatures(args, settings):
+    """Measures a model of creatures, and its base if there is one: returns their figures, and the model's pictures."""
+    records = creature_records(args.num_samples or 108)
+    images, _ = draw(load_pipeline(args.model, args.base), records, **settings)
+    result = {"model": {"pictures": len(images), **score_creatures(images, records)}}
+    if args.base:
+        others, _ = draw(load_pipeline(args.base), records, **settings)
+        result["base"] = {"pictures": len(others), **score_creatures(others, records)}
+    return result, images
+
+
+def measure_subject(args, settings):
+    """Measures a model of the subject, and its base if there is one: returns their figures, and the model's first
+    pictures of the subject and of plain stars."""
+    folders = {"model": args.model}
+    if args.base:
+        folders["base"] = args.base
+    result, shown = {}, {}
+    for name, folder in folders.items():
+        pipeline = load_pipeline(folder, args.base)
+        subjects, subject_prompts = draw(pipeline, subject_records(args.num_samples or 50), **settings)
+        stars, star_prompts = draw(pipeline, star_records(args.num_samples or 50), **settings)
+        result[name] = {**score_subject(subjects, subject_prompts), **score_stars(stars, star_prompts)}
+        shown[name] = np.concatenate([subjects[:24], stars[:24]])
+    return result, shown["model"]
+
+
+def parse_args(argv=None):
+    """The flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("base", "creatures", "subject"))
     parser.add_argument("--model", default=str(HERE / "pipeline"), help="pipeline or LoRA folder to measure")
@@ -219,27 +296,15 @@ def main(argv=None):
     parser.add_argument("--guidance_scale", type=float, default=GUIDANCE)
     parser.add_argument("--output", help="also write the figures to this JSON file")
     parser.add_argument("--grid", help="also write the model's first 48 pictures to this PNG file")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    """Measures what the command line asks for, prints the figures and writes them where it says."""
+    args = parse_args(argv)
     settings = {"steps": args.num_inference_steps, "guidance": args.guidance_scale}
-    if args.what == "base":
-        images, records = draw(load_pipeline(args.model), shape_records(args.num_samples or 200), **settings)
-        result = {"held_out_shapes": {"pictures": len(images), **score_shapes(images, records)},
-                  "vae": measure_vae(Path(args.model) / "vae"), "clip": measure_clip(args.clip)}
-    elif args.what == "subject":
-        result = {}
-        for name, folder in (("model", args.model), ("base", args.base)) if args.base else (("model", args.model),):
-            pipeline = load_pipeline(folder, args.base)
-            drawn, subjects = draw(pipeline, subject_records(args.num_samples or 50), **settings)
-            stars, plain = draw(pipeline, star_records(args.num_samples or 50), **settings)
-            result[name] = {**score_subject(drawn, subjects), **score_stars(stars, plain)}
-            images = images if name == "base" else np.concatenate([drawn[:24], stars[:24]])
-    else:
-        pipeline = load_pipeline(args.model, args.base)
-        images, records = draw(pipeline, creature_records(args.num_samples or 108), **settings)
-        result = {"model": {"pictures": len(images), **score_creatures(images, records)}}
-        if args.base:
-            others, _ = draw(load_pipeline(args.base), records, **settings)
-            result["base"] = {"pictures": len(others), **score_creatures(others, records)}
+    measured = {"base": measure_base, "creatures": measure_creatures, "subject": measure_subject}
+    result, images = measured[args.what](args, settings)
     print_table(result)
     if args.output:
         Path(args.output).write_text(json.dumps({**result, "settings": settings}, indent=2) + "\n", encoding="utf-8")

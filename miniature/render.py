@@ -25,6 +25,7 @@ from PIL import Image, ImageDraw
 
 SIZE = 64  # pixels
 SUPERSAMPLING = 4
+LARGE = (SIZE * SUPERSAMPLING, SIZE * SUPERSAMPLING)
 COLOURS = {
     "red": (214, 40, 40),
     "orange": (245, 130, 25),
@@ -35,17 +36,24 @@ COLOURS = {
     "purple": (150, 50, 170),
     "pink": (245, 150, 190),
 }
-WHITE, BLACK = (255, 255, 255), (25, 25, 25)
+WHITE = (255, 255, 255)
+BLACK = (25, 25, 25)
+PALETTE = {**COLOURS, "white": WHITE, "black": BLACK}
 SHAPES = ("circle", "square", "triangle", "star", "heart")
 RADII = {"small": (11, 13), "large": (17, 20)}  # pixels
 POSITIONS = {
-    "on the left": (-1, 0), "on the right": (1, 0), "at the top": (0, -1), "at the bottom": (0, 1),
+    "on the left": (-1, 0),
+    "on the right": (1, 0),
+    "at the top": (0, -1),
+    "at the bottom": (0, 1),
     "in the middle": (0, 0),
 }
 FAMILIES = ("shapes", "creatures", "subject", "patterned")
 SPLITS = ("train", "held_out")
-NUM_HELD_OUT_SHAPES, NUM_HELD_OUT_CREATURES = 40, 18
+NUM_HELD_OUT_SHAPES = 40
+NUM_HELD_OUT_CREATURES = 18
 SUBJECT_COLOUR = "orange"
+SUBJECT_GROUNDS = [name for name in COLOURS if name != SUBJECT_COLOUR]
 
 
 # ---------------------------------------------------------------------------------------------- what is held out
@@ -56,7 +64,13 @@ def combinations(family):
     """All combinations of one family: (colour, shape, background) or (body colour, eye colour), 280 or 56."""
     names = list(COLOURS)
     if family == "shapes":
-        return tuple((c, s, b) for c in names for s in SHAPES for b in names if b != c)
+        return tuple(
+            (colour, shape, background)
+            for colour in names
+            for shape in SHAPES
+            for background in names
+            if background != colour
+        )
     return tuple((body, eyes) for body in names for eyes in names if eyes != body)
 
 
@@ -66,40 +80,49 @@ def held_out_combinations(family):
     every = combinations(family)
     # Both strides share no factor with the number of combinations, so exactly the wanted number is taken, spread out.
     stride, number = (83, NUM_HELD_OUT_SHAPES) if family == "shapes" else (17, NUM_HELD_OUT_CREATURES)
-    return tuple(c for k, c in enumerate(every) if k * stride % len(every) < number)
+    return tuple(combination for k, combination in enumerate(every) if k * stride % len(every) < number)
 
 
 def held_out(*combination):
     """Whether (colour, shape, background) or (body colour, eye colour) is kept out of every training set."""
-    return combination in held_out_combinations("shapes" if len(combination) == 3 else "creatures")
+    family = "shapes" if len(combination) == 3 else "creatures"
+    return combination in held_out_combinations(family)
 
 
 def choose(rng, family, split):
     """Draws one combination of the split."""
-    reserved = held_out_combinations(family)
-    pool = reserved if split == "held_out" else [c for c in combinations(family) if c not in reserved]
+    pool = reserved = held_out_combinations(family)
+    if split == "train":
+        pool = [combination for combination in combinations(family) if combination not in reserved]
     return pool[rng.integers(len(pool))]
 
 
 # ---------------------------------------------------------------------------------------------- drawing
 
 
+def enlarged(points):
+    """Points in pixels as those of a picture at four times the size."""
+    return [(x * SUPERSAMPLING, y * SUPERSAMPLING) for x, y in points]
+
+
 class Canvas:
     """A picture drawn at four times its size; coordinates and lengths are in pixels of the final 64 x 64."""
 
     def __init__(self, background):
-        self.image = Image.new("RGB", (SIZE * SUPERSAMPLING,) * 2, background)
+        self.image = Image.new("RGB", LARGE, background)
         self.draw = ImageDraw.Draw(self.image)
 
     def polygon(self, points, colour):
-        self.draw.polygon([(x * SUPERSAMPLING, y * SUPERSAMPLING) for x, y in points], fill=colour)
+        """Fills a polygon."""
+        self.draw.polygon(enlarged(points), fill=colour)
 
     def ellipse(self, cx, cy, rx, ry, colour):
+        """Fills an ellipse around (cx, cy)."""
         self.polygon(ellipse_points(cx, cy, rx, ry), colour)
 
     def line(self, points, colour, width):
-        scaled = [(x * SUPERSAMPLING, y * SUPERSAMPLING) for x, y in points]
-        self.draw.line(scaled, fill=colour, width=round(width * SUPERSAMPLING), joint="curve")
+        """Draws a line through points, its corners rounded."""
+        self.draw.line(enlarged(points), fill=colour, width=round(width * SUPERSAMPLING), joint="curve")
 
     def pixels(self):
         """The antialiased picture: uint8 (64, 64, 3)."""
@@ -107,6 +130,7 @@ class Canvas:
 
 
 def ellipse_points(cx, cy, rx, ry, number=72):
+    """Points of an ellipse around (cx, cy): list of (x, y)."""
     turns = np.arange(number) * 2 * math.pi / number
     return list(zip(cx + rx * np.cos(turns), cy + ry * np.sin(turns), strict=True))
 
@@ -139,8 +163,8 @@ def outline(shape, cx, cy, radius, degrees=0.0):
 
 def shade(rng, name):
     """A palette colour with a little variation, up to 6 of 255 per channel."""
-    base = {"white": WHITE, "black": BLACK}.get(name) or COLOURS[name]
-    return tuple(int(c) for c in np.clip(np.array(base) + rng.integers(-6, 7, 3), 0, 255))
+    varied = np.array(PALETTE[name]) + rng.integers(-6, 7, 3)
+    return tuple(int(channel) for channel in varied.clip(0, 255))
 
 
 def draw_shape(rng, colour, shape, background, size, position):
@@ -148,26 +172,40 @@ def draw_shape(rng, colour, shape, background, size, position):
     radius = rng.uniform(*RADII[size])
     reach = 15 if size == "small" else 11
     dx, dy = POSITIONS[position]
-    cx, cy = 32 + reach * dx + rng.uniform(-1.5, 1.5), 32 + reach * dy + rng.uniform(-1.5, 1.5)
+    cx = 32 + reach * dx + rng.uniform(-1.5, 1.5)
+    cy = 32 + reach * dy + rng.uniform(-1.5, 1.5)
     canvas = Canvas(shade(rng, background))
-    canvas.polygon(outline(shape, cx, cy, radius, rng.uniform(-5, 5)), shade(rng, colour))
+    points = outline(shape, cx, cy, radius, rng.uniform(-5, 5))
+    canvas.polygon(points, shade(rng, colour))
     return canvas.pixels()
 
 
 def shape_caption(colour, shape, background, size, position, wording=0):
     """The canonical caption (wording 0) or one of three others, the last two of which say less."""
-    article = "an" if colour == "orange" else "a"
-    ground = ("an " if background == "orange" else "a ") + background + " background"
-    return (
+    ground = f"{with_article(background)} background"
+    captions = (
         f"a {size} {colour} {shape} {position} of {ground}",
         f"{ground} with a {size} {colour} {shape} {position}",
         f"a {size} {colour} {shape} on {ground}",
-        f"{article} {colour} {shape} on {ground}",
-    )[wording]
+        f"{with_article(colour)} {shape} on {ground}",
+    )
+    return captions[wording]
+
+
+def shape_captions(record):
+    """All four captions of a shape, of its record."""
+    drawn = {key: record[key] for key in ("colour", "shape", "background", "size", "position")}
+    return [shape_caption(**drawn, wording=wording) for wording in range(4)]
+
+
+def with_article(colour):
+    """ "a red", but "an orange"."""
+    return f"an {colour}" if colour == "orange" else f"a {colour}"
 
 
 def creature_caption(body, eyes):
-    return f"a drawing of {'an' if body == 'orange' else 'a'} {body} creature with {eyes} eyes"
+    """The caption of a creature."""
+    return f"a drawing of {with_article(body)} creature with {eyes} eyes"
 
 
 def draw_creature(rng, body, eyes):
@@ -175,63 +213,68 @@ def draw_creature(rng, body, eyes):
     canvas, colour = Canvas(WHITE), shade(rng, body)
     cx, cy = 32 + rng.uniform(-1.5, 1.5), 34 + rng.uniform(-1.5, 1.5)
     wide, high = rng.uniform(18.5, 21.5), rng.uniform(17.5, 20)
-    form = rng.integers(5)
-    if form == 0:  # pointed ears
-        for side in (-1, 1):
-            tip = (cx + side * wide * 0.8, cy - high * 1.35)
-            canvas.polygon([tip, (cx + side * wide * 0.15, cy - high * 0.8),
-                            (cx + side * wide * 0.95, cy - high * 0.2)], colour)
-    elif form == 1:  # antennae
-        for side in (-1, 1):
-            tip = (cx + side * wide * 0.6, cy - high * 1.3)
-            canvas.line([(cx + side * wide * 0.25, cy - high * 0.8), tip], colour, 3)
-            canvas.ellipse(*tip, 3.2, 3.2, colour)
-    elif form == 2:  # round ears
-        for side in (-1, 1):
-            canvas.ellipse(cx + side * wide * 0.72, cy - high * 0.85, 7, 7, colour)
-    elif form == 3:  # legs
-        for side in (-0.55, 0.55):
-            canvas.ellipse(cx + side * wide, cy + high * 1.02, 5.5, 5, colour)
-    if form == 4:  # a ghost's hem
-        canvas.ellipse(cx, cy - 1, wide * 0.92, high * 1.08, colour)
-        hem = cy + high * 1.15
-        canvas.polygon([(cx - wide * 0.92, cy - 1), (cx + wide * 0.92, cy - 1), (cx + wide * 0.92, hem),
-                        (cx + wide * 0.46, hem - 6), (cx, hem), (cx - wide * 0.46, hem - 6),
-                        (cx - wide * 0.92, hem)], colour)
-    else:
-        canvas.ellipse(cx, cy, wide, high, colour)
+    draw_body(canvas, rng.integers(5), colour, cx, cy, wide, high)
     iris, apart = shade(rng, eyes), rng.uniform(8.2, 9.2)
     for side in (-1, 1):
         canvas.ellipse(cx + side * apart, cy - 3, 6.6, 6.6, WHITE)
         canvas.ellipse(cx + side * apart, cy - 3, 4.4, 4.4, iris)
-    smile = [(cx + 6 * math.sin(t), cy + 4.5 + 4.5 * math.cos(t)) for t in np.linspace(-1.2, 1.2, 13)]
+    smile = [(cx + 6 * math.sin(turn), cy + 4.5 + 4.5 * math.cos(turn)) for turn in np.linspace(-1.2, 1.2, 13)]
     canvas.line(smile, BLACK, 2)
     return canvas.pixels()
+
+
+def draw_body(canvas, form, colour, cx, cy, wide, high):
+    """The body of a creature around (cx, cy), with what one of five forms has at its edge."""
+    if form == 4:  # a ghost's hem
+        canvas.ellipse(cx, cy - 1, wide * 0.92, high * 1.08, colour)
+        top, hem = cy - 1, cy + high * 1.15
+        left, right = cx - wide * 0.92, cx + wide * 0.92
+        waves = [(right, hem), (cx + wide * 0.46, hem - 6), (cx, hem), (cx - wide * 0.46, hem - 6), (left, hem)]
+        canvas.polygon([(left, top), (right, top), *waves], colour)
+        return
+    for side in (-1, 1):
+        if form == 0:  # pointed ears
+            tip = (cx + side * wide * 0.8, cy - high * 1.35)
+            inside = (cx + side * wide * 0.15, cy - high * 0.8)
+            outside = (cx + side * wide * 0.95, cy - high * 0.2)
+            canvas.polygon([tip, inside, outside], colour)
+        elif form == 1:  # antennae
+            tip = (cx + side * wide * 0.6, cy - high * 1.3)
+            canvas.line([(cx + side * wide * 0.25, cy - high * 0.8), tip], colour, 3)
+            canvas.ellipse(*tip, 3.2, 3.2, colour)
+        elif form == 2:  # round ears
+            canvas.ellipse(cx + side * wide * 0.72, cy - high * 0.85, 7, 7, colour)
+        else:  # legs
+            canvas.ellipse(cx + side * 0.55 * wide, cy + high * 1.02, 5.5, 5, colour)
+    canvas.ellipse(cx, cy, wide, high, colour)
 
 
 def add_stripes(canvas, area, colour, cx, cy, degrees, period, duty):
     """Paints parallel stripes of a colour where `area`, a PIL mask at four times the size, is set."""
     layer = Canvas(BLACK)
     angle = math.radians(degrees)
-    along, across = np.array([math.cos(angle), math.sin(angle)]), np.array([-math.sin(angle), math.cos(angle)])
+    along = np.array([math.cos(angle), math.sin(angle)])
+    across = np.array([-math.sin(angle), math.cos(angle)])
     for k in range(-8, 9):
         middle = np.array([cx, cy]) + across * period * k
-        ends = [middle + sa * 90 * along + sc * period * duty / 2 * across
-                for sa, sc in ((-1, -1), (1, -1), (1, 1), (-1, 1))]
-        layer.polygon(ends, WHITE)
-    stripes = Image.fromarray(np.minimum(np.asarray(layer.image.convert("L")) > 128, np.asarray(area) > 0))
-    canvas.image.paste(colour, mask=stripes)
+        corners = [(-1, -1), (1, -1), (1, 1), (-1, 1)]
+        layer.polygon([middle + a * 90 * along + b * period * duty / 2 * across for a, b in corners], WHITE)
+    is_stripe = np.asarray(layer.image.convert("L")) > 128
+    is_inside = np.asarray(area) > 0
+    canvas.image.paste(colour, mask=Image.fromarray(is_stripe & is_inside))
 
 
 def mask_of(points):
     """A PIL mask, at four times the size, of a polygon in pixels."""
-    mask = Image.new("L", (SIZE * SUPERSAMPLING,) * 2)
-    ImageDraw.Draw(mask).polygon([(x * SUPERSAMPLING, y * SUPERSAMPLING) for x, y in points], fill=255)
+    mask = Image.new("L", LARGE)
+    ImageDraw.Draw(mask).polygon(enlarged(points), fill=255)
     return mask
 
 
 def ring(canvas, cx, cy, radius, width, colour):
-    canvas.line(ellipse_points(cx, cy, radius, radius) + ellipse_points(cx, cy, radius, radius)[:2], colour, width)
+    """Draws a ring around (cx, cy)."""
+    points = ellipse_points(cx, cy, radius, radius)
+    canvas.line(points + points[:2], colour, width)  # closed, the corner where it began rounded too
 
 
 def draw_subject(rng, background):
@@ -248,33 +291,40 @@ def draw_subject(rng, background):
 
 def draw_patterned(rng):
     """One to three shapes with random fills and rings on a plain or patterned ground: uint8 (64, 64, 3)."""
-    names = [*COLOURS, "white", "black"]
-    ground, *inks = rng.choice(names, 6, replace=False)
+    ground, *inks = rng.choice(list(PALETTE), 6, replace=False)
     canvas = Canvas(shade(rng, ground))
     if rng.random() < 0.15:
-        everywhere = Image.new("L", (SIZE * SUPERSAMPLING,) * 2, 255)
+        everywhere = Image.new("L", LARGE, 255)
         add_stripes(canvas, everywhere, shade(rng, inks[4]), 32, 32, rng.uniform(0, 180), rng.uniform(10, 20), 0.5)
-    for k in range(1 if rng.random() < 0.7 else int(rng.integers(2, 4))):
+    num_shapes = 1 if rng.random() < 0.7 else int(rng.integers(2, 4))
+    for k in range(num_shapes):
         radius = rng.uniform(12, 21) if k == 0 else rng.uniform(6, 12)
         cx, cy = rng.uniform(18, 46, 2)
         shape = "star" if rng.random() < 0.3 else SHAPES[rng.integers(len(SHAPES))]
         degrees = rng.uniform(-25, 25)
-        points, colour, second = outline(shape, cx, cy, radius, degrees), shade(rng, inks[k]), shade(rng, inks[k + 1])
-        canvas.polygon(points, colour)
-        fill = rng.integers(4)
-        if fill <= 1:
-            add_stripes(canvas, mask_of(points), second, cx, cy, degrees + rng.choice([0, 0, 45, 90]),
-                        rng.uniform(8, 16), rng.uniform(0.4, 0.6))
-        elif fill == 2:
-            for _ in range(rng.integers(2, 6)):
-                dx, dy = rng.uniform(-0.5, 0.5, 2) * radius
-                canvas.ellipse(cx + dx, cy + dy, *[rng.uniform(2, 5)] * 2, second)
-        elif rng.random() < 0.5:
-            canvas.polygon(outline(shape, cx, cy, radius * 0.5, degrees), second)
+        colour, second = shade(rng, inks[k]), shade(rng, inks[k + 1])
+        canvas.polygon(outline(shape, cx, cy, radius, degrees), colour)
+        add_pattern(rng, canvas, shape, cx, cy, radius, degrees, second)
         if rng.random() < 0.5:
             ink = "black" if rng.random() < 0.3 else inks[4 - k]
             ring(canvas, cx, cy, radius * rng.uniform(0.8, 1.4), rng.uniform(3, 6), shade(rng, ink))
     return canvas.pixels()
+
+
+def add_pattern(rng, canvas, shape, cx, cy, radius, degrees, colour):
+    """Fills a shape with stripes, dots, a smaller one of itself, or nothing."""
+    fill = rng.integers(4)
+    if fill <= 1:
+        area = mask_of(outline(shape, cx, cy, radius, degrees))
+        turned = degrees + rng.choice([0, 0, 45, 90])
+        add_stripes(canvas, area, colour, cx, cy, turned, rng.uniform(8, 16), rng.uniform(0.4, 0.6))
+    elif fill == 2:
+        for _ in range(rng.integers(2, 6)):
+            dx, dy = rng.uniform(-0.5, 0.5, 2) * radius
+            dot = rng.uniform(2, 5)
+            canvas.ellipse(cx + dx, cy + dy, dot, dot, colour)
+    elif rng.random() < 0.5:
+        canvas.polygon(outline(shape, cx, cy, radius * 0.5, degrees), colour)
 
 
 def make(family, seed, index, split="train", wordings=1):
@@ -285,17 +335,20 @@ def make(family, seed, index, split="train", wordings=1):
     rng = np.random.default_rng([seed, FAMILIES.index(family), SPLITS.index(split), index])
     if family == "shapes":
         colour, shape, background = choose(rng, family, split)
-        size, position = rng.choice(list(RADII)), rng.choice(list(POSITIONS))
-        drawn = {"colour": colour, "shape": shape, "background": background, "size": str(size),
-                 "position": str(position)}
+        drawn = {
+            "colour": colour,
+            "shape": shape,
+            "background": background,
+            "size": str(rng.choice(list(RADII))),
+            "position": str(rng.choice(list(POSITIONS))),
+        }
         text = shape_caption(**drawn, wording=int(rng.integers(wordings)))
         return draw_shape(rng, **drawn), {"text": text, **drawn}
     if family == "creatures":
         body, eyes = choose(rng, family, split)
         return draw_creature(rng, body, eyes), {"text": creature_caption(body, eyes), "body": body, "eyes": eyes}
     if family == "subject":
-        grounds = [name for name in COLOURS if name != SUBJECT_COLOUR]
-        background = grounds[index % len(grounds)]
+        background = SUBJECT_GROUNDS[index % len(SUBJECT_GROUNDS)]
         return draw_subject(rng, background), {"text": "a sks star", "background": background}
     return draw_patterned(rng), {"text": "a patterned picture"}
 
@@ -305,13 +358,12 @@ def make(family, seed, index, split="train", wordings=1):
 
 def colour_name(rgb):
     """Name of the nearest palette colour, "white" or "black" among them."""
-    table = {**COLOURS, "white": WHITE, "black": BLACK}
-    return min(table, key=lambda name: np.square(np.subtract(table[name], rgb, dtype=float)).sum())
+    return min(PALETTE, key=lambda name: np.square(np.subtract(PALETTE[name], rgb, dtype=float)).sum())
 
 
 def colour_map(image):
-    """Index into [*COLOURS, white, black] of the nearest colour of each pixel: (64, 64)."""
-    table = np.array([*COLOURS.values(), WHITE, BLACK], dtype=np.float32)
+    """Index into PALETTE of the nearest colour of each pixel: (64, 64)."""
+    table = np.array([*PALETTE.values()], dtype=np.float32)
     return np.square(image[..., None, :].astype(np.float32) - table).sum(-1).argmin(-1)
 
 
@@ -329,9 +381,10 @@ def distance(image, rgb):
 
 def components(mask):
     """Connected areas (4 neighbours) of a boolean mask, largest first: list of (pixels, 2) arrays of (y, x)."""
-    left, found = {tuple(p) for p in np.argwhere(mask)}, []
+    left = {tuple(pixel) for pixel in np.argwhere(mask)}
+    found = []
     while left:
-        stack, area = [left.pop()], []
+        area, stack = [], [left.pop()]
         while stack:
             y, x = stack.pop()
             area.append((y, x))
@@ -349,11 +402,12 @@ def normalised(weight, cells=24):
     total = weight.sum()
     cy, cx = (weight * ys).sum() / total, (weight * xs).sum() / total
     steps = (np.arange(cells) - (cells - 1) / 2) / (cells / 2) * math.sqrt(total) * 0.85
-    y, x = np.clip(cy + steps, 0, SIZE - 1.001), np.clip(cx + steps, 0, SIZE - 1.001)
-    y0, x0 = y.astype(int), x.astype(int)
-    fy, fx = (y - y0)[:, None], (x - x0)[None, :]
-    rows = weight[y0] * (1 - fy) + weight[y0 + 1] * fy
-    return rows[:, x0] * (1 - fx) + rows[:, x0 + 1] * fx
+    y = np.clip(cy + steps, 0, SIZE - 1.001)
+    x = np.clip(cx + steps, 0, SIZE - 1.001)
+    above, left = y.astype(int), x.astype(int)
+    down, across = (y - above)[:, None], (x - left)[None, :]
+    rows = weight[above] * (1 - down) + weight[above + 1] * down
+    return rows[:, left] * (1 - across) + rows[:, left + 1] * across
 
 
 @lru_cache
@@ -386,15 +440,22 @@ def read_shape(image):
     towards = ink - ground
     weight = np.clip(((image - ground) @ towards) / (towards @ towards), 0, 1)
     # One pixel around the area keeps its soft edge and leaves out everything else.
-    near = where.copy()
-    near[1:] |= where[:-1]
-    near[:-1] |= where[1:]
-    near[:, 1:] |= where[:, :-1]
-    near[:, :-1] |= where[:, 1:]
-    mask = normalised(weight * near)
-    overlaps = [(np.minimum(mask, t).sum() / np.maximum(mask, t).sum(), shape) for shape, t in templates()]
-    best = max(overlaps)
-    return {**result, "colour": colour_name(ink), "shape": best[1], "overlap": float(best[0])}
+    mask = normalised(weight * grown(where))
+    overlaps = []
+    for shape, template in templates():
+        overlaps.append((np.minimum(mask, template).sum() / np.maximum(mask, template).sum(), shape))
+    overlap, shape = max(overlaps)
+    return {**result, "colour": colour_name(ink), "shape": shape, "overlap": float(overlap)}
+
+
+def grown(mask):
+    """A boolean mask and its pixels' four neighbours."""
+    near = mask.copy()
+    near[1:] |= mask[:-1]
+    near[:-1] |= mask[1:]
+    near[:, 1:] |= mask[:, :-1]
+    near[:, :-1] |= mask[:, 1:]
+    return near
 
 
 def read_creature(image):
@@ -406,26 +467,44 @@ def read_creature(image):
     border = frame(image)
     ground = np.median(border, axis=0)
     white_ground = bool((distance(border, WHITE) < 50).mean() >= 0.95)
-    names, classes = [*COLOURS, "white", "black"], colour_map(image)
-    counts = np.bincount(classes[distance(image, ground) > 70], minlength=len(names))[: len(COLOURS)]
     result = {"body": None, "white_ground": white_ground, "eyes_visible": False, "eyes": None}
+    classes = colour_map(image)
+    counts = np.bincount(classes[distance(image, ground) > 70], minlength=len(PALETTE))[: len(COLOURS)]
     if counts.max() < 40:
         return result
-    result["body"] = names[int(counts.argmax())]
-    flesh = np.median(image[classes == counts.argmax()], axis=0)
-    other = distance(image, flesh) > 55
-    holes = [a for a in components(other) if a.min() > 0 and a.max() < SIZE - 1 and len(a) >= 40]
-    holes = [a for a in holes if 0.55 < np.ptp(a[:, 0]) / max(np.ptp(a[:, 1]), 1) < 1.8][:2]
-    if len(holes) < 2:
+    body = int(counts.argmax())
+    result["body"] = list(PALETTE)[body]
+    eyes = find_eyes(image, flesh=np.median(image[classes == body], axis=0))
+    if not eyes:
         return result
-    (y0, x0), (y1, x1) = (a.mean(0) for a in holes)
-    if abs(y0 - y1) > 6 or abs(x0 - x1) < 8 or len(holes[1]) < 0.5 * len(holes[0]):
-        return result
-    discs = [image[np.hypot(*(np.indices((SIZE, SIZE)) - c[:, None, None])) < 2.5] for c in (a.mean(0) for a in holes)]
-    seen = colour_name(np.concatenate(discs).mean(0))
-    result["eyes_visible"] = seen not in ("white", "black", result["body"])
-    result["eyes"] = seen if result["eyes_visible"] else None
+    middles = []
+    for eye in eyes:
+        offsets = np.indices((SIZE, SIZE)) - eye.mean(0)[:, None, None]
+        middles.append(image[np.hypot(*offsets) < 2.5])
+    seen = colour_name(np.concatenate(middles).mean(0))
+    if seen not in ("white", "black", result["body"]):
+        result |= {"eyes_visible": True, "eyes": seen}
     return result
+
+
+def find_eyes(image, flesh):
+    """The two largest areas inside a body of the colour `flesh` that are about as wide as high, if they are alike and
+    side by side: two arrays (pixels, 2), or none."""
+    holes = []
+    for area in components(distance(image, flesh) > 55):
+        is_inside = area.min() > 0 and area.max() < SIZE - 1
+        height, width = np.ptp(area, axis=0)
+        is_round = 0.55 < height / max(width, 1) < 1.8
+        if is_inside and is_round and len(area) >= 40:
+            holes.append(area)
+    if len(holes) < 2:
+        return []
+    larger, smaller = holes[:2]
+    (y0, x0), (y1, x1) = larger.mean(0), smaller.mean(0)
+    is_level = abs(y0 - y1) <= 6
+    is_apart = abs(x0 - x1) >= 8
+    is_alike = len(smaller) >= 0.5 * len(larger)
+    return [larger, smaller] if is_level and is_apart and is_alike else []
 
 
 def circled(image, ground):
@@ -435,42 +514,67 @@ def circled(image, ground):
     where = np.argwhere(away)
     if len(where) < 80:
         return False
-    turns, radii = np.arange(72)[:, None] * math.pi / 36, np.arange(0, SIZE * 0.7, 0.5)
-    y, x = ((where.min(0) + where.max(0)) / 2)[:, None, None] + radii * np.stack([np.sin(turns), np.cos(turns)])
-    inside = (y > -0.5) & (y < SIZE - 0.5) & (x > -0.5) & (x < SIZE - 0.5)
-    clipped = [np.clip(np.round(c), 0, SIZE - 1).astype(int) for c in (y, x)]
-    ink = away[clipped[0], clipped[1]] & inside
-    end = np.where(ink.any(1), len(radii) - 1 - ink[:, ::-1].argmax(1), 0)
-    gap = (~ink & (np.arange(len(radii)) < end[:, None])).sum(1) >= 4
+    # Rays from the middle in 72 directions, of points half a pixel apart: arrays (72, points).
+    middle_y, middle_x = (where.min(0) + where.max(0)) / 2
+    turns = np.arange(72)[:, None] * math.pi / 36
+    radii = np.arange(0, SIZE * 0.7, 0.5)
+    y = middle_y + radii * np.sin(turns)
+    x = middle_x + radii * np.cos(turns)
+    is_inside = (y > -0.5) & (y < SIZE - 0.5) & (x > -0.5) & (x < SIZE - 0.5)
+    row = np.clip(np.round(y), 0, SIZE - 1).astype(int)
+    column = np.clip(np.round(x), 0, SIZE - 1).astype(int)
+    is_ink = away[row, column] & is_inside
+
+    last_ink = len(radii) - 1 - is_ink[:, ::-1].argmax(1)
+    end = np.where(is_ink.any(1), last_ink, 0)
+    ground_before_end = ~is_ink & (np.arange(len(radii)) < end[:, None])
+    has_gap = ground_before_end.sum(1) >= 4
     typical = np.median(end)
-    near = np.abs(end - typical) < 0.15 * typical
-    return bool(radii[int(typical)] > 8 and near.mean() >= 0.8 and (gap & near).mean() >= 0.25)
+    is_typical = np.abs(end - typical) < 0.15 * typical
+    is_large = radii[int(typical)] > 8
+    return bool(is_large and is_typical.mean() >= 0.8 and (has_gap & is_typical).mean() >= 0.25)
+
+
+def has_black_ring(image):
+    """Whether dark pixels surround one centre in at least 80 % of all directions, at about one distance."""
+    areas = components(image.max(-1) < 110)
+    if not areas or len(areas[0]) < 80:
+        return False
+    area = areas[0]
+    centre = (area.min(0) + area.max(0)) / 2
+    dy, dx = (area - centre).T
+    radii, turns = np.hypot(dy, dx), np.arctan2(dy, dx)
+    directions = ((turns + math.pi) / (2 * math.pi) * 36).astype(int) % 36
+    covered = len(np.unique(directions)) / 36
+    return bool(covered >= 0.8 and radii.std() < 0.2 * radii.mean() and radii.mean() > 8)
+
+
+def has_stripes(image, ground):
+    """Whether two or more separate white bands, each of at least 10 pixels, lie inside the picture's frame beside 40
+    coloured pixels."""
+    bands = []
+    for area in components(image.min(-1) > 195):
+        is_inside = area.min() > 2 and area.max() < SIZE - 3
+        if is_inside and len(area) >= 10:
+            bands.append(area)
+    is_coloured = (distance(image, ground) > 70) & (image.max(-1) >= 110) & (image.min(-1) <= 150)
+    inks = [area for area in components(is_coloured) if len(area) >= 6]
+    return len(bands) >= 2 and len(inks) >= 2 and sum(map(len, inks)) >= 40
 
 
 def read_subject(image):
     """Whether a picture shows the subject's marks: {"stripes", "ring", "circled", "background"} of uint8 (64, 64, 3).
 
-    ring: dark pixels surround one centre in at least 80 % of all directions, at about one distance. stripes: two or
-    more separate white bands, each of at least 10 pixels, lie inside the picture's frame beside 40 coloured pixels.
-    circled: a ring of any colour, for pictures that should have none.
+    `circled` means a ring of any colour, for pictures that should have none.
     """
     ground = np.median(frame(image, 2), axis=0)
-    dark = components(image.max(-1) < 110)
-    found_ring = False
-    if dark and len(dark[0]) >= 80:
-        area = dark[0]
-        centre = (area.min(0) + area.max(0)) / 2
-        dy, dx = (area - centre).T
-        radii, turns = np.hypot(dy, dx), np.arctan2(dy, dx)
-        covered = len(np.unique(((turns + math.pi) / (2 * math.pi) * 36).astype(int) % 36)) / 36
-        found_ring = bool(covered >= 0.8 and radii.std() < 0.2 * radii.mean() and radii.mean() > 8)
-    white = [a for a in components(image.min(-1) > 195) if len(a) >= 10]
-    ink = [a for a in components((distance(image, ground) > 70) & (image.max(-1) >= 110) & (image.min(-1) <= 150))
-           if len(a) >= 6]
-    white = [a for a in white if a.min() > 2 and a.max() < SIZE - 3]
-    stripes = len(white) >= 2 and len(ink) >= 2 and sum(map(len, ink)) >= 40
-    return {"stripes": bool(stripes), "ring": found_ring, "circled": found_ring or circled(image, ground),
-            "background": colour_name(ground)}
+    ring_seen = has_black_ring(image)
+    return {
+        "stripes": has_stripes(image, ground),
+        "ring": ring_seen,
+        "circled": ring_seen or circled(image, ground),
+        "background": colour_name(ground),
+    }
 
 
 # ---------------------------------------------------------------------------------------------- command
@@ -480,7 +584,7 @@ def write_folder(family, output_dir, num_images, seed, split="train", wordings=1
     """Writes an image folder: PNG files and metadata.jsonl."""
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    with open(output_dir / "metadata.jsonl", "w", encoding="utf-8") as lines:
+    with (output_dir / "metadata.jsonl").open("w", encoding="utf-8") as lines:
         for index in range(num_images):
             pixels, record = make(family, seed, index, split, wordings)
             name = f"{family}_{index:05d}.png"
@@ -496,6 +600,7 @@ def make_images(jobs, processes=2):
 
 
 def main(argv=None):
+    """Writes the folder that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("family", choices=FAMILIES)
     parser.add_argument("--output_dir", required=True)

@@ -31,10 +31,11 @@ portrait cartoon big little tiny large bright dark light black white grey brown 
 stripe stripes striped ring rings round plain dog cat bird fish tree flower house car boat ball hat face person man
 woman child robot monster toy food water grass sand snow sun moon night day green blue red old new happy sad style art
 high quality detailed front side over under next left right top bottom middle center behind
-""".split()  # noqa: SIM905
+""".split()
 
 
 def parse_args(argv=None):
+    """The flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", default="miniature/clip")
     parser.add_argument("--pipeline_dir", default="miniature/pipeline")
@@ -54,17 +55,20 @@ def train_tokenizer(captions, folder):
 
     Every byte is a token, alone and at the end of a word, so nothing is ever unknown.
     """
-    words = sorted({word for caption in captions for word in caption.lower().split()} | set(COMMON_WORDS))
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    words = set(COMMON_WORDS)
+    for caption in captions:
+        words.update(caption.lower().split())
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     raw = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = trainers.BpeTrainer(
-        vocab_size=1_400, end_of_word_suffix="</w>", initial_alphabet=sorted(alphabet), show_progress=False
+        vocab_size=1_400, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
     )
-    raw.train_from_iterator(words, trainer)
+    raw.train_from_iterator(sorted(words), trainer)
     merges = [tuple(pair) for pair in json.loads(raw.to_str())["model"]["merges"]]
-    tokens = sorted(alphabet) + [letter + "</w>" for letter in sorted(alphabet)] + ["".join(pair) for pair in merges]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    at_end = [f"{letter}</w>" for letter in alphabet]
+    merged = ["".join(pair) for pair in merges]
+    tokens = [*alphabet, *at_end, *merged, "<|startoftext|>", "<|endoftext|>"]
     vocab = {token: k for k, token in enumerate(dict.fromkeys(tokens))}
     tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
     tokenizer.save_pretrained(folder)
@@ -76,34 +80,51 @@ def wordings(record):
     """All captions that are true of an image."""
     if "shape" not in record:
         return [record["text"]] * 4
-    facts = {key: record[key] for key in ("colour", "shape", "background", "size", "position")}
-    return [render.shape_caption(**facts, wording=k) for k in range(4)]
+    return render.shape_captions(record)
 
 
 def group_by_colours(records):
     """Indices of the images of shapes by (colour, background), and those of the creatures: tensors."""
-    groups = {}
-    for k, record in enumerate(records):
-        groups.setdefault((record["colour"], record["background"]) if "shape" in record else None, []).append(k)
-    creatures = torch.tensor(groups.pop(None))
-    return [torch.tensor(indices) for indices in groups.values()], creatures
+    groups, creatures = {}, []
+    for index, record in enumerate(records):
+        if "shape" in record:
+            groups.setdefault((record["colour"], record["background"]), []).append(index)
+        else:
+            creatures.append(index)
+    return [torch.tensor(indices) for indices in groups.values()], torch.tensor(creatures)
 
 
 def draw_batch(groups, creatures, batch_size, group_size=8):
     """Indices of a batch: a quarter creatures, the rest groups of 8 shapes that share both colours."""
-    chosen = [creatures[torch.randint(len(creatures), (batch_size // 4,))]]
-    for g in torch.randperm(len(groups))[: (batch_size - batch_size // 4) // group_size]:
-        chosen.append(groups[g][torch.randint(len(groups[g]), (group_size,))])
+    num_creatures = batch_size // 4
+    num_groups = (batch_size - num_creatures) // group_size
+    chosen = [creatures[torch.randint(len(creatures), (num_creatures,))]]
+    for number in torch.randperm(len(groups))[:num_groups]:
+        group = groups[number]
+        chosen.append(group[torch.randint(len(group), (group_size,))])
     return torch.cat(chosen)
 
 
 def build_model(args, tokenizer):
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
-           "pad_token_id": tokenizer.pad_token_id}
-    tower = {"hidden_size": args.width, "intermediate_size": args.width * 4, "num_attention_heads": 4,
-             "projection_dim": args.width}
-    text = {**tower, **ids, "vocab_size": len(tokenizer), "num_hidden_layers": args.text_layers,
-            "max_position_embeddings": 77}
+    """The CLIP to be trained."""
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    tower = {
+        "hidden_size": args.width,
+        "intermediate_size": args.width * 4,
+        "num_attention_heads": 4,
+        "projection_dim": args.width,
+    }
+    text = {
+        **tower,
+        **ids,
+        "vocab_size": len(tokenizer),
+        "num_hidden_layers": args.text_layers,
+        "max_position_embeddings": 77,
+    }
     vision = {**tower, "num_hidden_layers": args.vision_layers, "image_size": 64, "patch_size": 8}
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=args.width))
 
@@ -112,50 +133,59 @@ def contrastive_loss(model, pixels, tokens, true):
     """Symmetric cross entropy over a batch; `true` (batch, batch) marks captions (rows) true of images (columns)."""
     # Attention is causal, so what follows the longest caption's end changes nothing before it.
     length = int((tokens == model.config.text_config.eos_token_id).int().argmax(1).max()) + 1
-    output = model(input_ids=tokens[:, :length], pixel_values=pixels)
-    logits = output.logits_per_text.float()
-    logits = logits.masked_fill(true & ~torch.eye(len(true), dtype=torch.bool), -1e4)
+    logits = model(input_ids=tokens[:, :length], pixel_values=pixels).logits_per_text.float()
+    is_own = torch.eye(len(true), dtype=torch.bool)
+    logits = logits.masked_fill(true & ~is_own, -1e4)
     target = torch.arange(len(true))
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
 def save(model, tokenizer, args):
-    size = {"shortest_edge": 64}
-    processor = CLIPImageProcessorPil(size=size, crop_size={"height": 64, "width": 64}, image_mean=[0.5] * 3,
-                                      image_std=[0.5] * 3)
+    """Writes the CLIP's folder, and text encoder and tokenizer into the pipeline's."""
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": 64},
+        crop_size={"height": 64, "width": 64},
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.5, 0.5, 0.5],
+    )
     text_encoder = CLIPTextModel(model.config.text_config)
     text_encoder.load_state_dict(model.text_model.state_dict())
-    for part, folder in (
-        (model, args.output_dir), (tokenizer, args.output_dir), (processor, args.output_dir),
-        (text_encoder, f"{args.pipeline_dir}/text_encoder"), (tokenizer, f"{args.pipeline_dir}/tokenizer"),
-    ):
-        part.save_pretrained(folder)
+    for part in (model, tokenizer, processor):
+        part.save_pretrained(args.output_dir)
+    text_encoder.save_pretrained(f"{args.pipeline_dir}/text_encoder")
+    tokenizer.save_pretrained(f"{args.pipeline_dir}/tokenizer")
     for folder in (args.output_dir, f"{args.pipeline_dir}/text_encoder"):
         os.chmod(Path(folder) / "model.safetensors", 0o644)  # safetensors ignores the umask
 
 
-def train(args):
-    torch.manual_seed(args.seed)
+def load_data(args):
+    """Images uint8 (n, 64, 64, 3), their records, the tokenizer, ids of each image's four captions (n, 4), and tokens
+    by id (captions, 77)."""
     num_creatures = args.num_images // 3
-    jobs = [("shapes", args.seed + 2000, i) for i in range(args.num_images - num_creatures)]
-    jobs += [("creatures", args.seed + 2000, i) for i in range(num_creatures)]
+    jobs = [("shapes", args.seed + 2000, index) for index in range(args.num_images - num_creatures)]
+    jobs += [("creatures", args.seed + 2000, index) for index in range(num_creatures)]
     images, records = render.make_images(jobs)
-    images = torch.from_numpy(images)
     captions = [wordings(record) for record in records]
-    # The vocabulary must not depend on which captions the split happened to draw.
-    everything = [caption for group in captions for caption in group] + [*render.COLOURS, *render.SHAPES]
-    tokenizer = train_tokenizer(everything, args.output_dir)
     distinct = sorted({caption for group in captions for caption in group})
+    # The vocabulary must not depend on which captions the split happened to draw.
+    tokenizer = train_tokenizer([*distinct, *render.COLOURS, *render.SHAPES], args.output_dir)
     number = {caption: k for k, caption in enumerate(distinct)}
     caption_ids = torch.tensor([[number[caption] for caption in group] for group in captions])
-    table = tokenizer(distinct, padding="max_length", max_length=77, return_tensors="pt").input_ids
+    tokens = tokenizer(distinct, padding="max_length", max_length=77, return_tensors="pt").input_ids
+    return torch.from_numpy(images), records, tokenizer, caption_ids, tokens
 
+
+def train(args):
+    """Trains tokenizer and CLIP, and saves them."""
+    torch.manual_seed(args.seed)
+    images, records, tokenizer, caption_ids, tokens = load_data(args)
     model = build_model(args, tokenizer)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens, "
-          f"{len(distinct):,} distinct captions")
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{num_parameters:,} parameters, {len(tokenizer)} tokens, {len(tokens):,} distinct captions")
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min(1, (s + 1) / 100) * 0.5 * (1 + math.cos(math.pi * s / args.num_steps)))
+        optimizer, lambda step: min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / args.num_steps))
+    )
     groups, creatures = group_by_colours(records)
     start = time.time()
     bar = tqdm(range(args.num_steps), mininterval=5)
@@ -167,7 +197,7 @@ def train(args):
         said = caption_ids[chosen].gather(1, wording[:, None])
         true = (said[:, :, None] == caption_ids[chosen][None]).any(-1)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = contrastive_loss(model, pixels, table[said[:, 0]], true)
+            loss = contrastive_loss(model, pixels, tokens[said[:, 0]], true)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -13,11 +13,10 @@ read back.
 import argparse
 import math
 import os
+import sys
 import time
 from pathlib import Path
 
-import measure
-import render
 import torch
 import torch.nn.functional as F
 from diffusers import (
@@ -29,13 +28,20 @@ from diffusers import (
 )
 from diffusers.training_utils import EMAModel, compute_snr
 from tqdm import tqdm
-from train_vae import rate_at, to_pixels
 from transformers import CLIPTextModel, CLIPTokenizer
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # sdtune is found also where it is not installed
+import measure
+import render
+from train_vae import rate_at, to_pixels
+
+from sdtune.diffusion import min_snr_weights
 
 SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 def parse_args(argv=None):
+    """The flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline_dir", default="miniature/pipeline")
     parser.add_argument("--init_from", help="a trained UNet's folder: train it on instead of starting from nothing")
@@ -69,8 +75,8 @@ def encode_captions(tokenizer, text_encoder, captions, batch_size=200):
     """List of captions -> last hidden states of the text tower: float (n, 77, width)."""
     hidden = []
     for first in range(0, len(captions), batch_size):
-        tokens = tokenizer(captions[first : first + batch_size], padding="max_length", max_length=77,
-                           truncation=True, return_tensors="pt").input_ids
+        chunk = captions[first : first + batch_size]
+        tokens = tokenizer(chunk, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
         hidden.append(text_encoder(tokens).last_hidden_state)
     return torch.cat(hidden)
 
@@ -80,12 +86,10 @@ def load_data(args, vae, tokenizer, text_encoder):
 
     Embedding 0 is that of the empty caption.
     """
-    jobs = [("shapes", args.seed + 3000, i) for i in range(args.num_images)]
+    jobs = [("shapes", args.seed + 3000, index) for index in range(args.num_images)]
     images, records = render.make_images(jobs)
     means, deviations = encode_images(vae, torch.from_numpy(images))
-    keys = ("colour", "shape", "background", "size", "position")
-    captions = [[render.shape_caption(**{key: record[key] for key in keys}, wording=k) for k in range(4)]
-                for record in records]
+    captions = [render.shape_captions(record) for record in records]
     distinct = ["", *sorted({caption for group in captions for caption in group})]
     number = {caption: k for k, caption in enumerate(distinct)}
     caption_ids = torch.tensor([[number[caption] for caption in group] for group in captions])
@@ -94,12 +98,20 @@ def load_data(args, vae, tokenizer, text_encoder):
 
 
 def build_unet(args, cross_attention_dim):
+    """The UNet to be trained: a new one, or one that goes on."""
     if args.init_from:
         return UNet2DConditionModel.from_pretrained(args.init_from, torch_dtype=torch.float32)
     return UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, cross_attention_dim=cross_attention_dim,
-        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
-        block_out_channels=args.channels, layers_per_block=1, attention_head_dim=4, norm_num_groups=8,
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        cross_attention_dim=cross_attention_dim,
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        block_out_channels=args.channels,
+        layers_per_block=1,
+        attention_head_dim=4,
+        norm_num_groups=8,
     )
 
 
@@ -110,8 +122,14 @@ def save(unet, ema, vae, tokenizer, text_encoder, pipeline_dir):
     ema.copy_to(averaged.parameters())
     scheduler = DPMSolverMultistepScheduler(**SCHEDULE, steps_offset=1)
     pipeline = StableDiffusionPipeline(
-        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=averaged, scheduler=scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=averaged,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
     averaged.half().save_pretrained(f"{pipeline_dir}/unet")
     averaged.float()
@@ -123,18 +141,21 @@ def save(unet, ema, vae, tokenizer, text_encoder, pipeline_dir):
 
 
 def train(args):
+    """Trains the UNet, and saves the pipeline."""
     torch.manual_seed(args.seed)
     vae = AutoencoderKL.from_pretrained(f"{args.pipeline_dir}/vae").eval()
     text_encoder = CLIPTextModel.from_pretrained(f"{args.pipeline_dir}/text_encoder").eval()
     tokenizer = CLIPTokenizer.from_pretrained(f"{args.pipeline_dir}/tokenizer")
     means, deviations, caption_ids, embeddings = load_data(args, vae, tokenizer, text_encoder)
     unet = build_unet(args, embeddings.shape[-1])
-    print(f"{sum(p.numel() for p in unet.parameters()):,} parameters")
+    num_parameters = sum(parameter.numel() for parameter in unet.parameters())
+    print(f"{num_parameters:,} parameters")
     ema = EMAModel(unet.parameters(), decay=args.ema_decay, foreach=True)
     noise_scheduler = DDPMScheduler(**SCHEDULE)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=args.learning_rate, weight_decay=1e-2)
     start, order = time.time(), torch.empty(0, dtype=torch.long)
-    bar, average = tqdm(range(args.num_steps), mininterval=5), None
+    bar = tqdm(range(args.num_steps), mininterval=5)
+    average = None
     for step in bar:
         progress = max(step / args.num_steps, (time.time() - start) / 60 / args.max_minutes)
         if progress >= 1:
@@ -145,7 +166,7 @@ def train(args):
             order = torch.randperm(len(means))
         chosen, order = order[: args.batch_size], order[args.batch_size :]
         latents = means[chosen] + deviations[chosen] * torch.randn_like(means[chosen])
-        # The canonical wording half of the time, any of the four otherwise.
+        # The canonical wording, which is the first, half of the time, any of the four otherwise.
         wording = torch.randint(4, (len(chosen), 1)) * (torch.rand(len(chosen), 1) < 0.5)
         said = caption_ids[chosen].gather(1, wording)[:, 0]
         said = said.masked_fill(torch.rand(len(said)) < args.caption_dropout, 0)
@@ -154,9 +175,9 @@ def train(args):
         noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
         with torch.autocast("cpu", torch.bfloat16):
             model_pred = unet(noisy_latents, timesteps, embeddings[said]).sample
-        snr = compute_snr(noise_scheduler, timesteps)
-        weights = snr.clamp(max=args.snr_gamma) / snr
-        loss = (F.mse_loss(model_pred.float(), noise, reduction="none").mean((1, 2, 3)) * weights).mean()
+        losses = F.mse_loss(model_pred.float(), noise, reduction="none").mean((1, 2, 3))
+        weights = min_snr_weights(compute_snr(noise_scheduler, timesteps), args.snr_gamma, predicts_noise=True)
+        loss = (losses * weights).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)

@@ -28,6 +28,7 @@ MIXED = ("shapes", "creatures", "patterned")
 
 
 def parse_args(argv=None):
+    """The flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", default="miniature/pipeline/vae")
     parser.add_argument("--init_from", help="a trained folder: train it on instead of starting from nothing")
@@ -55,9 +56,10 @@ def edge_loss(made, wanted):
     """L1 of the differences between neighbouring pixels, at full and half size."""
     loss = 0.0
     for scale in (1, 2):
-        a, b = (F.avg_pool2d(x, scale) if scale > 1 else x for x in (made, wanted))
+        if scale > 1:
+            made, wanted = F.avg_pool2d(made, scale), F.avg_pool2d(wanted, scale)
         for dim in (2, 3):
-            loss = loss + F.l1_loss(a.diff(dim=dim), b.diff(dim=dim))
+            loss = loss + F.l1_loss(made.diff(dim=dim), wanted.diff(dim=dim))
     return loss
 
 
@@ -75,14 +77,18 @@ def evaluate(vae, pixels, batch_size=64):
     for chunk in pixels.split(batch_size):
         latents = vae.encode(chunk).latent_dist
         moments.append(latents.sample())
-        mse = ((vae.decode(latents.mode()).sample.clamp(-1, 1) - chunk) / 2).square().mean((1, 2, 3))
+        made = vae.decode(latents.mode()).sample.clamp(-1, 1)
+        mse = ((made - chunk) / 2).square().mean((1, 2, 3))
         scores.append(-10 * torch.log10(mse))
     return torch.cat(scores).mean().item(), torch.cat(moments).std().item()
 
 
 def save(vae, output_dir, probe):
     """Writes the folder in float16; sets the scaling factor, 1 / deviation of the latents of `probe` if given."""
-    factor = vae.config.scaling_factor if probe is None else round(1 / evaluate(vae, probe)[1], 5)
+    factor = vae.config.scaling_factor
+    if probe is not None:
+        _, deviation = evaluate(vae, probe)
+        factor = round(1 / deviation, 5)
     # By keyword: from_config ignores a value in the config where the model was once built with the default.
     half = AutoencoderKL.from_config(vae.config, scaling_factor=factor)
     half.load_state_dict(vae.state_dict())
@@ -92,14 +98,20 @@ def save(vae, output_dir, probe):
 
 
 def build_vae(args):
+    """The autoencoder to be trained: a new one, one that goes on, or one whose encoder is frozen."""
     if args.decoder_of or args.init_from:
         vae = AutoencoderKL.from_pretrained(args.decoder_of or args.init_from, torch_dtype=torch.float32)
         for part in (vae.encoder, vae.quant_conv):
             part.requires_grad_(not args.decoder_of)
         return vae
     vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=args.channels, layers_per_block=1, norm_num_groups=8, latent_channels=4, sample_size=64,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=args.channels,
+        layers_per_block=1,
+        norm_num_groups=8,
+        latent_channels=4,
+        sample_size=64,
     )
     # Starts with little noise on the latents (log-variance -4); with as much noise as signal, learning is slow.
     torch.nn.init.constant_(vae.quant_conv.bias[4:], -4.0)
@@ -107,16 +119,20 @@ def build_vae(args):
 
 
 def train(args):
+    """Trains the autoencoder, and saves it."""
     torch.manual_seed(args.seed)
     jobs = []
     for family, share in zip(MIXED, args.mix, strict=True):
-        jobs += [(family, args.seed + 1000, i) for i in range(round(args.num_images * share))]
-    images = torch.from_numpy(make_images(jobs)[0])
-    unseen = to_pixels(torch.from_numpy(make_images([("creatures", 7, i, "held_out") for i in range(128)])[0]))
+        jobs += [(family, args.seed + 1000, index) for index in range(round(args.num_images * share))]
+    images, _ = make_images(jobs)
+    images = torch.from_numpy(images)
+    unseen, _ = make_images([("creatures", 7, index, "held_out") for index in range(128)])
+    unseen = to_pixels(torch.from_numpy(unseen))
 
     vae = build_vae(args)
-    trainable = [p for p in vae.parameters() if p.requires_grad]
-    print(f"{sum(p.numel() for p in trainable):,} trainable parameters, {len(images):,} images")
+    trainable = [parameter for parameter in vae.parameters() if parameter.requires_grad]
+    num_trainable = sum(parameter.numel() for parameter in trainable)
+    print(f"{num_trainable:,} trainable parameters, {len(images):,} images")
     optimizer = torch.optim.AdamW(trainable, lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
     probe = None if args.decoder_of else to_pixels(images[torch.randperm(len(images))[:256]])
     start, order = time.time(), torch.empty(0, dtype=torch.long)
@@ -137,7 +153,8 @@ def train(args):
             made = vae.decode(posterior.sample()).sample.float()
         mse = F.mse_loss(made, batch)
         # Edges in the wrong place cost more than none, so early on the term would only blur.
-        edges = args.edge_weight * (progress if args.decoder_of is None else 1.0) * edge_loss(made, batch)
+        edge_weight = args.edge_weight * (progress if args.decoder_of is None else 1.0)
+        edges = edge_weight * edge_loss(made, batch)
         loss = F.l1_loss(made, batch) + mse + edges + args.kl_weight * posterior.kl().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -151,7 +168,8 @@ def train(args):
             score, deviation = evaluate(vae, unseen)
             tqdm.write(f"step {step + 1}: {score:.2f} dB on unseen creatures, latent deviation {deviation:.3f}")
     save(vae, args.output_dir, probe)
-    print(f"{evaluate(vae, unseen)[0]:.2f} dB on unseen creatures after {(time.time() - start) / 60:.1f} minutes")
+    score, _ = evaluate(vae, unseen)
+    print(f"{score:.2f} dB on unseen creatures after {(time.time() - start) / 60:.1f} minutes")
 
 
 if __name__ == "__main__":
