@@ -61,6 +61,7 @@ from sdtune.model_card import write_card
 from sdtune.models import check_model
 from sdtune.optimization import check_8bit_adam, check_optimization, peak_learning_rate
 from sdtune.output import check_output, check_trackers
+from sdtune.script import run_script
 from sdtune.signals import find_launcher
 from sdtune.subject import (
     check_subject,
@@ -75,7 +76,6 @@ from sdtune.training import (
     make_accelerator,
     make_loader,
     make_state,
-    run_script,
     start_output,
     start_run,
     tell_plan,
@@ -166,7 +166,7 @@ def train(args):
         return diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, batch, args.snr_gamma)
 
     counts = count_steps(args, len(images), accelerator.num_processes)
-    learning_rate = peak_learning_rate(args, counts.samples_per_step)
+    learning_rate = peak_learning_rate(args, counts)
     groups = group_parameters(args, models, learning_rate)
     parameters = [parameter for group in groups for parameter in group["params"]]
     adapters = torch.nn.ParameterList(parameters)

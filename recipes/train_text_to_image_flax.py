@@ -66,7 +66,7 @@ from sdtune.model_card import write_card
 from sdtune.models import check_model, load_base, make_noise_scheduler
 from sdtune.optimization import check_optimization
 from sdtune.output import check_output, check_trackers, save_pipeline
-from sdtune.training import run_script
+from sdtune.script import run_script
 from sdtune.validation import check_validation
 
 NO_NEED = "drop it; what is compiled here has no need of it"

@@ -31,7 +31,7 @@ def new_run(args, counts, state, precision, fingerprints):
         **fingerprints,
         "hub_token": None,
         "mixed_precision": precision,
-        "peak_learning_rate": peak_learning_rate(args, counts.samples_per_step),
+        "peak_learning_rate": peak_learning_rate(args, counts),
         "samples_per_step": counts.samples_per_step,
         "schedule_steps": None if args.lr_scheduler.startswith("constant") else counts.last_step,
         "state": [*state],

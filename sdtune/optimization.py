@@ -44,9 +44,9 @@ def check_8bit_adam(args):
     return []
 
 
-def peak_learning_rate(args, samples_per_step):
+def peak_learning_rate(args, counts):
     """The learning rate after warm-up, scaled by the samples of a step if that is asked for."""
-    return args.learning_rate * samples_per_step if args.scale_lr else args.learning_rate
+    return args.learning_rate * counts.samples_per_step if args.scale_lr else args.learning_rate
 
 
 def make_optimizer(args, groups):

@@ -5,7 +5,6 @@ import datetime
 import functools
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env, send_t
 from diffusers.utils import is_xformers_available
 from tqdm.auto import tqdm
 
-from sdtune.arguments import parse_flags
 from sdtune.batches import micro_batches, passes_in_step, samples_in_step
 from sdtune.checkpoints import (
     find_checkpoint,
@@ -24,26 +22,12 @@ from sdtune.checkpoints import (
     save_checkpoint,
     write_torch_state,
 )
-from sdtune.errors import raise_problems, told_to_user
-from sdtune.models import DTYPES, quiet_libraries
+from sdtune.models import DTYPES
 from sdtune.optimization import make_average, make_optimizer, make_schedule
 from sdtune.output import log_losses, prepare_output
 from sdtune.plan import print_plan
 from sdtune.randomness import DROPOUT, random_numbers
 from sdtune.signals import is_orphaned, leave, note_signal, on_signals
-
-
-def run_script(program, parser, argv, replaced_flags, check_args, train, prints=None):
-    """Runs a training script: reads its flags, tells all that `check_args` finds wrong with them, and trains. A
-    mistake of the user's ends with status 2 and its message; of several processes the first one tells it. On hosts
-    that are started one by one, `prints(args)` says whether this one tells more than its mistakes."""
-    args, problems = parse_flags(parser, argv, replaced_flags)
-    quiet_libraries()
-    is_first = os.environ.get("RANK", "0") == "0"
-    with told_to_user(program, speaks=is_first):
-        raise_problems(problems + check_args(args))
-        with contextlib.redirect_stdout(sys.stdout if prints is None or prints(args) else None):
-            train(args)
 
 
 def check_hardware(args):

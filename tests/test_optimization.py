@@ -1,6 +1,7 @@
 """Flags of the learning rate that contradict each other are refused; optimizer, schedule and average obey them."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -76,8 +77,9 @@ def test_8bit_adam_needs_its_package(monkeypatch):
 
 
 def test_learning_rate_is_scaled_on_demand():
-    assert peak_learning_rate(parse("--learning_rate=1e-5"), 12) == 1e-5
-    assert peak_learning_rate(parse("--learning_rate=1e-5", "--scale_lr"), 12) == pytest.approx(1.2e-4)
+    counts = SimpleNamespace(samples_per_step=12)
+    assert peak_learning_rate(parse("--learning_rate=1e-5"), counts) == 1e-5
+    assert peak_learning_rate(parse("--learning_rate=1e-5", "--scale_lr"), counts) == pytest.approx(1.2e-4)
 
 
 def rates_of(num_steps, *words):

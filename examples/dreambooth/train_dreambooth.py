@@ -39,6 +39,7 @@ min-SNR (2303.09556), zero terminal SNR (2305.08891), input perturbation (2301.1
 #   hub            The upload of a result to the Hub
 #   validation     Look at a run: draw samples, and measure the loss on images that are not trained on
 #   signals        Stop at the end of a step, on SIGTERM, Ctrl-C or the death of the launcher
+#   script         Run a script: read its flags, tell what is wrong with them, train
 
 import argparse
 import contextlib
@@ -361,7 +362,7 @@ def train(args):
         return diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, batch, args.snr_gamma)
 
     counts = count_steps(args, len(images), accelerator.num_processes)
-    learning_rate = peak_learning_rate(args, counts.samples_per_step)
+    learning_rate = peak_learning_rate(args, counts)
     parameters = [parameter for model in models.values() for parameter in model.parameters()]
     groups = [{"params": parameters, "lr": learning_rate}]
     state = make_state(args, accelerator, models, groups, counts.last_step)
@@ -443,19 +444,6 @@ def min_snr_weights(snr, snr_gamma, predicts_noise):
 
 
 # ------------------------------------------------------------------------------------------------------------ training
-def run_script(program, parser, argv, replaced_flags, check_args, train, prints=None):
-    """Runs a training script: reads its flags, tells all that `check_args` finds wrong with them, and trains. A
-    mistake of the user's ends with status 2 and its message; of several processes the first one tells it. On hosts
-    that are started one by one, `prints(args)` says whether this one tells more than its mistakes."""
-    args, problems = parse_flags(parser, argv, replaced_flags)
-    quiet_libraries()
-    is_first = os.environ.get("RANK", "0") == "0"
-    with told_to_user(program, speaks=is_first):
-        raise_problems(problems + check_args(args))
-        with contextlib.redirect_stdout(sys.stdout if prints is None or prints(args) else None):
-            train(args)
-
-
 def check_hardware(args):
     """Lists what this machine, or accelerate's config, cannot do."""
     problems = []
@@ -940,7 +928,7 @@ def new_run(args, counts, state, precision, fingerprints):
         **fingerprints,
         "hub_token": None,
         "mixed_precision": precision,
-        "peak_learning_rate": peak_learning_rate(args, counts.samples_per_step),
+        "peak_learning_rate": peak_learning_rate(args, counts),
         "samples_per_step": counts.samples_per_step,
         "schedule_steps": None if args.lr_scheduler.startswith("constant") else counts.last_step,
         "state": [*state],
@@ -1897,9 +1885,9 @@ def check_8bit_adam(args):
     return []
 
 
-def peak_learning_rate(args, samples_per_step):
+def peak_learning_rate(args, counts):
     """The learning rate after warm-up, scaled by the samples of a step if that is asked for."""
-    return args.learning_rate * samples_per_step if args.scale_lr else args.learning_rate
+    return args.learning_rate * counts.samples_per_step if args.scale_lr else args.learning_rate
 
 
 def make_optimizer(args, groups):
@@ -2270,6 +2258,21 @@ def leave(accelerator, run, broken, received):
     # Another process, or the launcher, may have got the signal: SIGTERM, then.
     number = received[0] if received else signal.SIGTERM
     sys.exit(1 if broken else 128 + number)
+
+
+# -------------------------------------------------------------------------------------------------------------- script
+def run_script(program, parser, argv, replaced_flags, check_args, train, prints=None):
+    """Runs a training script: reads its flags, tells all that `check_args` finds wrong with them, and trains. A
+    mistake of the user's ends with status 2 and its message; of several processes the first one tells it. On hosts
+    that are started one by one, `prints(args)` says whether this one tells more than its mistakes."""
+    args, problems = parse_flags(parser, argv, replaced_flags)
+    quiet_libraries()
+    is_first = os.environ.get("RANK", "0") == "0"
+    with told_to_user(program, speaks=is_first):
+        raise_problems(problems + check_args(args))
+        is_heard = prints is None or prints(args)
+        with contextlib.redirect_stdout(sys.stdout if is_heard else io.StringIO()):
+            train(args)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ share a batch; what is random in a sample depends on (seed, epoch, index of the 
 #   the script          what is its own: its flags, what it loads and trains, the loss of a step, what it saves, main
 #   flax.diffusion      The diffusion step in JAX: draw latents, add noise, compare the prediction with the target
 #   flax.optimization   The optimizer in JAX, its learning rate, and the step: gradient, clipping, update, average
-#   training            Train in PyTorch: the accelerator, the state of a run, and the loop over its steps
 #   flax.training       Train in JAX: hosts and devices, the state of a run, and the loop over its steps
 #   batches             The order of an epoch, and each process's share of a step
 #   randomness          Random numbers as a pure function of the seed and of what they are for
@@ -38,6 +37,7 @@ share a batch; what is random in a sample depends on (seed, epoch, index of the 
 #   hub                 The upload of a result to the Hub
 #   validation          Look at a run: draw samples, and measure the loss on images that are not trained on
 #   signals             Stop at the end of a step, on SIGTERM, Ctrl-C or the death of the launcher
+#   script              Run a script: read its flags, tell what is wrong with them, train
 #   flax.networks       The networks of Stable Diffusion in JAX, as pure functions of the weights of PyTorch's modules
 #   flax.weights        Weights on their way between PyTorch's modules, JAX and Flax's files (.msgpack)
 #   flax.validation     Look at a run in JAX: samples by PyTorch's pipeline, the loss on images not trained on
@@ -541,20 +541,6 @@ def train_step(state, batch, learning_rate, ema_decay, training_loss, optimizer,
     is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     after = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), after, state)
     return after, jnp.stack([loss, grad_norm, batch["stop"].max()])
-
-
-# ------------------------------------------------------------------------------------------------------------ training
-def run_script(program, parser, argv, replaced_flags, check_args, train, prints=None):
-    """Runs a training script: reads its flags, tells all that `check_args` finds wrong with them, and trains. A
-    mistake of the user's ends with status 2 and its message; of several processes the first one tells it. On hosts
-    that are started one by one, `prints(args)` says whether this one tells more than its mistakes."""
-    args, problems = parse_flags(parser, argv, replaced_flags)
-    quiet_libraries()
-    is_first = os.environ.get("RANK", "0") == "0"
-    with told_to_user(program, speaks=is_first):
-        raise_problems(problems + check_args(args))
-        with contextlib.redirect_stdout(sys.stdout if prints is None or prints(args) else None):
-            train(args)
 
 
 # ------------------------------------------------------------------------------------------------------- flax.training
@@ -1137,7 +1123,7 @@ def new_run(args, counts, state, precision, fingerprints):
         **fingerprints,
         "hub_token": None,
         "mixed_precision": precision,
-        "peak_learning_rate": peak_learning_rate(args, counts.samples_per_step),
+        "peak_learning_rate": peak_learning_rate(args, counts),
         "samples_per_step": counts.samples_per_step,
         "schedule_steps": None if args.lr_scheduler.startswith("constant") else counts.last_step,
         "state": [*state],
@@ -1899,9 +1885,9 @@ def check_optimization(args):
     return problems
 
 
-def peak_learning_rate(args, samples_per_step):
+def peak_learning_rate(args, counts):
     """The learning rate after warm-up, scaled by the samples of a step if that is asked for."""
-    return args.learning_rate * samples_per_step if args.scale_lr else args.learning_rate
+    return args.learning_rate * counts.samples_per_step if args.scale_lr else args.learning_rate
 
 
 def make_schedule(args, optimizer, last_step):
@@ -2198,6 +2184,21 @@ def leave(accelerator, run, broken, received):
     # Another process, or the launcher, may have got the signal: SIGTERM, then.
     number = received[0] if received else signal.SIGTERM
     sys.exit(1 if broken else 128 + number)
+
+
+# -------------------------------------------------------------------------------------------------------------- script
+def run_script(program, parser, argv, replaced_flags, check_args, train, prints=None):
+    """Runs a training script: reads its flags, tells all that `check_args` finds wrong with them, and trains. A
+    mistake of the user's ends with status 2 and its message; of several processes the first one tells it. On hosts
+    that are started one by one, `prints(args)` says whether this one tells more than its mistakes."""
+    args, problems = parse_flags(parser, argv, replaced_flags)
+    quiet_libraries()
+    is_first = os.environ.get("RANK", "0") == "0"
+    with told_to_user(program, speaks=is_first):
+        raise_problems(problems + check_args(args))
+        is_heard = prints is None or prints(args)
+        with contextlib.redirect_stdout(sys.stdout if is_heard else io.StringIO()):
+            train(args)
 
 
 # ------------------------------------------------------------------------------------------------------- flax.networks
