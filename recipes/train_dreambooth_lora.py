@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from sdtune.arguments import (
+    ADAPTERS_FIXED_ON_RESUME,
     ADAPTERS_FREE_ON_RESUME,
     ADAPTERS_REQUIRES,
     AVERAGE_REQUIRES,
@@ -61,7 +62,7 @@ from sdtune.model_card import write_card
 from sdtune.models import check_model
 from sdtune.optimization import check_8bit_adam, check_optimization, peak_learning_rate
 from sdtune.output import check_output, check_trackers
-from sdtune.script import run_script
+from sdtune.script import is_first_process, run_script
 from sdtune.signals import find_launcher
 from sdtune.subject import (
     check_subject,
@@ -104,16 +105,7 @@ FREE_ON_RESUME = {
     *SUBJECT_VALIDATION_FREE_ON_RESUME,
     *RUN_FREE_ON_RESUME,
 }
-# The checkpoint's state would not fit.
-FIXED_ON_RESUME = {
-    "lora_target",
-    "mixed_precision",
-    "rank",
-    "state",
-    "train_text_encoder",
-    "use_8bit_adam",
-    "use_dora",
-}
+FIXED_ON_RESUME = {*ADAPTERS_FIXED_ON_RESUME, "mixed_precision", "state", "use_8bit_adam"}  # the state would not fit
 
 
 def make_parser():
@@ -134,20 +126,22 @@ def make_parser():
     return parser
 
 
-def check_args(args):
-    """Lists what is wrong with the flags, each with its value, what is accepted and the remedy."""
-    problems = check_requirements(args, REQUIRES)
-    problems += check_data(args, "instance_data_dir") + check_subject(args)
-    problems += check_optimization(args) + check_8bit_adam(args)
-    problems += check_hardware(args) + check_trackers(args) + check_validation(args, "validation_prompt")
-    problems += check_output(args, foreign_result="model_index.json")
-    problems += check_model(args)
-    return problems or check_adapters(args)  # whose layers are not known before
+def check_args(args, problems=()):
+    """Lists what is wrong with the flags, each with its value, what is accepted and the remedy. `problems` are those
+    that were found before."""
+    found = check_requirements(args, REQUIRES)
+    found += check_data(args, "instance_data_dir") + check_subject(args)
+    found += check_optimization(args) + check_8bit_adam(args)
+    found += check_hardware(args) + check_trackers(args) + check_validation(args, "validation_prompt")
+    found += check_output(args, foreign_result="model_index.json")
+    found += check_model(args)
+    if problems or found:  # the layers are not known, or not how their adapters are to be
+        return found
+    return check_adapters(args)
 
 
-def train(args):
-    """Trains as `args` say, which have been checked."""
-    launcher = find_launcher()  # before accelerate sets variables of its own
+def train(args, launcher):
+    """Trains as `args` say, which have been checked; `launcher` is the process that started this one, or None."""
     images, held_out, fingerprint = load_data(args, args.instance_data_dir, args.instance_prompt, args.repeats)
     class_images = load_class_images(args)
     repo_id = create_repo(args) if args.push_to_hub and not args.dry_run else None
@@ -208,7 +202,11 @@ def save_model(args, models, prompts, num_images, step):
 
 def main(argv=None):
     """Runs the script; a mistake of the user's ends with status 2 and its message."""
-    run_script(Path(__file__).name, make_parser(), argv, SUBJECT_REPLACED_FLAGS, check_args, train)
+    launcher = find_launcher()  # first of all: it may die soon, and accelerate sets variables of its own
+    start = functools.partial(train, launcher=launcher)
+    run_script(
+        Path(__file__).name, make_parser(), argv, SUBJECT_REPLACED_FLAGS, check_args, start, speaks=is_first_process()
+    )
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ from sdtune.models import (
 )
 from sdtune.optimization import check_8bit_adam, check_optimization, peak_learning_rate
 from sdtune.output import check_output, check_trackers, save_pipeline
-from sdtune.script import run_script
+from sdtune.script import is_first_process, run_script
 from sdtune.signals import find_launcher
 from sdtune.training import (
     batches_of,
@@ -106,8 +106,9 @@ def make_parser():
     return parser
 
 
-def check_args(args):
-    """Lists what is wrong with the flags, each with its value, what is accepted and the remedy."""
+def check_args(args, problems=()):
+    """Lists what is wrong with the flags, each with its value, what is accepted and the remedy. `problems` are those
+    that were found before."""
     problems = check_requirements(args, REQUIRES)
     problems += check_data(args, "train_data_dir")
     problems += check_optimization(args) + check_8bit_adam(args)
@@ -129,9 +130,8 @@ def load_models(args, accelerator):
     return pipeline, vae, text_encoder, make_noise_scheduler(args, pipeline)
 
 
-def train(args):
-    """Trains as `args` say, which have been checked."""
-    launcher = find_launcher()  # before accelerate sets variables of its own
+def train(args, launcher):
+    """Trains as `args` say, which have been checked; `launcher` is the process that started this one, or None."""
     images, held_out, fingerprint = load_data(args, args.train_data_dir)
     repo_id = create_repo(args) if args.push_to_hub and not args.dry_run else None
     accelerator = make_accelerator(args)
@@ -179,7 +179,9 @@ def save_model(args, pipeline, noise_scheduler, step):
 
 def main(argv=None):
     """Runs the script; a mistake of the user's ends with status 2 and its message."""
-    run_script(Path(__file__).name, make_parser(), argv, REPLACED_FLAGS, check_args, train)
+    launcher = find_launcher()  # first of all: it may die soon, and accelerate sets variables of its own
+    start = functools.partial(train, launcher=launcher)
+    run_script(Path(__file__).name, make_parser(), argv, REPLACED_FLAGS, check_args, start, speaks=is_first_process())
 
 
 if __name__ == "__main__":

@@ -142,8 +142,9 @@ def add_jax_arguments(parser):
     )
 
 
-def check_args(args):
-    """Lists what is wrong with the flags, each with its value, what is accepted and the remedy."""
+def check_args(args, problems=()):
+    """Lists what is wrong with the flags, each with its value, what is accepted and the remedy. `problems` are those
+    that were found before."""
     problems = check_requirements(args, REQUIRES)
     problems += check_data(args, "train_data_dir")
     problems += check_optimization(args) + check_precision(args) + check_hosts(args)

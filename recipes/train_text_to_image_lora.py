@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from sdtune.arguments import (
+    ADAPTERS_FIXED_ON_RESUME,
     ADAPTERS_FREE_ON_RESUME,
     ADAPTERS_REQUIRES,
     AVERAGE_REQUIRES,
@@ -55,7 +56,7 @@ from sdtune.model_card import write_card
 from sdtune.models import check_model
 from sdtune.optimization import check_8bit_adam, check_optimization, peak_learning_rate
 from sdtune.output import check_output, check_trackers
-from sdtune.script import run_script
+from sdtune.script import is_first_process, run_script
 from sdtune.signals import find_launcher
 from sdtune.training import (
     batches_of,
@@ -88,16 +89,7 @@ FREE_ON_RESUME = {
     *VALIDATION_FREE_ON_RESUME,
     *RUN_FREE_ON_RESUME,
 }
-# The checkpoint's state would not fit.
-FIXED_ON_RESUME = {
-    "lora_target",
-    "mixed_precision",
-    "rank",
-    "state",
-    "train_text_encoder",
-    "use_8bit_adam",
-    "use_dora",
-}
+FIXED_ON_RESUME = {*ADAPTERS_FIXED_ON_RESUME, "mixed_precision", "state", "use_8bit_adam"}  # the state would not fit
 
 
 def make_parser():
@@ -117,20 +109,22 @@ def make_parser():
     return parser
 
 
-def check_args(args):
-    """Lists what is wrong with the flags, each with its value, what is accepted and the remedy."""
-    problems = check_requirements(args, REQUIRES)
-    problems += check_data(args, "train_data_dir")
-    problems += check_optimization(args) + check_8bit_adam(args)
-    problems += check_hardware(args) + check_trackers(args) + check_validation(args, "validation_prompts")
-    problems += check_output(args, foreign_result="model_index.json")
-    problems += check_model(args)
-    return problems or check_adapters(args)  # whose layers are not known before
+def check_args(args, problems=()):
+    """Lists what is wrong with the flags, each with its value, what is accepted and the remedy. `problems` are those
+    that were found before."""
+    found = check_requirements(args, REQUIRES)
+    found += check_data(args, "train_data_dir")
+    found += check_optimization(args) + check_8bit_adam(args)
+    found += check_hardware(args) + check_trackers(args) + check_validation(args, "validation_prompts")
+    found += check_output(args, foreign_result="model_index.json")
+    found += check_model(args)
+    if problems or found:  # the layers are not known, or not how their adapters are to be
+        return found
+    return check_adapters(args)
 
 
-def train(args):
-    """Trains as `args` say, which have been checked."""
-    launcher = find_launcher()  # before accelerate sets variables of its own
+def train(args, launcher):
+    """Trains as `args` say, which have been checked; `launcher` is the process that started this one, or None."""
     images, held_out, fingerprint = load_data(args, args.train_data_dir)
     repo_id = create_repo(args) if args.push_to_hub and not args.dry_run else None
     accelerator = make_accelerator(args)
@@ -183,7 +177,9 @@ def save_model(args, models, num_images, step):
 
 def main(argv=None):
     """Runs the script; a mistake of the user's ends with status 2 and its message."""
-    run_script(Path(__file__).name, make_parser(), argv, REPLACED_FLAGS, check_args, train)
+    launcher = find_launcher()  # first of all: it may die soon, and accelerate sets variables of its own
+    start = functools.partial(train, launcher=launcher)
+    run_script(Path(__file__).name, make_parser(), argv, REPLACED_FLAGS, check_args, start, speaks=is_first_process())
 
 
 if __name__ == "__main__":

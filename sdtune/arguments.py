@@ -41,6 +41,9 @@ VALIDATION_FREE_ON_RESUME = {*HELD_OUT_FREE_ON_RESUME, "validation_prompts"}
 SUBJECT_VALIDATION_FREE_ON_RESUME = {*HELD_OUT_FREE_ON_RESUME, "num_validation_images", "validation_prompt"}
 RUN_FREE_ON_RESUME = {"config", "dry_run"}
 
+# Settings of adapters that cannot change: the state in the checkpoint would not fit.
+ADAPTERS_FIXED_ON_RESUME = {"lora_target", "rank", "train_text_encoder", "use_dora"}
+
 # Flags of diffusers' DreamBooth scripts that have another name here, or no use.
 SUBJECT_REPLACED_FLAGS = {
     "--local_rank": "start with `accelerate launch` or torchrun, which set the rank",
@@ -466,10 +469,12 @@ def read_config(parser, path, sections):
     """What the YAML file at `path` says, as a dictionary, as are those of `sections` that it has. Ends with status 2
     for what is none."""
     try:
-        recipe = dict(yaml.safe_load(Path(os.path.expanduser(path)).read_text("utf-8")) or {})
+        recipe = yaml.safe_load(Path(os.path.expanduser(path)).read_text("utf-8")) or {}
         for section in sections & recipe.keys():
-            recipe[section] = dict(recipe[section] or {})
-    except (OSError, ValueError, yaml.YAMLError, TypeError) as error:
+            recipe[section] = recipe[section] or {}
+        if not all(isinstance(part, dict) for part in [recipe, *(recipe[name] for name in sections & recipe.keys())]):
+            raise TypeError("give `flag: value`, a line each")
+    except (OSError, ValueError, yaml.YAMLError, AttributeError, TypeError) as error:
         parser.error(f"--config={path}: is no YAML file of flags ({' '.join(str(error).split())})")
     return recipe
 
@@ -505,7 +510,7 @@ def without_flag(words, flag):
     for word in words:
         name, joined, _ = word.partition("=")
         if name in flag.option_strings:
-            num_values = 0 if joined else 1 if flag.nargs is None else math.inf
+            num_values = 0 if joined or flag.nargs == 0 else 1 if flag.nargs is None else math.inf
         elif word.startswith("--"):
             num_values = 0
             kept.append(word)

@@ -223,9 +223,9 @@ def list_files(folder):
 
 
 def read_metadata(path, caption_column):
-    """The rows of a metadata.jsonl or .csv: a list of the image's absolute path, its captions, the columns' names and
+    """Yields of each row of a metadata.jsonl or .csv the image's absolute path, its captions, the columns' names and
     the row itself, as `file`, `captions`, `columns` and `row`. Raises `InputError`, which names the row."""
-    found = []
+    number = 1
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".jsonl":  # lines end by a line feed alone: JSON may hold other line ends
@@ -237,11 +237,10 @@ def read_metadata(path, caption_column):
             captions = all_captions(row.get(caption_column))
             if None in row:
                 raise ValueError("too many cells: put captions with commas in quotes")
-            found.append({"file": file, "captions": captions, "columns": row.keys(), "row": row})
+            yield {"file": file, "captions": captions, "columns": row.keys(), "row": row}
+            number += 1
     except (ValueError, TypeError, KeyError, AttributeError, csv.Error) as error:
-        number = len(found) + 1
         raise InputError(f"{path}: row {number} is not a file_name and a caption in UTF-8 ({error!r})") from None
-    return found
 
 
 def read_caption_beside(image):

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 import sys
 
 from sdtune.arguments import parse_flags
@@ -10,15 +11,27 @@ from sdtune.errors import raise_problems, told_to_user
 from sdtune.models import quiet_libraries
 
 
-def run_script(program, parser, argv, replaced_flags, check_args, train, prints=None):
-    """Runs a training script: reads its flags, tells all that `check_args` finds wrong with them, and trains. A
-    mistake of the user's ends with status 2 and its message; of several processes the first one tells it. On hosts
-    that are started one by one, `prints(args)` says whether this one tells more than its mistakes."""
+def is_first_process():
+    """Whether this is the first of the processes that a launcher started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def run_script(program, parser, argv, replaced_flags, check_args, train, speaks=True, prints=None):
+    """Runs a training script: reads its flags, tells all that is wrong with them, and trains. A mistake of the user's
+    ends with status 2 and its message, which a process tells that `speaks`. On hosts that are started one by one,
+    `prints(args)` says whether this one tells more than its mistakes.
+
+    `check_args(args, problems)` lists what is wrong beside `problems` with the values of single flags.
+    """
     args, problems = parse_flags(parser, argv, replaced_flags)
     quiet_libraries()
-    is_first = os.environ.get("RANK", "0") == "0"
-    with told_to_user(program, speaks=is_first):
-        raise_problems(problems + check_args(args))
+    with told_to_user(program, speaks=speaks):
+        # What is said of a flag whose value was refused is about its default.
+        refused = [re.match(r"--\w+", problem)[0] for problem in problems]
+        for problem in check_args(args, problems):
+            if not any(re.search(rf"{flag}\b", problem) for flag in refused):
+                problems.append(problem)
+        raise_problems(problems)
         is_heard = prints is None or prints(args)
         with contextlib.redirect_stdout(sys.stdout if is_heard else io.StringIO()):
             train(args)

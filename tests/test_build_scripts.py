@@ -130,7 +130,6 @@ BUILT = '''#!/usr/bin/env python
 Nothing else.
 """
 
-# Tested with torch 2.13.0.
 # Constants and classes come first, then the functions:
 #
 #   the script   what is its own: its flags, what it loads and trains, the loss of a step, what it saves, main
@@ -239,6 +238,17 @@ def test_a_script_has_what_its_recipe_reaches_and_nothing_else(root, capsys):
     assert "import" not in listing
     assert "ORDER" not in listing
     assert "def ordered(items):" in listing
+
+
+def test_versions_of_what_is_imported_are_named(root, capsys, monkeypatch):
+    monkeypatch.setattr(builder, "TESTED", ["torch", "yaml"])
+    write(root, "requirements.txt", "torch==2.13.0\n# yaml==1\n")
+    assert builder.tested_versions(root, ["import torch.nn", "import yaml"]) == "# Tested with torch 2.13.0.\n"
+    assert builder.tested_versions(root, ["import json"]) == ""
+
+
+def test_what_comes_first_is_there():
+    assert set(builder.READ_FIRST) <= set(builder.MODULES)
 
 
 def test_what_a_reader_looks_for_comes_first(root, capsys, monkeypatch):

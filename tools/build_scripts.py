@@ -13,6 +13,7 @@ import re
 import subprocess
 import symtable
 import sys
+import textwrap
 from pathlib import Path
 
 # The modules of sdtune in the order of a script; each imports only from those before it.
@@ -28,7 +29,8 @@ READ_FIRST = """
     diffusion flax.diffusion flax.optimization training flax.training batches randomness dataset flax.encoding
     checkpoints flax.checkpoints
 """.split()
-TESTED = ["torch", "diffusers", "transformers", "accelerate", "datasets", "peft"]  # whose versions a script names
+# Whose versions a script names, if it imports them.
+TESTED = ["torch", "jax", "optax", "flax", "diffusers", "transformers", "accelerate", "datasets", "peft"]
 SCRIPTS = {  # recipe: folder of its script
     "train_text_to_image": "examples/text_to_image",
     "train_text_to_image_lora": "examples/text_to_image",
@@ -86,6 +88,9 @@ def read_sources(root):
             problem = "is missing, but is" if label in labels else "is not"
             raise BuildError(f"{label}:1: {problem} listed in MODULES or SCRIPTS of tools/build_scripts.py")
         check_direction(label, parse(root, label)[1])
+    for path in sorted(root.glob("examples/*/train_*.py")):
+        if path.relative_to(root).as_posix() not in [f"{folder}/{name}.py" for name, folder in SCRIPTS.items()]:
+            raise BuildError(f"{path.relative_to(root)}:1: has no recipe in SCRIPTS of tools/build_scripts.py")
     sources = {}
     for name, label in modules.items():
         sources[name] = read_source(root, label, sources)
@@ -235,6 +240,8 @@ def check_syntax(label, tree):
             is_renamed = any(alias.asname for alias in node.names)
             if not module.startswith("sdtune.") or is_renamed or node not in tree.body:
                 raise BuildError(f"{place}: write `from sdtune.module import name`, at the top level and without `as`")
+        if "importlib" in packages:
+            raise BuildError(f"{place}: imports importlib, by which what a script needs could not be seen")
         name = getattr(node, "id", None)
         if isinstance(node, ast.Global) or name == "globals":
             raise BuildError(f"{place}: uses `global` or `globals()`; pass the value")
@@ -302,11 +309,14 @@ def reach(recipe):
     return reached
 
 
-def tested_versions(root):
-    """Returns the packages of TESTED with the versions that requirements.txt pins."""
-    requirements = (root / "requirements.txt").read_text(encoding="utf-8")
-    pins = dict(re.findall(r"^([\w-]+)==(\S+)$", requirements, re.MULTILINE))
-    return ", ".join(f"{name} {pins[name]}" for name in TESTED if name in pins)
+def tested_versions(root, imports):
+    """Returns a comment on the packages of TESTED that these lines import: the versions that the requirements pin."""
+    requirements = "\n".join(path.read_text(encoding="utf-8") for path in root.glob("requirements*.txt"))
+    pins = dict(re.findall(r"^([\w-]+)==([\w.]+)", requirements, re.MULTILINE))
+    packages = {re.split(r"[ .]", line)[1] for line in imports}
+    found = ", ".join(f"{name} {pins[name]}" for name in TESTED if name in pins and name in packages)
+    lines = textwrap.wrap(f"Tested with {found}.", WIDTH - 2) if found else []
+    return "".join(f"# {line}\n" for line in lines)
 
 
 def build_script(root, label, recipe, modules):
@@ -334,8 +344,7 @@ def build_script(root, label, recipe, modules):
 # Built by `make scripts` from {recipe.label} and sdtune/: edit those; a copy is yours to edit.
 {recipe.docstring}
 
-# Tested with {tested_versions(root)}.
-# Constants and classes come first, then the functions:
+{tested_versions(root, imports)}# Constants and classes come first, then the functions:
 #
 """
     text += "\n".join([*table, "", *sorted(imports), ""])

@@ -16,7 +16,7 @@ Papers: DreamBooth (arXiv 2208.12242), latent diffusion (2112.10752), DDPM (2006
 min-SNR (2303.09556), zero terminal SNR (2305.08891), input perturbation (2301.11706).
 """
 
-# Tested with torch 2.13.0, diffusers 0.42.1, transformers 5.23.0, accelerate 1.15.0, datasets 5.2.0, peft 0.21.2.
+# Tested with torch 2.13.0, diffusers 0.42.1, transformers 5.23.0, accelerate 1.15.0, datasets 5.2.0.
 # Constants and classes come first, then the functions:
 #
 #   the script     what is its own: its flags, what it loads and trains, the loss of a step, what it saves, main
@@ -309,8 +309,9 @@ def make_parser():
     return parser
 
 
-def check_args(args):
-    """Lists what is wrong with the flags, each with its value, what is accepted and the remedy."""
+def check_args(args, problems=()):
+    """Lists what is wrong with the flags, each with its value, what is accepted and the remedy. `problems` are those
+    that were found before."""
     problems = check_requirements(args, REQUIRES)
     problems += check_data(args, "instance_data_dir") + check_subject(args)
     problems += check_optimization(args) + check_8bit_adam(args)
@@ -340,9 +341,8 @@ def load_models(args, accelerator):
     return pipeline, models, vae, text_encoder, make_noise_scheduler(args, pipeline)
 
 
-def train(args):
-    """Trains as `args` say, which have been checked."""
-    launcher = find_launcher()  # before accelerate sets variables of its own
+def train(args, launcher):
+    """Trains as `args` say, which have been checked; `launcher` is the process that started this one, or None."""
     images, held_out, fingerprint = load_data(args, args.instance_data_dir, args.instance_prompt, args.repeats)
     class_images = load_class_images(args)
     repo_id = create_repo(args) if args.push_to_hub and not args.dry_run else None
@@ -407,7 +407,11 @@ def save_model(args, pipeline, noise_scheduler, prompts, step):
 
 def main(argv=None):
     """Runs the script; a mistake of the user's ends with status 2 and its message."""
-    run_script(Path(__file__).name, make_parser(), argv, SUBJECT_REPLACED_FLAGS, check_args, train)
+    launcher = find_launcher()  # first of all: it may die soon, and accelerate sets variables of its own
+    start = functools.partial(train, launcher=launcher)
+    run_script(
+        Path(__file__).name, make_parser(), argv, SUBJECT_REPLACED_FLAGS, check_args, start, speaks=is_first_process()
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- diffusion
@@ -821,9 +825,9 @@ def list_files(folder):
 
 
 def read_metadata(path, caption_column):
-    """The rows of a metadata.jsonl or .csv: a list of the image's absolute path, its captions, the columns' names and
+    """Yields of each row of a metadata.jsonl or .csv the image's absolute path, its captions, the columns' names and
     the row itself, as `file`, `captions`, `columns` and `row`. Raises `InputError`, which names the row."""
-    found = []
+    number = 1
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".jsonl":  # lines end by a line feed alone: JSON may hold other line ends
@@ -835,11 +839,10 @@ def read_metadata(path, caption_column):
             captions = all_captions(row.get(caption_column))
             if None in row:
                 raise ValueError("too many cells: put captions with commas in quotes")
-            found.append({"file": file, "captions": captions, "columns": row.keys(), "row": row})
+            yield {"file": file, "captions": captions, "columns": row.keys(), "row": row}
+            number += 1
     except (ValueError, TypeError, KeyError, AttributeError, csv.Error) as error:
-        number = len(found) + 1
         raise InputError(f"{path}: row {number} is not a file_name and a caption in UTF-8 ({error!r})") from None
-    return found
 
 
 def read_caption_beside(image):
@@ -1438,10 +1441,12 @@ def read_config(parser, path, sections):
     """What the YAML file at `path` says, as a dictionary, as are those of `sections` that it has. Ends with status 2
     for what is none."""
     try:
-        recipe = dict(yaml.safe_load(Path(os.path.expanduser(path)).read_text("utf-8")) or {})
+        recipe = yaml.safe_load(Path(os.path.expanduser(path)).read_text("utf-8")) or {}
         for section in sections & recipe.keys():
-            recipe[section] = dict(recipe[section] or {})
-    except (OSError, ValueError, yaml.YAMLError, TypeError) as error:
+            recipe[section] = recipe[section] or {}
+        if not all(isinstance(part, dict) for part in [recipe, *(recipe[name] for name in sections & recipe.keys())]):
+            raise TypeError("give `flag: value`, a line each")
+    except (OSError, ValueError, yaml.YAMLError, AttributeError, TypeError) as error:
         parser.error(f"--config={path}: is no YAML file of flags ({' '.join(str(error).split())})")
     return recipe
 
@@ -1477,7 +1482,7 @@ def without_flag(words, flag):
     for word in words:
         name, joined, _ = word.partition("=")
         if name in flag.option_strings:
-            num_values = 0 if joined else 1 if flag.nargs is None else math.inf
+            num_values = 0 if joined or flag.nargs == 0 else 1 if flag.nargs is None else math.inf
         elif word.startswith("--"):
             num_values = 0
             kept.append(word)
@@ -2261,15 +2266,27 @@ def leave(accelerator, run, broken, received):
 
 
 # -------------------------------------------------------------------------------------------------------------- script
-def run_script(program, parser, argv, replaced_flags, check_args, train, prints=None):
-    """Runs a training script: reads its flags, tells all that `check_args` finds wrong with them, and trains. A
-    mistake of the user's ends with status 2 and its message; of several processes the first one tells it. On hosts
-    that are started one by one, `prints(args)` says whether this one tells more than its mistakes."""
+def is_first_process():
+    """Whether this is the first of the processes that a launcher started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def run_script(program, parser, argv, replaced_flags, check_args, train, speaks=True, prints=None):
+    """Runs a training script: reads its flags, tells all that is wrong with them, and trains. A mistake of the user's
+    ends with status 2 and its message, which a process tells that `speaks`. On hosts that are started one by one,
+    `prints(args)` says whether this one tells more than its mistakes.
+
+    `check_args(args, problems)` lists what is wrong beside `problems` with the values of single flags.
+    """
     args, problems = parse_flags(parser, argv, replaced_flags)
     quiet_libraries()
-    is_first = os.environ.get("RANK", "0") == "0"
-    with told_to_user(program, speaks=is_first):
-        raise_problems(problems + check_args(args))
+    with told_to_user(program, speaks=speaks):
+        # What is said of a flag whose value was refused is about its default.
+        refused = [re.match(r"--\w+", problem)[0] for problem in problems]
+        for problem in check_args(args, problems):
+            if not any(re.search(rf"{flag}\b", problem) for flag in refused):
+                problems.append(problem)
+        raise_problems(problems)
         is_heard = prints is None or prints(args)
         with contextlib.redirect_stdout(sys.stdout if is_heard else io.StringIO()):
             train(args)

@@ -125,6 +125,9 @@ HELD_OUT_FREE_ON_RESUME = {"num_validation_samples", "validation_steps"}
 VALIDATION_FREE_ON_RESUME = {*HELD_OUT_FREE_ON_RESUME, "validation_prompts"}
 RUN_FREE_ON_RESUME = {"config", "dry_run"}
 
+# Settings of adapters that cannot change: the state in the checkpoint would not fit.
+ADAPTERS_FIXED_ON_RESUME = {"lora_target", "rank", "train_text_encoder", "use_dora"}
+
 # Flags that do nothing without another one.
 DATASET_REQUIRES = {"dataset_config_name": "dataset_name"}
 ADAPTERS_REQUIRES = {"kohya_file_name": "output_kohya_format", "text_encoder_lr": "train_text_encoder"}
@@ -261,16 +264,7 @@ FREE_ON_RESUME = {
     *VALIDATION_FREE_ON_RESUME,
     *RUN_FREE_ON_RESUME,
 }
-# The checkpoint's state would not fit.
-FIXED_ON_RESUME = {
-    "lora_target",
-    "mixed_precision",
-    "rank",
-    "state",
-    "train_text_encoder",
-    "use_8bit_adam",
-    "use_dora",
-}
+FIXED_ON_RESUME = {*ADAPTERS_FIXED_ON_RESUME, "mixed_precision", "state", "use_8bit_adam"}  # the state would not fit
 
 
 # ---------------------------------------------------------------------------------------------------------- the script
@@ -291,20 +285,22 @@ def make_parser():
     return parser
 
 
-def check_args(args):
-    """Lists what is wrong with the flags, each with its value, what is accepted and the remedy."""
-    problems = check_requirements(args, REQUIRES)
-    problems += check_data(args, "train_data_dir")
-    problems += check_optimization(args) + check_8bit_adam(args)
-    problems += check_hardware(args) + check_trackers(args) + check_validation(args, "validation_prompts")
-    problems += check_output(args, foreign_result="model_index.json")
-    problems += check_model(args)
-    return problems or check_adapters(args)  # whose layers are not known before
+def check_args(args, problems=()):
+    """Lists what is wrong with the flags, each with its value, what is accepted and the remedy. `problems` are those
+    that were found before."""
+    found = check_requirements(args, REQUIRES)
+    found += check_data(args, "train_data_dir")
+    found += check_optimization(args) + check_8bit_adam(args)
+    found += check_hardware(args) + check_trackers(args) + check_validation(args, "validation_prompts")
+    found += check_output(args, foreign_result="model_index.json")
+    found += check_model(args)
+    if problems or found:  # the layers are not known, or not how their adapters are to be
+        return found
+    return check_adapters(args)
 
 
-def train(args):
-    """Trains as `args` say, which have been checked."""
-    launcher = find_launcher()  # before accelerate sets variables of its own
+def train(args, launcher):
+    """Trains as `args` say, which have been checked; `launcher` is the process that started this one, or None."""
     images, held_out, fingerprint = load_data(args, args.train_data_dir)
     repo_id = create_repo(args) if args.push_to_hub and not args.dry_run else None
     accelerator = make_accelerator(args)
@@ -357,7 +353,9 @@ def save_model(args, models, num_images, step):
 
 def main(argv=None):
     """Runs the script; a mistake of the user's ends with status 2 and its message."""
-    run_script(Path(__file__).name, make_parser(), argv, REPLACED_FLAGS, check_args, train)
+    launcher = find_launcher()  # first of all: it may die soon, and accelerate sets variables of its own
+    start = functools.partial(train, launcher=launcher)
+    run_script(Path(__file__).name, make_parser(), argv, REPLACED_FLAGS, check_args, start, speaks=is_first_process())
 
 
 # ----------------------------------------------------------------------------------------------------------- diffusion
@@ -771,9 +769,9 @@ def list_files(folder):
 
 
 def read_metadata(path, caption_column):
-    """The rows of a metadata.jsonl or .csv: a list of the image's absolute path, its captions, the columns' names and
+    """Yields of each row of a metadata.jsonl or .csv the image's absolute path, its captions, the columns' names and
     the row itself, as `file`, `captions`, `columns` and `row`. Raises `InputError`, which names the row."""
-    found = []
+    number = 1
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".jsonl":  # lines end by a line feed alone: JSON may hold other line ends
@@ -785,11 +783,10 @@ def read_metadata(path, caption_column):
             captions = all_captions(row.get(caption_column))
             if None in row:
                 raise ValueError("too many cells: put captions with commas in quotes")
-            found.append({"file": file, "captions": captions, "columns": row.keys(), "row": row})
+            yield {"file": file, "captions": captions, "columns": row.keys(), "row": row}
+            number += 1
     except (ValueError, TypeError, KeyError, AttributeError, csv.Error) as error:
-        number = len(found) + 1
         raise InputError(f"{path}: row {number} is not a file_name and a caption in UTF-8 ({error!r})") from None
-    return found
 
 
 def read_caption_beside(image):
@@ -1378,10 +1375,12 @@ def read_config(parser, path, sections):
     """What the YAML file at `path` says, as a dictionary, as are those of `sections` that it has. Ends with status 2
     for what is none."""
     try:
-        recipe = dict(yaml.safe_load(Path(os.path.expanduser(path)).read_text("utf-8")) or {})
+        recipe = yaml.safe_load(Path(os.path.expanduser(path)).read_text("utf-8")) or {}
         for section in sections & recipe.keys():
-            recipe[section] = dict(recipe[section] or {})
-    except (OSError, ValueError, yaml.YAMLError, TypeError) as error:
+            recipe[section] = recipe[section] or {}
+        if not all(isinstance(part, dict) for part in [recipe, *(recipe[name] for name in sections & recipe.keys())]):
+            raise TypeError("give `flag: value`, a line each")
+    except (OSError, ValueError, yaml.YAMLError, AttributeError, TypeError) as error:
         parser.error(f"--config={path}: is no YAML file of flags ({' '.join(str(error).split())})")
     return recipe
 
@@ -1417,7 +1416,7 @@ def without_flag(words, flag):
     for word in words:
         name, joined, _ = word.partition("=")
         if name in flag.option_strings:
-            num_values = 0 if joined else 1 if flag.nargs is None else math.inf
+            num_values = 0 if joined or flag.nargs == 0 else 1 if flag.nargs is None else math.inf
         elif word.startswith("--"):
             num_values = 0
             kept.append(word)
@@ -2255,15 +2254,27 @@ def leave(accelerator, run, broken, received):
 
 
 # -------------------------------------------------------------------------------------------------------------- script
-def run_script(program, parser, argv, replaced_flags, check_args, train, prints=None):
-    """Runs a training script: reads its flags, tells all that `check_args` finds wrong with them, and trains. A
-    mistake of the user's ends with status 2 and its message; of several processes the first one tells it. On hosts
-    that are started one by one, `prints(args)` says whether this one tells more than its mistakes."""
+def is_first_process():
+    """Whether this is the first of the processes that a launcher started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def run_script(program, parser, argv, replaced_flags, check_args, train, speaks=True, prints=None):
+    """Runs a training script: reads its flags, tells all that is wrong with them, and trains. A mistake of the user's
+    ends with status 2 and its message, which a process tells that `speaks`. On hosts that are started one by one,
+    `prints(args)` says whether this one tells more than its mistakes.
+
+    `check_args(args, problems)` lists what is wrong beside `problems` with the values of single flags.
+    """
     args, problems = parse_flags(parser, argv, replaced_flags)
     quiet_libraries()
-    is_first = os.environ.get("RANK", "0") == "0"
-    with told_to_user(program, speaks=is_first):
-        raise_problems(problems + check_args(args))
+    with told_to_user(program, speaks=speaks):
+        # What is said of a flag whose value was refused is about its default.
+        refused = [re.match(r"--\w+", problem)[0] for problem in problems]
+        for problem in check_args(args, problems):
+            if not any(re.search(rf"{flag}\b", problem) for flag in refused):
+                problems.append(problem)
+        raise_problems(problems)
         is_heard = prints is None or prints(args)
         with contextlib.redirect_stdout(sys.stdout if is_heard else io.StringIO()):
             train(args)
