@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # found by whoever imp
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # and sdtune also where it is not installed
 import render
 
-from sdtune.lora import LORA_FILE
+from sdtune.lora_layouts import LORA_FILE
 
 HERE = Path(__file__).resolve().parent
 GUIDANCE = 5.0

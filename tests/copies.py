@@ -1,14 +1,17 @@
-"""Runs a script in copies of the test's own process: as apart as other processes, without seconds of imports."""
+"""Runs scripts and launchers in copies of the test's own process: as apart as other processes, without seconds of
+imports."""
 
 import contextlib
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import sys
 import time
 
 import torch
+from running import command_for
 
 FORK = multiprocessing.get_context("fork")
 
@@ -16,21 +19,38 @@ FORK = multiprocessing.get_context("fork")
 def start_copy(script, words, said, **environment):
     """Starts main() of a script with the words in a copy of this process; returns the copy. What it prints is appended
     to the file `said`, and `environment` is added to its variables."""
-    copy = FORK.Process(target=run_main, args=(script, words, said, environment))
+    copy = FORK.Process(target=run_main, args=(script.main, [words], said, environment))
     copy.start()
     return copy
 
 
-def run_main(script, words, said, environment):
-    """Calls main() of a script as if this process had begun with it; its end becomes the exit status."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+def start_launcher(script, words, said, launcher, nproc=1, **environment):
+    """Starts a launcher, which starts the script as users do, in a process of its own; returns the launcher. The
+    others are as in `start_copy`."""
+    command, more = command_for(words, script.__file__, launcher, nproc)
+    _, _, module, *launcher_words = command  # python -m module ...
+    copy = FORK.Process(target=run_main, args=(run_module, [module, launcher_words], said, more | environment))
+    copy.start()
+    return copy
+
+
+def run_module(module, words):
+    """Does what `python -m` does."""
+    sys.argv = [module, *words]
+    sys.modules.pop(module, None)  # runpy would warn of it
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def run_main(main, words, said, environment):
+    """Calls main(*words) as if this process had begun with it; its end becomes the exit status."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdout = sys.stderr = open(said, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (until the process ends)
     for stream in (1, 2):
         os.dup2(sys.stdout.fileno(), stream)
     os.environ.update(environment)
     torch.set_num_threads(1)  # others of this process were not copied
-    script.main(words)
+    main(*words)
 
 
 def end_of(copy, seconds=120):

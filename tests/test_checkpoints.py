@@ -12,10 +12,9 @@ import pytest
 import torch
 from image_data import snapshot, write_image_folder
 from PIL import Image
-from training import checkpoint_state, checkpoint_unet, losses, parse, read_log, same, train, unet
+from training import checkpoint_state, checkpoint_unet, losses, read_log, same, train, unet
 
-from sdtune.batches import count_steps
-from sdtune.checkpoints import find_checkpoint, list_checkpoints, new_run, save_checkpoint
+from sdtune.checkpoints import Run, find_checkpoint, list_checkpoints, save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -241,9 +240,7 @@ def test_half_a_checkpoint_in_the_place_is_not_taken_for_one(tmp_path):
     """Nor removed: it is none of ours, which are renamed when they are whole."""
     (tmp_path / "checkpoint-4").mkdir()
     (tmp_path / "checkpoint-4" / "mine.txt").write_text("mine")
-    args = parse(f"--output_dir={tmp_path}")
-    run = new_run(args, count_steps(args, 6, 1), {}, args.learning_rate, "no", {})
-    run.progress["global_step"] = 4
+    run = Run(tmp_path, settings={}, progress={"global_step": 4}, state={}, counts=None)
     with pytest.raises(OSError, match="not empty"):
         save_checkpoint(run, lambda folder: None, None)
     assert (tmp_path / "checkpoint-4" / "mine.txt").read_text() == "mine"

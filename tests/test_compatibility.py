@@ -162,21 +162,34 @@ TEXT_TO_IMAGE_FLAX = without(
     "from_pt": (None, False),
 }
 
-NUMBER = {
+UPSTREAM = {
+    "text_to_image": TEXT_TO_IMAGE,
+    "text_to_image_lora": TEXT_TO_IMAGE_LORA,
+    "dreambooth": DREAMBOOTH,
+    "dreambooth_lora": DREAMBOOTH_LORA,
+    "text_to_image_flax": TEXT_TO_IMAGE_FLAX,
+}
+NUM_FLAGS = {
     "text_to_image": 57,
     "text_to_image_lora": 51,
     "dreambooth": 61,
     "dreambooth_lora": 59,
     "text_to_image_flax": 34,
 }
-UPSTREAM = dict(zip(NUMBER, [TEXT_TO_IMAGE, TEXT_TO_IMAGE_LORA, DREAMBOOTH, DREAMBOOTH_LORA, TEXT_TO_IMAGE_FLAX]))
-PATHS = [
-    TRAIN_TEXT_TO_IMAGE,
-    TRAIN_TEXT_TO_IMAGE_LORA,
-    TRAIN_DREAMBOOTH,
-    TRAIN_DREAMBOOTH_LORA,
-    TRAIN_TEXT_TO_IMAGE_FLAX,
-]
+PATHS = {
+    "text_to_image": TRAIN_TEXT_TO_IMAGE,
+    "text_to_image_lora": TRAIN_TEXT_TO_IMAGE_LORA,
+    "dreambooth": TRAIN_DREAMBOOTH,
+    "dreambooth_lora": TRAIN_DREAMBOOTH_LORA,
+    "text_to_image_flax": TRAIN_TEXT_TO_IMAGE_FLAX,
+}
+TABLES = {  # folder of the README, end of the heading, column
+    "text_to_image": ("text_to_image", "script", 1),
+    "text_to_image_lora": ("text_to_image", "LoRA script", 1),
+    "dreambooth": ("dreambooth", "scripts", 1),
+    "dreambooth_lora": ("dreambooth", "scripts", 2),
+    "text_to_image_flax": ("text_to_image", "Flax script", 1),
+}
 every_script = pytest.mark.parametrize("name", UPSTREAM)
 
 
@@ -184,35 +197,30 @@ def read_table(path, heading, column):
     """A column of the table below a heading, by flag; a dash means that diffusers' script has no such flag, likewise
     that what stands on the left holds for this script too."""
     text = path.read_text(encoding="utf-8").split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0]
-    lines = [line for line in text.splitlines() if line.startswith("| `")]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    flags = [re.fullmatch(r"`--(\w+)`", row[0]).group(1) for row in rows]
-    assert len(set(flags)) == len(flags)  # none twice
-    cells = [row[column - 1] if row[column] == "likewise" else row[column] for row in rows]
-    return {flag: cell for flag, cell in zip(flags, cells, strict=True) if cell != "-"}
+    says = {}
+    for line in text.splitlines():
+        if not line.startswith("| `"):
+            continue
+        row = [cell.strip() for cell in line.strip("|").split("|")]
+        flag = re.fullmatch(r"`--(\w+)`", row[0]).group(1)
+        assert flag not in says  # none twice
+        says[flag] = row[column - 1] if row[column] == "likewise" else row[column]
+    return {flag: cell for flag, cell in says.items() if cell != "-"}
 
 
 @pytest.fixture(scope="module")
 def tables():
     """The tables of the READMEs: {script: {flag: what it says}}."""
-    examples = REPO / "examples"
-    places = [
-        ("text_to_image", "script", 1),
-        ("text_to_image", "LoRA script", 1),
-        ("dreambooth", "scripts", 1),
-        ("dreambooth", "scripts", 2),
-        ("text_to_image", "Flax script", 1),
-    ]
-    return {
-        name: read_table(examples / folder / "README.md", f"Coming from diffusers' {heading}", column)
-        for name, (folder, heading, column) in zip(UPSTREAM, places)
-    }
+    found = {}
+    for name, (folder, heading, column) in TABLES.items():
+        found[name] = read_table(REPO / "examples" / folder / "README.md", f"Coming from diffusers' {heading}", column)
+    return found
 
 
 @pytest.fixture(scope="module")
 def scripts():
     """The scripts as modules, by name."""
-    return {name: load_script(path) for name, path in zip(UPSTREAM, PATHS)}
+    return {name: load_script(path) for name, path in PATHS.items()}
 
 
 @pytest.fixture
@@ -228,28 +236,49 @@ def table(tables, name):
 
 
 def words(flag, value):
+    """A flag with its value, or a switch, as a command line has it."""
     return [f"--{flag}"] if value is None else [f"--{flag}={value}"]
 
 
-def default(script, flag, capsys):
+def replaced_flags(script):
+    """The flags of diffusers' script that this one refuses, with what it says instead."""
+    return script.SUBJECT_REPLACED_FLAGS if "dreambooth" in script.__name__ else script.REPLACED_FLAGS
+
+
+def parse(script, argv):
+    """What the script makes of a command line, in which no value is wrong."""
+    args, problems = script.parse_flags(script.make_parser(), argv, replaced_flags(script))
+    assert problems == []
+    return args
+
+
+def default(script, flag):
     """What a flag is if it is not given: some tell from None whether they were, and say the rest in their help."""
-    value = getattr(script.parse_args([]), flag)
+    value = getattr(parse(script, []), flag)
     if value is not None:
         return value
-    with pytest.raises(SystemExit):
-        script.parse_args(["--help"])
-    entry = re.search(rf"^  --{flag} .*(?:\n {{4,}}.*)*", capsys.readouterr().out, re.M).group()
+    entry = re.search(rf"^  --{flag} .*(?:\n {{4,}}.*)*", script.make_parser().format_help(), re.M).group()
     said = re.search(r"([\d.]+|\bno) if not given|, or ([\d.]+);", " ".join(entry.split()))
-    word = said and (said.group(1) or said.group(2))
-    return word if word in (None, "no") else float(word)
+    if not said:
+        return None
+    word = said.group(1) or said.group(2)
+    return word if word == "no" else float(word)
+
+
+def as_table_says(value):
+    """A default as the tables write it."""
+    if value is None:
+        return "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 @every_script
 def test_the_table_has_every_flag_and_no_other(table, name):
-    assert len(UPSTREAM[name]) == NUMBER[name]
+    assert len(UPSTREAM[name]) == NUM_FLAGS[name]
     assert table.keys() == UPSTREAM[name].keys()
     kinds = {text.split()[0].rstrip(";,:") for text in table.values()}
-    assert kinds == {"same", "refused"} | ({"default"} if name != "text_to_image_flax" else set())
+    expected = {"same", "refused"} if name == "text_to_image_flax" else {"same", "refused", "default"}
+    assert kinds == expected
 
 
 @pytest.mark.parametrize("name, flag", [(name, flag) for name, flags in UPSTREAM.items() for flag in flags])
@@ -258,12 +287,12 @@ def test_flag_is_what_the_table_says(script, table, capsys, name, flag):
     says = table[flag]
     if says.startswith("refused"):
         with pytest.raises(SystemExit) as caught:
-            script.parse_args(words(flag, value))
+            parse(script, words(flag, value))
         assert caught.value.code == 2
         replacement = says.removeprefix("refused: ")
         assert capsys.readouterr().err.strip().endswith(f"--{flag} is not taken: {replacement}")
         return
-    given = getattr(script.parse_args(words(flag, value)), flag)
+    given = getattr(parse(script, words(flag, value)), flag)
     if value is None:
         assert given is True
     elif isinstance(given, list):
@@ -272,13 +301,9 @@ def test_flag_is_what_the_table_says(script, table, capsys, name, flag):
         assert given == float(value)
     else:
         assert given == value
-    here = default(script, flag, capsys)
+    here = default(script, flag)
     if says.startswith("default"):
-        shown = [
-            "none" if number is None else f"{number:g}" if isinstance(number, float) else number
-            for number in (here, there)
-        ]
-        assert says.startswith("default {}, there {}".format(*shown))
+        assert says.startswith(f"default {as_table_says(here)}, there {as_table_says(there)}")
         assert here != there
     else:
         assert here == there
@@ -287,31 +312,28 @@ def test_flag_is_what_the_table_says(script, table, capsys, name, flag):
 
 @every_script
 def test_flags_and_values_may_stand_apart_as_well(script, name):
-    argv = [
-        word
-        for flag, (value, _) in UPSTREAM[name].items()
-        if f"--{flag}" not in script.REPLACED_FLAGS
-        for word in words(flag, value)
-    ]
+    argv = []
+    for flag, (value, _) in UPSTREAM[name].items():
+        if f"--{flag}" not in replaced_flags(script):
+            argv += words(flag, value)
     apart = [part for word in argv for part in word.split("=", 1)]
-    assert script.parse_args(apart) == script.parse_args(argv)
-
-
-def refused_by(*tables):
-    return {f"--{flag}" for table in tables for flag, says in table.items() if says.startswith("refused")}
+    assert parse(script, apart) == parse(script, argv)
 
 
 def test_every_replaced_flag_is_one_of_upstream(scripts, tables):
-    """The DreamBooth scripts refuse alike what one of diffusers' has."""
+    """The DreamBooth scripts refuse alike what one of diffusers' has; the Flax script, what whoever comes from the
+    torch script may give."""
+    refused = {}
+    for name, table in tables.items():
+        refused[name] = {f"--{flag}" for flag, says in table.items() if says.startswith("refused")}
+    replaced = {name: replaced_flags(script) for name, script in scripts.items()}
     for name in ("text_to_image", "text_to_image_lora"):
-        assert refused_by(tables[name]) == scripts[name].REPLACED_FLAGS.keys()
-    of_torch = {f"--{flag}" for flag in TEXT_TO_IMAGE}  # which whoever comes from that script may give
-    more = scripts["text_to_image_flax"].REPLACED_FLAGS.keys() - refused_by(tables["text_to_image_flax"])
-    assert refused_by(tables["text_to_image_flax"]) < scripts["text_to_image_flax"].REPLACED_FLAGS.keys()
-    assert more < of_torch
-    both = refused_by(tables["dreambooth"], tables["dreambooth_lora"])
-    assert both == scripts["dreambooth"].REPLACED_FLAGS.keys()
-    assert scripts["dreambooth"].REPLACED_FLAGS == scripts["dreambooth_lora"].REPLACED_FLAGS
+        assert refused[name] == replaced[name].keys()
+    of_flax = replaced["text_to_image_flax"].keys()
+    assert refused["text_to_image_flax"] < of_flax
+    assert of_flax - refused["text_to_image_flax"] < {f"--{flag}" for flag in TEXT_TO_IMAGE}
+    assert refused["dreambooth"] | refused["dreambooth_lora"] == replaced["dreambooth"].keys()
+    assert replaced["dreambooth"] == replaced["dreambooth_lora"]
 
 
 OLD = """
@@ -331,10 +353,10 @@ def test_a_whole_old_command_line_passes_where_there_is_a_gpu_but_for_what_is_re
     monkeypatch.setattr(train_script, "is_xformers_available", lambda: True)
     argv = OLD.format(images=image_folder(), output=tmp_path / "out", model=tiny_pipeline).split()
     with pytest.raises(SystemExit):
-        train_script.parse_args(argv)
+        parse(train_script, argv)
     assert "--validation_epochs is not taken: use --validation_steps" in capsys.readouterr().err
     argv[argv.index("--validation_epochs=5")] = "--validation_steps=500"
-    train_script.check_args(train_script.parse_args(argv))
+    assert train_script.check_args(parse(train_script, argv)) == []
 
 
 OLD_DREAMBOOTH = """
@@ -363,49 +385,51 @@ def test_an_old_command_line_for_dreambooth_passes(
     argv = OLD_DREAMBOOTH.format(model=tiny_pipeline, **places).split()
     argv += ["--instance_prompt=a photo of sks dog", "--class_prompt=a photo of dog"]
     with pytest.raises(SystemExit):
-        script.parse_args([*argv, more])
+        parse(script, [*argv, more])
     assert f"{more.split('=')[0]} is not taken: {says}" in capsys.readouterr().err
-    script.check_args(script.parse_args(argv))
+    assert script.check_args(parse(script, argv)) == []
 
 
-@pytest.mark.parametrize(
-    "name, flag, value, says",
-    [  # what the tables' remarks promise
-        ("text_to_image", "lr_warmup_steps", "500", "constant_with_warmup"),
-        ("text_to_image", "offload_ema", None, "--use_ema"),
-        ("text_to_image", "foreach_ema", None, "--use_ema"),
-        ("text_to_image", "hub_model_id", "me/it", "--push_to_hub"),
-        ("text_to_image", "dataset_config_name", "small", "--dataset_name"),
-        ("text_to_image", "dataset_name", "a/b", "--train_data_dir"),
-        ("text_to_image", "mixed_precision", "fp16", "bf16"),
-        ("text_to_image", "allow_tf32", None, "NVIDIA"),
-        ("text_to_image", "enable_xformers_memory_efficient_attention", None, "drop"),
-        *[
-            (name, flag, value, "--with_prior_preservation")
-            for name in ("dreambooth", "dreambooth_lora")
-            for flag, value in (
-                ("class_data_dir", "dogs"),
-                ("class_prompt", "a dog"),
-                ("num_class_images", "200"),
-                ("sample_batch_size", "1"),
-                ("prior_loss_weight", "0.5"),
-                ("prior_generation_precision", "fp32"),
-            )
-        ],
-        ("dreambooth", "num_validation_images", "2", "--validation_prompt"),
-        ("dreambooth_lora", "num_validation_images", "2", "--validation_prompt"),
-        ("dreambooth", "validation_steps", "50", "--validation_prompt or --num_validation_samples"),
-        ("dreambooth", "lr_num_cycles", "2", "cosine_with_restarts"),
-        ("dreambooth", "lr_power", "2", "polynomial"),
-    ],
-)
+REFUSED = [  # what the tables' remarks promise: script, flag, value, what the message names
+    ("text_to_image", "lr_warmup_steps", "500", "constant_with_warmup"),
+    ("text_to_image", "offload_ema", None, "--use_ema"),
+    ("text_to_image", "foreach_ema", None, "--use_ema"),
+    ("text_to_image", "hub_model_id", "me/it", "--push_to_hub"),
+    ("text_to_image", "dataset_config_name", "small", "--dataset_name"),
+    ("text_to_image", "dataset_name", "a/b", "--train_data_dir"),
+    ("text_to_image", "mixed_precision", "fp16", "bf16"),
+    ("text_to_image", "allow_tf32", None, "NVIDIA"),
+    ("text_to_image", "enable_xformers_memory_efficient_attention", None, "drop"),
+    ("dreambooth", "num_validation_images", "2", "--validation_prompt"),
+    ("dreambooth_lora", "num_validation_images", "2", "--validation_prompt"),
+    ("dreambooth", "validation_steps", "50", "--validation_prompt or --num_validation_samples"),
+    ("dreambooth", "lr_num_cycles", "2", "cosine_with_restarts"),
+    ("dreambooth", "lr_power", "2", "polynomial"),
+]
+OF_CLASS_IMAGES = [
+    ("class_data_dir", "dogs"),
+    ("class_prompt", "a dog"),
+    ("num_class_images", "200"),
+    ("sample_batch_size", "1"),
+    ("prior_loss_weight", "0.5"),
+    ("prior_generation_precision", "fp32"),
+]
+for dreambooth_script in ("dreambooth", "dreambooth_lora"):
+    REFUSED += [(dreambooth_script, flag, value, "--with_prior_preservation") for flag, value in OF_CLASS_IMAGES]
+
+
+@pytest.mark.parametrize("name, flag, value, says", REFUSED)
 def test_what_diffusers_would_ignore_is_refused(
     script, tiny_pipeline, image_folder, tmp_path, table, name, flag, value, says
 ):
     folder = "train_data_dir" if name.startswith("text_to_image") else "instance_data_dir"
-    argv = [f"--pretrained_model_name_or_path={tiny_pipeline}", f"--{folder}={image_folder()}"]
-    argv += [f"--output_dir={tmp_path / 'out'}", "--resolution=32", f"--{flag}" + (f"={value}" if value else "")]
-    with pytest.raises(script.InputError, match=f"--{flag}") as caught:
-        script.check_args(script.parse_args(argv))
-    assert says in str(caught.value)
+    argv = [
+        f"--pretrained_model_name_or_path={tiny_pipeline}",
+        f"--{folder}={image_folder()}",
+        f"--output_dir={tmp_path / 'out'}",
+        "--resolution=32",
+        *words(flag, value),
+    ]
+    problems = script.check_args(parse(script, argv))
+    assert any(f"--{flag}" in problem and says in problem for problem in problems), problems
     assert "refused" in table[flag] or flag == "dataset_name"

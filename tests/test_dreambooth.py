@@ -1,29 +1,32 @@
-"""train_dreambooth.py and train_dreambooth_lora.py: the loss of instances and classes, class images, what is trained,
-exact resume, two processes, bad input."""
+"""train_dreambooth.py and train_dreambooth_lora.py: what they train on, class images, what is trained, exact resume,
+two processes, bad input."""
 
 import itertools
 import shutil
 import signal
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from closed_forms import hand_computed, min_snr_weights
 from conftest import load_script
+from copies import run_copies
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from image_data import caption_of, make_image, snapshot, write_metadata
 from PIL import Image
-from running import REPO, TRAIN_DREAMBOOTH, TRAIN_DREAMBOOTH_LORA, run_script
+from running import REPO, TRAIN_DREAMBOOTH, TRAIN_DREAMBOOTH_LORA
 from safetensors.torch import load_file
-from stubs import StubUNet, make_scheduler
 from test_lora_layouts import draw, largest_difference, load, merged, with_lora
 from test_training import encode_by_hand
 from training import checkpoint_state, draws, losses, read_log, same, train, words
 
-PROMPT, CLASS_PROMPT = "a photo of sks star", "a picture of a star"
-LORA_FILE = "pytorch_lora_weights.safetensors"
+from sdtune.lora_layouts import LORA_FILE
+
+PROMPT = "a photo of sks star"
+CLASS_PROMPT = "a picture of a star"
+TEXT_ENCODER = "text_encoder/model.safetensors"
 # All that is random or has a state. 5 photos, twice each, make epochs of 3 steps of at most 4.
 EVERYTHING = {
     "max_train_steps": 8,
@@ -49,6 +52,12 @@ def script(request):
     return load_script(request.param)
 
 
+@pytest.fixture(scope="module")
+def trains_lora(script):
+    """Whether the script trains adapters."""
+    return "lora" in script.__name__
+
+
 def write_images(folder, numbers, size=(32, 32)):
     """Writes make_image(number) to number.png for each, without captions; returns the folder."""
     folder.mkdir(parents=True)
@@ -65,19 +74,24 @@ def photos(tmp_path_factory):
 
 @pytest.fixture
 def fit(script, tiny_pipeline, photos, tmp_path):
-    """Runs the script for a step on the tiny pipeline and the photos; returns its status, or another one's."""
+    """Runs the script for a step on the tiny pipeline and the photos, with class images if there is a folder for them;
+    returns its exit status."""
 
     def run(output="out", base=tiny_pipeline, classes=None, **settings):
-        settings = {"instance_data_dir": photos, "instance_prompt": PROMPT, "max_train_steps": 1, **settings}
-        if classes:
-            settings = {
-                "with_prior_preservation": True,
-                "class_data_dir": classes,
-                "class_prompt": CLASS_PROMPT,
-                "num_class_images": 2,
-                "sample_batch_size": 1,
-                **settings,
-            }
+        preservation = {
+            "with_prior_preservation": True,
+            "class_data_dir": classes,
+            "class_prompt": CLASS_PROMPT,
+            "num_class_images": 2,
+            "sample_batch_size": 1,
+        }
+        settings = {
+            "instance_data_dir": photos,
+            "instance_prompt": PROMPT,
+            "max_train_steps": 1,
+            **(preservation if classes else {}),
+            **settings,
+        }
         return train(script, base, None, tmp_path / output, **settings)
 
     return run
@@ -104,13 +118,13 @@ def refused(script, fit, tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def trained_on(script, monkeypatch):
-    """A list of what the runs that follow train on: (caption, noise, pixels, index)."""
+    """A list of the samples that the runs that follow train on, with the caption of each."""
     seen, get = [], script.CaptionedImages.__getitem__
 
     def noted(self, item):
         sample = get(self, item)
         caption = self.tokenizer.decode(sample["input_ids"], skip_special_tokens=True).strip()
-        seen.append((caption, sample["noise"], sample["pixel_values"], item[1]))
+        seen.append({**sample, "caption": caption})
         return sample
 
     monkeypatch.setattr(script.CaptionedImages, "__getitem__", noted)
@@ -119,16 +133,17 @@ def trained_on(script, monkeypatch):
 
 @pytest.fixture
 def quick_drawing(monkeypatch):
-    """Class images without a model: grey ones. The list that it gives will hold the pipelines that were asked."""
-    asked = []
+    """Class images without a model: one grey each, by its seed. The list that it gives will say of each call whether
+    UNet and text encoder were in training."""
+    calls = []
 
     def call(self, prompts, generator, **settings):
-        asked.append((self, self.unet.training, self.text_encoder.training))
-        images = [Image.new("L", (32, 32), one.initial_seed() % 256).convert("RGB") for one in generator]
-        return type("Drawn", (), {"images": images})
+        calls.append((self.unet.training, self.text_encoder.training))
+        greys = [one.initial_seed() % 256 for one in generator]
+        return SimpleNamespace(images=[Image.new("RGB", (32, 32), (grey, grey, grey)) for grey in greys])
 
     monkeypatch.setattr(StableDiffusionPipeline, "__call__", call)
-    return asked
+    return calls
 
 
 def result(folder):
@@ -141,185 +156,122 @@ def contents(folder):
     return {name: digest for name, (_, _, digest) in snapshot(folder).items()}
 
 
-# ------------------------------------------------------------------------------------------------------- closed forms
-
-
-class EchoUNet(StubUNet):
-    """Answers the embedding of each sample (batch,)."""
-
-    def __call__(self, noisy_latents, timesteps, prompt_embeds):
-        self.answer = prompt_embeds.reshape(-1, 1, 1, 1)
-        return super().__call__(noisy_latents, timesteps, prompt_embeds)
-
-
-def batches_of(script, num_instances, num_classes, weight, batch_size, num_processes=1, accumulation=1, steps=6):
-    """The passes of all processes, [process][pass], with their class images."""
-    return [
-        list(
-            script.with_classes(
-                script.micro_batches(num_instances, batch_size, num_processes, process, accumulation, 0, 0, steps),
-                num_instances,
-                num_classes,
-                weight,
-                0,
-            )
-        )
-        for process in range(num_processes)
-    ]
-
-
-@pytest.mark.parametrize("snr_gamma", [None, 5.0])
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("batch_size", [1, 2, 3])
-@pytest.mark.parametrize("num_processes, accumulation", [(1, 1), (1, 2), (2, 2)])
-def test_combined_loss_is_instance_mean_plus_weighted_class_mean(
-    script, prediction_type, snr_gamma, batch_size, num_processes, accumulation
-):
-    """Seven instances end most epochs with a short step. The embedding of an instance is 0.5, of a class image -4."""
-    per_step, weight, embeddings = batch_size * num_processes * accumulation, 0.3, torch.tensor([0.5, -4.0])
-    scheduler = make_scheduler(prediction_type=prediction_type)
-    generator = torch.Generator().manual_seed(0)
-    latents, noise = (torch.randn(11, 4, 8, 8, generator=generator) for _ in range(2))
-    timesteps = torch.randint(1000, (11,), generator=generator)
-
-    def one_loss(index, kind):
-        chosen = slice(index, index + 1)
-        found = hand_computed(
-            prediction_type, embeddings[kind].reshape(1, 1, 1, 1), latents[chosen], noise[chosen], timesteps[chosen]
-        )
-        return found[0] * (
-            min_snr_weights(prediction_type, timesteps[chosen].numpy(), snr_gamma)[0] if snr_gamma else 1
-        )
-
-    processes = [iter(passes) for passes in batches_of(script, 7, 4, weight, batch_size, num_processes, accumulation)]
-    steps_per_epoch = -(-7 // per_step)
-    for step in range(6):
-        in_step = min(per_step, 7 - step % steps_per_epoch * per_step)
-        total, instances, classes = 0.0, [], []
-        for _ in range(-(-in_step // (batch_size * num_processes))):
-            for batch in map(next, processes):
-                index, weights = torch.tensor([item[1] for item in batch]), torch.tensor([item[2] for item in batch])
-                found = script.diffusion_losses(
-                    EchoUNet(),
-                    scheduler,
-                    latents[index],
-                    embeddings[(index >= 7).long()],
-                    noise[index],
-                    noise[index],
-                    timesteps[index],
-                    snr_gamma,
-                )
-                total += float((found * weights).sum())
-                real = [item[1] for item in batch if item[2]]
-                instances += [item for item in real if item < 7]
-                classes += [item for item in real if item >= 7]
-        assert len(instances) == len(classes) == in_step
-        means = [np.mean([one_loss(index, kind) for index in half]) for kind, half in enumerate((instances, classes))]
-        assert total == pytest.approx(means[0] + weight * means[1], rel=2e-4)
-        assert total != pytest.approx(weight * means[0] + means[1], rel=1e-2)
-        swapped = [
-            np.mean([one_loss(index, 1 - kind) for index in half]) for kind, half in enumerate((instances, classes))
-        ]
-        assert total != pytest.approx(swapped[0] + weight * swapped[1], rel=1e-2)
-
-
-@pytest.mark.parametrize("weight, factor", [(None, 1.0), (0.0, 0.0), (2.5, 2.5)])
-def test_weights_of_a_pass_stand_in_the_order_of_its_samples(script, weight, factor):
-    """First the instances, then as many class images; of a process without a sample neither counts."""
-    for passes in batches_of(script, 3, 5, weight, 2, num_processes=2, steps=4):
-        for batch in passes:
-            half = len(batch) // 2
-            assert [item[1] < 3 for item in batch] == [True] * half + [False] * half
-            for instance, partner in zip(batch[:half], batch[half:], strict=True):
-                assert partner[2] == instance[2] * factor
-    plain = list(script.micro_batches(3, 2, 1, 0, 1, 0, 0, 4))
-    assert batches_of(script, 3, 0, weight, 2, steps=4) == [plain]  # without prior preservation
-
-
-@pytest.mark.parametrize("num_instances, num_classes", [(3, 7), (7, 3), (5, 5), (1, 4)])
-def test_class_images_are_used_evenly(script, num_instances, num_classes):
-    """As many epochs as there are class images use each of them as often as there are instances: once a turn."""
-    (passes,) = batches_of(script, num_instances, num_classes, 1.0, 1, steps=num_instances * num_classes)
-    used = [(turn, index) for batch in passes for turn, index, _ in batch[1:]]
-    every = itertools.product(range(num_instances), range(num_instances, num_instances + num_classes))
-    assert sorted(used) == sorted(every)
-    orders = {tuple(index for turn, index in used if turn == number) for number in range(num_instances)}
-    assert len(orders) > 1 or num_instances == 1
-
-
-def test_class_images_do_not_depend_on_the_processes(script):
-    partners = []
-    for batch_size, num_processes, accumulation in ((6, 1, 1), (3, 2, 1), (2, 3, 1), (1, 2, 3)):
-        found = {}
-        for passes in batches_of(script, 7, 4, 1.0, batch_size, num_processes, accumulation, steps=8):
-            for batch in passes:
-                half = len(batch) // 2
-                found |= {item[:2]: other[:2] for item, other in zip(batch[:half], batch[half:]) if item[2]}
-        partners.append(found)
-    assert len(partners[0]) == 28
-    assert all(found == partners[0] for found in partners)
-
-
-def test_streams_are_distinct(script):
-    names = ("SAMPLE", "ORDER", "DROPOUT", "SUBSET", "HELD_OUT", "CLASS")
-    assert len({getattr(script, name) for name in names}) == len(names)
+# ----------------------------------------------------------------------------------------------- what is trained on
 
 
 @pytest.mark.parametrize("prediction_type, snr_gamma", itertools.product(["epsilon", "v_prediction"], [None, 1.0]))
-def test_first_loss_by_hand(script, fit, tiny_pipeline, tiny_pipeline_v, tmp_path, prediction_type, snr_gamma):
+def test_first_loss_by_hand(fit, tiny_pipeline, tiny_pipeline_v, tmp_path, prediction_type, snr_gamma):
     """Two photos and two class images in the first step: the loss from the papers' formulas and the base's weights."""
-    base = tiny_pipeline if prediction_type == "epsilon" else tiny_pipeline_v
+    predicts_v = prediction_type == "v_prediction"
+    base = tiny_pipeline_v if predicts_v else tiny_pipeline
     pipeline, weight = StableDiffusionPipeline.from_pretrained(base), 0.3
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
 
     @torch.no_grad()
-    def one_loss(number, caption, index):
-        drawn = draws(seed=0, epoch=0, index=index + 2 * (number >= 10))
-        latents, embeddings = encode_by_hand(pipeline, make_image(number), caption, drawn.posterior_noise)
+    def one_loss(picture, caption, index):
+        drawn = draws(seed=0, epoch=0, index=index)
+        latents, embeddings = encode_by_hand(pipeline, make_image(picture), caption, drawn.posterior_noise)
         a, noise = scheduler.alphas_cumprod[drawn.timestep], drawn.noise
         predicted = pipeline.unet(a.sqrt() * latents + (1 - a).sqrt() * noise, drawn.timestep, embeddings).sample
-        target = noise[None] if prediction_type == "epsilon" else a.sqrt() * noise - (1 - a).sqrt() * latents
+        target = a.sqrt() * noise - (1 - a).sqrt() * latents if predicts_v else noise[None]
+        loss = F.mse_loss(predicted, target).item()
+        if snr_gamma is None:
+            return loss
         snr = (a / (1 - a)).item()
-        scale = min(snr, snr_gamma) / (snr + (prediction_type == "v_prediction")) if snr_gamma else 1
-        return F.mse_loss(predicted, target).item() * scale
+        return loss * min(snr, snr_gamma) / (snr + 1 if predicts_v else snr)
 
     def means(prompt, class_prompt):
-        return [
-            np.mean([one_loss(first + index, caption, index) for index in range(2)])
-            for first, caption in ((0, prompt), (10, class_prompt))
-        ]
+        """Of photos, which are pictures 0 and 1, and of class images, which are 10 and 11 and stand behind them."""
+        photos = [one_loss(picture, prompt, index) for picture, index in ((0, 0), (1, 1))]
+        classes = [one_loss(picture, class_prompt, index) for picture, index in ((10, 2), (11, 3))]
+        return np.mean(photos), np.mean(classes)
 
-    expected, swapped = means(PROMPT, CLASS_PROMPT), means(CLASS_PROMPT, PROMPT)
-    folders = {
-        "instance_data_dir": write_images(tmp_path / "two", [0, 1]),
-        "classes": write_images(tmp_path / "classes", [10, 11]),
-    }
+    photos, classes = write_images(tmp_path / "two", [0, 1]), write_images(tmp_path / "classes", [10, 11])
     settings = {"prior_loss_weight": weight, "snr_gamma": snr_gamma}
-    assert fit(base=base, **folders, **settings) == 0
+    assert fit(base=base, instance_data_dir=photos, classes=classes, **settings) == 0
     (loss,) = losses(tmp_path / "out")
-    assert loss == pytest.approx(expected[0] + weight * expected[1], rel=1e-5)
-    assert loss != pytest.approx(weight * expected[0] + expected[1], rel=1e-4)
-    assert loss != pytest.approx(swapped[0] + weight * swapped[1], rel=1e-4)
+    mean, class_mean = means(PROMPT, CLASS_PROMPT)
+    assert loss == pytest.approx(mean + weight * class_mean, rel=1e-5)
+    assert loss != pytest.approx(weight * mean + class_mean, rel=1e-4)
+    mean, class_mean = means(CLASS_PROMPT, PROMPT)
+    assert loss != pytest.approx(mean + weight * class_mean, rel=1e-4)
 
 
 def test_captions_of_a_pass_go_with_their_images(fit, trained_on, tmp_path):
-    classes = write_images(tmp_path / "classes", [10, 11])
-    assert fit(classes=classes, instance_data_dir=write_images(tmp_path / "two", [0, 1])) == 0
-    pictures = {
-        (index, number): np.asarray(make_image(number)).transpose(2, 0, 1)
-        for index, number in enumerate([0, 1, 10, 11])
-    }
-    assert len(trained_on) == 4
-    for caption, _, pixels, index in trained_on:
-        (number,) = [number for place, number in pictures if place == index]
-        assert np.array_equal(pixels, pictures[index, number])
-        assert caption == (PROMPT if number < 10 else CLASS_PROMPT)
+    photos, classes = write_images(tmp_path / "two", [0, 1]), write_images(tmp_path / "classes", [10, 11])
+    assert fit(classes=classes, instance_data_dir=photos) == 0
+    pictures = [make_image(0), make_image(1), make_image(10), make_image(11)]
+    captions = [PROMPT, PROMPT, CLASS_PROMPT, CLASS_PROMPT]
+    assert sorted(sample["index"] for sample in trained_on) == [0, 1, 2, 3]
+    for sample in trained_on:
+        picture = np.asarray(pictures[sample["index"]]).transpose(2, 0, 1)
+        assert np.array_equal(sample["pixel_values"], picture)
+        assert sample["caption"] == captions[sample["index"]]
+
+
+def test_repeats_are_samples_of_their_own(fit, tmp_path, trained_on, capsys):
+    settings = {"repeats": 3, "train_batch_size": 4, "max_train_steps": None, "num_train_epochs": 1}
+    assert fit(**settings) == 0
+    assert "15 to train on" in capsys.readouterr().out
+    assert len(losses(tmp_path / "out")) == 4
+    by_index = sorted(trained_on, key=lambda sample: sample["index"])
+    assert [sample["index"] for sample in by_index] == list(range(15))
+    assert len({sample["noise"].tobytes() for sample in by_index}) == 15
+    for photo in range(5):
+        crops = {sample["pixel_values"].tobytes() for sample in by_index[3 * photo :][:3]}
+        assert len(crops) > 1
+
+
+def test_instances_and_class_images_have_noise_of_their_own(fit, tmp_path, trained_on):
+    assert fit(classes=write_images(tmp_path / "classes", [10, 11]), train_batch_size=5) == 0
+    noises = {sample["noise"].tobytes() for sample in trained_on}
+    turns = {(sample["epoch"], sample["index"]) for sample in trained_on}
+    assert len(trained_on) == len(noises) == len(turns) == 10
+
+
+def test_a_caption_of_its_own_wins_over_the_prompt(fit, tmp_path, trained_on):
+    """From metadata and from a .txt; --instance_prompt is for photos without, also where theirs is empty."""
+    photos = write_images(tmp_path / "photos", range(5))
+    write_metadata(photos, [{"file_name": "0.png", "text": caption_of(0)}, {"file_name": "1.png", "text": ""}])
+    (photos / "2.txt").write_text(caption_of(2))
+    (photos / "3.txt").write_text("")
+    assert fit(instance_data_dir=photos, train_batch_size=5) == 0
+    captions = {sample["index"]: sample["caption"] for sample in trained_on}
+    assert captions == {0: caption_of(0), 1: PROMPT, 2: caption_of(2), 3: PROMPT, 4: PROMPT}
+
+
+def test_captions_alone_are_enough(fit, tmp_path, trained_on):
+    photos = write_images(tmp_path / "photos", [0])
+    (photos / "0.txt").write_text(caption_of(0))
+    assert fit(instance_data_dir=photos, instance_prompt=None) == 0
+    assert {sample["caption"] for sample in trained_on} == {caption_of(0)}
+    assert "instance_prompt:" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_dataset_without_captions_takes_the_prompt(fit, photos, tmp_path, trained_on):
+    files = sorted(photos.glob("*.png"))
+    rows = [{"image": {"bytes": path.read_bytes(), "path": path.name}} for path in files]
+    (tmp_path / "dataset").mkdir()
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "dataset" / "train.parquet")
+    assert fit(instance_data_dir=None, dataset_name=tmp_path / "dataset") == 0
+    assert {sample["caption"] for sample in trained_on} == {PROMPT}
+
+
+def test_other_files_are_ignored_and_said(fit, tmp_path, trained_on, capsys):
+    photos = write_images(tmp_path / "photos", [0, 1])
+    (photos / "README.md").write_text("My dog.")
+    (photos / ".DS_Store").write_bytes(bytes(range(256)))
+    before = snapshot(photos)
+    assert fit(instance_data_dir=photos) == 0
+    assert f"Left aside in {photos}: 2 files of other kinds, such as .DS_Store, README.md." in capsys.readouterr().out
+    assert len(trained_on) == 2
+    assert snapshot(photos) == before
 
 
 # ------------------------------------------------------------------------------------------------------ class images
 
 
-def test_interrupted_class_images_go_on(script, fit, tmp_path, monkeypatch, capsys):
+def test_interrupted_class_images_go_on(script, fit, quick_drawing, tmp_path, monkeypatch, capsys):
     """Stopped while the third is written: the first two stay as they are, and all equal those of a straight run."""
     straight, classes, save = tmp_path / "straight", tmp_path / "classes", Image.Image.save
 
@@ -329,16 +281,15 @@ def test_interrupted_class_images_go_on(script, fit, tmp_path, monkeypatch, caps
             raise KeyboardInterrupt
         save(image, path, *words)
 
-    settings = {"num_class_images": 4, "max_train_steps": 1}
-    assert fit("out_straight", classes=straight, **settings) == 0
+    assert fit("out_straight", classes=straight, num_class_images=4) == 0
     with monkeypatch.context() as patch:
         patch.setattr(Image.Image, "save", save_two)
-        assert fit(classes=classes, **settings) == 128 + signal.SIGINT
+        assert fit(classes=classes, num_class_images=4) == 128 + signal.SIGINT
     assert f"{script.__name__}.py: stopped before the first step\n" in capsys.readouterr().err
     first = {name: found for name, found in snapshot(classes).items() if name.startswith("class-")}
     assert sorted(first) == ["class-00000.png", "class-00001.png"]
     assert not (tmp_path / "out").exists()
-    assert fit(classes=classes, **settings) == 0
+    assert fit(classes=classes, num_class_images=4) == 0
     assert {name: found for name, found in snapshot(classes).items() if name in first} == first
     assert contents(classes) == contents(straight)
     assert sorted(contents(classes)) == [f"class-{number:05d}.png" for number in range(4)]
@@ -346,7 +297,7 @@ def test_interrupted_class_images_go_on(script, fit, tmp_path, monkeypatch, caps
     assert same(result(tmp_path / "out"), result(tmp_path / "out_straight"))
 
 
-def test_one_that_is_missing_is_made_again_alone(fit, tmp_path, quick_drawing):
+def test_one_that_is_missing_is_made_again_alone(fit, tmp_path, quick_drawing, capsys):
     classes = tmp_path / "classes"
     assert fit(classes=classes, num_class_images=5, sample_batch_size=2) == 0
     assert len(quick_drawing) == 3
@@ -355,10 +306,11 @@ def test_one_that_is_missing_is_made_again_alone(fit, tmp_path, quick_drawing):
     assert fit("again", classes=classes, num_class_images=5) == 0
     after = snapshot(classes)
     assert len(quick_drawing) == 4
-    assert after.pop("class-00003.png")[2] == before.pop("class-00003.png")[2]
+    digests = [found.pop("class-00003.png")[2] for found in (before, after)]
+    assert digests[0] == digests[1]
     assert after == before
-    assert fit("third", classes=classes, num_class_images=5) == 0
-    assert len(quick_drawing) == 4
+    assert fit("third", classes=classes, num_class_images=5, dry_run=True) == 0
+    assert f"Class images in {classes}: 0 to be drawn" in capsys.readouterr().out
 
 
 def test_own_class_images_are_kept_and_count(fit, tmp_path, quick_drawing, trained_on, capsys):
@@ -370,16 +322,22 @@ def test_own_class_images_are_kept_and_count(fit, tmp_path, quick_drawing, train
     after = snapshot(classes)
     assert after.keys() - before.keys() == {"class-00000.png", "class-00001.png"}
     assert all(after[name] == before[name] for name in before)
-    assert sorted(index for *_, index in trained_on) == list(range(10))  # five photos, and all five of the class
-    again = write_images(tmp_path / "enough", [10, 11, 12])
-    assert fit("second", classes=again, num_class_images=2) == 0
-    assert len(list(again.iterdir())) == 3
+    trained = sorted(sample["index"] for sample in trained_on)
+    assert trained == list(range(10))  # five photos, and all five of the class
+
+
+def test_more_class_images_than_asked_for_are_enough(fit, tmp_path, quick_drawing):
+    classes = write_images(tmp_path / "classes", [10, 11, 12])
+    assert fit(classes=classes, num_class_images=2) == 0
+    assert len(list(classes.iterdir())) == 3
+    assert not quick_drawing
 
 
 def test_class_images_differ_by_seed_and_number(fit, tmp_path, quick_drawing):
     for seed in (0, 1):
         assert fit(f"out{seed}", classes=tmp_path / f"classes{seed}", num_class_images=5, seed=seed) == 0
-    assert len({*contents(tmp_path / "classes0").values(), *contents(tmp_path / "classes1").values()}) == 10
+    digests = [*contents(tmp_path / "classes0").values(), *contents(tmp_path / "classes1").values()]
+    assert len(set(digests)) == 10
 
 
 def test_a_dry_run_draws_nothing(fit, tmp_path, quick_drawing, capsys):
@@ -389,10 +347,39 @@ def test_a_dry_run_draws_nothing(fit, tmp_path, quick_drawing, capsys):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
+def test_hidden_folders_hold_no_class_images(fit, tmp_path, capsys):
+    write_images(tmp_path / "classes" / ".thumbnails", [10, 11])
+    assert fit(classes=tmp_path / "classes", dry_run=True) == 0
+    assert ": 2 to be drawn, for" in capsys.readouterr().out
+
+
+def test_class_images_are_drawn_without_dropout(fit, tmp_path, quick_drawing):
+    assert fit(classes=tmp_path / "classes", train_text_encoder=True) == 0
+    assert set(quick_drawing) == {(False, False)}
+
+
+def test_class_images_are_drawn_in_the_precision_asked_for(fit, tmp_path):
+    for precision in ("bf16", "fp32"):
+        settings = {"mixed_precision": "bf16", "prior_generation_precision": precision, "num_class_images": 1}
+        assert fit(precision, classes=tmp_path / f"classes_{precision}", **settings) == 0
+    assert contents(tmp_path / "classes_bf16") != contents(tmp_path / "classes_fp32")
+
+
+def test_class_images_are_the_bases(tiny_pipeline, photos, tmp_path):
+    """Drawn without the adapters that training goes on from."""
+    script = load_script(TRAIN_DREAMBOOTH_LORA)
+    settings = {"instance_data_dir": photos, "instance_prompt": PROMPT, "max_train_steps": 1, "learning_rate": 1}
+    assert train(script, tiny_pipeline, None, tmp_path / "first", **settings) == 0
+    settings |= {"with_prior_preservation": True, "class_prompt": CLASS_PROMPT, "num_class_images": 1}
+    for name, start in (("base", None), ("adapted", tmp_path / "first")):
+        places = {"class_data_dir": tmp_path / f"classes_{name}", "init_lora_weights": start}
+        assert train(script, tiny_pipeline, None, tmp_path / name, **settings, **places) == 0
+    assert contents(tmp_path / "classes_base") == contents(tmp_path / "classes_adapted")
+
+
 def test_two_processes_share_the_class_images(tiny_pipeline, photos, tmp_path):
     """As many as asked for, none twice, and those that one process draws one by one."""
-    script = load_script(TRAIN_DREAMBOOTH)
+    script, said = load_script(TRAIN_DREAMBOOTH), tmp_path / "said"
     settings = {
         "instance_data_dir": photos,
         "instance_prompt": PROMPT,
@@ -402,55 +389,60 @@ def test_two_processes_share_the_class_images(tiny_pipeline, photos, tmp_path):
         "sample_batch_size": 1,
         "max_train_steps": 1,
     }
-    line = words(
-        tiny_pipeline, None, tmp_path / "two", **settings, class_data_dir=tmp_path / "classes2", train_batch_size=1
-    )
-    ended = run_script(line, script=TRAIN_DREAMBOOTH, nproc=2)
-    assert ended.returncode == 0, ended.stderr
+    one, two = tmp_path / "one", tmp_path / "two"
+    line = words(tiny_pipeline, None, two, **settings, class_data_dir=tmp_path / "classes2", train_batch_size=1)
+    assert run_copies(script, line, said) == [0, 0], said.read_text()
     made = contents(tmp_path / "classes2")
     assert sorted(made) == [f"class-{number:05d}.png" for number in range(5)]
     assert len(set(made.values())) == 5
     settings |= {"class_data_dir": tmp_path / "classes1", "train_batch_size": 2}
-    assert train(script, tiny_pipeline, None, tmp_path / "one", **settings) == 0
+    assert train(script, tiny_pipeline, None, one, **settings) == 0
     assert contents(tmp_path / "classes1") == made
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+
+
+def test_a_broken_class_image_can_be_left_out(fit, tmp_path, trained_on, capsys):
+    classes = write_images(tmp_path / "classes", [10, 11])
+    (classes / "broken.png").write_text("no picture")
+    before = snapshot(classes)
+    assert fit(classes=classes, num_class_images=3, skip_bad_images=True, max_train_steps=9) == 0
+    assert str(classes / "broken.png") in capsys.readouterr().out
+    assert snapshot(classes) == before
+    assert {sample["index"] for sample in trained_on} == set(range(7))  # five photos and two class images
 
 
 # --------------------------------------------------------------------------------------------------- what is trained
 
 
-def test_text_encoder_is_trained_saved_and_loaded(script, fit, tiny_pipeline, tmp_path):
+def test_text_encoder_is_trained_saved_and_loaded(fit, trains_lora, tiny_pipeline, tmp_path):
     assert fit(train_text_encoder=True, adam_weight_decay=0, max_train_steps=2) == 0
     before = load(tiny_pipeline)
-    if "lora" in script.__name__:
+    if trains_lora:
         after = load(tiny_pipeline)
         after.load_lora_weights(tmp_path / "out")
         keys = load_file(tmp_path / "out" / LORA_FILE)
         assert {key.split(".")[0] for key in keys} == {"unet", "text_encoder"}
     else:
         after = load(tmp_path / "out")
-        weights = [
-            load_file(folder / "text_encoder" / "model.safetensors") for folder in (tiny_pipeline, tmp_path / "out")
-        ]
-        changed = [name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])]
-        assert len(changed) >= len(weights[0]) - 1  # position numbers are no weights
+        old, new = (load_file(folder / TEXT_ENCODER) for folder in (tiny_pipeline, tmp_path / "out"))
+        changed = [name for name in old if not torch.equal(old[name], new[name])]
+        assert len(changed) >= len(old) - 1  # position numbers are no weights
     tokens = before.tokenizer(PROMPT, return_tensors="pt").input_ids
     embeddings = [pipeline.text_encoder(tokens).last_hidden_state for pipeline in (before, after)]
     assert (embeddings[0] - embeddings[1]).abs().max() > 1e-4
 
 
-def test_text_encoder_is_left_to_the_bit(script, fit, tiny_pipeline, tmp_path):
+def test_text_encoder_is_left_to_the_bit(fit, trains_lora, tiny_pipeline, tmp_path):
     assert fit() == 0
-    if "lora" in script.__name__:
+    if trains_lora:
         assert {key.split(".")[0] for key in load_file(tmp_path / "out" / LORA_FILE)} == {"unet"}
     else:
-        files = [folder / "text_encoder" / "model.safetensors" for folder in (tiny_pipeline, tmp_path / "out")]
-        assert files[0].read_bytes() == files[1].read_bytes()
+        assert (tmp_path / "out" / TEXT_ENCODER).read_bytes() == (tiny_pipeline / TEXT_ENCODER).read_bytes()
 
 
 def test_lora_file_draws_as_the_trained_model(tiny_pipeline, photos, tmp_path):
     """In diffusers' and kohya's layout, and merged."""
-    script, tool, kept = load_script(TRAIN_DREAMBOOTH_LORA), load_script(REPO / "tools" / "convert_lora.py"), {}
+    script, kept = load_script(TRAIN_DREAMBOOTH_LORA), {}
     save_model = script.save_model
 
     def save_and_keep(args, models, *rest):
@@ -477,7 +469,7 @@ def test_lora_file_draws_as_the_trained_model(tiny_pipeline, photos, tmp_path):
     assert largest_difference(expected, draw(load(tiny_pipeline))) > 1e-2
     assert largest_difference(with_lora(tiny_pipeline, folder / LORA_FILE), expected) < 1e-4
     assert largest_difference(with_lora(tiny_pipeline, folder / "star.safetensors"), expected) < 1e-4
-    assert largest_difference(draw(merged(tool, folder, tiny_pipeline, tmp_path / "merged")), expected) < 1e-4
+    assert largest_difference(draw(merged(folder, tiny_pipeline, tmp_path / "merged")), expected) < 1e-4
 
 
 def test_resumed_equals_straight(fit, tmp_path):
@@ -485,10 +477,9 @@ def test_resumed_equals_straight(fit, tmp_path):
     classes, straight, out = tmp_path / "classes", tmp_path / "straight", tmp_path / "out"
     assert fit("straight", classes=classes, **EVERYTHING) == 0
     assert len(set(losses(straight))) == 8
-    for name in ("args.json", "log.jsonl"):
-        out.mkdir(exist_ok=True)
-        shutil.copy(straight / name, out)
     shutil.copytree(straight / "checkpoint-4", out / "checkpoint-4")
+    for name in ("args.json", "log.jsonl"):
+        shutil.copy(straight / name, out)
     before = contents(classes)
     (classes / "class-00001.png").unlink()
     assert fit(classes=classes, resume_from_checkpoint="latest", **EVERYTHING) == 0
@@ -509,19 +500,6 @@ def test_other_class_images_are_another_run(fit, tmp_path, capsys):
     assert "class_data: " in capsys.readouterr().err
 
 
-def test_repeats_are_samples_of_their_own(fit, photos, tmp_path, trained_on, capsys):
-    settings = {"repeats": 3, "train_batch_size": 4, "max_train_steps": None, "num_train_epochs": 1}
-    assert fit(**settings) == 0
-    assert "15 to train on" in capsys.readouterr().out
-    assert len(losses(tmp_path / "out")) == 4
-    assert sorted(index for *_, index in trained_on) == list(range(15))
-    by_index = sorted(trained_on, key=lambda sample: sample[3])
-    assert len({noise.tobytes() for _, noise, _, _ in by_index}) == 15
-    for photo in range(5):
-        crops = {pixels.tobytes() for _, _, pixels, _ in by_index[3 * photo :][:3]}
-        assert len(crops) > 1
-
-
 def test_card_names_the_prompt(fit, tmp_path):
     assert fit() == 0
     text = (tmp_path / "out" / "README.md").read_text()
@@ -539,10 +517,10 @@ def test_card_names_the_prompt(fit, tmp_path):
     [
         ({"class_prompt": None}, "--with_prior_preservation: needs --class_prompt"),
         ({"class_data_dir": None}, "--with_prior_preservation: needs --class_data_dir"),
-        ({"num_class_images": 0}, "--num_class_images=0: must be in [1, inf)"),
-        ({"sample_batch_size": 0}, "--sample_batch_size=0: must be in [1, inf)"),
-        ({"prior_loss_weight": -1}, "--prior_loss_weight=-1.0: must be in [0, inf)"),
-        ({"repeats": 0}, "--repeats=0: must be in [1, inf)"),
+        ({"num_class_images": 0}, "--num_class_images: must be a whole number in [1, inf), not '0'"),
+        ({"sample_batch_size": 0}, "--sample_batch_size: must be a whole number in [1, inf), not '0'"),
+        ({"prior_loss_weight": -1}, "--prior_loss_weight: must be in [0, inf), not '-1'"),
+        ({"repeats": 0}, "--repeats: must be a whole number in [1, inf), not '0'"),
         ({"instance_prompt": " "}, "--instance_prompt: give a rare word and the class"),
         ({"instance_data_dir": None}, "--instance_data_dir=None: give this or --dataset_name"),
         ({"instance_data_dir": "nowhere"}, "--instance_data_dir=nowhere: does not exist"),
@@ -577,25 +555,18 @@ def test_class_folder_stands_apart_from_the_instances(refused, tmp_path, place):
 
 
 def test_a_file_as_class_folder(refused, tmp_path):
-    (tmp_path / "classes").write_text("no folder")
-    assert f"--class_data_dir={tmp_path / 'classes'}: is a file or lies below one" in refused(
-        classes=tmp_path / "classes"
-    )
+    file = tmp_path / "classes"
+    file.write_text("no folder")
+    assert f"--class_data_dir={file}: is a file or lies below one" in refused(classes=file)
+
+
+def test_class_folder_that_cannot_be_made(refused, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    assert "--class_data_dir=" in refused(classes=tmp_path / "file" / "classes")
 
 
 def test_output_among_the_class_images_is_refused(refused, tmp_path):
     assert "is not apart from --output_dir" in refused(classes=tmp_path)
-
-
-def test_other_files_are_ignored_and_said(fit, tmp_path, trained_on, capsys):
-    photos = write_images(tmp_path / "photos", [0, 1])
-    (photos / "README.md").write_text("My dog.")
-    (photos / ".DS_Store").write_bytes(bytes(range(256)))
-    before = snapshot(photos)
-    assert fit(instance_data_dir=photos) == 0
-    assert f"Left aside in {photos}: 2 files of other kinds, such as .DS_Store, README.md." in capsys.readouterr().out
-    assert len(trained_on) == 2
-    assert snapshot(photos) == before
 
 
 def test_an_empty_folder(refused, tmp_path):
@@ -603,23 +574,8 @@ def test_an_empty_folder(refused, tmp_path):
     assert f"the folder {tmp_path / 'photos'} holds no images" in refused(instance_data_dir=tmp_path / "photos")
 
 
-def test_a_caption_of_its_own_wins_over_the_prompt(fit, tmp_path, trained_on):
-    """From metadata and from a .txt; --instance_prompt is for photos without, also where theirs is empty."""
-    photos = write_images(tmp_path / "photos", range(5))
-    write_metadata(photos, [{"file_name": "0.png", "text": caption_of(0)}, {"file_name": "1.png", "text": ""}])
-    (photos / "2.txt").write_text(caption_of(2))
-    (photos / "3.txt").write_text("")
-    assert fit(instance_data_dir=photos, train_batch_size=5) == 0
-    captions = {index: caption for caption, _, _, index in trained_on}
-    assert captions == {0: caption_of(0), 1: PROMPT, 2: caption_of(2), 3: PROMPT, 4: PROMPT}
-
-
-def test_captions_alone_are_enough(fit, tmp_path, trained_on):
-    photos = write_images(tmp_path / "photos", [0])
-    (photos / "0.txt").write_text(caption_of(0))
-    assert fit(instance_data_dir=photos, instance_prompt=None) == 0
-    assert {caption for caption, *_ in trained_on} == {caption_of(0)}
-    assert "instance_prompt:" not in (tmp_path / "out" / "README.md").read_text()
+def test_no_captions_and_no_prompt_names_the_flag(refused):
+    assert "--instance_prompt" in refused(instance_prompt=None)
 
 
 def test_a_broken_class_image_is_listed(refused, tmp_path):
@@ -630,72 +586,6 @@ def test_a_broken_class_image_is_listed(refused, tmp_path):
     assert "1 of 3 images" in text
 
 
-def test_a_broken_class_image_can_be_left_out(fit, tmp_path, trained_on, capsys):
-    classes = write_images(tmp_path / "classes", [10, 11])
-    (classes / "broken.png").write_text("no picture")
-    before = snapshot(classes)
-    assert fit(classes=classes, num_class_images=3, skip_bad_images=True, max_train_steps=9) == 0
-    assert str(classes / "broken.png") in capsys.readouterr().out
-    assert snapshot(classes) == before
-    assert {index for *_, index in trained_on} == set(range(7))  # five photos and two class images
-
-
-# ---------------------------------------------------------------------------------------------- class images, again
-
-
-def test_class_images_are_drawn_without_dropout(fit, tmp_path, quick_drawing):
-    assert fit(classes=tmp_path / "classes", train_text_encoder=True) == 0
-    assert {modes[1:] for modes in quick_drawing} == {(False, False)}
-
-
-def test_class_images_are_the_bases(tiny_pipeline, photos, tmp_path):
-    script = load_script(TRAIN_DREAMBOOTH_LORA)
-    settings = {"instance_data_dir": photos, "instance_prompt": PROMPT, "max_train_steps": 1, "learning_rate": 1}
-    assert train(script, tiny_pipeline, None, tmp_path / "first", **settings) == 0
-    settings |= {"with_prior_preservation": True, "class_prompt": CLASS_PROMPT, "num_class_images": 1}
-    for name, start in (("base", None), ("adapted", tmp_path / "first")):
-        settings |= {"class_data_dir": tmp_path / f"classes_{name}", "init_lora_weights": start}
-        assert train(script, tiny_pipeline, None, tmp_path / name, **settings) == 0
-    assert contents(tmp_path / "classes_base") == contents(tmp_path / "classes_adapted")
-
-
-def test_class_images_are_drawn_in_the_precision_asked_for(fit, tmp_path):
-    for precision in ("bf16", "fp32"):
-        settings = {"mixed_precision": "bf16", "prior_generation_precision": precision, "num_class_images": 1}
-        assert fit(precision, classes=tmp_path / f"classes_{precision}", **settings) == 0
-    assert contents(tmp_path / "classes_bf16") != contents(tmp_path / "classes_fp32")
-
-
-def test_instances_and_class_images_have_noise_of_their_own(fit, tmp_path, trained_on):
-    assert fit(classes=write_images(tmp_path / "classes", [10, 11]), train_batch_size=5) == 0
-    drawn = {(index, noise.tobytes()) for _, noise, _, index in trained_on}
-    assert len(drawn) == len({noise for _, noise in drawn}) == 10
-
-
-def test_class_folder_that_cannot_be_made(refused, tmp_path):
-    (tmp_path / "file").write_text("no folder")
-    assert "--class_data_dir=" in refused(classes=tmp_path / "file" / "classes")
-
-
-def test_hidden_folders_hold_no_class_images(fit, tmp_path, capsys):
-    write_images(tmp_path / "classes" / ".thumbnails", [10, 11])
-    assert fit(classes=tmp_path / "classes", dry_run=True) == 0
-    assert ": 2 to be drawn, for" in capsys.readouterr().out
-
-
-def test_a_dataset_without_captions_takes_the_prompt(fit, photos, tmp_path, trained_on):
-    files = sorted(photos.glob("*.png"))
-    rows = [{"image": {"bytes": path.read_bytes(), "path": path.name}} for path in files]
-    (tmp_path / "dataset").mkdir()
-    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "dataset" / "train.parquet")
-    assert fit(instance_data_dir=None, dataset_name=tmp_path / "dataset") == 0
-    assert {caption for caption, *_ in trained_on} == {PROMPT}
-
-
-def test_no_captions_and_no_prompt_names_the_flag(refused):
-    assert "--instance_prompt" in refused(instance_prompt=None)
-
-
 # ----------------------------------------------------------------------------------------------------------- learning
 
 
@@ -703,7 +593,7 @@ def test_no_captions_and_no_prompt_names_the_flag(refused):
 def test_prior_preservation_keeps_the_class_plain(tmp_path):
     """Both models have learnt the subject; only the one without preservation draws its marks on plain stars too."""
     script, measure = load_script(TRAIN_DREAMBOOTH), load_script(REPO / "miniature" / "measure.py")
-    base, learnt, marked = REPO / "miniature" / "pipeline", {}, {}
+    base = REPO / "miniature" / "pipeline"
     measure.render.write_folder("subject", tmp_path / "photos", 5, seed=0)
     settings = {
         "instance_data_dir": tmp_path / "photos",
@@ -711,8 +601,8 @@ def test_prior_preservation_keeps_the_class_plain(tmp_path):
         "resolution": 64,
         "train_text_encoder": True,
         "train_batch_size": 5,
-        "max_train_steps": 400,
-        "learning_rate": 6e-4,
+        "max_train_steps": 200,
+        "learning_rate": 1e-3,
         "lr_scheduler": "cosine",
         "lr_warmup_steps": 20,
         "snr_gamma": 5,
@@ -721,14 +611,16 @@ def test_prior_preservation_keeps_the_class_plain(tmp_path):
         "with_prior_preservation": True,
         "class_data_dir": tmp_path / "stars",
         "class_prompt": "a star",
-        "num_class_images": 50,
+        "num_class_images": 25,
         "sample_batch_size": 25,
-        "prior_loss_weight": 2,
     }
+    learnt, marked = {}, {}
     for name, more in (("with", preservation), ("without", {})):
         assert train(script, base, None, tmp_path / name, **settings, **more) == 0
         pipeline = measure.load_pipeline(tmp_path / name)
-        learnt[name] = measure.score_subject(*measure.draw(pipeline, measure.subject_records(24), guidance=2))
-        marked[name] = measure.score_stars(*measure.draw(pipeline, measure.star_records(24), guidance=2))["marked"]
-    assert min(scores["both"] for scores in learnt.values()) >= 0.6
+        subjects = measure.draw(pipeline, measure.subject_records(48), steps=12, guidance=2)
+        stars = measure.draw(pipeline, measure.star_records(24), steps=12, guidance=2)
+        learnt[name] = measure.score_subject(*subjects)["both"]
+        marked[name] = measure.score_stars(*stars)["marked"]
+    assert min(learnt.values()) >= 0.6
     assert marked["with"] <= marked["without"] - 0.4

@@ -4,18 +4,17 @@ import functools
 import json
 import os
 import random
-import select
 import shutil
 import signal
 import time
 
+import psutil
 import pytest
 import torch
-from copies import FORK, end_of, run_copies, start_copy
+from copies import FORK, end_of, run_copies, start_copy, start_launcher
 from diffusers import StableDiffusionPipeline
 from image_data import write_image_folder
 from PIL import Image
-from running import run_script, start_script
 from training import checkpoint_state, losses, read_log, same, train, unet, words
 
 # All that is random or has a state. 11 images in steps of 4 make epochs of 3 steps, the last one short: step 4 lies
@@ -280,26 +279,12 @@ def test_process_ended_by_a_signal_is_resumed(train_script, base, images, fit, t
     assert read_log(folder) == read_log(straight)
 
 
-def assert_saved_its_last_step(folder, said):
-    """The script has written a checkpoint after the last step that it logged, and said so."""
-    step = len(read_log(folder))
-    assert names_of_checkpoints(folder) == {f"checkpoint-{step}"}
-    progress = json.loads((folder / f"checkpoint-{step}" / "progress.json").read_text())
-    assert progress["global_step"] == step
-    assert f"holds the state after step {step}" in said
-
-
-WITHOUT_END = {**EVERYTHING, "max_train_steps": 100_000, "checkpointing_steps": 100_000}
-
-
-@pytest.mark.slow
-def test_script_saves_and_ends_when_its_launcher_was_terminated(base, images, tmp_path):
-    """`accelerate launch` hands no signal on: without a look at its parent the script would train on for ever."""
-    process = start_script(words(base, images, tmp_path, **WITHOUT_END), launcher="accelerate")
-    wait_for_steps(lambda: process.poll() is None, tmp_path, 2)
-    process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=120)  # the script holds the pipe: this waits until it has ended too
-    assert_saved_its_last_step(tmp_path, said)
+def wait_for_end(process, seconds=120):
+    """Waits until a process has ended that is not this one's own; nobody may have asked for its exit status yet."""
+    deadline = time.monotonic() + seconds
+    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, "it goes on"
+        time.sleep(0.01)
 
 
 def launch(script, line, said):
@@ -307,22 +292,46 @@ def launch(script, line, said):
     start_copy(script, line, said, ACCELERATE_MIXED_PRECISION="no").join()
 
 
-def test_script_saves_and_ends_when_its_launcher_was_killed(train_script, base, images, tmp_path):
-    folder, said = tmp_path / "out", tmp_path / "said"
-    ended, held_by_script = os.pipe()
-    line = words(base, images, folder, **WITHOUT_END)
-    launcher = FORK.Process(target=launch, args=(train_script, line, said))
+def start_a_launcher(script, line, said):
+    """Starts the shortest of launchers."""
+    launcher = FORK.Process(target=launch, args=(script, line, said))
     launcher.start()
-    os.close(held_by_script)
+    return launcher
+
+
+def start_accelerate(script, line, said):
+    """Starts `accelerate launch`, which hands no signal on."""
+    return start_launcher(script, line, said, "accelerate")
+
+
+@pytest.mark.parametrize(
+    "start, number",
+    [
+        pytest.param(start_accelerate, signal.SIGTERM, marks=pytest.mark.slow),
+        (start_a_launcher, signal.SIGKILL),
+    ],
+)
+def test_script_saves_and_ends_when_its_launcher_died(train_script, base, images, tmp_path, start, number):
+    """Without a look at its parent the script would train on for ever."""
+    folder, said = tmp_path / "out", tmp_path / "said"
+    settings = {**EVERYTHING, "max_train_steps": 100_000, "checkpointing_steps": 100_000}
+    launcher = start(train_script, words(base, images, folder, **settings), said)
+    script = None
     try:
         wait_for_steps(launcher.is_alive, folder, 2)
-        launcher.kill()
-        launcher.join()
-        readable, _, _ = select.select([ended], [], [], 120)  # as soon as the script has ended too
-        assert readable, "the script trains on"
+        (script,) = psutil.Process(launcher.pid).children()
+        os.kill(launcher.pid, number)
+        assert end_of(launcher) == -number
+        wait_for_end(script)
     finally:
-        os.close(ended)
-    assert_saved_its_last_step(folder, said.read_text())
+        launcher.kill()
+        if script and script.is_running():
+            script.kill()
+    step = len(read_log(folder))
+    assert names_of_checkpoints(folder) == {f"checkpoint-{step}"}
+    progress = json.loads((folder / f"checkpoint-{step}" / "progress.json").read_text())
+    assert progress["global_step"] == step
+    assert f"holds the state after step {step}" in said.read_text()
 
 
 # ------------------------------------------------------------------------------------------------- half-written
@@ -371,10 +380,8 @@ def test_latest_without_a_checkpoint_starts_from_the_beginning(fit, straight, tm
 
 
 def run_by_torchrun(script, line, said):
-    """Trains in two processes as users start them."""
-    ended = run_script(line, script=script.__file__, nproc=2)
-    said.write_text(ended.stdout + ended.stderr)
-    return [ended.returncode]
+    """Trains in two processes as users start them; returns the launcher's exit status."""
+    return [end_of(start_launcher(script, line, said, "torchrun", nproc=2), seconds=240)]
 
 
 @pytest.mark.parametrize(

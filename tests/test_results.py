@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from copies import end_of, start_launcher
 from diffusers import StableDiffusionPipeline
 from fake_hub import TOKEN, USER, FakeHub
 from huggingface_hub import ModelCard
@@ -16,7 +17,6 @@ from image_data import snapshot, write_image_folder
 from original_layout import save_original
 from PIL import Image
 from reach_hub import reaching
-from running import run_script
 from training import losses, parse, read_log, same, train, unet, words
 
 from sdtune.model_card import write_card
@@ -252,7 +252,7 @@ def test_card_of_a_base_without_one(train_script, tiny_pipeline, images, tmp_pat
 
 
 @pytest.fixture(scope="module")
-def launched(licensed, images, tmp_path_factory):
+def launched(train_script, licensed, images, tmp_path_factory):
     """The output folder and the repository of a run that users start by `accelerate launch` and that pushes, into a
     folder of theirs; its settings too."""
     folder = tmp_path_factory.mktemp("launched") / "out"
@@ -269,12 +269,13 @@ def launched(licensed, images, tmp_path_factory):
         "hub_private_repo": True,
     }
     hub = FakeHub().start()
+    said = folder.parent / "said"
+    line = words(licensed, images, folder, **settings, **pushed)
     try:
-        line = words(licensed, images, folder, **settings, **pushed)
-        ran = run_script(line, env=hub.env, launcher="accelerate")
+        launcher = start_launcher(train_script, line, said, "accelerate", **hub.env)
+        assert end_of(launcher, seconds=240) == 0, said.read_text()
     finally:
         hub.stop()
-    assert ran.returncode == 0, ran.stderr
     return SimpleNamespace(folder=folder, hub=hub, settings=settings)
 
 
@@ -352,11 +353,12 @@ def test_repository_that_cannot_be_made_ends_the_run_at_once(push, fake_hub, tmp
 
 
 @pytest.mark.slow
-def test_wrong_flag_shows_through_accelerate_launch(licensed, images, tmp_path):
+def test_wrong_flag_shows_through_accelerate_launch(train_script, licensed, images, tmp_path):
     """The launcher adds a traceback of its own, which is no longer than it has to be to find the message."""
-    ran = run_script(words(licensed, images, tmp_path / "out", resolution=33), launcher="accelerate")
-    assert ran.returncode == 1
-    (line,) = [line for line in ran.stderr.splitlines() if line.startswith("train_text_to_image.py: ")]
+    said = tmp_path / "said"
+    line = words(licensed, images, tmp_path / "out", resolution=33)
+    assert end_of(start_launcher(train_script, line, said, "accelerate")) == 1
+    (line,) = [line for line in said.read_text().splitlines() if line.startswith("train_text_to_image.py: ")]
     assert line.endswith("--resolution=33: must be a multiple of 8 for this VAE; use 32")
-    assert "in train\n" not in ran.stderr
+    assert "in train\n" not in said.read_text()
     assert not (tmp_path / "out").exists()

@@ -1,6 +1,5 @@
 """What a run trains and what it leaves alone, its rates, averages and precisions, and what it shows on the way."""
 
-import functools
 import itertools
 import json
 import math
@@ -95,31 +94,19 @@ STEPS = 8
 WARMUP = 2
 
 
-def constant(step):
-    return 1
-
-
-def piecewise(step):
-    """As --lr_step_rules=1:2,0.5:5,0.1 says."""
-    if step < 2:
-        return 1
-    return 0.5 if step < 5 else 0.1
-
-
-def warmed(step, after):
-    """A schedule that rises for WARMUP steps and goes on as `after` of the progress from there, 0 to 1."""
-    return step / WARMUP if step < WARMUP else after((step - WARMUP) / (STEPS - WARMUP))
-
-
-def linear(progress):
-    return 1 - progress
+def rates_of(fit, **settings):
+    """The logged rates, as parts of RATE: each is that of the step that comes next. With accumulation a step is still
+    a step."""
+    settings = {"train_batch_size": 1, "gradient_accumulation_steps": 2, **settings}
+    folder = fit(max_train_steps=STEPS, learning_rate=RATE, **settings)
+    return [row["lr"] / RATE for row in read_log(folder)]
 
 
 def cosine(progress):
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def restarts(progress, cycles):
+def restarted_cosine(progress, cycles):
     return cosine(progress * cycles % 1) if progress < 1 else 0.0
 
 
@@ -130,38 +117,41 @@ def polynomial(progress, power):
 
 
 @pytest.mark.parametrize(
-    "settings, factor",
+    "settings, after_warm_up",  # a function of the progress from there, 0 to 1
     [
-        ({"lr_scheduler": "constant"}, constant),
-        ({"lr_scheduler": "constant_with_warmup"}, functools.partial(warmed, after=constant)),
-        ({"lr_scheduler": "linear"}, functools.partial(warmed, after=linear)),
-        ({"lr_scheduler": "cosine"}, functools.partial(warmed, after=cosine)),
-        (
-            {"lr_scheduler": "cosine_with_restarts"},
-            functools.partial(warmed, after=functools.partial(restarts, cycles=1)),
-        ),
+        ({"lr_scheduler": "constant_with_warmup"}, lambda progress: 1),
+        ({"lr_scheduler": "linear"}, lambda progress: 1 - progress),
+        ({"lr_scheduler": "cosine"}, cosine),
+        ({"lr_scheduler": "cosine_with_restarts"}, cosine),
         (
             {"lr_scheduler": "cosine_with_restarts", "lr_num_cycles": 2},
-            functools.partial(warmed, after=functools.partial(restarts, cycles=2)),
+            lambda progress: restarted_cosine(progress, cycles=2),
         ),
-        ({"lr_scheduler": "polynomial"}, functools.partial(warmed, after=functools.partial(polynomial, power=1))),
-        (
-            {"lr_scheduler": "polynomial", "lr_power": 2.0},
-            functools.partial(warmed, after=functools.partial(polynomial, power=2)),
-        ),
-        ({"lr_scheduler": "piecewise_constant", "lr_step_rules": "1:2,0.5:5,0.1"}, piecewise),
+        ({"lr_scheduler": "polynomial"}, lambda progress: polynomial(progress, power=1)),
+        ({"lr_scheduler": "polynomial", "lr_power": 2.0}, lambda progress: polynomial(progress, power=2)),
     ],
     ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else "",
 )
-def test_rates_follow_their_schedule(fit, settings, factor):
-    """The log gives the rate of the step that comes next; with accumulation a step is still a step."""
-    if settings["lr_scheduler"] not in ("constant", "piecewise_constant"):
-        settings = {**settings, "lr_warmup_steps": WARMUP}
-    folder = fit(
-        max_train_steps=STEPS, learning_rate=RATE, train_batch_size=1, gradient_accumulation_steps=2, **settings
-    )
-    rates = [row["lr"] for row in read_log(folder)]
-    assert rates == pytest.approx([RATE * factor(step) for step in range(1, STEPS + 1)], rel=1e-6, abs=1e-12)
+def test_rates_follow_their_schedule(fit, settings, after_warm_up):
+    rates = rates_of(fit, lr_warmup_steps=WARMUP, **settings)
+    rising = [step / WARMUP for step in range(1, WARMUP)]
+    falling = [after_warm_up((step - WARMUP) / (STEPS - WARMUP)) for step in range(WARMUP, STEPS + 1)]
+    assert rates == pytest.approx(rising + falling, rel=1e-6, abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        ({"lr_scheduler": "constant"}, [1] * STEPS),
+        (
+            {"lr_scheduler": "piecewise_constant", "lr_step_rules": "1:2,0.5:5,0.1"},
+            [1, 0.5, 0.5, 0.5, 0.1, 0.1, 0.1, 0.1],
+        ),
+    ],
+    ids=["constant", "piecewise_constant"],
+)
+def test_rates_without_warm_up(fit, settings, expected):
+    assert rates_of(fit, **settings) == pytest.approx(expected, rel=1e-6)
 
 
 def test_warm_up_begins_at_zero(fit, tiny_pipeline):
