@@ -56,8 +56,7 @@ from sdtune.model_card import write_card
 from sdtune.models import check_model
 from sdtune.optimization import check_8bit_adam, check_optimization, peak_learning_rate
 from sdtune.output import check_output, check_trackers
-from sdtune.script import is_first_process, run_script
-from sdtune.signals import find_launcher
+from sdtune.script import run_launched_script
 from sdtune.training import (
     batches_of,
     check_hardware,
@@ -177,9 +176,7 @@ def save_model(args, models, num_images, step):
 
 def main(argv=None):
     """Runs the script; a mistake of the user's ends with status 2 and its message."""
-    launcher = find_launcher()  # first of all: it may die soon, and accelerate sets variables of its own
-    start = functools.partial(train, launcher=launcher)
-    run_script(Path(__file__).name, make_parser(), argv, REPLACED_FLAGS, check_args, start, speaks=is_first_process())
+    run_launched_script(Path(__file__).name, make_parser(), argv, REPLACED_FLAGS, check_args, train)
 
 
 if __name__ == "__main__":

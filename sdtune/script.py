@@ -1,6 +1,7 @@
 """Run a script: read its flags, tell what is wrong with them, train."""
 
 import contextlib
+import functools
 import io
 import os
 import re
@@ -9,11 +10,16 @@ import sys
 from sdtune.arguments import parse_flags
 from sdtune.errors import raise_problems, told_to_user
 from sdtune.models import quiet_libraries
+from sdtune.signals import find_launcher
 
 
-def is_first_process():
-    """Whether this is the first of the processes that a launcher started, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
+def run_launched_script(program, parser, argv, replaced_flags, check_args, train):
+    """Runs a training script as `run_script` does, in a process that a launcher may have started: `train(args,
+    launcher)` gets to know that, and of several processes the first one speaks."""
+    launcher = find_launcher()  # first of all: it may die soon, and accelerate sets variables of its own
+    start = functools.partial(train, launcher=launcher)
+    is_first = os.environ.get("RANK", "0") == "0"
+    run_script(program, parser, argv, replaced_flags, check_args, start, speaks=is_first)
 
 
 def run_script(program, parser, argv, replaced_flags, check_args, train, speaks=True, prints=None):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from image_data import snapshot, write_image_folder
 from PIL import Image
-from training import checkpoint_state, checkpoint_unet, losses, read_log, same, train, unet
+from training import checkpoint_state, checkpoint_unet, losses, read_log, same, train, trains_into, unet
 
 from sdtune.checkpoints import Run, find_checkpoint, list_checkpoints, save_checkpoint
 
@@ -33,11 +33,7 @@ def straight(train_script, tiny_pipeline, images, tmp_path_factory):
 @pytest.fixture
 def fit(train_script, tiny_pipeline, images):
     """Trains four steps into a folder, or as the settings say; returns the exit status."""
-
-    def run(output_dir, base=tiny_pipeline, data=images, **settings):
-        return train(train_script, base, data, output_dir, **settings)
-
-    return run
+    return trains_into(train_script, tiny_pipeline, images)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from image_data import snapshot, write_image_folder
 from running import REPO, TRAIN_DREAMBOOTH, TRAIN_DREAMBOOTH_LORA, TRAIN_TEXT_TO_IMAGE_LORA
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from training import checkpoint_state, losses, read_log, same, train, words
+from training import checkpoint_state, losses, read_log, same, train, trains_into, words
 
 from sdtune.lora import add_adapters, lora_weights
 
@@ -55,11 +55,7 @@ def images(tmp_path_factory):
 @pytest.fixture(scope="module")
 def fit(lora_script, tiny_pipeline, images):
     """Trains four steps into a folder, or as the settings say; returns the exit status."""
-
-    def run(output_dir, base=tiny_pipeline, data=images, **settings):
-        return train(lora_script, base, data, output_dir, **settings)
-
-    return run
+    return trains_into(lora_script, tiny_pipeline, images)
 
 
 @pytest.fixture(scope="module")

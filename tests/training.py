@@ -88,6 +88,15 @@ def train(script, base, images, output_dir, **settings):
     return 0
 
 
+def trains_into(script, default_base, default_data):
+    """A function that trains into a folder and returns the exit status: four steps, or as its settings say."""
+
+    def run(output_dir, base=default_base, data=default_data, **settings):
+        return train(script, base, data, output_dir, **settings)
+
+    return run
+
+
 def unet(folder):
     """The UNet's weights in a pipeline folder, by name."""
     return load_file(Path(folder) / "unet" / "diffusion_pytorch_model.safetensors")

@@ -333,9 +333,7 @@ def save_model(args, pipeline, noise_scheduler, step):
 
 def main(argv=None):
     """Runs the script; a mistake of the user's ends with status 2 and its message."""
-    launcher = find_launcher()  # first of all: it may die soon, and accelerate sets variables of its own
-    start = functools.partial(train, launcher=launcher)
-    run_script(Path(__file__).name, make_parser(), argv, REPLACED_FLAGS, check_args, start, speaks=is_first_process())
+    run_launched_script(Path(__file__).name, make_parser(), argv, REPLACED_FLAGS, check_args, train)
 
 
 # ----------------------------------------------------------------------------------------------------------- diffusion
@@ -2030,9 +2028,13 @@ def leave(accelerator, run, broken, received):
 
 
 # -------------------------------------------------------------------------------------------------------------- script
-def is_first_process():
-    """Whether this is the first of the processes that a launcher started, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
+def run_launched_script(program, parser, argv, replaced_flags, check_args, train):
+    """Runs a training script as `run_script` does, in a process that a launcher may have started: `train(args,
+    launcher)` gets to know that, and of several processes the first one speaks."""
+    launcher = find_launcher()  # first of all: it may die soon, and accelerate sets variables of its own
+    start = functools.partial(train, launcher=launcher)
+    is_first = os.environ.get("RANK", "0") == "0"
+    run_script(program, parser, argv, replaced_flags, check_args, start, speaks=is_first)
 
 
 def run_script(program, parser, argv, replaced_flags, check_args, train, speaks=True, prints=None):
