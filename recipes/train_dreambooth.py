@@ -47,9 +47,11 @@ from sdtune.arguments import (
     new_parser,
 )
 from sdtune.batches import count_steps
+from sdtune.checkpoints import Weights, write_torch_state
 from sdtune.dataset import check_data, load_data
 from sdtune.diffusion import diffusion_losses, encode
-from sdtune.hub import create_repo, push
+from sdtune.failures import nothing_lost
+from sdtune.hub import name_repo, push
 from sdtune.model_card import write_card
 from sdtune.models import (
     DTYPES,
@@ -58,10 +60,13 @@ from sdtune.models import (
     frozen_copy,
     load_base,
     make_noise_scheduler,
+    read_models,
+    write_models,
 )
 from sdtune.optimization import check_8bit_adam, check_optimization, peak_learning_rate
-from sdtune.output import check_output, check_trackers, save_pipeline
+from sdtune.output import check_output, check_trackers, end_training, new_result, save_pipeline, start_trackers
 from sdtune.script import run_launched_script
+from sdtune.signals import Stop
 from sdtune.subject import (
     check_subject,
     draw_class_images,
@@ -70,7 +75,9 @@ from sdtune.subject import (
     with_classes,
 )
 from sdtune.training import (
+    agree_on_data,
     batches_of,
+    check_environment,
     check_hardware,
     make_accelerator,
     make_loader,
@@ -136,7 +143,12 @@ def check_args(args, problems=()):
     problems = check_requirements(args, REQUIRES)
     problems += check_data(args, "instance_data_dir") + check_subject(args)
     problems += check_optimization(args) + check_8bit_adam(args)
-    problems += check_hardware(args) + check_trackers(args) + check_validation(args, "validation_prompt")
+    problems += (
+        check_hardware(args)
+        + check_environment(args)
+        + check_trackers(args)
+        + check_validation(args, "validation_prompt")
+    )
     problems += check_output(args, foreign_result="pytorch_lora_weights.safetensors")
     problems += check_model(args)
     return problems
@@ -164,13 +176,19 @@ def load_models(args, accelerator):
 
 def train(args, launcher):
     """Trains as `args` say, which have been checked; `launcher` is the process that started this one, or None."""
+    accelerator = make_accelerator(args)
     images, held_out, fingerprint = load_data(args, args.instance_data_dir, args.instance_prompt, args.repeats)
     class_images = load_class_images(args)
-    repo_id = create_repo(args) if args.push_to_hub and not args.dry_run else None
-    accelerator = make_accelerator(args)
+    agree_on_data(accelerator, {"photos": fingerprint, "class_images_to_draw": class_images.missing})
     if class_images.missing and not args.dry_run:
         draw_class_images(args, accelerator, class_images.missing)
         class_images = load_class_images(args)
+    fingerprints = {"captioned_images": fingerprint, "class_data": class_images.fingerprint}
+    agree_on_data(accelerator, fingerprints)
+    repo_id = None
+    if not args.dry_run:
+        repo_id = name_repo(args) if args.push_to_hub and accelerator.is_main_process else None
+        start_trackers(args, accelerator)
     pipeline, models, vae, text_encoder, noise_scheduler = load_models(args, accelerator)
     parts = {**pipeline.components, "vae": vae, "text_encoder": text_encoder, "scheduler": noise_scheduler}
     prepared = {name: accelerator.prepare(model) for name, model in models.items()}  # passes are autocast now
@@ -186,43 +204,48 @@ def train(args, launcher):
     learning_rate = peak_learning_rate(args, counts)
     parameters = [parameter for model in models.values() for parameter in model.parameters()]
     groups = [{"params": parameters, "lr": learning_rate}]
-    state = make_state(args, accelerator, models, groups, counts.last_step)
-    fingerprints = {"captioned_images": fingerprint, "class_data": class_images.fingerprint}
-    run = start_run(args, accelerator, counts, state, fingerprints, FREE_ON_RESUME, FIXED_ON_RESUME)
+    weights = Weights(models, parameters, write_models, read_models)
+    state = make_state(args, accelerator, groups, counts.last_step)
+    run = start_run(args, accelerator, counts, state, fingerprints, weights, FREE_ON_RESUME, FIXED_ON_RESUME)
     frozen = ", ".join(sorted({"vae", "text_encoder"} - models.keys()))
     tell_plan(args, accelerator, run, len(held_out), parameters, ", ".join(models), frozen)
     if args.dry_run:
-        accelerator.end_training()
+        end_training(accelerator)
         return
 
     start_output(args, accelerator, run)
     prompts = prompts_of(args)
-    look = functools.partial(validate, args, accelerator, run, parameters, parts, held_out, prompts)
+    look = functools.partial(validate, args, accelerator, run, parts, held_out, prompts)
     samples = with_class_rows(images, class_images)
     batches = batches_of(args, accelerator, run)
     batches = with_classes(batches, len(images), len(samples) - len(images), args.prior_loss_weight, args.seed)
     loader = make_loader(args, accelerator, samples, batches)
-    train_steps(args, accelerator, run, launcher, loader, list(prepared.values()), parameters, training_loss, look)
-    if accelerator.is_main_process:
-        use_average(run, parameters)
-        files = save_model(args, pipeline, noise_scheduler, prompts, counts.last_step)
-        if repo_id:
-            push(args, repo_id, files, counts.last_step)
-    accelerator.end_training()
+    models_to_sync = list(prepared.values())
+    stop = Stop(launcher)
+    with nothing_lost(args, accelerator, run, stop, write_torch_state):
+        train_steps(args, accelerator, run, stop, loader, models_to_sync, training_loss, look)
+        if accelerator.is_main_process:
+            use_average(run)
+            files = save_model(args, pipeline, noise_scheduler, prompts, counts.last_step)
+    if repo_id:
+        push(args, repo_id, files, counts.last_step)
+    end_training(accelerator)
 
 
 def save_model(args, pipeline, noise_scheduler, prompts, step):
     """Writes the pipeline and the model card; returns patterns that are the pipeline's files."""
-    files = save_pipeline(args, pipeline, noise_scheduler)
-    loader = "`StableDiffusionPipeline.from_pretrained(...)`"
-    write_card(
-        args,
-        step,
-        prompts,
-        loader,
-        ["stable-diffusion", "stable-diffusion-diffusers", "dreambooth"],
-        args.instance_prompt,
-    )
+    with new_result(args.output_dir) as folder:
+        files = save_pipeline(args, folder, pipeline, noise_scheduler)
+        loader = "`StableDiffusionPipeline.from_pretrained(...)`"
+        write_card(
+            args,
+            folder,
+            step,
+            prompts,
+            loader,
+            ["stable-diffusion", "stable-diffusion-diffusers", "dreambooth"],
+            args.instance_prompt,
+        )
     return files
 
 

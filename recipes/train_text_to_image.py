@@ -40,9 +40,11 @@ from sdtune.arguments import (
     new_parser,
 )
 from sdtune.batches import count_steps
+from sdtune.checkpoints import Weights, write_torch_state
 from sdtune.dataset import check_data, load_data
 from sdtune.diffusion import diffusion_losses, encode
-from sdtune.hub import create_repo, push
+from sdtune.failures import nothing_lost
+from sdtune.hub import name_repo, push
 from sdtune.model_card import write_card
 from sdtune.models import (
     DTYPES,
@@ -51,12 +53,17 @@ from sdtune.models import (
     frozen_copy,
     load_base,
     make_noise_scheduler,
+    read_models,
+    write_models,
 )
 from sdtune.optimization import check_8bit_adam, check_optimization, peak_learning_rate
-from sdtune.output import check_output, check_trackers, save_pipeline
+from sdtune.output import check_output, check_trackers, end_training, new_result, save_pipeline, start_trackers
 from sdtune.script import run_launched_script
+from sdtune.signals import Stop
 from sdtune.training import (
+    agree_on_data,
     batches_of,
+    check_environment,
     check_hardware,
     make_accelerator,
     make_loader,
@@ -111,7 +118,12 @@ def check_args(args, problems=()):
     problems = check_requirements(args, REQUIRES)
     problems += check_data(args, "train_data_dir")
     problems += check_optimization(args) + check_8bit_adam(args)
-    problems += check_hardware(args) + check_trackers(args) + check_validation(args, "validation_prompts")
+    problems += (
+        check_hardware(args)
+        + check_environment(args)
+        + check_trackers(args)
+        + check_validation(args, "validation_prompts")
+    )
     problems += check_output(args, foreign_result="pytorch_lora_weights.safetensors")
     problems += check_model(args)
     return problems
@@ -131,9 +143,14 @@ def load_models(args, accelerator):
 
 def train(args, launcher):
     """Trains as `args` say, which have been checked; `launcher` is the process that started this one, or None."""
-    images, held_out, fingerprint = load_data(args, args.train_data_dir)
-    repo_id = create_repo(args) if args.push_to_hub and not args.dry_run else None
     accelerator = make_accelerator(args)
+    images, held_out, fingerprint = load_data(args, args.train_data_dir)
+    fingerprints = {"captioned_images": fingerprint}
+    agree_on_data(accelerator, fingerprints)
+    repo_id = None
+    if not args.dry_run:
+        repo_id = name_repo(args) if args.push_to_hub and accelerator.is_main_process else None
+        start_trackers(args, accelerator)
     pipeline, vae, text_encoder, noise_scheduler = load_models(args, accelerator)
     unet = accelerator.prepare(pipeline.unet)  # whose passes are autocast now
 
@@ -147,32 +164,38 @@ def train(args, launcher):
     learning_rate = peak_learning_rate(args, counts)
     parameters = list(pipeline.unet.parameters())
     groups = [{"params": parameters, "lr": learning_rate}]
-    state = make_state(args, accelerator, {"unet": pipeline.unet}, groups, counts.last_step)
-    fingerprints = {"captioned_images": fingerprint}
-    run = start_run(args, accelerator, counts, state, fingerprints, FREE_ON_RESUME, FIXED_ON_RESUME)
+    weights = Weights({"unet": pipeline.unet}, parameters, write_models, read_models)
+    state = make_state(args, accelerator, groups, counts.last_step)
+    run = start_run(args, accelerator, counts, state, fingerprints, weights, FREE_ON_RESUME, FIXED_ON_RESUME)
     tell_plan(args, accelerator, run, len(held_out), parameters, trained="UNet", frozen="VAE, text encoder")
     if args.dry_run:
-        accelerator.end_training()
+        end_training(accelerator)
         return
 
     start_output(args, accelerator, run)
     parts = {**pipeline.components, "vae": vae, "text_encoder": text_encoder, "scheduler": noise_scheduler}
-    look = functools.partial(validate, args, accelerator, run, parameters, parts, held_out, args.validation_prompts)
+    look = functools.partial(validate, args, accelerator, run, parts, held_out, args.validation_prompts)
     loader = make_loader(args, accelerator, images, batches_of(args, accelerator, run))
-    train_steps(args, accelerator, run, launcher, loader, [unet], parameters, training_loss, look)
-    if accelerator.is_main_process:
-        use_average(run, parameters)
-        files = save_model(args, pipeline, noise_scheduler, counts.last_step)
-        if repo_id:
-            push(args, repo_id, files, counts.last_step)
-    accelerator.end_training()
+    models_to_sync = [unet]
+    stop = Stop(launcher)
+    with nothing_lost(args, accelerator, run, stop, write_torch_state):
+        train_steps(args, accelerator, run, stop, loader, models_to_sync, training_loss, look)
+        if accelerator.is_main_process:
+            use_average(run)
+            files = save_model(args, pipeline, noise_scheduler, counts.last_step)
+    if repo_id:
+        push(args, repo_id, files, counts.last_step)
+    end_training(accelerator)
 
 
 def save_model(args, pipeline, noise_scheduler, step):
     """Writes the pipeline and the model card; returns patterns that are the pipeline's files."""
-    files = save_pipeline(args, pipeline, noise_scheduler)
-    loader = "`StableDiffusionPipeline.from_pretrained(...)`"
-    write_card(args, step, args.validation_prompts, loader, ["stable-diffusion", "stable-diffusion-diffusers"])
+    with new_result(args.output_dir) as folder:
+        files = save_pipeline(args, folder, pipeline, noise_scheduler)
+        loader = "`StableDiffusionPipeline.from_pretrained(...)`"
+        write_card(
+            args, folder, step, args.validation_prompts, loader, ["stable-diffusion", "stable-diffusion-diffusers"]
+        )
     return files
 
 

@@ -42,6 +42,8 @@ from sdtune.arguments import (
 )
 from sdtune.batches import count_steps
 from sdtune.dataset import check_data, load_data
+from sdtune.failures import nothing_lost
+from sdtune.flax.checkpoints import write_arrays
 from sdtune.flax.diffusion import diffusion_losses, encode
 from sdtune.flax.encoding import encode_once, encode_pixels
 from sdtune.flax.networks import apply_text_encoder, apply_unet, check_networks
@@ -61,12 +63,20 @@ from sdtune.flax.training import (
 )
 from sdtune.flax.validation import make_measure, validate
 from sdtune.flax.weights import arrays_of, check_flax, copy_weights, frozen, load_flax, result_weights, write_flax
-from sdtune.hub import create_repo, push
+from sdtune.hub import name_repo, push
 from sdtune.model_card import write_card
 from sdtune.models import check_model, load_base, make_noise_scheduler
 from sdtune.optimization import check_optimization
-from sdtune.output import check_output, check_trackers, save_pipeline
+from sdtune.output import (
+    check_output,
+    check_trackers,
+    end_training,
+    new_result,
+    save_pipeline,
+    start_trackers,
+)
 from sdtune.script import run_script
+from sdtune.signals import Stop
 from sdtune.validation import check_validation
 
 NO_NEED = "drop it; what is compiled here has no need of it"
@@ -166,8 +176,11 @@ def train(args):
     mesh = start_jax(args)
     is_first = jax.process_index() == 0
     images, held_out, fingerprint = load_data(args, args.train_data_dir)
-    repo_id = create_repo(args) if is_first and args.push_to_hub and not args.dry_run else None
     accelerator = make_accelerator(args)
+    repo_id = None
+    if is_first and not args.dry_run:
+        repo_id = name_repo(args) if args.push_to_hub else None
+        start_trackers(args, accelerator)
     pipeline, noise_scheduler = load_models(args)
     dtype = jnp.bfloat16 if args.mixed_precision == "bf16" else jnp.float32
 
@@ -187,13 +200,13 @@ def train(args):
     optimizer = make_optimizer(args)
     state = make_state(args, arrays_of(pipeline.unet), optimizer)
     fingerprints = {"captioned_images": fingerprint}
-    run = start_run(args, counts, state, fingerprints, FREE_ON_RESUME, FIXED_ON_RESUME)
+    run = start_run(args, counts, state, fingerprints, pipeline, FREE_ON_RESUME, FIXED_ON_RESUME)
     tell_plan(args, run, len(held_out))
     if args.dry_run:
-        accelerator.end_training()
+        end_training(accelerator)
         return
 
-    start_output(args, accelerator, run)
+    start_output(args, run)
     pool = ThreadPoolExecutor(args.dataloader_num_workers or 1)
     batch_size = args.train_batch_size * jax.local_device_count()  # of this host
     vae = frozen(encode_pixels, pipeline.vae, dtype)
@@ -207,29 +220,34 @@ def train(args):
     look = functools.partial(validate, args, accelerator, run, pipeline, noise_scheduler, measure)
     batches = load_batches(args, run, encoded, batch_size, pool)
     training_loss = functools.partial(losses, snr_gamma=args.snr_gamma)
-    train_steps(args, accelerator, run, mesh, batches, training_loss, optimizer, look)
-    if is_first:
-        copy_weights(result_weights(run), pipeline.unet)
-        files = save_model(args, pipeline, noise_scheduler, counts.last_step)
-        if repo_id:
-            push(args, repo_id, files, counts.last_step)
-    accelerator.end_training()
+    stop = Stop(launcher=None)
+    with nothing_lost(args, accelerator, run, stop, functools.partial(write_arrays, pipeline)):
+        train_steps(args, accelerator, run, pipeline, stop, mesh, batches, training_loss, optimizer, look)
+        if is_first:
+            copy_weights(result_weights(run), pipeline.unet)
+            files = save_model(args, pipeline, noise_scheduler, counts.last_step)
+    if repo_id:
+        push(args, repo_id, files, counts.last_step)
+    end_training(accelerator)
 
 
 def save_model(args, pipeline, noise_scheduler, step):
     """Writes the pipeline, on demand with Flax's files, and the model card; returns patterns that are the pipeline's
     files."""
-    files = save_pipeline(args, pipeline, noise_scheduler)
-    if args.save_flax:
-        write_flax(pipeline, args.output_dir)
-    loader = "`StableDiffusionPipeline.from_pretrained(...)`"
-    write_card(args, step, args.validation_prompts, loader, ["stable-diffusion", "stable-diffusion-diffusers"])
+    with new_result(args.output_dir) as folder:
+        files = save_pipeline(args, folder, pipeline, noise_scheduler)
+        if args.save_flax:
+            write_flax(pipeline, folder)
+        loader = "`StableDiffusionPipeline.from_pretrained(...)`"
+        write_card(
+            args, folder, step, args.validation_prompts, loader, ["stable-diffusion", "stable-diffusion-diffusers"]
+        )
     return files
 
 
 def main(argv=None):
     """Runs the script; a mistake of the user's ends with status 2 and its message."""
-    run_script(Path(__file__).name, make_parser(), argv, REPLACED_FLAGS, check_args, train, prints=is_first_host)
+    run_script(Path(__file__).name, make_parser(), argv, REPLACED_FLAGS, check_args, train, prints_for=is_first_host)
 
 
 if __name__ == "__main__":

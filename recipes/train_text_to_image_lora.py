@@ -18,8 +18,6 @@ Papers: LoRA (arXiv 2106.09685), rsLoRA (2312.03732), DoRA (2402.09353), latent 
 import functools
 from pathlib import Path
 
-import torch
-
 from sdtune.arguments import (
     ADAPTERS_FIXED_ON_RESUME,
     ADAPTERS_FREE_ON_RESUME,
@@ -48,17 +46,30 @@ from sdtune.arguments import (
     new_parser,
 )
 from sdtune.batches import count_steps
+from sdtune.checkpoints import Weights, write_torch_state
 from sdtune.dataset import check_data, load_data
 from sdtune.diffusion import diffusion_losses, encode
-from sdtune.hub import create_repo, push
-from sdtune.lora import LORA_TARGETS, check_adapters, group_parameters, load_models_with_adapters, save_adapters
+from sdtune.failures import nothing_lost
+from sdtune.hub import name_repo, push
+from sdtune.lora import (
+    LORA_TARGETS,
+    check_adapters,
+    group_parameters,
+    load_models_with_adapters,
+    read_adapters_into,
+    save_adapters,
+    write_adapters,
+)
 from sdtune.model_card import write_card
 from sdtune.models import check_model
 from sdtune.optimization import check_8bit_adam, check_optimization, peak_learning_rate
-from sdtune.output import check_output, check_trackers
+from sdtune.output import check_output, check_trackers, end_training, new_result, start_trackers
 from sdtune.script import run_launched_script
+from sdtune.signals import Stop
 from sdtune.training import (
+    agree_on_data,
     batches_of,
+    check_environment,
     check_hardware,
     make_accelerator,
     make_loader,
@@ -114,7 +125,12 @@ def check_args(args, problems=()):
     found = check_requirements(args, REQUIRES)
     found += check_data(args, "train_data_dir")
     found += check_optimization(args) + check_8bit_adam(args)
-    found += check_hardware(args) + check_trackers(args) + check_validation(args, "validation_prompts")
+    found += (
+        check_hardware(args)
+        + check_environment(args)
+        + check_trackers(args)
+        + check_validation(args, "validation_prompts")
+    )
     found += check_output(args, foreign_result="model_index.json")
     found += check_model(args)
     if problems or found:  # the layers are not known, or not how their adapters are to be
@@ -124,9 +140,14 @@ def check_args(args, problems=()):
 
 def train(args, launcher):
     """Trains as `args` say, which have been checked; `launcher` is the process that started this one, or None."""
-    images, held_out, fingerprint = load_data(args, args.train_data_dir)
-    repo_id = create_repo(args) if args.push_to_hub and not args.dry_run else None
     accelerator = make_accelerator(args)
+    images, held_out, fingerprint = load_data(args, args.train_data_dir)
+    fingerprints = {"captioned_images": fingerprint}
+    agree_on_data(accelerator, fingerprints)
+    repo_id = None
+    if not args.dry_run:
+        repo_id = name_repo(args) if args.push_to_hub and accelerator.is_main_process else None
+        start_trackers(args, accelerator)
     pipeline, models, noise_scheduler = load_models_with_adapters(args, accelerator)
     prepared = {name: accelerator.prepare(model) for name, model in models.items()}  # passes are autocast now
     unet, text_encoder = prepared["unet"], prepared.get("text_encoder", pipeline.text_encoder)
@@ -141,36 +162,38 @@ def train(args, launcher):
     learning_rate = peak_learning_rate(args, counts)
     groups = group_parameters(args, models, learning_rate)
     parameters = [parameter for group in groups for parameter in group["params"]]
-    adapters = torch.nn.ParameterList(parameters)
-    state = make_state(args, accelerator, {"adapters": adapters}, groups, counts.last_step)
-    fingerprints = {"captioned_images": fingerprint}
-    run = start_run(args, accelerator, counts, state, fingerprints, FREE_ON_RESUME, FIXED_ON_RESUME)
+    weights = Weights(models, parameters, write_adapters, read_adapters_into)
+    state = make_state(args, accelerator, groups, counts.last_step)
+    run = start_run(args, accelerator, counts, state, fingerprints, weights, FREE_ON_RESUME, FIXED_ON_RESUME)
     trained = f"LoRA of rank {args.rank} on {args.lora_target} of {' and '.join(models)}"
     tell_plan(args, accelerator, run, len(held_out), parameters, trained, frozen="all else")
     if args.dry_run:
-        accelerator.end_training()
+        end_training(accelerator)
         return
 
     start_output(args, accelerator, run)
     parts = {**pipeline.components, "scheduler": noise_scheduler}
-    look = functools.partial(validate, args, accelerator, run, parameters, parts, held_out, args.validation_prompts)
+    look = functools.partial(validate, args, accelerator, run, parts, held_out, args.validation_prompts)
     loader = make_loader(args, accelerator, images, batches_of(args, accelerator, run))
     models_to_sync = list(prepared.values())
-    train_steps(args, accelerator, run, launcher, loader, models_to_sync, parameters, training_loss, look)
-    if accelerator.is_main_process:
-        use_average(run, parameters)
-        files = save_model(args, models, len(images), counts.last_step)
-        if repo_id:
-            push(args, repo_id, files, counts.last_step)
-    accelerator.end_training()
+    stop = Stop(launcher)
+    with nothing_lost(args, accelerator, run, stop, write_torch_state):
+        train_steps(args, accelerator, run, stop, loader, models_to_sync, training_loss, look)
+        if accelerator.is_main_process:
+            use_average(run)
+            files = save_model(args, models, len(images), counts.last_step)
+    if repo_id:
+        push(args, repo_id, files, counts.last_step)
+    end_training(accelerator)
 
 
 def save_model(args, models, num_images, step):
     """Writes the adapters in diffusers' layout, on demand in kohya's too, and the model card; returns patterns that
     are the adapters' files."""
-    files = save_adapters(args, models, num_images, step)
-    tags = ["stable-diffusion", "stable-diffusion-diffusers", "lora"]
-    write_card(args, step, args.validation_prompts, "`pipe.load_lora_weights(...)`", tags)
+    with new_result(args.output_dir) as folder:
+        files = save_adapters(args, folder, models, num_images, step)
+        tags = ["stable-diffusion", "stable-diffusion-diffusers", "lora"]
+        write_card(args, folder, step, args.validation_prompts, "`pipe.load_lora_weights(...)`", tags)
     return files
 
 

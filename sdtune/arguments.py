@@ -25,13 +25,13 @@ SUBJECT_FREE_ON_RESUME = {*DATASET_FREE_ON_RESUME, "instance_data_dir"}
 CLASS_FREE_ON_RESUME = {"class_data_dir", "num_class_images", "prior_generation_precision", "sample_batch_size"}
 OPTIMIZATION_FREE_ON_RESUME = set(
     """
-    gradient_accumulation_steps gradient_checkpointing max_train_steps num_train_epochs train_batch_size
+    gradient_accumulation_steps gradient_checkpointing max_nan_steps max_train_steps num_train_epochs train_batch_size
     """.split()
 )
 MEMORY_FREE_ON_RESUME = {"dataloader_num_workers", "offload_ema"}
 OUTPUT_FREE_ON_RESUME = set(
     """
-    allow_changed_resume checkpointing_steps checkpoints_total_limit hub_model_id hub_private_repo hub_token
+    allow_changed_resume checkpointing_steps checkpoints_total_limit hub_model_id hub_private_repo hub_token keep_best
     logging_dir logging_steps output_dir overwrite_output_dir push_to_hub report_to resume_from_checkpoint
     save_precision tracker_project_name
     """.split()
@@ -78,6 +78,7 @@ OUTPUT_REQUIRES = {
     "allow_changed_resume": "resume_from_checkpoint",
     "hub_model_id": "push_to_hub",
     "hub_private_repo": "push_to_hub",
+    "keep_best": "num_validation_samples",
 }
 
 
@@ -318,6 +319,11 @@ def add_optimization_arguments(parser):
         default=1.0,
         help="clip the gradient's norm to this; inf: no clipping (0, inf]",
     )
+    add(
+        "--max_nan_steps",
+        type=non_negative_int,
+        help="steps in a row whose loss or gradient is not finite that are skipped; 5 in fp16, else 0 [0, inf)",
+    )
     add("--adam_beta1", type=fraction_below_one, default=0.9, help="AdamW's beta1 [0, 1)")
     add("--adam_beta2", type=fraction_below_one, default=0.999, help="AdamW's beta2 [0, 1)")
     add("--adam_weight_decay", type=non_negative_float, default=1e-2, help="AdamW's weight decay [0, inf)")
@@ -360,6 +366,7 @@ def add_output_arguments(parser):
         "--checkpointing_steps", type=positive_int, default=500, help="write a checkpoint every so many steps [1, inf)"
     )
     add("--checkpoints_total_limit", type=positive_int, help="keep only so many checkpoints, the newest [1, inf)")
+    add("--keep_best", **SWITCH, help="keep that with the lowest held-out loss too; needs --num_validation_samples")
     add("--resume_from_checkpoint", metavar="PATH|latest", help="go on from a checkpoint, if there is a latest")
     add("--allow_changed_resume", **SWITCH, help="though the result will change; needs --resume_from_checkpoint")
     add("--report_to", default="tensorboard", help="tracker of accelerate's (tensorboard, wandb, ...), all or none")

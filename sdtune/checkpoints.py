@@ -1,30 +1,51 @@
 """Write checkpoints that are whole or not there, find them, and go on from one."""
 
+import contextlib
 import dataclasses
+import functools
 import json
+import math
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from sdtune.batches import StepCounts
 from sdtune.errors import InputError, last_line
+from sdtune.files import beside, copy_mode, read_json, sync
 from sdtune.optimization import peak_learning_rate
+
+AVERAGED = "_ema"  # ends the names of averaged weights in a checkpoint
+
+
+@dataclasses.dataclass
+class Weights:
+    """The weights that are trained, and how they become files that people can load, and come back from them."""
+
+    models: dict  # by name, that have them
+    parameters: list  # of torch
+    write: Callable  # (models, folder, suffix): writes into a folder, with a suffix to the names
+    read: Callable  # (models, folder, suffix): reads what was written. Raises whatever a broken file leads to
 
 
 @dataclasses.dataclass
 class Run:
-    """What a run is and how far it has come. A checkpoint holds `settings`, `progress` and `state`."""
+    """What a run is and how far it has come. A checkpoint holds `settings`, `progress`, `weights` and `state`."""
 
     output_dir: Path
     settings: dict  # flags, and what was made of them
-    progress: dict  # global_step, base_losses (held-out losses before training), losses (not yet logged)
+    progress: (
+        dict  # global_step, base_losses (held-out, before training), losses (not yet logged), nan_steps (in a row)
+    )
     state: dict  # by name: what has a state_dict, or in JAX arrays
     counts: StepCounts
+    weights: Weights | None = None  # None in JAX, where they are part of the state
+    is_whole: bool = True  # weights and state belong together; not so in the middle of an optimizer step
 
 
-def new_run(args, counts, state, precision, fingerprints):
+def new_run(args, counts, state, precision, fingerprints, weights=None):
     """A run at its start. `fingerprints` are digests, by name, of what the run is trained on."""
     settings = {
         **vars(args),
@@ -36,8 +57,8 @@ def new_run(args, counts, state, precision, fingerprints):
         "schedule_steps": None if args.lr_scheduler.startswith("constant") else counts.last_step,
         "state": [*state],
     }
-    progress = {"global_step": 0, "base_losses": None, "losses": []}
-    return Run(Path(args.output_dir), settings, progress, state, counts)
+    progress = {"global_step": 0, "base_losses": None, "losses": [], "nan_steps": 0}
+    return Run(Path(args.output_dir), settings, progress, state, counts, weights)
 
 
 def list_checkpoints(output_dir):
@@ -59,45 +80,120 @@ def find_checkpoint(output_dir, wanted):
     return inside if inside.is_dir() else Path(wanted)
 
 
+def checkpoint_of(run):
+    """Where the checkpoint of the run's step is, or will be."""
+    return run.output_dir / f"checkpoint-{run.progress['global_step']}"
+
+
 def save_checkpoint(run, write_state, total_limit):
-    """Writes checkpoint-N beside its place, then renames it; only then do older ones beyond `total_limit` go.
-    `write_state(folder)` writes the run's state. For one process alone."""
-    final = run.output_dir / f"checkpoint-{run.progress['global_step']}"
+    """Writes checkpoint-N beside its place, then renames it; only then do older ones beyond `total_limit` go, but not
+    the best one. `write_state(run, folder)` writes the run's weights and state. For one process alone. If it fails,
+    nothing of it stays behind. Raises whatever a full disk or the like leads to."""
+    final = checkpoint_of(run)
     if (final / "progress.json").exists():  # a step broke just after a save
         return
-    partial = final.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a save that was killed
-    partial.mkdir()
-    write_state(partial)
-    for name, content in (("args", run.settings), ("progress", run.progress)):
-        (partial / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.sync()  # files before names, or a crash could leave a whole name with half a file
-    partial.rename(final)
-    surplus = list_checkpoints(run.output_dir)[:-total_limit] if total_limit else []
+    partial = final.with_name(f"{final.name}.{os.getpid()}.partial")  # two processes may save after a failure
+    try:
+        partial.mkdir()
+        write_state(run, partial)
+        for name, content in (("args", run.settings), ("progress", run.progress)):
+            (partial / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        copy_mode(run.output_dir / "args.json", partial.rglob("*.safetensors"))
+        sync(partial)  # files before names, or a crash could leave a whole name with half a file
+        partial.rename(final)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    remove_surplus(run.output_dir, total_limit)
+
+
+def remove_surplus(output_dir, total_limit):
+    """Removes the oldest checkpoints beyond `total_limit`, all but the best one; None for no limit."""
+    best = read_best(output_dir)
+    surplus = list_checkpoints(output_dir)[:-total_limit] if total_limit else []
     for old in surplus:
-        shutil.rmtree(old.rename(old.with_suffix(".partial")))  # which is what a kill would leave of it
+        if best is None or old.name != f"checkpoint-{best['step']}":
+            shutil.rmtree(old.rename(old.with_suffix(".partial")))  # which is what a kill would leave of it
+
+
+def read_best(output_dir):
+    """The `step` of a run's checkpoint with the lowest held-out loss, and that `held_out_loss`; None without one."""
+    path = Path(output_dir, "best.json")
+    return read_json(path) if path.is_file() else None
+
+
+def keep_best(run, held_out_loss, write_state, total_limit):
+    """Keeps the checkpoint of the run's step, and writes it if it is not there, if its held-out loss is the lowest so
+    far. For one process alone."""
+    best, step = read_best(run.output_dir), run.progress["global_step"]
+    if best and best["step"] != step and best["held_out_loss"] <= held_out_loss:
+        return
+    save_checkpoint(run, write_state, None)
+    with beside(run.output_dir / "best.json") as path:
+        path.write_text(json.dumps({"step": step, "held_out_loss": held_out_loss}) + "\n", encoding="utf-8")
+    remove_surplus(run.output_dir, total_limit)
+
+
+@contextlib.contextmanager
+def averaged(run):
+    """Has the averaged weights, if there are any, in the models for a while."""
+    ema, parameters = run.state.get("ema"), run.weights.parameters
+    if not ema:
+        yield
+        return
+    ema.store(parameters)
+    ema.copy_to(parameters)
+    try:
+        yield
+    finally:
+        ema.restore(parameters)
 
 
 def write_torch_state(run, folder):
-    """Writes the state of what was made by PyTorch into a checkpoint's folder."""
-    torch.save({name: part.state_dict() for name, part in run.state.items()}, folder / "state.pt")
+    """Writes the weights, averaged ones too, and the state of what was made by PyTorch into a checkpoint's folder."""
+    run.weights.write(run.weights.models, folder, "")
+    state = {name: part.state_dict() for name, part in run.state.items()}
+    if "ema" in state:
+        with averaged(run):
+            run.weights.write(run.weights.models, folder, AVERAGED)
+        del state["ema"]["shadow_params"]
+    torch.save(state, folder / "state.pt")
 
 
-def read_checkpoint(checkpoint, read_state):
-    """Returns (settings, progress, state) in a checkpoint, the state as `read_state(folder)` reads it. Raises
-    `InputError`."""
+def read_torch_state(run, folder):
+    """Reads what `write_torch_state` wrote: weights into the models, the average into the run's; returns the state, by
+    name, as tensors in the CPU's memory."""
+    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    if "ema" in run.state:
+        run.weights.read(run.weights.models, folder, AVERAGED)
+        run.state["ema"].shadow_params = [value.detach().clone() for value in run.weights.parameters]
+    run.weights.read(run.weights.models, folder, "")
+    return state
+
+
+def note_step(run, step, loss, is_finite):
+    """Notes that a step is done; one whose loss or gradient was not finite changed nothing."""
+    progress = run.progress
+    progress["global_step"] = step + 1
+    progress["nan_steps"] = 0 if is_finite else progress["nan_steps"] + 1
+    if math.isfinite(loss):
+        progress["losses"].append(loss)
+    if not is_finite:
+        print(f"\nStep {step + 1}: loss or gradient is not finite; skipped, {progress['nan_steps']} in a row.")
+
+
+def read_undamaged(checkpoint, read):
+    """What `read(checkpoint)` gives. Raises `InputError` if that fails."""
     try:
-        settings = json.loads((checkpoint / "args.json").read_text())
-        progress = json.loads((checkpoint / "progress.json").read_text())
-        return settings, progress, read_state(checkpoint)
+        return read(checkpoint)
     except Exception as error:  # torch and safetensors have one for every way of being broken
         told = f"{checkpoint} is damaged, or of another script; name another ({last_line(error)})"
         raise InputError(f"--resume_from_checkpoint: {told}") from None
 
 
-def read_torch_state(folder):
-    """The state in a checkpoint's folder, by name, as tensors in the CPU's memory."""
-    return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+def read_settings(checkpoint):
+    """The settings of the run that wrote a checkpoint, and its progress. Raises `InputError`."""
+    return read_json(checkpoint / "args.json"), read_json(checkpoint / "progress.json")
 
 
 def compare_settings(run, checkpoint, before, free, fixed):
@@ -129,12 +225,19 @@ def take_progress(run, checkpoint, progress, changed):
     run.progress = progress
 
 
+def take_settings(run, checkpoint, free, fixed):
+    """Compares the run's settings with those of a checkpoint, and takes over its progress; `free` and `fixed` as in
+    `compare_settings`. Raises `InputError`."""
+    before, progress = read_undamaged(checkpoint, read_settings)
+    changed = compare_settings(run, checkpoint, before, free, fixed)
+    take_progress(run, checkpoint, progress, changed)
+
+
 def resume(run, checkpoint, free, fixed):
     """Loads a checkpoint into the run, made by PyTorch; `free` and `fixed` as in `compare_settings`. Raises
     `InputError`."""
-    before, progress, saved = read_checkpoint(checkpoint, read_torch_state)
-    changed = compare_settings(run, checkpoint, before, free, fixed)
-    take_progress(run, checkpoint, progress, changed)
+    take_settings(run, checkpoint, free, fixed)
+    saved = read_undamaged(checkpoint, functools.partial(read_torch_state, run))
     # Rates and decays are those asked for now, which are the checkpoint's unless they were changed.
     asked = {"param_groups", "base_lrs", "decay", "use_ema_warmup"}
     for name, part in run.state.items():

@@ -23,6 +23,7 @@ from sdtune.images import (
     leave_out,
     path_of_findings,
     read_image,
+    still_readable,
 )
 from sdtune.models import load_tokenizer, read_latent_shape, read_num_timesteps
 from sdtune.randomness import HELD_OUT, SAMPLE, SUBSET, random_numbers
@@ -59,7 +60,8 @@ class CaptionedImages(torch.utils.data.Dataset):
         place = (0.5, 0.5) if self.center_crop else (left, top)
         resample = Image.Resampling[self.image_interpolation_mode.upper()]
         size = (self.resolution, self.resolution)
-        image = ImageOps.fit(read_image(row["image"]), size, resample, centering=place)
+        with still_readable(name_of_row(row, index)):
+            image = ImageOps.fit(read_image(row["image"]), size, resample, centering=place)
         if self.random_flip and flip < 0.5:
             image = ImageOps.mirror(image)
         caption = row["captions"][int(choice * len(row["captions"]))]
@@ -312,7 +314,12 @@ def check_rows(rows, memory, skip_bad_images, tokenizer, resolution):
 
 def name_of(rows, index):
     """What a row's image is called: its path, or the row's number where a dataset holds the image itself."""
-    return (rows[index]["image"] or {}).get("path") or f"row {index}"
+    return name_of_row(rows[index], index)
+
+
+def name_of_row(row, index):
+    """What a row is called: the path of its image, or its number where a dataset holds the image itself."""
+    return (row["image"] or {}).get("path") or f"row {index}"
 
 
 def warn(what, found):

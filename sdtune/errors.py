@@ -4,6 +4,7 @@ import contextlib
 import io
 import signal
 import sys
+import time
 
 
 class InputError(ValueError):
@@ -34,16 +35,16 @@ def gathered(problems):
 
 
 @contextlib.contextmanager
-def told_to_user(program, speaks=True, errors=InputError, stopped=None):
+def told_to_user(program, speaks=True, errors=InputError, stopped=None, patience=0):
     """Ends the process with status 2 and the message after an `InputError`, or the class or classes `errors`; after
-    Ctrl-C with the status of SIGINT and the line `stopped`. Of several processes only the one that `speaks` prints:
-    the others would say the same."""
+    Ctrl-C with the status of SIGINT and the line `stopped`. Of several processes only the one that `speaks` prints
+    more than mistakes, which another one tells after `patience` seconds, if it was not ended by then."""
     try:
         with contextlib.redirect_stdout(sys.stdout if speaks else io.StringIO()):
             yield
     except errors as error:
-        if speaks:
-            print(f"{program}: {error}", file=sys.stderr)
+        time.sleep(patience)
+        print(f"{program}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         if speaks:

@@ -37,6 +37,33 @@ def beside(output, keep_mode=False):
             new.unlink(missing_ok=True)
 
 
+def sync(folder):
+    """Has the system write a folder and all that is in it to the disk: until then a crash of the machine could leave a
+    whole name with half a file."""
+    for path in [*sorted(folder.rglob("*"), reverse=True), folder]:
+        if path.is_dir() and os.name == "nt":  # where folders cannot be opened, and need not be
+            continue
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def move_into(staging, folder):
+    """Renames what is in `staging` into `folder`, in the place of what has the same name there, and removes it. Files
+    go last, and in reverse order, so that a README.md means that all is there."""
+    for new in sorted(staging.iterdir(), key=lambda path: (path.is_dir(), path.name), reverse=True):
+        place = folder / new.name
+        if place.is_dir():  # which a rename does not replace
+            old = place.rename(staging / f"{new.name}.old")
+            new.rename(place)
+            shutil.rmtree(old)
+        else:
+            new.replace(place)
+    staging.rmdir()
+
+
 def read_json(path):
     """The dictionary in a JSON file. Raises `InputError`."""
     try:

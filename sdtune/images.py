@@ -59,7 +59,7 @@ def still_readable(name):
     try:
         yield
     except Exception as error:  # whatever a decoder stumbles over
-        told = f"changed since it was checked, and cannot be read now ({last_line(error)}); start again"
+        told = f"changed since it was checked, and cannot be read now ({last_line(error)}); put it back or start again"
         raise InputError(f"{name}: {told}") from None
 
 

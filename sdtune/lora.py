@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from sdtune.errors import last_line
-from sdtune.files import copy_mode
 from sdtune.lora_layouts import LORA_FILE, split_weight_name, to_kohya
 from sdtune.models import DTYPES, config_source, enable_memory_savers, load_base, make_noise_scheduler
 
@@ -141,20 +140,34 @@ def read_lora(path):
         return {key: file.get_tensor(key) for key in file.keys()}, header  # noqa: SIM118 (it is no dict)
 
 
-def save_adapters(args, models, num_images, step):
-    """Writes the adapters of `models` in diffusers' layout and on demand in kohya's too; returns patterns that are the
-    files."""
-    output_dir, dtype = Path(args.output_dir), DTYPES[args.save_precision]
+def save_adapters(args, folder, models, num_images, step):
+    """Writes the adapters of `models` into a folder, in diffusers' layout and on demand in kohya's too; returns
+    patterns that are the files."""
+    dtype = DTYPES[args.save_precision]
     weights = {key: value.to("cpu", dtype) for key, value in lora_weights(models).items()}
-    save_lora(models, weights, output_dir)
+    save_lora(models, weights, folder, LORA_FILE)
     files = [LORA_FILE]
     if args.output_kohya_format:
-        files.append(save_kohya(args, models, weights, num_images, step))
-    copy_mode(output_dir / "args.json", [output_dir / file for file in files])
+        files.append(save_kohya(args, folder, models, weights, num_images, step))
     return [re.sub(r"([*?[])", r"[\1]", file) for file in files]
 
 
-def save_lora(models, weights, output_dir):
+def write_adapters(models, folder, suffix=""):
+    """Writes the adapters of `models` in float32 into a checkpoint, from which `load_lora_weights` loads them."""
+    save_lora(models, lora_weights(models), folder, file_of_adapters(suffix))
+
+
+def read_adapters_into(models, folder, suffix=""):
+    """Reads what `write_adapters` wrote into adapters of the same shapes."""
+    set_adapters(models, *read_lora(folder / file_of_adapters(suffix)))
+
+
+def file_of_adapters(suffix):
+    """The name of the file of adapters in a checkpoint."""
+    return LORA_FILE.replace(".", f"{suffix}.")
+
+
+def save_lora(models, weights, folder, file):
     """Writes adapters, as `lora_weights` names them, in diffusers' layout, with rank, alpha and targets in the
     header."""
     layers, settings = {}, {}
@@ -164,17 +177,17 @@ def save_lora(models, weights, output_dir):
         layers[f"{name}_lora_layers"] = own
         config = model.peft_config["default"].to_dict()
         settings[f"{name}_lora_adapter_metadata"] = {**config, "base_model_name_or_path": None}
-    diffusers.StableDiffusionPipeline.save_lora_weights(output_dir, **layers, **settings)
+    diffusers.StableDiffusionPipeline.save_lora_weights(folder, **layers, **settings, weight_name=file)
 
 
-def save_kohya(args, models, weights, num_images, step):
+def save_kohya(args, folder, models, weights, num_images, step):
     """Writes adapters, as `lora_weights` names them, in kohya's layout; returns the file's name."""
     name = kohya_name(args)
     # A layer's effect is scaled by alpha / rank there, by alpha / sqrt(rank) in rsLoRA.
     alpha = (args.lora_alpha or args.rank) * (args.rank**0.5 if args.use_rslora else 1)
     header = kohya_header(args, name, models["unet"], alpha, num_images, step)
     alphas = {split_weight_name(key)[0]: alpha for key in weights}
-    save_file(to_kohya(weights, alphas), Path(args.output_dir, f"{name}.safetensors"), header)
+    save_file(to_kohya(weights, alphas), folder / f"{name}.safetensors", header)
     return f"{name}.safetensors"
 
 

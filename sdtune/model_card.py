@@ -10,8 +10,9 @@ from huggingface_hub import ModelCard, ModelCardData
 NOT_ON_CARD = re.compile(r"_dir$|_path$|_token|_address$|host|config|resume")  # places, secrets and how it was started
 
 
-def write_card(args, step, prompts, loader, tags, instance_prompt=None):
-    """Writes the model card: licence of the base, how to load the result, samples, settings; no paths, no secrets."""
+def write_card(args, folder, step, prompts, loader, tags, instance_prompt=None):
+    """Writes the model card into a folder: licence of the base, how to load the result, samples, settings; no paths,
+    no secrets."""
     base, name = args.pretrained_model_name_or_path, Path(args.output_dir).resolve().name
     is_local = Path(base).exists()
     licence = None
@@ -36,4 +37,4 @@ def write_card(args, step, prompts, loader, tags, instance_prompt=None):
         if is_given and not is_file and not NOT_ON_CARD.search(flag):
             shown = str(value).replace("|", " ")
             text += f"| {flag} | {shown} |\n"
-    Path(args.output_dir, "README.md").write_text(text, encoding="utf-8")
+    Path(folder, "README.md").write_text(text, encoding="utf-8")

@@ -144,3 +144,18 @@ def make_noise_scheduler(args, pipeline):
 def frozen_copy(model, device, dtype):
     """A copy of a model that is only used, never trained or saved, in `dtype`."""
     return copy.deepcopy(model).requires_grad_(False).eval().to(device, dtype=dtype)
+
+
+def write_models(models, folder, suffix=""):
+    """Writes models, by name, each into a folder of that name and suffix from which `from_pretrained` loads it."""
+    for name, model in models.items():
+        if hasattr(model, "register_to_config"):
+            model.register_to_config(_name_or_path=None)  # which is a path here
+        model.save_pretrained(folder / f"{name}{suffix}")
+
+
+def read_models(models, folder, suffix=""):
+    """Reads what `write_models` wrote into models of the same shapes, in float32."""
+    for name, model in models.items():
+        saved = type(model).from_pretrained(folder / f"{name}{suffix}", dtype=torch.float32)
+        model.load_state_dict(saved.state_dict())

@@ -1,17 +1,24 @@
 """The folder of a run: whether it may be used, its log, the pipeline that results."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import diffusers
 from accelerate.tracking import get_available_trackers
+from filelock import FileLock, Timeout
 
 from sdtune.checkpoints import find_checkpoint
-from sdtune.files import copy_mode, existing_place
+from sdtune.errors import InputError, last_line
+from sdtune.files import copy_mode, existing_place, move_into, sync
 from sdtune.models import DTYPES
+
+LOCK_FILE = ".lock"
+NEW_RESULT = ".result.partial"  # a folder beside which the old result stays until the new one is whole
 
 
 def check_output(args, foreign_result):
@@ -22,7 +29,7 @@ def check_output(args, foreign_result):
     checkpoint, newest = find_checkpoint(output, wanted), find_checkpoint(output, "latest")
     existing = existing_place(output)
     is_usable = existing.is_dir() and os.access(existing, os.W_OK)
-    is_used = is_usable and existing == output and any(output.iterdir())
+    is_used = is_usable and existing == output and is_taken(args)
     is_run = (output / "args.json").is_file() and not (output / foreign_result).exists()
     if checkpoint:
         is_own = output == checkpoint.resolve().parent
@@ -54,16 +61,51 @@ def check_trackers(args):
     return []
 
 
+def is_taken(args):
+    """Whether the output folder holds more than a lock, and logs of trackers, which get a folder of their own."""
+    others = {LOCK_FILE, Path(args.logging_dir).parts[0]}
+    return any(path.name not in others for path in Path(args.output_dir).iterdir())
+
+
+@contextlib.contextmanager
+def locked_output(args):
+    """Holds the lock of the output folder, which the end of the process releases in every case: a run may still be
+    finishing a step when the terminal is free again. A folder that stays empty is removed. Raises `InputError`."""
+    output_dir = Path(args.output_dir)
+    is_new = not output_dir.exists()
+    output_dir.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output_dir / LOCK_FILE)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise InputError(
+            f"--output_dir={output_dir}: another run is writing there, maybe one that finishes its last step; wait "
+            "for it, or name another folder"
+        ) from None
+    except (OSError, NotImplementedError) as error:  # on some network file systems
+        print(f"Warning: {output_dir} cannot be locked ({last_line(error)}); start no other run there meanwhile.")
+    try:
+        yield
+    finally:
+        if is_new and [path.name for path in output_dir.iterdir()] == [LOCK_FILE]:
+            shutil.rmtree(output_dir)
+        lock.release()
+
+
 def prepare_output(run, overwrite):
     """Makes the output folder with args.json and a log up to the first step; removes what an earlier run left there if
-    it may be overwritten. For one process alone."""
+    it may be overwritten, and what it left unfinished. For one process alone."""
     output_dir = run.output_dir
     output_dir.mkdir(parents=True, exist_ok=True)
+    old_files = ["README.md", "best.json"]  # the first of which says that a run has ended
+    old_folders = r"samples|checkpoint-\d+"
+    unfinished = r"checkpoint-\d+(\.\d+)?\.partial|" + re.escape(NEW_RESULT)
     if overwrite:
-        (output_dir / "README.md").unlink(missing_ok=True)  # which says that a run has ended
-        for old in list(output_dir.iterdir()):
-            if re.fullmatch(r"samples|checkpoint-\d+(.partial)?", old.name):
-                shutil.rmtree(old, ignore_errors=True)
+        for name in old_files:
+            (output_dir / name).unlink(missing_ok=True)
+    for old in list(output_dir.iterdir()):
+        if re.fullmatch(unfinished, old.name) or (overwrite and re.fullmatch(old_folders, old.name)):
+            shutil.rmtree(old)
     (output_dir / "args.json").write_text(json.dumps(run.settings, indent=2) + "\n", encoding="utf-8")
     log = output_dir / "log.jsonl"
     first_step = run.progress["global_step"]
@@ -80,11 +122,40 @@ def was_before(line, first_step):
     return row["step"] < first_step or ("loss" in row and row["step"] == first_step)
 
 
+def start_trackers(args, accelerator):
+    """Starts the trackers. Raises `InputError` for one that does not start."""
+    config = {name: str(value) for name, value in vars(args).items() if name != "hub_token"}
+    try:
+        accelerator.init_trackers(args.tracker_project_name, config)
+    except Exception as error:  # each has its own way to say that nobody is logged in
+        raise InputError(
+            f"--report_to={args.report_to}: does not start ({last_line(error)}); log in to it (wandb login), work "
+            "offline (WANDB_MODE=offline), or use --report_to=none"
+        ) from None
+
+
+def tell_trackers(accelerator, tell):
+    """Calls `tell(tracker)` for every tracker; one that fails is done without from then on."""
+    for tracker in list(accelerator.trackers):
+        try:
+            tell(tracker)
+        except Exception as error:  # of a connection, a quota, a disk: its log is not the run
+            print(f"Warning: {tracker.name} failed and is done without ({last_line(error)}).", file=sys.stderr)
+            accelerator.trackers.remove(tracker)
+
+
+def end_training(accelerator):
+    """Ends the trackers and leaves the other processes."""
+    tell_trackers(accelerator, lambda tracker: tracker.finish())
+    accelerator.trackers = []
+    accelerator.end_training()
+
+
 def log_losses(accelerator, run, learning_rate, grad_norm, images_per_second):
     """Logs the mean loss of the steps since the last such line, and the last step's other numbers."""
     losses = run.progress["losses"]
     numbers = {
-        "loss": sum(losses) / len(losses),
+        "loss": sum(losses) / len(losses) if losses else None,  # none if all of them were skipped
         "lr": learning_rate,
         "grad_norm": grad_norm,
         "images_per_second": images_per_second,
@@ -98,13 +169,29 @@ def write_log(accelerator, output_dir, step, numbers):
     if accelerator.is_main_process:
         with (output_dir / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **numbers}) + "\n")
-    accelerator.log(numbers, step=step)
+    known = {name: value for name, value in numbers.items() if value is not None}
+    tell_trackers(accelerator, lambda tracker: tracker.log(known, step=step))
 
 
-def save_pipeline(args, pipeline, noise_scheduler):
-    """Writes a pipeline folder with UNet and VAE in the precision asked for, and a scheduler that fits what was
-    trained; returns patterns that are its files."""
-    objective, output_dir = noise_scheduler.config, Path(args.output_dir)
+@contextlib.contextmanager
+def new_result(output_dir):
+    """Gives a folder to write the result to, which comes into the output folder when it is whole."""
+    folder = Path(output_dir, NEW_RESULT)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+        copy_mode(Path(output_dir, "args.json"), folder.rglob("*.safetensors"))
+        sync(folder)
+        move_into(folder, Path(output_dir))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def save_pipeline(args, folder, pipeline, noise_scheduler):
+    """Writes a pipeline into a folder, with UNet and VAE in the precision asked for, and a scheduler that fits what
+    was trained; returns patterns that are its files."""
+    objective = noise_scheduler.config
     kind, changes = type(pipeline.scheduler), {"prediction_type": objective.prediction_type}
     if objective.rescale_betas_zero_snr:  # few samplers can start from pure noise
         kind = diffusers.DDIMScheduler
@@ -114,7 +201,5 @@ def save_pipeline(args, pipeline, noise_scheduler):
         part.to(DTYPES[args.save_precision])
         part.register_to_config(_name_or_path=None)  # which is a path here
     pipeline.register_to_config(_name_or_path=None)
-    pipeline.save_pretrained(output_dir)
-    for name in pipeline.components:
-        copy_mode(output_dir / "args.json", (output_dir / name).glob("*.safetensors"))
+    pipeline.save_pretrained(folder)
     return ["model_index.json", *[f"{name}/*" for name in pipeline.components]]

@@ -1,8 +1,52 @@
-"""Stop at the end of a step, on SIGTERM, Ctrl-C or the death of the launcher."""
+"""Signals that ask a run to stop, and the death of the launcher, which asks for the same."""
 
+import contextlib
+import dataclasses
+import functools
 import os
 import signal
-import sys
+import threading
+
+
+@dataclasses.dataclass
+class Stop:
+    """What may ask a run to stop."""
+
+    launcher: int | None  # number of the process that started this one
+    received: list = dataclasses.field(default_factory=list)  # signals
+
+
+def is_asked(stop):
+    """Whether the run is to stop: after a signal, or when the launcher is gone, to which alone a SIGTERM goes."""
+    return bool(stop.received) or is_orphaned(stop.launcher)
+
+
+def find_launcher():
+    """The process number of the launcher that started this process, or None without one; to be asked before accelerate
+    sets variables of its own."""
+    launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
+    return os.getppid() if launched else None
+
+
+def is_orphaned(launcher):
+    """Whether the launcher is gone: then this process has another parent."""
+    return launcher is not None and os.getppid() != launcher
+
+
+@contextlib.contextmanager
+def noted_signals(stop):
+    """Notes SIGTERM and SIGINT in `stop` instead of ending; afterwards they do what they did before. Outside the main
+    thread, which alone gets signals, all stays as it is."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    on_signals(functools.partial(note_signal, stop.received))
+    try:
+        yield
+    finally:
+        for number, action in before.items():
+            signal.signal(number, action)
 
 
 def on_signals(action, _=None):
@@ -16,33 +60,3 @@ def note_signal(received, number, _):
     os.write(2, b"\nFinishing the step and writing a checkpoint; a second signal ends at once, without one.\n")
     received.append(number)
     signal.signal(number, signal.SIG_DFL)
-
-
-def find_launcher():
-    """The process number of the launcher that started this process, or None without one; to be asked before accelerate
-    sets variables of its own."""
-    launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
-    return os.getppid() if launched else None
-
-
-def is_orphaned(launcher):
-    """Whether the launcher is gone, to whom alone a SIGTERM goes: then this process has another parent."""
-    return launcher is not None and os.getppid() != launcher
-
-
-def leave(accelerator, run, broken, received):
-    """Ends the process after its last checkpoint, and says why: status 1 for a broken step, else 128 + signal."""
-    accelerator.end_training()
-    step = run.progress["global_step"]
-    why, remedy = "a signal", ""
-    if broken:
-        why = f"a loss or gradient that is not finite, in step {step + 1}"
-        remedy = " --allow_changed_resume and a lower --learning_rate"
-    accelerator.print(
-        f"Stopped by {why}. {run.output_dir / f'checkpoint-{step}'} holds the state after step {step}; go on with "
-        f"--resume_from_checkpoint=latest{remedy}",
-        file=sys.stderr,
-    )
-    # Another process, or the launcher, may have got the signal: SIGTERM, then.
-    number = received[0] if received else signal.SIGTERM
-    sys.exit(1 if broken else 128 + number)

@@ -5,29 +5,51 @@ import datetime
 import functools
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env, send_to_device
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    gather_object,
+    parse_flag_from_env,
+    send_to_device,
+)
 from diffusers.utils import is_xformers_available
 from tqdm.auto import tqdm
 
 from sdtune.batches import micro_batches, passes_in_step, samples_in_step
 from sdtune.checkpoints import (
     find_checkpoint,
+    keep_best,
     new_run,
+    note_step,
     resume,
     save_checkpoint,
     write_torch_state,
 )
+from sdtune.errors import InputError
+from sdtune.failures import leave
 from sdtune.models import DTYPES
 from sdtune.optimization import make_average, make_optimizer, make_schedule
 from sdtune.output import log_losses, prepare_output
 from sdtune.plan import print_plan
 from sdtune.randomness import DROPOUT, random_numbers
-from sdtune.signals import is_orphaned, leave, note_signal, on_signals
+from sdtune.signals import is_asked, on_signals
+
+MINUTES = datetime.timedelta(minutes=10)  # for what all processes do at the same time
+A_DAY = datetime.timedelta(days=1)
+# Flags that may differ between machines: what they name is compared in their place, or has no effect on others.
+OWN_TO_A_MACHINE = set(
+    """
+    cache_dir class_data_dir config dataloader_num_workers dataset_name hub_token init_lora_weights instance_data_dir
+    local_rank logging_dir output_dir pretrained_model_name_or_path single_file_config tokenizer_name train_data_dir
+    """.split()
+)
 
 
 def check_hardware(args):
@@ -41,29 +63,83 @@ def check_hardware(args):
     precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in DTYPES or (precision == "fp16" and on_cpu):
         problems.append(f"--mixed_precision={precision} (or accelerate's config): cannot run here; use bf16")
-    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+    return problems
+
+
+def check_environment(args):
+    """Lists what accelerate would take from its variables without obeying it as its users expect."""
+    problems = []
+    asked = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if asked not in ("1", str(args.gradient_accumulation_steps)):
+        problems.append(
+            f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS={asked} (or accelerate's config): give "
+            f"--gradient_accumulation_steps={asked} to this script"
+        )
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+        problems.append(
+            f"ACCELERATE_DYNAMO_BACKEND={os.environ['ACCELERATE_DYNAMO_BACKEND']} (or accelerate's config): models "
+            "are not compiled here; use no"
+        )
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
             problems.append(f"accelerate's config asks for {name}, which cannot be used; choose GPUs alone")
     return problems
 
 
 def make_accelerator(args):
-    """The accelerator; its processes wait for each other for a day, since one of them draws and saves alone."""
+    """The accelerator, whose processes have agreed on the flags. They wait for each other for minutes, but for a day
+    in `wait_for_everyone`: there one of them draws, reads or saves alone. Raises `InputError`."""
     torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=Path(args.output_dir, args.logging_dir),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(days=1))],
+        # The passes of a step are ours to count: accelerate would divide gradients by what its variable says.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=MINUTES),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # else every gradient is there twice
+        ],
     )
+    if accelerator.num_processes > 1:
+        patient = torch.distributed.new_group(timeout=A_DAY, backend="gloo")
+        accelerator.wait_for_everyone = functools.partial(torch.distributed.barrier, patient)
+    flags = {name: value for name, value in vars(args).items() if name not in OWN_TO_A_MACHINE}
+    check_agreement(accelerator, flags)
+    return accelerator
 
 
-def make_state(args, accelerator, weights, groups, last_step):
-    """All that a checkpoint holds, by name: `weights` (modules), optimizer, lr_scheduler, maybe ema and scaler. The
+def check_agreement(accelerator, values):
+    """Compares `values` of all processes, by name: any that differ would have them wait for each other for ever.
+    Raises `InputError` in all of them, which names the difference."""
+    here = {"host": socket.gethostname(), **values}
+    everywhere = gather_object([here])
+    differences = []
+    for name in values:
+        for rank, there in enumerate(everywhere):
+            if there[name] != everywhere[0][name]:
+                differences.append(
+                    f"{name}: {everywhere[0][name]} on rank 0 ({everywhere[0]['host']}), {there[name]} on rank {rank} "
+                    f"({there['host']})"
+                )
+                break
+    if differences:
+        remedy = "all need the same flags, the same data and one --output_dir that they share"
+        raise InputError("\n  ".join([f"the processes do not agree; {remedy}", *differences]))
+
+
+def agree_on_data(accelerator, fingerprints):
+    """Waits until all processes have read their images, and compares what they have. Raises `InputError`."""
+    accelerator.wait_for_everyone()
+    check_agreement(accelerator, fingerprints)
+
+
+def make_state(args, accelerator, groups, last_step):
+    """All that a checkpoint holds beside weights, by name: optimizer, lr_scheduler, maybe ema and scaler. The
     optimizer trains the parameter `groups`."""
     optimizer = make_optimizer(args, groups)
     lr_scheduler = make_schedule(args, optimizer, last_step)
-    state = {**weights, "optimizer": accelerator.prepare(optimizer), "lr_scheduler": lr_scheduler}
+    state = {"optimizer": accelerator.prepare(optimizer), "lr_scheduler": lr_scheduler}
     if args.use_ema:
         parameters = [parameter for group in groups for parameter in group["params"]]
         state["ema"] = make_average(args, parameters, args.foreach_ema)
@@ -72,13 +148,30 @@ def make_state(args, accelerator, weights, groups, last_step):
     return state
 
 
-def start_run(args, accelerator, counts, state, fingerprints, free, fixed):
-    """A run at its start, or where the checkpoint to resume from ended; `free` and `fixed` name settings that may and
-    that cannot differ from the checkpoint's. Raises `InputError`."""
-    run = new_run(args, counts, state, accelerator.mixed_precision, fingerprints)
+def start_run(args, accelerator, counts, state, fingerprints, weights, free, fixed):
+    """A run at its start, or where the checkpoint to resume from ended, the same in all processes; `free` and `fixed`
+    name settings that may and that cannot differ from the checkpoint's. Raises `InputError`."""
+    masks = split_of_step(args, accelerator) if has_dropout(weights.models) else None
+    fingerprints = {**fingerprints, "dropout_masks": masks}
+    run = new_run(args, counts, state, accelerator.mixed_precision, fingerprints, weights)
     if checkpoint := find_checkpoint(run.output_dir, args.resume_from_checkpoint):
         resume(run, checkpoint, free, fixed)
+    check_agreement(accelerator, {"global_step": run.progress["global_step"]})
     return run
+
+
+def has_dropout(models):
+    """Whether layers of models in training, by name, drop a part of their inputs."""
+    modules = [module for model in models.values() for module in model.modules()]
+    shares = [module.p for module in modules if isinstance(module, torch.nn.Dropout)]
+    shares += [module.dropout for module in modules if isinstance(getattr(module, "dropout", None), float)]
+    return any(share > 0 for share in shares)
+
+
+def split_of_step(args, accelerator):
+    """How a step is split: masks of dropout are drawn by pass and process, so that another split draws others."""
+    passes = f"{args.train_batch_size} a pass x {args.gradient_accumulation_steps} passes"
+    return f"{passes} x {accelerator.num_processes} processes"
 
 
 def tell_plan(args, accelerator, run, num_held_out, parameters, trained, frozen):
@@ -95,12 +188,10 @@ def tell_plan(args, accelerator, run, num_held_out, parameters, trained, frozen)
 
 
 def start_output(args, accelerator, run):
-    """Makes the output folder, and starts the trackers."""
+    """Makes the output folder."""
     if accelerator.is_main_process:
         prepare_output(run, args.overwrite_output_dir)
     accelerator.wait_for_everyone()
-    config = {name: str(value) for name, value in run.settings.items()}
-    accelerator.init_trackers(args.tracker_project_name, config)
 
 
 def batches_of(args, accelerator, run):
@@ -120,19 +211,20 @@ def make_loader(args, accelerator, samples, batches):
     )
 
 
-def train_steps(args, accelerator, run, launcher, loader, models, parameters, training_loss, look):
-    """Trains `parameters` to the last step; `training_loss(batch)` gives the loss of each sample (batch,) through
-    `models`, as accelerate prepared them. `look()` is called before training and every --validation_steps.
+def train_steps(args, accelerator, run, stop, loader, models, training_loss, look):
+    """Trains to the last step; `training_loss(batch)` gives the loss of each sample (batch,) through `models`, as
+    accelerate prepared them. `look(is_asked)` is called before training and every --validation_steps; it gives up when
+    `is_asked()`, and returns the mean held-out loss or None.
 
-    Ends the process with status 128 + signal after SIGTERM or SIGINT, 1 if a loss is not finite.
+    Ends the process with status 128 + signal when `stop` asks for it, 1 after too many losses that are not finite.
     """
-    received, device, counts = [], accelerator.device, run.counts
+    device, counts, parameters = accelerator.device, run.counts, run.weights.parameters
     optimizer, lr_scheduler = run.state["optimizer"], run.state["lr_scheduler"]
     first_step, validation_steps = run.progress["global_step"], args.validation_steps or 500
+    asked_to_stop = functools.partial(is_asked, stop)
     # A run that was stopped had not yet looked at the step that it goes on from.
     if first_step % validation_steps == 0 or first_step == counts.last_step:
-        look()
-    on_signals(functools.partial(note_signal, received))
+        look_and_keep(args, accelerator, run, look, asked_to_stop)
     batches = iter(loader)
     bar = tqdm(
         range(first_step, counts.last_step),
@@ -159,37 +251,56 @@ def train_steps(args, accelerator, run, launcher, loader, models, parameters, tr
         grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
 
         # Optimizer step, unless a loss or a gradient is not finite in some process.
-        stop = bool(received) or is_orphaned(launcher)
-        loss, broken, overflow, stop = exchange(accelerator, step_loss, grad_norm, stop)
-        if not broken:
-            optimizer.step()
+        loss, num_not_finite, stop_now = exchange(accelerator, step_loss, grad_norm, asked_to_stop())
+        is_finite = num_not_finite == 0
+        is_broken = not is_finite and run.progress["nan_steps"] >= max_nan_steps(args, accelerator)
+        if not is_broken:
+            run.is_whole = False
+            if is_finite or accelerator.scaler is not None:  # which skips the step, and scales losses less from now on
+                optimizer.step()
             optimizer.zero_grad()
-            if not overflow:  # else fp16's scaler skipped the step; its own report misses that of a fused optimizer
+            if is_finite:
                 lr_scheduler.step()
                 update_average(args, accelerator, run, parameters)
-            run.progress["global_step"] = step + 1
-            run.progress["losses"].append(loss)
+            note_step(run, step, loss, is_finite)
+            run.is_whole = True
         done = run.progress["global_step"]
 
         # Log
-        if not broken:
+        if not is_broken:
             images_per_second = samples_in_step(counts, step) / (time.perf_counter() - started)
             bar.set_postfix(loss=f"{loss:.4f}", images_per_second=f"{images_per_second:.1f}", refresh=False)
             if done % args.logging_steps == 0 or done == counts.last_step:
-                norm = None if overflow else grad_norm.item()
+                norm = grad_norm.item() if is_finite else None
                 log_losses(accelerator, run, lr_scheduler.get_last_lr()[0], norm, images_per_second)
 
         # Save and look
-        if stop or broken or done % args.checkpointing_steps == 0:
+        if stop_now or is_broken or done % args.checkpointing_steps == 0 or done == counts.last_step:
             if accelerator.is_main_process:
                 # After a broken step none is removed: the last good one may be an older one.
-                limit = None if broken else args.checkpoints_total_limit
-                save_checkpoint(run, functools.partial(write_torch_state, run), limit)
+                save_checkpoint(run, write_torch_state, None if is_broken else args.checkpoints_total_limit)
             accelerator.wait_for_everyone()
-        if stop or broken:
-            leave(accelerator, run, broken, received)
+        if stop_now or is_broken:
+            leave(accelerator, run, is_broken, stop.received)
         if done % validation_steps == 0 or done == counts.last_step:
-            look()
+            look_and_keep(args, accelerator, run, look, asked_to_stop)
+    if asked_to_stop() and accelerator.is_main_process:  # while it looked for the last time
+        leave(accelerator, run, False, stop.received)
+
+
+def look_and_keep(args, accelerator, run, look, asked_to_stop):
+    """Looks at the run, and keeps its checkpoint if it is the best one so far and that is asked for."""
+    held_out_loss = look(asked_to_stop)
+    if args.keep_best and held_out_loss is not None and accelerator.is_main_process:
+        keep_best(run, held_out_loss, write_torch_state, args.checkpoints_total_limit)
+    accelerator.wait_for_everyone()
+
+
+def max_nan_steps(args, accelerator):
+    """How many steps in a row may be skipped: a scaler of fp16 begins too high, and finds its scale by such steps."""
+    if args.max_nan_steps is not None:
+        return args.max_nan_steps
+    return 5 if accelerator.mixed_precision == "fp16" else 0
 
 
 @contextlib.contextmanager
@@ -203,11 +314,10 @@ def without_sync(accelerator, models):
 
 def exchange(accelerator, loss, grad_norm, stop):
     """The step's one exchange between processes: the sum of their losses, and in how many of them loss or gradient is
-    not finite, the gradient is not (which is for fp16's scaler to mend), a stop is asked for."""
-    overflow = ~torch.isfinite(grad_norm)
-    broken = ~torch.isfinite(loss) | (overflow & (accelerator.mixed_precision != "fp16"))
-    flags = torch.stack([loss, broken.float(), overflow.float(), torch.full_like(loss, stop)])
-    return accelerator.reduce(flags, reduction="sum").tolist()
+    not finite, and a stop is asked for."""
+    not_finite = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
+    numbers = torch.stack([loss, not_finite.float(), torch.full_like(loss, stop)])
+    return accelerator.reduce(numbers, reduction="sum").tolist()
 
 
 def update_average(args, accelerator, run, parameters):
@@ -220,7 +330,7 @@ def update_average(args, accelerator, run, parameters):
             ema.to("cpu")
 
 
-def use_average(run, parameters):
+def use_average(run):
     """Puts the averaged weights, if there are any, into the models: those are the result."""
     if "ema" in run.state:
-        run.state["ema"].copy_to(parameters)
+        run.state["ema"].copy_to(run.weights.parameters)

@@ -1,5 +1,6 @@
 """Look at a run: draw samples, and measure the loss on images that are not trained on."""
 
+import functools
 import math
 
 import diffusers
@@ -9,8 +10,9 @@ from accelerate.utils import send_to_device
 from diffusers.utils import make_image_grid
 from PIL import Image
 
+from sdtune.checkpoints import averaged
 from sdtune.diffusion import diffusion_losses, encode
-from sdtune.output import write_log
+from sdtune.output import tell_trackers, write_log
 
 HELD_OUT_TIMESTEPS = 4  # at which the loss of each held-out image is measured
 
@@ -70,34 +72,36 @@ def show_samples(args, accelerator, run, parts, prompts):
     step = run.progress["global_step"]
     path = run.output_dir / "samples" / f"step-{step:06d}.png"
     drawn = np.stack(draw_samples(accelerator, parts, prompts, args.resolution, args.seed, path))
-    for tracker in accelerator.trackers:
-        if hasattr(tracker, "log_images"):
-            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({"samples": drawn}, step=step, **layout)
+    tell_trackers(accelerator, functools.partial(track_samples, drawn, step))
 
 
-def validate(args, accelerator, run, parameters, parts, held_out, prompts):
+def track_samples(drawn, step, tracker):
+    """Sends samples, pixels (num_images, height, width, 3), to a tracker that takes images."""
+    if hasattr(tracker, "log_images"):
+        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        tracker.log_images({"samples": drawn}, step=step, **layout)
+
+
+def validate(args, accelerator, run, parts, held_out, prompts, is_asked):
     """Draws samples and measures the held-out loss, under the averaged weights if there are any. `parts` are those of
     the pipeline, with the scheduler of training."""
     if not prompts and not len(held_out):
-        return
+        return None
     unet, vae, text_encoder = parts["unet"], parts["vae"], parts["text_encoder"]
-    ema = run.state.get("ema")
+    held_out_loss = None
     trained = torch.nn.ModuleList(part for part in (unet, text_encoder) if part.training).eval()
-    if ema:
-        ema.store(parameters)
-        ema.copy_to(parameters)
-    if len(held_out):
-        losses = held_out_losses(
-            accelerator, unet, vae, text_encoder, parts["scheduler"], held_out, args.train_batch_size
-        )
-        log_held_out_losses(accelerator, run, losses)
-    if prompts and accelerator.is_main_process:
-        show_samples(args, accelerator, run, parts, prompts)
-    if ema:
-        ema.restore(parameters)
+    with averaged(run):
+        if len(held_out):
+            losses = held_out_losses(
+                accelerator, unet, vae, text_encoder, parts["scheduler"], held_out, args.train_batch_size
+            )
+            log_held_out_losses(accelerator, run, losses)
+            held_out_loss = losses.mean().item()
+        if prompts and accelerator.is_main_process:
+            show_samples(args, accelerator, run, parts, prompts)
     trained.train()
     accelerator.wait_for_everyone()
+    return held_out_loss
 
 
 def check_validation(args, prompt_flag):

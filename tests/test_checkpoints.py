@@ -93,13 +93,16 @@ def break_rename(monkeypatch):
 
 
 @pytest.mark.parametrize("break_it", [break_save, break_json, break_rename])
-def test_failed_save_leaves_the_older_checkpoints(fit, straight, tmp_path, monkeypatch, break_it):
+def test_failed_save_leaves_the_older_checkpoints(fit, straight, tmp_path, monkeypatch, capsys, break_it):
     settings = {"checkpointing_steps": 1, "checkpoints_total_limit": 2}
     with monkeypatch.context() as patch:
         break_it(patch)
-        with pytest.raises(OSError, match="no space left"):
-            fit(tmp_path, **settings)
-    assert checkpoints(tmp_path) == ["checkpoint-1", "checkpoint-2", "checkpoint-3.partial"]
+        assert fit(tmp_path, **settings) == 1
+    assert (
+        "Stopped after step 3 by a full disk (no space left). No checkpoint could be written (no space left); go on "
+        f"from {tmp_path / 'checkpoint-2'} with --resume_from_checkpoint=latest. Make room first\n"
+    ) in capsys.readouterr().err
+    assert checkpoints(tmp_path) == ["checkpoint-1", "checkpoint-2"]
     for name in ("checkpoint-1", "checkpoint-2"):
         assert same(checkpoint_state(tmp_path / name), checkpoint_state(straight / name))
     # The next start goes on from the second and is not disturbed by what lies about.
@@ -114,9 +117,10 @@ def test_a_whole_checkpoint_holds_what_a_resume_needs(straight):
         folder = straight / f"checkpoint-{step}"
         assert json.loads((folder / "progress.json").read_text())["global_step"] == step
         assert json.loads((folder / "args.json").read_text())["learning_rate"] == 1e-3
-        assert sorted(path.name for path in folder.iterdir()) == ["args.json", "progress.json", "state.pt"]
+        assert sorted(path.name for path in folder.iterdir()) == ["args.json", "progress.json", "state.pt", "unet"]
         state = checkpoint_state(folder)
-        assert state.keys() == {"unet", "optimizer", "lr_scheduler", "progress"}
+        weights = "unet/diffusion_pytorch_model.safetensors"
+        assert state.keys() == {weights, "optimizer", "lr_scheduler", "progress"}
         assert {int(moments["step"]) for moments in state["optimizer"]["state"].values()} == {step}
         assert state["lr_scheduler"]["last_epoch"] == step
     assert same(checkpoint_unet(straight / "checkpoint-4"), unet(straight))
@@ -166,7 +170,7 @@ def test_files_honour_the_umask(fit, tmp_path, umask, mode):
     finally:
         os.umask(before)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert len([path for path in files if path.suffix == ".safetensors"]) == 3
+    assert len([path for path in files if path.suffix == ".safetensors"]) == 5  # of result, checkpoint and average
     assert len([path for path in files if path.name == "state.pt"]) == 1
     modes = {path.name: oct(stat.S_IMODE(path.stat().st_mode)) for path in files}
     assert set(modes.values()) == {oct(mode)}, modes
@@ -238,9 +242,9 @@ def test_half_a_checkpoint_in_the_place_is_not_taken_for_one(tmp_path):
     (tmp_path / "checkpoint-4" / "mine.txt").write_text("mine")
     run = Run(tmp_path, settings={}, progress={"global_step": 4}, state={}, counts=None)
     with pytest.raises(OSError, match="not empty"):
-        save_checkpoint(run, lambda folder: None, None)
+        save_checkpoint(run, lambda *_: None, None)
     assert (tmp_path / "checkpoint-4" / "mine.txt").read_text() == "mine"
-    assert (tmp_path / "checkpoint-4.partial" / "progress.json").exists()
+    assert checkpoints(tmp_path) == ["checkpoint-4"]
 
 
 def test_other_held_out_images_are_other_images(fit, images, tmp_path, capsys):
@@ -256,7 +260,15 @@ def test_other_held_out_images_are_other_images(fit, images, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "name, length",  # of what is left of the file; None: it is gone
-    [("state.pt", None), ("state.pt", 500), ("args.json", None), ("args.json", 0), ("progress.json", 0)],
+    [
+        ("state.pt", None),
+        ("state.pt", 500),
+        ("args.json", None),
+        ("args.json", 0),
+        ("progress.json", 0),
+        ("unet/diffusion_pytorch_model.safetensors", 500),
+        ("unet/config.json", None),
+    ],
 )
 def test_damaged_checkpoints_are_named(fit, stopped, capsys, name, length):
     newest = find_checkpoint(stopped, "latest")

@@ -12,7 +12,7 @@ import torch
 from copies import end_of, start_launcher
 from diffusers import StableDiffusionPipeline
 from fake_hub import TOKEN, USER, FakeHub
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from image_data import snapshot, write_image_folder
 from original_layout import save_original
 from PIL import Image
@@ -220,7 +220,7 @@ def test_card_names_numbers_that_are_names_of_files_too(tmp_path, monkeypatch):
     for name in ("512", "secret.txt", "out"):
         Path(name).mkdir()
     args = parse("--pretrained_model_name_or_path=nobody/base", "--resolution=512", "--hub_model_id=secret.txt")
-    write_card(args, 3, ["a cat"], "...", [])
+    write_card(args, "out", 3, ["a cat"], "...", [])
     card = Path("out", "README.md").read_text()
     assert "| resolution | 512 |" in card
     assert "secret" not in card
@@ -235,7 +235,7 @@ def test_many_prompts_fit_into_the_card(tiny_pipeline, tmp_path):
     output.mkdir()
     model = f"--pretrained_model_name_or_path={tiny_pipeline}"
     args = parse(model, f"--output_dir={output}", "--validation_prompts", *prompts)
-    write_card(args, 1, args.validation_prompts, "...", [])
+    write_card(args, output, 1, args.validation_prompts, "...", [])
     card = (output / "README.md").read_text()
     assert "; ".join(prompts) in card
     assert str(tmp_path) not in card
@@ -296,7 +296,7 @@ def test_result_arrives_on_the_hub(launched, tmp_path):
     assert [commit.message for commit in repo.commits if commit.paths] == ["Train 2 steps"]
 
     # All of the pipeline, and neither checkpoints nor the tracker's files nor the settings with their local paths.
-    apart = {"args.json", ".env"}
+    apart = {"args.json", ".env", ".lock"}
     local = {path for path in snapshot(folder) if not path.startswith(("checkpoint-", "board/"))} - apart
     assert (folder / ".env").read_text() == "PASSWORD=1"
     assert {path for path in repo.files if path != ".gitattributes"} == local
@@ -342,14 +342,41 @@ def test_failed_upload_loses_nothing(push, fake_hub, tmp_path, capsys):
     assert len(read_log(folder)) == 2
 
 
-def test_repository_that_cannot_be_made_ends_the_run_at_once(push, fake_hub, tmp_path, capsys):
+def refuse_token(fake_hub, monkeypatch):
+    """A token that the Hub does not know."""
+    fake_hub.fail["whoami"] = 401
+
+
+def read_only_token(fake_hub, monkeypatch):
+    """A token with which nothing can be uploaded."""
+    told = {"name": USER, "auth": {"accessToken": {"role": "read"}}}
+    monkeypatch.setattr(HfApi, "whoami", lambda self: told)
+
+
+@pytest.mark.parametrize("refuse", [refuse_token, read_only_token])
+def test_who_cannot_upload_hears_it_at_once(push, fake_hub, tmp_path, monkeypatch, capsys, refuse):
     """Not after hours of training."""
-    fake_hub.fail["create"] = 403
+    refuse(fake_hub, monkeypatch)
     assert push(tmp_path / "out") == 2
     message = capsys.readouterr().err
-    assert "hf auth login" in message
+    assert f"--push_to_hub: cannot upload to {'out'}; log in with `hf auth login`" in message
     assert "Traceback" not in message
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_fails_leaves_no_repository(train_script, push, fake_hub, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(train_script, "diffusion_losses", lambda *_: 1 / 0)
+        assert push(tmp_path / "out") == 1
+    assert fake_hub.repos == {}
+
+
+def test_a_repository_that_cannot_be_made_costs_no_result(push, fake_hub, tmp_path, capsys):
+    fake_hub.fail["create"] = 403
+    assert push(tmp_path / "out") == 1
+    message = capsys.readouterr().err
+    assert f"hf upload {USER}/out {tmp_path / 'out'}" in message
+    assert np.isfinite(draw(tmp_path / "out")).all()
 
 
 @pytest.mark.slow

@@ -3,8 +3,10 @@
 import pytest
 from running import status_of
 
-from sdtune import script
+from sdtune import errors, script
 from sdtune.arguments import new_parser, non_negative_int, positive_int
+from sdtune.errors import InputError
+from sdtune.output import locked_output
 
 
 def make_parser():
@@ -13,7 +15,15 @@ def make_parser():
     parser.add_argument("--rank", type=positive_int, default=4)
     parser.add_argument("--port", type=non_negative_int)
     parser.add_argument("--config")
+    parser.add_argument("--output_dir", default="out")
+    parser.add_argument("--logging_dir", default="logs")
+    parser.add_argument("--dry_run", action="store_true")
     return parser
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
 
 
 def run(check_args, words=(), **options):
@@ -57,9 +67,40 @@ def test_a_refused_flag_is_not_judged_by_its_default(capsys):
     assert "--rank=4: does not fit" in told
 
 
-def test_processes_that_do_not_speak_end_alike_and_silently(capsys):
-    assert run(lambda args, problems: ["--port: is taken"], speaks=False)[0] == 2
-    assert capsys.readouterr() == ("", "")
+def test_processes_that_are_not_the_first_tell_mistakes_alone(capsys, monkeypatch):
+    """After a while, in which the first one may have told the same."""
+    waited = []
+    monkeypatch.setattr(errors.time, "sleep", waited.append)
+
+    def check_args(args, problems):
+        print("checked")
+        return ["--port: is taken"]
+
+    assert run(check_args, is_first=False, patience=5)[0] == 2
+    assert capsys.readouterr() == ("", "train.py: --port: is taken\n")
+    assert waited == [5]
+
+
+def test_the_folder_is_locked_while_it_trains(tmp_path):
+    """By the process that is the first, and not for a trial."""
+
+    def train(args):
+        with pytest.raises(InputError, match="another run is writing there"), locked_output(args):
+            pass
+        (tmp_path / "out" / "result").write_text("")
+
+    assert status_of(lambda argv: script.run_script("train.py", make_parser(), argv, {}, no_problems, train)) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".lock", "result"]
+    for options in (
+        {"words": ["--output_dir=other", "--dry_run"]},
+        {"words": ["--output_dir=other"], "is_first": False},
+    ):
+        assert run(no_problems, **options)[0] == 0
+        assert not (tmp_path / "other").exists()
+
+
+def no_problems(args, problems):
+    return []
 
 
 @pytest.mark.parametrize("rank, speaks", [(None, True), ("0", True), ("1", False)])

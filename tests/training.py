@@ -105,13 +105,16 @@ def unet(folder):
 def checkpoint_state(folder):
     """All that a checkpoint holds and a resume needs: weights, optimizer, schedule, average and progress."""
     folder = Path(folder)
-    state = torch.load(folder / "state.pt", weights_only=True)
-    return {**state, "progress": json.loads((folder / "progress.json").read_text())}
+    weights = {}
+    for file in sorted(folder.rglob("*.safetensors")):
+        weights[file.relative_to(folder).as_posix()] = load_file(file)
+    state = torch.load(folder / "state.pt", weights_only=True) if (folder / "state.pt").exists() else {}
+    return {**state, **weights, "progress": json.loads((folder / "progress.json").read_text())}
 
 
 def checkpoint_unet(folder):
     """The UNet's weights in a checkpoint, by name."""
-    return checkpoint_state(folder)["unet"]
+    return unet(folder)
 
 
 def same(a, b):

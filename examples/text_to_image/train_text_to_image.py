@@ -36,7 +36,8 @@ terminal SNR (2305.08891), input perturbation (2301.11706).
 #   model_card     The model card, README.md of a result
 #   hub            The upload of a result to the Hub
 #   validation     Look at a run: draw samples, and measure the loss on images that are not trained on
-#   signals        Stop at the end of a step, on SIGTERM, Ctrl-C or the death of the launcher
+#   signals        Signals that ask a run to stop, and the death of the launcher, which asks for the same
+#   failures       What ends a run too early: it is told in a line, and nothing is lost that can be written
 #   script         Run a script: read its flags, tell what is wrong with them, train
 
 import argparse
@@ -45,6 +46,7 @@ import copy
 import csv
 import dataclasses
 import datetime
+import errno
 import functools
 import hashlib
 import io
@@ -54,8 +56,12 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sys
+import threading
 import time
+import traceback
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -68,12 +74,20 @@ import transformers
 import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env, send_to_device
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    gather_object,
+    parse_flag_from_env,
+    send_to_device,
+)
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel, compute_snr
+from diffusers.training_utils import EMAModel, compute_snr, free_memory
 from diffusers.utils import is_bitsandbytes_available, is_xformers_available, make_image_grid
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.utils import validate_repo_id
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTokenizer
@@ -103,13 +117,13 @@ DATASET_FREE_ON_RESUME = set(
 DATA_FREE_ON_RESUME = {*DATASET_FREE_ON_RESUME, "train_data_dir"}
 OPTIMIZATION_FREE_ON_RESUME = set(
     """
-    gradient_accumulation_steps gradient_checkpointing max_train_steps num_train_epochs train_batch_size
+    gradient_accumulation_steps gradient_checkpointing max_nan_steps max_train_steps num_train_epochs train_batch_size
     """.split()
 )
 MEMORY_FREE_ON_RESUME = {"dataloader_num_workers", "offload_ema"}
 OUTPUT_FREE_ON_RESUME = set(
     """
-    allow_changed_resume checkpointing_steps checkpoints_total_limit hub_model_id hub_private_repo hub_token
+    allow_changed_resume checkpointing_steps checkpoints_total_limit hub_model_id hub_private_repo hub_token keep_best
     logging_dir logging_steps output_dir overwrite_output_dir push_to_hub report_to resume_from_checkpoint
     save_precision tracker_project_name
     """.split()
@@ -126,6 +140,7 @@ OUTPUT_REQUIRES = {
     "allow_changed_resume": "resume_from_checkpoint",
     "hub_model_id": "push_to_hub",
     "hub_private_repo": "push_to_hub",
+    "keep_best": "num_validation_samples",
 }
 
 IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
@@ -166,7 +181,8 @@ class CaptionedImages(torch.utils.data.Dataset):
         place = (0.5, 0.5) if self.center_crop else (left, top)
         resample = Image.Resampling[self.image_interpolation_mode.upper()]
         size = (self.resolution, self.resolution)
-        image = ImageOps.fit(read_image(row["image"]), size, resample, centering=place)
+        with still_readable(name_of_row(row, index)):
+            image = ImageOps.fit(read_image(row["image"]), size, resample, centering=place)
         if self.random_flip and flip < 0.5:
             image = ImageOps.mirror(image)
         caption = row["captions"][int(choice * len(row["captions"]))]
@@ -207,21 +223,68 @@ class StepCounts:
 
 POLYNOMIAL_END = 1e-7  # the rate at which diffusers' polynomial schedule ends
 
+AVERAGED = "_ema"  # ends the names of averaged weights in a checkpoint
+
+
+@dataclasses.dataclass
+class Weights:
+    """The weights that are trained, and how they become files that people can load, and come back from them."""
+
+    models: dict  # by name, that have them
+    parameters: list  # of torch
+    write: Callable  # (models, folder, suffix): writes into a folder, with a suffix to the names
+    read: Callable  # (models, folder, suffix): reads what was written. Raises whatever a broken file leads to
+
 
 @dataclasses.dataclass
 class Run:
-    """What a run is and how far it has come. A checkpoint holds `settings`, `progress` and `state`."""
+    """What a run is and how far it has come. A checkpoint holds `settings`, `progress`, `weights` and `state`."""
 
     output_dir: Path
     settings: dict  # flags, and what was made of them
-    progress: dict  # global_step, base_losses (held-out losses before training), losses (not yet logged)
+    progress: (
+        dict  # global_step, base_losses (held-out, before training), losses (not yet logged), nan_steps (in a row)
+    )
     state: dict  # by name: what has a state_dict, or in JAX arrays
     counts: StepCounts
+    weights: Weights | None = None  # None in JAX, where they are part of the state
+    is_whole: bool = True  # weights and state belong together; not so in the middle of an optimizer step
 
+
+LOCK_FILE = ".lock"
+NEW_RESULT = ".result.partial"  # a folder beside which the old result stays until the new one is whole
 
 NOT_ON_CARD = re.compile(r"_dir$|_path$|_token|_address$|host|config|resume")  # places, secrets and how it was started
 
 HELD_OUT_TIMESTEPS = 4  # at which the loss of each held-out image is measured
+
+
+@dataclasses.dataclass
+class Stop:
+    """What may ask a run to stop."""
+
+    launcher: int | None  # number of the process that started this one
+    received: list = dataclasses.field(default_factory=list)  # signals
+
+
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# What libraries say instead: safetensors, torch, which hides the reason, and torch again.
+DISK_FULL_TEXT = re.compile(
+    r"No space left|File too large|quota exceeded|iostream error|PytorchStreamWriter failed", re.IGNORECASE
+)
+OUT_OF_MEMORY_TEXT = re.compile(r"out of memory|can't allocate memory|RESOURCE_EXHAUSTED", re.IGNORECASE)
+# What a process says whose connection to another one ends: what happened is told there.
+LOST_PEER_TEXT = re.compile(r"Connection (closed|reset) by (peer|remote)|remote process exited|NCCL", re.IGNORECASE)
+
+MINUTES = datetime.timedelta(minutes=10)  # for what all processes do at the same time
+A_DAY = datetime.timedelta(days=1)
+# Flags that may differ between machines: what they name is compared in their place, or has no effect on others.
+OWN_TO_A_MACHINE = set(
+    """
+    cache_dir class_data_dir config dataloader_num_workers dataset_name hub_token init_lora_weights instance_data_dir
+    local_rank logging_dir output_dir pretrained_model_name_or_path single_file_config tokenizer_name train_data_dir
+    """.split()
+)
 
 REPLACED_FLAGS = {
     "--local_rank": "start with `accelerate launch` or torchrun, which set the rank",
@@ -266,7 +329,12 @@ def check_args(args, problems=()):
     problems = check_requirements(args, REQUIRES)
     problems += check_data(args, "train_data_dir")
     problems += check_optimization(args) + check_8bit_adam(args)
-    problems += check_hardware(args) + check_trackers(args) + check_validation(args, "validation_prompts")
+    problems += (
+        check_hardware(args)
+        + check_environment(args)
+        + check_trackers(args)
+        + check_validation(args, "validation_prompts")
+    )
     problems += check_output(args, foreign_result="pytorch_lora_weights.safetensors")
     problems += check_model(args)
     return problems
@@ -286,9 +354,14 @@ def load_models(args, accelerator):
 
 def train(args, launcher):
     """Trains as `args` say, which have been checked; `launcher` is the process that started this one, or None."""
-    images, held_out, fingerprint = load_data(args, args.train_data_dir)
-    repo_id = create_repo(args) if args.push_to_hub and not args.dry_run else None
     accelerator = make_accelerator(args)
+    images, held_out, fingerprint = load_data(args, args.train_data_dir)
+    fingerprints = {"captioned_images": fingerprint}
+    agree_on_data(accelerator, fingerprints)
+    repo_id = None
+    if not args.dry_run:
+        repo_id = name_repo(args) if args.push_to_hub and accelerator.is_main_process else None
+        start_trackers(args, accelerator)
     pipeline, vae, text_encoder, noise_scheduler = load_models(args, accelerator)
     unet = accelerator.prepare(pipeline.unet)  # whose passes are autocast now
 
@@ -302,32 +375,38 @@ def train(args, launcher):
     learning_rate = peak_learning_rate(args, counts)
     parameters = list(pipeline.unet.parameters())
     groups = [{"params": parameters, "lr": learning_rate}]
-    state = make_state(args, accelerator, {"unet": pipeline.unet}, groups, counts.last_step)
-    fingerprints = {"captioned_images": fingerprint}
-    run = start_run(args, accelerator, counts, state, fingerprints, FREE_ON_RESUME, FIXED_ON_RESUME)
+    weights = Weights({"unet": pipeline.unet}, parameters, write_models, read_models)
+    state = make_state(args, accelerator, groups, counts.last_step)
+    run = start_run(args, accelerator, counts, state, fingerprints, weights, FREE_ON_RESUME, FIXED_ON_RESUME)
     tell_plan(args, accelerator, run, len(held_out), parameters, trained="UNet", frozen="VAE, text encoder")
     if args.dry_run:
-        accelerator.end_training()
+        end_training(accelerator)
         return
 
     start_output(args, accelerator, run)
     parts = {**pipeline.components, "vae": vae, "text_encoder": text_encoder, "scheduler": noise_scheduler}
-    look = functools.partial(validate, args, accelerator, run, parameters, parts, held_out, args.validation_prompts)
+    look = functools.partial(validate, args, accelerator, run, parts, held_out, args.validation_prompts)
     loader = make_loader(args, accelerator, images, batches_of(args, accelerator, run))
-    train_steps(args, accelerator, run, launcher, loader, [unet], parameters, training_loss, look)
-    if accelerator.is_main_process:
-        use_average(run, parameters)
-        files = save_model(args, pipeline, noise_scheduler, counts.last_step)
-        if repo_id:
-            push(args, repo_id, files, counts.last_step)
-    accelerator.end_training()
+    models_to_sync = [unet]
+    stop = Stop(launcher)
+    with nothing_lost(args, accelerator, run, stop, write_torch_state):
+        train_steps(args, accelerator, run, stop, loader, models_to_sync, training_loss, look)
+        if accelerator.is_main_process:
+            use_average(run)
+            files = save_model(args, pipeline, noise_scheduler, counts.last_step)
+    if repo_id:
+        push(args, repo_id, files, counts.last_step)
+    end_training(accelerator)
 
 
 def save_model(args, pipeline, noise_scheduler, step):
     """Writes the pipeline and the model card; returns patterns that are the pipeline's files."""
-    files = save_pipeline(args, pipeline, noise_scheduler)
-    loader = "`StableDiffusionPipeline.from_pretrained(...)`"
-    write_card(args, step, args.validation_prompts, loader, ["stable-diffusion", "stable-diffusion-diffusers"])
+    with new_result(args.output_dir) as folder:
+        files = save_pipeline(args, folder, pipeline, noise_scheduler)
+        loader = "`StableDiffusionPipeline.from_pretrained(...)`"
+        write_card(
+            args, folder, step, args.validation_prompts, loader, ["stable-diffusion", "stable-diffusion-diffusers"]
+        )
     return files
 
 
@@ -381,29 +460,83 @@ def check_hardware(args):
     precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in DTYPES or (precision == "fp16" and on_cpu):
         problems.append(f"--mixed_precision={precision} (or accelerate's config): cannot run here; use bf16")
-    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+    return problems
+
+
+def check_environment(args):
+    """Lists what accelerate would take from its variables without obeying it as its users expect."""
+    problems = []
+    asked = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if asked not in ("1", str(args.gradient_accumulation_steps)):
+        problems.append(
+            f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS={asked} (or accelerate's config): give "
+            f"--gradient_accumulation_steps={asked} to this script"
+        )
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+        problems.append(
+            f"ACCELERATE_DYNAMO_BACKEND={os.environ['ACCELERATE_DYNAMO_BACKEND']} (or accelerate's config): models "
+            "are not compiled here; use no"
+        )
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
             problems.append(f"accelerate's config asks for {name}, which cannot be used; choose GPUs alone")
     return problems
 
 
 def make_accelerator(args):
-    """The accelerator; its processes wait for each other for a day, since one of them draws and saves alone."""
+    """The accelerator, whose processes have agreed on the flags. They wait for each other for minutes, but for a day
+    in `wait_for_everyone`: there one of them draws, reads or saves alone. Raises `InputError`."""
     torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=Path(args.output_dir, args.logging_dir),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(days=1))],
+        # The passes of a step are ours to count: accelerate would divide gradients by what its variable says.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=MINUTES),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # else every gradient is there twice
+        ],
     )
+    if accelerator.num_processes > 1:
+        patient = torch.distributed.new_group(timeout=A_DAY, backend="gloo")
+        accelerator.wait_for_everyone = functools.partial(torch.distributed.barrier, patient)
+    flags = {name: value for name, value in vars(args).items() if name not in OWN_TO_A_MACHINE}
+    check_agreement(accelerator, flags)
+    return accelerator
 
 
-def make_state(args, accelerator, weights, groups, last_step):
-    """All that a checkpoint holds, by name: `weights` (modules), optimizer, lr_scheduler, maybe ema and scaler. The
+def check_agreement(accelerator, values):
+    """Compares `values` of all processes, by name: any that differ would have them wait for each other for ever.
+    Raises `InputError` in all of them, which names the difference."""
+    here = {"host": socket.gethostname(), **values}
+    everywhere = gather_object([here])
+    differences = []
+    for name in values:
+        for rank, there in enumerate(everywhere):
+            if there[name] != everywhere[0][name]:
+                differences.append(
+                    f"{name}: {everywhere[0][name]} on rank 0 ({everywhere[0]['host']}), {there[name]} on rank {rank} "
+                    f"({there['host']})"
+                )
+                break
+    if differences:
+        remedy = "all need the same flags, the same data and one --output_dir that they share"
+        raise InputError("\n  ".join([f"the processes do not agree; {remedy}", *differences]))
+
+
+def agree_on_data(accelerator, fingerprints):
+    """Waits until all processes have read their images, and compares what they have. Raises `InputError`."""
+    accelerator.wait_for_everyone()
+    check_agreement(accelerator, fingerprints)
+
+
+def make_state(args, accelerator, groups, last_step):
+    """All that a checkpoint holds beside weights, by name: optimizer, lr_scheduler, maybe ema and scaler. The
     optimizer trains the parameter `groups`."""
     optimizer = make_optimizer(args, groups)
     lr_scheduler = make_schedule(args, optimizer, last_step)
-    state = {**weights, "optimizer": accelerator.prepare(optimizer), "lr_scheduler": lr_scheduler}
+    state = {"optimizer": accelerator.prepare(optimizer), "lr_scheduler": lr_scheduler}
     if args.use_ema:
         parameters = [parameter for group in groups for parameter in group["params"]]
         state["ema"] = make_average(args, parameters, args.foreach_ema)
@@ -412,13 +545,30 @@ def make_state(args, accelerator, weights, groups, last_step):
     return state
 
 
-def start_run(args, accelerator, counts, state, fingerprints, free, fixed):
-    """A run at its start, or where the checkpoint to resume from ended; `free` and `fixed` name settings that may and
-    that cannot differ from the checkpoint's. Raises `InputError`."""
-    run = new_run(args, counts, state, accelerator.mixed_precision, fingerprints)
+def start_run(args, accelerator, counts, state, fingerprints, weights, free, fixed):
+    """A run at its start, or where the checkpoint to resume from ended, the same in all processes; `free` and `fixed`
+    name settings that may and that cannot differ from the checkpoint's. Raises `InputError`."""
+    masks = split_of_step(args, accelerator) if has_dropout(weights.models) else None
+    fingerprints = {**fingerprints, "dropout_masks": masks}
+    run = new_run(args, counts, state, accelerator.mixed_precision, fingerprints, weights)
     if checkpoint := find_checkpoint(run.output_dir, args.resume_from_checkpoint):
         resume(run, checkpoint, free, fixed)
+    check_agreement(accelerator, {"global_step": run.progress["global_step"]})
     return run
+
+
+def has_dropout(models):
+    """Whether layers of models in training, by name, drop a part of their inputs."""
+    modules = [module for model in models.values() for module in model.modules()]
+    shares = [module.p for module in modules if isinstance(module, torch.nn.Dropout)]
+    shares += [module.dropout for module in modules if isinstance(getattr(module, "dropout", None), float)]
+    return any(share > 0 for share in shares)
+
+
+def split_of_step(args, accelerator):
+    """How a step is split: masks of dropout are drawn by pass and process, so that another split draws others."""
+    passes = f"{args.train_batch_size} a pass x {args.gradient_accumulation_steps} passes"
+    return f"{passes} x {accelerator.num_processes} processes"
 
 
 def tell_plan(args, accelerator, run, num_held_out, parameters, trained, frozen):
@@ -435,12 +585,10 @@ def tell_plan(args, accelerator, run, num_held_out, parameters, trained, frozen)
 
 
 def start_output(args, accelerator, run):
-    """Makes the output folder, and starts the trackers."""
+    """Makes the output folder."""
     if accelerator.is_main_process:
         prepare_output(run, args.overwrite_output_dir)
     accelerator.wait_for_everyone()
-    config = {name: str(value) for name, value in run.settings.items()}
-    accelerator.init_trackers(args.tracker_project_name, config)
 
 
 def batches_of(args, accelerator, run):
@@ -460,19 +608,20 @@ def make_loader(args, accelerator, samples, batches):
     )
 
 
-def train_steps(args, accelerator, run, launcher, loader, models, parameters, training_loss, look):
-    """Trains `parameters` to the last step; `training_loss(batch)` gives the loss of each sample (batch,) through
-    `models`, as accelerate prepared them. `look()` is called before training and every --validation_steps.
+def train_steps(args, accelerator, run, stop, loader, models, training_loss, look):
+    """Trains to the last step; `training_loss(batch)` gives the loss of each sample (batch,) through `models`, as
+    accelerate prepared them. `look(is_asked)` is called before training and every --validation_steps; it gives up when
+    `is_asked()`, and returns the mean held-out loss or None.
 
-    Ends the process with status 128 + signal after SIGTERM or SIGINT, 1 if a loss is not finite.
+    Ends the process with status 128 + signal when `stop` asks for it, 1 after too many losses that are not finite.
     """
-    received, device, counts = [], accelerator.device, run.counts
+    device, counts, parameters = accelerator.device, run.counts, run.weights.parameters
     optimizer, lr_scheduler = run.state["optimizer"], run.state["lr_scheduler"]
     first_step, validation_steps = run.progress["global_step"], args.validation_steps or 500
+    asked_to_stop = functools.partial(is_asked, stop)
     # A run that was stopped had not yet looked at the step that it goes on from.
     if first_step % validation_steps == 0 or first_step == counts.last_step:
-        look()
-    on_signals(functools.partial(note_signal, received))
+        look_and_keep(args, accelerator, run, look, asked_to_stop)
     batches = iter(loader)
     bar = tqdm(
         range(first_step, counts.last_step),
@@ -499,37 +648,56 @@ def train_steps(args, accelerator, run, launcher, loader, models, parameters, tr
         grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
 
         # Optimizer step, unless a loss or a gradient is not finite in some process.
-        stop = bool(received) or is_orphaned(launcher)
-        loss, broken, overflow, stop = exchange(accelerator, step_loss, grad_norm, stop)
-        if not broken:
-            optimizer.step()
+        loss, num_not_finite, stop_now = exchange(accelerator, step_loss, grad_norm, asked_to_stop())
+        is_finite = num_not_finite == 0
+        is_broken = not is_finite and run.progress["nan_steps"] >= max_nan_steps(args, accelerator)
+        if not is_broken:
+            run.is_whole = False
+            if is_finite or accelerator.scaler is not None:  # which skips the step, and scales losses less from now on
+                optimizer.step()
             optimizer.zero_grad()
-            if not overflow:  # else fp16's scaler skipped the step; its own report misses that of a fused optimizer
+            if is_finite:
                 lr_scheduler.step()
                 update_average(args, accelerator, run, parameters)
-            run.progress["global_step"] = step + 1
-            run.progress["losses"].append(loss)
+            note_step(run, step, loss, is_finite)
+            run.is_whole = True
         done = run.progress["global_step"]
 
         # Log
-        if not broken:
+        if not is_broken:
             images_per_second = samples_in_step(counts, step) / (time.perf_counter() - started)
             bar.set_postfix(loss=f"{loss:.4f}", images_per_second=f"{images_per_second:.1f}", refresh=False)
             if done % args.logging_steps == 0 or done == counts.last_step:
-                norm = None if overflow else grad_norm.item()
+                norm = grad_norm.item() if is_finite else None
                 log_losses(accelerator, run, lr_scheduler.get_last_lr()[0], norm, images_per_second)
 
         # Save and look
-        if stop or broken or done % args.checkpointing_steps == 0:
+        if stop_now or is_broken or done % args.checkpointing_steps == 0 or done == counts.last_step:
             if accelerator.is_main_process:
                 # After a broken step none is removed: the last good one may be an older one.
-                limit = None if broken else args.checkpoints_total_limit
-                save_checkpoint(run, functools.partial(write_torch_state, run), limit)
+                save_checkpoint(run, write_torch_state, None if is_broken else args.checkpoints_total_limit)
             accelerator.wait_for_everyone()
-        if stop or broken:
-            leave(accelerator, run, broken, received)
+        if stop_now or is_broken:
+            leave(accelerator, run, is_broken, stop.received)
         if done % validation_steps == 0 or done == counts.last_step:
-            look()
+            look_and_keep(args, accelerator, run, look, asked_to_stop)
+    if asked_to_stop() and accelerator.is_main_process:  # while it looked for the last time
+        leave(accelerator, run, False, stop.received)
+
+
+def look_and_keep(args, accelerator, run, look, asked_to_stop):
+    """Looks at the run, and keeps its checkpoint if it is the best one so far and that is asked for."""
+    held_out_loss = look(asked_to_stop)
+    if args.keep_best and held_out_loss is not None and accelerator.is_main_process:
+        keep_best(run, held_out_loss, write_torch_state, args.checkpoints_total_limit)
+    accelerator.wait_for_everyone()
+
+
+def max_nan_steps(args, accelerator):
+    """How many steps in a row may be skipped: a scaler of fp16 begins too high, and finds its scale by such steps."""
+    if args.max_nan_steps is not None:
+        return args.max_nan_steps
+    return 5 if accelerator.mixed_precision == "fp16" else 0
 
 
 @contextlib.contextmanager
@@ -543,11 +711,10 @@ def without_sync(accelerator, models):
 
 def exchange(accelerator, loss, grad_norm, stop):
     """The step's one exchange between processes: the sum of their losses, and in how many of them loss or gradient is
-    not finite, the gradient is not (which is for fp16's scaler to mend), a stop is asked for."""
-    overflow = ~torch.isfinite(grad_norm)
-    broken = ~torch.isfinite(loss) | (overflow & (accelerator.mixed_precision != "fp16"))
-    flags = torch.stack([loss, broken.float(), overflow.float(), torch.full_like(loss, stop)])
-    return accelerator.reduce(flags, reduction="sum").tolist()
+    not finite, and a stop is asked for."""
+    not_finite = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
+    numbers = torch.stack([loss, not_finite.float(), torch.full_like(loss, stop)])
+    return accelerator.reduce(numbers, reduction="sum").tolist()
 
 
 def update_average(args, accelerator, run, parameters):
@@ -560,10 +727,10 @@ def update_average(args, accelerator, run, parameters):
             ema.to("cpu")
 
 
-def use_average(run, parameters):
+def use_average(run):
     """Puts the averaged weights, if there are any, into the models: those are the result."""
     if "ema" in run.state:
-        run.state["ema"].copy_to(parameters)
+        run.state["ema"].copy_to(run.weights.parameters)
 
 
 # ------------------------------------------------------------------------------------------------------------- batches
@@ -836,7 +1003,12 @@ def check_rows(rows, memory, skip_bad_images, tokenizer, resolution):
 
 def name_of(rows, index):
     """What a row's image is called: its path, or the row's number where a dataset holds the image itself."""
-    return (rows[index]["image"] or {}).get("path") or f"row {index}"
+    return name_of_row(rows[index], index)
+
+
+def name_of_row(row, index):
+    """What a row is called: the path of its image, or its number where a dataset holds the image itself."""
+    return (row["image"] or {}).get("path") or f"row {index}"
 
 
 def warn(what, found):
@@ -846,7 +1018,7 @@ def warn(what, found):
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
-def new_run(args, counts, state, precision, fingerprints):
+def new_run(args, counts, state, precision, fingerprints, weights=None):
     """A run at its start. `fingerprints` are digests, by name, of what the run is trained on."""
     settings = {
         **vars(args),
@@ -858,8 +1030,8 @@ def new_run(args, counts, state, precision, fingerprints):
         "schedule_steps": None if args.lr_scheduler.startswith("constant") else counts.last_step,
         "state": [*state],
     }
-    progress = {"global_step": 0, "base_losses": None, "losses": []}
-    return Run(Path(args.output_dir), settings, progress, state, counts)
+    progress = {"global_step": 0, "base_losses": None, "losses": [], "nan_steps": 0}
+    return Run(Path(args.output_dir), settings, progress, state, counts, weights)
 
 
 def list_checkpoints(output_dir):
@@ -881,45 +1053,120 @@ def find_checkpoint(output_dir, wanted):
     return inside if inside.is_dir() else Path(wanted)
 
 
+def checkpoint_of(run):
+    """Where the checkpoint of the run's step is, or will be."""
+    return run.output_dir / f"checkpoint-{run.progress['global_step']}"
+
+
 def save_checkpoint(run, write_state, total_limit):
-    """Writes checkpoint-N beside its place, then renames it; only then do older ones beyond `total_limit` go.
-    `write_state(folder)` writes the run's state. For one process alone."""
-    final = run.output_dir / f"checkpoint-{run.progress['global_step']}"
+    """Writes checkpoint-N beside its place, then renames it; only then do older ones beyond `total_limit` go, but not
+    the best one. `write_state(run, folder)` writes the run's weights and state. For one process alone. If it fails,
+    nothing of it stays behind. Raises whatever a full disk or the like leads to."""
+    final = checkpoint_of(run)
     if (final / "progress.json").exists():  # a step broke just after a save
         return
-    partial = final.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a save that was killed
-    partial.mkdir()
-    write_state(partial)
-    for name, content in (("args", run.settings), ("progress", run.progress)):
-        (partial / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.sync()  # files before names, or a crash could leave a whole name with half a file
-    partial.rename(final)
-    surplus = list_checkpoints(run.output_dir)[:-total_limit] if total_limit else []
+    partial = final.with_name(f"{final.name}.{os.getpid()}.partial")  # two processes may save after a failure
+    try:
+        partial.mkdir()
+        write_state(run, partial)
+        for name, content in (("args", run.settings), ("progress", run.progress)):
+            (partial / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        copy_mode(run.output_dir / "args.json", partial.rglob("*.safetensors"))
+        sync(partial)  # files before names, or a crash could leave a whole name with half a file
+        partial.rename(final)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    remove_surplus(run.output_dir, total_limit)
+
+
+def remove_surplus(output_dir, total_limit):
+    """Removes the oldest checkpoints beyond `total_limit`, all but the best one; None for no limit."""
+    best = read_best(output_dir)
+    surplus = list_checkpoints(output_dir)[:-total_limit] if total_limit else []
     for old in surplus:
-        shutil.rmtree(old.rename(old.with_suffix(".partial")))  # which is what a kill would leave of it
+        if best is None or old.name != f"checkpoint-{best['step']}":
+            shutil.rmtree(old.rename(old.with_suffix(".partial")))  # which is what a kill would leave of it
+
+
+def read_best(output_dir):
+    """The `step` of a run's checkpoint with the lowest held-out loss, and that `held_out_loss`; None without one."""
+    path = Path(output_dir, "best.json")
+    return read_json(path) if path.is_file() else None
+
+
+def keep_best(run, held_out_loss, write_state, total_limit):
+    """Keeps the checkpoint of the run's step, and writes it if it is not there, if its held-out loss is the lowest so
+    far. For one process alone."""
+    best, step = read_best(run.output_dir), run.progress["global_step"]
+    if best and best["step"] != step and best["held_out_loss"] <= held_out_loss:
+        return
+    save_checkpoint(run, write_state, None)
+    with beside(run.output_dir / "best.json") as path:
+        path.write_text(json.dumps({"step": step, "held_out_loss": held_out_loss}) + "\n", encoding="utf-8")
+    remove_surplus(run.output_dir, total_limit)
+
+
+@contextlib.contextmanager
+def averaged(run):
+    """Has the averaged weights, if there are any, in the models for a while."""
+    ema, parameters = run.state.get("ema"), run.weights.parameters
+    if not ema:
+        yield
+        return
+    ema.store(parameters)
+    ema.copy_to(parameters)
+    try:
+        yield
+    finally:
+        ema.restore(parameters)
 
 
 def write_torch_state(run, folder):
-    """Writes the state of what was made by PyTorch into a checkpoint's folder."""
-    torch.save({name: part.state_dict() for name, part in run.state.items()}, folder / "state.pt")
+    """Writes the weights, averaged ones too, and the state of what was made by PyTorch into a checkpoint's folder."""
+    run.weights.write(run.weights.models, folder, "")
+    state = {name: part.state_dict() for name, part in run.state.items()}
+    if "ema" in state:
+        with averaged(run):
+            run.weights.write(run.weights.models, folder, AVERAGED)
+        del state["ema"]["shadow_params"]
+    torch.save(state, folder / "state.pt")
 
 
-def read_checkpoint(checkpoint, read_state):
-    """Returns (settings, progress, state) in a checkpoint, the state as `read_state(folder)` reads it. Raises
-    `InputError`."""
+def read_torch_state(run, folder):
+    """Reads what `write_torch_state` wrote: weights into the models, the average into the run's; returns the state, by
+    name, as tensors in the CPU's memory."""
+    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    if "ema" in run.state:
+        run.weights.read(run.weights.models, folder, AVERAGED)
+        run.state["ema"].shadow_params = [value.detach().clone() for value in run.weights.parameters]
+    run.weights.read(run.weights.models, folder, "")
+    return state
+
+
+def note_step(run, step, loss, is_finite):
+    """Notes that a step is done; one whose loss or gradient was not finite changed nothing."""
+    progress = run.progress
+    progress["global_step"] = step + 1
+    progress["nan_steps"] = 0 if is_finite else progress["nan_steps"] + 1
+    if math.isfinite(loss):
+        progress["losses"].append(loss)
+    if not is_finite:
+        print(f"\nStep {step + 1}: loss or gradient is not finite; skipped, {progress['nan_steps']} in a row.")
+
+
+def read_undamaged(checkpoint, read):
+    """What `read(checkpoint)` gives. Raises `InputError` if that fails."""
     try:
-        settings = json.loads((checkpoint / "args.json").read_text())
-        progress = json.loads((checkpoint / "progress.json").read_text())
-        return settings, progress, read_state(checkpoint)
+        return read(checkpoint)
     except Exception as error:  # torch and safetensors have one for every way of being broken
         told = f"{checkpoint} is damaged, or of another script; name another ({last_line(error)})"
         raise InputError(f"--resume_from_checkpoint: {told}") from None
 
 
-def read_torch_state(folder):
-    """The state in a checkpoint's folder, by name, as tensors in the CPU's memory."""
-    return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+def read_settings(checkpoint):
+    """The settings of the run that wrote a checkpoint, and its progress. Raises `InputError`."""
+    return read_json(checkpoint / "args.json"), read_json(checkpoint / "progress.json")
 
 
 def compare_settings(run, checkpoint, before, free, fixed):
@@ -951,12 +1198,19 @@ def take_progress(run, checkpoint, progress, changed):
     run.progress = progress
 
 
+def take_settings(run, checkpoint, free, fixed):
+    """Compares the run's settings with those of a checkpoint, and takes over its progress; `free` and `fixed` as in
+    `compare_settings`. Raises `InputError`."""
+    before, progress = read_undamaged(checkpoint, read_settings)
+    changed = compare_settings(run, checkpoint, before, free, fixed)
+    take_progress(run, checkpoint, progress, changed)
+
+
 def resume(run, checkpoint, free, fixed):
     """Loads a checkpoint into the run, made by PyTorch; `free` and `fixed` as in `compare_settings`. Raises
     `InputError`."""
-    before, progress, saved = read_checkpoint(checkpoint, read_torch_state)
-    changed = compare_settings(run, checkpoint, before, free, fixed)
-    take_progress(run, checkpoint, progress, changed)
+    take_settings(run, checkpoint, free, fixed)
+    saved = read_undamaged(checkpoint, functools.partial(read_torch_state, run))
     # Rates and decays are those asked for now, which are the checkpoint's unless they were changed.
     asked = {"param_groups", "base_lrs", "decay", "use_ema_warmup"}
     for name, part in run.state.items():
@@ -984,16 +1238,16 @@ def raise_problems(problems):
 
 
 @contextlib.contextmanager
-def told_to_user(program, speaks=True, errors=InputError, stopped=None):
+def told_to_user(program, speaks=True, errors=InputError, stopped=None, patience=0):
     """Ends the process with status 2 and the message after an `InputError`, or the class or classes `errors`; after
-    Ctrl-C with the status of SIGINT and the line `stopped`. Of several processes only the one that `speaks` prints:
-    the others would say the same."""
+    Ctrl-C with the status of SIGINT and the line `stopped`. Of several processes only the one that `speaks` prints
+    more than mistakes, which another one tells after `patience` seconds, if it was not ended by then."""
     try:
         with contextlib.redirect_stdout(sys.stdout if speaks else io.StringIO()):
             yield
     except errors as error:
-        if speaks:
-            print(f"{program}: {error}", file=sys.stderr)
+        time.sleep(patience)
+        print(f"{program}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         if speaks:
@@ -1002,6 +1256,69 @@ def told_to_user(program, speaks=True, errors=InputError, stopped=None):
 
 
 # --------------------------------------------------------------------------------------------------------------- files
+@contextlib.contextmanager
+def beside(output, keep_mode=False):
+    """Gives a name to write to beside `output`, a file or a folder, and renames what is there when it is complete.
+    Files get a new file's usual permissions: safetensors makes them for their owner alone. With `keep_mode` a file
+    gets those of the one that it replaces."""
+    output = Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    new, old = [output.with_name(f".{output.name}.{os.getpid()}.{word}") for word in ("new", "old")]
+    try:
+        yield new
+        umask = os.umask(0)
+        os.umask(umask)
+        written = [new, *new.glob("**/*.safetensors")]
+        for path in [path for path in written if path.is_file()]:
+            path.chmod(0o666 & ~umask)
+        if keep_mode and output.exists():
+            shutil.copymode(output, new)
+        if output.is_dir():  # which a rename does not replace
+            output.rename(old)
+        new.replace(output)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if new.is_dir():
+            shutil.rmtree(new)
+        else:
+            new.unlink(missing_ok=True)
+
+
+def sync(folder):
+    """Has the system write a folder and all that is in it to the disk: until then a crash of the machine could leave a
+    whole name with half a file."""
+    for path in [*sorted(folder.rglob("*"), reverse=True), folder]:
+        if path.is_dir() and os.name == "nt":  # where folders cannot be opened, and need not be
+            continue
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def move_into(staging, folder):
+    """Renames what is in `staging` into `folder`, in the place of what has the same name there, and removes it. Files
+    go last, and in reverse order, so that a README.md means that all is there."""
+    for new in sorted(staging.iterdir(), key=lambda path: (path.is_dir(), path.name), reverse=True):
+        place = folder / new.name
+        if place.is_dir():  # which a rename does not replace
+            old = place.rename(staging / f"{new.name}.old")
+            new.rename(place)
+            shutil.rmtree(old)
+        else:
+            new.replace(place)
+    staging.rmdir()
+
+
+def read_json(path):
+    """The dictionary in a JSON file. Raises `InputError`."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: cannot be read ({last_line(error)})") from None
+
+
 def existing_place(path):
     """The path itself, or the nearest folder above it that exists."""
     path = Path(path).resolve()
@@ -1189,6 +1506,11 @@ def add_optimization_arguments(parser):
         default=1.0,
         help="clip the gradient's norm to this; inf: no clipping (0, inf]",
     )
+    add(
+        "--max_nan_steps",
+        type=non_negative_int,
+        help="steps in a row whose loss or gradient is not finite that are skipped; 5 in fp16, else 0 [0, inf)",
+    )
     add("--adam_beta1", type=fraction_below_one, default=0.9, help="AdamW's beta1 [0, 1)")
     add("--adam_beta2", type=fraction_below_one, default=0.999, help="AdamW's beta2 [0, 1)")
     add("--adam_weight_decay", type=non_negative_float, default=1e-2, help="AdamW's weight decay [0, inf)")
@@ -1231,6 +1553,7 @@ def add_output_arguments(parser):
         "--checkpointing_steps", type=positive_int, default=500, help="write a checkpoint every so many steps [1, inf)"
     )
     add("--checkpoints_total_limit", type=positive_int, help="keep only so many checkpoints, the newest [1, inf)")
+    add("--keep_best", **SWITCH, help="keep that with the lowest held-out loss too; needs --num_validation_samples")
     add("--resume_from_checkpoint", metavar="PATH|latest", help="go on from a checkpoint, if there is a latest")
     add("--allow_changed_resume", **SWITCH, help="though the result will change; needs --resume_from_checkpoint")
     add("--report_to", default="tensorboard", help="tracker of accelerate's (tensorboard, wandb, ...), all or none")
@@ -1422,6 +1745,16 @@ def open_image(encoded):
 def read_image(image):
     """Opens an image of a dataset's undecoded column, a dictionary of `bytes` or `path`, as `open_image` does."""
     return open_image(image["bytes"] or Path(image["path"]).read_bytes())
+
+
+@contextlib.contextmanager
+def still_readable(name):
+    """Raises `InputError`, which names the image, where one that was checked cannot be decoded any more."""
+    try:
+        yield
+    except Exception as error:  # whatever a decoder stumbles over
+        told = f"changed since it was checked, and cannot be read now ({last_line(error)}); put it back or start again"
+        raise InputError(f"{name}: {told}") from None
 
 
 def check_image(image, known):
@@ -1623,6 +1956,21 @@ def frozen_copy(model, device, dtype):
     return copy.deepcopy(model).requires_grad_(False).eval().to(device, dtype=dtype)
 
 
+def write_models(models, folder, suffix=""):
+    """Writes models, by name, each into a folder of that name and suffix from which `from_pretrained` loads it."""
+    for name, model in models.items():
+        if hasattr(model, "register_to_config"):
+            model.register_to_config(_name_or_path=None)  # which is a path here
+        model.save_pretrained(folder / f"{name}{suffix}")
+
+
+def read_models(models, folder, suffix=""):
+    """Reads what `write_models` wrote into models of the same shapes, in float32."""
+    for name, model in models.items():
+        saved = type(model).from_pretrained(folder / f"{name}{suffix}", dtype=torch.float32)
+        model.load_state_dict(saved.state_dict())
+
+
 # -------------------------------------------------------------------------------------------------------- optimization
 def check_optimization(args):
     """Lists which flags of the learning rate contradict each other."""
@@ -1706,7 +2054,7 @@ def check_output(args, foreign_result):
     checkpoint, newest = find_checkpoint(output, wanted), find_checkpoint(output, "latest")
     existing = existing_place(output)
     is_usable = existing.is_dir() and os.access(existing, os.W_OK)
-    is_used = is_usable and existing == output and any(output.iterdir())
+    is_used = is_usable and existing == output and is_taken(args)
     is_run = (output / "args.json").is_file() and not (output / foreign_result).exists()
     if checkpoint:
         is_own = output == checkpoint.resolve().parent
@@ -1738,16 +2086,51 @@ def check_trackers(args):
     return []
 
 
+def is_taken(args):
+    """Whether the output folder holds more than a lock, and logs of trackers, which get a folder of their own."""
+    others = {LOCK_FILE, Path(args.logging_dir).parts[0]}
+    return any(path.name not in others for path in Path(args.output_dir).iterdir())
+
+
+@contextlib.contextmanager
+def locked_output(args):
+    """Holds the lock of the output folder, which the end of the process releases in every case: a run may still be
+    finishing a step when the terminal is free again. A folder that stays empty is removed. Raises `InputError`."""
+    output_dir = Path(args.output_dir)
+    is_new = not output_dir.exists()
+    output_dir.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output_dir / LOCK_FILE)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise InputError(
+            f"--output_dir={output_dir}: another run is writing there, maybe one that finishes its last step; wait "
+            "for it, or name another folder"
+        ) from None
+    except (OSError, NotImplementedError) as error:  # on some network file systems
+        print(f"Warning: {output_dir} cannot be locked ({last_line(error)}); start no other run there meanwhile.")
+    try:
+        yield
+    finally:
+        if is_new and [path.name for path in output_dir.iterdir()] == [LOCK_FILE]:
+            shutil.rmtree(output_dir)
+        lock.release()
+
+
 def prepare_output(run, overwrite):
     """Makes the output folder with args.json and a log up to the first step; removes what an earlier run left there if
-    it may be overwritten. For one process alone."""
+    it may be overwritten, and what it left unfinished. For one process alone."""
     output_dir = run.output_dir
     output_dir.mkdir(parents=True, exist_ok=True)
+    old_files = ["README.md", "best.json"]  # the first of which says that a run has ended
+    old_folders = r"samples|checkpoint-\d+"
+    unfinished = r"checkpoint-\d+(\.\d+)?\.partial|" + re.escape(NEW_RESULT)
     if overwrite:
-        (output_dir / "README.md").unlink(missing_ok=True)  # which says that a run has ended
-        for old in list(output_dir.iterdir()):
-            if re.fullmatch(r"samples|checkpoint-\d+(.partial)?", old.name):
-                shutil.rmtree(old, ignore_errors=True)
+        for name in old_files:
+            (output_dir / name).unlink(missing_ok=True)
+    for old in list(output_dir.iterdir()):
+        if re.fullmatch(unfinished, old.name) or (overwrite and re.fullmatch(old_folders, old.name)):
+            shutil.rmtree(old)
     (output_dir / "args.json").write_text(json.dumps(run.settings, indent=2) + "\n", encoding="utf-8")
     log = output_dir / "log.jsonl"
     first_step = run.progress["global_step"]
@@ -1764,11 +2147,40 @@ def was_before(line, first_step):
     return row["step"] < first_step or ("loss" in row and row["step"] == first_step)
 
 
+def start_trackers(args, accelerator):
+    """Starts the trackers. Raises `InputError` for one that does not start."""
+    config = {name: str(value) for name, value in vars(args).items() if name != "hub_token"}
+    try:
+        accelerator.init_trackers(args.tracker_project_name, config)
+    except Exception as error:  # each has its own way to say that nobody is logged in
+        raise InputError(
+            f"--report_to={args.report_to}: does not start ({last_line(error)}); log in to it (wandb login), work "
+            "offline (WANDB_MODE=offline), or use --report_to=none"
+        ) from None
+
+
+def tell_trackers(accelerator, tell):
+    """Calls `tell(tracker)` for every tracker; one that fails is done without from then on."""
+    for tracker in list(accelerator.trackers):
+        try:
+            tell(tracker)
+        except Exception as error:  # of a connection, a quota, a disk: its log is not the run
+            print(f"Warning: {tracker.name} failed and is done without ({last_line(error)}).", file=sys.stderr)
+            accelerator.trackers.remove(tracker)
+
+
+def end_training(accelerator):
+    """Ends the trackers and leaves the other processes."""
+    tell_trackers(accelerator, lambda tracker: tracker.finish())
+    accelerator.trackers = []
+    accelerator.end_training()
+
+
 def log_losses(accelerator, run, learning_rate, grad_norm, images_per_second):
     """Logs the mean loss of the steps since the last such line, and the last step's other numbers."""
     losses = run.progress["losses"]
     numbers = {
-        "loss": sum(losses) / len(losses),
+        "loss": sum(losses) / len(losses) if losses else None,  # none if all of them were skipped
         "lr": learning_rate,
         "grad_norm": grad_norm,
         "images_per_second": images_per_second,
@@ -1782,13 +2194,29 @@ def write_log(accelerator, output_dir, step, numbers):
     if accelerator.is_main_process:
         with (output_dir / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **numbers}) + "\n")
-    accelerator.log(numbers, step=step)
+    known = {name: value for name, value in numbers.items() if value is not None}
+    tell_trackers(accelerator, lambda tracker: tracker.log(known, step=step))
 
 
-def save_pipeline(args, pipeline, noise_scheduler):
-    """Writes a pipeline folder with UNet and VAE in the precision asked for, and a scheduler that fits what was
-    trained; returns patterns that are its files."""
-    objective, output_dir = noise_scheduler.config, Path(args.output_dir)
+@contextlib.contextmanager
+def new_result(output_dir):
+    """Gives a folder to write the result to, which comes into the output folder when it is whole."""
+    folder = Path(output_dir, NEW_RESULT)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+        copy_mode(Path(output_dir, "args.json"), folder.rglob("*.safetensors"))
+        sync(folder)
+        move_into(folder, Path(output_dir))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def save_pipeline(args, folder, pipeline, noise_scheduler):
+    """Writes a pipeline into a folder, with UNet and VAE in the precision asked for, and a scheduler that fits what
+    was trained; returns patterns that are its files."""
+    objective = noise_scheduler.config
     kind, changes = type(pipeline.scheduler), {"prediction_type": objective.prediction_type}
     if objective.rescale_betas_zero_snr:  # few samplers can start from pure noise
         kind = diffusers.DDIMScheduler
@@ -1798,9 +2226,7 @@ def save_pipeline(args, pipeline, noise_scheduler):
         part.to(DTYPES[args.save_precision])
         part.register_to_config(_name_or_path=None)  # which is a path here
     pipeline.register_to_config(_name_or_path=None)
-    pipeline.save_pretrained(output_dir)
-    for name in pipeline.components:
-        copy_mode(output_dir / "args.json", (output_dir / name).glob("*.safetensors"))
+    pipeline.save_pretrained(folder)
     return ["model_index.json", *[f"{name}/*" for name in pipeline.components]]
 
 
@@ -1827,8 +2253,9 @@ def print_plan(args, run, num_held_out, num_trained, about):
 
 
 # ---------------------------------------------------------------------------------------------------------- model_card
-def write_card(args, step, prompts, loader, tags, instance_prompt=None):
-    """Writes the model card: licence of the base, how to load the result, samples, settings; no paths, no secrets."""
+def write_card(args, folder, step, prompts, loader, tags, instance_prompt=None):
+    """Writes the model card into a folder: licence of the base, how to load the result, samples, settings; no paths,
+    no secrets."""
     base, name = args.pretrained_model_name_or_path, Path(args.output_dir).resolve().name
     is_local = Path(base).exists()
     licence = None
@@ -1853,33 +2280,40 @@ def write_card(args, step, prompts, loader, tags, instance_prompt=None):
         if is_given and not is_file and not NOT_ON_CARD.search(flag):
             shown = str(value).replace("|", " ")
             text += f"| {flag} | {shown} |\n"
-    Path(args.output_dir, "README.md").write_text(text, encoding="utf-8")
+    Path(folder, "README.md").write_text(text, encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------------------------------------------- hub
-def create_repo(args):
-    """Makes the repository on the Hub; returns its full name. Raises `InputError`."""
+def name_repo(args):
+    """The full name of the repository to upload to, which is made when there is something to upload. Raises
+    `InputError` where nobody is logged in."""
     name = args.hub_model_id or Path(args.output_dir).resolve().name
     try:
-        api = HfApi(token=args.hub_token)
-        return api.create_repo(name, private=args.hub_private_repo or None, exist_ok=True).repo_id
+        user = HfApi(token=args.hub_token).whoami()
+        if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+            raise PermissionError("the token can only read")
+        repo_id = name if "/" in name else f"{user['name']}/{name}"
+        validate_repo_id(repo_id)
+        return repo_id
     except Exception as error:  # of the Hub, of the connection or of the name
         raise InputError(
-            f"--push_to_hub: the repository {name} cannot be made; log in with `hf auth login` or --hub_token, and "
-            f"check --hub_model_id ({last_line(error)})"
+            f"--push_to_hub: cannot upload to {name}; log in with `hf auth login` or --hub_token, and check "
+            f"--hub_model_id ({last_line(error)})"
         ) from None
 
 
 def push(args, repo_id, files, step):
-    """Uploads `files` of the result, card, log and samples, nothing else; if that fails, says how to and ends with
-    status 1."""
+    """Makes the repository and uploads `files` of the result, card, log and samples, nothing else; if that fails, says
+    how to and ends with status 1."""
     folder = args.output_dir
     files = ["README.md", "log.jsonl", "samples/*", *files]
     try:
-        HfApi(token=args.hub_token).upload_folder(
+        api = HfApi(token=args.hub_token)
+        api.create_repo(repo_id, private=args.hub_private_repo or None, exist_ok=True)
+        api.upload_folder(
             repo_id=repo_id, folder_path=folder, commit_message=f"Train {step} steps", allow_patterns=files
         )
-    except Exception as error:  # whatever it is, the result is safe and the user should hear that
+    except (Exception, KeyboardInterrupt) as error:  # whatever it is, the result is safe, which the user should hear
         include = " ".join(map(repr, files))
         print(
             f"The upload failed ({last_line(error)}). The result is whole in {folder}; to send it again:\n"
@@ -1945,34 +2379,36 @@ def show_samples(args, accelerator, run, parts, prompts):
     step = run.progress["global_step"]
     path = run.output_dir / "samples" / f"step-{step:06d}.png"
     drawn = np.stack(draw_samples(accelerator, parts, prompts, args.resolution, args.seed, path))
-    for tracker in accelerator.trackers:
-        if hasattr(tracker, "log_images"):
-            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({"samples": drawn}, step=step, **layout)
+    tell_trackers(accelerator, functools.partial(track_samples, drawn, step))
 
 
-def validate(args, accelerator, run, parameters, parts, held_out, prompts):
+def track_samples(drawn, step, tracker):
+    """Sends samples, pixels (num_images, height, width, 3), to a tracker that takes images."""
+    if hasattr(tracker, "log_images"):
+        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        tracker.log_images({"samples": drawn}, step=step, **layout)
+
+
+def validate(args, accelerator, run, parts, held_out, prompts, is_asked):
     """Draws samples and measures the held-out loss, under the averaged weights if there are any. `parts` are those of
     the pipeline, with the scheduler of training."""
     if not prompts and not len(held_out):
-        return
+        return None
     unet, vae, text_encoder = parts["unet"], parts["vae"], parts["text_encoder"]
-    ema = run.state.get("ema")
+    held_out_loss = None
     trained = torch.nn.ModuleList(part for part in (unet, text_encoder) if part.training).eval()
-    if ema:
-        ema.store(parameters)
-        ema.copy_to(parameters)
-    if len(held_out):
-        losses = held_out_losses(
-            accelerator, unet, vae, text_encoder, parts["scheduler"], held_out, args.train_batch_size
-        )
-        log_held_out_losses(accelerator, run, losses)
-    if prompts and accelerator.is_main_process:
-        show_samples(args, accelerator, run, parts, prompts)
-    if ema:
-        ema.restore(parameters)
+    with averaged(run):
+        if len(held_out):
+            losses = held_out_losses(
+                accelerator, unet, vae, text_encoder, parts["scheduler"], held_out, args.train_batch_size
+            )
+            log_held_out_losses(accelerator, run, losses)
+            held_out_loss = losses.mean().item()
+        if prompts and accelerator.is_main_process:
+            show_samples(args, accelerator, run, parts, prompts)
     trained.train()
     accelerator.wait_for_everyone()
+    return held_out_loss
 
 
 def check_validation(args, prompt_flag):
@@ -1984,6 +2420,39 @@ def check_validation(args, prompt_flag):
 
 
 # ------------------------------------------------------------------------------------------------------------- signals
+def is_asked(stop):
+    """Whether the run is to stop: after a signal, or when the launcher is gone, to which alone a SIGTERM goes."""
+    return bool(stop.received) or is_orphaned(stop.launcher)
+
+
+def find_launcher():
+    """The process number of the launcher that started this process, or None without one; to be asked before accelerate
+    sets variables of its own."""
+    launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
+    return os.getppid() if launched else None
+
+
+def is_orphaned(launcher):
+    """Whether the launcher is gone: then this process has another parent."""
+    return launcher is not None and os.getppid() != launcher
+
+
+@contextlib.contextmanager
+def noted_signals(stop):
+    """Notes SIGTERM and SIGINT in `stop` instead of ending; afterwards they do what they did before. Outside the main
+    thread, which alone gets signals, all stays as it is."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    on_signals(functools.partial(note_signal, stop.received))
+    try:
+        yield
+    finally:
+        for number, action in before.items():
+            signal.signal(number, action)
+
+
 def on_signals(action, _=None):
     """Answers SIGTERM and SIGINT by `action`; workers ignore them: the main process needs them to finish the step."""
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -1997,28 +2466,98 @@ def note_signal(received, number, _):
     signal.signal(number, signal.SIG_DFL)
 
 
-def find_launcher():
-    """The process number of the launcher that started this process, or None without one; to be asked before accelerate
-    sets variables of its own."""
-    launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
-    return os.getppid() if launched else None
+# ------------------------------------------------------------------------------------------------------------ failures
+@contextlib.contextmanager
+def nothing_lost(args, accelerator, run, stop, write_state):
+    """Notes signals in `stop`, and after an exception writes the last state that is whole as a checkpoint, by
+    `write_state(run, folder)`, says what happened and ends with status 1. Any process may be the one that fails, and
+    holds the same state as the others."""
+    with noted_signals(stop):
+        try:
+            yield
+        except Exception as error:  # of the data, the disk, the memory, a library
+            reason, remedy = explain(args, error)
+            told_as = (
+                ""
+                if accelerator.num_processes == 1
+                else f"Rank {accelerator.process_index} on {socket.gethostname()}: "
+            )
+            if not reason:
+                traceback.print_exception(error)
+                reason = last_words(error)
+            kept = save_what_is_whole(run, write_state)
+            step = run.progress["global_step"]
+            print(f"\n{told_as}Stopped after step {step} by {reason}. {kept}{remedy}", file=sys.stderr)
+            sys.exit(1)
 
 
-def is_orphaned(launcher):
-    """Whether the launcher is gone, to whom alone a SIGTERM goes: then this process has another parent."""
-    return launcher is not None and os.getppid() != launcher
+def explain(args, error):
+    """What happened, and a remedy, for a user; ("", "") for what only a developer can understand."""
+    if isinstance(error, InputError):
+        return last_words(error), ""
+    if is_disk_full(error):
+        return f"a full disk ({last_words(error)})", ". Make room first"
+    if isinstance(error, MemoryError) or OUT_OF_MEMORY_TEXT.search(str(error)):
+        return f"a lack of memory ({last_words(error)})", f". Use {memory_flags(args)}"
+    if LOST_PEER_TEXT.search(str(error)):
+        return f"the end of another process ({last_words(error)})", ""
+    return "", ""
+
+
+def is_disk_full(error):
+    """Whether an exception comes of a full disk, a quota or a limit on the size of files."""
+    return getattr(error, "errno", None) in DISK_FULL or bool(DISK_FULL_TEXT.search(str(error)))
+
+
+def memory_flags(args):
+    """The flags that would make the run smaller and are not used yet."""
+    flags = []
+    if args.train_batch_size > 1:
+        flags.append("a smaller --train_batch_size with more --gradient_accumulation_steps")
+    for flag in ("gradient_checkpointing", "use_8bit_adam", "offload_ema"):
+        useful = flag != "offload_ema" or args.use_ema
+        if useful and getattr(args, flag, None) is False:
+            flags.append(f"--{flag}")
+    if args.mixed_precision in (None, "no"):
+        flags.append("--mixed_precision=bf16")
+    return ", ".join([*flags, "a smaller --resolution"])
+
+
+def last_words(error):
+    """The last line of an exception's text, without the class that a worker's report begins it with."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return re.sub(r"^[\w.]+Error: ", "", lines[-1]).rstrip(".")
+
+
+def save_what_is_whole(run, write_state):
+    """Writes the checkpoint of the run's step, if weights and state belong together; returns what there is to go on
+    from."""
+    free_memory()
+    why = "the optimizer was at work"
+    if run.is_whole:
+        try:
+            save_checkpoint(run, write_state, None)
+            return f"{checkpoint_of(run)} holds its state; go on with --resume_from_checkpoint=latest"
+        except Exception as error:  # the disk may be what is full
+            why = last_words(error)
+    whole = list_checkpoints(run.output_dir)
+    if not whole:
+        return f"No checkpoint could be written ({why}), and there is none before"
+    return f"No checkpoint could be written ({why}); go on from {whole[-1]} with --resume_from_checkpoint=latest"
 
 
 def leave(accelerator, run, broken, received):
     """Ends the process after its last checkpoint, and says why: status 1 for a broken step, else 128 + signal."""
-    accelerator.end_training()
+    end_training(accelerator)
     step = run.progress["global_step"]
     why, remedy = "a signal", ""
     if broken:
         why = f"a loss or gradient that is not finite, in step {step + 1}"
         remedy = " --allow_changed_resume and a lower --learning_rate"
+        if run.settings["mixed_precision"] == "fp16":
+            remedy += ", or start anew with --mixed_precision=bf16, whose numbers reach further"
     accelerator.print(
-        f"Stopped by {why}. {run.output_dir / f'checkpoint-{step}'} holds the state after step {step}; go on with "
+        f"Stopped by {why}. {checkpoint_of(run)} holds the state after step {step}; go on with "
         f"--resume_from_checkpoint=latest{remedy}",
         file=sys.stderr,
     )
@@ -2033,28 +2572,35 @@ def run_launched_script(program, parser, argv, replaced_flags, check_args, train
     launcher)` gets to know that, and of several processes the first one speaks."""
     launcher = find_launcher()  # first of all: it may die soon, and accelerate sets variables of its own
     start = functools.partial(train, launcher=launcher)
-    is_first = os.environ.get("RANK", "0") == "0"
-    run_script(program, parser, argv, replaced_flags, check_args, start, speaks=is_first)
+    rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
+    if rank != "0":
+        program = f"{program}, rank {rank} on {socket.gethostname()}"
+    # The first process of a machine tells its mistakes. The others do, too, if they live to: their launcher ends them
+    # when the first one, which has mostly made the same mistake, has ended.
+    patience = 0 if local_rank == "0" else 5
+    run_script(program, parser, argv, replaced_flags, check_args, start, is_first=rank == "0", patience=patience)
 
 
-def run_script(program, parser, argv, replaced_flags, check_args, train, speaks=True, prints=None):
+def run_script(program, parser, argv, replaced_flags, check_args, train, is_first=True, patience=0, prints_for=None):
     """Runs a training script: reads its flags, tells all that is wrong with them, and trains. A mistake of the user's
-    ends with status 2 and its message, which a process tells that `speaks`. On hosts that are started one by one,
-    `prints(args)` says whether this one tells more than its mistakes.
+    ends with status 2 and its message, after `patience` seconds. The process that `is_first` holds the lock of the
+    output folder, and prints; on hosts that are started one by one, `prints_for(args)` says whether it is.
 
     `check_args(args, problems)` lists what is wrong beside `problems` with the values of single flags.
     """
     args, problems = parse_flags(parser, argv, replaced_flags)
     quiet_libraries()
-    with told_to_user(program, speaks=speaks):
+    with told_to_user(program, speaks=is_first, patience=patience):
         # What is said of a flag whose value was refused is about its default.
         refused = [re.match(r"--\w+", problem)[0] for problem in problems]
         for problem in check_args(args, problems):
             if not any(re.search(rf"{flag}\b", problem) for flag in refused):
                 problems.append(problem)
         raise_problems(problems)
-        is_heard = prints is None or prints(args)
-        with contextlib.redirect_stdout(sys.stdout if is_heard else io.StringIO()):
+        if prints_for:
+            is_first = prints_for(args)
+        lock = locked_output(args) if is_first and not args.dry_run else contextlib.nullcontext()
+        with lock, contextlib.redirect_stdout(sys.stdout if is_first else io.StringIO()):
             train(args)
 
 

@@ -37,7 +37,8 @@ share a batch; what is random in a sample depends on (seed, epoch, index of the 
 #   model_card          The model card, README.md of a result
 #   hub                 The upload of a result to the Hub
 #   validation          Look at a run: draw samples, and measure the loss on images that are not trained on
-#   signals             Stop at the end of a step, on SIGTERM, Ctrl-C or the death of the launcher
+#   signals             Signals that ask a run to stop, and the death of the launcher, which asks for the same
+#   failures            What ends a run too early: it is told in a line, and nothing is lost that can be written
 #   script              Run a script: read its flags, tell what is wrong with them, train
 #   flax.networks       The networks of Stable Diffusion in JAX, as pure functions of the weights of PyTorch's modules
 #   flax.weights        Weights on their way between PyTorch's modules, JAX and Flax's files (.msgpack)
@@ -47,6 +48,7 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import errno
 import functools
 import hashlib
 import inspect
@@ -57,9 +59,12 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sys
 import tempfile
+import threading
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -76,11 +81,12 @@ import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
+from diffusers.training_utils import EMAModel, free_memory
 from diffusers.utils import make_image_grid
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from flax import serialization, traverse_util
 from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
+from huggingface_hub.utils import validate_repo_id
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
@@ -112,12 +118,12 @@ DATASET_FREE_ON_RESUME = set(
 DATA_FREE_ON_RESUME = {*DATASET_FREE_ON_RESUME, "train_data_dir"}
 OPTIMIZATION_FREE_ON_RESUME = set(
     """
-    gradient_accumulation_steps gradient_checkpointing max_train_steps num_train_epochs train_batch_size
+    gradient_accumulation_steps gradient_checkpointing max_nan_steps max_train_steps num_train_epochs train_batch_size
     """.split()
 )
 OUTPUT_FREE_ON_RESUME = set(
     """
-    allow_changed_resume checkpointing_steps checkpoints_total_limit hub_model_id hub_private_repo hub_token
+    allow_changed_resume checkpointing_steps checkpoints_total_limit hub_model_id hub_private_repo hub_token keep_best
     logging_dir logging_steps output_dir overwrite_output_dir push_to_hub report_to resume_from_checkpoint
     save_precision tracker_project_name
     """.split()
@@ -133,6 +139,7 @@ OUTPUT_REQUIRES = {
     "allow_changed_resume": "resume_from_checkpoint",
     "hub_model_id": "push_to_hub",
     "hub_private_repo": "push_to_hub",
+    "keep_best": "num_validation_samples",
 }
 
 IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
@@ -173,7 +180,8 @@ class CaptionedImages(torch.utils.data.Dataset):
         place = (0.5, 0.5) if self.center_crop else (left, top)
         resample = Image.Resampling[self.image_interpolation_mode.upper()]
         size = (self.resolution, self.resolution)
-        image = ImageOps.fit(read_image(row["image"]), size, resample, centering=place)
+        with still_readable(name_of_row(row, index)):
+            image = ImageOps.fit(read_image(row["image"]), size, resample, centering=place)
         if self.random_flip and flip < 0.5:
             image = ImageOps.mirror(image)
         caption = row["captions"][int(choice * len(row["captions"]))]
@@ -214,21 +222,58 @@ class StepCounts:
 
 POLYNOMIAL_END = 1e-7  # the rate at which diffusers' polynomial schedule ends
 
+AVERAGED = "_ema"  # ends the names of averaged weights in a checkpoint
+
+
+@dataclasses.dataclass
+class Weights:
+    """The weights that are trained, and how they become files that people can load, and come back from them."""
+
+    models: dict  # by name, that have them
+    parameters: list  # of torch
+    write: Callable  # (models, folder, suffix): writes into a folder, with a suffix to the names
+    read: Callable  # (models, folder, suffix): reads what was written. Raises whatever a broken file leads to
+
 
 @dataclasses.dataclass
 class Run:
-    """What a run is and how far it has come. A checkpoint holds `settings`, `progress` and `state`."""
+    """What a run is and how far it has come. A checkpoint holds `settings`, `progress`, `weights` and `state`."""
 
     output_dir: Path
     settings: dict  # flags, and what was made of them
-    progress: dict  # global_step, base_losses (held-out losses before training), losses (not yet logged)
+    progress: (
+        dict  # global_step, base_losses (held-out, before training), losses (not yet logged), nan_steps (in a row)
+    )
     state: dict  # by name: what has a state_dict, or in JAX arrays
     counts: StepCounts
+    weights: Weights | None = None  # None in JAX, where they are part of the state
+    is_whole: bool = True  # weights and state belong together; not so in the middle of an optimizer step
 
+
+LOCK_FILE = ".lock"
+NEW_RESULT = ".result.partial"  # a folder beside which the old result stays until the new one is whole
 
 NOT_ON_CARD = re.compile(r"_dir$|_path$|_token|_address$|host|config|resume")  # places, secrets and how it was started
 
 HELD_OUT_TIMESTEPS = 4  # at which the loss of each held-out image is measured
+
+
+@dataclasses.dataclass
+class Stop:
+    """What may ask a run to stop."""
+
+    launcher: int | None  # number of the process that started this one
+    received: list = dataclasses.field(default_factory=list)  # signals
+
+
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# What libraries say instead: safetensors, torch, which hides the reason, and torch again.
+DISK_FULL_TEXT = re.compile(
+    r"No space left|File too large|quota exceeded|iostream error|PytorchStreamWriter failed", re.IGNORECASE
+)
+OUT_OF_MEMORY_TEXT = re.compile(r"out of memory|can't allocate memory|RESOURCE_EXHAUSTED", re.IGNORECASE)
+# What a process says whose connection to another one ends: what happened is told there.
+LOST_PEER_TEXT = re.compile(r"Connection (closed|reset) by (peer|remote)|remote process exited|NCCL", re.IGNORECASE)
 
 # Keys of the configs that the networks obey or that do not bear on them; any other must be at its default.
 UNDERSTOOD = {
@@ -289,6 +334,8 @@ class EncodedImages:
     moments: np.ndarray | None  # (images, views, 2 x 4, height / 8, width / 8); the second view is mirrored
     vae: Callable | None  # gives the moments of pixels in every step, where they are not encoded once
 
+
+WEIGHTS = {"unet", "ema"}  # parts of the state that are weights of the UNet
 
 NO_NEED = "drop it; what is compiled here has no need of it"
 REPLACED_FLAGS = {
@@ -388,8 +435,11 @@ def train(args):
     mesh = start_jax(args)
     is_first = jax.process_index() == 0
     images, held_out, fingerprint = load_data(args, args.train_data_dir)
-    repo_id = create_repo(args) if is_first and args.push_to_hub and not args.dry_run else None
     accelerator = make_accelerator(args)
+    repo_id = None
+    if is_first and not args.dry_run:
+        repo_id = name_repo(args) if args.push_to_hub else None
+        start_trackers(args, accelerator)
     pipeline, noise_scheduler = load_models(args)
     dtype = jnp.bfloat16 if args.mixed_precision == "bf16" else jnp.float32
 
@@ -409,13 +459,13 @@ def train(args):
     optimizer = make_optimizer(args)
     state = make_state(args, arrays_of(pipeline.unet), optimizer)
     fingerprints = {"captioned_images": fingerprint}
-    run = start_run(args, counts, state, fingerprints, FREE_ON_RESUME, FIXED_ON_RESUME)
+    run = start_run(args, counts, state, fingerprints, pipeline, FREE_ON_RESUME, FIXED_ON_RESUME)
     tell_plan(args, run, len(held_out))
     if args.dry_run:
-        accelerator.end_training()
+        end_training(accelerator)
         return
 
-    start_output(args, accelerator, run)
+    start_output(args, run)
     pool = ThreadPoolExecutor(args.dataloader_num_workers or 1)
     batch_size = args.train_batch_size * jax.local_device_count()  # of this host
     vae = frozen(encode_pixels, pipeline.vae, dtype)
@@ -429,29 +479,34 @@ def train(args):
     look = functools.partial(validate, args, accelerator, run, pipeline, noise_scheduler, measure)
     batches = load_batches(args, run, encoded, batch_size, pool)
     training_loss = functools.partial(losses, snr_gamma=args.snr_gamma)
-    train_steps(args, accelerator, run, mesh, batches, training_loss, optimizer, look)
-    if is_first:
-        copy_weights(result_weights(run), pipeline.unet)
-        files = save_model(args, pipeline, noise_scheduler, counts.last_step)
-        if repo_id:
-            push(args, repo_id, files, counts.last_step)
-    accelerator.end_training()
+    stop = Stop(launcher=None)
+    with nothing_lost(args, accelerator, run, stop, functools.partial(write_arrays, pipeline)):
+        train_steps(args, accelerator, run, pipeline, stop, mesh, batches, training_loss, optimizer, look)
+        if is_first:
+            copy_weights(result_weights(run), pipeline.unet)
+            files = save_model(args, pipeline, noise_scheduler, counts.last_step)
+    if repo_id:
+        push(args, repo_id, files, counts.last_step)
+    end_training(accelerator)
 
 
 def save_model(args, pipeline, noise_scheduler, step):
     """Writes the pipeline, on demand with Flax's files, and the model card; returns patterns that are the pipeline's
     files."""
-    files = save_pipeline(args, pipeline, noise_scheduler)
-    if args.save_flax:
-        write_flax(pipeline, args.output_dir)
-    loader = "`StableDiffusionPipeline.from_pretrained(...)`"
-    write_card(args, step, args.validation_prompts, loader, ["stable-diffusion", "stable-diffusion-diffusers"])
+    with new_result(args.output_dir) as folder:
+        files = save_pipeline(args, folder, pipeline, noise_scheduler)
+        if args.save_flax:
+            write_flax(pipeline, folder)
+        loader = "`StableDiffusionPipeline.from_pretrained(...)`"
+        write_card(
+            args, folder, step, args.validation_prompts, loader, ["stable-diffusion", "stable-diffusion-diffusers"]
+        )
     return files
 
 
 def main(argv=None):
     """Runs the script; a mistake of the user's ends with status 2 and its message."""
-    run_script(Path(__file__).name, make_parser(), argv, REPLACED_FLAGS, check_args, train, prints=is_first_host)
+    run_script(Path(__file__).name, make_parser(), argv, REPLACED_FLAGS, check_args, train, prints_for=is_first_host)
 
 
 # ------------------------------------------------------------------------------------------------------ flax.diffusion
@@ -617,13 +672,29 @@ def make_state(args, weights, optimizer):
     return state
 
 
-def start_run(args, counts, state, fingerprints, free, fixed):
-    """A run at its start, or where the checkpoint to resume from ended; `free` and `fixed` name settings that may and
-    that cannot differ from the checkpoint's. Raises `InputError`."""
+def start_run(args, counts, state, fingerprints, pipeline, free, fixed):
+    """A run at its start, or where the checkpoint to resume from ended, the same on all hosts; `free` and `fixed` name
+    settings that may and that cannot differ from the checkpoint's. Raises `InputError`."""
     run = new_run(args, counts, state, args.mixed_precision or "no", fingerprints)
     if checkpoint := find_checkpoint(run.output_dir, args.resume_from_checkpoint):
-        resume(run, checkpoint, free, fixed)
+        resume(pipeline, run, checkpoint, free, fixed)
+    check_agreement({"global_step": run.progress["global_step"], **fingerprints, "steps and batch": vars(counts)})
     return run
+
+
+def check_agreement(values):
+    """Compares `values` of all hosts, by name: any that differ would have them wait for each other for ever. Raises
+    `InputError` on all of them, which names the difference."""
+    digests = [hashlib.sha256(repr(value).encode()).digest() for value in values.values()]
+    here = np.frombuffer(b"".join(digests), np.uint8).reshape(len(values), -1)
+    everywhere = multihost_utils.process_allgather(here).reshape(-1, *here.shape)
+    is_same = (everywhere == everywhere[0]).all(axis=(0, 2))
+    differences = [
+        f"{name}: {value} here" for (name, value), same in zip(values.items(), is_same, strict=True) if not same
+    ]
+    if differences:
+        remedy = "all need the same flags, the same data and one --output_dir that they share"
+        raise InputError("\n  ".join([f"the hosts do not agree; {remedy}", *differences]))
 
 
 def tell_plan(args, run, num_held_out):
@@ -640,12 +711,10 @@ def tell_plan(args, run, num_held_out):
     print_plan(args, run, num_held_out, num_trained, about)
 
 
-def start_output(args, accelerator, run):
-    """Makes the output folder, and starts the trackers, by the first host alone."""
+def start_output(args, run):
+    """Makes the output folder, by the first host alone."""
     if jax.process_index() == 0:
         prepare_output(run, args.overwrite_output_dir)
-        config = {name: str(value) for name, value in run.settings.items()}
-        accelerator.init_trackers(args.tracker_project_name, config)
 
 
 def load_batches(args, run, encoded, batch_size, pool):
@@ -664,23 +733,25 @@ def compile_step(args, mesh, training_loss, optimizer):
     return jax.jit(step, donate_argnums=0, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
-def train_steps(args, accelerator, run, mesh, batches, training_loss, optimizer, look):
-    """Trains to the last step; `training_loss(weights, batch)` gives the loss of each sample (batch,). `look()` is
-    called before training and every --validation_steps.
+def train_steps(args, accelerator, run, pipeline, stop, mesh, batches, training_loss, optimizer, look):
+    """Trains to the last step; `training_loss(weights, batch)` gives the loss of each sample (batch,).
+    `look(is_asked)` is called before training and every --validation_steps; it gives up when `is_asked()`, and returns
+    the mean held-out loss or None.
 
-    Ends the process with status 128 + signal after SIGTERM or SIGINT, 1 if a loss is not finite.
+    Ends the process with status 128 + signal when `stop` asks for it, 1 after too many losses that are not finite.
     """
-    received, counts, is_first = [], run.counts, jax.process_index() == 0
+    counts, is_first = run.counts, jax.process_index() == 0
     average = make_average(args, [])  # for its decay
     learning_rate_of = learning_rate_of_step(args, run.settings["peak_learning_rate"], counts.last_step)
     step_program = compile_step(args, mesh, training_loss, optimizer)
     run.state = jax.device_put(run.state, NamedSharding(mesh, PartitionSpec()))  # whole on every device
     split = NamedSharding(mesh, PartitionSpec(None, "data"))  # the passes of a batch one after the other
     first_step, validation_steps = run.progress["global_step"], args.validation_steps or 500
+    write_state = functools.partial(write_arrays, pipeline)
+    asked_to_stop = functools.partial(is_asked, stop)
     # A run that was stopped has not had the look at its last step.
     if first_step % validation_steps == 0 or first_step == counts.last_step:
-        look()
-    on_signals(functools.partial(note_signal, received))
+        look_and_keep(args, run, look, asked_to_stop, write_state)
     bar = tqdm(
         range(first_step, counts.last_step),
         initial=first_step,
@@ -688,42 +759,55 @@ def train_steps(args, accelerator, run, mesh, batches, training_loss, optimizer,
         unit="step",
         disable=not is_first,
     )
-    batch = next(batches, None)
+    reader = ThreadPoolExecutor(1)  # makes the next batch while the devices work
+    upcoming = reader.submit(next, batches, None)
     for step in bar:
         started = time.perf_counter()
+        batch = upcoming.result()  # raises what went wrong with it, while the state is whole
+        upcoming = reader.submit(next, batches, None)
 
         # Forward, backward and optimizer step on the devices, unless a loss or a gradient is not finite.
-        batch["stop"] = np.full_like(batch["weight"], bool(received))  # which is how the hosts tell each other
+        batch["stop"] = np.full_like(batch["weight"], asked_to_stop())  # which is how the hosts tell each other
         arrays = {name: jax.make_array_from_process_local_data(split, array) for name, array in batch.items()}
         learning_rate, ema_decay = np.float32(learning_rate_of(step)), np.float32(average.get_decay(step + 1))
+        run.is_whole = False  # the program writes over the state
         run.state, outcome = step_program(run.state, arrays, learning_rate, ema_decay)
-        batch = next(batches, None)  # the next one is made while the devices work
-        loss, grad_norm, stop = np.asarray(outcome).tolist()
-        broken = not (math.isfinite(loss) and math.isfinite(grad_norm))
-        stop = bool(stop) or (bool(received) and jax.process_count() == 1)
-        if not broken:
-            run.progress["global_step"] = step + 1
-            run.progress["losses"].append(loss)
+        loss, grad_norm, stop_now = np.asarray(outcome).tolist()
+        is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        is_broken = not is_finite and run.progress["nan_steps"] >= (args.max_nan_steps or 0)
+        stop_now = bool(stop_now) or (asked_to_stop() and jax.process_count() == 1)
+        if not is_broken:
+            note_step(run, step, loss, is_finite)
+        run.is_whole = True
         done = run.progress["global_step"]
 
         # Log
-        if not broken:
+        if not is_broken:
             images_per_second = samples_in_step(counts, step) / (time.perf_counter() - started)
             bar.set_postfix(loss=f"{loss:.4f}", images_per_second=f"{images_per_second:.1f}", refresh=False)
             if is_first and (done % args.logging_steps == 0 or done == counts.last_step):
-                log_losses(accelerator, run, learning_rate_of(done), grad_norm, images_per_second)
+                norm = grad_norm if is_finite else None
+                log_losses(accelerator, run, learning_rate_of(done), norm, images_per_second)
 
         # Save and look
-        if stop or broken or done % args.checkpointing_steps == 0:
+        if stop_now or is_broken or done % args.checkpointing_steps == 0 or done == counts.last_step:
             if is_first:
                 # After a broken step none is removed: the last good one may be an older one.
-                limit = None if broken else args.checkpoints_total_limit
-                save_checkpoint(run, functools.partial(write_arrays, run), limit)
+                save_checkpoint(run, write_state, None if is_broken else args.checkpoints_total_limit)
             multihost_utils.sync_global_devices("saved")
-        if stop or broken:
-            leave(accelerator, run, broken, received)
+        if stop_now or is_broken:
+            leave(accelerator, run, is_broken, stop.received)
         if done % validation_steps == 0 or done == counts.last_step:
-            look()
+            look_and_keep(args, run, look, asked_to_stop, write_state)
+    if asked_to_stop() and is_first:  # while it looked for the last time
+        leave(accelerator, run, False, stop.received)
+
+
+def look_and_keep(args, run, look, asked_to_stop, write_state):
+    """Looks at the run, and keeps its checkpoint if it is the best one so far and that is asked for."""
+    held_out_loss = look(asked_to_stop)
+    if args.keep_best and held_out_loss is not None and jax.process_index() == 0:
+        keep_best(run, held_out_loss, write_state, args.checkpoints_total_limit)
 
 
 # ------------------------------------------------------------------------------------------------------------- batches
@@ -996,7 +1080,12 @@ def check_rows(rows, memory, skip_bad_images, tokenizer, resolution):
 
 def name_of(rows, index):
     """What a row's image is called: its path, or the row's number where a dataset holds the image itself."""
-    return (rows[index]["image"] or {}).get("path") or f"row {index}"
+    return name_of_row(rows[index], index)
+
+
+def name_of_row(row, index):
+    """What a row is called: the path of its image, or its number where a dataset holds the image itself."""
+    return (row["image"] or {}).get("path") or f"row {index}"
 
 
 def warn(what, found):
@@ -1117,7 +1206,7 @@ def step_batches(encoded, counts, first_step, passes, batch_size, pool):
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
-def new_run(args, counts, state, precision, fingerprints):
+def new_run(args, counts, state, precision, fingerprints, weights=None):
     """A run at its start. `fingerprints` are digests, by name, of what the run is trained on."""
     settings = {
         **vars(args),
@@ -1129,8 +1218,8 @@ def new_run(args, counts, state, precision, fingerprints):
         "schedule_steps": None if args.lr_scheduler.startswith("constant") else counts.last_step,
         "state": [*state],
     }
-    progress = {"global_step": 0, "base_losses": None, "losses": []}
-    return Run(Path(args.output_dir), settings, progress, state, counts)
+    progress = {"global_step": 0, "base_losses": None, "losses": [], "nan_steps": 0}
+    return Run(Path(args.output_dir), settings, progress, state, counts, weights)
 
 
 def list_checkpoints(output_dir):
@@ -1152,35 +1241,83 @@ def find_checkpoint(output_dir, wanted):
     return inside if inside.is_dir() else Path(wanted)
 
 
+def checkpoint_of(run):
+    """Where the checkpoint of the run's step is, or will be."""
+    return run.output_dir / f"checkpoint-{run.progress['global_step']}"
+
+
 def save_checkpoint(run, write_state, total_limit):
-    """Writes checkpoint-N beside its place, then renames it; only then do older ones beyond `total_limit` go.
-    `write_state(folder)` writes the run's state. For one process alone."""
-    final = run.output_dir / f"checkpoint-{run.progress['global_step']}"
+    """Writes checkpoint-N beside its place, then renames it; only then do older ones beyond `total_limit` go, but not
+    the best one. `write_state(run, folder)` writes the run's weights and state. For one process alone. If it fails,
+    nothing of it stays behind. Raises whatever a full disk or the like leads to."""
+    final = checkpoint_of(run)
     if (final / "progress.json").exists():  # a step broke just after a save
         return
-    partial = final.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a save that was killed
-    partial.mkdir()
-    write_state(partial)
-    for name, content in (("args", run.settings), ("progress", run.progress)):
-        (partial / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.sync()  # files before names, or a crash could leave a whole name with half a file
-    partial.rename(final)
-    surplus = list_checkpoints(run.output_dir)[:-total_limit] if total_limit else []
-    for old in surplus:
-        shutil.rmtree(old.rename(old.with_suffix(".partial")))  # which is what a kill would leave of it
-
-
-def read_checkpoint(checkpoint, read_state):
-    """Returns (settings, progress, state) in a checkpoint, the state as `read_state(folder)` reads it. Raises
-    `InputError`."""
+    partial = final.with_name(f"{final.name}.{os.getpid()}.partial")  # two processes may save after a failure
     try:
-        settings = json.loads((checkpoint / "args.json").read_text())
-        progress = json.loads((checkpoint / "progress.json").read_text())
-        return settings, progress, read_state(checkpoint)
+        partial.mkdir()
+        write_state(run, partial)
+        for name, content in (("args", run.settings), ("progress", run.progress)):
+            (partial / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        copy_mode(run.output_dir / "args.json", partial.rglob("*.safetensors"))
+        sync(partial)  # files before names, or a crash could leave a whole name with half a file
+        partial.rename(final)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    remove_surplus(run.output_dir, total_limit)
+
+
+def remove_surplus(output_dir, total_limit):
+    """Removes the oldest checkpoints beyond `total_limit`, all but the best one; None for no limit."""
+    best = read_best(output_dir)
+    surplus = list_checkpoints(output_dir)[:-total_limit] if total_limit else []
+    for old in surplus:
+        if best is None or old.name != f"checkpoint-{best['step']}":
+            shutil.rmtree(old.rename(old.with_suffix(".partial")))  # which is what a kill would leave of it
+
+
+def read_best(output_dir):
+    """The `step` of a run's checkpoint with the lowest held-out loss, and that `held_out_loss`; None without one."""
+    path = Path(output_dir, "best.json")
+    return read_json(path) if path.is_file() else None
+
+
+def keep_best(run, held_out_loss, write_state, total_limit):
+    """Keeps the checkpoint of the run's step, and writes it if it is not there, if its held-out loss is the lowest so
+    far. For one process alone."""
+    best, step = read_best(run.output_dir), run.progress["global_step"]
+    if best and best["step"] != step and best["held_out_loss"] <= held_out_loss:
+        return
+    save_checkpoint(run, write_state, None)
+    with beside(run.output_dir / "best.json") as path:
+        path.write_text(json.dumps({"step": step, "held_out_loss": held_out_loss}) + "\n", encoding="utf-8")
+    remove_surplus(run.output_dir, total_limit)
+
+
+def note_step(run, step, loss, is_finite):
+    """Notes that a step is done; one whose loss or gradient was not finite changed nothing."""
+    progress = run.progress
+    progress["global_step"] = step + 1
+    progress["nan_steps"] = 0 if is_finite else progress["nan_steps"] + 1
+    if math.isfinite(loss):
+        progress["losses"].append(loss)
+    if not is_finite:
+        print(f"\nStep {step + 1}: loss or gradient is not finite; skipped, {progress['nan_steps']} in a row.")
+
+
+def read_undamaged(checkpoint, read):
+    """What `read(checkpoint)` gives. Raises `InputError` if that fails."""
+    try:
+        return read(checkpoint)
     except Exception as error:  # torch and safetensors have one for every way of being broken
         told = f"{checkpoint} is damaged, or of another script; name another ({last_line(error)})"
         raise InputError(f"--resume_from_checkpoint: {told}") from None
+
+
+def read_settings(checkpoint):
+    """The settings of the run that wrote a checkpoint, and its progress. Raises `InputError`."""
+    return read_json(checkpoint / "args.json"), read_json(checkpoint / "progress.json")
 
 
 def compare_settings(run, checkpoint, before, free, fixed):
@@ -1212,6 +1349,14 @@ def take_progress(run, checkpoint, progress, changed):
     run.progress = progress
 
 
+def take_settings(run, checkpoint, free, fixed):
+    """Compares the run's settings with those of a checkpoint, and takes over its progress; `free` and `fixed` as in
+    `compare_settings`. Raises `InputError`."""
+    before, progress = read_undamaged(checkpoint, read_settings)
+    changed = compare_settings(run, checkpoint, before, free, fixed)
+    take_progress(run, checkpoint, progress, changed)
+
+
 # ---------------------------------------------------------------------------------------------------- flax.checkpoints
 def named_leaves(state):
     """The arrays of a nested state by their paths, such as unet/conv_in.bias."""
@@ -1219,29 +1364,39 @@ def named_leaves(state):
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def write_arrays(run, folder):
-    """Writes the arrays of the run's state into a checkpoint's folder."""
-    arrays = {name: np.asarray(leaf) for name, leaf in named_leaves(run.state).items()}
+def write_arrays(pipeline, run, folder):
+    """Writes the arrays of the run's state into a checkpoint's folder: weights, averaged ones too, as UNets that
+    people can load, the rest as arrays by their paths."""
+    for name in WEIGHTS & run.state.keys():
+        copy_weights(run.state[name], pipeline.unet)
+        write_models({"unet": pipeline.unet}, folder, AVERAGED if name == "ema" else "")
+    arrays = {name: np.asarray(leaf) for name, leaf in named_leaves(others_of(run.state)).items()}
     save_file(arrays, folder / "state.safetensors")
-    copy_mode(run.output_dir / "args.json", [folder / "state.safetensors"])
 
 
-def read_arrays(folder):
-    """The arrays of the state in a checkpoint's folder, by their paths."""
-    return load_file(folder / "state.safetensors")
+def read_arrays(pipeline, run, folder):
+    """The state that `write_arrays` wrote, shaped as the run's. Raises `ValueError` for a state of another shape."""
+    saved = load_file(folder / "state.safetensors")
+    wanted = named_leaves(others_of(run.state))
+    if {name: leaf.shape for name, leaf in saved.items()} != {name: leaf.shape for name, leaf in wanted.items()}:
+        raise ValueError("it holds the state of another model")
+    others = others_of(run.state)
+    state = jax.tree.unflatten(jax.tree.structure(others), [saved[name] for name in wanted])
+    for name in WEIGHTS & run.state.keys():
+        read_models({"unet": pipeline.unet}, folder, AVERAGED if name == "ema" else "")
+        state[name] = {key: array.copy() for key, array in arrays_of(pipeline.unet).items()}
+    return {name: state[name] for name in run.state}
 
 
-def resume(run, checkpoint, free, fixed):
+def others_of(state):
+    """The parts of a state that are no weights."""
+    return {name: part for name, part in state.items() if name not in WEIGHTS}
+
+
+def resume(pipeline, run, checkpoint, free, fixed):
     """Loads a checkpoint into the run; `free` and `fixed` as in `compare_settings`. Raises `InputError`."""
-    before, progress, saved = read_checkpoint(checkpoint, read_arrays)
-    changed = compare_settings(run, checkpoint, before, free, fixed)
-    take_progress(run, checkpoint, progress, changed)
-    wanted = named_leaves(run.state)
-    shapes_saved = {name: leaf.shape for name, leaf in saved.items()}
-    shapes_wanted = {name: leaf.shape for name, leaf in wanted.items()}
-    if shapes_saved != shapes_wanted:
-        raise InputError(f"--resume_from_checkpoint: {checkpoint} holds the state of another model")
-    run.state = jax.tree.unflatten(jax.tree.structure(run.state), [saved[name] for name in wanted])
+    take_settings(run, checkpoint, free, fixed)
+    run.state = read_undamaged(checkpoint, functools.partial(read_arrays, pipeline, run))
 
 
 # -------------------------------------------------------------------------------------------------------------- errors
@@ -1260,16 +1415,16 @@ def raise_problems(problems):
 
 
 @contextlib.contextmanager
-def told_to_user(program, speaks=True, errors=InputError, stopped=None):
+def told_to_user(program, speaks=True, errors=InputError, stopped=None, patience=0):
     """Ends the process with status 2 and the message after an `InputError`, or the class or classes `errors`; after
-    Ctrl-C with the status of SIGINT and the line `stopped`. Of several processes only the one that `speaks` prints:
-    the others would say the same."""
+    Ctrl-C with the status of SIGINT and the line `stopped`. Of several processes only the one that `speaks` prints
+    more than mistakes, which another one tells after `patience` seconds, if it was not ended by then."""
     try:
         with contextlib.redirect_stdout(sys.stdout if speaks else io.StringIO()):
             yield
     except errors as error:
-        if speaks:
-            print(f"{program}: {error}", file=sys.stderr)
+        time.sleep(patience)
+        print(f"{program}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         if speaks:
@@ -1278,6 +1433,69 @@ def told_to_user(program, speaks=True, errors=InputError, stopped=None):
 
 
 # --------------------------------------------------------------------------------------------------------------- files
+@contextlib.contextmanager
+def beside(output, keep_mode=False):
+    """Gives a name to write to beside `output`, a file or a folder, and renames what is there when it is complete.
+    Files get a new file's usual permissions: safetensors makes them for their owner alone. With `keep_mode` a file
+    gets those of the one that it replaces."""
+    output = Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    new, old = [output.with_name(f".{output.name}.{os.getpid()}.{word}") for word in ("new", "old")]
+    try:
+        yield new
+        umask = os.umask(0)
+        os.umask(umask)
+        written = [new, *new.glob("**/*.safetensors")]
+        for path in [path for path in written if path.is_file()]:
+            path.chmod(0o666 & ~umask)
+        if keep_mode and output.exists():
+            shutil.copymode(output, new)
+        if output.is_dir():  # which a rename does not replace
+            output.rename(old)
+        new.replace(output)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if new.is_dir():
+            shutil.rmtree(new)
+        else:
+            new.unlink(missing_ok=True)
+
+
+def sync(folder):
+    """Has the system write a folder and all that is in it to the disk: until then a crash of the machine could leave a
+    whole name with half a file."""
+    for path in [*sorted(folder.rglob("*"), reverse=True), folder]:
+        if path.is_dir() and os.name == "nt":  # where folders cannot be opened, and need not be
+            continue
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def move_into(staging, folder):
+    """Renames what is in `staging` into `folder`, in the place of what has the same name there, and removes it. Files
+    go last, and in reverse order, so that a README.md means that all is there."""
+    for new in sorted(staging.iterdir(), key=lambda path: (path.is_dir(), path.name), reverse=True):
+        place = folder / new.name
+        if place.is_dir():  # which a rename does not replace
+            old = place.rename(staging / f"{new.name}.old")
+            new.rename(place)
+            shutil.rmtree(old)
+        else:
+            new.replace(place)
+    staging.rmdir()
+
+
+def read_json(path):
+    """The dictionary in a JSON file. Raises `InputError`."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: cannot be read ({last_line(error)})") from None
+
+
 def existing_place(path):
     """The path itself, or the nearest folder above it that exists."""
     path = Path(path).resolve()
@@ -1465,6 +1683,11 @@ def add_optimization_arguments(parser):
         default=1.0,
         help="clip the gradient's norm to this; inf: no clipping (0, inf]",
     )
+    add(
+        "--max_nan_steps",
+        type=non_negative_int,
+        help="steps in a row whose loss or gradient is not finite that are skipped; 5 in fp16, else 0 [0, inf)",
+    )
     add("--adam_beta1", type=fraction_below_one, default=0.9, help="AdamW's beta1 [0, 1)")
     add("--adam_beta2", type=fraction_below_one, default=0.999, help="AdamW's beta2 [0, 1)")
     add("--adam_weight_decay", type=non_negative_float, default=1e-2, help="AdamW's weight decay [0, inf)")
@@ -1486,6 +1709,7 @@ def add_output_arguments(parser):
         "--checkpointing_steps", type=positive_int, default=500, help="write a checkpoint every so many steps [1, inf)"
     )
     add("--checkpoints_total_limit", type=positive_int, help="keep only so many checkpoints, the newest [1, inf)")
+    add("--keep_best", **SWITCH, help="keep that with the lowest held-out loss too; needs --num_validation_samples")
     add("--resume_from_checkpoint", metavar="PATH|latest", help="go on from a checkpoint, if there is a latest")
     add("--allow_changed_resume", **SWITCH, help="though the result will change; needs --resume_from_checkpoint")
     add("--report_to", default="tensorboard", help="tracker of accelerate's (tensorboard, wandb, ...), all or none")
@@ -1679,6 +1903,16 @@ def read_image(image):
     return open_image(image["bytes"] or Path(image["path"]).read_bytes())
 
 
+@contextlib.contextmanager
+def still_readable(name):
+    """Raises `InputError`, which names the image, where one that was checked cannot be decoded any more."""
+    try:
+        yield
+    except Exception as error:  # whatever a decoder stumbles over
+        told = f"changed since it was checked, and cannot be read now ({last_line(error)}); put it back or start again"
+        raise InputError(f"{name}: {told}") from None
+
+
 def check_image(image, known):
     """Opens one image, unless `known` has it; returns a key, of path, size and time or of the content where a dataset
     holds it, and [sha256, width, height, what is wrong or ""]."""
@@ -1861,6 +2095,21 @@ def make_noise_scheduler(args, pipeline):
     return diffusers.DDPMScheduler.from_config(pipeline.scheduler.config, **changes)
 
 
+def write_models(models, folder, suffix=""):
+    """Writes models, by name, each into a folder of that name and suffix from which `from_pretrained` loads it."""
+    for name, model in models.items():
+        if hasattr(model, "register_to_config"):
+            model.register_to_config(_name_or_path=None)  # which is a path here
+        model.save_pretrained(folder / f"{name}{suffix}")
+
+
+def read_models(models, folder, suffix=""):
+    """Reads what `write_models` wrote into models of the same shapes, in float32."""
+    for name, model in models.items():
+        saved = type(model).from_pretrained(folder / f"{name}{suffix}", dtype=torch.float32)
+        model.load_state_dict(saved.state_dict())
+
+
 # -------------------------------------------------------------------------------------------------------- optimization
 def check_optimization(args):
     """Lists which flags of the learning rate contradict each other."""
@@ -1922,7 +2171,7 @@ def check_output(args, foreign_result):
     checkpoint, newest = find_checkpoint(output, wanted), find_checkpoint(output, "latest")
     existing = existing_place(output)
     is_usable = existing.is_dir() and os.access(existing, os.W_OK)
-    is_used = is_usable and existing == output and any(output.iterdir())
+    is_used = is_usable and existing == output and is_taken(args)
     is_run = (output / "args.json").is_file() and not (output / foreign_result).exists()
     if checkpoint:
         is_own = output == checkpoint.resolve().parent
@@ -1954,16 +2203,51 @@ def check_trackers(args):
     return []
 
 
+def is_taken(args):
+    """Whether the output folder holds more than a lock, and logs of trackers, which get a folder of their own."""
+    others = {LOCK_FILE, Path(args.logging_dir).parts[0]}
+    return any(path.name not in others for path in Path(args.output_dir).iterdir())
+
+
+@contextlib.contextmanager
+def locked_output(args):
+    """Holds the lock of the output folder, which the end of the process releases in every case: a run may still be
+    finishing a step when the terminal is free again. A folder that stays empty is removed. Raises `InputError`."""
+    output_dir = Path(args.output_dir)
+    is_new = not output_dir.exists()
+    output_dir.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output_dir / LOCK_FILE)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise InputError(
+            f"--output_dir={output_dir}: another run is writing there, maybe one that finishes its last step; wait "
+            "for it, or name another folder"
+        ) from None
+    except (OSError, NotImplementedError) as error:  # on some network file systems
+        print(f"Warning: {output_dir} cannot be locked ({last_line(error)}); start no other run there meanwhile.")
+    try:
+        yield
+    finally:
+        if is_new and [path.name for path in output_dir.iterdir()] == [LOCK_FILE]:
+            shutil.rmtree(output_dir)
+        lock.release()
+
+
 def prepare_output(run, overwrite):
     """Makes the output folder with args.json and a log up to the first step; removes what an earlier run left there if
-    it may be overwritten. For one process alone."""
+    it may be overwritten, and what it left unfinished. For one process alone."""
     output_dir = run.output_dir
     output_dir.mkdir(parents=True, exist_ok=True)
+    old_files = ["README.md", "best.json"]  # the first of which says that a run has ended
+    old_folders = r"samples|checkpoint-\d+"
+    unfinished = r"checkpoint-\d+(\.\d+)?\.partial|" + re.escape(NEW_RESULT)
     if overwrite:
-        (output_dir / "README.md").unlink(missing_ok=True)  # which says that a run has ended
-        for old in list(output_dir.iterdir()):
-            if re.fullmatch(r"samples|checkpoint-\d+(.partial)?", old.name):
-                shutil.rmtree(old, ignore_errors=True)
+        for name in old_files:
+            (output_dir / name).unlink(missing_ok=True)
+    for old in list(output_dir.iterdir()):
+        if re.fullmatch(unfinished, old.name) or (overwrite and re.fullmatch(old_folders, old.name)):
+            shutil.rmtree(old)
     (output_dir / "args.json").write_text(json.dumps(run.settings, indent=2) + "\n", encoding="utf-8")
     log = output_dir / "log.jsonl"
     first_step = run.progress["global_step"]
@@ -1980,11 +2264,40 @@ def was_before(line, first_step):
     return row["step"] < first_step or ("loss" in row and row["step"] == first_step)
 
 
+def start_trackers(args, accelerator):
+    """Starts the trackers. Raises `InputError` for one that does not start."""
+    config = {name: str(value) for name, value in vars(args).items() if name != "hub_token"}
+    try:
+        accelerator.init_trackers(args.tracker_project_name, config)
+    except Exception as error:  # each has its own way to say that nobody is logged in
+        raise InputError(
+            f"--report_to={args.report_to}: does not start ({last_line(error)}); log in to it (wandb login), work "
+            "offline (WANDB_MODE=offline), or use --report_to=none"
+        ) from None
+
+
+def tell_trackers(accelerator, tell):
+    """Calls `tell(tracker)` for every tracker; one that fails is done without from then on."""
+    for tracker in list(accelerator.trackers):
+        try:
+            tell(tracker)
+        except Exception as error:  # of a connection, a quota, a disk: its log is not the run
+            print(f"Warning: {tracker.name} failed and is done without ({last_line(error)}).", file=sys.stderr)
+            accelerator.trackers.remove(tracker)
+
+
+def end_training(accelerator):
+    """Ends the trackers and leaves the other processes."""
+    tell_trackers(accelerator, lambda tracker: tracker.finish())
+    accelerator.trackers = []
+    accelerator.end_training()
+
+
 def log_losses(accelerator, run, learning_rate, grad_norm, images_per_second):
     """Logs the mean loss of the steps since the last such line, and the last step's other numbers."""
     losses = run.progress["losses"]
     numbers = {
-        "loss": sum(losses) / len(losses),
+        "loss": sum(losses) / len(losses) if losses else None,  # none if all of them were skipped
         "lr": learning_rate,
         "grad_norm": grad_norm,
         "images_per_second": images_per_second,
@@ -1998,13 +2311,29 @@ def write_log(accelerator, output_dir, step, numbers):
     if accelerator.is_main_process:
         with (output_dir / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **numbers}) + "\n")
-    accelerator.log(numbers, step=step)
+    known = {name: value for name, value in numbers.items() if value is not None}
+    tell_trackers(accelerator, lambda tracker: tracker.log(known, step=step))
 
 
-def save_pipeline(args, pipeline, noise_scheduler):
-    """Writes a pipeline folder with UNet and VAE in the precision asked for, and a scheduler that fits what was
-    trained; returns patterns that are its files."""
-    objective, output_dir = noise_scheduler.config, Path(args.output_dir)
+@contextlib.contextmanager
+def new_result(output_dir):
+    """Gives a folder to write the result to, which comes into the output folder when it is whole."""
+    folder = Path(output_dir, NEW_RESULT)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+        copy_mode(Path(output_dir, "args.json"), folder.rglob("*.safetensors"))
+        sync(folder)
+        move_into(folder, Path(output_dir))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def save_pipeline(args, folder, pipeline, noise_scheduler):
+    """Writes a pipeline into a folder, with UNet and VAE in the precision asked for, and a scheduler that fits what
+    was trained; returns patterns that are its files."""
+    objective = noise_scheduler.config
     kind, changes = type(pipeline.scheduler), {"prediction_type": objective.prediction_type}
     if objective.rescale_betas_zero_snr:  # few samplers can start from pure noise
         kind = diffusers.DDIMScheduler
@@ -2014,9 +2343,7 @@ def save_pipeline(args, pipeline, noise_scheduler):
         part.to(DTYPES[args.save_precision])
         part.register_to_config(_name_or_path=None)  # which is a path here
     pipeline.register_to_config(_name_or_path=None)
-    pipeline.save_pretrained(output_dir)
-    for name in pipeline.components:
-        copy_mode(output_dir / "args.json", (output_dir / name).glob("*.safetensors"))
+    pipeline.save_pretrained(folder)
     return ["model_index.json", *[f"{name}/*" for name in pipeline.components]]
 
 
@@ -2043,8 +2370,9 @@ def print_plan(args, run, num_held_out, num_trained, about):
 
 
 # ---------------------------------------------------------------------------------------------------------- model_card
-def write_card(args, step, prompts, loader, tags, instance_prompt=None):
-    """Writes the model card: licence of the base, how to load the result, samples, settings; no paths, no secrets."""
+def write_card(args, folder, step, prompts, loader, tags, instance_prompt=None):
+    """Writes the model card into a folder: licence of the base, how to load the result, samples, settings; no paths,
+    no secrets."""
     base, name = args.pretrained_model_name_or_path, Path(args.output_dir).resolve().name
     is_local = Path(base).exists()
     licence = None
@@ -2069,33 +2397,40 @@ def write_card(args, step, prompts, loader, tags, instance_prompt=None):
         if is_given and not is_file and not NOT_ON_CARD.search(flag):
             shown = str(value).replace("|", " ")
             text += f"| {flag} | {shown} |\n"
-    Path(args.output_dir, "README.md").write_text(text, encoding="utf-8")
+    Path(folder, "README.md").write_text(text, encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------------------------------------------- hub
-def create_repo(args):
-    """Makes the repository on the Hub; returns its full name. Raises `InputError`."""
+def name_repo(args):
+    """The full name of the repository to upload to, which is made when there is something to upload. Raises
+    `InputError` where nobody is logged in."""
     name = args.hub_model_id or Path(args.output_dir).resolve().name
     try:
-        api = HfApi(token=args.hub_token)
-        return api.create_repo(name, private=args.hub_private_repo or None, exist_ok=True).repo_id
+        user = HfApi(token=args.hub_token).whoami()
+        if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+            raise PermissionError("the token can only read")
+        repo_id = name if "/" in name else f"{user['name']}/{name}"
+        validate_repo_id(repo_id)
+        return repo_id
     except Exception as error:  # of the Hub, of the connection or of the name
         raise InputError(
-            f"--push_to_hub: the repository {name} cannot be made; log in with `hf auth login` or --hub_token, and "
-            f"check --hub_model_id ({last_line(error)})"
+            f"--push_to_hub: cannot upload to {name}; log in with `hf auth login` or --hub_token, and check "
+            f"--hub_model_id ({last_line(error)})"
         ) from None
 
 
 def push(args, repo_id, files, step):
-    """Uploads `files` of the result, card, log and samples, nothing else; if that fails, says how to and ends with
-    status 1."""
+    """Makes the repository and uploads `files` of the result, card, log and samples, nothing else; if that fails, says
+    how to and ends with status 1."""
     folder = args.output_dir
     files = ["README.md", "log.jsonl", "samples/*", *files]
     try:
-        HfApi(token=args.hub_token).upload_folder(
+        api = HfApi(token=args.hub_token)
+        api.create_repo(repo_id, private=args.hub_private_repo or None, exist_ok=True)
+        api.upload_folder(
             repo_id=repo_id, folder_path=folder, commit_message=f"Train {step} steps", allow_patterns=files
         )
-    except Exception as error:  # whatever it is, the result is safe and the user should hear that
+    except (Exception, KeyboardInterrupt) as error:  # whatever it is, the result is safe, which the user should hear
         include = " ".join(map(repr, files))
         print(
             f"The upload failed ({last_line(error)}). The result is whole in {folder}; to send it again:\n"
@@ -2143,10 +2478,14 @@ def show_samples(args, accelerator, run, parts, prompts):
     step = run.progress["global_step"]
     path = run.output_dir / "samples" / f"step-{step:06d}.png"
     drawn = np.stack(draw_samples(accelerator, parts, prompts, args.resolution, args.seed, path))
-    for tracker in accelerator.trackers:
-        if hasattr(tracker, "log_images"):
-            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({"samples": drawn}, step=step, **layout)
+    tell_trackers(accelerator, functools.partial(track_samples, drawn, step))
+
+
+def track_samples(drawn, step, tracker):
+    """Sends samples, pixels (num_images, height, width, 3), to a tracker that takes images."""
+    if hasattr(tracker, "log_images"):
+        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        tracker.log_images({"samples": drawn}, step=step, **layout)
 
 
 def check_validation(args, prompt_flag):
@@ -2158,6 +2497,32 @@ def check_validation(args, prompt_flag):
 
 
 # ------------------------------------------------------------------------------------------------------------- signals
+def is_asked(stop):
+    """Whether the run is to stop: after a signal, or when the launcher is gone, to which alone a SIGTERM goes."""
+    return bool(stop.received) or is_orphaned(stop.launcher)
+
+
+def is_orphaned(launcher):
+    """Whether the launcher is gone: then this process has another parent."""
+    return launcher is not None and os.getppid() != launcher
+
+
+@contextlib.contextmanager
+def noted_signals(stop):
+    """Notes SIGTERM and SIGINT in `stop` instead of ending; afterwards they do what they did before. Outside the main
+    thread, which alone gets signals, all stays as it is."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    on_signals(functools.partial(note_signal, stop.received))
+    try:
+        yield
+    finally:
+        for number, action in before.items():
+            signal.signal(number, action)
+
+
 def on_signals(action, _=None):
     """Answers SIGTERM and SIGINT by `action`; workers ignore them: the main process needs them to finish the step."""
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -2171,16 +2536,98 @@ def note_signal(received, number, _):
     signal.signal(number, signal.SIG_DFL)
 
 
+# ------------------------------------------------------------------------------------------------------------ failures
+@contextlib.contextmanager
+def nothing_lost(args, accelerator, run, stop, write_state):
+    """Notes signals in `stop`, and after an exception writes the last state that is whole as a checkpoint, by
+    `write_state(run, folder)`, says what happened and ends with status 1. Any process may be the one that fails, and
+    holds the same state as the others."""
+    with noted_signals(stop):
+        try:
+            yield
+        except Exception as error:  # of the data, the disk, the memory, a library
+            reason, remedy = explain(args, error)
+            told_as = (
+                ""
+                if accelerator.num_processes == 1
+                else f"Rank {accelerator.process_index} on {socket.gethostname()}: "
+            )
+            if not reason:
+                traceback.print_exception(error)
+                reason = last_words(error)
+            kept = save_what_is_whole(run, write_state)
+            step = run.progress["global_step"]
+            print(f"\n{told_as}Stopped after step {step} by {reason}. {kept}{remedy}", file=sys.stderr)
+            sys.exit(1)
+
+
+def explain(args, error):
+    """What happened, and a remedy, for a user; ("", "") for what only a developer can understand."""
+    if isinstance(error, InputError):
+        return last_words(error), ""
+    if is_disk_full(error):
+        return f"a full disk ({last_words(error)})", ". Make room first"
+    if isinstance(error, MemoryError) or OUT_OF_MEMORY_TEXT.search(str(error)):
+        return f"a lack of memory ({last_words(error)})", f". Use {memory_flags(args)}"
+    if LOST_PEER_TEXT.search(str(error)):
+        return f"the end of another process ({last_words(error)})", ""
+    return "", ""
+
+
+def is_disk_full(error):
+    """Whether an exception comes of a full disk, a quota or a limit on the size of files."""
+    return getattr(error, "errno", None) in DISK_FULL or bool(DISK_FULL_TEXT.search(str(error)))
+
+
+def memory_flags(args):
+    """The flags that would make the run smaller and are not used yet."""
+    flags = []
+    if args.train_batch_size > 1:
+        flags.append("a smaller --train_batch_size with more --gradient_accumulation_steps")
+    for flag in ("gradient_checkpointing", "use_8bit_adam", "offload_ema"):
+        useful = flag != "offload_ema" or args.use_ema
+        if useful and getattr(args, flag, None) is False:
+            flags.append(f"--{flag}")
+    if args.mixed_precision in (None, "no"):
+        flags.append("--mixed_precision=bf16")
+    return ", ".join([*flags, "a smaller --resolution"])
+
+
+def last_words(error):
+    """The last line of an exception's text, without the class that a worker's report begins it with."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return re.sub(r"^[\w.]+Error: ", "", lines[-1]).rstrip(".")
+
+
+def save_what_is_whole(run, write_state):
+    """Writes the checkpoint of the run's step, if weights and state belong together; returns what there is to go on
+    from."""
+    free_memory()
+    why = "the optimizer was at work"
+    if run.is_whole:
+        try:
+            save_checkpoint(run, write_state, None)
+            return f"{checkpoint_of(run)} holds its state; go on with --resume_from_checkpoint=latest"
+        except Exception as error:  # the disk may be what is full
+            why = last_words(error)
+    whole = list_checkpoints(run.output_dir)
+    if not whole:
+        return f"No checkpoint could be written ({why}), and there is none before"
+    return f"No checkpoint could be written ({why}); go on from {whole[-1]} with --resume_from_checkpoint=latest"
+
+
 def leave(accelerator, run, broken, received):
     """Ends the process after its last checkpoint, and says why: status 1 for a broken step, else 128 + signal."""
-    accelerator.end_training()
+    end_training(accelerator)
     step = run.progress["global_step"]
     why, remedy = "a signal", ""
     if broken:
         why = f"a loss or gradient that is not finite, in step {step + 1}"
         remedy = " --allow_changed_resume and a lower --learning_rate"
+        if run.settings["mixed_precision"] == "fp16":
+            remedy += ", or start anew with --mixed_precision=bf16, whose numbers reach further"
     accelerator.print(
-        f"Stopped by {why}. {run.output_dir / f'checkpoint-{step}'} holds the state after step {step}; go on with "
+        f"Stopped by {why}. {checkpoint_of(run)} holds the state after step {step}; go on with "
         f"--resume_from_checkpoint=latest{remedy}",
         file=sys.stderr,
     )
@@ -2190,24 +2637,26 @@ def leave(accelerator, run, broken, received):
 
 
 # -------------------------------------------------------------------------------------------------------------- script
-def run_script(program, parser, argv, replaced_flags, check_args, train, speaks=True, prints=None):
+def run_script(program, parser, argv, replaced_flags, check_args, train, is_first=True, patience=0, prints_for=None):
     """Runs a training script: reads its flags, tells all that is wrong with them, and trains. A mistake of the user's
-    ends with status 2 and its message, which a process tells that `speaks`. On hosts that are started one by one,
-    `prints(args)` says whether this one tells more than its mistakes.
+    ends with status 2 and its message, after `patience` seconds. The process that `is_first` holds the lock of the
+    output folder, and prints; on hosts that are started one by one, `prints_for(args)` says whether it is.
 
     `check_args(args, problems)` lists what is wrong beside `problems` with the values of single flags.
     """
     args, problems = parse_flags(parser, argv, replaced_flags)
     quiet_libraries()
-    with told_to_user(program, speaks=speaks):
+    with told_to_user(program, speaks=is_first, patience=patience):
         # What is said of a flag whose value was refused is about its default.
         refused = [re.match(r"--\w+", problem)[0] for problem in problems]
         for problem in check_args(args, problems):
             if not any(re.search(rf"{flag}\b", problem) for flag in refused):
                 problems.append(problem)
         raise_problems(problems)
-        is_heard = prints is None or prints(args)
-        with contextlib.redirect_stdout(sys.stdout if is_heard else io.StringIO()):
+        if prints_for:
+            is_first = prints_for(args)
+        lock = locked_output(args) if is_first and not args.dry_run else contextlib.nullcontext()
+        with lock, contextlib.redirect_stdout(sys.stdout if is_first else io.StringIO()):
             train(args)
 
 
@@ -2608,18 +3057,20 @@ def held_out_losses(program, split, encoded, batch_size, weights):
     return np.reshape(losses, (len(images), HELD_OUT_TIMESTEPS)).mean(axis=1)
 
 
-def validate(args, accelerator, run, pipeline, noise_scheduler, measure):
+def validate(args, accelerator, run, pipeline, noise_scheduler, measure, is_asked):
     """Draws samples and measures the held-out loss, under the averaged weights if there are any. `measure(weights)`
     gives the held-out losses, which takes all hosts; it is None if there are no such images."""
-    weights, is_first = result_weights(run), jax.process_index() == 0
+    weights, is_first, held_out_loss = result_weights(run), jax.process_index() == 0, None
     if measure:
         losses = torch.from_numpy(measure(weights))
+        held_out_loss = losses.mean().item()
         if is_first:
             log_held_out_losses(accelerator, run, losses)
     if args.validation_prompts and is_first:
         copy_weights(weights, pipeline.unet)
         parts = {**pipeline.components, "scheduler": noise_scheduler}
         show_samples(args, accelerator, run, parts, args.validation_prompts)
+    return held_out_loss
 
 
 if __name__ == "__main__":

@@ -1,12 +1,16 @@
 """The state of a run in JAX, written into checkpoints and read from them."""
 
+import functools
+
 import jax
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from sdtune.checkpoints import compare_settings, read_checkpoint, take_progress
-from sdtune.errors import InputError
-from sdtune.files import copy_mode
+from sdtune.checkpoints import AVERAGED, read_undamaged, take_settings
+from sdtune.flax.weights import arrays_of, copy_weights
+from sdtune.models import read_models, write_models
+
+WEIGHTS = {"unet", "ema"}  # parts of the state that are weights of the UNet
 
 
 def named_leaves(state):
@@ -15,26 +19,36 @@ def named_leaves(state):
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def write_arrays(run, folder):
-    """Writes the arrays of the run's state into a checkpoint's folder."""
-    arrays = {name: np.asarray(leaf) for name, leaf in named_leaves(run.state).items()}
+def write_arrays(pipeline, run, folder):
+    """Writes the arrays of the run's state into a checkpoint's folder: weights, averaged ones too, as UNets that
+    people can load, the rest as arrays by their paths."""
+    for name in WEIGHTS & run.state.keys():
+        copy_weights(run.state[name], pipeline.unet)
+        write_models({"unet": pipeline.unet}, folder, AVERAGED if name == "ema" else "")
+    arrays = {name: np.asarray(leaf) for name, leaf in named_leaves(others_of(run.state)).items()}
     save_file(arrays, folder / "state.safetensors")
-    copy_mode(run.output_dir / "args.json", [folder / "state.safetensors"])
 
 
-def read_arrays(folder):
-    """The arrays of the state in a checkpoint's folder, by their paths."""
-    return load_file(folder / "state.safetensors")
+def read_arrays(pipeline, run, folder):
+    """The state that `write_arrays` wrote, shaped as the run's. Raises `ValueError` for a state of another shape."""
+    saved = load_file(folder / "state.safetensors")
+    wanted = named_leaves(others_of(run.state))
+    if {name: leaf.shape for name, leaf in saved.items()} != {name: leaf.shape for name, leaf in wanted.items()}:
+        raise ValueError("it holds the state of another model")
+    others = others_of(run.state)
+    state = jax.tree.unflatten(jax.tree.structure(others), [saved[name] for name in wanted])
+    for name in WEIGHTS & run.state.keys():
+        read_models({"unet": pipeline.unet}, folder, AVERAGED if name == "ema" else "")
+        state[name] = {key: array.copy() for key, array in arrays_of(pipeline.unet).items()}
+    return {name: state[name] for name in run.state}
 
 
-def resume(run, checkpoint, free, fixed):
+def others_of(state):
+    """The parts of a state that are no weights."""
+    return {name: part for name, part in state.items() if name not in WEIGHTS}
+
+
+def resume(pipeline, run, checkpoint, free, fixed):
     """Loads a checkpoint into the run; `free` and `fixed` as in `compare_settings`. Raises `InputError`."""
-    before, progress, saved = read_checkpoint(checkpoint, read_arrays)
-    changed = compare_settings(run, checkpoint, before, free, fixed)
-    take_progress(run, checkpoint, progress, changed)
-    wanted = named_leaves(run.state)
-    shapes_saved = {name: leaf.shape for name, leaf in saved.items()}
-    shapes_wanted = {name: leaf.shape for name, leaf in wanted.items()}
-    if shapes_saved != shapes_wanted:
-        raise InputError(f"--resume_from_checkpoint: {checkpoint} holds the state of another model")
-    run.state = jax.tree.unflatten(jax.tree.structure(run.state), [saved[name] for name in wanted])
+    take_settings(run, checkpoint, free, fixed)
+    run.state = read_undamaged(checkpoint, functools.partial(read_arrays, pipeline, run))

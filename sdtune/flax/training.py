@@ -1,9 +1,11 @@
 """Train in JAX: hosts and devices, the state of a run, and the loop over its steps."""
 
 import functools
+import hashlib
 import math
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
@@ -15,15 +17,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm.auto import tqdm
 
 from sdtune.batches import micro_batches, samples_in_step
-from sdtune.checkpoints import find_checkpoint, new_run, save_checkpoint
+from sdtune.checkpoints import find_checkpoint, keep_best, new_run, note_step, save_checkpoint
 from sdtune.errors import InputError, last_line
+from sdtune.failures import leave
 from sdtune.flax.checkpoints import resume, write_arrays
 from sdtune.flax.encoding import step_batches
 from sdtune.flax.optimization import learning_rate_of_step, train_step
 from sdtune.optimization import make_average
 from sdtune.output import log_losses, prepare_output
 from sdtune.plan import print_plan
-from sdtune.signals import leave, note_signal, on_signals
+from sdtune.signals import is_asked
 
 
 def check_hosts(args):
@@ -97,13 +100,29 @@ def make_state(args, weights, optimizer):
     return state
 
 
-def start_run(args, counts, state, fingerprints, free, fixed):
-    """A run at its start, or where the checkpoint to resume from ended; `free` and `fixed` name settings that may and
-    that cannot differ from the checkpoint's. Raises `InputError`."""
+def start_run(args, counts, state, fingerprints, pipeline, free, fixed):
+    """A run at its start, or where the checkpoint to resume from ended, the same on all hosts; `free` and `fixed` name
+    settings that may and that cannot differ from the checkpoint's. Raises `InputError`."""
     run = new_run(args, counts, state, args.mixed_precision or "no", fingerprints)
     if checkpoint := find_checkpoint(run.output_dir, args.resume_from_checkpoint):
-        resume(run, checkpoint, free, fixed)
+        resume(pipeline, run, checkpoint, free, fixed)
+    check_agreement({"global_step": run.progress["global_step"], **fingerprints, "steps and batch": vars(counts)})
     return run
+
+
+def check_agreement(values):
+    """Compares `values` of all hosts, by name: any that differ would have them wait for each other for ever. Raises
+    `InputError` on all of them, which names the difference."""
+    digests = [hashlib.sha256(repr(value).encode()).digest() for value in values.values()]
+    here = np.frombuffer(b"".join(digests), np.uint8).reshape(len(values), -1)
+    everywhere = multihost_utils.process_allgather(here).reshape(-1, *here.shape)
+    is_same = (everywhere == everywhere[0]).all(axis=(0, 2))
+    differences = [
+        f"{name}: {value} here" for (name, value), same in zip(values.items(), is_same, strict=True) if not same
+    ]
+    if differences:
+        remedy = "all need the same flags, the same data and one --output_dir that they share"
+        raise InputError("\n  ".join([f"the hosts do not agree; {remedy}", *differences]))
 
 
 def tell_plan(args, run, num_held_out):
@@ -120,12 +139,10 @@ def tell_plan(args, run, num_held_out):
     print_plan(args, run, num_held_out, num_trained, about)
 
 
-def start_output(args, accelerator, run):
-    """Makes the output folder, and starts the trackers, by the first host alone."""
+def start_output(args, run):
+    """Makes the output folder, by the first host alone."""
     if jax.process_index() == 0:
         prepare_output(run, args.overwrite_output_dir)
-        config = {name: str(value) for name, value in run.settings.items()}
-        accelerator.init_trackers(args.tracker_project_name, config)
 
 
 def load_batches(args, run, encoded, batch_size, pool):
@@ -144,23 +161,25 @@ def compile_step(args, mesh, training_loss, optimizer):
     return jax.jit(step, donate_argnums=0, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
-def train_steps(args, accelerator, run, mesh, batches, training_loss, optimizer, look):
-    """Trains to the last step; `training_loss(weights, batch)` gives the loss of each sample (batch,). `look()` is
-    called before training and every --validation_steps.
+def train_steps(args, accelerator, run, pipeline, stop, mesh, batches, training_loss, optimizer, look):
+    """Trains to the last step; `training_loss(weights, batch)` gives the loss of each sample (batch,).
+    `look(is_asked)` is called before training and every --validation_steps; it gives up when `is_asked()`, and returns
+    the mean held-out loss or None.
 
-    Ends the process with status 128 + signal after SIGTERM or SIGINT, 1 if a loss is not finite.
+    Ends the process with status 128 + signal when `stop` asks for it, 1 after too many losses that are not finite.
     """
-    received, counts, is_first = [], run.counts, jax.process_index() == 0
+    counts, is_first = run.counts, jax.process_index() == 0
     average = make_average(args, [])  # for its decay
     learning_rate_of = learning_rate_of_step(args, run.settings["peak_learning_rate"], counts.last_step)
     step_program = compile_step(args, mesh, training_loss, optimizer)
     run.state = jax.device_put(run.state, NamedSharding(mesh, PartitionSpec()))  # whole on every device
     split = NamedSharding(mesh, PartitionSpec(None, "data"))  # the passes of a batch one after the other
     first_step, validation_steps = run.progress["global_step"], args.validation_steps or 500
+    write_state = functools.partial(write_arrays, pipeline)
+    asked_to_stop = functools.partial(is_asked, stop)
     # A run that was stopped has not had the look at its last step.
     if first_step % validation_steps == 0 or first_step == counts.last_step:
-        look()
-    on_signals(functools.partial(note_signal, received))
+        look_and_keep(args, run, look, asked_to_stop, write_state)
     bar = tqdm(
         range(first_step, counts.last_step),
         initial=first_step,
@@ -168,39 +187,52 @@ def train_steps(args, accelerator, run, mesh, batches, training_loss, optimizer,
         unit="step",
         disable=not is_first,
     )
-    batch = next(batches, None)
+    reader = ThreadPoolExecutor(1)  # makes the next batch while the devices work
+    upcoming = reader.submit(next, batches, None)
     for step in bar:
         started = time.perf_counter()
+        batch = upcoming.result()  # raises what went wrong with it, while the state is whole
+        upcoming = reader.submit(next, batches, None)
 
         # Forward, backward and optimizer step on the devices, unless a loss or a gradient is not finite.
-        batch["stop"] = np.full_like(batch["weight"], bool(received))  # which is how the hosts tell each other
+        batch["stop"] = np.full_like(batch["weight"], asked_to_stop())  # which is how the hosts tell each other
         arrays = {name: jax.make_array_from_process_local_data(split, array) for name, array in batch.items()}
         learning_rate, ema_decay = np.float32(learning_rate_of(step)), np.float32(average.get_decay(step + 1))
+        run.is_whole = False  # the program writes over the state
         run.state, outcome = step_program(run.state, arrays, learning_rate, ema_decay)
-        batch = next(batches, None)  # the next one is made while the devices work
-        loss, grad_norm, stop = np.asarray(outcome).tolist()
-        broken = not (math.isfinite(loss) and math.isfinite(grad_norm))
-        stop = bool(stop) or (bool(received) and jax.process_count() == 1)
-        if not broken:
-            run.progress["global_step"] = step + 1
-            run.progress["losses"].append(loss)
+        loss, grad_norm, stop_now = np.asarray(outcome).tolist()
+        is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        is_broken = not is_finite and run.progress["nan_steps"] >= (args.max_nan_steps or 0)
+        stop_now = bool(stop_now) or (asked_to_stop() and jax.process_count() == 1)
+        if not is_broken:
+            note_step(run, step, loss, is_finite)
+        run.is_whole = True
         done = run.progress["global_step"]
 
         # Log
-        if not broken:
+        if not is_broken:
             images_per_second = samples_in_step(counts, step) / (time.perf_counter() - started)
             bar.set_postfix(loss=f"{loss:.4f}", images_per_second=f"{images_per_second:.1f}", refresh=False)
             if is_first and (done % args.logging_steps == 0 or done == counts.last_step):
-                log_losses(accelerator, run, learning_rate_of(done), grad_norm, images_per_second)
+                norm = grad_norm if is_finite else None
+                log_losses(accelerator, run, learning_rate_of(done), norm, images_per_second)
 
         # Save and look
-        if stop or broken or done % args.checkpointing_steps == 0:
+        if stop_now or is_broken or done % args.checkpointing_steps == 0 or done == counts.last_step:
             if is_first:
                 # After a broken step none is removed: the last good one may be an older one.
-                limit = None if broken else args.checkpoints_total_limit
-                save_checkpoint(run, functools.partial(write_arrays, run), limit)
+                save_checkpoint(run, write_state, None if is_broken else args.checkpoints_total_limit)
             multihost_utils.sync_global_devices("saved")
-        if stop or broken:
-            leave(accelerator, run, broken, received)
+        if stop_now or is_broken:
+            leave(accelerator, run, is_broken, stop.received)
         if done % validation_steps == 0 or done == counts.last_step:
-            look()
+            look_and_keep(args, run, look, asked_to_stop, write_state)
+    if asked_to_stop() and is_first:  # while it looked for the last time
+        leave(accelerator, run, False, stop.received)
+
+
+def look_and_keep(args, run, look, asked_to_stop, write_state):
+    """Looks at the run, and keeps its checkpoint if it is the best one so far and that is asked for."""
+    held_out_loss = look(asked_to_stop)
+    if args.keep_best and held_out_loss is not None and jax.process_index() == 0:
+        keep_best(run, held_out_loss, write_state, args.checkpoints_total_limit)

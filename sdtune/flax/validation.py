@@ -38,15 +38,17 @@ def held_out_losses(program, split, encoded, batch_size, weights):
     return np.reshape(losses, (len(images), HELD_OUT_TIMESTEPS)).mean(axis=1)
 
 
-def validate(args, accelerator, run, pipeline, noise_scheduler, measure):
+def validate(args, accelerator, run, pipeline, noise_scheduler, measure, is_asked):
     """Draws samples and measures the held-out loss, under the averaged weights if there are any. `measure(weights)`
     gives the held-out losses, which takes all hosts; it is None if there are no such images."""
-    weights, is_first = result_weights(run), jax.process_index() == 0
+    weights, is_first, held_out_loss = result_weights(run), jax.process_index() == 0, None
     if measure:
         losses = torch.from_numpy(measure(weights))
+        held_out_loss = losses.mean().item()
         if is_first:
             log_held_out_losses(accelerator, run, losses)
     if args.validation_prompts and is_first:
         copy_weights(weights, pipeline.unet)
         parts = {**pipeline.components, "scheduler": noise_scheduler}
         show_samples(args, accelerator, run, parts, args.validation_prompts)
+    return held_out_loss

@@ -1,0 +1,124 @@
+"""What ends a run too early: it is told in a line, and nothing is lost that can be written."""
+
+import contextlib
+import errno
+import re
+import signal
+import socket
+import sys
+import traceback
+
+from diffusers.training_utils import free_memory
+
+from sdtune.checkpoints import checkpoint_of, list_checkpoints, save_checkpoint
+from sdtune.errors import InputError
+from sdtune.output import end_training
+from sdtune.signals import noted_signals
+
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# What libraries say instead: safetensors, torch, which hides the reason, and torch again.
+DISK_FULL_TEXT = re.compile(
+    r"No space left|File too large|quota exceeded|iostream error|PytorchStreamWriter failed", re.IGNORECASE
+)
+OUT_OF_MEMORY_TEXT = re.compile(r"out of memory|can't allocate memory|RESOURCE_EXHAUSTED", re.IGNORECASE)
+# What a process says whose connection to another one ends: what happened is told there.
+LOST_PEER_TEXT = re.compile(r"Connection (closed|reset) by (peer|remote)|remote process exited|NCCL", re.IGNORECASE)
+
+
+@contextlib.contextmanager
+def nothing_lost(args, accelerator, run, stop, write_state):
+    """Notes signals in `stop`, and after an exception writes the last state that is whole as a checkpoint, by
+    `write_state(run, folder)`, says what happened and ends with status 1. Any process may be the one that fails, and
+    holds the same state as the others."""
+    with noted_signals(stop):
+        try:
+            yield
+        except Exception as error:  # of the data, the disk, the memory, a library
+            reason, remedy = explain(args, error)
+            told_as = (
+                ""
+                if accelerator.num_processes == 1
+                else f"Rank {accelerator.process_index} on {socket.gethostname()}: "
+            )
+            if not reason:
+                traceback.print_exception(error)
+                reason = last_words(error)
+            kept = save_what_is_whole(run, write_state)
+            step = run.progress["global_step"]
+            print(f"\n{told_as}Stopped after step {step} by {reason}. {kept}{remedy}", file=sys.stderr)
+            sys.exit(1)
+
+
+def explain(args, error):
+    """What happened, and a remedy, for a user; ("", "") for what only a developer can understand."""
+    if isinstance(error, InputError):
+        return last_words(error), ""
+    if is_disk_full(error):
+        return f"a full disk ({last_words(error)})", ". Make room first"
+    if isinstance(error, MemoryError) or OUT_OF_MEMORY_TEXT.search(str(error)):
+        return f"a lack of memory ({last_words(error)})", f". Use {memory_flags(args)}"
+    if LOST_PEER_TEXT.search(str(error)):
+        return f"the end of another process ({last_words(error)})", ""
+    return "", ""
+
+
+def is_disk_full(error):
+    """Whether an exception comes of a full disk, a quota or a limit on the size of files."""
+    return getattr(error, "errno", None) in DISK_FULL or bool(DISK_FULL_TEXT.search(str(error)))
+
+
+def memory_flags(args):
+    """The flags that would make the run smaller and are not used yet."""
+    flags = []
+    if args.train_batch_size > 1:
+        flags.append("a smaller --train_batch_size with more --gradient_accumulation_steps")
+    for flag in ("gradient_checkpointing", "use_8bit_adam", "offload_ema"):
+        useful = flag != "offload_ema" or args.use_ema
+        if useful and getattr(args, flag, None) is False:
+            flags.append(f"--{flag}")
+    if args.mixed_precision in (None, "no"):
+        flags.append("--mixed_precision=bf16")
+    return ", ".join([*flags, "a smaller --resolution"])
+
+
+def last_words(error):
+    """The last line of an exception's text, without the class that a worker's report begins it with."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return re.sub(r"^[\w.]+Error: ", "", lines[-1]).rstrip(".")
+
+
+def save_what_is_whole(run, write_state):
+    """Writes the checkpoint of the run's step, if weights and state belong together; returns what there is to go on
+    from."""
+    free_memory()
+    why = "the optimizer was at work"
+    if run.is_whole:
+        try:
+            save_checkpoint(run, write_state, None)
+            return f"{checkpoint_of(run)} holds its state; go on with --resume_from_checkpoint=latest"
+        except Exception as error:  # the disk may be what is full
+            why = last_words(error)
+    whole = list_checkpoints(run.output_dir)
+    if not whole:
+        return f"No checkpoint could be written ({why}), and there is none before"
+    return f"No checkpoint could be written ({why}); go on from {whole[-1]} with --resume_from_checkpoint=latest"
+
+
+def leave(accelerator, run, broken, received):
+    """Ends the process after its last checkpoint, and says why: status 1 for a broken step, else 128 + signal."""
+    end_training(accelerator)
+    step = run.progress["global_step"]
+    why, remedy = "a signal", ""
+    if broken:
+        why = f"a loss or gradient that is not finite, in step {step + 1}"
+        remedy = " --allow_changed_resume and a lower --learning_rate"
+        if run.settings["mixed_precision"] == "fp16":
+            remedy += ", or start anew with --mixed_precision=bf16, whose numbers reach further"
+    accelerator.print(
+        f"Stopped by {why}. {checkpoint_of(run)} holds the state after step {step}; go on with "
+        f"--resume_from_checkpoint=latest{remedy}",
+        file=sys.stderr,
+    )
+    # Another process, or the launcher, may have got the signal: SIGTERM, then.
+    number = received[0] if received else signal.SIGTERM
+    sys.exit(1 if broken else 128 + number)
