@@ -9,6 +9,7 @@ COMMANDS = {
     "show": "draw a contact sheet of images and captions as training sees them",
     "generate": "draw pictures and labelled grids, base beside result",
     "evaluate": "measure a result: CLIP score, KID, held-out loss, memorisation",
+    "export": "make a model of a checkpoint: a pipeline folder or LoRA weights",
     "convert": "turn a pipeline folder into one file for A1111, Forge and ComfyUI, and back",
     "convert-lora": "turn adapters from diffusers' layout into kohya's and back, or merge them",
     "push-dataset": "upload a folder of captioned images to the Hub",

@@ -1,0 +1,110 @@
+"""Make a model of a checkpoint: a pipeline folder, or a folder with LoRA weights, as the run's end would have written.
+
+    sdtune export my_model/checkpoint-500 my_earlier_model
+    sdtune export my_lora/checkpoint-200 my_earlier_lora
+
+The averaged weights are taken if the run has them (--weights=trained takes the others). What was not trained comes
+from the base that the run began with; --base names it anew if it is elsewhere now.
+"""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from sdtune.arguments import SWITCH, new_parser, parse_flags
+from sdtune.checkpoints import AVERAGED, read_settings
+from sdtune.errors import InputError, last_line, raise_problems, told_to_user
+from sdtune.files import beside
+from sdtune.lora import file_of_adapters
+from sdtune.lora_layouts import LORA_FILE
+from sdtune.models import DTYPES, load_base, make_noise_scheduler, quiet_libraries, read_models
+from sdtune.output import save_pipeline
+from sdtune.pipeline_folder import check_place
+
+PROGRAM = "sdtune export"
+SUFFIXES = {"averaged": AVERAGED, "trained": ""}
+
+
+def make_parser():
+    """The command's flags."""
+    parser = new_parser(__doc__, f"{PROGRAM} CHECKPOINT OUTPUT [flags]")
+    add = parser.add_argument
+    add("checkpoint", nargs="?", help="folder checkpoint-N of a run")
+    add("output", nargs="?", help="folder to write")
+    add("--weights", choices=list(SUFFIXES), help="which of them; default: averaged if the run has them, else trained")
+    add("--base", help="the base of the run, a pipeline folder or Hub id, if it is not where it was")
+    add("--save_precision", default="no", choices=list(DTYPES), help="half precision of what is saved, or no")
+    add("--overwrite", **SWITCH, help="replace the model at OUTPUT")
+    add("--config", metavar="FILE.yaml", help="flags by name; the command line wins")
+    return parser
+
+
+def check_args(args):
+    """Lists every path that is wrong, before anything large is read."""
+    if not args.checkpoint or not args.output:
+        return ["give what to read and what to write: CHECKPOINT OUTPUT"]
+    checkpoint = Path(args.checkpoint)
+    problems = check_place(Path(args.output), [checkpoint], is_folder=True, overwrite=args.overwrite)
+    if not (checkpoint / "progress.json").is_file():
+        problems.append(f"{checkpoint}: is no whole checkpoint; give a folder checkpoint-N of a run")
+    elif args.weights == "averaged" and not holds(checkpoint, AVERAGED):
+        problems.append("--weights=averaged: the run has no average (--use_ema); drop this")
+    return problems
+
+
+def holds(checkpoint, suffix):
+    """Whether a checkpoint has weights with the suffix."""
+    return (checkpoint / f"unet{suffix}").is_dir() or (checkpoint / file_of_adapters(suffix)).is_file()
+
+
+def export_adapters(checkpoint, folder, suffix, dtype):
+    """Copies the adapters of a checkpoint into a folder, in `dtype` if it is not None."""
+    with safe_open(checkpoint / file_of_adapters(suffix), "pt") as file:
+        weights = {name: file.get_tensor(name).to(dtype) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+        header = file.metadata()
+    folder.mkdir()
+    save_file(weights, folder / LORA_FILE, header)
+
+
+def export_pipeline(args, checkpoint, folder, suffix):
+    """Writes the run's base with the weights of a checkpoint in their places. Raises `InputError`."""
+    settings, _ = read_settings(checkpoint)
+    if args.base:
+        settings |= {"pretrained_model_name_or_path": args.base, "single_file_config": None}
+        settings |= {"revision": None, "variant": None}
+    settings = SimpleNamespace(**{**settings, "save_precision": args.save_precision})
+    try:
+        pipeline = load_base(settings)
+    except InputError as error:
+        raise InputError(f"{error}; name the run's base by --base") from None
+    found = [path.name for path in checkpoint.iterdir() if path.is_dir()]
+    trained = [name.removesuffix(suffix) for name in found if re.fullmatch(rf"(unet|text_encoder){suffix}", name)]
+    try:
+        read_models({name: getattr(pipeline, name) for name in trained}, checkpoint, suffix)
+    except Exception as error:  # of the files, or of another architecture
+        raise InputError(
+            f"{checkpoint}: does not fit {settings.pretrained_model_name_or_path} ({last_line(error)})"
+        ) from None
+    save_pipeline(settings, folder, pipeline, make_noise_scheduler(settings, pipeline))
+
+
+def main(argv=None):
+    """Runs the command; a mistake of the user's ends with status 2 and its message."""
+    args, problems = parse_flags(make_parser(), argv, {})
+    quiet_libraries()
+    with told_to_user(PROGRAM, errors=(InputError, OSError, SafetensorError), stopped="Stopped; nothing was written."):
+        raise_problems(problems + check_args(args))
+        checkpoint, output = Path(args.checkpoint), Path(args.output)
+        weights = args.weights or ("averaged" if holds(checkpoint, AVERAGED) else "trained")
+        suffix = SUFFIXES[weights]
+        with beside(output) as unfinished:
+            if (checkpoint / file_of_adapters(suffix)).is_file():
+                export_adapters(checkpoint, unfinished, suffix, DTYPES[args.save_precision])
+                loader = f'pipe.load_lora_weights("{output}")'
+            else:
+                export_pipeline(args, checkpoint, unfinished, suffix)
+                loader = f'StableDiffusionPipeline.from_pretrained("{output}")'
+        print(f"Wrote {output}: the {weights} weights of {checkpoint}. Load it with {loader}.")
