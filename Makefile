@@ -21,13 +21,13 @@ LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_pr
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: $(INSTALLED)  ## make .venv with what requirements_flax.txt names and the sdtune command (the other targets do this themselves)
+install: $(INSTALLED)  ## make .venv with all but xFormers, in the versions of constraints.txt (the other targets do this themselves)
 
 # The stamp is written last, so that an interrupted install is taken up again by the next target.
-$(INSTALLED): requirements.txt requirements_flax.txt setup.cfg pyproject.toml
+$(INSTALLED): constraints.txt $(wildcard requirements*.txt) setup.cfg pyproject.toml
 	$(BIN)/python -c "" 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements_flax.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--requirement requirements_flax.txt --editable ".[tools,trackers,dev]"
 	@touch $@
 
 demo: $(INSTALLED) demo/creatures/metadata.jsonl  ## fine-tune the miniature on drawn creatures, show before and after

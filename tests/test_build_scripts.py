@@ -106,7 +106,7 @@ def main():
 if __name__ == "__main__":
     main()
 ''',
-    "requirements.txt": "# pins\ntorch==2.13.0\npillow==13.0.0\n",
+    "constraints.txt": "# pins\ntorch==2.13.0\npillow==13.0.0\n",
     "recipes/list.py": '''"""Lists."""
 
 from sdtune.lists import ordered
@@ -242,7 +242,7 @@ def test_a_script_has_what_its_recipe_reaches_and_nothing_else(root, capsys):
 
 def test_versions_of_what_is_imported_are_named(root, capsys, monkeypatch):
     monkeypatch.setattr(builder, "TESTED", ["torch", "yaml"])
-    write(root, "requirements.txt", "torch==2.13.0\n# yaml==1\n")
+    write(root, "constraints.txt", "torch==2.13.0\n# yaml==1\n")
     assert builder.tested_versions(root, ["import torch.nn", "import yaml"]) == "# Tested with torch 2.13.0.\n"
     assert builder.tested_versions(root, ["import json"]) == ""
 

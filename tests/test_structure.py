@@ -19,7 +19,6 @@ from running import REPO, SCRIPTS, environment, run_script
 
 from sdtune.__main__ import COMMANDS
 
-IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml"}  # where they differ from the names of the packages
 every_script = pytest.mark.parametrize("path", SCRIPTS, ids=[path.stem for path in SCRIPTS])
 
 
@@ -219,36 +218,6 @@ def test_no_function_stands_twice():
 
 
 # ---------------------------------------------------------------------------------------------------------- scripts
-def imported(path):
-    """Top-level packages that a file imports, anywhere in it."""
-    found = set()
-    for node in ast.walk(tree_of(path)):
-        if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            found.add("." if node.level else node.module.split(".")[0])
-    return found
-
-
-def required(name):
-    """What can be imported once these requirements are installed."""
-    lines = (REPO / name).read_text(encoding="utf-8").splitlines()
-    packages = [re.match(r"[\w.-]+", line).group().lower() for line in lines if line.strip() and line[0] != "#"]
-    return {IMPORT_NAMES.get(package, package.replace("-", "_")) for package in packages}
-
-
-def test_imports_are_the_standard_library_and_the_requirements():
-    paths = python_files("sdtune", "recipes", "examples", "tools")
-    assert set(SCRIPTS) < set(paths)
-    for path in paths:
-        allowed = set(sys.stdlib_module_names) | required("requirements.txt")
-        if "flax" in path.relative_to(REPO).as_posix():
-            allowed |= required("requirements_flax.txt")
-        if path not in SCRIPTS:
-            allowed.add("sdtune")
-        assert imported(path) - allowed == set(), path
-
-
 @every_script
 def test_docstring_names_a_command_and_papers(path):
     text = ast.get_docstring(tree_of(path))

@@ -310,9 +310,9 @@ def reach(recipe):
 
 
 def tested_versions(root, imports):
-    """Returns a comment on the packages of TESTED that these lines import: the versions that the requirements pin."""
-    requirements = "\n".join(path.read_text(encoding="utf-8") for path in root.glob("requirements*.txt"))
-    pins = dict(re.findall(r"^([\w-]+)==([\w.]+)", requirements, re.MULTILINE))
+    """Returns a comment on the packages of TESTED that these lines import: the versions of constraints.txt."""
+    constraints = (root / "constraints.txt").read_text(encoding="utf-8")
+    pins = dict(re.findall(r"^([\w-]+)==([\w.]+)", constraints, re.MULTILINE))
     packages = {re.split(r"[ .]", line)[1] for line in imports}
     found = ", ".join(f"{name} {pins[name]}" for name in TESTED if name in pins and name in packages)
     lines = textwrap.wrap(f"Tested with {found}.", WIDTH - 2) if found else []
