@@ -369,7 +369,7 @@ def add_output_arguments(parser):
     add("--keep_best", **SWITCH, help="keep that with the lowest held-out loss too; needs --num_validation_samples")
     add("--resume_from_checkpoint", metavar="PATH|latest", help="go on from a checkpoint, if there is a latest")
     add("--allow_changed_resume", **SWITCH, help="though the result will change; needs --resume_from_checkpoint")
-    add("--report_to", default="tensorboard", help="tracker of accelerate's (tensorboard, wandb, ...), all or none")
+    add("--report_to", help="tracker of accelerate's (wandb, ...), all or none; default: tensorboard, if installed")
     add("--tracker_project_name", default="text2image-fine-tune", help="project name in the tracker")
     add("--logging_dir", default="logs", help="folder for the tracker's files, in --output_dir")
     add("--logging_steps", type=positive_int, default=10, help="log the mean loss every so many steps [1, inf)")

@@ -40,7 +40,7 @@ def check_optimization(args):
 def check_8bit_adam(args):
     """Lists whether 8-bit AdamW is asked for where it is not installed."""
     if args.use_8bit_adam and not is_bitsandbytes_available():
-        return ["--use_8bit_adam=True: needs bitsandbytes; drop this"]
+        return ["--use_8bit_adam=True: needs bitsandbytes; run `pip install bitsandbytes`, or drop this"]
     return []
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import diffusers
 from accelerate.tracking import get_available_trackers
+from accelerate.utils import is_tensorboard_available
 from filelock import FileLock, Timeout
 
 from sdtune.checkpoints import find_checkpoint
@@ -56,8 +57,11 @@ def check_output(args, foreign_result):
 def check_trackers(args):
     """Lists whether a tracker is asked for that is not installed."""
     installed = ["all", "none", *map(str, get_available_trackers())]
-    if args.report_to not in installed:
-        return [f"--report_to={args.report_to}: installed are {', '.join(installed)}"]
+    if args.report_to and args.report_to not in installed:
+        return [
+            f"--report_to={args.report_to}: installed are {', '.join(installed)}; for tensorboard and wandb run `pip "
+            "install -r requirements_trackers.txt`"
+        ]
     return []
 
 
@@ -90,6 +94,14 @@ def locked_output(args):
         if is_new and [path.name for path in output_dir.iterdir()] == [LOCK_FILE]:
             shutil.rmtree(output_dir)
         lock.release()
+
+
+def chosen_tracker(args):
+    """The name of accelerate's tracker to start: the one asked for, else tensorboard where it is installed; None for
+    no tracker."""
+    if args.report_to is None:
+        return "tensorboard" if is_tensorboard_available() else None
+    return None if args.report_to == "none" else args.report_to
 
 
 def prepare_output(run, overwrite):

@@ -36,7 +36,7 @@ from sdtune.errors import InputError
 from sdtune.failures import leave
 from sdtune.models import DTYPES
 from sdtune.optimization import make_average, make_optimizer, make_schedule
-from sdtune.output import log_losses, prepare_output
+from sdtune.output import chosen_tracker, log_losses, prepare_output
 from sdtune.plan import print_plan
 from sdtune.randomness import DROPOUT, random_numbers
 from sdtune.signals import is_asked, on_signals
@@ -59,7 +59,10 @@ def check_hardware(args):
     if args.allow_tf32 and on_cpu:
         problems.append("--allow_tf32=True: needs an NVIDIA GPU; drop this")
     if args.enable_xformers_memory_efficient_attention and (on_cpu or not is_xformers_available()):
-        problems.append("--enable_xformers_memory_efficient_attention=True: needs a GPU and xformers; drop this")
+        problems.append(
+            "--enable_xformers_memory_efficient_attention=True: needs a GPU and xformers; run "
+            "`pip install -r requirements_xformers.txt` there, or drop this"
+        )
     precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in DTYPES or (precision == "fp16" and on_cpu):
         problems.append(f"--mixed_precision={precision} (or accelerate's config): cannot run here; use bf16")
@@ -92,7 +95,7 @@ def make_accelerator(args):
     torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to,
+        log_with=chosen_tracker(args),
         project_dir=Path(args.output_dir, args.logging_dir),
         # The passes of a step are ours to count: accelerate would divide gradients by what its variable says.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),

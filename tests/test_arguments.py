@@ -8,6 +8,7 @@ from running import SCRIPTS, TRAIN_TEXT_TO_IMAGE, TRAIN_TEXT_TO_IMAGE_LORA
 from tiny import changed_pipeline
 from training import parse
 
+from sdtune import training
 from sdtune.arguments import check_requirements, new_parser, parse_flags, positive_int
 from sdtune.training import check_hardware
 
@@ -354,6 +355,17 @@ def test_fp16_is_refused_where_accelerate_is_told_to_use_the_cpu(monkeypatch):
 @pytest.mark.parametrize("flag", ["allow_tf32", "enable_xformers_memory_efficient_attention"])
 def test_what_needs_a_gpu_is_refused_without(train_script, command, flag):
     assert f"--{flag}" in problems(train_script, command(f"--{flag}"))
+
+
+@pytest.mark.parametrize("has_gpu, has_xformers", [(True, False), (False, True)])
+def test_xformers_is_asked_for_by_its_file(monkeypatch, has_gpu, has_xformers):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: has_gpu)
+    monkeypatch.setattr(training, "is_xformers_available", lambda: has_xformers)
+    assert check_hardware(parse("--enable_xformers_memory_efficient_attention")) == [
+        "--enable_xformers_memory_efficient_attention=True: needs a GPU and xformers; run "
+        "`pip install -r requirements_xformers.txt` there, or drop this"
+    ]
+    assert check_hardware(parse()) == []
 
 
 @pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])

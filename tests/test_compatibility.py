@@ -258,11 +258,13 @@ def default(script, flag):
     if value is not None:
         return value
     entry = re.search(rf"^  --{flag} .*(?:\n {{4,}}.*)*", script.make_parser().format_help(), re.M).group()
-    said = re.search(r"([\d.]+|\bno) if not given|, or ([\d.]+);", " ".join(entry.split()))
+    said = re.search(
+        r"([\d.]+|\bno) if not given|, or ([\d.]+);|default: (\w+), if installed", " ".join(entry.split())
+    )
     if not said:
         return None
-    word = said.group(1) or said.group(2)
-    return word if word == "no" else float(word)
+    word = said.group(1) or said.group(2) or said.group(3)
+    return word if word in ("no", "tensorboard") else float(word)
 
 
 def as_table_says(value):

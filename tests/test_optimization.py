@@ -72,7 +72,9 @@ def test_a_polynomial_needs_room_above_its_end():
 def test_8bit_adam_needs_its_package(monkeypatch):
     assert check_8bit_adam(parse("--use_8bit_adam")) == []
     monkeypatch.setattr(optimization, "is_bitsandbytes_available", lambda: False)
-    assert check_8bit_adam(parse("--use_8bit_adam")) == ["--use_8bit_adam=True: needs bitsandbytes; drop this"]
+    assert check_8bit_adam(parse("--use_8bit_adam")) == [
+        "--use_8bit_adam=True: needs bitsandbytes; run `pip install bitsandbytes`, or drop this"
+    ]
     assert check_8bit_adam(parse()) == []
 
 

@@ -5,7 +5,9 @@ import json
 import pytest
 from training import parse
 
-from sdtune.output import check_output, check_trackers, was_before
+from sdtune import output
+from sdtune.arguments import add_output_arguments, new_parser
+from sdtune.output import check_output, check_trackers, chosen_tracker, was_before
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
@@ -100,6 +102,37 @@ def test_a_tracker_has_to_be_installed():
     assert "tensorboard" in problem
     for tracker in ("tensorboard", "wandb", "all", "none"):
         assert check_trackers(parse(f"--report_to={tracker}")) == []
+
+
+@pytest.mark.parametrize("tracker, others", [("wandb", ["tensorboard"]), ("tensorboard", [])])
+def test_a_tracker_that_is_missing_is_told_with_the_file_to_install(monkeypatch, tracker, others):
+    monkeypatch.setattr(output, "get_available_trackers", lambda: others)
+    assert check_trackers(parse(f"--report_to={tracker}")) == [
+        f"--report_to={tracker}: installed are {', '.join(['all', 'none', *others])}; for tensorboard and wandb run "
+        "`pip install -r requirements_trackers.txt`"
+    ]
+    assert check_trackers(parse()) == []
+
+
+@pytest.mark.parametrize(
+    "words, is_installed, tracker",
+    [
+        ([], True, "tensorboard"),
+        ([], False, None),
+        (["--report_to=none"], True, None),
+        (["--report_to=wandb"], False, "wandb"),
+    ],
+)
+def test_tensorboard_is_the_tracker_where_it_is_installed_and_no_other_is_named(
+    monkeypatch, words, is_installed, tracker
+):
+    """By the script's own default, which the tests' other runs replace."""
+    parser = new_parser("Trains.", "train [flags]")
+    add_output_arguments(parser)
+    args = parser.parse_args(words)
+    monkeypatch.setattr(output, "is_tensorboard_available", lambda: is_installed)
+    assert check_trackers(args) == []
+    assert chosen_tracker(args) == tracker
 
 
 @pytest.mark.parametrize(

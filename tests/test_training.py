@@ -587,6 +587,17 @@ def test_tensorboard_holds_what_the_log_holds(validated):
     assert all(steps == [0, 2, 4] for steps in images.values())
 
 
+@pytest.mark.parametrize("is_installed, told", [(True, "log.jsonl and tensorboard"), (False, "log.jsonl, no tracker")])
+def test_the_plan_tells_the_tracker_and_a_run_without_one_logs(
+    fit, train_script, monkeypatch, capsys, is_installed, told
+):
+    monkeypatch.setattr(train_script, "is_tensorboard_available", lambda: is_installed)
+    folder = fit(report_to=None, max_train_steps=1)
+    assert f"\n  log        {told}\n" in capsys.readouterr().out
+    assert bool(list(folder.rglob("events.out.tfevents.*"))) == is_installed
+    assert len(losses(folder)) == 1
+
+
 @pytest.mark.slow
 def test_wandb_works_offline(fit, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")

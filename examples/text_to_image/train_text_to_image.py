@@ -79,6 +79,7 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     gather_object,
+    is_tensorboard_available,
     parse_flag_from_env,
     send_to_device,
 )
@@ -456,7 +457,10 @@ def check_hardware(args):
     if args.allow_tf32 and on_cpu:
         problems.append("--allow_tf32=True: needs an NVIDIA GPU; drop this")
     if args.enable_xformers_memory_efficient_attention and (on_cpu or not is_xformers_available()):
-        problems.append("--enable_xformers_memory_efficient_attention=True: needs a GPU and xformers; drop this")
+        problems.append(
+            "--enable_xformers_memory_efficient_attention=True: needs a GPU and xformers; run "
+            "`pip install -r requirements_xformers.txt` there, or drop this"
+        )
     precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in DTYPES or (precision == "fp16" and on_cpu):
         problems.append(f"--mixed_precision={precision} (or accelerate's config): cannot run here; use bf16")
@@ -489,7 +493,7 @@ def make_accelerator(args):
     torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to,
+        log_with=chosen_tracker(args),
         project_dir=Path(args.output_dir, args.logging_dir),
         # The passes of a step are ours to count: accelerate would divide gradients by what its variable says.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
@@ -1556,7 +1560,7 @@ def add_output_arguments(parser):
     add("--keep_best", **SWITCH, help="keep that with the lowest held-out loss too; needs --num_validation_samples")
     add("--resume_from_checkpoint", metavar="PATH|latest", help="go on from a checkpoint, if there is a latest")
     add("--allow_changed_resume", **SWITCH, help="though the result will change; needs --resume_from_checkpoint")
-    add("--report_to", default="tensorboard", help="tracker of accelerate's (tensorboard, wandb, ...), all or none")
+    add("--report_to", help="tracker of accelerate's (wandb, ...), all or none; default: tensorboard, if installed")
     add("--tracker_project_name", default="text2image-fine-tune", help="project name in the tracker")
     add("--logging_dir", default="logs", help="folder for the tracker's files, in --output_dir")
     add("--logging_steps", type=positive_int, default=10, help="log the mean loss every so many steps [1, inf)")
@@ -2001,7 +2005,7 @@ def check_optimization(args):
 def check_8bit_adam(args):
     """Lists whether 8-bit AdamW is asked for where it is not installed."""
     if args.use_8bit_adam and not is_bitsandbytes_available():
-        return ["--use_8bit_adam=True: needs bitsandbytes; drop this"]
+        return ["--use_8bit_adam=True: needs bitsandbytes; run `pip install bitsandbytes`, or drop this"]
     return []
 
 
@@ -2081,8 +2085,11 @@ def check_output(args, foreign_result):
 def check_trackers(args):
     """Lists whether a tracker is asked for that is not installed."""
     installed = ["all", "none", *map(str, get_available_trackers())]
-    if args.report_to not in installed:
-        return [f"--report_to={args.report_to}: installed are {', '.join(installed)}"]
+    if args.report_to and args.report_to not in installed:
+        return [
+            f"--report_to={args.report_to}: installed are {', '.join(installed)}; for tensorboard and wandb run `pip "
+            "install -r requirements_trackers.txt`"
+        ]
     return []
 
 
@@ -2115,6 +2122,14 @@ def locked_output(args):
         if is_new and [path.name for path in output_dir.iterdir()] == [LOCK_FILE]:
             shutil.rmtree(output_dir)
         lock.release()
+
+
+def chosen_tracker(args):
+    """The name of accelerate's tracker to start: the one asked for, else tensorboard where it is installed; None for
+    no tracker."""
+    if args.report_to is None:
+        return "tensorboard" if is_tensorboard_available() else None
+    return None if args.report_to == "none" else args.report_to
 
 
 def prepare_output(run, overwrite):
@@ -2234,7 +2249,7 @@ def save_pipeline(args, folder, pipeline, noise_scheduler):
 def print_plan(args, run, num_held_out, num_trained, about):
     """Says, before the first step, what will be done. `about` says what only a script knows: `trained` and `frozen`
     (which models), `devices` (how many share a pass), `images` and `optimizer` (remarks)."""
-    counts, side = run.counts, args.resolution
+    counts, side, tracker = run.counts, args.resolution, chosen_tracker(args)
     first_step, precision = run.progress["global_step"], run.settings["mixed_precision"]
     num_copies = 4 if args.use_ema else 3  # weights, the two moments of AdamW, the average
     images = f"{counts.num_images:,} to train on, {num_held_out:,} held out, at {side} x {side} pixels"
@@ -2248,6 +2263,7 @@ def print_plan(args, run, num_held_out, num_trained, about):
         "optimizer": f"AdamW at {run.settings['peak_learning_rate']:g}, {args.lr_scheduler}; {about['optimizer']}",
         "output": f"{args.output_dir}, a checkpoint of {4e-9 * num_trained * num_copies:.2g} GB every "
         f"{args.checkpointing_steps:,} steps",
+        "log": f"log.jsonl and {tracker}" if tracker else "log.jsonl, no tracker",
     }
     print("\n".join(["Plan", *[f"  {name:<10} {text}" for name, text in rows.items()]]))
 

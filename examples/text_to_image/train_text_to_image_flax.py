@@ -80,6 +80,7 @@ import transformers
 import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
+from accelerate.utils import is_tensorboard_available
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, free_memory
 from diffusers.utils import make_image_grid
@@ -659,7 +660,7 @@ def make_accelerator(args):
     return Accelerator(
         cpu=True,
         mixed_precision="no",
-        log_with=args.report_to if is_first and args.report_to != "none" else None,
+        log_with=chosen_tracker(args) if is_first else None,
         project_dir=Path(args.output_dir, args.logging_dir),
     )
 
@@ -1712,7 +1713,7 @@ def add_output_arguments(parser):
     add("--keep_best", **SWITCH, help="keep that with the lowest held-out loss too; needs --num_validation_samples")
     add("--resume_from_checkpoint", metavar="PATH|latest", help="go on from a checkpoint, if there is a latest")
     add("--allow_changed_resume", **SWITCH, help="though the result will change; needs --resume_from_checkpoint")
-    add("--report_to", default="tensorboard", help="tracker of accelerate's (tensorboard, wandb, ...), all or none")
+    add("--report_to", help="tracker of accelerate's (wandb, ...), all or none; default: tensorboard, if installed")
     add("--tracker_project_name", default="text2image-fine-tune", help="project name in the tracker")
     add("--logging_dir", default="logs", help="folder for the tracker's files, in --output_dir")
     add("--logging_steps", type=positive_int, default=10, help="log the mean loss every so many steps [1, inf)")
@@ -2198,8 +2199,11 @@ def check_output(args, foreign_result):
 def check_trackers(args):
     """Lists whether a tracker is asked for that is not installed."""
     installed = ["all", "none", *map(str, get_available_trackers())]
-    if args.report_to not in installed:
-        return [f"--report_to={args.report_to}: installed are {', '.join(installed)}"]
+    if args.report_to and args.report_to not in installed:
+        return [
+            f"--report_to={args.report_to}: installed are {', '.join(installed)}; for tensorboard and wandb run `pip "
+            "install -r requirements_trackers.txt`"
+        ]
     return []
 
 
@@ -2232,6 +2236,14 @@ def locked_output(args):
         if is_new and [path.name for path in output_dir.iterdir()] == [LOCK_FILE]:
             shutil.rmtree(output_dir)
         lock.release()
+
+
+def chosen_tracker(args):
+    """The name of accelerate's tracker to start: the one asked for, else tensorboard where it is installed; None for
+    no tracker."""
+    if args.report_to is None:
+        return "tensorboard" if is_tensorboard_available() else None
+    return None if args.report_to == "none" else args.report_to
 
 
 def prepare_output(run, overwrite):
@@ -2351,7 +2363,7 @@ def save_pipeline(args, folder, pipeline, noise_scheduler):
 def print_plan(args, run, num_held_out, num_trained, about):
     """Says, before the first step, what will be done. `about` says what only a script knows: `trained` and `frozen`
     (which models), `devices` (how many share a pass), `images` and `optimizer` (remarks)."""
-    counts, side = run.counts, args.resolution
+    counts, side, tracker = run.counts, args.resolution, chosen_tracker(args)
     first_step, precision = run.progress["global_step"], run.settings["mixed_precision"]
     num_copies = 4 if args.use_ema else 3  # weights, the two moments of AdamW, the average
     images = f"{counts.num_images:,} to train on, {num_held_out:,} held out, at {side} x {side} pixels"
@@ -2365,6 +2377,7 @@ def print_plan(args, run, num_held_out, num_trained, about):
         "optimizer": f"AdamW at {run.settings['peak_learning_rate']:g}, {args.lr_scheduler}; {about['optimizer']}",
         "output": f"{args.output_dir}, a checkpoint of {4e-9 * num_trained * num_copies:.2g} GB every "
         f"{args.checkpointing_steps:,} steps",
+        "log": f"log.jsonl and {tracker}" if tracker else "log.jsonl, no tracker",
     }
     print("\n".join(["Plan", *[f"  {name:<10} {text}" for name, text in rows.items()]]))
 

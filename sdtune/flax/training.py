@@ -24,7 +24,7 @@ from sdtune.flax.checkpoints import resume, write_arrays
 from sdtune.flax.encoding import step_batches
 from sdtune.flax.optimization import learning_rate_of_step, train_step
 from sdtune.optimization import make_average
-from sdtune.output import log_losses, prepare_output
+from sdtune.output import chosen_tracker, log_losses, prepare_output
 from sdtune.plan import print_plan
 from sdtune.signals import is_asked
 
@@ -87,7 +87,7 @@ def make_accelerator(args):
     return Accelerator(
         cpu=True,
         mixed_precision="no",
-        log_with=args.report_to if is_first and args.report_to != "none" else None,
+        log_with=chosen_tracker(args) if is_first else None,
         project_dir=Path(args.output_dir, args.logging_dir),
     )
 
