@@ -3,6 +3,8 @@
 import importlib
 import sys
 
+from sdtune.errors import is_utf8, print_any_character
+
 COMMANDS = {
     "caption": "write a caption for every image of a folder",
     "check": "report what is wrong with a dataset of captioned images",
@@ -26,11 +28,20 @@ def overview():
 
 def main(argv=None):
     """Runs the command that the first word names, with the others as its own; returns its status."""
+    print_any_character()
     argv = sys.argv[1:] if argv is None else list(argv)
     name = argv[0] if argv else ""
+    if odd := [word for word in argv if not is_utf8(word)]:
+        print(f"sdtune: {odd[0]!a} is not UTF-8; if it is, set PYTHONUTF8=1", file=sys.stderr)
+        return 2
     if name in COMMANDS:
         sys.argv[0] = f"sdtune {name}"  # which argparse names in its own messages
-        module = importlib.import_module(f"sdtune.commands.{name.replace('-', '_')}")
+        try:
+            module = importlib.import_module(f"sdtune.commands.{name.replace('-', '_')}")
+        except ModuleNotFoundError as error:
+            files = "-r requirements.txt -r requirements_tools.txt"
+            print(f"sdtune {name}: needs {error.name}; run `pip install {files}`", file=sys.stderr)
+            return 2
         return module.main(argv[1:])
     if name in ("-h", "--help"):
         print(overview())

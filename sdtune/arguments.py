@@ -9,6 +9,8 @@ from pathlib import Path
 import yaml
 from PIL import Image
 
+from sdtune.errors import is_utf8
+
 SWITCH = {"action": argparse.BooleanOptionalAction, "default": False}  # so that a config file can turn it off too
 
 # By group, the settings that a resume may change. They leave the result as it is, or what they lead to is compared in
@@ -438,6 +440,16 @@ def parse_flags(parser, argv, replaced_flags):
     defaults = vars(parser.parse_args([]))
     words = (config_words(parser, config, defaults, {"training"}, {"evaluation"}) if config else []) + argv
     return parse_words(parser, words)
+
+
+def check_encoding(args):
+    """Lists the values that are not UTF-8."""
+    problems = []
+    for name, value in vars(args).items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and not is_utf8(text):
+                problems.append(f"--{name}={ascii(text)[1:-1]}: is not UTF-8; if it is, set PYTHONUTF8=1")
+    return problems
 
 
 def parse_words(parser, words, args=None):

@@ -208,7 +208,7 @@ def read_folder(folder, caption_column):
         print(f"Left aside in {folder}: {len(aside)} files of other kinds, such as {', '.join(aside[:5])}.")
     names = [str(path) for path in captions]
     if odd := [name for name in names if name != name.encode("utf-8", "replace").decode("utf-8")]:
-        raise InputError(f"{odd[0]!a}: its name is not UTF-8; rename it")
+        raise InputError(f"{odd[0]!a}: its name is not UTF-8; rename it, or if it is, set PYTHONUTF8=1")
     rows = [{"image": str(path), "captions": found} for path, found in sorted(captions.items())]
     return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image(decode=False))
 

@@ -11,6 +11,20 @@ class InputError(ValueError):
     """A mistake in what the user gave; its text is all that they need to see."""
 
 
+def print_any_character():
+    """Lets what the encoding of the output lacks, such as a name in Japanese in cp1252 (a redirect on Windows), appear
+    as escapes instead of ending the process."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a notebook's own takes everything
+            stream.reconfigure(errors="backslashreplace")
+
+
+def is_utf8(text):
+    """Whether a text can be written as UTF-8: Python reads other bytes of a command line, and in a locale that is not
+    UTF-8 every letter that is not English, as surrogates, which neither a tokenizer nor a file takes."""
+    return text == text.encode("utf-8", "replace").decode("utf-8")
+
+
 def last_line(error):
     """The last line of an exception's text, for a message of one line."""
     lines = str(error).strip().splitlines() or [type(error).__name__]

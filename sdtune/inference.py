@@ -111,7 +111,7 @@ def read_prompts(prompts, prompts_file):
             raise InputError(f"--prompts_file={prompts_file}: cannot be read as UTF-8 ({last_line(error)})") from None
         found = [line.strip() for line in lines if line.strip()]  # an empty line is no prompt, as "" is in a list
     if odd := [prompt for prompt in found if prompt != prompt.encode("utf-8", "replace").decode("utf-8")]:
-        raise InputError(f"--prompts: {odd[0]!a} is not UTF-8")
+        raise InputError(f"--prompts: {odd[0]!a} is not UTF-8; if it is, set PYTHONUTF8=1")
     if not found:
         raise InputError(f"--prompts_file={prompts_file}: holds no prompts; write one per line")
     return list(dict.fromkeys(found))

@@ -8,8 +8,8 @@ import re
 import socket
 import sys
 
-from sdtune.arguments import parse_flags
-from sdtune.errors import raise_problems, told_to_user
+from sdtune.arguments import check_encoding, parse_flags
+from sdtune.errors import print_any_character, raise_problems, told_to_user
 from sdtune.models import quiet_libraries
 from sdtune.output import locked_output
 from sdtune.signals import find_launcher
@@ -36,7 +36,9 @@ def run_script(program, parser, argv, replaced_flags, check_args, train, is_firs
 
     `check_args(args, problems)` lists what is wrong beside `problems` with the values of single flags.
     """
+    print_any_character()
     args, problems = parse_flags(parser, argv, replaced_flags)
+    problems += check_encoding(args)
     quiet_libraries()
     with told_to_user(program, speaks=is_first, patience=patience):
         # What is said of a flag whose value was refused is about its default.

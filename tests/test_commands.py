@@ -51,6 +51,24 @@ def test_without_a_command_and_with_one_that_is_none(main, capsys):
     assert capsys.readouterr().err == f"sdtune: there is no command 'nothing'\n{sdtune.overview()}\n"
 
 
+@pytest.mark.parametrize("name, missing", [("check", "imagehash"), ("evaluate", "scipy"), ("generate", "torch")])
+def test_a_command_without_what_it_needs_names_the_files(main, monkeypatch, capsys, name, missing):
+    def import_module(_):
+        raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
+
+    monkeypatch.setattr(sdtune.importlib, "import_module", import_module)
+    assert status_of(main, name, "folder") == 2
+    told = f"sdtune {name}: needs {missing}; run `pip install -r requirements.txt -r requirements_tools.txt`\n"
+    assert capsys.readouterr().err == told
+    for file in ("requirements.txt", "requirements_tools.txt"):
+        assert (REPO / file).is_file()
+
+
+def test_words_that_are_not_utf_8_are_refused(main, capsys):
+    assert status_of(main, "convert", "model", "caf\udce9.safetensors") == 2
+    assert capsys.readouterr().err == "sdtune: 'caf\\udce9.safetensors' is not UTF-8; if it is, set PYTHONUTF8=1\n"
+
+
 @every_command
 def test_every_command_has_a_module_and_help(main, capsys, name):
     """In which it is called by its name, as in its mistakes."""

@@ -100,6 +100,16 @@ def lacks_docstring(node):
     return is_definition and node.col_offset == 0 and not ast.get_docstring(node)
 
 
+def guesses_encoding(node):
+    """A text file is read or written in the encoding of the user's locale, which on Windows is not UTF-8."""
+    if not isinstance(node, ast.Call) or any(word.arg == "encoding" for word in node.keywords):
+        return False
+    name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    modes = [arg.value for arg in node.args[-1:] if isinstance(arg, ast.Constant)]
+    is_file = isinstance(node.func, ast.Name) and name == "open" and not (modes and "b" in str(modes[0]))
+    return is_file or (name == "read_text" and not node.args) or (name == "write_text" and len(node.args) == 1)
+
+
 RULES = [  # rule, code that breaks it, code that does not, folders in which it holds
     (names_cuda, ["x.cuda()", "x.to('cuda:0')"], ["x.cudas()", "x.to('barracuda')"], "sdtune recipes examples tools"),
     (
@@ -107,6 +117,12 @@ RULES = [  # rule, code that breaks it, code that does not, folders in which it 
         ["def f(a, **_): pass", "lambda **_rest: 1"],
         ["def f(*_, **rest): pass"],
         "sdtune recipes examples",
+    ),
+    (
+        guesses_encoding,
+        ["path.read_text()", "path.write_text(text)", "open(path)", "open(path, 'w')"],
+        ["path.read_text('utf-8')", "path.write_text(text, encoding='utf-8')", "open(path, 'rb')", "Image.open(path)"],
+        "sdtune recipes examples tools miniature",
     ),
     (reads_help, ["action.help", "re.search('a', action.help)"], ["f(help=1)", "'help'"], "sdtune recipes examples"),
     (

@@ -975,7 +975,7 @@ def read_folder(folder, caption_column):
         print(f"Left aside in {folder}: {len(aside)} files of other kinds, such as {', '.join(aside[:5])}.")
     names = [str(path) for path in captions]
     if odd := [name for name in names if name != name.encode("utf-8", "replace").decode("utf-8")]:
-        raise InputError(f"{odd[0]!a}: its name is not UTF-8; rename it")
+        raise InputError(f"{odd[0]!a}: its name is not UTF-8; rename it, or if it is, set PYTHONUTF8=1")
     rows = [{"image": str(path), "captions": found} for path, found in sorted(captions.items())]
     return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image(decode=False))
 
@@ -1301,6 +1301,20 @@ def resume(run, checkpoint, free, fixed):
 
 
 # -------------------------------------------------------------------------------------------------------------- errors
+def print_any_character():
+    """Lets what the encoding of the output lacks, such as a name in Japanese in cp1252 (a redirect on Windows), appear
+    as escapes instead of ending the process."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a notebook's own takes everything
+            stream.reconfigure(errors="backslashreplace")
+
+
+def is_utf8(text):
+    """Whether a text can be written as UTF-8: Python reads other bytes of a command line, and in a locale that is not
+    UTF-8 every letter that is not English, as surrogates, which neither a tokenizer nor a file takes."""
+    return text == text.encode("utf-8", "replace").decode("utf-8")
+
+
 def last_line(error):
     """The last line of an exception's text, for a message of one line."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -1726,6 +1740,16 @@ def parse_flags(parser, argv, replaced_flags):
     defaults = vars(parser.parse_args([]))
     words = (config_words(parser, config, defaults, {"training"}, {"evaluation"}) if config else []) + argv
     return parse_words(parser, words)
+
+
+def check_encoding(args):
+    """Lists the values that are not UTF-8."""
+    problems = []
+    for name, value in vars(args).items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and not is_utf8(text):
+                problems.append(f"--{name}={ascii(text)[1:-1]}: is not UTF-8; if it is, set PYTHONUTF8=1")
+    return problems
 
 
 def parse_words(parser, words, args=None):
@@ -2838,7 +2862,9 @@ def run_script(program, parser, argv, replaced_flags, check_args, train, is_firs
 
     `check_args(args, problems)` lists what is wrong beside `problems` with the values of single flags.
     """
+    print_any_character()
     args, problems = parse_flags(parser, argv, replaced_flags)
+    problems += check_encoding(args)
     quiet_libraries()
     with told_to_user(program, speaks=is_first, patience=patience):
         # What is said of a flag whose value was refused is about its default.

@@ -431,7 +431,7 @@ def save_report(output_dir, result, sheet):
             beside(output_dir / "closest_pairs.png") as new_sheet,
         ):
             sheet.save(new_sheet, "png")
-            new_figures.write_text(json.dumps(result, indent=2) + "\n")
+            new_figures.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     except OSError as error:  # a full disk
         raise InputError(f"--output_dir={output_dir}: cannot be written to ({last_line(error)})") from None
 
