@@ -1,11 +1,24 @@
 """A script asks for its launcher first, tells each mistake once, and trains only if there is none."""
 
 import io
+import re
+import subprocess
 import sys
 
 import pytest
+from conftest import load_script
+from copies import free_port
 from image_data import write_image_folder
-from running import run_command, run_script, status_of
+from running import (
+    TRAIN_DREAMBOOTH_LORA,
+    TRAIN_TEXT_TO_IMAGE,
+    TRAIN_TEXT_TO_IMAGE_LORA,
+    environment,
+    run_command,
+    run_script,
+    status_of,
+)
+from training import losses, read_log, train, words
 
 from sdtune import errors, script
 from sdtune.arguments import new_parser, non_negative_int, positive_int
@@ -185,3 +198,51 @@ def test_launcher_is_asked_for_before_anything_is_checked(monkeypatch, capsys, r
     script.run_launched_script("train.py", make_parser(), [], {}, check_args, train)
     assert order == ["launcher", "checks", 12]
     assert capsys.readouterr().out == ("Plan\n" if speaks else "")
+
+
+IN_A_NOTEBOOK = """
+import sys
+from accelerate import notebook_launcher
+
+def run(words):
+    import {module}
+    {module}.main(words)
+
+words, sys.argv = sys.argv[2:], sys.argv[:1]
+notebook_launcher(run, args=(words,), num_processes=2, use_port="{port}")
+print("prompt", sys.argv)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [TRAIN_TEXT_TO_IMAGE, TRAIN_TEXT_TO_IMAGE_LORA], ids=lambda path: path.stem)
+def test_a_notebook_starts_two_processes_that_import_the_script_themselves(tmp_path, tiny_pipeline, path):
+    """As the README says. accelerate would refuse to start them once bitsandbytes is imported, which peft does, and
+    diffusers imports that."""
+    data = write_image_folder(tmp_path / "data", 6)
+    code = IN_A_NOTEBOOK.format(module=path.stem, port=free_port())
+    flags = words(tiny_pipeline, data, tmp_path / "two", train_batch_size=1, max_train_steps=2)
+    env = environment({"PYTHONPATH": str(path.parent), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"})
+    command = [sys.executable, "-c", code, "-", *flags]
+    done = subprocess.run(command, env=env, cwd=tmp_path, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("prompt ['-c']\n")
+    assert done.stdout.count("Plan\n") == 1
+    assert "x 2 ranks" in done.stdout
+    alone = train(load_script(path), tiny_pipeline, data, tmp_path / "one", train_batch_size=2, max_train_steps=2)
+    assert alone == 0
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [TRAIN_TEXT_TO_IMAGE, TRAIN_DREAMBOOTH_LORA], ids=lambda path: path.stem)
+def test_without_xformers_a_run_says_nothing_of_it(tmp_path, tiny_pipeline, path):
+    """As after `make` on a new machine: Python takes a module that is None for one that is not installed."""
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['xformers'] = None\n", encoding="utf-8")
+    flags = words(tiny_pipeline, write_image_folder(tmp_path / "data", 4), tmp_path / "out", max_train_steps=2)
+    if path is TRAIN_DREAMBOOTH_LORA:
+        flags = [flag.replace("--train_data_dir", "--instance_data_dir") for flag in flags]
+    done = run_script(flags, {"PYTHONPATH": str(tmp_path)}, script=path)
+    assert done.returncode == 0, done.stderr
+    assert not re.search("xFormers|XFORMERS", done.stdout + done.stderr)  # the path has the test's name
+    assert [row["step"] for row in read_log(tmp_path / "out")] == [1, 2]
