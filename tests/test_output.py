@@ -115,22 +115,25 @@ def test_a_tracker_that_is_missing_is_told_with_the_file_to_install(monkeypatch,
 
 
 @pytest.mark.parametrize(
-    "words, is_installed, tracker",
+    "words, installed, tracker",
     [
-        ([], True, "tensorboard"),
-        ([], False, None),
-        (["--report_to=none"], True, None),
-        (["--report_to=wandb"], False, "wandb"),
+        ([], ["wandb", "tensorboard"], "tensorboard"),
+        ([], ["wandb"], None),
+        ([], [], None),
+        (["--report_to=none"], ["tensorboard"], None),
+        (["--report_to=wandb"], ["wandb", "tensorboard"], "wandb"),
+        (["--report_to=all"], ["wandb", "tensorboard"], "all"),
+        (["--report_to=all"], [], None),
     ],
 )
 def test_tensorboard_is_the_tracker_where_it_is_installed_and_no_other_is_named(
-    monkeypatch, words, is_installed, tracker
+    monkeypatch, words, installed, tracker
 ):
     """By the script's own default, which the tests' other runs replace."""
     parser = new_parser("Trains.", "train [flags]")
     add_output_arguments(parser)
     args = parser.parse_args(words)
-    monkeypatch.setattr(output, "is_tensorboard_available", lambda: is_installed)
+    monkeypatch.setattr(output, "get_available_trackers", lambda: installed)
     assert check_trackers(args) == []
     assert chosen_tracker(args) == tracker
 

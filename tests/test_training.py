@@ -587,14 +587,16 @@ def test_tensorboard_holds_what_the_log_holds(validated):
     assert all(steps == [0, 2, 4] for steps in images.values())
 
 
-@pytest.mark.parametrize("is_installed, told", [(True, "log.jsonl and tensorboard"), (False, "log.jsonl, no tracker")])
+@pytest.mark.parametrize(
+    "installed, told", [(["tensorboard"], "log.jsonl and tensorboard"), ([], "log.jsonl, no tracker")]
+)
 def test_the_plan_tells_the_tracker_and_a_run_without_one_logs(
-    fit, train_script, monkeypatch, capsys, is_installed, told
+    fit, train_script, monkeypatch, capsys, installed, told
 ):
-    monkeypatch.setattr(train_script, "is_tensorboard_available", lambda: is_installed)
+    monkeypatch.setattr(train_script, "get_available_trackers", lambda: installed)
     folder = fit(report_to=None, max_train_steps=1)
     assert f"\n  log        {told}\n" in capsys.readouterr().out
-    assert bool(list(folder.rglob("events.out.tfevents.*"))) == is_installed
+    assert bool(list(folder.rglob("events.out.tfevents.*"))) == bool(installed)
     assert len(losses(folder)) == 1
 
 

@@ -79,7 +79,6 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     gather_object,
-    is_tensorboard_available,
     parse_flag_from_env,
     send_to_device,
 )
@@ -2149,11 +2148,12 @@ def locked_output(args):
 
 
 def chosen_tracker(args):
-    """The name of accelerate's tracker to start: the one asked for, else tensorboard where it is installed; None for
-    no tracker."""
+    """The name of accelerate's tracker to start: the one asked for, or all that are installed, else tensorboard where
+    it is installed; None for no tracker."""
+    installed = list(map(str, get_available_trackers()))
     if args.report_to is None:
-        return "tensorboard" if is_tensorboard_available() else None
-    return None if args.report_to == "none" else args.report_to
+        return "tensorboard" if "tensorboard" in installed else None
+    return args.report_to if args.report_to != "none" and installed else None
 
 
 def prepare_output(run, overwrite):
