@@ -21,7 +21,7 @@ LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_pr
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: $(INSTALLED)  ## make .venv with all but xFormers, in the versions of constraints.txt (the other targets do this themselves)
+install: $(INSTALLED)  ## fill .venv, all but xFormers, by constraints.txt (other targets do it too)
 
 # The stamp is written last, so that an interrupted install is taken up again by the next target.
 $(INSTALLED): constraints.txt $(wildcard requirements*.txt) setup.cfg pyproject.toml
