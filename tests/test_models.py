@@ -75,6 +75,26 @@ def test_zero_terminal_snr_needs_v_prediction(tiny_pipeline, tiny_pipeline_v, tm
     assert check_model(flags(model, v_prediction)) == []
 
 
+def test_min_snr_would_leave_out_what_zero_terminal_snr_is_for(tiny_pipeline_v, tiny_pipeline, tmp_path):
+    flag, gamma = "--rescale_betas_zero_snr", "--snr_gamma=5"
+    told = (
+        "the last timesteps, for which betas are rescaled, would get no weight (arXiv 2305.08891 trains by the plain "
+    )
+    told += "loss); drop"
+    (problem,) = check_model(flags(tiny_pipeline_v, flag, gamma))
+    assert problem == f"--snr_gamma=5.0: with --rescale_betas_zero_snr {told} one"
+    v_prediction = "--prediction_type=v_prediction"
+    (problem,) = check_model(flags(tiny_pipeline, flag, v_prediction, "--snr_gamma=0.5"))
+    assert problem == f"--snr_gamma=0.5: with --rescale_betas_zero_snr {told} one"
+    changes = {"rescale_betas_zero_snr": True}  # the base's own, not a flag
+    model = changed_pipeline(tiny_pipeline_v, tmp_path / "changed", "scheduler/scheduler_config.json", changes)
+    (problem,) = check_model(flags(model, gamma))
+    assert problem == f"--snr_gamma=5.0: with the zero terminal SNR of this base {told} this"
+    for words in ([gamma], [flag]):
+        assert check_model(flags(tiny_pipeline_v, *words)) == []
+    assert check_model(flags(tiny_pipeline, gamma)) == []
+
+
 def test_single_file_and_its_config_belong_together(tiny_pipeline, tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"")

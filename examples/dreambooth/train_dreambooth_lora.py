@@ -2038,6 +2038,14 @@ def check_model(args):
     zero_snr = args.rescale_betas_zero_snr or scheduler.get("rescale_betas_zero_snr")
     if prediction_type == "epsilon" and zero_snr:
         problems.append("--rescale_betas_zero_snr: useless for epsilon; drop it or add --prediction_type=v_prediction")
+    if prediction_type == "v_prediction" and zero_snr and args.snr_gamma:
+        given, remedy = "--rescale_betas_zero_snr", "drop one"
+        if not args.rescale_betas_zero_snr:
+            given, remedy = "the zero terminal SNR of this base", "drop this"
+        problems.append(
+            f"--snr_gamma={args.snr_gamma}: with {given} the last timesteps, for which betas are rescaled, would get "
+            f"no weight (arXiv 2305.08891 trains by the plain loss); {remedy}"
+        )
     return problems
 
 
