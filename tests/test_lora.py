@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import load_script
 from copies import run_copies
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from huggingface_hub.utils import filter_repo_objects
 from image_data import snapshot, write_image_folder
 from running import REPO, TRAIN_DREAMBOOTH, TRAIN_DREAMBOOTH_LORA, TRAIN_TEXT_TO_IMAGE_LORA
@@ -175,6 +175,40 @@ def test_adapters_stay_float32_in_half_precision(fit, trained_models, tmp_path, 
         assert {parameter.dtype for parameter in frozen} == {torch.bfloat16}
     assert {parameter.dtype for parameter in pipeline.vae.parameters()} == {torch.bfloat16}
     assert {value.dtype for value in adapters(tmp_path).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("target", ["attention", "all"])
+@pytest.mark.parametrize("base", ["tiny_pipeline_sd1", "miniature"])
+def test_dora_starts_as_the_identity_in_half_precision(lora_script, request, base, target):
+    """To the bit: a magnitude that is off by 1e-4 already turns roundings, by up to 0.03 of a prediction."""
+    folder = MINIATURE if base == "miniature" else request.getfixturevalue(base)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None).to(torch.bfloat16)
+    unet, text_encoder = pipeline.unet.requires_grad_(False), pipeline.text_encoder.requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(100, (4, 20), generator=generator)
+    latents, timesteps = torch.randn(4, 4, 8, 8, generator=generator), torch.tensor([1, 300, 700, 990])
+
+    @torch.no_grad()
+    def predict():
+        with torch.autocast("cpu", torch.bfloat16):
+            embeddings = text_encoder(tokens)[0]
+            return embeddings, unet(latents, timesteps, embeddings).sample
+
+    before = predict()
+    args = lora_script.make_parser().parse_args(["--use_dora", f"--lora_target={target}", "--train_text_encoder"])
+    models = {"unet": unet, "text_encoder": text_encoder}
+    add_adapters(args, models)
+    assert all(torch.equal(now, there) for now, there in zip(predict(), before, strict=True))
+    weights = lora_weights(models)
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+    # The lengths of the rounded rows, but not rounded themselves.
+    name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    rows = unet.get_submodule(name).base_layer.weight.float().norm(dim=1)
+    assert torch.equal(weights[f"unet.{name}.lora_magnitude_vector"], rows)
+    assert not torch.equal(rows, rows.bfloat16().float())
+    for value in weights.values():  # which are in use
+        value.mul_(0.5)
+    assert not torch.equal(predict()[1], before[1])
 
 
 def test_fp16_on_a_cpu_is_refused_in_one_message(fit, tmp_path, monkeypatch, capsys):

@@ -94,6 +94,7 @@ from diffusers.utils import is_bitsandbytes_available, is_xformers_available, ma
 from filelock import FileLock, Timeout
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
+from peft.tuners.lora import LoraLayer
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -2188,8 +2189,25 @@ def add_adapters(args, models):
             )
         )
         cast_training_params(model, torch.float32)
+        if args.use_dora:
+            measure_magnitudes(model)
     if args.init_lora_weights:
         set_adapters(models, *read_lora(args.init_lora_weights))
+
+
+def measure_magnitudes(model):
+    """Sets DoRA's magnitudes (arXiv 2402.09353, eq. 5) to the lengths by which peft's forward divides, so that
+    adapters start as the identity: lengths of the base's rounded weights, not rounded themselves."""
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            base = layer.get_base_layer()
+            # A convolution's is left to autocast there, which rounds it on a CPU and not on a GPU; a linear layer's
+            # is computed in the precision of the adapters.
+            is_autocast = isinstance(base, torch.nn.Conv2d) and base.weight.dtype != torch.float32
+            with torch.autocast(base.weight.device.type, base.weight.dtype, enabled=is_autocast):
+                for name, variant in layer.lora_variant.items():
+                    variant.init(layer, name, config=model.peft_config[name])
+    cast_training_params(model, torch.float32)
 
 
 def set_adapters(models, weights, header):
