@@ -347,7 +347,7 @@ def add_memory_arguments(parser):
     add("--offload_ema", **SWITCH, help="keep the average in CPU memory between steps; needs --use_ema")
     add("--foreach_ema", **SWITCH, help="update the average with fused operations; needs --use_ema")
     add("--enable_xformers_memory_efficient_attention", **SWITCH, help="xFormers' attention instead of torch's")
-    add("--allow_tf32", **SWITCH, help="TensorFloat-32 matrix products, on GPUs that have them")
+    add("--allow_tf32", **SWITCH, help="TensorFloat-32 products and convolutions, on GPUs that have them")
     add(
         "--dataloader_num_workers",
         type=non_negative_int,

@@ -336,13 +336,16 @@ def test_settings_that_a_resume_may_or_cannot_change_are_flags(scripts, path):
 
 
 def test_fp16_on_a_cpu_is_refused_by_flag_and_by_environment(monkeypatch):
-    assert "fp16" in check_hardware(parse("--mixed_precision=fp16"))[0]
+    told = "--mixed_precision=fp16 (or accelerate's config): a CPU cannot train in fp16; use --mixed_precision=no"
+    assert check_hardware(parse("--mixed_precision=fp16")) == [told]
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    (problem,) = check_hardware(parse())
-    assert "--mixed_precision=fp16 (or accelerate's config): cannot run here; use bf16" in problem
+    assert check_hardware(parse()) == [told]
     assert check_hardware(parse("--mixed_precision=bf16")) == []  # the flag wins
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert check_hardware(parse()) == []
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    told = "--mixed_precision=fp8 (or accelerate's config): must be no, fp16 or bf16; use bf16"
+    assert check_hardware(parse()) == [told]
 
 
 def test_fp16_is_refused_where_accelerate_is_told_to_use_the_cpu(monkeypatch):

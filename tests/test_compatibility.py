@@ -399,7 +399,7 @@ REFUSED = [  # what the tables' remarks promise: script, flag, value, what the m
     ("text_to_image", "hub_model_id", "me/it", "--push_to_hub"),
     ("text_to_image", "dataset_config_name", "small", "--dataset_name"),
     ("text_to_image", "dataset_name", "a/b", "--train_data_dir"),
-    ("text_to_image", "mixed_precision", "fp16", "bf16"),
+    ("text_to_image", "mixed_precision", "fp16", "use --mixed_precision=no"),
     ("text_to_image", "allow_tf32", None, "NVIDIA"),
     ("text_to_image", "enable_xformers_memory_efficient_attention", None, "drop"),
     ("dreambooth", "num_validation_images", "2", "--validation_prompt"),

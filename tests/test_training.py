@@ -15,7 +15,10 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from image_data import caption_of, make_image, snapshot, write_image_folder
 from PIL import Image
 from safetensors.torch import load_file
-from training import checkpoint_state, checkpoint_unet, draws, losses, read_log, same, train, unet
+from training import checkpoint_state, checkpoint_unet, draws, losses, parse, read_log, same, train, unet
+
+from sdtune import training
+from sdtune.training import make_accelerator
 
 
 @pytest.fixture(scope="module")
@@ -255,6 +258,17 @@ def test_where_and_how_the_average_is_kept_does_not_matter(fit):
 
 
 # --------------------------------------------------------------------------------------------------------- precisions
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_tf32_is_allowed_or_not_in_products_and_convolutions_alike(monkeypatch, allowed):
+    """Of convolutions it is PyTorch's default."""
+    monkeypatch.setattr(training, "Accelerator", lambda **options: options)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not allowed)
+    make_accelerator(parse(*["--allow_tf32"] * allowed))
+    assert torch.backends.cudnn.allow_tf32 is allowed
+    assert torch.backends.cudnn.conv.fp32_precision == ("tf32" if allowed else "none")
+    assert torch.backends.cuda.matmul.allow_tf32 is allowed
 
 
 def test_bf16_trains_float32_weights(fit, plain, tiny_pipeline):

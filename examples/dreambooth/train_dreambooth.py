@@ -535,8 +535,11 @@ def check_hardware(args):
             "`pip install -r requirements_xformers.txt` there, or drop this"
         )
     precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision not in DTYPES or (precision == "fp16" and on_cpu):
-        problems.append(f"--mixed_precision={precision} (or accelerate's config): cannot run here; use bf16")
+    told = f"--mixed_precision={precision} (or accelerate's config)"
+    if precision not in DTYPES:
+        problems.append(f"{told}: must be no, fp16 or bf16; use bf16")
+    elif precision == "fp16" and on_cpu:
+        problems.append(f"{told}: a CPU cannot train in fp16; use --mixed_precision=no")
     return problems
 
 
@@ -564,6 +567,7 @@ def make_accelerator(args):
     """The accelerator, whose processes have agreed on the flags. They wait for each other for minutes, but for a day
     in `wait_for_everyone`: there one of them draws, reads or saves alone. Raises `InputError`."""
     torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = args.allow_tf32  # of convolutions, for which torch's default is True
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         log_with=chosen_tracker(args),
@@ -1653,7 +1657,7 @@ def add_memory_arguments(parser):
     add("--offload_ema", **SWITCH, help="keep the average in CPU memory between steps; needs --use_ema")
     add("--foreach_ema", **SWITCH, help="update the average with fused operations; needs --use_ema")
     add("--enable_xformers_memory_efficient_attention", **SWITCH, help="xFormers' attention instead of torch's")
-    add("--allow_tf32", **SWITCH, help="TensorFloat-32 matrix products, on GPUs that have them")
+    add("--allow_tf32", **SWITCH, help="TensorFloat-32 products and convolutions, on GPUs that have them")
     add(
         "--dataloader_num_workers",
         type=non_negative_int,
