@@ -12,6 +12,7 @@ from PIL import Image
 from sdtune.errors import is_utf8
 
 SWITCH = {"action": argparse.BooleanOptionalAction, "default": False}  # so that a config file can turn it off too
+SWITCH_ON = {**SWITCH, "default": True}
 
 # By group, the settings that a resume may change. They leave the result as it is, or what they lead to is compared in
 # their place: a digest of the images, the samples of a step, the steps of the schedule. Any other has to be as it was.
@@ -30,7 +31,7 @@ OPTIMIZATION_FREE_ON_RESUME = set(
     gradient_accumulation_steps gradient_checkpointing max_nan_steps max_train_steps num_train_epochs train_batch_size
     """.split()
 )
-MEMORY_FREE_ON_RESUME = {"dataloader_num_workers", "offload_ema"}
+MEMORY_FREE_ON_RESUME = {"dataloader_num_workers", "foreach_ema", "offload_ema"}
 OUTPUT_FREE_ON_RESUME = set(
     """
     allow_changed_resume checkpointing_steps checkpoints_total_limit hub_model_id hub_private_repo hub_token keep_best
@@ -74,7 +75,7 @@ CLASS_REQUIRES = {
 }
 ADAPTERS_REQUIRES = {"kohya_file_name": "output_kohya_format", "text_encoder_lr": "train_text_encoder"}
 AVERAGE_REQUIRES = {"ema_decay": "use_ema", "ema_warmup": "use_ema"}
-MEMORY_REQUIRES = {"foreach_ema": "use_ema", "offload_ema": "use_ema"}
+MEMORY_REQUIRES = {"offload_ema": "use_ema"}
 SUBJECT_VALIDATION_REQUIRES = {"num_validation_images": "validation_prompt"}
 OUTPUT_REQUIRES = {
     "allow_changed_resume": "resume_from_checkpoint",
@@ -344,8 +345,8 @@ def add_memory_arguments(parser):
         help="precision of passes; default: accelerate's config",
     )
     add("--use_8bit_adam", **SWITCH, help="AdamW with 8-bit state, by bitsandbytes")
-    add("--offload_ema", **SWITCH, help="keep the average in CPU memory between steps; needs --use_ema")
-    add("--foreach_ema", **SWITCH, help="update the average with fused operations; needs --use_ema")
+    add("--offload_ema", **SWITCH, help="keep and update the average in CPU memory; needs --use_ema")
+    add("--foreach_ema", **SWITCH_ON, help="update the average with few, large operations")
     add("--enable_xformers_memory_efficient_attention", **SWITCH, help="xFormers' attention instead of torch's")
     add("--allow_tf32", **SWITCH, help="TensorFloat-32 products and convolutions, on GPUs that have them")
     add(

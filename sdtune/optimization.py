@@ -9,6 +9,7 @@ from diffusers.training_utils import EMAModel
 from diffusers.utils import is_bitsandbytes_available
 
 POLYNOMIAL_END = 1e-7  # the rate at which diffusers' polynomial schedule ends
+AVERAGED_AT_ONCE = 2**24  # weights whose average is updated at once: 64 MB of differences
 
 
 def check_optimization(args):
@@ -78,7 +79,52 @@ def make_schedule(args, optimizer, last_step):
     )
 
 
-def make_average(args, parameters, foreach=False):
-    """The average of the weights, with the decay that the flags ask for; `foreach` updates many tensors at once."""
+def make_average(args, parameters):
+    """The average of the weights, with the decay that the flags ask for."""
     decay = 0.9999 if args.ema_decay is None else args.ema_decay
-    return EMAModel(parameters, decay=decay, use_ema_warmup=args.ema_warmup, foreach=foreach)
+    return EMAModel(parameters, decay=decay, use_ema_warmup=args.ema_warmup)
+
+
+@torch.no_grad()
+def step_average(average, parameters, foreach, offload):
+    """Moves an average of the weights one step towards the parameters: average -= (1 - decay) (average - parameter).
+
+    `foreach` updates many tensors at once; `offload` updates an average in the CPU's memory, wherever the parameters
+    are. `EMAModel` can do neither in the operations of its loop over tensors, which give the same bits here.
+    """
+    if not (foreach or offload):
+        average.step(parameters)
+        return
+    average.optimization_step += 1
+    average.cur_decay_value = average.get_decay(average.optimization_step)
+    rate = 1 - average.cur_decay_value
+    if offload:
+        update_on_cpu(average.shadow_params, parameters, rate)
+        return
+    for averages, current in chunks_of(average.shadow_params, parameters):
+        differences = torch._foreach_sub(averages, current)
+        torch._foreach_mul_(differences, rate)
+        torch._foreach_sub_(averages, differences)
+
+
+def chunks_of(averages, parameters):
+    """Yields lists of averages and of their parameters, as many as `AVERAGED_AT_ONCE` allows, or one larger tensor."""
+    start, size = 0, 0
+    for end, parameter in enumerate(parameters):
+        if end > start and size + parameter.numel() > AVERAGED_AT_ONCE:
+            yield averages[start:end], parameters[start:end]
+            start, size = end, 0
+        size += parameter.numel()
+    yield averages[start:], parameters[start:]
+
+
+def update_on_cpu(averages, parameters, rate):
+    """Updates averages in the CPU's memory; each parameter goes there once, through a buffer as large as the largest,
+    pinned if they come from another device. Such memory is kept by PyTorch from step to step."""
+    largest = max(parameter.numel() for parameter in parameters)
+    buffer = torch.empty(largest, pin_memory=parameters[0].device.type != "cpu")
+    for average, parameter in zip(averages, parameters, strict=True):
+        difference = buffer[: parameter.numel()].view_as(average)
+        difference.copy_(parameter)
+        torch.sub(average, difference, out=difference).mul_(rate)
+        average.sub_(difference)

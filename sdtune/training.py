@@ -35,7 +35,7 @@ from sdtune.checkpoints import (
 from sdtune.errors import InputError
 from sdtune.failures import leave
 from sdtune.models import DTYPES
-from sdtune.optimization import make_average, make_optimizer, make_schedule
+from sdtune.optimization import make_average, make_optimizer, make_schedule, step_average
 from sdtune.output import chosen_tracker, log_losses, prepare_output
 from sdtune.plan import print_plan
 from sdtune.randomness import DROPOUT, random_numbers
@@ -149,7 +149,7 @@ def make_state(args, accelerator, groups, last_step):
     state = {"optimizer": accelerator.prepare(optimizer), "lr_scheduler": lr_scheduler}
     if args.use_ema:
         parameters = [parameter for group in groups for parameter in group["params"]]
-        state["ema"] = make_average(args, parameters, args.foreach_ema)
+        state["ema"] = make_average(args, parameters)
     if accelerator.scaler is not None:
         state["scaler"] = accelerator.scaler
     return state
@@ -331,10 +331,8 @@ def update_average(args, accelerator, run, parameters):
     """Moves the average of the weights, if there is one, towards the parameters."""
     ema = run.state.get("ema")
     if ema:
-        ema.to(accelerator.device)
-        ema.step(parameters)
-        if args.offload_ema:
-            ema.to("cpu")
+        ema.to("cpu" if args.offload_ema else accelerator.device)  # where it is but for the first step
+        step_average(ema, parameters, args.foreach_ema, args.offload_ema)
 
 
 def use_average(run):

@@ -140,7 +140,7 @@ def test_unknown_flags_wrong_types_and_choices(refused, command):
 
 
 MISTAKES = {  # one or more of every part that checks flags, and how its message starts
-    "--foreach_ema": "--foreach_ema=True: does nothing without --use_ema",
+    "--offload_ema": "--offload_ema=True: does nothing without --use_ema",
     "--ema_decay=0.9": "--ema_decay=0.9: does nothing without --use_ema",
     "--dataset_name=a/b": "{data}: give this or --dataset_name, not both",
     "--lr_power=2": "--lr_power=2.0: does nothing without --lr_scheduler=polynomial",
@@ -271,7 +271,6 @@ NEEDS = [
     ("--ema_decay=0.9", "--use_ema"),
     ("--ema_warmup", "--use_ema"),
     ("--offload_ema", "--use_ema"),
-    ("--foreach_ema", "--use_ema"),
     ("--hub_model_id=me/it", "--push_to_hub"),
     ("--hub_private_repo", "--push_to_hub"),
     ("--allow_changed_resume", "--resume_from_checkpoint=latest"),

@@ -395,7 +395,6 @@ def test_an_old_command_line_for_dreambooth_passes(
 REFUSED = [  # what the tables' remarks promise: script, flag, value, what the message names
     ("text_to_image", "lr_warmup_steps", "500", "constant_with_warmup"),
     ("text_to_image", "offload_ema", None, "--use_ema"),
-    ("text_to_image", "foreach_ema", None, "--use_ema"),
     ("text_to_image", "hub_model_id", "me/it", "--push_to_hub"),
     ("text_to_image", "dataset_config_name", "small", "--dataset_name"),
     ("text_to_image", "dataset_name", "a/b", "--train_data_dir"),

@@ -146,7 +146,7 @@ def test_resumed_equals_straight(fit, straight, tmp_path, workers):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"use_8bit_adam": True}, {"mixed_precision": "bf16"}, {"offload_ema": True}, {"foreach_ema": True}],
+    [{"use_8bit_adam": True}, {"mixed_precision": "bf16"}, {"offload_ema": True}, {"no-foreach_ema": True}],
     ids=lambda settings: next(iter(settings)),
 )
 def test_resumed_equals_straight_in_every_precision(fit, tmp_path, settings):

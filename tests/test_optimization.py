@@ -15,6 +15,8 @@ from sdtune.optimization import (
     make_optimizer,
     make_schedule,
     peak_learning_rate,
+    step_average,
+    update_on_cpu,
 )
 
 
@@ -129,5 +131,47 @@ def test_average_takes_its_decay_from_the_flags():
     parameter = torch.nn.Parameter(torch.zeros(1))
     assert make_average(parse("--use_ema"), [parameter]).decay == 0.9999
     assert make_average(parse("--use_ema", "--ema_decay=0"), [parameter]).decay == 0
-    average = make_average(parse("--use_ema", "--ema_decay=0.5", "--ema_warmup"), [parameter], foreach=True)
-    assert (average.decay, average.use_ema_warmup, average.foreach) == (0.5, True, True)
+    average = make_average(parse("--use_ema", "--ema_decay=0.5", "--ema_warmup"), [parameter])
+    assert (average.decay, average.use_ema_warmup) == (0.5, True)
+
+
+@pytest.mark.parametrize("decay", ["0.5", "0.9999"])
+@pytest.mark.parametrize("foreach, offload", [(True, False), (False, True), (True, True)])
+def test_average_has_the_bits_of_diffusers_loop_however_it_is_updated(monkeypatch, foreach, offload, decay):
+    """EMAModel's own foreach has not. Chunks hold one tensor, several, or one that is larger than they are."""
+    monkeypatch.setattr(optimization, "AVERAGED_AT_ONCE", 100)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3, 5), (7,), (120,), (2, 3, 3, 3), (), (60, 3), (1,)]
+    parameters = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    args = parse("--use_ema", f"--ema_decay={decay}")
+    expected, average = make_average(args, parameters), make_average(args, parameters)
+    for _ in range(20):
+        for parameter in parameters:
+            parameter.data += torch.randn(parameter.shape, generator=generator)
+        expected.step(parameters)
+        step_average(average, parameters, foreach, offload)
+    assert all(map(torch.equal, average.shadow_params, expected.shadow_params))
+    assert not any(map(torch.equal, average.shadow_params, parameters))
+    own, other = average.state_dict(), expected.state_dict()
+    assert {**own, "shadow_params": None} == {**other, "shadow_params": None}
+    assert average.cur_decay_value == expected.cur_decay_value
+
+
+@pytest.mark.parametrize("shapes", [[(3, 5), (7,), (120,)], [(1,), (2, 2)]], ids=str)
+def test_an_offloaded_average_gets_each_parameter_once_through_one_buffer(monkeypatch, shapes):
+    """Parameters of another device, for which a subclass of tensors stands here, and their copies are counted."""
+    moved = []
+
+    class Elsewhere(torch.Tensor):
+        device = torch.device("meta")
+
+    def empty(size, pin_memory):
+        moved.append((size, pin_memory))
+        return torch.zeros(size)
+
+    monkeypatch.setattr(optimization.torch, "empty", empty)
+    parameters = [torch.ones(shape).as_subclass(Elsewhere) for shape in shapes]
+    averages = [torch.zeros(shape) for shape in shapes]
+    update_on_cpu(averages, parameters, 0.25)
+    assert moved == [(max(torch.Size(shape).numel() for shape in shapes), True)]
+    assert all(torch.equal(average, torch.full(shape, 0.25)) for average, shape in zip(averages, shapes, strict=True))

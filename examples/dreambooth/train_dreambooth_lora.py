@@ -115,6 +115,7 @@ HELD_OUT = 4  # the images that are not trained on
 CLASS = 5  # order and noise of class images
 
 SWITCH = {"action": argparse.BooleanOptionalAction, "default": False}  # so that a config file can turn it off too
+SWITCH_ON = {**SWITCH, "default": True}
 
 # By group, the settings that a resume may change. They leave the result as it is, or what they lead to is compared in
 # their place: a digest of the images, the samples of a step, the steps of the schedule. Any other has to be as it was.
@@ -132,7 +133,7 @@ OPTIMIZATION_FREE_ON_RESUME = set(
     gradient_accumulation_steps gradient_checkpointing max_nan_steps max_train_steps num_train_epochs train_batch_size
     """.split()
 )
-MEMORY_FREE_ON_RESUME = {"dataloader_num_workers", "offload_ema"}
+MEMORY_FREE_ON_RESUME = {"dataloader_num_workers", "foreach_ema", "offload_ema"}
 OUTPUT_FREE_ON_RESUME = set(
     """
     allow_changed_resume checkpointing_steps checkpoints_total_limit hub_model_id hub_private_repo hub_token keep_best
@@ -175,7 +176,7 @@ CLASS_REQUIRES = {
 }
 ADAPTERS_REQUIRES = {"kohya_file_name": "output_kohya_format", "text_encoder_lr": "train_text_encoder"}
 AVERAGE_REQUIRES = {"ema_decay": "use_ema", "ema_warmup": "use_ema"}
-MEMORY_REQUIRES = {"foreach_ema": "use_ema", "offload_ema": "use_ema"}
+MEMORY_REQUIRES = {"offload_ema": "use_ema"}
 SUBJECT_VALIDATION_REQUIRES = {"num_validation_images": "validation_prompt"}
 OUTPUT_REQUIRES = {
     "allow_changed_resume": "resume_from_checkpoint",
@@ -286,6 +287,7 @@ class ClassImages:
 
 
 POLYNOMIAL_END = 1e-7  # the rate at which diffusers' polynomial schedule ends
+AVERAGED_AT_ONCE = 2**24  # weights whose average is updated at once: 64 MB of differences
 
 AVERAGED = "_ema"  # ends the names of averaged weights in a checkpoint
 
@@ -615,7 +617,7 @@ def make_state(args, accelerator, groups, last_step):
     state = {"optimizer": accelerator.prepare(optimizer), "lr_scheduler": lr_scheduler}
     if args.use_ema:
         parameters = [parameter for group in groups for parameter in group["params"]]
-        state["ema"] = make_average(args, parameters, args.foreach_ema)
+        state["ema"] = make_average(args, parameters)
     if accelerator.scaler is not None:
         state["scaler"] = accelerator.scaler
     return state
@@ -797,10 +799,8 @@ def update_average(args, accelerator, run, parameters):
     """Moves the average of the weights, if there is one, towards the parameters."""
     ema = run.state.get("ema")
     if ema:
-        ema.to(accelerator.device)
-        ema.step(parameters)
-        if args.offload_ema:
-            ema.to("cpu")
+        ema.to("cpu" if args.offload_ema else accelerator.device)  # where it is but for the first step
+        step_average(ema, parameters, args.foreach_ema, args.offload_ema)
 
 
 def use_average(run):
@@ -1674,8 +1674,8 @@ def add_memory_arguments(parser):
         help="precision of passes; default: accelerate's config",
     )
     add("--use_8bit_adam", **SWITCH, help="AdamW with 8-bit state, by bitsandbytes")
-    add("--offload_ema", **SWITCH, help="keep the average in CPU memory between steps; needs --use_ema")
-    add("--foreach_ema", **SWITCH, help="update the average with fused operations; needs --use_ema")
+    add("--offload_ema", **SWITCH, help="keep and update the average in CPU memory; needs --use_ema")
+    add("--foreach_ema", **SWITCH_ON, help="update the average with few, large operations")
     add("--enable_xformers_memory_efficient_attention", **SWITCH, help="xFormers' attention instead of torch's")
     add("--allow_tf32", **SWITCH, help="TensorFloat-32 products and convolutions, on GPUs that have them")
     add(
@@ -2541,10 +2541,55 @@ def make_schedule(args, optimizer, last_step):
     )
 
 
-def make_average(args, parameters, foreach=False):
-    """The average of the weights, with the decay that the flags ask for; `foreach` updates many tensors at once."""
+def make_average(args, parameters):
+    """The average of the weights, with the decay that the flags ask for."""
     decay = 0.9999 if args.ema_decay is None else args.ema_decay
-    return EMAModel(parameters, decay=decay, use_ema_warmup=args.ema_warmup, foreach=foreach)
+    return EMAModel(parameters, decay=decay, use_ema_warmup=args.ema_warmup)
+
+
+@torch.no_grad()
+def step_average(average, parameters, foreach, offload):
+    """Moves an average of the weights one step towards the parameters: average -= (1 - decay) (average - parameter).
+
+    `foreach` updates many tensors at once; `offload` updates an average in the CPU's memory, wherever the parameters
+    are. `EMAModel` can do neither in the operations of its loop over tensors, which give the same bits here.
+    """
+    if not (foreach or offload):
+        average.step(parameters)
+        return
+    average.optimization_step += 1
+    average.cur_decay_value = average.get_decay(average.optimization_step)
+    rate = 1 - average.cur_decay_value
+    if offload:
+        update_on_cpu(average.shadow_params, parameters, rate)
+        return
+    for averages, current in chunks_of(average.shadow_params, parameters):
+        differences = torch._foreach_sub(averages, current)
+        torch._foreach_mul_(differences, rate)
+        torch._foreach_sub_(averages, differences)
+
+
+def chunks_of(averages, parameters):
+    """Yields lists of averages and of their parameters, as many as `AVERAGED_AT_ONCE` allows, or one larger tensor."""
+    start, size = 0, 0
+    for end, parameter in enumerate(parameters):
+        if end > start and size + parameter.numel() > AVERAGED_AT_ONCE:
+            yield averages[start:end], parameters[start:end]
+            start, size = end, 0
+        size += parameter.numel()
+    yield averages[start:], parameters[start:]
+
+
+def update_on_cpu(averages, parameters, rate):
+    """Updates averages in the CPU's memory; each parameter goes there once, through a buffer as large as the largest,
+    pinned if they come from another device. Such memory is kept by PyTorch from step to step."""
+    largest = max(parameter.numel() for parameter in parameters)
+    buffer = torch.empty(largest, pin_memory=parameters[0].device.type != "cpu")
+    for average, parameter in zip(averages, parameters, strict=True):
+        difference = buffer[: parameter.numel()].view_as(average)
+        difference.copy_(parameter)
+        torch.sub(average, difference, out=difference).mul_(rate)
+        average.sub_(difference)
 
 
 # -------------------------------------------------------------------------------------------------------------- output

@@ -2188,10 +2188,10 @@ def make_schedule(args, optimizer, last_step):
     )
 
 
-def make_average(args, parameters, foreach=False):
-    """The average of the weights, with the decay that the flags ask for; `foreach` updates many tensors at once."""
+def make_average(args, parameters):
+    """The average of the weights, with the decay that the flags ask for."""
     decay = 0.9999 if args.ema_decay is None else args.ema_decay
-    return EMAModel(parameters, decay=decay, use_ema_warmup=args.ema_warmup, foreach=foreach)
+    return EMAModel(parameters, decay=decay, use_ema_warmup=args.ema_warmup)
 
 
 # -------------------------------------------------------------------------------------------------------------- output
