@@ -159,8 +159,8 @@ def load_models(args, accelerator):
     encoder in the precision of passes (a trained text encoder itself), and the noise scheduler. Raises `InputError`.
     """
     pipeline = load_base(args)
-    enable_memory_savers(args, pipeline.unet)
     weight_dtype = DTYPES[accelerator.mixed_precision]
+    enable_memory_savers(args, pipeline.unet, accelerator.device, weight_dtype)
     vae = frozen_copy(pipeline.vae, accelerator.device, weight_dtype)
     models = {"unet": pipeline.unet}
     if args.train_text_encoder:

@@ -133,8 +133,8 @@ def load_models(args, accelerator):
     """Returns the base's pipeline in float32, whose UNet is to be trained, frozen copies of VAE and text encoder in
     the precision of passes, and the noise scheduler. Raises `InputError`."""
     pipeline = load_base(args)
-    enable_memory_savers(args, pipeline.unet)
     weight_dtype = DTYPES[accelerator.mixed_precision]
+    enable_memory_savers(args, pipeline.unet, accelerator.device, weight_dtype)
     vae = frozen_copy(pipeline.vae, accelerator.device, weight_dtype)
     text_encoder = frozen_copy(pipeline.text_encoder, accelerator.device, weight_dtype)
     pipeline.unet.requires_grad_(True).train()

@@ -115,9 +115,10 @@ def load_models_with_adapters(args, accelerator):
     """Returns the base's pipeline, frozen and in the precision of passes, its models that get adapters, by name, and
     the noise scheduler. Adapters are in float32. Raises `InputError`."""
     pipeline = load_base(args)
-    enable_memory_savers(args, pipeline.unet)
+    weight_dtype = DTYPES[accelerator.mixed_precision]
+    enable_memory_savers(args, pipeline.unet, accelerator.device, weight_dtype)
     for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
-        part.requires_grad_(False).eval().to(accelerator.device, dtype=DTYPES[accelerator.mixed_precision])
+        part.requires_grad_(False).eval().to(accelerator.device, dtype=weight_dtype)
     models = {"unet": pipeline.unet}
     if args.train_text_encoder:
         models["text_encoder"] = pipeline.text_encoder

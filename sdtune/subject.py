@@ -120,8 +120,8 @@ def draw_class_images(args, accelerator, names):
     except OSError as error:
         raise InputError(f"--class_data_dir={folder}: cannot be made ({last_line(error)}); name another") from None
     pipeline = load_base(args)  # not the one to be trained: that may have dropout, and adapters
-    enable_memory_savers(args, pipeline.unet)
     dtype = {**DTYPES, "fp32": torch.float32}[args.prior_generation_precision or accelerator.mixed_precision]
+    enable_memory_savers(args, pipeline.unet, accelerator.device, dtype)
     pipeline.to(accelerator.device, dtype).set_progress_bar_config(disable=True)
     pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     size = args.sample_batch_size or 4

@@ -1,12 +1,28 @@
 """A base that cannot be trained is refused by its configs, before any of its weights is read."""
 
 import shutil
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
+import torch.nn.functional as F
+from conftest import load_script
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import XFormersAttnProcessor
+from running import TRAIN_DREAMBOOTH, TRAIN_TEXT_TO_IMAGE, TRAIN_TEXT_TO_IMAGE_LORA
 from tiny import changed_pipeline, make_scheduler
 from training import parse
 
-from sdtune.models import check_model, load_tokenizer, make_noise_scheduler, read_latent_shape, read_num_timesteps
+from sdtune.errors import InputError
+from sdtune.models import (
+    check_model,
+    enable_memory_savers,
+    load_tokenizer,
+    make_noise_scheduler,
+    read_latent_shape,
+    read_num_timesteps,
+)
 
 
 def flags(model, *words):
@@ -127,6 +143,81 @@ def test_what_a_dataset_needs_to_know_of_a_base(tiny_pipeline, tmp_path):
         tiny_pipeline, tmp_path / "changed", "text_encoder/config.json", {"max_position_embeddings": 20}
     )
     assert load_tokenizer(flags(changed)).model_max_length == 20  # as far as the text encoder reads
+
+
+@pytest.fixture
+def fake_xformers(monkeypatch):
+    """A function that puts a stand-in for xFormers in place, on a card that can do some precisions and sizes of heads;
+    returns the list of what was asked of it."""
+
+    def put(dtypes, largest=1000):
+        asked = []
+
+        def attention(query, key, value, **options):
+            asked.append((query.dtype, query.shape[-1], query.requires_grad))
+            if query.dtype not in dtypes or query.shape[-1] > largest:
+                raise NotImplementedError("No operator found\nrequires device with capability > (8, 0)")
+            return F.scaled_dot_product_attention(query, key, value)
+
+        package, ops = ModuleType("xformers"), ModuleType("xformers.ops")
+        package.ops, ops.memory_efficient_attention = ops, attention
+        monkeypatch.setitem(sys.modules, "xformers", package)
+        monkeypatch.setitem(sys.modules, "xformers.ops", ops)
+        return asked
+
+    return put
+
+
+XFORMERS = "--enable_xformers_memory_efficient_attention"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_xformers_is_probed_in_the_precision_of_training(tiny_pipeline, fake_xformers, dtype):
+    """A card that cannot do float32, which diffusers would probe, trains in what it can do."""
+    unet = UNet2DConditionModel.from_pretrained(tiny_pipeline, subfolder="unet")
+    asked = fake_xformers([dtype])
+    with torch.no_grad():  # as where class images are drawn
+        enable_memory_savers(parse(XFORMERS), unet, torch.device("cpu"), dtype)
+    assert asked == [(dtype, 8, True), (dtype, 16, True)]  # 32 and 64 channels in 4 heads
+    assert {type(processor) for processor in unet.attn_processors.values()} == {XFormersAttnProcessor}
+
+
+@pytest.mark.parametrize(
+    "dtypes, largest, dtype",
+    [
+        ([torch.float32], 1000, torch.bfloat16),
+        ([torch.bfloat16], 1000, torch.float16),
+        ([torch.float16], 8, torch.float16),
+    ],
+)
+def test_xformers_that_cannot_do_what_is_trained_is_refused_by_its_flag(
+    tiny_pipeline_sd1, fake_xformers, dtypes, largest, dtype
+):
+    """In another precision, or with heads of 16 channels."""
+    unet = UNet2DConditionModel.from_pretrained(tiny_pipeline_sd1, subfolder="unet")
+    before = unet.attn_processors
+    fake_xformers(dtypes, largest)
+    with pytest.raises(InputError) as raised:
+        enable_memory_savers(parse(XFORMERS), unet, torch.device("cpu"), dtype)
+    told = f"xFormers cannot run here in {dtype} (requires device with capability > (8, 0)); drop this"
+    assert str(raised.value) == f"{XFORMERS}=True: {told}"
+    assert unet.attn_processors == before
+
+
+@pytest.mark.parametrize(
+    "path", [TRAIN_TEXT_TO_IMAGE, TRAIN_TEXT_TO_IMAGE_LORA, TRAIN_DREAMBOOTH], ids=lambda p: p.stem
+)
+@pytest.mark.parametrize("precision, dtype", [("bf16", torch.bfloat16), ("no", torch.float32)])
+def test_every_script_probes_its_own_precision(tiny_pipeline, fake_xformers, path, precision, dtype):
+    script, asked = load_script(path), fake_xformers([])
+    words = [f"--pretrained_model_name_or_path={tiny_pipeline}", XFORMERS]
+    load = script.load_models_with_adapters if "lora" in path.stem else script.load_models
+    accelerator = SimpleNamespace(mixed_precision=precision, device=torch.device("cpu"))
+    with pytest.raises(
+        script.InputError, match="--enable_xformers_memory_efficient_attention=True: xFormers cannot run"
+    ):
+        load(script.make_parser().parse_args(words), accelerator)
+    assert [asked_dtype for asked_dtype, _, _ in asked] == [dtype]
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,7 @@ from accelerate.utils import (
     parse_flag_from_env,
     send_to_device,
 )
+from diffusers.models.attention_processor import Attention, XFormersAttnProcessor
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, cast_training_params, compute_snr, free_memory
 from diffusers.utils import is_bitsandbytes_available, is_xformers_available, make_image_grid
@@ -2010,16 +2011,30 @@ def load_base(args):
         raise InputError(f"{base}: cannot be loaded ({last_line(error)})") from None
 
 
-def enable_memory_savers(args, unet):
-    """Turns on what makes a UNet's passes smaller, as the flags ask for. Raises `InputError`."""
+def enable_memory_savers(args, unet, device, dtype):
+    """Turns on what makes a UNet's passes smaller, as the flags ask for; they will be on a device and in a precision.
+    Raises `InputError`."""
     if args.enable_xformers_memory_efficient_attention:
         try:
-            unet.enable_xformers_memory_efficient_attention()
+            probe_xformers(unet, device, dtype)
         except Exception as error:  # xFormers has one for every mismatch
-            base = args.pretrained_model_name_or_path
-            raise InputError(f"{base}: cannot be loaded ({last_line(error)})") from None
+            told = f"xFormers cannot run here in {dtype} ({last_line(error)}); drop this"
+            raise InputError(f"--enable_xformers_memory_efficient_attention=True: {told}") from None
+        unet.set_attn_processor(XFormersAttnProcessor())
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
+
+
+def probe_xformers(unet, device, dtype):
+    """Raises what xFormers raises, if it has no attention for the sizes of a UNet's heads, forward or backward. Where
+    diffusers enables it, float32 is probed whatever the precision."""
+    from xformers.ops import memory_efficient_attention
+
+    attentions = [module for module in unet.modules() if isinstance(module, Attention)]
+    for size in sorted({module.inner_dim // module.heads for module in attentions}):
+        query = torch.ones(1, 2, size, device=device, dtype=dtype, requires_grad=True)
+        with torch.enable_grad():
+            memory_efficient_attention(query, query, query).sum().backward()
 
 
 def make_noise_scheduler(args, pipeline):
@@ -2147,9 +2162,10 @@ def load_models_with_adapters(args, accelerator):
     """Returns the base's pipeline, frozen and in the precision of passes, its models that get adapters, by name, and
     the noise scheduler. Adapters are in float32. Raises `InputError`."""
     pipeline = load_base(args)
-    enable_memory_savers(args, pipeline.unet)
+    weight_dtype = DTYPES[accelerator.mixed_precision]
+    enable_memory_savers(args, pipeline.unet, accelerator.device, weight_dtype)
     for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
-        part.requires_grad_(False).eval().to(accelerator.device, dtype=DTYPES[accelerator.mixed_precision])
+        part.requires_grad_(False).eval().to(accelerator.device, dtype=weight_dtype)
     models = {"unet": pipeline.unet}
     if args.train_text_encoder:
         models["text_encoder"] = pipeline.text_encoder
