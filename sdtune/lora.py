@@ -1,5 +1,6 @@
 """Add adapters to models, go on from those in a file, and save what was trained."""
 
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -88,8 +89,10 @@ def measure_magnitudes(model):
             base = layer.get_base_layer()
             # A convolution's is left to autocast there, which rounds it on a CPU and not on a GPU; a linear layer's
             # is computed in the precision of the adapters.
-            is_autocast = isinstance(base, torch.nn.Conv2d) and base.weight.dtype != torch.float32
-            with torch.autocast(base.weight.device.type, base.weight.dtype, enabled=is_autocast):
+            precision = contextlib.nullcontext()
+            if isinstance(base, torch.nn.Conv2d) and base.weight.dtype != torch.float32:
+                precision = torch.autocast(base.weight.device.type, base.weight.dtype)
+            with precision:
                 for name, variant in layer.lora_variant.items():
                     variant.init(layer, name, config=model.peft_config[name])
     cast_training_params(model, torch.float32)

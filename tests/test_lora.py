@@ -97,7 +97,11 @@ def state(folder, step):
 # ------------------------------------------------------------------------------------------------------ what changes
 
 
-@pytest.mark.parametrize("settings", [{}, {"train_text_encoder": True, "lora_target": "all"}], ids=["unet", "both"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"train_text_encoder": True, "lora_target": "all"}, {"use_dora": True, "lora_target": "all"}],
+    ids=["unet", "both", "dora"],
+)
 def test_only_adapters_change(fit, trained_models, tiny_pipeline, tmp_path, settings):
     before = snapshot(tiny_pipeline)
     assert fit(tmp_path / "out", **settings) == 0
