@@ -37,7 +37,7 @@ from sdtune.failures import leave
 from sdtune.models import DTYPES
 from sdtune.optimization import make_average, make_optimizer, make_schedule, step_average
 from sdtune.output import chosen_tracker, log_losses, prepare_output
-from sdtune.plan import print_plan
+from sdtune.plan import print_plan, warn_of_precision
 from sdtune.randomness import DROPOUT, random_numbers
 from sdtune.signals import is_asked, on_signals
 
@@ -190,6 +190,7 @@ def tell_plan(args, accelerator, run, num_held_out, parameters, trained, frozen)
         "trained": trained,
         "frozen": frozen,
         "optimizer": f"8-bit: {args.use_8bit_adam}; EMA: {args.use_ema}",
+        "warnings": warn_of_precision(accelerator),
     }
     print_plan(args, run, num_held_out, num_trained, about)
 

@@ -83,6 +83,7 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     gather_object,
+    is_cuda_available,
     parse_flag_from_env,
     send_to_device,
 )
@@ -97,6 +98,7 @@ from peft.tuners.lora import LoraLayer
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.cuda import is_bf16_supported
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -607,6 +609,7 @@ def tell_plan(args, accelerator, run, num_held_out, parameters, trained, frozen)
         "trained": trained,
         "frozen": frozen,
         "optimizer": f"8-bit: {args.use_8bit_adam}; EMA: {args.use_ema}",
+        "warnings": warn_of_precision(accelerator),
     }
     print_plan(args, run, num_held_out, num_trained, about)
 
@@ -2586,10 +2589,10 @@ def new_result(output_dir):
 # ---------------------------------------------------------------------------------------------------------------- plan
 def print_plan(args, run, num_held_out, num_trained, about):
     """Says, before the first step, what will be done. `about` says what only a script knows: `trained` and `frozen`
-    (which models), `devices` (how many share a pass), `images` and `optimizer` (remarks)."""
+    (which models), `devices` (how many share a pass), `images` and `optimizer` (remarks), `warnings` (a list)."""
     counts, side, tracker = run.counts, args.resolution, chosen_tracker(args)
     first_step, precision = run.progress["global_step"], run.settings["mixed_precision"]
-    num_copies = 4 if args.use_ema else 3  # weights, the two moments of AdamW, the average
+    gigabytes = checkpoint_bytes(run) / 1e9
     images = f"{counts.num_images:,} to train on, {num_held_out:,} held out, at {side} x {side} pixels"
     passes = f"{args.train_batch_size} a pass x {args.gradient_accumulation_steps} passes x {about['devices']}"
     rows = {
@@ -2599,11 +2602,61 @@ def print_plan(args, run, num_held_out, num_trained, about):
         "trained": f"{about['trained']}, {num_trained:,} parameters in float32, passes in precision {precision!r}; "
         f"frozen: {about['frozen']}",
         "optimizer": f"AdamW at {run.settings['peak_learning_rate']:g}, {args.lr_scheduler}; {about['optimizer']}",
-        "output": f"{args.output_dir}, a checkpoint of {4e-9 * num_trained * num_copies:.2g} GB every "
-        f"{args.checkpointing_steps:,} steps",
+        "output": f"{args.output_dir}, a checkpoint of {gigabytes:.2g} GB every {args.checkpointing_steps:,} steps",
         "log": f"log.jsonl and {tracker}" if tracker else "log.jsonl, no tracker",
     }
-    print("\n".join(["Plan", *[f"  {name:<10} {text}" for name, text in rows.items()]]))
+    lines = [f"  {name:<10} {text}" for name, text in rows.items()]
+    warnings = [f"  warning    {text}" for text in about["warnings"] + warn_of_warm_up(args, counts)]
+    print("\n".join(["Plan", *lines, *warnings]))
+
+
+def warn_of_warm_up(args, counts):
+    """Lists whether the learning rate never arrives at what was asked for."""
+    if args.lr_warmup_steps < counts.last_step:
+        return []
+    told = f"in {counts.last_step:,} steps the learning rate never arrives; use fewer"
+    return [f"--lr_warmup_steps={args.lr_warmup_steps}: {told}"]
+
+
+def warn_of_precision(accelerator):
+    """Lists whether the GPU of a run in PyTorch computes in another precision than the one asked for."""
+    is_gpu = accelerator.device.type != "cpu" and is_cuda_available()
+    if accelerator.mixed_precision != "bf16" or not is_gpu or is_bf16_supported(including_emulation=False):
+        return []
+    return ["bf16 is only emulated on this GPU, and slow; use --mixed_precision=fp16"]
+
+
+def checkpoint_bytes(run):
+    """How many bytes the tensors of a checkpoint take, before the first step or later: weights, the optimizer's
+    moments, the average."""
+    total = array_bytes(run.weights.parameters) if run.weights else 0
+    for name, part in run.state.items():
+        if name == "optimizer" and hasattr(part, "param_groups"):  # whose moments are made in the first step
+            for group in part.param_groups:
+                for parameter in group["params"]:
+                    total += moment_bytes(parameter, part.state.get(parameter, {}), run.settings["use_8bit_adam"])
+        else:
+            total += array_bytes(part.state_dict() if hasattr(part, "state_dict") else part)
+    return total
+
+
+def moment_bytes(parameter, state, use_8bit_adam):
+    """How many bytes AdamW's two moments of a parameter take. The 8-bit form has a byte for each, and for every 256 a
+    scale of 4, but leaves small parameters, and those whose `state` is there in float32, in 32 bits."""
+    size = parameter.numel()
+    is_whole = size < 4096 or ("state1" in state and state["state1"].dtype == torch.float32)
+    if use_8bit_adam and not is_whole:
+        return 2 * (size + 4 * math.ceil(size / 256))
+    return 8 * size
+
+
+def array_bytes(part):
+    """How many bytes the tensors or arrays take in a nested structure."""
+    if isinstance(part, dict):
+        return sum(array_bytes(value) for value in part.values())
+    if isinstance(part, list | tuple):
+        return sum(array_bytes(value) for value in part)
+    return getattr(part, "nbytes", 0)
 
 
 # ---------------------------------------------------------------------------------------------------------- model_card

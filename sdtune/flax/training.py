@@ -135,6 +135,7 @@ def tell_plan(args, run, num_held_out):
         "trained": "UNet",
         "frozen": "VAE, text encoder",
         "optimizer": f"EMA: {args.use_ema}",
+        "warnings": [],
     }
     print_plan(args, run, num_held_out, num_trained, about)
 

@@ -1,0 +1,84 @@
+"""What the plan says of a run: the size of its checkpoints, and what will not be as it was asked for."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import load_script
+from image_data import write_image_folder
+from running import REPO, TRAIN_DREAMBOOTH, TRAIN_TEXT_TO_IMAGE, TRAIN_TEXT_TO_IMAGE_LORA
+from training import parse, train
+
+from sdtune import plan
+from sdtune.plan import warn_of_precision, warn_of_warm_up
+
+MINIATURE = REPO / "miniature" / "pipeline"
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "no"])
+@pytest.mark.parametrize("device, computes_bf16", [("cpu", False), ("cuda", False), ("cuda", True), ("mps", False)])
+def test_bf16_on_a_gpu_that_emulates_it_is_warned_of(monkeypatch, device, computes_bf16, precision):
+    """By the device's answers: of a T4, of an A100, of what is no NVIDIA GPU."""
+    monkeypatch.setattr(plan, "is_cuda_available", lambda: device == "cuda")
+    monkeypatch.setattr(plan, "is_bf16_supported", lambda including_emulation: including_emulation or computes_bf16)
+    accelerator = SimpleNamespace(mixed_precision=precision, device=torch.device(device))
+    expected = []
+    if device == "cuda" and not computes_bf16 and precision == "bf16":
+        expected = ["bf16 is only emulated on this GPU, and slow; use --mixed_precision=fp16"]
+    assert warn_of_precision(accelerator) == expected
+
+
+@pytest.mark.parametrize("warmup, last_step, is_short", [(500, 300, True), (8, 8, True), (7, 8, False), (0, 1, False)])
+def test_a_warm_up_that_is_not_shorter_than_the_run_is_warned_of(warmup, last_step, is_short):
+    args = parse("--lr_scheduler=constant_with_warmup", f"--lr_warmup_steps={warmup}")
+    told = f"--lr_warmup_steps={warmup}: in {last_step} steps the learning rate never arrives; use fewer"
+    assert warn_of_warm_up(args, SimpleNamespace(last_step=last_step)) == ([told] if is_short else [])
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_image_folder(tmp_path_factory.mktemp("data") / "images", 2)
+
+
+def test_the_plan_ends_with_its_warnings(train_script, tiny_pipeline, images, tmp_path, monkeypatch, capsys):
+    settings = {"lr_scheduler": "linear", "lr_warmup_steps": 4, "max_train_steps": 3, "dry_run": True}
+    monkeypatch.setattr(train_script, "warn_of_precision", lambda accelerator: ["slow"])
+    assert train(train_script, tiny_pipeline, images, tmp_path / "out", **settings) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[-2:] == [
+        "  warning    slow",
+        "  warning    --lr_warmup_steps=4: in 3 steps the learning rate never arrives; use fewer",
+    ]
+    settings["lr_warmup_steps"] = 2
+    monkeypatch.setattr(train_script, "warn_of_precision", lambda accelerator: [])
+    assert train(train_script, tiny_pipeline, images, tmp_path / "out", **settings) == 0
+    assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "path, settings",
+    [
+        (TRAIN_TEXT_TO_IMAGE, {"use_ema": True}),
+        (TRAIN_TEXT_TO_IMAGE, {"use_8bit_adam": True}),
+        (TRAIN_TEXT_TO_IMAGE, {"use_8bit_adam": True, "use_ema": True, "mixed_precision": "bf16"}),
+        (TRAIN_TEXT_TO_IMAGE_LORA, {"lora_target": "all", "rank": 64, "use_ema": True}),
+        (TRAIN_TEXT_TO_IMAGE_LORA, {"lora_target": "all", "rank": 64, "use_8bit_adam": True, "use_dora": True}),
+        (TRAIN_DREAMBOOTH, {"use_8bit_adam": True, "train_text_encoder": True}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else value.stem,
+)
+def test_checkpoints_are_as_large_as_the_plan_says(images, tmp_path, monkeypatch, path, settings):
+    """Within 3 % of the miniature's, whose tensors are smaller than Stable Diffusion's beside what names them."""
+    script, told = load_script(path), []
+    count = script.checkpoint_bytes
+    monkeypatch.setattr(script, "checkpoint_bytes", lambda run: told.append(count(run)) or told[-1])
+    if "dreambooth" in path.stem:
+        settings = {"train_data_dir": None, "instance_data_dir": images, "instance_prompt": "a sks star", **settings}
+    run = {"max_train_steps": 1, "checkpointing_steps": 1, "train_batch_size": 1, **settings}
+    assert train(script, MINIATURE, images, tmp_path / "out", **run) == 0
+    files = [file for file in (tmp_path / "out" / "checkpoint-1").rglob("*") if file.is_file()]
+    assert told == [pytest.approx(sum(file.stat().st_size for file in files), rel=0.03)]
+    # After a resume the moments are there, and counted alike.
+    resumed = {**run, "max_train_steps": 1, "resume_from_checkpoint": "latest", "dry_run": True}
+    assert train(script, MINIATURE, images, tmp_path / "out", **resumed) == 0
+    assert told[1] == told[0]
