@@ -63,7 +63,7 @@ from sdtune.models import (
     read_models,
     write_models,
 )
-from sdtune.optimization import check_8bit_adam, check_optimization, peak_learning_rate
+from sdtune.optimization import check_8bit_adam, check_optimization, keep_embeddings_whole, peak_learning_rate
 from sdtune.output import check_output, check_trackers, end_training, new_result, save_pipeline, start_trackers
 from sdtune.script import run_launched_script
 from sdtune.signals import Stop
@@ -206,6 +206,8 @@ def train(args, launcher):
     groups = [{"params": parameters, "lr": learning_rate}]
     weights = Weights(models, parameters, write_models, read_models)
     state = make_state(args, accelerator, groups, counts.last_step)
+    if args.use_8bit_adam:
+        keep_embeddings_whole(state["optimizer"], models.values())
     run = start_run(args, accelerator, counts, state, fingerprints, weights, FREE_ON_RESUME, FIXED_ON_RESUME)
     frozen = ", ".join(sorted({"vae", "text_encoder"} - models.keys()))
     tell_plan(args, accelerator, run, len(held_out), parameters, ", ".join(models), frozen)

@@ -65,6 +65,18 @@ def make_optimizer(args, groups):
     )
 
 
+def keep_embeddings_whole(optimizer, models):
+    """Gives the embeddings of models moments in 32 bits, where an 8-bit AdamW trains them: their gradients differ too
+    much in size from token to token (arXiv 2110.02861, section 2.3). bitsandbytes' own way, `GlobalOptimManager`,
+    would hold for the whole process, and for any parameter that later comes to lie in the same place."""
+    for model in models:
+        for module in model.modules():
+            if isinstance(module, torch.nn.Embedding):
+                weight = module.weight
+                moments = {"state1": torch.zeros_like(weight), "state2": torch.zeros_like(weight)}
+                optimizer.state[weight] = {"step": 0, **moments}
+
+
 def make_schedule(args, optimizer, last_step):
     """The learning rate's schedule, to be stepped once per optimizer step. It must not be prepared by accelerate,
     which would count processes."""

@@ -440,6 +440,42 @@ def test_text_encoder_is_left_to_the_bit(fit, trains_lora, tiny_pipeline, tmp_pa
         assert (tmp_path / "out" / TEXT_ENCODER).read_bytes() == (tiny_pipeline / TEXT_ENCODER).read_bytes()
 
 
+@pytest.mark.parametrize("base", [REPO / "miniature" / "pipeline", None], ids=["miniature", "tiny"])
+def test_trained_embeddings_keep_32_bits_in_8bit_adam(fit, trains_lora, tiny_pipeline, tmp_path, base):
+    """Tensors under 4,096 numbers do so anyway. A run that is resumed ends in the same bits."""
+    if trains_lora:
+        pytest.skip("adapters have no embeddings")
+    base = base or tiny_pipeline
+    settings = {
+        "base": base,
+        "train_text_encoder": True,
+        "use_8bit_adam": True,
+        "max_train_steps": 2,
+        "train_batch_size": 1,
+        "checkpointing_steps": 1,
+    }
+    assert fit(**settings) == 0
+    pipeline = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
+    text_encoder = dict(pipeline.text_encoder.named_parameters())
+    names = [*dict(pipeline.unet.named_parameters()), *text_encoder]
+    parameters = [*pipeline.unet.parameters(), *text_encoder.values()]
+    embeddings = {name for name in text_encoder if "_embedding.weight" in name}
+    assert len(embeddings) == 2
+    assert any(text_encoder[name].numel() >= 4096 for name in embeddings)
+    state = checkpoint_state(tmp_path / "out" / "checkpoint-2")["optimizer"]["state"]
+    for number, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
+        moments = state[number]["__bnb_optimizer_quant_state__"]
+        is_whole = parameter.numel() < 4096 or (name in embeddings)
+        assert moments["state1"].dtype == (torch.float32 if is_whole else torch.uint8), name
+        assert moments["state2"].dtype == moments["state1"].dtype
+    shutil.copytree(tmp_path / "out" / "checkpoint-1", tmp_path / "again" / "checkpoint-1")
+    shutil.copy(tmp_path / "out" / "args.json", tmp_path / "again")
+    assert fit("again", resume_from_checkpoint="latest", **settings) == 0
+    assert same(
+        checkpoint_state(tmp_path / "again" / "checkpoint-2"), checkpoint_state(tmp_path / "out" / "checkpoint-2")
+    )
+
+
 def test_lora_file_draws_as_the_trained_model(tiny_pipeline, photos, tmp_path):
     """In diffusers' and kohya's layout, and merged."""
     script, kept = load_script(TRAIN_DREAMBOOTH_LORA), {}

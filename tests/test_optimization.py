@@ -1,5 +1,6 @@
 """Flags of the learning rate that contradict each other are refused; optimizer, schedule and average obey them."""
 
+import copy
 import math
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from sdtune import optimization
 from sdtune.optimization import (
     check_8bit_adam,
     check_optimization,
+    keep_embeddings_whole,
     make_average,
     make_optimizer,
     make_schedule,
@@ -125,6 +127,34 @@ def test_optimizer_is_adamw_by_its_formula():
     weight, grad = torch.tensor([2.0, -3.0]), torch.tensor([0.5, 4.0])
     expected = weight - 0.25 * (grad / (grad.abs() + 0.01) + 0.1 * weight)  # both moments' corrections cancel here
     torch.testing.assert_close(parameter.data, expected)
+
+
+@pytest.mark.parametrize("shape", [(128, 64), (77, 60)])
+def test_embeddings_keep_32_bits_in_8bit_adam(shape):
+    """By what two steps leave, and by AdamW in 32 bits; a linear layer of the same size is in 8."""
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"table": torch.nn.Embedding(*shape), "layer": torch.nn.Linear(*shape)})
+    whole = copy.deepcopy(model)
+    optimizers = []
+    for trained, words in ((model, ["--use_8bit_adam"]), (whole, [])):
+        groups = [{"params": list(trained.parameters()), "lr": 0.1}]
+        optimizers.append(make_optimizer(parse(*words), groups))
+    keep_embeddings_whole(optimizers[0], [model])
+    for _ in range(2):
+        for own, other in zip(model.parameters(), whole.parameters(), strict=True):
+            own.grad = torch.randn(own.shape)
+            other.grad = own.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    state = optimizers[0].state
+    dtypes = {name: state[parameter]["state1"].dtype for name, parameter in model.named_parameters()}
+    assert dtypes == {"table.weight": torch.float32, "layer.weight": torch.uint8, "layer.bias": torch.float32}
+    torch.testing.assert_close(model["table"].weight, whole["table"].weight, rtol=0, atol=1e-6)
+    assert (model["layer"].weight - whole["layer"].weight).abs().max() > 1e-4
+    # A process that trains again is not bound by it.
+    again = make_optimizer(parse("--use_8bit_adam"), [{"params": list(model.parameters()), "lr": 0.1}])
+    again.step()
+    assert again.state[model["table"].weight]["state1"].dtype == torch.uint8
 
 
 def test_average_takes_its_decay_from_the_flags():

@@ -446,6 +446,8 @@ def train(args, launcher):
     groups = [{"params": parameters, "lr": learning_rate}]
     weights = Weights(models, parameters, write_models, read_models)
     state = make_state(args, accelerator, groups, counts.last_step)
+    if args.use_8bit_adam:
+        keep_embeddings_whole(state["optimizer"], models.values())
     run = start_run(args, accelerator, counts, state, fingerprints, weights, FREE_ON_RESUME, FIXED_ON_RESUME)
     frozen = ", ".join(sorted({"vae", "text_encoder"} - models.keys()))
     tell_plan(args, accelerator, run, len(held_out), parameters, ", ".join(models), frozen)
@@ -2309,6 +2311,18 @@ def make_optimizer(args, groups):
         eps=args.adam_epsilon,
         weight_decay=args.adam_weight_decay,
     )
+
+
+def keep_embeddings_whole(optimizer, models):
+    """Gives the embeddings of models moments in 32 bits, where an 8-bit AdamW trains them: their gradients differ too
+    much in size from token to token (arXiv 2110.02861, section 2.3). bitsandbytes' own way, `GlobalOptimManager`,
+    would hold for the whole process, and for any parameter that later comes to lie in the same place."""
+    for model in models:
+        for module in model.modules():
+            if isinstance(module, torch.nn.Embedding):
+                weight = module.weight
+                moments = {"state1": torch.zeros_like(weight), "state2": torch.zeros_like(weight)}
+                optimizer.state[weight] = {"step": 0, **moments}
 
 
 def make_schedule(args, optimizer, last_step):
