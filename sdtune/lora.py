@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from sdtune.errors import last_line
-from sdtune.lora_layouts import LORA_FILE, split_weight_name, to_kohya
+from sdtune.lora_layouts import LORA_FILE, published_names, split_weight_name, to_kohya
 from sdtune.models import DTYPES, config_source, enable_memory_savers, load_base, make_noise_scheduler
 
 # Names of layers, of the UNet and of the text encoder.
@@ -159,7 +159,10 @@ def read_lora(path):
     path = Path(path, LORA_FILE) if Path(path).is_dir() else path
     with safe_open(path, "pt") as file:
         header = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-        return {key: file.get_tensor(key) for key in file.keys()}, header  # noqa: SIM118 (it is no dict)
+        weights = {}
+        for key in file.keys():  # noqa: SIM118 (it is no dict)
+            weights[re.sub(r"^text_encoder\.text_model\.", "text_encoder.", key)] = file.get_tensor(key)
+    return weights, header
 
 
 def save_adapters(args, folder, models, num_images, step):
@@ -192,7 +195,7 @@ def file_of_adapters(suffix):
 def save_lora(models, weights, folder, file):
     """Writes adapters, as `lora_weights` names them, in diffusers' layout, with rank, alpha and targets in the
     header."""
-    layers, settings = {}, {}
+    layers, settings, weights = {}, {}, published_names(weights)
     for name, model in models.items():
         start = f"{name}."
         own = {key.removeprefix(start): value for key, value in weights.items() if key.startswith(start)}

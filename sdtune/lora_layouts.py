@@ -242,7 +242,13 @@ def write_diffusers(path, weights, alphas):
             settings[f"{model}.{name}"] = value
     settings = json.dumps(settings, default=sorted, sort_keys=True)  # default: of sets
     with beside(path) as unfinished:
-        save_file(weights, unfinished, {"format": "pt", "lora_adapter_metadata": settings})
+        save_file(published_names(weights), unfinished, {"format": "pt", "lora_adapter_metadata": settings})
+
+
+def published_names(weights):
+    """Adapters by the names of published files, text_encoder.text_model.encoder and so on, which libraries before
+    transformers 5 need; later ones read both."""
+    return {re.sub(r"^text_encoder\.", "text_encoder.text_model.", key): value for key, value in weights.items()}
 
 
 def models_of(alphas):

@@ -128,6 +128,13 @@ def load_base(args):
         raise InputError(f"{base}: cannot be loaded ({last_line(error)})") from None
 
 
+def write_text_encoder(text_encoder, folder):
+    """Writes the weights of a CLIP text encoder under their published names, text_model.embeddings and so on, which
+    libraries before transformers 5 need. Else `save_pretrained` names them as the file did that they came from."""
+    weights = {f"text_model.{name}": value for name, value in text_encoder.state_dict().items()}
+    text_encoder.save_pretrained(folder, state_dict=weights, save_original_format=False)
+
+
 def enable_memory_savers(args, unet, device, dtype):
     """Turns on what makes a UNet's passes smaller, as the flags ask for; they will be on a device and in a precision.
     Raises `InputError`."""

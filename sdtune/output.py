@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from sdtune.checkpoints import find_checkpoint
 from sdtune.errors import InputError, last_line
 from sdtune.files import copy_mode, existing_place, move_into, sync
-from sdtune.models import DTYPES
+from sdtune.models import DTYPES, write_text_encoder
 
 LOCK_FILE = ".lock"
 NEW_RESULT = ".result.partial"  # a folder beside which the old result stays until the new one is whole
@@ -214,4 +214,5 @@ def save_pipeline(args, folder, pipeline, noise_scheduler):
         part.register_to_config(_name_or_path=None)  # which is a path here
     pipeline.register_to_config(_name_or_path=None)
     pipeline.save_pretrained(folder)
+    write_text_encoder(pipeline.text_encoder, folder / "text_encoder")
     return ["model_index.json", *[f"{name}/*" for name in pipeline.components]]

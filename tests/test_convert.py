@@ -141,7 +141,12 @@ def to_folder(file, output, config_folder, *flags):
 def assert_same_weights(folder, other):
     """Two pipeline folders have the same weights, to the bit."""
     for name in WEIGHTS:
-        assert same(load_file(folder / name), load_file(other / name)), name
+        assert same(without_level(load_file(folder / name)), without_level(load_file(other / name))), name
+
+
+def without_level(weights):
+    """Weights without the level that published files name in the text encoder, and transformers 5 does not."""
+    return {name.removeprefix("text_model."): value for name, value in weights.items()}
 
 
 def as_halves(file):
@@ -247,6 +252,7 @@ def test_there_and_back_to_the_bit(folder, tmp_path):
     assert_same_weights(folder, back)
     assert same(load_file(file), load_file(again))
     assert names(back) == names(folder)
+    assert load_file(back / TEXT).keys() == {f"text_model.{name}" for name in load_file(folder / TEXT)}
     for part in ("tokenizer", "scheduler"):
         for path in (folder / part).iterdir():
             assert (back / part / path.name).read_bytes() == path.read_bytes()
@@ -328,7 +334,7 @@ def test_half_precision(tiny_pipeline, whole_file, tmp_path):
     for name in WEIGHTS:  # a text encoder in half precision fails when the folder is used
         dtype = torch.float32 if name == TEXT else torch.float16
         expected = {key: value.half().to(dtype) for key, value in load_file(tiny_pipeline / name).items()}
-        assert same(load_file(back / name), expected)
+        assert same(without_level(load_file(back / name)), expected)
     again = to_file(back, tmp_path / "again.safetensors", "--save_precision=fp16")
     assert same(load_file(again), halves)
     pipeline = StableDiffusionPipeline.from_pretrained(back)

@@ -20,13 +20,12 @@ from running import REPO, TRAIN_DREAMBOOTH, TRAIN_DREAMBOOTH_LORA
 from safetensors.torch import load_file
 from test_lora_layouts import draw, largest_difference, load, merged, with_lora
 from test_training import encode_by_hand
-from training import checkpoint_state, draws, losses, read_log, same, train, words
+from training import checkpoint_state, draws, losses, read_log, same, text_encoder, train, words
 
 from sdtune.lora_layouts import LORA_FILE
 
 PROMPT = "a photo of sks star"
 CLASS_PROMPT = "a picture of a star"
-TEXT_ENCODER = "text_encoder/model.safetensors"
 # All that is random or has a state. 5 photos, twice each, make epochs of 3 steps of at most 4.
 EVERYTHING = {
     "max_train_steps": 8,
@@ -422,9 +421,13 @@ def test_text_encoder_is_trained_saved_and_loaded(fit, trains_lora, tiny_pipelin
         after.load_lora_weights(tmp_path / "out")
         keys = load_file(tmp_path / "out" / LORA_FILE)
         assert {key.split(".")[0] for key in keys} == {"unet", "text_encoder"}
+        of_text = [key for key in keys if key.startswith("text_encoder.")]
+        assert all(key.startswith("text_encoder.text_model.encoder.layers.") for key in of_text)
     else:
         after = load(tmp_path / "out")
-        old, new = (load_file(folder / TEXT_ENCODER) for folder in (tiny_pipeline, tmp_path / "out"))
+        old, new = text_encoder(tiny_pipeline), text_encoder(tmp_path / "out")
+        published = load_file(tmp_path / "out" / "text_encoder" / "model.safetensors")
+        assert published.keys() == {f"text_model.{name}" for name in new}
         changed = [name for name in old if not torch.equal(old[name], new[name])]
         assert len(changed) >= len(old) - 1  # position numbers are no weights
     tokens = before.tokenizer(PROMPT, return_tensors="pt").input_ids
@@ -437,7 +440,7 @@ def test_text_encoder_is_left_to_the_bit(fit, trains_lora, tiny_pipeline, tmp_pa
     if trains_lora:
         assert {key.split(".")[0] for key in load_file(tmp_path / "out" / LORA_FILE)} == {"unet"}
     else:
-        assert (tmp_path / "out" / TEXT_ENCODER).read_bytes() == (tiny_pipeline / TEXT_ENCODER).read_bytes()
+        assert same(text_encoder(tmp_path / "out"), text_encoder(tiny_pipeline))
 
 
 @pytest.mark.parametrize("base", [REPO / "miniature" / "pipeline", None], ids=["miniature", "tiny"])
@@ -456,12 +459,12 @@ def test_trained_embeddings_keep_32_bits_in_8bit_adam(fit, trains_lora, tiny_pip
     }
     assert fit(**settings) == 0
     pipeline = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
-    text_encoder = dict(pipeline.text_encoder.named_parameters())
-    names = [*dict(pipeline.unet.named_parameters()), *text_encoder]
-    parameters = [*pipeline.unet.parameters(), *text_encoder.values()]
-    embeddings = {name for name in text_encoder if "_embedding.weight" in name}
+    of_text = dict(pipeline.text_encoder.named_parameters())
+    names = [*dict(pipeline.unet.named_parameters()), *of_text]
+    parameters = [*pipeline.unet.parameters(), *of_text.values()]
+    embeddings = {name for name in of_text if "_embedding.weight" in name}
     assert len(embeddings) == 2
-    assert any(text_encoder[name].numel() >= 4096 for name in embeddings)
+    assert any(of_text[name].numel() >= 4096 for name in embeddings)
     state = checkpoint_state(tmp_path / "out" / "checkpoint-2")["optimizer"]["state"]
     for number, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
         moments = state[number]["__bnb_optimizer_quant_state__"]

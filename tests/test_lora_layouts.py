@@ -404,14 +404,17 @@ def test_a_converted_file_loads_with_its_scale(trained, tiny_pipeline, tmp_path)
     assert largest_difference(with_lora(tiny_pipeline, tmp_path), run.images(None)) < 1e-4
 
 
-def test_older_names_of_diffusers_are_read(trained, tmp_path):
+@pytest.mark.parametrize("level", ["", "text_model."])
+def test_older_names_of_diffusers_are_read(trained, tmp_path, level):
+    """Also without the level of the text encoder, as these scripts wrote them for a while."""
     run = trained("ff-text")
     old, result = tmp_path / "old.safetensors", tmp_path / "new.safetensors"
     file = {}
     for key, value in load_file(run.diffusers).items():
         kind = "lora_linear_layer" if key.startswith("text") else "lora"
         key = key.replace("lora_A", f"{kind}.down").replace("lora_B", f"{kind}.up")
-        file[key.replace("text_encoder.", "text_encoder.text_model.")] = value
+        file[key.replace("text_encoder.text_model.", f"text_encoder.{level}")] = value
+    assert file.keys() != load_file(run.diffusers).keys()
     save_file(file, old, header(run.diffusers))
     convert(old, result, "--to", "kohya")
     assert same(load_file(result), load_file(run.kohya))

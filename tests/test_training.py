@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from image_data import caption_of, make_image, snapshot, write_image_folder
+from original_layout import save_original
 from PIL import Image
-from safetensors.torch import load_file
-from training import checkpoint_state, checkpoint_unet, draws, losses, parse, read_log, same, train, unet
+from safetensors.torch import load_file, save_file
+from training import checkpoint_state, checkpoint_unet, draws, losses, parse, read_log, same, text_encoder, train, unet
 
 from sdtune import training
 from sdtune.training import make_accelerator
@@ -62,10 +64,37 @@ def test_every_weight_of_the_unet_is_trained(fit, tiny_pipeline):
     assert all(weight.dtype == torch.float32 for weight in after.values())
 
 
-@pytest.mark.parametrize("part, file", [("vae", "diffusion_pytorch_model"), ("text_encoder", "model")])
-def test_frozen_parts_are_the_base_to_the_bit(plain, tiny_pipeline, part, file):
-    weights = [load_file(folder / part / f"{file}.safetensors") for folder in (plain, tiny_pipeline)]
-    assert same(*weights)
+def vae(folder):
+    """The VAE's weights in a pipeline folder, by name."""
+    return load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
+
+
+@pytest.mark.parametrize("weights_of", [vae, text_encoder])
+def test_frozen_parts_are_the_base_to_the_bit(plain, tiny_pipeline, weights_of):
+    assert same(weights_of(plain), weights_of(tiny_pipeline))
+
+
+@pytest.mark.parametrize("kind", ["flattened", "published", "file"])
+def test_text_encoder_is_saved_under_its_published_names(fit, tiny_pipeline, tmp_path, kind):
+    """Whatever the base was: a folder of transformers 5, an older one, a single file. Libraries before transformers 5
+    have the level text_model, and would take a file without it for one without weights."""
+    settings, base = {"max_train_steps": 1}, tmp_path / "base"
+    shutil.copytree(tiny_pipeline, base)
+    names = {f"text_model.{name}" for name in text_encoder(tiny_pipeline)}
+    assert {"text_model.embeddings.token_embedding.weight", "text_model.final_layer_norm.bias"} < names
+    if kind == "published":
+        weights = {f"text_model.{name}": weight for name, weight in text_encoder(base).items()}
+        save_file(weights, base / "text_encoder" / "model.safetensors", {"format": "pt"})
+    elif kind == "file":
+        file = save_original(StableDiffusionPipeline.from_pretrained(base), tmp_path / "base.safetensors")
+        settings, base = {**settings, "single_file_config": tiny_pipeline}, file
+    folder = fit(base=base, **settings)
+    file = folder / "text_encoder" / "model.safetensors"
+    assert load_file(file).keys() == names
+    assert same(text_encoder(folder), text_encoder(tiny_pipeline))
+    assert file.stat().st_mode == (folder / "args.json").stat().st_mode
+    loaded = StableDiffusionPipeline.from_pretrained(folder).text_encoder
+    assert same(dict(loaded.state_dict()), text_encoder(tiny_pipeline))
 
 
 def test_tokenizer_is_the_base(plain, tiny_pipeline):
@@ -278,18 +307,16 @@ def test_bf16_trains_float32_weights(fit, plain, tiny_pipeline):
     optimizer = checkpoint_state(folder / "checkpoint-4")["optimizer"]
     assert {state["exp_avg"].dtype for state in optimizer["state"].values()} == {torch.float32}
     assert same(checkpoint_unet(folder / "checkpoint-4"), unet(folder))
-    for file in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
-        assert same(load_file(folder / file), load_file(tiny_pipeline / file))  # not through bf16 and back
+    for weights_of in (vae, text_encoder):
+        assert same(weights_of(folder), weights_of(tiny_pipeline))  # not through bf16 and back
 
 
 @pytest.mark.parametrize("precision, dtype", [("fp16", torch.float16), ("bf16", torch.bfloat16)])
 def test_saved_precision_is_that_of_unet_and_vae(fit, plain, tiny_pipeline, precision, dtype):
     folder = fit(save_precision=precision)
     assert same(unet(folder), {name: weight.to(dtype) for name, weight in unet(plain).items()})
-    vae = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
-    assert {weight.dtype for weight in vae.values()} == {dtype}
-    encoder = "text_encoder/model.safetensors"
-    assert same(load_file(folder / encoder), load_file(tiny_pipeline / encoder))
+    assert {weight.dtype for weight in vae(folder).values()} == {dtype}
+    assert same(text_encoder(folder), text_encoder(tiny_pipeline))
     pipeline = StableDiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     image = pipeline("a red circle", height=32, width=32, num_inference_steps=2, output_type="np").images[0]
@@ -302,8 +329,7 @@ def test_base_in_half_precision_trains_in_float32(fit, plain, tiny_pipeline, tmp
     pipeline.save_pretrained(tmp_path / "half")
     folder = fit(base=tmp_path / "half")
     assert {weight.dtype for weight in unet(folder).values()} == {torch.float32}
-    encoder = load_file(folder / "text_encoder" / "model.safetensors")
-    assert {weight.dtype for weight in encoder.values() if weight.is_floating_point()} == {torch.float32}
+    assert {weight.dtype for weight in text_encoder(folder).values() if weight.is_floating_point()} == {torch.float32}
     assert losses(folder) == pytest.approx(losses(plain), rel=0.02)
 
 

@@ -102,6 +102,12 @@ def unet(folder):
     return load_file(Path(folder) / "unet" / "diffusion_pytorch_model.safetensors")
 
 
+def text_encoder(folder):
+    """The text encoder's weights in a pipeline folder, by name, without the level that published files have."""
+    weights = load_file(Path(folder) / "text_encoder" / "model.safetensors")
+    return {name.removeprefix("text_model."): weight for name, weight in weights.items()}
+
+
 def checkpoint_state(folder):
     """All that a checkpoint holds and a resume needs: weights, optimizer, schedule, average and progress."""
     folder = Path(folder)

@@ -2118,6 +2118,13 @@ def load_base(args):
         raise InputError(f"{base}: cannot be loaded ({last_line(error)})") from None
 
 
+def write_text_encoder(text_encoder, folder):
+    """Writes the weights of a CLIP text encoder under their published names, text_model.embeddings and so on, which
+    libraries before transformers 5 need. Else `save_pretrained` names them as the file did that they came from."""
+    weights = {f"text_model.{name}": value for name, value in text_encoder.state_dict().items()}
+    text_encoder.save_pretrained(folder, state_dict=weights, save_original_format=False)
+
+
 def make_noise_scheduler(args, pipeline):
     """The scheduler that adds noise in training, for the objective that the flags name or else the base's."""
     changes = {}
@@ -2389,6 +2396,7 @@ def save_pipeline(args, folder, pipeline, noise_scheduler):
         part.register_to_config(_name_or_path=None)  # which is a path here
     pipeline.register_to_config(_name_or_path=None)
     pipeline.save_pretrained(folder)
+    write_text_encoder(pipeline.text_encoder, folder / "text_encoder")
     return ["model_index.json", *[f"{name}/*" for name in pipeline.components]]
 
 

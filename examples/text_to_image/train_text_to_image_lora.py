@@ -2078,6 +2078,12 @@ def split_weight_name(key):
     return re.fullmatch(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?", key).groups()
 
 
+def published_names(weights):
+    """Adapters by the names of published files, text_encoder.text_model.encoder and so on, which libraries before
+    transformers 5 need; later ones read both."""
+    return {re.sub(r"^text_encoder\.", "text_encoder.text_model.", key): value for key, value in weights.items()}
+
+
 # ---------------------------------------------------------------------------------------------------------------- lora
 def kohya_name(args):
     """The name, without suffix, of the file in kohya's layout."""
@@ -2208,7 +2214,10 @@ def read_lora(path):
     path = Path(path, LORA_FILE) if Path(path).is_dir() else path
     with safe_open(path, "pt") as file:
         header = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-        return {key: file.get_tensor(key) for key in file.keys()}, header  # noqa: SIM118 (it is no dict)
+        weights = {}
+        for key in file.keys():  # noqa: SIM118 (it is no dict)
+            weights[re.sub(r"^text_encoder\.text_model\.", "text_encoder.", key)] = file.get_tensor(key)
+    return weights, header
 
 
 def save_adapters(args, folder, models, num_images, step):
@@ -2241,7 +2250,7 @@ def file_of_adapters(suffix):
 def save_lora(models, weights, folder, file):
     """Writes adapters, as `lora_weights` names them, in diffusers' layout, with rank, alpha and targets in the
     header."""
-    layers, settings = {}, {}
+    layers, settings, weights = {}, {}, published_names(weights)
     for name, model in models.items():
         start = f"{name}."
         own = {key.removeprefix(start): value for key, value in weights.items() if key.startswith(start)}

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from sdtune.arguments import SWITCH, new_parser, parse_flags
 from sdtune.errors import InputError, raise_problems, told_to_user
 from sdtune.files import beside, read_json
-from sdtune.models import DTYPES, quiet_libraries
+from sdtune.models import DTYPES, quiet_libraries, write_text_encoder
 from sdtune.pipeline_folder import PARTS, check_folder, check_place, class_of, read_models, read_weights
 from sdtune.single_file import (
     POSITIONS,
@@ -162,6 +162,7 @@ def write_folder(source, output, config_folder, dtype):
                 state = {name: value.to(part_dtype) for name, value in state.items()}
             model.load_state_dict(state, assign=True)
             model.save_pretrained(unfinished / part)
+        write_text_encoder(models["text_encoder"], unfinished / "text_encoder")
         copy_other_parts(config_folder, unfinished)
     left_out = sorted(weights.keys() - buffers.keys() - {POSITIONS, ZERO_SNR})
     if not left_out:
