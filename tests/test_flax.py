@@ -687,12 +687,17 @@ def test_saved_flax_weights_are_the_result(fit, fit_once, save_precision, dtype)
 # ---------------------------------------------------------------------------------------------------- on the whole
 
 
-def test_plan_without_training(fit, base, capsys):
-    folder = fit(dry_run=True, gradient_accumulation_steps=2)
+def test_plan_without_training(script, fit, base, monkeypatch, capsys):
+    told, count = [], script.checkpoint_bytes
+    monkeypatch.setattr(script, "checkpoint_bytes", lambda run: told.append(count(run)) or told[-1])
+    warm_up = {"lr_scheduler": "linear", "lr_warmup_steps": 9, "max_train_steps": 4}
+    folder = fit(dry_run=True, gradient_accumulation_steps=2, **warm_up)
     said = capsys.readouterr().out
+    assert "  warning    --lr_warmup_steps=9: in 4 steps the learning rate never arrives; use fewer" in said
     num_trained = sum(weight.numel() for weight in unet(base).values())
     assert "4 images: 2 a pass x 2 passes x 1 cpu devices" in said
     assert f"trained    UNet, {num_trained:,} parameters in float32" in said
+    assert told == [4 * (3 * num_trained + 1)]  # weights, two moments, a count
     assert "encoded in every step; once with --center_crop" in said
     assert not folder.exists()
 
