@@ -179,9 +179,11 @@ def frozen_copy(model, device, dtype):
 def write_models(models, folder, suffix=""):
     """Writes models, by name, each into a folder of that name and suffix from which `from_pretrained` loads it."""
     for name, model in models.items():
-        if hasattr(model, "register_to_config"):
+        if name == "text_encoder":
+            write_text_encoder(model, folder / f"{name}{suffix}")
+        else:
             model.register_to_config(_name_or_path=None)  # which is a path here
-        model.save_pretrained(folder / f"{name}{suffix}")
+            model.save_pretrained(folder / f"{name}{suffix}")
 
 
 def read_models(models, folder, suffix=""):
