@@ -1,11 +1,13 @@
 """The plan that a run prints before its first step."""
 
 import math
+import shutil
 
 import torch
 from accelerate.utils import is_cuda_available
 from torch.cuda import is_bf16_supported
 
+from sdtune.files import existing_place
 from sdtune.output import chosen_tracker
 
 
@@ -28,8 +30,24 @@ def print_plan(args, run, num_held_out, num_trained, about):
         "log": f"log.jsonl and {tracker}" if tracker else "log.jsonl, no tracker",
     }
     lines = [f"  {name:<10} {text}" for name, text in rows.items()]
-    warnings = [f"  warning    {text}" for text in about["warnings"] + warn_of_warm_up(args, counts)]
+    warned = about["warnings"] + warn_of_warm_up(args, counts) + warn_of_disk(args, run)
+    warnings = [f"  warning    {text}" for text in warned]
     print("\n".join(["Plan", *lines, *warnings]))
+
+
+def warn_of_disk(args, run):
+    """Lists whether the checkpoints will not fit on the disk; the newest is there before the oldest goes."""
+    steps = range(run.progress["global_step"] + 1, run.counts.last_step + 1)
+    number = sum(step % args.checkpointing_steps == 0 or step == run.counts.last_step for step in steps)
+    if args.checkpoints_total_limit:
+        number = min(number, args.checkpoints_total_limit + 1)
+    needed, free = number * checkpoint_bytes(run), shutil.disk_usage(existing_place(args.output_dir)).free
+    if needed <= free:
+        return []
+    return [
+        f"{number} checkpoints take {needed / 1e9:.2g} GB, where {free / 1e9:.2g} are free; make room, or use a "
+        "smaller --checkpoints_total_limit"
+    ]
 
 
 def warn_of_warm_up(args, counts):
