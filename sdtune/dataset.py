@@ -21,8 +21,9 @@ from sdtune.images import (
     check_images,
     is_image_file,
     leave_out,
+    open_square,
     path_of_findings,
-    read_image,
+    read_content,
     still_readable,
 )
 from sdtune.models import load_tokenizer, read_latent_shape, read_num_timesteps
@@ -59,9 +60,8 @@ class CaptionedImages(torch.utils.data.Dataset):
         row = self.rows[index]
         place = (0.5, 0.5) if self.center_crop else (left, top)
         resample = Image.Resampling[self.image_interpolation_mode.upper()]
-        size = (self.resolution, self.resolution)
         with still_readable(name_of_row(row, index)):
-            image = ImageOps.fit(read_image(row["image"]), size, resample, centering=place)
+            image = open_square(read_content(row["image"]), self.resolution, resample, place)
         if self.random_flip and flip < 0.5:
             image = ImageOps.mirror(image)
         caption = row["captions"][int(choice * len(row["captions"]))]

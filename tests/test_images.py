@@ -1,6 +1,7 @@
 """Images arrive as a viewer shows them; every one is opened once before training, and what cannot be used is named."""
 
 import hashlib
+import json
 import shutil
 import struct
 from collections import Counter
@@ -11,12 +12,12 @@ import datasets
 import numpy as np
 import pytest
 from image_data import encoded, make_image
-from PIL import Image
+from PIL import Image, ImageOps
 
 from sdtune import images
 from sdtune.dataset import read_folder
 from sdtune.errors import InputError
-from sdtune.images import check_image, check_images, open_image
+from sdtune.images import check_image, check_images, open_image, open_square
 
 
 def opened(image, suffix="png", **options):
@@ -326,6 +327,59 @@ def test_images_inside_of_a_dataset_are_remembered_by_content(tmp_path, openings
     assert not openings
 
 
+def stored(place, *numbers):
+    """A dataset that holds its images, as loaded from disk."""
+    if not place.exists():
+        contents = [{"bytes": encoded(make_image(number)), "path": f"{number}.png"} for number in numbers]
+        datasets.Dataset.from_dict({"image": contents}).save_to_disk(place)
+    return datasets.load_from_disk(place).cast_column("image", datasets.Image(decode=False))
+
+
+@pytest.mark.parametrize("numbers", [(0, 1, 2), (5, 5, 6, 7)])
+def test_a_second_process_reads_no_image_of_a_dataset_and_writes_nothing(tmp_path, openings, numbers, monkeypatch):
+    memory, place = tmp_path / "checked.json", tmp_path / "set"
+    first = check_images(stored(place, *numbers), memory)
+    written = memory.stat().st_mtime_ns, memory.read_text()
+    openings.clear()
+    monkeypatch.setattr(images, "check_image", lambda *_: pytest.fail("an image was looked at"))
+    assert check_images(stored(place), memory) == first
+    assert (memory.stat().st_mtime_ns, memory.read_text()) == written
+    assert not openings
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["checked.json", "checked.json.lock", "set"]
+
+
+def test_a_second_process_reads_no_file_again_and_writes_nothing(image_folder, tmp_path, openings):
+    memory = tmp_path / "checked.json"
+    folder = image_folder(3)
+    first = check_images(read_folder(folder, "text"), memory)
+    written = memory.stat().st_mtime_ns
+    assert check_images(read_folder(folder, "text"), memory) == first
+    assert openings == {"open_image": 3, "read_bytes": 3}
+    assert memory.stat().st_mtime_ns == written
+
+
+def test_another_choice_of_rows_is_remembered_by_content(tmp_path, openings):
+    """Of several the latest four as a whole, so that the memory does not grow with every seed."""
+    memory, rows = tmp_path / "checked.json", stored(tmp_path / "set", *range(6))
+    whole = check_images(rows, memory)
+    openings.clear()
+    for start in range(5):
+        assert check_images(rows.select([start, start + 1]), memory) == whole[start : start + 2]
+    assert not openings
+    assert len(json.loads(memory.read_text())["listings"]) == 4
+
+
+def test_a_bad_image_of_a_dataset_is_looked_at_again(tmp_path, openings):
+    """A reader of a later day may know it; the good ones are known."""
+    contents = [{"bytes": encoded(make_image(0)), "path": None}, {"bytes": b"no image", "path": None}, None]
+    rows = datasets.Dataset.from_dict({"image": contents}).cast_column("image", datasets.Image(decode=False))
+    first = check_images(rows, tmp_path / "checked.json")
+    openings.clear()
+    assert check_images(rows, tmp_path / "checked.json") == first
+    assert openings == {"open_image": 1}
+    assert [problem for *_, problem in first] == ["", "no image that Pillow knows", "the row holds no image"]
+
+
 def test_a_memory_that_is_broken_only_costs_time(image_folder, tmp_path, openings):
     rows, memory = read_folder(image_folder(2), "text"), tmp_path / "checked.json"
     memory.write_text("{broken")
@@ -370,3 +424,97 @@ def test_a_side_of_16_pixels_is_enough(side, problem):
 
 def test_a_row_without_an_image_is_named():
     assert check_image(None, {}) == (None, ["", 0, 0, "the row holds no image"])
+
+
+# ------------------------------------------------------------------------------------------ at the size of training
+
+
+def photo(width, height, seed):
+    """A picture with detail of every size, as photos have it, and the noise of a sensor."""
+    generator = np.random.default_rng(seed)
+    pixels = generator.normal(128, 5, (height, width, 3))
+    for size in (4, 32, 256):
+        coarse = generator.normal(128, 20, (height // size + 2, width // size + 2)).clip(0, 255).astype(np.uint8)
+        coarse = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+        pixels += np.asarray(coarse)[..., None] - 128.0
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+WIDE = colour_profile((0.5151, 0.2412, -0.0011), (0.2920, 0.6922, 0.0419), (0.1571, 0.0666, 0.7841))  # Display P3
+
+
+def differences(content, side, place=(0.5, 0.5)):
+    """Of what training sees and what the whole picture, opened as a viewer shows it, would give: largest and mean."""
+    seen = open_square(content, side, Image.Resampling.LANCZOS, place)
+    whole = ImageOps.fit(open_image(content), (side, side), Image.Resampling.LANCZOS, centering=place)
+    apart = np.abs(np.asarray(seen).astype(int) - np.asarray(whole))
+    return apart.max(), apart.mean()
+
+
+@pytest.mark.parametrize("profile", [None, WIDE])
+@pytest.mark.parametrize("place", [(0.5, 0.5), (0.1, 0.9)])
+@pytest.mark.parametrize("size", [(800, 600), (602, 798), (600, 801)])
+def test_large_photos_change_by_rounding_alone(size, place, profile):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = encoded(photo(*size, 0), "jpg", quality=92, icc_profile=profile, exif=exif)
+    largest, mean = differences(content, 96, place)
+    assert largest <= 8
+    assert mean < 0.7
+
+
+def test_a_reduced_size_leaves_twice_the_side(monkeypatch):
+    """A quarter, a half or the whole, as much as the resampling needs; pictures of other formats come whole."""
+    sizes = []
+    original = images.decode_file
+
+    def noted(*args):
+        image = original(*args)
+        sizes.append(image.size)
+        return image
+
+    monkeypatch.setattr(images, "decode_file", noted)
+    content = encoded(photo(800, 600, 0), "jpg")
+    for side in (37, 38, 75, 76, 150, 151, 400):
+        open_square(content, side, Image.Resampling.LANCZOS, (0.5, 0.5))
+    open_square(encoded(photo(804, 602, 0), "jpg"), 37, Image.Resampling.LANCZOS, (0.5, 0.5))
+    open_square(content, 37, Image.Resampling.NEAREST, (0.5, 0.5))  # which takes single pixels
+    open_square(encoded(photo(800, 600, 0), "webp"), 37, Image.Resampling.LANCZOS, (0.5, 0.5))
+    open_image(content)
+    whole, half, quarter = (800, 600), (400, 300), (200, 150)
+    small = [(100, 75), quarter, quarter, half, half]
+    assert sizes == [*small, whole, whole, (402, 301), whole, whole, whole]
+
+
+def test_what_is_no_large_jpeg_keeps_every_pixel():
+    """But for a colour profile, which is obeyed after the picture was made smaller."""
+    picture = photo(300, 200, 1)
+    clear = picture.copy()
+    clear.putalpha(Image.fromarray(np.tile(np.arange(300, dtype=np.uint16) * 255 // 299, (200, 1)).astype(np.uint8)))
+    deep = Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257)
+    pictures = [picture, clear, picture.quantize(32), picture.convert("L"), clear.convert("LA"), deep]
+    for image in pictures:
+        assert differences(encoded(image), 64) == (0, 0)
+    assert differences(encoded(picture.convert("CMYK"), "tif", icc_profile=WIDE), 64) == (0, 0)
+    for image in pictures[:2]:
+        largest, mean = differences(encoded(image, icc_profile=WIDE), 64)
+        assert 0 < largest <= 8
+        assert mean < 0.7
+
+
+def test_a_photo_that_breaks_off_is_found_by_the_check():
+    """Which decodes to the end, at full size."""
+    content = encoded(photo(800, 600, 0), "jpg")
+    for end in (len(content) // 2, len(content) * 9 // 10):
+        key, (_, _, _, problem) = check_image({"bytes": content[:end], "path": None}, {})
+        assert key is None
+        assert "cannot be read: " in problem
+
+
+@pytest.mark.parametrize("size", [(13_500, 13_500), (20_000, 9_000)])
+def test_a_scan_that_is_too_large_is_to_be_shrunk(size):
+    """As few bytes: of one colour."""
+    content = encoded(Image.new("1", size))
+    key, (_, _, _, problem) = check_image({"bytes": content, "path": None}, {})
+    assert key is None
+    assert problem == f"{size[0] * size[1]:,} pixels, more than the 178,956,970 that are opened; shrink it"

@@ -29,6 +29,7 @@ min-SNR (2303.09556), zero terminal SNR (2305.08891), input perturbation (2301.1
 #   errors         Mistakes of the user's: how they are gathered, told and end the process
 #   files          Files: read, written beside their place and renamed when complete, with permissions
 #   arguments      The flags that several scripts share, their types, and `--config`
+#   metadata       Leave metadata out of image files, which may be broken where the pixels are whole
 #   images         Decode images as a viewer shows them, and check every one before training
 #   models         Check and load the models of a Stable Diffusion pipeline
 #   subject        DreamBooth's prior preservation: images of the subject's class, drawn by the base, beside the photos
@@ -59,6 +60,7 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import sys
 import threading
 import time
@@ -92,7 +94,7 @@ from diffusers.utils import is_bitsandbytes_available, is_xformers_available, ma
 from filelock import FileLock, Timeout
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch.cuda import is_bf16_supported
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTokenizer
@@ -176,9 +178,25 @@ OUTPUT_REQUIRES = {
     "keep_best": "num_validation_samples",
 }
 
+TEXT = "text"  # the kinds of metadata; this one is all that no viewer obeys
+PROFILE = "profile"
+EXIF = "exif"
+TIFF_TEXT = {269, 270, 271, 272, 285, 305, 306, 315, 316, 330}  # names, dates, and other directories (TIFF 6.0)
+TIFF_KINDS = {34665: EXIF, 34853: EXIF, 34675: PROFILE}
+
 IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 NO_CAPTION = "has no caption, in metadata or a .txt beside it"
 MIN_SIDE = 16  # pixels; anything smaller is an icon or a broken file
+LISTINGS = "listings"  # the place, in what is remembered, of the keys of datasets that hold their images
+ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -213,9 +231,8 @@ class CaptionedImages(torch.utils.data.Dataset):
         row = self.rows[index]
         place = (0.5, 0.5) if self.center_crop else (left, top)
         resample = Image.Resampling[self.image_interpolation_mode.upper()]
-        size = (self.resolution, self.resolution)
         with still_readable(name_of_row(row, index)):
-            image = ImageOps.fit(read_image(row["image"]), size, resample, centering=place)
+            image = open_square(read_content(row["image"]), self.resolution, resample, place)
         if self.random_flip and flip < 0.5:
             image = ImageOps.mirror(image)
         caption = row["captions"][int(choice * len(row["captions"]))]
@@ -1860,6 +1877,103 @@ def check_requirements(args, requires):
     return problems
 
 
+# ------------------------------------------------------------------------------------------------------------ metadata
+def without_metadata(encoded, kinds):
+    """An image file without its metadata of these kinds: PNG, JPEG, WebP, TIFF and AVIF; any other as it is."""
+    if encoded.startswith(b"\x89PNG"):
+        return join_parts(png_parts(encoded), kinds)
+    if encoded.startswith(b"\xff\xd8\xff"):
+        return join_parts(jpeg_parts(encoded), kinds)
+    if encoded.startswith(b"RIFF") and encoded[8:12] == b"WEBP":
+        chunks = join_parts(webp_parts(encoded), kinds)
+        return b"RIFF" + struct.pack("<I", len(chunks) + 4) + b"WEBP" + chunks
+    if encoded.startswith((b"II*\0", b"MM\0*")):
+        return tiff_without(encoded, kinds)
+    if encoded[4:12] in (b"ftypavif", b"ftypavis", b"ftypmif1"):
+        return avif_without(encoded, kinds)
+    return encoded
+
+
+def join_parts(parts, kinds):
+    """Puts the parts of a file together, pairs of kind and bytes, but those of these kinds."""
+    return b"".join(part for kind, part in parts if kind not in kinds)
+
+
+def png_parts(encoded):
+    """Yields (kind of metadata or None, bytes) of each chunk of a PNG (PNG specification, sections 5.3 and 5.4)."""
+    yield None, encoded[:8]
+    place = 8
+    while place < len(encoded):
+        (length,) = struct.unpack(">I", encoded[place : place + 4].rjust(4, b"\0"))
+        name = encoded[place + 4 : place + 8]
+        kind = {b"iCCP": PROFILE, b"eXIf": EXIF, b"tRNS": None}.get(name, TEXT)
+        is_needed = name[:1].isupper()  # as the specification has it
+        yield None if is_needed else kind, encoded[place : place + 12 + length]
+        place += 12 + length
+
+
+def jpeg_parts(encoded):
+    """Yields (kind of metadata or None, bytes) of each segment of a JPEG up to the pixels, and then these (ITU T.81,
+    annex B)."""
+    yield None, encoded[:2]
+    place = 2
+    while encoded[place : place + 1] == b"\xff" and encoded[place + 1 : place + 2] != b"\xda":
+        marker = encoded[place + 1]
+        if marker == 0xFF:  # which fills a gap
+            place += 1
+            continue
+        (length,) = struct.unpack(">H", encoded[place + 2 : place + 4].rjust(2, b"\0"))
+        segment = encoded[place : place + 2 + length]
+        yield jpeg_kind(marker, segment), segment
+        place += 2 + length
+    yield None, encoded[place:]
+
+
+def jpeg_kind(marker, segment):
+    """The kind of metadata that a segment holds, or None."""
+    if marker in (0xE0, 0xEE) and len(segment) >= 16:
+        return None  # JFIF's and Adobe's, which tell how the colours are coded
+    if marker == 0xE1 and segment[4:8] == b"Exif":
+        return EXIF
+    if marker == 0xE2 and segment[4:15] == b"ICC_PROFILE":
+        return PROFILE
+    return TEXT if 0xE0 <= marker <= 0xEF or marker == 0xFE else None
+
+
+def webp_parts(encoded):
+    """Yields (kind of metadata or None, bytes) of each chunk of a WebP (RFC 9649, section 2.7)."""
+    place = 12
+    while place < len(encoded):
+        (length,) = struct.unpack("<I", encoded[place + 4 : place + 8].ljust(4, b"\0"))
+        end = place + 8 + length + length % 2
+        kind = {b"XMP ": TEXT, b"ICCP": PROFILE, b"EXIF": EXIF}.get(encoded[place : place + 4])
+        yield kind, encoded[place:end]
+        place = end
+
+
+def tiff_without(encoded, kinds):
+    """A TIFF without metadata of these kinds in its first directory, in which tags from 700 on are extensions."""
+    order = "<" if encoded.startswith(b"II") else ">"
+    (start,) = struct.unpack(f"{order}I", encoded[4:8])
+    (number,) = struct.unpack(f"{order}H", encoded[start : start + 2].rjust(2, b"\0"))
+    end, kept = start + 2 + 12 * number, []
+    for place in range(start + 2, end, 12):
+        (tag,) = struct.unpack(f"{order}H", encoded[place : place + 2].rjust(2, b"\0"))
+        kind = TIFF_KINDS.get(tag, TEXT if tag >= 700 or tag in TIFF_TEXT else None)
+        if kind not in kinds:
+            kept.append(encoded[place : place + 12])
+    directory = struct.pack(f"{order}H", len(kept)) + b"".join(kept) + encoded[end : end + 4]
+    return encoded[:start] + directory.ljust(end + 4 - start, b"\0") + encoded[end + 4 :]
+
+
+def avif_without(encoded, kinds):
+    """An AVIF in which items of these kinds are of a type that nobody reads (ISO 14496-12, section 8.11.6)."""
+    for kind, name in ((EXIF, b"Exif"), (TEXT, b"mime")):
+        if kind in kinds:
+            encoded = re.sub(rb"(infe[\2\3](?:.{7}|.{9}))" + name, rb"\1skip", encoded, flags=re.DOTALL)
+    return encoded
+
+
 # -------------------------------------------------------------------------------------------------------------- images
 def is_image_file(path, folder):
     """Whether the path below `folder` has an image's suffix and is not hidden."""
@@ -1870,8 +1984,28 @@ def is_image_file(path, folder):
 def open_image(encoded):
     """Decodes an image to 8-bit sRGB as a viewer shows it: upright, by its colour profile, 16-bit greys scaled, alpha
     over white. Raises `OSError`, `ValueError` or `SyntaxError` if Pillow cannot read it to the end."""
-    image = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded)))
-    profile = image.info.get("icc_profile") or b""
+    return in_srgb(*open_pixels(encoded))
+
+
+def open_square(encoded, side, resample, place):
+    """As `open_image`, scaled so that it covers a square of `side` pixels and cropped to that at a `place`, which is
+    (0, 0) for the upper left corner and (1, 1) for the lower right one."""
+    # Twice the side leaves the resampling its work: measured, pixels of photos change by 0.3 of 255 in the mean.
+    enough = None if resample == Image.Resampling.NEAREST else 2 * side
+    image, profile = open_pixels(encoded, enough)
+    if image.mode == "CMYK":  # where shares of ink do not mix as light does
+        image, profile = in_srgb(image, profile), b""
+    # Colours are converted last: at full size a profile costs as much time as decoding.
+    return in_srgb(ImageOps.fit(image, (side, side), resample, centering=place), profile)
+
+
+def open_pixels(encoded, enough=None):
+    """Decodes an image to its own colours of 8 bits, RGB, L or CMYK, upright and alpha over white; returns it and its
+    colour profile, or b"". A JPEG may come in half its size or less, if no side is then below `enough` pixels."""
+    image = load_pixels(encoded, enough)
+    profile = image.info.get("icc_profile")
+    if orientation_of(image) in ORIENTATIONS:
+        image = image.transpose(ORIENTATIONS[orientation_of(image)])
     if image.mode == "F":
         raise ValueError("floating-point pixels have no defined white")
     if image.mode.startswith("I"):  # Pillow would saturate 16-bit greys
@@ -1880,17 +2014,57 @@ def open_image(encoded):
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert(profiled_mode)
+    if image.mode != profiled_mode:
+        image = image.convert(profiled_mode)
+    return image, profile if isinstance(profile, bytes) else b""
+
+
+def in_srgb(image, profile):
+    """Converts an image of `open_pixels` from the colours of its profile to sRGB."""
     is_srgb = b"sRGB IEC61966" in profile.replace(b"\0", b"")  # as most are named, in letters of 1 or 2 bytes
     if profile and not is_srgb:
         with contextlib.suppress(ImageCms.PyCMSError):  # a viewer, too, ignores a profile that does not fit
-            image = ImageCms.profileToProfile(image, io.BytesIO(profile), ImageCms.createProfile("sRGB"), 0, "RGB")
+            return ImageCms.profileToProfile(image, io.BytesIO(profile), ImageCms.createProfile("sRGB"), 0, "RGB")
     return image.convert("RGB")
 
 
-def read_image(image):
-    """Opens an image of a dataset's undecoded column, a dictionary of `bytes` or `path`, as `open_image` does."""
-    return open_image(image["bytes"] or Path(image["path"]).read_bytes())
+def load_pixels(encoded, enough):
+    """Pillow's image, decoded to the end. Metadata that Pillow stumbles over is left out, as little as will do."""
+    try:
+        return decode_file(encoded, enough)
+    except Exception:  # whatever a decoder stumbles over
+        for kinds in ({TEXT}, {TEXT, PROFILE}, {TEXT, EXIF}, {TEXT, PROFILE, EXIF}):
+            bare = without_metadata(encoded, kinds)
+            if bare != encoded:
+                with contextlib.suppress(Exception):
+                    return decode_file(bare, enough)
+        raise
+
+
+def decode_file(encoded, enough):
+    """Opens a file and decodes it to the end; a JPEG in reduced size, if no side is then below `enough` pixels."""
+    image = Image.open(io.BytesIO(encoded))
+    width, height = image.size
+    for scale in (8, 4, 2):
+        # Only where it divides both sides do the edges stay where they are.
+        if enough and width % scale == height % scale == 0 and min(width, height) >= scale * enough:
+            image.draft(None, (width // scale, height // scale))
+            break
+    image.load()
+    return image
+
+
+def orientation_of(image):
+    """How the image is to be turned, a number in [1, 8] (Exif 2.32, section 4.6.4 A); 1, not at all, where the
+    metadata does not tell."""
+    with contextlib.suppress(Exception):  # broken EXIF raises whatever it likes
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    return 1
+
+
+def read_content(image):
+    """The file of an image of a dataset's undecoded column, a dictionary of `bytes` or `path`."""
+    return image["bytes"] or Path(image["path"]).read_bytes()
 
 
 @contextlib.contextmanager
@@ -1927,6 +2101,9 @@ def check_image(image, known):
         problem = "the row holds no image"
     except UnidentifiedImageError:
         problem = "no image that Pillow knows"
+    except Image.DecompressionBombError as error:
+        pixels, limit = [int(number) for number in re.findall(r"\d+", str(error))]
+        problem = f"{pixels:,} pixels, more than the {limit:,} that are opened; shrink it"
     except Exception as error:  # damaged files raise whatever a decoder stumbles over
         problem = f"cannot be read: {error}"
     return None, ["", 0, 0, problem]
@@ -1946,15 +2123,36 @@ def check_images(rows, memory):
         lock = FileLock(f"{memory}.lock").acquire()
     except OSError as error:
         raise InputError(f"--cache_dir: {memory.parent} cannot be used ({error.strerror}); name another") from None
-    with lock, ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding releases Python's lock
+    with lock:
         known = {}
-        with contextlib.suppress(OSError, ValueError):  # not there yet, or half written
+        with contextlib.suppress(OSError, ValueError):  # not there yet, or broken
             known = json.loads(memory.read_text(encoding="utf-8"))
-        results = pool.map(lambda index: check_image(rows[index]["image"], known), range(len(rows)))
+        findings, new = look_at_all(rows, known)
+        if new:
+            with contextlib.suppress(OSError), beside(memory) as unfinished:  # a full disk only costs time
+                unfinished.write_text(json.dumps({**known, **new}), encoding="utf-8")
+    return findings
+
+
+def look_at_all(rows, known):
+    """Returns `check_image`'s findings of all rows, and what of them is to be added to `known`. A dataset that holds
+    its images is known as a whole, by its fingerprint, so that nothing of it is read again."""
+    listings, name = known.get(LISTINGS, {}), getattr(rows, "_fingerprint", None)
+    keys = listings.get(name) or [None] * len(rows)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding releases Python's lock
+        results = pool.map(lambda index: check_row(rows, index, keys[index], known), range(len(rows)))
         results = list(tqdm(results, "Checking images", len(rows), unit="image", disable=None, leave=False))
-        found = {key: finding for key, finding in results if key}
-        memory.write_text(json.dumps({**known, **found}), encoding="utf-8")
-    return [finding for _, finding in results]
+    new = {key: finding for key, finding in results if key and key not in known}
+    by_content = [key if key == finding[0] else None for key, finding in results]  # other keys are paths
+    if name and any(by_content) and by_content != keys:
+        latest = list({**listings, name: by_content}.items())[-4:]  # other choices of rows may be in use too
+        new[LISTINGS] = dict(latest)
+    return [finding for _, finding in results], new
+
+
+def check_row(rows, index, key, known):
+    """As `check_image`; does not read the row where `known` has its key."""
+    return (key, known[key]) if key in known else check_image(rows[index]["image"], known)
 
 
 def leave_out(bad, num_images, may_leave_out, remedy=""):
