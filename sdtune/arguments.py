@@ -352,8 +352,7 @@ def add_memory_arguments(parser):
     add(
         "--dataloader_num_workers",
         type=non_negative_int,
-        default=0,
-        help="processes that load images; 0: the main one [0, inf)",
+        help="processes that load images; 0: the main one; default: by the cores, at most 4 [0, inf)",
     )
 
 

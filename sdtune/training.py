@@ -16,6 +16,7 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     gather_object,
+    get_int_from_env,
     parse_flag_from_env,
     send_to_device,
 )
@@ -208,12 +209,21 @@ def batches_of(args, accelerator, run):
     return micro_batches(run.counts, accelerator.num_processes, accelerator.process_index, args.seed, first_step)
 
 
+def choose_num_workers(wanted):
+    """How many processes load images for this one: as many as are wanted, or for None one per core of its share of the
+    machine, but for one that trains, and at most 4. On two cores they would only be in each other's way."""
+    if wanted is not None:
+        return wanted
+    num_cores = (os.cpu_count() or 1) // get_int_from_env(["LOCAL_WORLD_SIZE"], 1)
+    return min(4, num_cores - 1) if num_cores > 2 else 0
+
+
 def make_loader(args, accelerator, samples, batches):
     """Loads the samples of `batches`, lists of what `samples` takes."""
     return torch.utils.data.DataLoader(
         samples,
         batch_sampler=batches,
-        num_workers=args.dataloader_num_workers,
+        num_workers=choose_num_workers(args.dataloader_num_workers),
         pin_memory=accelerator.device.type != "cpu",
         worker_init_fn=functools.partial(on_signals, signal.SIG_IGN),
     )

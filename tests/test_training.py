@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import shutil
 import time
 from pathlib import Path
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from training import checkpoint_state, checkpoint_unet, draws, losses, parse, read_log, same, text_encoder, train, unet
 
 from sdtune import training
-from sdtune.training import make_accelerator
+from sdtune.training import choose_num_workers, make_accelerator
 
 
 @pytest.fixture(scope="module")
@@ -655,3 +656,17 @@ def test_wandb_works_offline(fit, tmp_path, monkeypatch):
         missing = {word for word in missing if word not in written}
     assert not missing
     assert list((tmp_path / "wandb_files").rglob("media/images/*.png"))
+
+
+# ------------------------------------------------------------------------------------------------- loading images
+
+
+@pytest.mark.parametrize(
+    "cores, processes, workers",
+    [(1, 1, 0), (2, 1, 0), (3, 1, 2), (4, 1, 3), (64, 1, 4), (16, 8, 0), (16, 4, 3), (128, 8, 4), (None, 1, 0)],
+)
+def test_workers_are_chosen_by_the_cores_of_a_process(monkeypatch, cores, processes, workers):
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert choose_num_workers(None) == workers
+    assert [choose_num_workers(wanted) for wanted in (0, 3, 9)] == [0, 3, 9]

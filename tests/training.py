@@ -30,6 +30,7 @@ DEFAULTS = {
     "learning_rate": 1e-3,
     "logging_steps": 1,
     "report_to": "none",
+    "dataloader_num_workers": 0,  # by default chosen by the cores; starting some takes longer than these runs
 }
 
 
