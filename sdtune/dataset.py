@@ -2,16 +2,21 @@
 
 import csv
 import dataclasses
+import glob
 import hashlib
 import io
 import json
 import os
-from pathlib import Path
+import re
+from pathlib import Path, PureWindowsPath
 
 import datasets
 import numpy as np
 import torch
+from huggingface_hub import DatasetCard
+from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image, ImageOps
+from pyarrow import compute
 from transformers import CLIPTokenizer
 
 from sdtune.errors import InputError, last_line
@@ -30,6 +35,26 @@ from sdtune.models import load_tokenizer, read_latent_shape, read_num_timesteps
 from sdtune.randomness import HELD_OUT, SAMPLE, SUBSET, random_numbers
 
 METADATA_NAMES = {"metadata.jsonl", "metadata.csv"}
+DATA_KINDS = {  # of files that `datasets` loads, by what it calls them; those that hold images come first
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".jsonl": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+}
+SPLITS = {  # what folders of a split are called, as `datasets` has it
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+    "eval": "test",
+    "evaluation": "test",
+}
 
 
 @dataclasses.dataclass
@@ -167,7 +192,12 @@ def read_rows(args, folder, default_caption):
         rows = read_folder(folder, args.caption_column)
     else:
         rows = read_dataset(args, args.dataset_name, default_caption)
-    captions = [all_captions(found) or all_captions(default_caption) for found in rows["captions"]]
+    captions = []
+    for index, found in enumerate(rows["captions"]):
+        try:
+            captions.append(all_captions(found) or all_captions(default_caption))
+        except ValueError as error:
+            raise InputError(f"{folder or args.dataset_name}: row {index}: {error}") from None
     return rows.remove_columns("captions").add_column("captions", captions)
 
 
@@ -185,9 +215,10 @@ def split_rows(num_rows, num_held_out):
     return np.sort(order[num_held_out:]), np.sort(order[:num_held_out])
 
 
-def read_folder(folder, caption_column):
+def read_folder(folder, caption_column, takes_train=False):
     """Reads a folder into rows of `image` and `captions`, from metadata.jsonl or .csv or a .txt beside the image. What
-    is missing gives a row too, so that the check names it. Raises `InputError` for what cannot be read as text."""
+    is missing gives a row too, so that the check names it. With `takes_train` a folder of that name in it is read
+    alone. Raises `InputError` for what cannot be read as text."""
     folder = Path(os.path.abspath(folder))
     files = list_files(folder)
     captions = {path: [] for path in files if is_image_file(path, folder)}
@@ -196,7 +227,7 @@ def read_folder(folder, caption_column):
         raise InputError(f"the folder {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}); name another")
     columns = set()
     for path in metadata:
-        for row in read_metadata(path, caption_column):
+        for row in read_metadata(path, caption_column, folder):
             captions.setdefault(row["file"], []).extend(row["captions"])
             columns |= row["columns"]
     if metadata and caption_column not in columns:
@@ -206,6 +237,7 @@ def read_folder(folder, caption_column):
     known = {*captions, *metadata}
     if aside := [path.name for path in files if path not in known and path.suffix != ".txt"]:
         print(f"Left aside in {folder}: {len(aside)} files of other kinds, such as {', '.join(aside[:5])}.")
+    captions = {image: captions[image] for image in of_split(captions, folder, takes_train)}
     names = [str(path) for path in captions]
     if odd := [name for name in names if name != name.encode("utf-8", "replace").decode("utf-8")]:
         raise InputError(f"{odd[0]!a}: its name is not UTF-8; rename it, or if it is, set PYTHONUTF8=1")
@@ -213,10 +245,33 @@ def read_folder(folder, caption_column):
     return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image(decode=False))
 
 
+def of_split(images, folder, takes_train):
+    """Of the images below a folder those to train on: with `takes_train` those in folders named train, if there are
+    any; else all, with a warning of folders whose names say that they are for something else."""
+    splits = {image: split_of(image, folder) for image in images}
+    aside = [image for image, split in splits.items() if split != "train"]
+    if takes_train and aside and "train" in splits.values():
+        print(f"Left aside in {folder}: {len(aside)} images that are not in its train folder, as a dataset's.")
+        return [image for image, split in splits.items() if split == "train"]
+    held_out = [image for image, split in splits.items() if split in ("validation", "test")]
+    if held_out and len(held_out) < len(splits):
+        places = sorted({f"{os.path.relpath(image.parent, folder)}{os.sep}" for image in held_out})
+        warn("images are trained on although their folders are named for validation or tests", places, len(held_out))
+    return list(images)
+
+
+def split_of(image, folder):
+    """The split for which a folder between `folder` and an image is named, or None."""
+    named = [SPLITS[part.lower()] for part in Path(os.path.relpath(image, folder)).parts if part.lower() in SPLITS]
+    return named[0] if named else None
+
+
 def list_files(folder):
-    """The files in a folder and below it, sorted; linked folders are listed, not entered. Raises `InputError`."""
+    """The files in a folder and below it, sorted; hidden folders are left out, and linked ones listed, not entered.
+    Raises `InputError`."""
     closed, files = [], []
     for place, below, names in os.walk(folder, onerror=closed.append):
+        below[:] = [name for name in below if not name.startswith(".")]
         links = [name for name in below if os.path.islink(Path(place, name))]
         files += [Path(place, name) for name in [*names, *links]]
     if closed:
@@ -224,9 +279,9 @@ def list_files(folder):
     return sorted(files)
 
 
-def read_metadata(path, caption_column):
-    """Yields of each row of a metadata.jsonl or .csv the image's absolute path, its captions, the columns' names and
-    the row itself, as `file`, `captions`, `columns` and `row`. Raises `InputError`, which names the row."""
+def read_metadata(path, caption_column, folder):
+    """Yields of each row of a metadata.jsonl or .csv in `folder` the image's absolute path, its captions, the columns'
+    names and the row itself, as `file`, `captions`, `columns` and `row`. Raises `InputError`, which names the row."""
     number = 1
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -235,14 +290,37 @@ def read_metadata(path, caption_column):
         else:
             rows = csv.DictReader(io.StringIO(text), strict=True)
         for row in rows:
-            file = Path(os.path.abspath(path.parent / row["file_name"]))
+            file = locate(row["file_name"], path, folder)
             captions = all_captions(row.get(caption_column))
             if None in row:
                 raise ValueError("too many cells: put captions with commas in quotes")
             yield {"file": file, "captions": captions, "columns": row.keys(), "row": row}
             number += 1
+    except InputError as error:
+        raise InputError(f"{path}: row {number}: {error}") from None
     except (ValueError, TypeError, KeyError, AttributeError, csv.Error) as error:
         raise InputError(f"{path}: row {number} is not a file_name and a caption in UTF-8 ({error!r})") from None
+
+
+def locate(file_name, metadata, folder):
+    """The absolute path of a file that a file of metadata names. Raises `InputError` for one that is not in the
+    folder: somebody else's dataset could have private pictures trained on, and shown to others."""
+    file = Path(os.path.abspath(metadata.parent / file_name))
+    is_foreign = os.name != "nt" and PureWindowsPath(file_name).is_absolute()
+    # In the Hub's cache the files of a dataset, its metadata too, are links to a common place.
+    if is_foreign or not is_inside(file, (folder, Path(os.path.realpath(metadata)).parent)):
+        raise InputError(f"the file_name {file_name!r} leads out of {folder}; copy the image into that")
+    if "\\" in file_name and not file.exists():
+        slashes = file_name.replace("\\", "/")
+        if (metadata.parent / slashes).exists():
+            raise InputError(f"the file_name {file_name!r} names no file; write it with slashes, {slashes!r}")
+    return file
+
+
+def is_inside(path, folders):
+    """Whether a path lies in one of the folders, links resolved."""
+    real = Path(os.path.realpath(path))
+    return any(real.is_relative_to(os.path.realpath(folder)) for folder in folders)
 
 
 def read_caption_beside(image):
@@ -255,37 +333,138 @@ def read_caption_beside(image):
 
 
 def all_captions(captions):
-    """The usable captions of a row that holds a string or a list of them. Raises `ValueError` for half a character."""
+    """The usable captions of a row that holds a string or a list of them. Raises `ValueError` for half a character,
+    and `InputError` for numbers."""
     captions = captions if isinstance(captions, list) else [captions]
-    return [caption for caption in captions if isinstance(caption, str) and caption.encode() and caption.strip()]
+    usable = [caption for caption in captions if isinstance(caption, str) and caption.encode() and caption.strip()]
+    # One that is not equal to itself stands for a caption that is missing.
+    numbers = [caption for caption in captions if isinstance(caption, int | float) and caption == caption]
+    if numbers and not usable:
+        raise InputError(f"the caption is a number ({numbers[0]}), not text; name another --caption_column")
+    return usable
 
 
 def read_dataset(args, name, default_caption=None):
     """Loads the train split of a dataset, on the Hub or local, as columns `image` (undecoded) and `captions`; `args`
     name its columns and configuration. Raises `InputError`."""
+    files = list_files(name) if os.path.isdir(name) else []
+    pictures = [path for path in files if is_image_file(path, name)]
+    data_files = [path for path in files if path.suffix.lower() in DATA_KINDS and path.name not in METADATA_NAMES]
     # A local folder of image files is not for `datasets`, which drops images without a caption in silence.
-    if any(path.suffix.lower() in IMAGE_SUFFIXES for path in Path(name).rglob("*")):
+    if pictures and is_picture_folder(name, files, pictures, data_files):
         if (args.dataset_config_name, args.image_column) != (None, "image"):
             raise InputError(f"--dataset_name={name}: holds images; drop --dataset_config_name and --image_column")
-        return read_folder(name, args.caption_column)
+        return read_folder(name, args.caption_column, takes_train=True)
     image_column, caption_column = args.image_column, args.caption_column
     try:
-        if Path(name, "state.json").is_file() and not args.dataset_config_name:  # by save_to_disk
-            dataset = datasets.load_from_disk(name)
-        else:
-            dataset = datasets.load_dataset(
-                name, args.dataset_config_name, split="train", cache_dir=args.cache_dir, token=args.hub_token
-            )
+        dataset = load_train_split(args, name, data_files, has_pictures=bool(pictures))
         if default_caption and caption_column == "text" and "text" not in dataset.column_names:
             dataset = dataset.add_column(caption_column, [default_caption] * len(dataset))
         dataset = dataset.select_columns([image_column, caption_column])
         dataset = dataset.rename_columns({image_column: "image", caption_column: "captions"})
-        return dataset.cast_column("image", datasets.Image(decode=False))
+        dataset = with_label_names(dataset.cast_column("image", datasets.Image(decode=False)))
     except Exception as error:  # arrow has one for every pair of types
         raise InputError(
             f"--dataset_name={name}: cannot be loaded; check it, --dataset_config_name, --image_column={image_column} "
             f"and --caption_column={caption_column} ({last_line(error)})"
         ) from None
+    check_places(dataset, name, args.cache_dir)
+    return dataset
+
+
+def is_picture_folder(name, files, pictures, data_files):
+    """Whether a folder's pictures are what is to be trained on, not those that go with its data files. Raises
+    `InputError` where nobody can tell."""
+    beside = {path.with_suffix(".txt") for path in pictures}
+    if not data_files or any(path.name in METADATA_NAMES or path in beside for path in files):
+        return True
+    some, picture = [os.path.relpath(path, name) for path in (data_files[0], pictures[0])]
+    if any(path.suffix.lower() in (".parquet", ".arrow") for path in data_files):
+        print(f"Left aside in {name}: {len(pictures)} pictures, such as {picture}; its data files are read.")
+        return False
+    raise InputError(
+        f"--dataset_name={name}: holds {len(data_files)} data files, such as {some}, and {len(pictures)} pictures, "
+        f"such as {picture}; move the ones away that are not meant"
+    )
+
+
+def load_train_split(args, name, data_files, has_pictures):
+    """The train split of a dataset as `datasets` loads it. Raises `InputError`, or whatever that raises."""
+    config_name, place = args.dataset_config_name, os.path.abspath(name)
+    saved = [path for path in data_files if path.name in ("state.json", "dataset_dict.json")]
+    is_saved = any(path.parent == Path(name) for path in saved)
+    if saved and (config_name or not is_saved):
+        raise InputError("was written by save_to_disk: name the folder that was, without a configuration")
+    if saved:  # caches of later work lie in the same folders
+        dataset = datasets.load_from_disk(name)
+        return dataset["train"] if isinstance(dataset, datasets.DatasetDict) else dataset
+    where = {"split": "train", "cache_dir": args.cache_dir}
+    chosen = [path for path in data_files if not path.name.startswith("cache-")]
+    is_pattern = bool(data_files) and "[" in place  # as `datasets` takes it
+    num_configs = count_configs(name)
+    if is_pattern and (config_name or num_configs > 1):
+        raise InputError("its path has a bracket, which hides its configurations; rename the folder")
+    has_others = (has_pictures and not num_configs) or len(chosen) < len(data_files)
+    if is_pattern or (has_others and not config_name):
+        kind = next(kind for kind in DATA_KINDS.values() if kind in [kind_of(path) for path in chosen])
+        chosen = train_files([path for path in chosen if kind_of(path) == kind], name)
+        lists = {"train": [glob.escape(os.path.abspath(path)) for path in chosen]}
+        return datasets.load_dataset(kind, data_files=lists, **where)
+    return datasets.load_dataset(name, config_name, token=args.hub_token, **where)
+
+
+def kind_of(path):
+    """What `datasets` calls the kind of a data file."""
+    return DATA_KINDS[path.suffix.lower()]
+
+
+def count_configs(name):
+    """How many configurations, with files of their own, the card of a local dataset names."""
+    card = Path(name, "README.md")
+    if not card.is_file():
+        return 0
+    return len(DatasetCard.load(card, ignore_metadata_errors=True).data.get("configs") or [])
+
+
+def train_files(data_files, folder):
+    """Of data files those of the train split, by words in their names or their folders', or all if none has such."""
+    splits = {}
+    for path in data_files:
+        words = re.split(r"[-._ 0-9/\\]+", os.path.relpath(path, folder).lower())
+        splits[path] = next((SPLITS[word] for word in words if word in SPLITS), None)
+    of_train = [path for path, split in splits.items() if split == "train"]
+    return of_train or [path for path, split in splits.items() if split is None]
+
+
+def with_label_names(dataset):
+    """The dataset, with their names in the place of captions that are numbers of classes."""
+    feature = dataset.features["captions"]
+    label = getattr(feature, "feature", feature)  # of a list of them
+    if not isinstance(label, datasets.ClassLabel):
+        return dataset
+    names = dict(enumerate(label.names))  # a class that is not known has the number -1
+    captions = []
+    for found in dataset["captions"]:
+        captions.append([names.get(number) for number in found] if isinstance(found, list) else names.get(found))
+    return dataset.remove_columns("captions").add_column("captions", captions)
+
+
+def check_places(dataset, name, cache_dir):
+    """Raises `InputError` for an image that the dataset does not hold, and that lies neither in its folder nor where
+    `datasets` puts what it downloads, or that is an address."""
+    caches = (cache_dir or datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)
+    folders = [name, *caches] if os.path.isdir(name) else caches
+    start = 0
+    for images in dataset.data.column("image").chunks:
+        is_path = compute.fill_null(compute.equal(compute.binary_length(images.field("bytes")), 0), True)
+        for index in np.flatnonzero(is_path.to_numpy(zero_copy_only=False)).tolist():
+            path = images.field("path")[index].as_py()
+            row = f"--dataset_name={name}: row {start + index}: the image"
+            if path and re.match(r"\w+://", path):
+                raise InputError(f"{row} is an address ({path[:80]}); download the images first, into a folder")
+            if path and not is_inside(path, folders):
+                raise InputError(f"{row} {path!r} leads out of the dataset; copy it into a folder with metadata.jsonl")
+        start += len(images)
 
 
 def check_rows(rows, memory, skip_bad_images, tokenizer, resolution):
@@ -322,7 +501,7 @@ def name_of_row(row, index):
     return (row["image"] or {}).get("path") or f"row {index}"
 
 
-def warn(what, found):
-    """Warns of what was found, by number and the first five."""
+def warn(what, found, number=None):
+    """Warns of what was found, by number, that of `found` if none is given, and the first five."""
     if found:
-        print("\n  ".join([f"Warning: {len(found)} {what}, such as", *found[:5]]))
+        print("\n  ".join([f"Warning: {number or len(found)} {what}, such as", *found[:5]]))

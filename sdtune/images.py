@@ -36,8 +36,12 @@ ORIENTATIONS = {
 
 def is_image_file(path, folder):
     """Whether the path below `folder` has an image's suffix and is not hidden."""
-    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-    return path.suffix.lower() in IMAGE_SUFFIXES and not hidden
+    return path.suffix.lower() in IMAGE_SUFFIXES and not is_hidden(path, folder)
+
+
+def is_hidden(path, folder):
+    """Whether the path below `folder`, or a folder on the way to it, has a name that starts with a dot."""
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def open_image(encoded):

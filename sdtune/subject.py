@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from sdtune.dataset import METADATA_NAMES, fingerprint_of, load_rows
 from sdtune.errors import InputError, last_line
 from sdtune.files import existing_place
-from sdtune.images import IMAGE_SUFFIXES, is_image_file
+from sdtune.images import IMAGE_SUFFIXES, is_hidden, is_image_file
 from sdtune.models import DTYPES, enable_memory_savers, load_base, load_tokenizer
 from sdtune.randomness import CLASS, random_numbers
 
@@ -50,7 +50,7 @@ def has_captions(folder):
     """Whether a folder holds captions in some place, be they of all images or not."""
     for path in Path(folder).rglob("*"):
         beside_image = path.suffix.lower() in IMAGE_SUFFIXES and path.with_suffix(".txt").is_file()
-        if path.name in METADATA_NAMES or beside_image:
+        if not is_hidden(path, folder) and (path.name in METADATA_NAMES or beside_image):
             return True
     return False
 

@@ -1,5 +1,6 @@
 """Images and captions are read as they were written, and what cannot be used is named before a model loads."""
 
+import csv
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from sdtune.dataset import (
     load_data,
     read_dataset,
     read_folder,
+    read_rows,
 )
 from sdtune.errors import InputError
 from sdtune.images import open_image
@@ -122,11 +124,22 @@ def test_metadata_of_another_form_is_named(image_folder, line):
     assert f"{folder / 'metadata.jsonl'}: row 3 is not" in str(caught.value)
 
 
-@pytest.mark.parametrize("caption", [5, 0.5, True])
-def test_captions_that_are_no_text_are_named(image_folder, caption):
-    """The image is left without a caption, which the check reports by its path."""
-    rows = read_folder(image_folder(2, captions=["one", caption]), "text")
-    assert as_dict(rows) == {"00.png": ["one"], "01.png": []}
+@pytest.mark.parametrize("caption, told", [(5, "5"), (0.5, "0.5"), (True, "True"), ([7, None], "7")])
+def test_captions_that_are_numbers_are_named(image_folder, caption, told):
+    folder = image_folder(2, captions=["one", caption])
+    with pytest.raises(InputError) as caught:
+        read_folder(folder, "text")
+    told = f"row 2: the caption is a number ({told}), not text; name another --caption_column"
+    assert str(caught.value) == f"{folder / 'metadata.jsonl'}: {told}"
+
+
+@pytest.mark.parametrize("caption", [float("nan"), {"a": "b"}, [None, " "]])
+def test_captions_that_are_missing_leave_the_image_without(image_folder, caption):
+    """Which the check reports by its path."""
+    assert as_dict(read_folder(image_folder(2, captions=["one", caption]), "text")) == {
+        "00.png": ["one"],
+        "01.png": [],
+    }
 
 
 def test_rows_of_one_image_are_its_captions(image_folder):
@@ -344,6 +357,293 @@ def test_columns_and_configurations_that_a_dataset_lacks_are_refused(tmp_path, w
 def test_a_folder_of_images_has_no_configurations_and_columns(image_folder, flag):
     with pytest.raises(InputError, match="holds images; drop --dataset_config_name and --image_column"):
         read_captions(image_folder(2), flag)
+
+
+# ------------------------------------------------------------------------------- datasets as people have them
+
+
+def in_words(numbers):
+    return [caption_of(number) for number in numbers]
+
+
+def rows_of(numbers, captions=None):
+    """A dataset of these images and their captions."""
+    contents = [{"bytes": encoded(make_image(number)), "path": f"{number}.png"} for number in numbers]
+    captions = in_words(numbers) if captions is None else captions
+    rows = datasets.Dataset.from_dict({"image": contents, "text": captions})
+    return rows.cast_column("image", datasets.Image())
+
+
+def shout(row):
+    return {"text": row["text"].upper()}
+
+
+def captions_in(folder, *words):
+    """The captions in the rows of a local dataset, as a command or a script reads them."""
+    words = [f"--dataset_name={folder}", f"--cache_dir={folder.parent / 'cache'}", *words]
+    return [text for found in read_rows(parse(*words), None, None)["captions"] for text in found]
+
+
+def test_caches_of_later_work_are_no_data(tmp_path):
+    """`map` writes them into the folder that a dataset was loaded from."""
+    folder = tmp_path / "set"
+    datasets.DatasetDict(train=rows_of(range(4)), test=rows_of([7])).save_to_disk(folder)
+    datasets.load_from_disk(folder).map(shout)
+    assert list(folder.glob("train/cache-*.arrow"))
+    assert captions_in(folder) == in_words(range(4))
+    assert captions_in(folder / "train") == in_words(range(4))
+    (folder / "train" / "state.json").unlink()  # as in `datasets`' own cache
+    (folder / "train" / "dataset_info.json").unlink()
+    assert captions_in(folder / "train") == in_words(range(4))
+
+
+def test_a_saved_dataset_with_other_splits_is_named(tmp_path):
+    datasets.DatasetDict(all=rows_of(range(2)), test=rows_of([7])).save_to_disk(tmp_path / "set")
+    with pytest.raises(InputError, match=r"set: cannot be loaded.*\('train'\)"):
+        captions_in(tmp_path / "set")
+    for folder, words in ((tmp_path, ()), (tmp_path / "set", ("--dataset_config_name=default",))):
+        with pytest.raises(InputError, match="was written by save_to_disk: name the folder that was, without a conf"):
+            captions_in(folder, *words)
+
+
+def test_data_files_win_over_stray_pictures(tmp_path, capsys):
+    """However many these are: `datasets` would take what there is most of."""
+    folder = tmp_path / "cloned"
+    write_images(folder / "assets", "preview.png", "one.png", "two.png")
+    (folder / "data").mkdir()
+    rows_of(range(3)).to_parquet(folder / "data" / "train-00000-of-00002.parquet")
+    rows_of(range(3, 5)).to_parquet(folder / "data" / "train-00001-of-00002.parquet")
+    rows_of([8]).to_parquet(folder / "data" / "test-00000-of-00001.parquet")
+    assert captions_in(folder) == in_words(range(5))
+    told = (
+        f"Left aside in {folder}: 3 pictures, such as {os.path.join('assets', 'one.png')}; its data files are read.\n"
+    )
+    assert told in capsys.readouterr().out
+    card = "---\nconfigs:\n- config_name: default\n  data_files:\n  - {split: train, path: data/test-*}\n---\n"
+    (folder / "README.md").write_text(card)
+    assert captions_in(folder) == in_words([8])
+
+
+def test_arrow_at_the_top_wins_too(tmp_path, capsys):
+    folder = write_images(tmp_path / "set", "preview.png")
+    rows_of(range(2)).save_to_disk(folder)
+    assert captions_in(folder) == in_words(range(2))
+    assert "1 pictures, such as preview.png; its data files are read" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["train.csv", "captions.jsonl"])
+def test_tables_and_pictures_together_are_refused(tmp_path, name):
+    """Unless the pictures have captions of their own."""
+    folder = write_images(tmp_path / "set", "a.png", "b.png")
+    (folder / name).write_text("image,text\nhttps://example.org/a.png,a\n")
+    with pytest.raises(InputError) as caught:
+        captions_in(folder)
+    told = f"holds 1 data files, such as {name}, and 2 pictures, such as a.png; move the ones away that are not meant"
+    assert str(caught.value) == f"--dataset_name={folder}: {told}"
+    (folder / "a.txt").write_text("beside")
+    assert captions_in(folder) == ["beside"]
+    (folder / "a.txt").unlink()
+    write_metadata(folder, [{"file_name": "a.png", "text": "of its own"}])
+    assert captions_in(folder) == ["of its own"]
+
+
+def test_hidden_folders_are_never_searched(image_folder, tmp_path, capsys):
+    folder = image_folder(2, captions=["one", "two"])
+    for name in (".git", ".cache"):
+        write_images(folder / name, "stray.png")
+        write_metadata(folder / name, [{"file_name": "stray.png", "text": "stray"}])
+    assert captions_in(folder) == ["one", "two"]
+    assert as_dict(read_folder(folder, "text")) == {"00.png": ["one"], "01.png": ["two"]}
+    data = tmp_path / "data"
+    write_images(data / ".git", "stray.png")
+    rows_of(range(2)).to_parquet(data / "train.parquet")
+    assert captions_in(data) == in_words(range(2))
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("train, other", [("train", "test"), ("Training", "val")])
+def test_the_train_folder_of_a_dataset_is_taken(tmp_path, capsys, train, other):
+    folder = write_images(tmp_path / "set", f"{train}/a.png", f"{train}/deep/b.png", f"{other}/c.png", "top.png")
+    rows = [{"file_name": name, "text": name} for name in (f"{train}/a.png", f"{other}/c.png", "top.png")]
+    write_metadata(folder, rows)
+    (folder / train / "deep" / "b.txt").write_text("b")
+    assert sorted(captions_in(folder)) == sorted([f"{train}/a.png", "b"])
+    told = f"Left aside in {folder}: 2 images that are not in its train folder, as a dataset's.\n"
+    assert capsys.readouterr().out == told
+    assert len(read_folder(folder, "text")) == 4  # as --train_data_dir
+    told = f"1 images are trained on although their folders are named for validation or tests, such as\n  {other}/\n"
+    assert capsys.readouterr().out == f"Warning: {told}"
+
+
+@pytest.mark.parametrize("names", [("test/a.png", "eval/b.png"), ("train/a.png", "train/b.png"), ("testing.png",)])
+def test_folders_of_one_kind_are_taken_as_they_are(tmp_path, capsys, names):
+    folder = write_images(tmp_path / "set", *names)
+    write_metadata(folder, [{"file_name": name, "text": name} for name in names])
+    assert sorted(captions_in(folder)) == sorted(names)
+    assert len(read_folder(folder, "text")) == len(names)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", ["a[1]", "[new] set", "plain"])
+def test_brackets_in_a_path_are_no_pattern(tmp_path, name):
+    folder = tmp_path / name / "set"
+    folder.mkdir(parents=True)
+    rows_of(range(3)).to_parquet(folder / "train-00000-of-00001.parquet")
+    rows_of([8]).to_parquet(folder / "test-00000-of-00001.parquet")
+    assert captions_in(folder) == in_words(range(3))
+    picture = write_images(tmp_path / name / "pictures", "a.png") / "a.png"
+    table = tmp_path / name / "table"
+    table.mkdir()
+    (table / "data.csv").write_text(f"image,text\n{picture},a\n")
+    with pytest.raises(InputError, match="leads out of the dataset"):
+        captions_in(table)
+
+
+def test_configurations_behind_brackets_are_refused(tmp_path):
+    folder = tmp_path / "a[1]"
+    folder.mkdir()
+    rows_of(range(3)).to_parquet(folder / "train.parquet")
+    with pytest.raises(InputError, match="its path has a bracket, which hides its configurations; rename the folder"):
+        captions_in(folder, "--dataset_config_name=small")
+
+
+@pytest.mark.parametrize("numbers", [[1, 5, 2], [0.5, 1.5, 2.5]])
+def test_a_column_of_numbers_is_no_caption(tmp_path, numbers):
+    rows_of(range(3), numbers).save_to_disk(tmp_path / "set")
+    with pytest.raises(InputError) as caught:
+        captions_in(tmp_path / "set")
+    told = f"row 0: the caption is a number ({numbers[0]}), not text; name another --caption_column"
+    assert str(caught.value) == f"{tmp_path / 'set'}: {told}"
+
+
+def test_class_labels_are_their_names(tmp_path):
+    label = datasets.ClassLabel(names=["a cat", "a dog"])
+    rows_of(range(4), [1, 0, None, -1]).cast_column("text", label).save_to_disk(tmp_path / "one")
+    assert captions_in(tmp_path / "one") == ["a dog", "a cat"]
+    rows = rows_of(range(2), [[1, 0], [0]]).cast_column("text", datasets.List(label))
+    rows.save_to_disk(tmp_path / "list")
+    assert captions_in(tmp_path / "list") == ["a dog", "a cat", "a cat"]
+
+
+@pytest.mark.parametrize("address", ["https://example.org/a.png", "s3://bucket/a.png"])
+def test_addresses_of_images_are_to_be_downloaded_first(tmp_path, address):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text(json.dumps({"image": address, "text": "a"}) + "\n")
+    with pytest.raises(InputError) as caught:
+        captions_in(folder)
+    told = f"row 0: the image is an address ({address}); download the images first, into a folder"
+    assert str(caught.value) == f"--dataset_name={folder}: {told}"
+
+
+# --------------------------------------------------------------------------- files that metadata may not name
+
+
+def named(folder, kind, file_name):
+    """Puts one row with this file_name into a folder's metadata."""
+    if kind == "jsonl":
+        write_metadata(folder, [{"file_name": file_name, "text": "a"}])
+    else:
+        with (folder / "metadata.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([["file_name", "text"], [file_name, "a"]])
+    return folder / f"metadata.{kind}"
+
+
+@pytest.fixture
+def private(tmp_path):
+    """A folder of pictures `open` beside one of private pictures, with links to the second one in it."""
+    write_images(tmp_path / "secret", "s.png")
+    folder = write_images(tmp_path / "open", "a.png", "below/b.png")
+    (folder / "link").symlink_to(tmp_path / "secret", target_is_directory=True)
+    (folder / "linked.png").symlink_to(tmp_path / "secret" / "s.png")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../secret/s.png",
+        "below/../../secret/s.png",
+        "{secret}/s.png",
+        "link/s.png",
+        "linked.png",
+        "C:\\pictures\\s.png",
+        "c:/pictures/s.png",
+        "\\\\server\\share\\s.png",
+        "../nowhere.png",
+    ],
+)
+def test_metadata_cannot_name_pictures_elsewhere(private, kind, name):
+    name = name.replace("\\", "\\").format(secret=private.parent / "secret")
+    path = named(private, kind, name)
+    for read in (lambda: read_folder(private, "text"), lambda: captions_in(private)):
+        with pytest.raises(InputError) as caught:
+            read()
+        told = f"row 1: the file_name {name!r} leads out of {private}; copy the image into that"
+        assert str(caught.value) == f"{path}: {told}"
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+@pytest.mark.parametrize("name", ["a.png", "./below/../a.png", "{folder}/a.png", "../open/a.png"])
+def test_metadata_may_name_a_picture_of_its_folder_in_any_way(private, kind, name):
+    (private / "linked.png").unlink()
+    named(private, kind, name.format(folder=private))
+    assert as_dict(read_folder(private, "text")) == {"a.png": ["a"], "b.png": []}
+
+
+def test_metadata_below_may_name_pictures_above_it_in_the_same_folder(private):
+    named(private / "below", "jsonl", "../a.png")
+    assert as_dict(read_folder(private, "text"))["a.png"] == ["a"]
+
+
+def test_linked_pictures_are_used_with_a_text_beside_them(private):
+    """Whoever put the link there wants the picture."""
+    (private / "linked.txt").write_text("mine")
+    assert as_dict(read_folder(private, "text"))["linked.png"] == ["mine"]
+
+
+def test_links_of_the_hubs_cache_are_read(tmp_path):
+    """There a snapshot is links to files of a common folder, metadata and pictures alike."""
+    blobs, snapshot_folder = tmp_path / "blobs", tmp_path / "snapshots" / "main"
+    write_images(blobs, "0123.png").joinpath("0123.png").rename(blobs / "0123")
+    (snapshot_folder / "train").mkdir(parents=True)
+    (snapshot_folder / "train" / "a.png").symlink_to("../../../blobs/0123")
+    write_metadata(blobs, [{"file_name": "train/a.png", "text": "of the Hub"}])
+    (blobs / "metadata.jsonl").rename(blobs / "4567")
+    (snapshot_folder / "metadata.jsonl").symlink_to("../../blobs/4567")
+    assert as_dict(read_folder(snapshot_folder, "text")) == {"a.png": ["of the Hub"]}
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+@pytest.mark.parametrize("name", ["{secret}/s.png", "{folder}/../secret/s.png", "{folder}/link/s.png"])
+def test_rows_of_a_dataset_cannot_name_pictures_elsewhere(private, kind, name):
+    folder = private.parent / "set"
+    folder.mkdir()
+    (folder / "link").symlink_to(private.parent / "secret", target_is_directory=True)
+    inside = folder / ".mine.png"
+    make_image(0).save(inside)
+    paths = [str(inside), name.format(secret=private.parent / "secret", folder=folder)]
+    rows = datasets.Dataset.from_dict({"image": paths, "text": ["a", "b"]})
+    rows.to_parquet(folder / "train.parquet") if kind == "parquet" else rows.to_csv(folder / "train.csv")
+    with pytest.raises(InputError) as caught:
+        captions_in(folder)
+    told = f"row 1: the image {paths[1]!r} leads out of the dataset; copy it into a folder with metadata.jsonl"
+    assert str(caught.value) == f"--dataset_name={folder}: {told}"
+
+
+@pytest.mark.parametrize("name", ["below\\b.png", "below\\more/c.png"])
+def test_backslashes_in_metadata_are_named_with_what_helps(private, name):
+    name = name.replace("\\", "\\")
+    write_images(private, "below/more/c.png")
+    path = named(private, "jsonl", name)
+    with pytest.raises(InputError) as caught:
+        read_folder(private, "text")
+    slashes = name.replace("\\", "/")
+    told = f"row 1: the file_name {name!r} names no file; write it with slashes, {slashes!r}"
+    assert str(caught.value) == f"{path}: {told}"
+    write_images(private, name)  # where that is a name
+    assert as_dict(read_folder(private, "text"))[name] == ["a"]
 
 
 @pytest.mark.parametrize("needed", ["--dataset_name", "--train_data_dir"])

@@ -108,7 +108,7 @@ def read_captions(folder, caption_column, overwrite, form):
 
     own_metadata = folder / "metadata.jsonl"
     for path in [path for path in files if path.name in METADATA_NAMES]:
-        captioned = {row["file"] for row in read_metadata(path, caption_column) if row["captions"]}
+        captioned = {row["file"] for row in read_metadata(path, caption_column, folder) if row["captions"]}
         is_replaced = form == "metadata" and path == own_metadata
         if captioned and overwrite and not is_replaced:
             raise InputError(
@@ -253,7 +253,7 @@ def write_captions(folder, captions, caption_column, form):
     if path.exists():
         lines = path.read_text(encoding="utf-8-sig").split("\n")
         lines = [line for line in lines if line.strip()]
-        for line, row in zip(lines, read_metadata(path, caption_column)):
+        for line, row in zip(lines, read_metadata(path, caption_column, folder)):
             name = name_in(folder, row["file"])
             if name in captions:
                 line = json.dumps({**row["row"], caption_column: captions[name]}, ensure_ascii=False)

@@ -21,7 +21,7 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from huggingface_hub import CommitOperationAdd, DatasetCard, DatasetCardData, HfApi
 
 from sdtune.arguments import SWITCH, new_parser, parse_flags
-from sdtune.dataset import METADATA_NAMES, all_captions, read_folder, read_metadata
+from sdtune.dataset import METADATA_NAMES, all_captions, list_files, read_folder, read_metadata
 from sdtune.errors import InputError, last_line, raise_problems, told_to_user
 from sdtune.files import name_in
 from sdtune.images import NO_CAPTION, check_images, leave_out, path_of_findings
@@ -59,8 +59,6 @@ def check_args(args):
 # --------------------------------------------------------------------------------------------------------- reading
 def name_problem(name):
     """Why `datasets` would not read a file of this name back from the Hub, or ""."""
-    if name.startswith("../"):
-        return "lies outside the folder; move it into it"
     if any(part.startswith((".", "__")) for part in name.split("/")) or "::" in name or "\\" in name:
         return "datasets skips names that start with . or __, and misreads :: and backslashes; rename it"
     if not name.lower().endswith(tuple(ImageFolder.EXTENSIONS)):
@@ -93,8 +91,8 @@ def other_columns(folder, caption_column):
     """{name of an image: its other columns} of all metadata files. Raises `InputError` for a column that `datasets`
     would take for images."""
     found = {}
-    for path in sorted(path for name in METADATA_NAMES for path in folder.rglob(name)):
-        for row in read_metadata(path, caption_column):
+    for path in [path for path in list_files(folder) if path.name in METADATA_NAMES]:
+        for row in read_metadata(path, caption_column, folder):
             columns = {key: value for key, value in row["row"].items() if key not in ("file_name", caption_column)}
             for key in columns:
                 if key == "image" or key.endswith(("file_name", "file_names")):
