@@ -1,6 +1,8 @@
 """DreamBooth's prior preservation: images of the subject's class, drawn by the base, beside the photos."""
 
+import contextlib
 import dataclasses
+import json
 import os
 import re
 from pathlib import Path
@@ -8,14 +10,19 @@ from pathlib import Path
 import datasets
 import diffusers
 import torch
+from PIL import Image, PngImagePlugin
 from tqdm.auto import tqdm
 
-from sdtune.dataset import METADATA_NAMES, fingerprint_of, load_rows
+from sdtune.dataset import METADATA_NAMES, fingerprint_of, load_rows, warn
 from sdtune.errors import InputError, last_line
 from sdtune.files import existing_place
 from sdtune.images import IMAGE_SUFFIXES, is_hidden, is_image_file
 from sdtune.models import DTYPES, enable_memory_savers, load_base, load_tokenizer
 from sdtune.randomness import CLASS, random_numbers
+
+CLASS_RECORD = "class_image"  # the name of the text, in a PNG, that tells what drew it
+CLASS_STEPS = 25
+CLASS_GUIDANCE = 7.5
 
 
 @dataclasses.dataclass
@@ -79,7 +86,9 @@ def load_class_images(args):
     if not args.class_data_dir:
         return ClassImages([], None, [])
     folder, number = Path(args.class_data_dir), args.num_class_images or 100
-    there = [path.name for path in folder.rglob("*") if is_image_file(path, folder)]
+    paths = [path for path in sorted(folder.rglob("*")) if is_image_file(path, folder)]
+    check_records(args, paths)
+    there = [path.name for path in paths]
     others = [name for name in there if not re.fullmatch(r"class-\d{5}\.png", name)]
     wanted = [f"class-{k:05d}.png" for k in range(number - len(others))]
     missing = [name for name in wanted if name not in there]
@@ -88,6 +97,41 @@ def load_class_images(args):
         return ClassImages([], None, missing)
     rows, digests = load_rows(args, load_tokenizer(args), args.class_data_dir, args.class_prompt)
     return ClassImages([rows], fingerprint_of(0, digests), missing)
+
+
+def record_of(args):
+    """What draws class images, as each of them records it; of a base in a folder its name alone."""
+    base = args.pretrained_model_name_or_path
+    return {
+        "prompt": args.class_prompt,
+        "base": os.path.basename(os.path.abspath(base)) if os.path.exists(base) else base,
+        "seed": args.seed,
+        "steps": CLASS_STEPS,
+        "guidance": CLASS_GUIDANCE,
+    }
+
+
+def read_record(path):
+    """What drew an image, as it records that; nothing for a photo."""
+    with contextlib.suppress(Exception):  # a broken image is for the check of images
+        with Image.open(path) as image:
+            return dict(json.loads(image.info[CLASS_RECORD]))
+    return {}
+
+
+def check_records(args, paths):
+    """Raises `InputError` if a class image was drawn for another prompt; warns of those that another base drew."""
+    wanted, of_another_base = record_of(args), []
+    for path in paths:
+        record = {**wanted, **read_record(path)}
+        if record["prompt"] != wanted["prompt"]:
+            raise InputError(
+                f"--class_prompt={wanted['prompt']}: {path} was drawn for {record['prompt']!r}; name another "
+                "--class_data_dir, or take that prompt"
+            )
+        if record["base"] != wanted["base"]:
+            of_another_base.append(f"{path}: {record['base']}")
+    warn(f"class images were drawn by another base than {wanted['base']}", of_another_base)
 
 
 def with_class_rows(images, class_images):
@@ -124,6 +168,8 @@ def draw_class_images(args, accelerator, names):
     enable_memory_savers(args, pipeline.unet, accelerator.device, dtype)
     pipeline.to(accelerator.device, dtype).set_progress_bar_config(disable=True)
     pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    record = PngImagePlugin.PngInfo()
+    record.add_text(CLASS_RECORD, json.dumps(record_of(args)))
     size = args.sample_batch_size or 4
     for start in tqdm(range(0, len(mine), size), "Class images", disable=not accelerator.is_main_process):
         batch = mine[start : start + size]
@@ -133,11 +179,12 @@ def draw_class_images(args, accelerator, names):
             [args.class_prompt] * len(batch),
             height=args.resolution,
             width=args.resolution,
-            num_inference_steps=25,
+            num_inference_steps=CLASS_STEPS,
+            guidance_scale=CLASS_GUIDANCE,
             generator=[torch.Generator().manual_seed(int(seed)) for seed in seeds],
         ).images
         for name, image in zip(batch, drawn, strict=True):
-            image.save(folder / f".{name}", "PNG")
+            image.save(folder / f".{name}", "PNG", pnginfo=record)
             (folder / f".{name}").rename(folder / name)
     accelerator.wait_for_everyone()
     if lost := [name for name in names if not (folder / name).exists()]:

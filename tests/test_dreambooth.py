@@ -2,6 +2,7 @@
 two processes, bad input."""
 
 import itertools
+import json
 import shutil
 import signal
 from types import SimpleNamespace
@@ -274,11 +275,11 @@ def test_interrupted_class_images_go_on(script, fit, quick_drawing, tmp_path, mo
     """Stopped while the third is written: the first two stay as they are, and all equal those of a straight run."""
     straight, classes, save = tmp_path / "straight", tmp_path / "classes", Image.Image.save
 
-    def save_two(image, path, *words):
+    def save_two(image, path, *words, **options):
         if len(list(classes.glob("class-*.png"))) == 2:
             path.write_bytes(b"half of a picture")
             raise KeyboardInterrupt
-        save(image, path, *words)
+        save(image, path, *words, **options)
 
     assert fit("out_straight", classes=straight, num_class_images=4) == 0
     with monkeypatch.context() as patch:
@@ -323,6 +324,37 @@ def test_own_class_images_are_kept_and_count(fit, tmp_path, quick_drawing, train
     assert all(after[name] == before[name] for name in before)
     trained = sorted(sample["index"] for sample in trained_on)
     assert trained == list(range(10))  # five photos, and all five of the class
+
+
+def test_class_images_record_what_drew_them(fit, tmp_path, tiny_pipeline, quick_drawing):
+    classes = tmp_path / "classes"
+    assert fit(classes=classes, seed=3) == 0
+    expected = {"prompt": CLASS_PROMPT, "base": tiny_pipeline.name, "seed": 3, "steps": 25, "guidance": 7.5}
+    for name in ("class-00000.png", "class-00001.png"):
+        with Image.open(classes / name) as image:
+            assert json.loads(image.text["class_image"]) == expected
+
+
+@pytest.mark.parametrize("other", ["a photo of a cat", "Ein Foto von Bären"])
+def test_class_images_of_another_prompt_are_refused(fit, tmp_path, quick_drawing, capsys, other):
+    classes = tmp_path / "classes"
+    assert fit(classes=classes, class_prompt=other, dry_run=False) == 0
+    before = snapshot(classes)
+    assert fit("second", classes=classes, num_class_images=3) == 2
+    told = f"--class_prompt={CLASS_PROMPT}: {classes / 'class-00000.png'} was drawn for {other!r}; name another "
+    assert f"{told}--class_data_dir, or take that prompt\n" in capsys.readouterr().err
+    assert snapshot(classes) == before
+    assert fit("third", classes=classes, class_prompt=other) == 0
+
+
+def test_class_images_of_another_base_are_warned_of(fit, tmp_path, tiny_pipeline, quick_drawing, capsys):
+    classes, other = tmp_path / "classes", tmp_path / "another"
+    other.symlink_to(tiny_pipeline, target_is_directory=True)
+    assert fit(classes=classes) == 0
+    assert "another base" not in capsys.readouterr().out
+    assert fit("second", base=other, classes=classes) == 0
+    told = f"2 class images were drawn by another base than another, such as\n  {classes / 'class-00000.png'}: "
+    assert f"Warning: {told}{tiny_pipeline.name}\n" in capsys.readouterr().out
 
 
 def test_more_class_images_than_asked_for_are_enough(fit, tmp_path, quick_drawing):
