@@ -133,6 +133,24 @@ def test_flags_of_a_model_that_do_nothing_are_refused(tiny_pipeline, tmp_path):
     assert "--variant=fp16: does nothing with a single file" in problem
 
 
+@pytest.mark.parametrize("variant, suffix", [("fp16", "safetensors"), ("non_ema", "bin")])
+def test_a_folder_of_a_variant_alone_is_told_how_to_load(tiny_pipeline, tmp_path, variant, suffix):
+    model = shutil.copytree(tiny_pipeline, tmp_path / "model")
+    plain = model / "unet" / "diffusion_pytorch_model.safetensors"
+    part = "-00001-of-00002" if suffix == "bin" else ""
+    name = f"{plain.stem}{part}.{variant}.{suffix}"
+    shutil.copy(plain, plain.with_name(name))
+    assert check_model(flags(model)) == []
+    plain.unlink()
+    (problem,) = check_model(flags(model))
+    told = f"holds {variant} weights alone; add --variant={variant}"
+    assert problem == f"--pretrained_model_name_or_path={model}: {told}"
+    assert check_model(flags(model, f"--variant={variant}")) == []
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"")
+    assert check_model(flags(path, f"--single_file_config={model}")) == []
+
+
 def test_what_a_dataset_needs_to_know_of_a_base(tiny_pipeline, tmp_path):
     args = flags(tiny_pipeline, "--resolution=64")
     assert read_latent_shape(args) == (4, 8, 8)

@@ -2433,6 +2433,9 @@ def check_model(args):
         problems.append(f"--resolution={args.resolution}: must be a multiple of {factor} for this VAE; use {usable}")
     if unet["in_channels"] != vae["latent_channels"]:
         problems.append(f"{name}: its UNet takes {unet['in_channels']} channels; use a text-to-image model")
+    variant = None if args.variant or args.single_file_config else only_variant(source)
+    if variant:
+        problems.append(f"{name}: holds {variant} weights alone; add --variant={variant}")
     prediction_type = args.prediction_type or scheduler.get("prediction_type", "epsilon")
     if prediction_type not in ("epsilon", "v_prediction"):
         problems.append(f"{name}: predicts {prediction_type!r}; only epsilon and v_prediction can be trained")
@@ -2448,6 +2451,14 @@ def check_model(args):
             f"no weight (arXiv 2305.08891 trains by the plain loss); {remedy}"
         )
     return problems
+
+
+def only_variant(folder):
+    """The variant, such as fp16, in the names of a pipeline folder's UNet, if there are no weights without one."""
+    pattern = r"diffusion_pytorch_model[-\w]*(?:\.(\w+))?\.(?:safetensors|bin|msgpack)"  # the dash is of parts
+    matches = [re.fullmatch(pattern, path.name) for path in Path(folder, "unet").glob("*")]
+    variants = {match.group(1) for match in matches if match}
+    return None if None in variants else min(variants, default=None)
 
 
 def vae_factor(config):
