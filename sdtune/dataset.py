@@ -16,7 +16,6 @@ import torch
 from huggingface_hub import DatasetCard
 from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image, ImageOps
-from pyarrow import compute
 from transformers import CLIPTokenizer
 
 from sdtune.errors import InputError, last_line
@@ -456,8 +455,8 @@ def check_places(dataset, name, cache_dir):
     folders = [name, *caches] if os.path.isdir(name) else caches
     start = 0
     for images in dataset.data.column("image").chunks:
-        is_path = compute.fill_null(compute.equal(compute.binary_length(images.field("bytes")), 0), True)
-        for index in np.flatnonzero(is_path.to_numpy(zero_copy_only=False)).tolist():
+        lacks_content = images.field("bytes").is_null().to_numpy(zero_copy_only=False)
+        for index in np.flatnonzero(lacks_content).tolist():
             path = images.field("path")[index].as_py()
             row = f"--dataset_name={name}: row {start + index}: the image"
             if path and re.match(r"\w+://", path):

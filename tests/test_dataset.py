@@ -15,6 +15,7 @@ from training import parse
 
 from sdtune.dataset import (
     check_data,
+    check_places,
     check_rows,
     load_data,
     read_dataset,
@@ -630,6 +631,20 @@ def test_rows_of_a_dataset_cannot_name_pictures_elsewhere(private, kind, name):
         captions_in(folder)
     told = f"row 1: the image {paths[1]!r} leads out of the dataset; copy it into a folder with metadata.jsonl"
     assert str(caught.value) == f"--dataset_name={folder}: {told}"
+
+
+@pytest.mark.parametrize(
+    "place, is_taken", [("cache/downloads/0123", True), ("secret/s.png", False), ("s.png", False)]
+)
+def test_rows_of_the_hub_may_name_what_was_downloaded_alone(tmp_path, place, is_taken):
+    paths = [str(tmp_path / place)]
+    rows = datasets.Dataset.from_dict({"image": paths, "captions": ["a"]})
+    rows = rows.cast_column("image", datasets.Image(decode=False))
+    if is_taken:
+        check_places(rows, "user/set", tmp_path / "cache")
+        return
+    with pytest.raises(InputError, match=f"row 0: the image '{paths[0]}' leads out of the dataset; copy it"):
+        check_places(rows, "user/set", tmp_path / "cache")
 
 
 @pytest.mark.parametrize("name", ["below\\b.png", "below\\more/c.png"])

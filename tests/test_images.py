@@ -380,9 +380,10 @@ def test_a_bad_image_of_a_dataset_is_looked_at_again(tmp_path, openings):
     assert [problem for *_, problem in first] == ["", "no image that Pillow knows", "the row holds no image"]
 
 
-def test_a_memory_that_is_broken_only_costs_time(image_folder, tmp_path, openings):
+@pytest.mark.parametrize("text", ["{broken", "[1, 2]", ""])
+def test_a_memory_that_is_broken_only_costs_time(image_folder, tmp_path, openings, text):
     rows, memory = read_folder(image_folder(2), "text"), tmp_path / "checked.json"
-    memory.write_text("{broken")
+    memory.write_text(text)
     assert len(check_images(rows, memory)) == 2
     assert openings["open_image"] == 2
     assert len(check_images(rows, memory)) == 2

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 from closed_forms import hand_computed, min_snr_weights
+from image_data import write_image_folder
 from stubs import StubUNet, make_scheduler
 
 from sdtune.batches import StepCounts, micro_batches
 from sdtune.diffusion import diffusion_losses
-from sdtune.subject import with_classes
+from sdtune.subject import has_captions, with_classes
 
 
 def passes_of(num_instances, batch_size=1, num_processes=1, accumulation=1, steps=6):
@@ -147,3 +148,16 @@ def test_class_images_of_an_epoch_are_drawn_by_its_place():
         order = np.random.default_rng((0, 5, place // 4)).permutation(4)
         assert turn == place // 4, number
         assert partner == 3 + order[place % 4], number
+
+
+def test_captions_in_hidden_folders_are_none(tmp_path):
+    """Neither those of a repository's history nor a cache's."""
+    write_image_folder(tmp_path / ".cache")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "a.png").touch()
+    (tmp_path / ".git" / "a.txt").touch()
+    assert not has_captions(tmp_path)
+    assert has_captions(tmp_path / ".cache")
+    (tmp_path / "a.png").touch()
+    (tmp_path / "a.txt").touch()
+    assert has_captions(tmp_path)

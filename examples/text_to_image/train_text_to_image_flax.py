@@ -94,7 +94,6 @@ from huggingface_hub.utils import validate_repo_id
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
-from pyarrow import compute
 from safetensors.numpy import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -1238,8 +1237,8 @@ def check_places(dataset, name, cache_dir):
     folders = [name, *caches] if os.path.isdir(name) else caches
     start = 0
     for images in dataset.data.column("image").chunks:
-        is_path = compute.fill_null(compute.equal(compute.binary_length(images.field("bytes")), 0), True)
-        for index in np.flatnonzero(is_path.to_numpy(zero_copy_only=False)).tolist():
+        lacks_content = images.field("bytes").is_null().to_numpy(zero_copy_only=False)
+        for index in np.flatnonzero(lacks_content).tolist():
             path = images.field("path")[index].as_py()
             row = f"--dataset_name={name}: row {start + index}: the image"
             if path and re.match(r"\w+://", path):
@@ -2219,9 +2218,9 @@ def open_pixels(encoded, enough=None):
     """Decodes an image to its own colours of 8 bits, RGB, L or CMYK, upright and alpha over white; returns it and its
     colour profile, or b"". A JPEG may come in half its size or less, if no side is then below `enough` pixels."""
     image = load_pixels(encoded, enough)
-    profile = image.info.get("icc_profile")
-    if orientation_of(image) in ORIENTATIONS:
-        image = image.transpose(ORIENTATIONS[orientation_of(image)])
+    profile, turn = image.info.get("icc_profile"), ORIENTATIONS.get(orientation_of(image))
+    if turn is not None:
+        image = image.transpose(turn)
     if image.mode == "F":
         raise ValueError("floating-point pixels have no defined white")
     if image.mode.startswith("I"):  # Pillow would saturate 16-bit greys
@@ -2280,7 +2279,8 @@ def orientation_of(image):
 
 def read_content(image):
     """The file of an image of a dataset's undecoded column, a dictionary of `bytes` or `path`."""
-    return image["bytes"] or Path(image["path"]).read_bytes()
+    content = image["bytes"]
+    return Path(image["path"]).read_bytes() if content is None else content
 
 
 @contextlib.contextmanager
@@ -2298,14 +2298,14 @@ def check_image(image, known):
     holds it, and [sha256, width, height, what is wrong or ""]."""
     try:
         encoded = image["bytes"]
-        if encoded:
+        if encoded is not None:
             key = hashlib.sha256(encoded).hexdigest()
         else:
             status = os.stat(image["path"])
             key = f"{os.path.abspath(image['path'])}|{status.st_size}|{status.st_mtime_ns}"
         if key in known:
             return key, known[key]
-        encoded = encoded or Path(image["path"]).read_bytes()
+        encoded = read_content(image)
         width, height = open_image(encoded).size
         problem = ""
         if min(width, height) < MIN_SIDE:
@@ -2341,8 +2341,8 @@ def check_images(rows, memory):
         raise InputError(f"--cache_dir: {memory.parent} cannot be used ({error.strerror}); name another") from None
     with lock:
         known = {}
-        with contextlib.suppress(OSError, ValueError):  # not there yet, or broken
-            known = json.loads(memory.read_text(encoding="utf-8"))
+        with contextlib.suppress(OSError, TypeError, ValueError):  # not there yet, or broken
+            known = dict(json.loads(memory.read_text(encoding="utf-8")))
         findings, new = look_at_all(rows, known)
         if new:
             with contextlib.suppress(OSError), beside(memory) as unfinished:  # a full disk only costs time
