@@ -500,12 +500,21 @@ def test_brackets_in_a_path_are_no_pattern(tmp_path, name):
         captions_in(table)
 
 
-def test_configurations_behind_brackets_are_refused(tmp_path):
-    folder = tmp_path / "a[1]"
-    folder.mkdir()
+@pytest.mark.parametrize("place, picture", [("a[1]", None), ("plain", "preview.png")])
+def test_configurations_that_are_hidden_are_refused(tmp_path, place, picture):
+    """Of a folder with pictures `datasets` would take those, if there are more."""
+    folder = write_images(tmp_path / place, *([picture] if picture else []))
     rows_of(range(3)).to_parquet(folder / "train.parquet")
-    with pytest.raises(InputError, match="its path has a bracket, which hides its configurations; rename the folder"):
-        captions_in(folder, "--dataset_config_name=small")
+    with pytest.raises(InputError, match="a bracket in the path, pictures or caches hide its configurations; rename"):
+        captions_in(folder, "--dataset_config_name=default")
+
+
+@pytest.mark.parametrize("name", ["dataset_infos.json", "config.json"])
+def test_what_a_repository_says_of_itself_is_no_data(tmp_path, name):
+    folder = write_images(tmp_path / "cloned", "a.png", "b.png")
+    (folder / name).write_text("{}")
+    rows = read_rows(parse(f"--dataset_name={folder}"), None, "a photo of sks")
+    assert as_dict(rows) == {"a.png": ["a photo of sks"], "b.png": ["a photo of sks"]}
 
 
 @pytest.mark.parametrize("numbers", [[1, 5, 2], [0.5, 1.5, 2.5]])
