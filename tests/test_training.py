@@ -20,7 +20,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from training import checkpoint_state, checkpoint_unet, draws, losses, parse, read_log, same, text_encoder, train, unet
 
-from sdtune import training
 from sdtune.training import choose_num_workers, make_accelerator
 
 
@@ -292,12 +291,19 @@ def test_where_and_how_the_average_is_kept_does_not_matter(fit):
 @pytest.mark.parametrize("allowed", [False, True])
 def test_tf32_is_allowed_or_not_in_products_and_convolutions_alike(monkeypatch, allowed):
     """Of convolutions it is PyTorch's default."""
-    monkeypatch.setattr(training, "Accelerator", lambda **options: options)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not allowed)
     make_accelerator(parse(*["--allow_tf32"] * allowed))
     assert torch.backends.cudnn.allow_tf32 is allowed
     assert torch.backends.cudnn.conv.fp32_precision == ("tf32" if allowed else "none")
     assert torch.backends.cuda.matmul.allow_tf32 is allowed
+
+
+def test_processes_keep_each_gradient_once(monkeypatch):
+    """As a view of the buckets in which it is shared; and accelerate divides none of them."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    accelerator = make_accelerator(parse())
+    assert accelerator.ddp_handler.gradient_as_bucket_view
+    assert accelerator.gradient_accumulation_steps == 1
 
 
 def test_bf16_trains_float32_weights(fit, plain, tiny_pipeline):
