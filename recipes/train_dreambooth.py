@@ -31,9 +31,8 @@ from sdtune.arguments import (
     RUN_FREE_ON_RESUME,
     SUBJECT_FREE_ON_RESUME,
     SUBJECT_REPLACED_FLAGS,
-    SUBJECT_VALIDATION_FREE_ON_RESUME,
-    SUBJECT_VALIDATION_REQUIRES,
     SWITCH,
+    VALIDATION_FREE_ON_RESUME,
     add_class_arguments,
     add_memory_arguments,
     add_model_arguments,
@@ -42,7 +41,8 @@ from sdtune.arguments import (
     add_output_arguments,
     add_run_arguments,
     add_subject_arguments,
-    add_subject_validation_arguments,
+    add_validation_arguments,
+    check_old_flags,
     check_requirements,
     new_parser,
 )
@@ -88,7 +88,7 @@ from sdtune.training import (
     train_steps,
     use_average,
 )
-from sdtune.validation import check_validation, prompts_of, validate
+from sdtune.validation import check_validation, encode_held_out, prompts_of, validate
 
 REQUIRES = {
     **DATASET_REQUIRES,
@@ -96,7 +96,6 @@ REQUIRES = {
     **MEMORY_REQUIRES,
     **OUTPUT_REQUIRES,
     **CLASS_REQUIRES,
-    **SUBJECT_VALIDATION_REQUIRES,
 }
 FREE_ON_RESUME = {
     *MODEL_FREE_ON_RESUME,
@@ -105,8 +104,9 @@ FREE_ON_RESUME = {
     *OPTIMIZATION_FREE_ON_RESUME,
     *MEMORY_FREE_ON_RESUME,
     *OUTPUT_FREE_ON_RESUME,
-    *SUBJECT_VALIDATION_FREE_ON_RESUME,
+    *VALIDATION_FREE_ON_RESUME,
     *RUN_FREE_ON_RESUME,
+    "skip_save_text_encoder",
 }
 FIXED_ON_RESUME = {
     "mixed_precision",
@@ -123,13 +123,14 @@ def make_parser():
     add_model_arguments(parser)
     add = parser.add_argument_group("trained models").add_argument
     add("--train_text_encoder", **SWITCH, help="train the text encoder too: a closer likeness, more memory")
+    add("--skip_save_text_encoder", **SWITCH, help="leave the text encoder out of the result, which needs the base's")
     add_subject_arguments(parser)
     add_class_arguments(parser)
     add_objective_arguments(parser)
     add_optimization_arguments(parser)
     add_memory_arguments(parser)
     add_output_arguments(parser)
-    add_subject_validation_arguments(parser)
+    add_validation_arguments(parser)
     add_run_arguments(parser)
     parser.set_defaults(
         learning_rate=5e-6, output_dir="dreambooth-model", tracker_project_name="dreambooth", train_batch_size=4
@@ -140,17 +141,14 @@ def make_parser():
 def check_args(args, problems=()):
     """Lists what is wrong with the flags, each with its value, what is accepted and the remedy. `problems` are those
     that were found before."""
-    problems = check_requirements(args, REQUIRES)
+    problems = check_requirements(args, REQUIRES) + check_old_flags(args)
     problems += check_data(args, "instance_data_dir") + check_subject(args)
     problems += check_optimization(args) + check_8bit_adam(args)
-    problems += (
-        check_hardware(args)
-        + check_environment(args)
-        + check_trackers(args)
-        + check_validation(args, "validation_prompt")
-    )
+    problems += check_hardware(args) + check_environment(args) + check_trackers(args) + check_validation(args)
     problems += check_output(args, foreign_result="pytorch_lora_weights.safetensors")
     problems += check_model(args)
+    if args.skip_save_text_encoder and args.train_text_encoder:
+        problems.append("--skip_save_text_encoder=True: would lose what --train_text_encoder trained; drop one")
     return problems
 
 
@@ -216,6 +214,7 @@ def train(args, launcher):
         return
 
     start_output(args, accelerator, run)
+    held_out = encode_held_out(accelerator, parts["vae"], parts["text_encoder"], held_out, args.train_batch_size)
     prompts = prompts_of(args)
     look = functools.partial(validate, args, accelerator, run, parts, held_out, prompts)
     samples = with_class_rows(images, class_images)
@@ -237,8 +236,11 @@ def train(args, launcher):
 def save_model(args, pipeline, noise_scheduler, prompts, step):
     """Writes the pipeline and the model card; returns patterns that are the pipeline's files."""
     with new_result(args.output_dir) as folder:
-        files = save_pipeline(args, folder, pipeline, noise_scheduler)
         loader = "`StableDiffusionPipeline.from_pretrained(...)`"
+        if args.skip_save_text_encoder:
+            pipeline.register_modules(text_encoder=None)
+            loader = "`StableDiffusionPipeline.from_pretrained(..., text_encoder=...)`, the base's"
+        files = save_pipeline(args, folder, pipeline, noise_scheduler)
         write_card(
             args,
             folder,

@@ -36,8 +36,7 @@ from sdtune.arguments import (
     RUN_FREE_ON_RESUME,
     SUBJECT_FREE_ON_RESUME,
     SUBJECT_REPLACED_FLAGS,
-    SUBJECT_VALIDATION_FREE_ON_RESUME,
-    SUBJECT_VALIDATION_REQUIRES,
+    VALIDATION_FREE_ON_RESUME,
     add_adapter_arguments,
     add_class_arguments,
     add_memory_arguments,
@@ -47,7 +46,8 @@ from sdtune.arguments import (
     add_output_arguments,
     add_run_arguments,
     add_subject_arguments,
-    add_subject_validation_arguments,
+    add_validation_arguments,
+    check_old_flags,
     check_requirements,
     new_parser,
 )
@@ -93,7 +93,7 @@ from sdtune.training import (
     train_steps,
     use_average,
 )
-from sdtune.validation import check_validation, prompts_of, validate
+from sdtune.validation import check_validation, encode_held_out, prompts_of, validate
 
 REQUIRES = {
     **ADAPTERS_REQUIRES,
@@ -102,7 +102,6 @@ REQUIRES = {
     **MEMORY_REQUIRES,
     **OUTPUT_REQUIRES,
     **CLASS_REQUIRES,
-    **SUBJECT_VALIDATION_REQUIRES,
 }
 FREE_ON_RESUME = {
     *MODEL_FREE_ON_RESUME,
@@ -112,7 +111,7 @@ FREE_ON_RESUME = {
     *OPTIMIZATION_FREE_ON_RESUME,
     *MEMORY_FREE_ON_RESUME,
     *OUTPUT_FREE_ON_RESUME,
-    *SUBJECT_VALIDATION_FREE_ON_RESUME,
+    *VALIDATION_FREE_ON_RESUME,
     *RUN_FREE_ON_RESUME,
 }
 FIXED_ON_RESUME = {*ADAPTERS_FIXED_ON_RESUME, "mixed_precision", "state", "use_8bit_adam"}  # the state would not fit
@@ -130,7 +129,7 @@ def make_parser():
     add_optimization_arguments(parser)
     add_memory_arguments(parser)
     add_output_arguments(parser)
-    add_subject_validation_arguments(parser)
+    add_validation_arguments(parser)
     add_run_arguments(parser)
     parser.set_defaults(output_dir="dreambooth-lora", tracker_project_name="dreambooth", train_batch_size=4)
     return parser
@@ -139,15 +138,10 @@ def make_parser():
 def check_args(args, problems=()):
     """Lists what is wrong with the flags, each with its value, what is accepted and the remedy. `problems` are those
     that were found before."""
-    found = check_requirements(args, REQUIRES)
+    found = check_requirements(args, REQUIRES) + check_old_flags(args)
     found += check_data(args, "instance_data_dir") + check_subject(args)
     found += check_optimization(args) + check_8bit_adam(args)
-    found += (
-        check_hardware(args)
-        + check_environment(args)
-        + check_trackers(args)
-        + check_validation(args, "validation_prompt")
-    )
+    found += check_hardware(args) + check_environment(args) + check_trackers(args) + check_validation(args)
     found += check_output(args, foreign_result="model_index.json")
     found += check_model(args)
     if problems or found:  # the layers are not known, or not how their adapters are to be
@@ -195,6 +189,7 @@ def train(args, launcher):
 
     start_output(args, accelerator, run)
     parts = {**pipeline.components, "scheduler": noise_scheduler}
+    held_out = encode_held_out(accelerator, parts["vae"], parts["text_encoder"], held_out, args.train_batch_size)
     prompts = prompts_of(args)
     look = functools.partial(validate, args, accelerator, run, parts, held_out, prompts)
     samples = with_class_rows(images, class_images)

@@ -36,6 +36,7 @@ from sdtune.arguments import (
     add_output_arguments,
     add_run_arguments,
     add_validation_arguments,
+    check_old_flags,
     check_requirements,
     new_parser,
 )
@@ -52,6 +53,7 @@ from sdtune.models import (
     enable_memory_savers,
     frozen_copy,
     load_base,
+    load_unet,
     make_noise_scheduler,
     read_models,
     write_models,
@@ -74,12 +76,9 @@ from sdtune.training import (
     train_steps,
     use_average,
 )
-from sdtune.validation import check_validation, validate
+from sdtune.validation import check_validation, encode_held_out, prompts_of, validate
 
 REPLACED_FLAGS = {
-    "--local_rank": "start with `accelerate launch` or torchrun, which set the rank",
-    "--validation_epochs": "use --validation_steps",
-    "--non_ema_revision": "use --revision; the UNet and its average start from the same weights",
     "--dream_training": "use --snr_gamma=5 to weigh timesteps",
     "--dream_detail_preservation": "use --snr_gamma=5 to weigh timesteps",
 }
@@ -101,6 +100,8 @@ def make_parser():
     usage = "%(prog)s --pretrained_model_name_or_path MODEL (--train_data_dir FOLDER | --dataset_name NAME) [flags]"
     parser = new_parser(__doc__, usage)
     add_model_arguments(parser)
+    add = parser.add_argument_group("trained model").add_argument
+    add("--non_ema_revision", help="branch, tag or commit of the UNet to train, where that is not --revision")
     add_data_arguments(parser)
     add_objective_arguments(parser)
     add_optimization_arguments(parser)
@@ -115,17 +116,16 @@ def make_parser():
 def check_args(args, problems=()):
     """Lists what is wrong with the flags, each with its value, what is accepted and the remedy. `problems` are those
     that were found before."""
-    problems = check_requirements(args, REQUIRES)
+    problems = check_requirements(args, REQUIRES) + check_old_flags(args)
     problems += check_data(args, "train_data_dir")
     problems += check_optimization(args) + check_8bit_adam(args)
-    problems += (
-        check_hardware(args)
-        + check_environment(args)
-        + check_trackers(args)
-        + check_validation(args, "validation_prompts")
-    )
+    problems += check_hardware(args) + check_environment(args) + check_trackers(args) + check_validation(args)
     problems += check_output(args, foreign_result="pytorch_lora_weights.safetensors")
     problems += check_model(args)
+    if args.non_ema_revision and Path(args.pretrained_model_name_or_path or "").exists():
+        problems.append(
+            f"--non_ema_revision={args.non_ema_revision}: does nothing without a model on the Hub; drop this"
+        )
     return problems
 
 
@@ -133,6 +133,8 @@ def load_models(args, accelerator):
     """Returns the base's pipeline in float32, whose UNet is to be trained, frozen copies of VAE and text encoder in
     the precision of passes, and the noise scheduler. Raises `InputError`."""
     pipeline = load_base(args)
+    if args.non_ema_revision:
+        pipeline.register_modules(unet=load_unet(args, args.non_ema_revision))
     weight_dtype = DTYPES[accelerator.mixed_precision]
     enable_memory_savers(args, pipeline.unet, accelerator.device, weight_dtype)
     vae = frozen_copy(pipeline.vae, accelerator.device, weight_dtype)
@@ -174,7 +176,9 @@ def train(args, launcher):
 
     start_output(args, accelerator, run)
     parts = {**pipeline.components, "vae": vae, "text_encoder": text_encoder, "scheduler": noise_scheduler}
-    look = functools.partial(validate, args, accelerator, run, parts, held_out, args.validation_prompts)
+    held_out = encode_held_out(accelerator, parts["vae"], parts["text_encoder"], held_out, args.train_batch_size)
+    prompts = prompts_of(args)
+    look = functools.partial(validate, args, accelerator, run, parts, held_out, prompts)
     loader = make_loader(args, accelerator, images, batches_of(args, accelerator, run))
     models_to_sync = [unet]
     stop = Stop(launcher)
@@ -193,9 +197,7 @@ def save_model(args, pipeline, noise_scheduler, step):
     with new_result(args.output_dir) as folder:
         files = save_pipeline(args, folder, pipeline, noise_scheduler)
         loader = "`StableDiffusionPipeline.from_pretrained(...)`"
-        write_card(
-            args, folder, step, args.validation_prompts, loader, ["stable-diffusion", "stable-diffusion-diffusers"]
-        )
+        write_card(args, folder, step, prompts_of(args), loader, ["stable-diffusion", "stable-diffusion-diffusers"])
     return files
 
 

@@ -35,6 +35,7 @@ from sdtune.arguments import (
     add_output_arguments,
     add_run_arguments,
     add_validation_arguments,
+    check_old_flags,
     check_requirements,
     new_parser,
     non_negative_int,
@@ -50,11 +51,11 @@ from sdtune.flax.networks import apply_text_encoder, apply_unet, check_networks
 from sdtune.flax.optimization import make_optimizer
 from sdtune.flax.training import (
     check_hosts,
-    check_precision,
     is_first_host,
     load_batches,
     make_accelerator,
     make_state,
+    precision_of_passes,
     start_jax,
     start_output,
     start_run,
@@ -62,7 +63,16 @@ from sdtune.flax.training import (
     train_steps,
 )
 from sdtune.flax.validation import make_measure, validate
-from sdtune.flax.weights import arrays_of, check_flax, copy_weights, frozen, load_flax, result_weights, write_flax
+from sdtune.flax.weights import (
+    arrays_of,
+    check_flax,
+    copy_weights,
+    frozen,
+    load_flax,
+    reads_flax,
+    result_weights,
+    write_flax,
+)
 from sdtune.hub import name_repo, push
 from sdtune.model_card import write_card
 from sdtune.models import check_model, load_base, make_noise_scheduler
@@ -77,13 +87,10 @@ from sdtune.output import (
 )
 from sdtune.script import run_script
 from sdtune.signals import Stop
-from sdtune.validation import check_validation
+from sdtune.validation import check_validation, prompts_of
 
 NO_NEED = "drop it; what is compiled here has no need of it"
 REPLACED_FLAGS = {
-    "--from_pt": "PyTorch weights are what is read; for Flax weights (.msgpack) use --from_flax",
-    "--local_rank": "start this on every host, with --coordinator_address; devices are found",
-    "--validation_epochs": "use --validation_steps",
     "--use_8bit_adam": NO_NEED,
     "--allow_tf32": NO_NEED,
     "--enable_xformers_memory_efficient_attention": NO_NEED,
@@ -132,7 +139,11 @@ def make_parser():
 def add_jax_arguments(parser):
     """Adds what only this script has: precision, Flax's files, and hosts."""
     add = parser.add_argument_group("memory and speed").add_argument
-    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="precision of passes; no if not given")
+    add(
+        "--mixed_precision",
+        choices=["no", "fp16", "bf16"],
+        help="precision of passes; no if not given; fp16: of what is frozen alone",
+    )
     add(
         "--dataloader_num_workers",
         type=non_negative_int,
@@ -140,7 +151,8 @@ def add_jax_arguments(parser):
         help="threads that load images; 1 if 0 [0, inf)",
     )
     add = parser.add_argument_group("weights of Flax").add_argument
-    add("--from_flax", **SWITCH, help="read the Flax weights (.msgpack) of a pipeline folder or Hub id")
+    add("--from_flax", **SWITCH, help="read the Flax weights (.msgpack) of the base, where others lie beside them")
+    add("--from_pt", **SWITCH, help="read PyTorch's weights, which are read anyway unless there are none")
     add("--save_flax", **SWITCH, help="write the weights as Flax (.msgpack) too")
     add = parser.add_argument_group("several hosts").add_argument
     add("--coordinator_address", metavar="HOST:PORT|auto", help="where host 0 is found; auto: as the cluster says")
@@ -155,10 +167,10 @@ def add_jax_arguments(parser):
 def check_args(args, problems=()):
     """Lists what is wrong with the flags, each with its value, what is accepted and the remedy. `problems` are those
     that were found before."""
-    problems = check_requirements(args, REQUIRES)
+    problems = check_requirements(args, REQUIRES) + check_old_flags(args)
     problems += check_data(args, "train_data_dir")
-    problems += check_optimization(args) + check_precision(args) + check_hosts(args)
-    problems += check_trackers(args) + check_validation(args, "validation_prompts")
+    problems += check_optimization(args) + check_hosts(args)
+    problems += check_trackers(args) + check_validation(args)
     problems += check_output(args, foreign_result="pytorch_lora_weights.safetensors")
     problems += check_flax(args)
     return problems + (check_model(args) or check_networks(args))
@@ -167,7 +179,7 @@ def check_args(args, problems=()):
 def load_models(args):
     """Returns the base's pipeline in float32, whose UNet is to be trained, and the noise scheduler. Raises
     `InputError`."""
-    pipeline = load_flax(args) if args.from_flax else load_base(args)
+    pipeline = load_flax(args) if reads_flax(args) else load_base(args)
     return pipeline, make_noise_scheduler(args, pipeline)
 
 
@@ -182,7 +194,8 @@ def train(args):
         repo_id = name_repo(args) if args.push_to_hub else None
         start_trackers(args, accelerator)
     pipeline, noise_scheduler = load_models(args)
-    dtype = jnp.bfloat16 if args.mixed_precision == "bf16" else jnp.float32
+    dtype = jnp.bfloat16 if precision_of_passes(args) == "bf16" else jnp.float32
+    frozen_dtype = jnp.float16 if args.mixed_precision == "fp16" else dtype
 
     def losses(weights, batch, snr_gamma=None):
         """The loss of each sample of a batch (batch,), of a UNet with these float32 weights, computed in `dtype`."""
@@ -209,15 +222,15 @@ def train(args):
     start_output(args, run)
     pool = ThreadPoolExecutor(args.dataloader_num_workers or 1)
     batch_size = args.train_batch_size * jax.local_device_count()  # of this host
-    vae = frozen(encode_pixels, pipeline.vae, dtype)
-    text_encoder = frozen(apply_text_encoder, pipeline.text_encoder, dtype)
+    vae = frozen(encode_pixels, pipeline.vae, frozen_dtype)
+    text_encoder = frozen(apply_text_encoder, pipeline.text_encoder, frozen_dtype)
     encoded = encode_once(images, vae, text_encoder, batch_size, pool)
     measure = None
     if len(held_out):
         encoded_held_out = encode_once(held_out, vae, text_encoder, batch_size, pool)
         measure = make_measure(losses, mesh, encoded_held_out, counts.samples_per_pass)
     del vae, text_encoder  # which hold weights on the devices
-    look = functools.partial(validate, args, accelerator, run, pipeline, noise_scheduler, measure)
+    look = functools.partial(validate, args, accelerator, run, pipeline, noise_scheduler, measure, prompts_of(args))
     batches = load_batches(args, run, encoded, batch_size, pool)
     training_loss = functools.partial(losses, snr_gamma=args.snr_gamma)
     stop = Stop(launcher=None)
@@ -239,9 +252,7 @@ def save_model(args, pipeline, noise_scheduler, step):
         if args.save_flax:
             write_flax(pipeline, folder)
         loader = "`StableDiffusionPipeline.from_pretrained(...)`"
-        write_card(
-            args, folder, step, args.validation_prompts, loader, ["stable-diffusion", "stable-diffusion-diffusers"]
-        )
+        write_card(args, folder, step, prompts_of(args), loader, ["stable-diffusion", "stable-diffusion-diffusers"])
     return files
 
 

@@ -42,6 +42,7 @@ from sdtune.arguments import (
     add_output_arguments,
     add_run_arguments,
     add_validation_arguments,
+    check_old_flags,
     check_requirements,
     new_parser,
 )
@@ -80,14 +81,9 @@ from sdtune.training import (
     train_steps,
     use_average,
 )
-from sdtune.validation import check_validation, validate
+from sdtune.validation import check_validation, encode_held_out, prompts_of, validate
 
-REPLACED_FLAGS = {
-    "--local_rank": "start with `accelerate launch` or torchrun, which set the rank",
-    "--validation_epochs": "use --validation_steps",
-    "--validation_prompt": "use --validation_prompts",
-    "--num_validation_images": "give a prompt to --validation_prompts several times",
-}
+REPLACED_FLAGS = {}
 REQUIRES = {**ADAPTERS_REQUIRES, **DATASET_REQUIRES, **AVERAGE_REQUIRES, **MEMORY_REQUIRES, **OUTPUT_REQUIRES}
 FREE_ON_RESUME = {
     *MODEL_FREE_ON_RESUME,
@@ -122,15 +118,10 @@ def make_parser():
 def check_args(args, problems=()):
     """Lists what is wrong with the flags, each with its value, what is accepted and the remedy. `problems` are those
     that were found before."""
-    found = check_requirements(args, REQUIRES)
+    found = check_requirements(args, REQUIRES) + check_old_flags(args)
     found += check_data(args, "train_data_dir")
     found += check_optimization(args) + check_8bit_adam(args)
-    found += (
-        check_hardware(args)
-        + check_environment(args)
-        + check_trackers(args)
-        + check_validation(args, "validation_prompts")
-    )
+    found += check_hardware(args) + check_environment(args) + check_trackers(args) + check_validation(args)
     found += check_output(args, foreign_result="model_index.json")
     found += check_model(args)
     if problems or found:  # the layers are not known, or not how their adapters are to be
@@ -173,7 +164,9 @@ def train(args, launcher):
 
     start_output(args, accelerator, run)
     parts = {**pipeline.components, "scheduler": noise_scheduler}
-    look = functools.partial(validate, args, accelerator, run, parts, held_out, args.validation_prompts)
+    held_out = encode_held_out(accelerator, parts["vae"], parts["text_encoder"], held_out, args.train_batch_size)
+    prompts = prompts_of(args)
+    look = functools.partial(validate, args, accelerator, run, parts, held_out, prompts)
     loader = make_loader(args, accelerator, images, batches_of(args, accelerator, run))
     models_to_sync = list(prepared.values())
     stop = Stop(launcher)
@@ -193,7 +186,7 @@ def save_model(args, models, num_images, step):
     with new_result(args.output_dir) as folder:
         files = save_adapters(args, folder, models, num_images, step)
         tags = ["stable-diffusion", "stable-diffusion-diffusers", "lora"]
-        write_card(args, folder, step, args.validation_prompts, "`pipe.load_lora_weights(...)`", tags)
+        write_card(args, folder, step, prompts_of(args), "`pipe.load_lora_weights(...)`", tags)
     return files
 
 

@@ -14,6 +14,8 @@ from sdtune.errors import is_utf8
 SWITCH = {"action": argparse.BooleanOptionalAction, "default": False}  # so that a config file can turn it off too
 SWITCH_ON = {**SWITCH, "default": True}
 
+OFFSET_NOISE = 0.1  # what --offset_noise means in diffusers' scripts
+
 # By group, the settings that a resume may change. They leave the result as it is, or what they lead to is compared in
 # their place: a digest of the images, the samples of a step, the steps of the schedule. Any other has to be as it was.
 MODEL_FREE_ON_RESUME = {"cache_dir"}
@@ -31,7 +33,7 @@ OPTIMIZATION_FREE_ON_RESUME = set(
     gradient_accumulation_steps gradient_checkpointing max_nan_steps max_train_steps num_train_epochs train_batch_size
     """.split()
 )
-MEMORY_FREE_ON_RESUME = {"dataloader_num_workers", "foreach_ema", "offload_ema"}
+MEMORY_FREE_ON_RESUME = {"dataloader_num_workers", "foreach_ema", "offload_ema", "set_grads_to_none"}
 OUTPUT_FREE_ON_RESUME = set(
     """
     allow_changed_resume checkpointing_steps checkpoints_total_limit hub_model_id hub_private_repo hub_token keep_best
@@ -39,28 +41,25 @@ OUTPUT_FREE_ON_RESUME = set(
     save_precision tracker_project_name
     """.split()
 )
-HELD_OUT_FREE_ON_RESUME = {"num_validation_samples", "validation_steps"}
-VALIDATION_FREE_ON_RESUME = {*HELD_OUT_FREE_ON_RESUME, "validation_prompts"}
-SUBJECT_VALIDATION_FREE_ON_RESUME = {*HELD_OUT_FREE_ON_RESUME, "num_validation_images", "validation_prompt"}
-RUN_FREE_ON_RESUME = {"config", "dry_run"}
+VALIDATION_FREE_ON_RESUME = set(
+    """
+    num_validation_images num_validation_samples validation_epochs validation_guidance_scale
+    validation_negative_prompt validation_num_inference_steps validation_prompt validation_prompts
+    validation_scheduler validation_steps
+    """.split()
+)
+RUN_FREE_ON_RESUME = {"config", "dry_run", "local_rank"}
 
 # Settings of adapters that cannot change: the state in the checkpoint would not fit.
 ADAPTERS_FIXED_ON_RESUME = {"lora_target", "rank", "train_text_encoder", "use_dora"}
 
-# Flags of diffusers' DreamBooth scripts that have another name here, or no use.
+# Flags of diffusers' DreamBooth scripts that cannot be obeyed here.
+OF_ANOTHER_MODEL = "drop it; it is for DeepFloyd IF, and only Stable Diffusion 1.x and 2.x are trained"
 SUBJECT_REPLACED_FLAGS = {
-    "--local_rank": "start with `accelerate launch` or torchrun, which set the rank",
-    "--offset_noise": "use --noise_offset=0.1",
-    "--set_grads_to_none": "drop it; gradients are always set to none",
-    "--tokenizer_name": "put the tokenizer into the folder of --pretrained_model_name_or_path",
-    "--tokenizer_max_length": "drop it; captions take what the text encoder takes",
-    "--validation_epochs": "use --validation_steps",
-    "--validation_images": "use --num_validation_images",
-    "--validation_scheduler": "drop it; samples are drawn by DPM-Solver++",
-    "--skip_save_text_encoder": "drop it; the result is a whole pipeline",
-    "--text_encoder_use_attention_mask": "drop it; only Stable Diffusion 1.x and 2.x are trained",
-    "--class_labels_conditioning": "drop it; only Stable Diffusion 1.x and 2.x are trained",
-    "--pre_compute_text_embeddings": "drop it; only Stable Diffusion 1.x and 2.x are trained",
+    "--validation_images": OF_ANOTHER_MODEL,
+    "--text_encoder_use_attention_mask": OF_ANOTHER_MODEL,
+    "--class_labels_conditioning": OF_ANOTHER_MODEL,
+    "--pre_compute_text_embeddings": "drop it; captions are encoded in every step, which takes little beside the UNet",
 }
 
 # Flags that do nothing without another one.
@@ -76,7 +75,6 @@ CLASS_REQUIRES = {
 ADAPTERS_REQUIRES = {"kohya_file_name": "output_kohya_format", "text_encoder_lr": "train_text_encoder"}
 AVERAGE_REQUIRES = {"ema_decay": "use_ema", "ema_warmup": "use_ema"}
 MEMORY_REQUIRES = {"offload_ema": "use_ema"}
-SUBJECT_VALIDATION_REQUIRES = {"num_validation_images": "validation_prompt"}
 OUTPUT_REQUIRES = {
     "allow_changed_resume": "resume_from_checkpoint",
     "hub_model_id": "push_to_hub",
@@ -132,6 +130,16 @@ def fraction_below_one(text):
     return checked(text, float, lambda number: 0 <= number < 1, "in [0, 1)")
 
 
+def guidance_number(text):
+    """A scale of classifier-free guidance in [1, inf)."""
+    return checked(text, float, lambda number: 1 <= number < math.inf, "in [1, inf)")
+
+
+def launched_rank(text):
+    """A whole number in [-1, inf)."""
+    return checked(text, int, lambda number: number >= -1, "a whole number in [-1, inf)")
+
+
 def random_seed(text):
     """A whole number in [0, 9e18], which every generator takes."""
     return checked(text, int, lambda number: 0 <= number <= 9e18, "a whole number in [0, 9e18]")
@@ -155,6 +163,12 @@ def add_model_arguments(parser):
     add("--revision", help="branch, tag or commit of the model on the Hub")
     add("--variant", help="variant of the weight files, such as fp16")
     add("--single_file_config", help="pipeline folder or Hub id with the configs for a single-file model")
+    add("--tokenizer_name", help="folder or Hub id of a tokenizer to use, and save, instead of the model's")
+    add(
+        "--tokenizer_max_length",
+        type=positive_int,
+        help="tokens of a caption; default: what the text encoder takes, which is the most [1, inf)",
+    )
     add("--cache_dir", help="where downloads and remembered checks go, instead of the Hugging Face cache")
 
 
@@ -265,6 +279,7 @@ def add_objective_arguments(parser):
         default=0.0,
         help="scale of noise that shifts channels; 0.05 is common [0, inf)",
     )
+    add("--offset_noise", **SWITCH, help="the same as --noise_offset=0.1")
     add(
         "--input_perturbation",
         type=non_negative_float,
@@ -349,6 +364,7 @@ def add_memory_arguments(parser):
     add("--foreach_ema", **SWITCH_ON, help="update the average with few, large operations")
     add("--enable_xformers_memory_efficient_attention", **SWITCH, help="xFormers' attention instead of torch's")
     add("--allow_tf32", **SWITCH, help="TensorFloat-32 products and convolutions, on GPUs that have them")
+    add("--set_grads_to_none", **SWITCH, help="gradients always are; taken so that old commands run")
     add(
         "--dataloader_num_workers",
         type=non_negative_int,
@@ -382,37 +398,41 @@ def add_output_arguments(parser):
 
 
 def add_validation_arguments(parser):
-    """Adds the prompts to draw samples for, one of each, and the images held out to measure the loss on."""
+    """Adds the prompts to draw samples for and how they are drawn, the images held out to measure the loss on, and how
+    often the run is looked at."""
     add = parser.add_argument_group("validation").add_argument
-    add("--validation_prompts", nargs="+", help="prompts to draw samples for")
-    add_held_out_arguments(add, "--validation_prompts")
-
-
-def add_subject_validation_arguments(parser):
-    """Adds the prompt to draw samples for, several of it, and the photos held out to measure the loss on."""
-    add = parser.add_argument_group("validation").add_argument
-    add("--validation_prompt", help="prompt to draw samples for: the subject in a new setting")
+    add("--validation_prompts", nargs="+", help="prompts to draw samples for, an image of each")
+    add("--validation_prompt", help="prompt to draw samples for, several images of it")
     add(
         "--num_validation_images",
-        type=positive_int,
-        help="how many; 4 if not given; needs --validation_prompt [1, inf)",
+        type=non_negative_int,
+        help="images of each prompt; 4 if not given, 1 of --validation_prompts; needs one of the two [0, inf)",
     )
-    add_held_out_arguments(add, "--validation_prompt")
-
-
-def add_held_out_arguments(add, prompt_flag):
-    """Adds, to the group whose method `add` is, the images held out and how often the run is looked at."""
+    add(
+        "--validation_scheduler",
+        choices=["DPMSolverMultistepScheduler", "DDPMScheduler"],
+        help="sampler; DPMSolverMultistepScheduler if not given; needs a prompt",
+    )
+    add(
+        "--validation_num_inference_steps",
+        type=positive_int,
+        help="denoising steps of samples; 25 if not given; needs a prompt [1, inf)",
+    )
+    add(
+        "--validation_guidance_scale",
+        type=guidance_number,
+        help="classifier-free guidance of samples; 7.5 if not given, 1 for none; needs a prompt [1, inf)",
+    )
+    add("--validation_negative_prompt", help="what samples are not to show; needs a prompt and guidance")
     add(
         "--num_validation_samples",
         type=non_negative_int,
         default=0,
         help="images held out, to measure the loss on [0, inf)",
     )
-    add(
-        "--validation_steps",
-        type=positive_int,
-        help=f"draw and measure every so many, or 500; needs {prompt_flag} or --num_validation_samples [1, inf)",
-    )
+    needs = "needs a prompt or --num_validation_samples"
+    add("--validation_steps", type=positive_int, help=f"draw and measure every so many, or 500; {needs} [1, inf)")
+    add("--validation_epochs", type=positive_int, help=f"every so many epochs instead; {needs} [1, inf)")
 
 
 def add_run_arguments(parser):
@@ -421,6 +441,13 @@ def add_run_arguments(parser):
     add("--seed", type=random_seed, default=0, help="seed of everything that is drawn at random [0, 9e18]")
     add("--config", metavar="FILE.yaml", help="flags by name, maybe under `training:`; the command line wins")
     add("--dry_run", **SWITCH, help="check everything, print the plan and stop")
+    add(
+        "--local_rank",
+        "--local-rank",
+        type=launched_rank,
+        default=-1,
+        help="what old launchers say, the LOCAL_RANK that they set too; nobody else needs it [-1, inf)",
+    )
 
 
 def parse_flags(parser, argv, replaced_flags):
@@ -438,8 +465,13 @@ def parse_flags(parser, argv, replaced_flags):
     config_only.add_argument("--config")
     config = config_only.parse_known_args(argv)[0].config
     defaults = vars(parser.parse_args([]))
-    words = (config_words(parser, config, defaults, {"training"}, {"evaluation"}) if config else []) + argv
-    return parse_words(parser, words)
+    if not config:
+        return parse_words(parser, argv)
+    # In two passes: a list in the file would take the first word of the command line as its last item.
+    words = config_words(parser, config, defaults, {"training"}, {"evaluation"})
+    args, problems = parse_words(parser, words)
+    args, more_problems = parse_words(parser, argv, args)
+    return args, problems + more_problems
 
 
 def check_encoding(args):
@@ -538,6 +570,28 @@ def without_flag(words, flag):
         else:
             kept.append(word)
     return kept
+
+
+def check_old_flags(args):
+    """Lists what is wrong with flags that old command lines have, and that say again what others say."""
+    problems = []
+    if args.offset_noise and args.noise_offset not in (0, OFFSET_NOISE):
+        problems.append(
+            f"--offset_noise=True: means --noise_offset={OFFSET_NOISE}, but --noise_offset={args.noise_offset:g} is "
+            "given too; drop one"
+        )
+    launched = os.environ.get("LOCAL_RANK", "0")  # alone a process is the first one
+    if args.local_rank != -1 and str(args.local_rank) != launched:
+        problems.append(
+            f"--local_rank={args.local_rank}: is not what a launcher set; drop this, and start with "
+            "`accelerate launch` or torchrun, which do"
+        )
+    return problems
+
+
+def noise_offset_of(args):
+    """The scale of noise that shifts channels, by the flag that is given."""
+    return OFFSET_NOISE if args.offset_noise else args.noise_offset
 
 
 def check_requirements(args, requires):

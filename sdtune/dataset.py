@@ -18,6 +18,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image, ImageOps
 from transformers import CLIPTokenizer
 
+from sdtune.arguments import noise_offset_of
 from sdtune.errors import InputError, last_line
 from sdtune.images import (
     IMAGE_SUFFIXES,
@@ -152,7 +153,7 @@ def load_data(args, folder, default_caption=None, repeats=1):
         random_flip=args.random_flip,
         image_interpolation_mode=args.image_interpolation_mode,
         caption_dropout=args.caption_dropout,
-        noise_offset=args.noise_offset,
+        noise_offset=noise_offset_of(args),
         input_perturbation=args.input_perturbation,
     )
     fingerprint = fingerprint_of(args.num_validation_samples, digests)
@@ -171,6 +172,16 @@ def seen_alike(images, rows):
         noise_offset=0,
         input_perturbation=0,
     )
+
+
+def without_content(images):
+    """The images with a mark in the place of each, so that none is opened again; what a sample draws stays as it is.
+    The mark is 2 x 2 pixels, black and white: the white is on the left where it is mirrored."""
+    file = io.BytesIO()
+    Image.fromarray(np.array([[0, 255], [0, 255]], np.uint8)).save(file, "PNG")
+    mark = {"bytes": file.getvalue()}
+    rows = [{"image": mark, "captions": found} for found in images.rows["captions"]]
+    return dataclasses.replace(images, rows=rows, resolution=2)
 
 
 def load_rows(args, tokenizer, folder, default_caption, max_samples=None):

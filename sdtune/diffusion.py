@@ -8,10 +8,21 @@ from diffusers.training_utils import compute_snr
 @torch.no_grad()
 def encode(vae, batch):
     """Encodes images to latents (batch, 4, height / 8, width / 8) in float32, drawn from the VAE's posterior."""
-    pixel_values = batch["pixel_values"] / 127.5 - 1  # [-1, 1], to be rounded once, by the VAE's precision
+    mean, std = encode_posterior(vae, batch["pixel_values"])
+    return draw_latents(vae, mean, std, batch["posterior_noise"])
+
+
+def encode_posterior(vae, pixel_values):
+    """The mean and standard deviation of the VAE's posterior, (batch, 4, height / 8, width / 8) each in float32, for
+    images of 8 bits (batch, 3, height, width)."""
+    pixel_values = pixel_values / 127.5 - 1  # [-1, 1], to be rounded once, by the VAE's precision
     posterior = vae.encode(pixel_values.to(vae.dtype)).latent_dist
-    latents = posterior.mean.float() + posterior.std.float() * batch["posterior_noise"]
-    return latents * vae.config.scaling_factor
+    return posterior.mean.float(), posterior.std.float()
+
+
+def draw_latents(vae, mean, std, posterior_noise):
+    """Latents that a posterior gives for its noise, scaled as the UNet takes them."""
+    return (mean + std * posterior_noise) * vae.config.scaling_factor
 
 
 def diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, batch, snr_gamma=None):

@@ -1,6 +1,5 @@
 """Draw with a fine-tuned model: the flags and recipes of the commands that do, its LoRA files, and its pipeline."""
 
-import math
 import os
 import re
 import sys
@@ -10,7 +9,7 @@ import diffusers
 import torch
 from safetensors import SafetensorError, safe_open
 
-from sdtune.arguments import checked, parse_words, read_config, setting_words
+from sdtune.arguments import parse_words, read_config, setting_words
 from sdtune.errors import InputError, last_line
 from sdtune.files import existing_place
 from sdtune.lora_layouts import LORA_FILE
@@ -32,11 +31,6 @@ EVALUATE_KEYS = {
     "skip_bad_images",
     "train_seed",
 }
-
-
-def guidance_number(text):
-    """A scale of classifier-free guidance in [1, inf)."""
-    return checked(text, float, lambda number: 1 <= number < math.inf, "in [1, inf)")
 
 
 def add_inference_arguments(parser):

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-NOT_ON_CARD = re.compile(r"_dir$|_path$|_token|_address$|host|config|resume")  # places, secrets and how it was started
+# Places, secrets and how it was started.
+NOT_ON_CARD = re.compile(r"_dir$|_path$|_token|_address$|host|local_rank|config|resume")
 
 
 def write_card(args, folder, step, prompts, loader, tags, instance_prompt=None):

@@ -8,7 +8,7 @@ import diffusers
 import torch
 import transformers
 from diffusers.models.attention_processor import Attention, XFormersAttnProcessor
-from transformers import CLIPTextConfig, CLIPTokenizer
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTokenizer
 
 from sdtune.errors import InputError, last_line
 
@@ -54,7 +54,7 @@ def check_model(args):
         unet = diffusers.UNet2DConditionModel.load_config(source, subfolder="unet", **where)
         vae = diffusers.AutoencoderKL.load_config(source, subfolder="vae", **where)
         scheduler = diffusers.DDPMScheduler.load_config(source, subfolder="scheduler", **where)
-        CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where)
+        text_config = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where)
         if not CLIPTextConfig.get_config_dict(source, subfolder="text_encoder", **where)[0]:
             raise OSError("it has no text encoder")  # for which transformers would take a default
         if len(CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)) < 3:
@@ -63,6 +63,7 @@ def check_model(args):
         told = f"no whole pipeline, no name of one on the Hub, or no connection ({last_line(error)})"
         return [*problems, f"{source}: {told}"]
 
+    problems += check_tokenizer(args, text_config)
     factor = vae_factor(vae)
     if args.resolution % factor:
         usable = args.resolution // factor * factor or factor
@@ -103,12 +104,45 @@ def vae_factor(config):
 
 
 def load_tokenizer(args):
-    """The base's tokenizer, which cuts captions where the text encoder has to."""
+    """The tokenizer, the base's or that of --tokenizer_name, which cuts captions where the text encoder has to."""
     source, where = config_source(args)
-    tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)
+    if args.tokenizer_name:
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name, cache_dir=args.cache_dir)
+    else:
+        tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)
     text_config = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where)
-    tokenizer.model_max_length = text_config.max_position_embeddings
+    tokenizer.model_max_length = args.tokenizer_max_length or text_config.max_position_embeddings
     return tokenizer
+
+
+def parts_instead(args):
+    """The parts of a pipeline that flags put in the place of the base's, by name."""
+    return {"tokenizer": load_tokenizer(args)} if args.tokenizer_name or args.tokenizer_max_length else {}
+
+
+def check_tokenizer(args, text_config):
+    """Lists what is wrong between the tokenizer that flags name and the text encoder, whose config is given."""
+    problems, length = [], text_config.max_position_embeddings
+    if args.tokenizer_max_length and args.tokenizer_max_length > length:
+        problems.append(
+            f"--tokenizer_max_length={args.tokenizer_max_length}: the text encoder takes {length} at most; use that"
+        )
+    if not args.tokenizer_name:
+        return problems
+    name = f"--tokenizer_name={args.tokenizer_name}"
+    try:
+        highest = max(
+            AutoTokenizer.from_pretrained(args.tokenizer_name, cache_dir=args.cache_dir).get_vocab().values()
+        )
+    except Exception as error:  # every format has its own way of being broken
+        told = "no folder of a tokenizer, no name of one on the Hub, or no connection"
+        return [*problems, f"{name}: {told} ({last_line(error)})"]
+    if highest >= text_config.vocab_size:
+        told = (
+            f"has {highest + 1:,} tokens, the text encoder knows {text_config.vocab_size:,}; use the one that it had"
+        )
+        problems.append(f"{name}: {told}")
+    return problems
 
 
 def read_latent_shape(args):
@@ -129,6 +163,7 @@ def read_num_timesteps(args):
 def load_base(args):
     """Loads the base's pipeline in float32, without its safety checker. Raises `InputError`."""
     base, where = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
+    where |= parts_instead(args)
     options = {**where, "dtype": torch.float32, "variant": args.variant, "safety_checker": None}
     try:
         if args.single_file_config:  # a .ckpt is read as weights only
@@ -138,6 +173,16 @@ def load_base(args):
         return diffusers.StableDiffusionPipeline.from_pretrained(base, **options)
     except Exception as error:  # every format has its own way of being broken
         raise InputError(f"{base}: cannot be loaded ({last_line(error)})") from None
+
+
+def load_unet(args, revision):
+    """Loads the UNet that the base has at a revision, in float32. Raises `InputError`."""
+    base = args.pretrained_model_name_or_path
+    try:
+        where = {"subfolder": "unet", "revision": revision, "cache_dir": args.cache_dir}
+        return diffusers.UNet2DConditionModel.from_pretrained(base, dtype=torch.float32, **where)
+    except Exception as error:  # every format has its own way of being broken
+        raise InputError(f"{base}: its UNet of {revision} cannot be loaded ({last_line(error)})") from None
 
 
 def write_text_encoder(text_encoder, folder):

@@ -214,5 +214,6 @@ def save_pipeline(args, folder, pipeline, noise_scheduler):
         part.register_to_config(_name_or_path=None)  # which is a path here
     pipeline.register_to_config(_name_or_path=None)
     pipeline.save_pretrained(folder)
-    write_text_encoder(pipeline.text_encoder, folder / "text_encoder")
+    if pipeline.text_encoder:
+        write_text_encoder(pipeline.text_encoder, folder / "text_encoder")
     return ["model_index.json", *[f"{name}/*" for name in pipeline.components]]

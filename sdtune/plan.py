@@ -13,9 +13,10 @@ from sdtune.output import chosen_tracker
 
 def print_plan(args, run, num_held_out, num_trained, about):
     """Says, before the first step, what will be done. `about` says what only a script knows: `trained` and `frozen`
-    (which models), `devices` (how many share a pass), `images` and `optimizer` (remarks), `warnings` (a list)."""
+    (which models), `devices` (how many share a pass), `images` and `optimizer` (remarks), `warnings` (a list), and
+    maybe `precision` (of passes, if that is not the setting)."""
     counts, side, tracker = run.counts, args.resolution, chosen_tracker(args)
-    first_step, precision = run.progress["global_step"], run.settings["mixed_precision"]
+    first_step, precision = run.progress["global_step"], about.get("precision", run.settings["mixed_precision"])
     gigabytes = checkpoint_bytes(run) / 1e9
     images = f"{counts.num_images:,} to train on, {num_held_out:,} held out, at {side} x {side} pixels"
     passes = f"{args.train_batch_size} a pass x {args.gradient_accumulation_steps} passes x {about['devices']}"

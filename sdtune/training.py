@@ -41,6 +41,7 @@ from sdtune.output import chosen_tracker, log_losses, prepare_output
 from sdtune.plan import print_plan, warn_of_precision
 from sdtune.randomness import DROPOUT, random_numbers
 from sdtune.signals import is_asked, on_signals
+from sdtune.validation import steps_between_looks
 
 MINUTES = datetime.timedelta(minutes=10)  # for what all processes do at the same time
 A_DAY = datetime.timedelta(days=1)
@@ -238,7 +239,7 @@ def train_steps(args, accelerator, run, stop, loader, models, training_loss, loo
     """
     device, counts, parameters = accelerator.device, run.counts, run.weights.parameters
     optimizer, lr_scheduler = run.state["optimizer"], run.state["lr_scheduler"]
-    first_step, validation_steps = run.progress["global_step"], args.validation_steps or 500
+    first_step, validation_steps = run.progress["global_step"], steps_between_looks(args, counts)
     asked_to_stop = functools.partial(is_asked, stop)
     # A run that was stopped had not yet looked at the step that it goes on from.
     if first_step % validation_steps == 0 or first_step == counts.last_step:

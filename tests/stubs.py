@@ -23,6 +23,8 @@ class GreyRows:
         return self.number
 
     def __getitem__(self, index):
+        if index == "captions":
+            return [[""]] * self.number
         buffer = io.BytesIO()
         Image.new("L", (1, 1), index % 256).save(buffer, format="ppm")
         return {"image": {"bytes": buffer.getvalue(), "path": None}, "captions": ["a"]}

@@ -4,12 +4,19 @@ import re
 
 import pytest
 from conftest import load_script
-from running import SCRIPTS, TRAIN_TEXT_TO_IMAGE, TRAIN_TEXT_TO_IMAGE_LORA
+from running import SCRIPTS, TRAIN_TEXT_TO_IMAGE, TRAIN_TEXT_TO_IMAGE_FLAX, TRAIN_TEXT_TO_IMAGE_LORA
 from tiny import changed_pipeline
 from training import parse
 
 from sdtune import training
-from sdtune.arguments import check_requirements, new_parser, parse_flags, positive_int
+from sdtune.arguments import (
+    check_old_flags,
+    check_requirements,
+    new_parser,
+    noise_offset_of,
+    parse_flags,
+    positive_int,
+)
 from sdtune.training import check_hardware
 
 MAX_LINES = 12  # of a message
@@ -148,6 +155,7 @@ MISTAKES = {  # one or more of every part that checks flags, and how its message
     "--mixed_precision=fp16": "--mixed_precision=fp16",
     "--report_to=nothing": "--report_to=nothing: installed are ",
     "--validation_steps=2": "--validation_steps=2: does nothing without --validation_prompt",
+    "--local_rank=7": "--local_rank=7: is not what a launcher set; drop this",
     "--output_dir={file}": "--output_dir={file}: {file} is a file",
     "--pretrained_model_name_or_path={file}": "{file}: no whole pipeline",
     "--num_hosts=2": "--num_hosts=2: does nothing without --coordinator_address",
@@ -165,6 +173,8 @@ def test_every_script_asks_every_part(scripts, path, tmp_path, monkeypatch):
     data = f"--instance_data_dir={tmp_path}" if "dreambooth" in path.stem else f"--train_data_dir={tmp_path}"
     flags = vars(script.make_parser().parse_args([]))
     taken = {word: start for word, start in MISTAKES.items() if word.split("=")[0].removeprefix("--") in flags}
+    if path == TRAIN_TEXT_TO_IMAGE_FLAX:  # which takes it, for what is frozen
+        del taken["--mixed_precision=fp16"]
     assert len(taken) >= 8
     words = [data, *[word.format(file=file) for word in taken]]
     lines = problems(script, words).split("\n")
@@ -178,15 +188,15 @@ RANGES = [  # flags of any script, their interval as help says it, values that a
     (
         """
         train_batch_size gradient_accumulation_steps logging_steps num_train_epochs max_train_steps checkpointing_steps
-        checkpoints_total_limit validation_steps max_train_samples lr_num_cycles resolution rank repeats
-        num_class_images sample_batch_size num_validation_images num_hosts
+        checkpoints_total_limit validation_steps validation_epochs max_train_samples lr_num_cycles resolution rank
+        repeats num_class_images sample_batch_size validation_num_inference_steps num_hosts tokenizer_max_length
         """,
         "[1, inf)",
         ["0", "-1", "1.5", "nan", "many"],
         [1, 8],
     ),
     (
-        "dataloader_num_workers lr_warmup_steps num_validation_samples host_index",
+        "dataloader_num_workers lr_warmup_steps num_validation_images num_validation_samples host_index",
         "[0, inf)",
         ["-1", "0.5", "nan", ""],
         [0, 3],
@@ -206,6 +216,8 @@ RANGES = [  # flags of any script, their interval as help says it, values that a
     ("max_grad_norm", "(0, inf]", ["0", "-1", "nan"], [1e-9, 5, float("inf")]),
     ("caption_dropout ema_decay", "[0, 1]", ["-0.1", "1.1", "nan"], [0, 0.5, 1]),
     ("adam_beta1 adam_beta2 lora_dropout", "[0, 1)", ["-0.1", "1", "nan"], [0, 0.999]),
+    ("validation_guidance_scale", "[1, inf)", ["0.9", "-1", "nan", "inf"], [1, 2, 7.5]),
+    ("local_rank", "[-1, inf)", ["-2", "0.5", "nan", "first"], [-1, 0, 3]),
     ("seed", "[0, 9e18]", ["-1", "10000000000000000000", "0.5", "one"], [0, 3, 9 * 10**18]),
 ]
 RANGE_CASES = [(flag, *case) for flags, *case in RANGES for flag in flags.split()]
@@ -220,7 +232,7 @@ def test_range(scripts, flag, interval, bad, good):
     for text in bad:
         args, wrong = parse_flags(parser, [f"--{flag}={text}"], {})
         (problem,) = wrong
-        assert re.fullmatch(rf"--{flag}: must be .*in {re.escape(interval)}, not {text!r}", problem)
+        assert re.fullmatch(rf"--{flag}(/--[\w-]+)?: must be .*in {re.escape(interval)}, not {text!r}", problem)
         assert getattr(args, flag) == default
     for value in good:
         args, wrong = parse_flags(parser, [f"--{flag}={value}"], {})
@@ -276,6 +288,14 @@ NEEDS = [
     ("--allow_changed_resume", "--resume_from_checkpoint=latest"),
     ("--validation_steps=2", "--validation_prompts=a"),
     ("--validation_steps=3", "--num_validation_samples=1"),
+    ("--validation_epochs=2", "--validation_prompt=a"),
+    ("--validation_epochs=3", "--num_validation_samples=1"),
+    ("--num_validation_images=2", "--validation_prompt=a"),
+    ("--num_validation_images=0", "--validation_prompts=a"),
+    ("--validation_guidance_scale=2", "--validation_prompts=a"),
+    ("--validation_num_inference_steps=5", "--validation_prompt=a"),
+    ("--validation_negative_prompt=b", "--validation_prompt=a"),
+    ("--validation_scheduler=DDPMScheduler", "--validation_prompt=a"),
     ("--lr_num_cycles=2", "--lr_scheduler=cosine_with_restarts"),
     ("--lr_power=2", "--lr_scheduler=polynomial"),
     ("--lr_step_rules=1:10,0.1", "--lr_scheduler=piecewise_constant"),
@@ -283,13 +303,45 @@ NEEDS = [
 ]
 
 
-@pytest.mark.parametrize("flag, needed", NEEDS, ids=[case[0].split("=")[0].strip("-") for case in NEEDS])
+@pytest.mark.parametrize("flag, needed", NEEDS, ids=[case[0].strip("-") for case in NEEDS])
 def test_flag_that_does_nothing_without_another(train_script, command, flag, needed):
     assert problems(train_script, command(flag, needed)) == ""
     message = problems(train_script, command(flag))
     assert flag.split("=")[0] in message
     assert needed.split("=")[0] in message or needed.split("=")[1] in message
     assert "add that or drop this" in message
+
+
+OLD_FLAGS = [  # words, what is said of them
+    (
+        ["--offset_noise", "--noise_offset=0.05"],
+        "--offset_noise=True: means --noise_offset=0.1, but --noise_offset=0.05",
+    ),
+    (["--local_rank=1"], "--local_rank=1: is not what a launcher set; drop this, and start with `accelerate launch`"),
+    (["--offset_noise"], None),
+    (["--offset_noise", "--noise_offset=0.1"], None),
+    (["--local_rank=-1"], None),
+    (["--local-rank=0"], None),
+    (["--no-offset_noise", "--noise_offset=0.05"], None),
+]
+
+
+@pytest.mark.parametrize("words, says", OLD_FLAGS)
+def test_flags_of_old_commands_say_what_others_say_or_are_refused(train_script, command, words, says):
+    found = problems(train_script, command(*words))
+    assert found.startswith(says) if says else found == ""
+    assert noise_offset_of(parse("--offset_noise")) == 0.1
+    assert noise_offset_of(parse("--noise_offset=0.05")) == 0.05
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_local_rank_is_what_the_launcher_set(monkeypatch, rank):
+    """torch.distributed.launch sets both."""
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    assert check_old_flags(parse(f"--local-rank={rank}")) == []
+    assert check_old_flags(parse()) == []
+    (problem,) = check_old_flags(parse(f"--local_rank={rank + 1}"))
+    assert problem.startswith(f"--local_rank={rank + 1}: is not what a launcher set")
 
 
 def test_dataset_config_needs_a_dataset(train_script, command):
@@ -489,6 +541,26 @@ def test_command_line_wins_over_config(parse_config, section):
     assert args.validation_prompts == ["c"]
 
 
+@pytest.mark.parametrize("key", ["validation_prompts: [a, b]", "seed: 1"])
+def test_a_stray_word_joins_no_list_of_the_config(refused, tmp_path, key):
+    """It is refused as ever."""
+    (tmp_path / "recipe.yaml").write_text(key)
+    assert "unrecognized arguments: stray" in refused(["stray", f"--config={tmp_path / 'recipe.yaml'}"])
+
+
+def test_config_sets_the_flags_of_old_commands(parse_config):
+    args = parse_config(
+        "validation_prompt: a dog\nnum_validation_images: 0\nvalidation_epochs: 2\nset_grads_to_none: true\n"
+        "offset_noise: true\nlocal_rank: 0\ntokenizer_name: some/tokenizer\nvalidation_guidance_scale: 2\n"
+        "validation_num_inference_steps: 9\nvalidation_negative_prompt: a cat\nvalidation_scheduler: DDPMScheduler\n"
+    )
+    assert (args.validation_prompt, args.num_validation_images, args.validation_epochs) == ("a dog", 0, 2)
+    assert (args.set_grads_to_none, args.offset_noise, args.local_rank) == (True, True, 0)
+    assert (args.tokenizer_name, args.validation_negative_prompt) == ("some/tokenizer", "a cat")
+    assert (args.validation_guidance_scale, args.validation_num_inference_steps) == (2.0, 9)
+    assert args.validation_scheduler == "DDPMScheduler"
+
+
 def test_command_line_wins_wherever_config_stands(tmp_path):
     (tmp_path / "recipe.yaml").write_text("seed: 1")
     assert parse("--seed=2", f"--config={tmp_path / 'recipe.yaml'}").seed == 2
@@ -547,7 +619,7 @@ def test_config_of_bytes(refused, tmp_path):
 def test_replaced_flags_name_their_replacement(scripts, path, capsys):
     script = scripts[path]
     replaced_flags = script.SUBJECT_REPLACED_FLAGS if "dreambooth" in path.stem else script.REPLACED_FLAGS
-    assert len(replaced_flags) >= 4
+    assert bool(replaced_flags) == (path != TRAIN_TEXT_TO_IMAGE_LORA)
     for flag, replacement in replaced_flags.items():
         for words in ([f"{flag}=1"], [flag, "1"]):
             with pytest.raises(SystemExit) as caught:

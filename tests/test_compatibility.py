@@ -259,12 +259,12 @@ def default(script, flag):
         return value
     entry = re.search(rf"^  --{flag} .*(?:\n {{4,}}.*)*", script.make_parser().format_help(), re.M).group()
     said = re.search(
-        r"([\d.]+|\bno) if not given|, or ([\d.]+);|default: (\w+), if installed", " ".join(entry.split())
+        r"([\d.]+|\bno|\w+Scheduler) if not given|, or ([\d.]+);|default: (\w+), if installed", " ".join(entry.split())
     )
     if not said:
         return None
     word = said.group(1) or said.group(2) or said.group(3)
-    return word if word in ("no", "tensorboard") else float(word)
+    return word if word.isalpha() else float(word)
 
 
 def as_table_says(value):
@@ -279,7 +279,11 @@ def test_the_table_has_every_flag_and_no_other(table, name):
     assert len(UPSTREAM[name]) == NUM_FLAGS[name]
     assert table.keys() == UPSTREAM[name].keys()
     kinds = {text.split()[0].rstrip(";,:") for text in table.values()}
-    expected = {"same", "refused"} if name == "text_to_image_flax" else {"same", "refused", "default"}
+    expected = {"same", "refused", "default"}
+    if name == "text_to_image_flax":
+        expected = {"same"}
+    if name == "text_to_image_lora":  # nothing in it asks for what cannot be had here
+        expected = {"same", "default"}
     assert kinds == expected
 
 
@@ -331,6 +335,7 @@ def test_every_replaced_flag_is_one_of_upstream(scripts, tables):
     replaced = {name: replaced_flags(script) for name, script in scripts.items()}
     for name in ("text_to_image", "text_to_image_lora"):
         assert refused[name] == replaced[name].keys()
+    assert not refused["text_to_image_lora"]
     of_flax = replaced["text_to_image_flax"].keys()
     assert refused["text_to_image_flax"] < of_flax
     assert of_flax - refused["text_to_image_flax"] < {f"--{flag}" for flag in TEXT_TO_IMAGE}
@@ -348,16 +353,12 @@ OLD = """
 """
 
 
-def test_a_whole_old_command_line_passes_where_there_is_a_gpu_but_for_what_is_replaced(
-    train_script, tiny_pipeline, image_folder, tmp_path, monkeypatch, capsys
+def test_a_whole_old_command_line_passes_where_there_is_a_gpu(
+    train_script, tiny_pipeline, image_folder, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(train_script.torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(train_script, "is_xformers_available", lambda: True)
     argv = OLD.format(images=image_folder(), output=tmp_path / "out", model=tiny_pipeline).split()
-    with pytest.raises(SystemExit):
-        parse(train_script, argv)
-    assert "--validation_epochs is not taken: use --validation_steps" in capsys.readouterr().err
-    argv[argv.index("--validation_epochs=5")] = "--validation_steps=500"
     assert train_script.check_args(parse(train_script, argv)) == []
 
 
@@ -372,23 +373,20 @@ OLD_DREAMBOOTH = """
 
 
 @pytest.mark.parametrize(
-    "name, more, says",
+    "name, more",
     [
-        ("dreambooth", "--set_grads_to_none", "drop it"),
-        ("dreambooth_lora", "--validation_epochs=50", "use --validation_steps"),
+        ("dreambooth", ["--set_grads_to_none", "--offset_noise", "--validation_scheduler=DDPMScheduler"]),
+        ("dreambooth_lora", ["--validation_epochs=50", "--num_validation_images=2", "--local_rank=-1"]),
     ],
 )
 def test_an_old_command_line_for_dreambooth_passes(
-    script, name, tiny_pipeline, image_folder, tmp_path, monkeypatch, capsys, more, says
+    script, name, tiny_pipeline, image_folder, tmp_path, monkeypatch, more
 ):
     monkeypatch.setattr(script.torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(script, "is_xformers_available", lambda: True)
     places = {"images": image_folder(), "output": tmp_path / "out", "classes": tmp_path / "classes"}
     argv = OLD_DREAMBOOTH.format(model=tiny_pipeline, **places).split()
-    argv += ["--instance_prompt=a photo of sks dog", "--class_prompt=a photo of dog"]
-    with pytest.raises(SystemExit):
-        parse(script, [*argv, more])
-    assert f"{more.split('=')[0]} is not taken: {says}" in capsys.readouterr().err
+    argv += ["--instance_prompt=a photo of sks dog", "--class_prompt=a photo of dog", *more]
     assert script.check_args(parse(script, argv)) == []
 
 
@@ -403,7 +401,7 @@ REFUSED = [  # what the tables' remarks promise: script, flag, value, what the m
     ("text_to_image", "enable_xformers_memory_efficient_attention", None, "drop"),
     ("dreambooth", "num_validation_images", "2", "--validation_prompt"),
     ("dreambooth_lora", "num_validation_images", "2", "--validation_prompt"),
-    ("dreambooth", "validation_steps", "50", "--validation_prompt or --num_validation_samples"),
+    ("dreambooth", "validation_steps", "50", "--validation_prompts or --num_validation_samples"),
     ("dreambooth", "lr_num_cycles", "2", "cosine_with_restarts"),
     ("dreambooth", "lr_power", "2", "polynomial"),
 ]

@@ -1,10 +1,12 @@
 """What runs in JAX computes what PyTorch computes, and keeps the promises of the torch scripts."""
 
+import functools
 import json
 import os
 import shutil
 import signal
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiling takes most of the time of these tests
@@ -15,21 +17,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import load_script
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from flax import serialization, traverse_util
 from image_data import write_image_folder
+from jax.sharding import Mesh
+from PIL import Image
 from running import REPO, run_script, start_script
 from running import TRAIN_TEXT_TO_IMAGE_FLAX as FLAX
 from safetensors.numpy import load_file
+from stubs import grey_samples
 from tiny import make_pipeline, make_text_encoder, make_tokenizer, make_vae
-from training import losses, read_log, text_encoder, train, unet, words
+from training import draws, losses, parse, read_log, text_encoder, train, unet, words
 from transformers import CLIPTextModel
 
+from sdtune.checkpoints import Run
+from sdtune.flax.encoding import encode_once
 from sdtune.flax.networks import apply_text_encoder, apply_unet, apply_vae_encoder, check_networks
-from sdtune.flax.weights import read_flax, write_flax
+from sdtune.flax.validation import make_measure, validate
+from sdtune.flax.weights import arrays_of, read_flax, write_flax
 
 MINIATURE = REPO / "miniature" / "pipeline"
+VAE_FILE = "vae/diffusion_pytorch_model.safetensors"
 
 # A large epsilon keeps AdamW from blowing up the rounding of gradients near zero. What is compiled has such numbers in
 # it: runs that have the same ones share it.
@@ -210,11 +220,11 @@ def change_config(folder, part, changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def model_args(folder):
+def model_args(folder, **flags):
     """The flags that name a base, for tests of parts."""
-    return SimpleNamespace(
-        pretrained_model_name_or_path=str(folder), single_file_config=None, revision=None, cache_dir=None
-    )
+    unset = ("single_file_config", "revision", "variant", "cache_dir", "tokenizer_name", "tokenizer_max_length")
+    defaults = {**dict.fromkeys(unset), "from_flax": False, "from_pt": False}
+    return SimpleNamespace(**{"pretrained_model_name_or_path": str(folder), **defaults, **flags})
 
 
 @pytest.mark.parametrize(
@@ -327,8 +337,7 @@ def test_a_short_run_is_that_of_the_torch_script(train_script, fit, tiny_pipelin
 
 def test_what_is_frozen_is_the_base_to_the_bit(fit_once, base):
     folder = fit_once(max_train_steps=1, save_flax=True)
-    file = "vae/diffusion_pytorch_model.safetensors"
-    assert_equal(load_file(folder / file), load_file(base / file))
+    assert_equal(load_file(folder / VAE_FILE), load_file(base / VAE_FILE))
     assert_equal(text_encoder(folder), text_encoder(base))
     start, after = unet(base), unet(folder)
     assert not [name for name in start if torch.equal(start[name], after[name])]
@@ -372,10 +381,42 @@ def test_accumulation_equals_a_larger_batch(fit, fit_once):
     assert max(np.abs(here[name] - there[name]).max() for name in there) < 1e-6
 
 
-def test_fp16_and_flags_of_the_torch_script_are_refused(script, fit, capsys):
-    fit(mixed_precision="fp16", status=2)
-    assert "--mixed_precision=fp16: gradients would vanish; use bf16 or no" in capsys.readouterr().err
-    for flag in ("use_8bit_adam", "from_pt", "offload_ema", "allow_tf32"):
+def test_fp16_is_the_precision_of_what_is_frozen(script, fit, fit_once, base, monkeypatch):
+    """As it was in diffusers' script: the UNet's gradients would vanish in it."""
+    one_step = {"max_train_steps": 1, "save_flax": True}  # whose program other tests have made
+    plain, dtypes = fit_once(**one_step), {}
+    frozen, apply_unet_there = script.frozen, script.apply_unet
+
+    def frozen_and_note(function, model, dtype):
+        dtypes[type(model).__name__] = dtype
+        return frozen(function, model, dtype)
+
+    def apply_unet_and_note(weights, *args, **settings):
+        dtypes["UNet"] = {array.dtype for array in weights.values()}
+        return apply_unet_there(weights, *args, **settings)
+
+    monkeypatch.setattr(script, "frozen", frozen_and_note)
+    monkeypatch.setattr(script, "apply_unet", apply_unet_and_note)
+    half = fit(mixed_precision="fp16", checkpointing_steps=1, **one_step)
+    float32 = jnp.dtype(jnp.float32)
+    assert dtypes == {"AutoencoderKL": jnp.float16, "CLIPTextModel": jnp.float16, "UNet": {float32}}
+    assert losses(half) != losses(plain)
+    assert losses(half) == pytest.approx(losses(plain), rel=3e-3)
+    state = load_file(half / "checkpoint-1" / "state.safetensors")
+    assert {array.dtype for name, array in state.items() if not name.endswith("count")} == {np.dtype(np.float32)}
+    assert_equal(load_file(half / VAE_FILE), load_file(base / VAE_FILE))  # the copy that is saved is not rounded
+
+
+def test_the_plan_says_what_fp16_is_for(fit, capsys):
+    fit(mixed_precision="fp16", dry_run=True)
+    said = capsys.readouterr().out
+    assert "passes in precision 'no'; frozen: VAE, text encoder, in float16" in said
+    fit(mixed_precision="bf16", dry_run=True)
+    assert "passes in precision 'bf16'; frozen: VAE, text encoder\n" in capsys.readouterr().out
+
+
+def test_flags_of_the_torch_script_are_refused(script, capsys):
+    for flag in ("use_8bit_adam", "offload_ema", "allow_tf32"):
         with pytest.raises(SystemExit):
             script.main([f"--{flag}"])
         assert f"--{flag} is not taken: {script.REPLACED_FLAGS[f'--{flag}']}" in capsys.readouterr().err
@@ -621,11 +662,10 @@ def test_flax_weights_are_read_in_float32(tiny_pipeline, tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
-def test_flax_weights_load_train_and_come_out_as_torch(fit, fit_once, base, tmp_path, monkeypatch, capsys, dtype):
+def test_flax_weights_load_train_and_come_out_as_torch(fit, fit_once, base, tmp_path, monkeypatch, dtype):
+    """Without a flag, where there are no others."""
     flax_base = write_flax_pipeline(base, tmp_path / "base", monkeypatch, dtype)
-    fit(base=flax_base, status=2)
-    assert "add --from_flax" in capsys.readouterr().err
-    folder = fit(base=flax_base, from_flax=True, max_train_steps=1)
+    folder = fit(base=flax_base, max_train_steps=1)
     result, source = (StableDiffusionPipeline.from_pretrained(place) for place in (folder, base))
     for part in ("vae", "text_encoder"):
         expected = getattr(source, part).state_dict()
@@ -640,13 +680,96 @@ def test_flax_weights_load_train_and_come_out_as_torch(fit, fit_once, base, tmp_
         assert_equal(unet(folder), unet(from_torch))
 
 
+@pytest.fixture
+def both(base, tmp_path, monkeypatch):
+    """A base with PyTorch's weights, and Flax's, which are another UNet's, beside them."""
+    folder = tmp_path / "both"
+    write_flax_pipeline(base, folder, monkeypatch)
+    for file in base.glob("*/*.safetensors"):
+        shutil.copy(file, folder / file.relative_to(base))
+    path = folder / "unet" / "diffusion_flax_model.msgpack"
+    tree = serialization.msgpack_restore(path.read_bytes())
+    tree["conv_out"]["bias"] = tree["conv_out"]["bias"] + np.float32(1)
+    path.write_bytes(serialization.to_bytes(tree))
+    return folder
+
+
+def test_where_both_lie_a_flag_chooses(script, both, capsys):
+    args = {name: vars(model_args(both, **{name: True})) for name in ("from_pt", "from_flax", "neither")}
+    kinds = {name: script.reads_flax(SimpleNamespace(**flags)) for name, flags in args.items()}
+    assert kinds == {"from_pt": False, "from_flax": True, "neither": False}
+    assert [script.check_flax(SimpleNamespace(**flags)) for flags in args.values()] == [[], [], []]
+    biases = {}
+    for name, flags in args.items():
+        namespace = SimpleNamespace(**flags, prediction_type=None, rescale_betas_zero_snr=False)
+        pipeline, _ = script.load_models(namespace)
+        biases[name] = pipeline.unet.conv_out.bias.detach()
+    assert torch.equal(biases["from_pt"], biases["neither"])
+    assert torch.equal(biases["from_flax"], biases["from_pt"] + 1)
+
+
+CONTRADICTIONS = [  # kinds of weights, flags, what is said
+    ("flax", {"from_pt": True}, "--from_pt=True: the model has Flax weights alone; drop this"),
+    ("torch", {"from_flax": True}, "--from_flax=True: the model has no unet/diffusion_flax_model.msgpack; drop this"),
+    ("both", {"from_flax": True, "from_pt": True}, "--from_pt=True: contradicts --from_flax; drop one"),
+    ("flax", {"variant": "fp16"}, "--variant=fp16: does nothing without a PyTorch pipeline folder or Hub id; drop"),
+    ("both", {"variant": "fp16", "from_flax": True}, "--variant=fp16: does nothing without a PyTorch pipeline"),
+    ("torch", {"from_pt": True}, None),
+    ("both", {"variant": "fp16"}, None),
+]
+
+
+def write_names(folder, kinds):
+    """A folder with the files that tell which weights there are, and nothing in them."""
+    names = {"flax": ["diffusion_flax_model.msgpack"], "torch": ["diffusion_pytorch_model.fp16.bin"]}
+    (folder / "unet").mkdir(parents=True)
+    for name in names["flax"] + names["torch"] if kinds == "both" else names[kinds]:
+        (folder / "unet" / name).write_text("")
+    return folder
+
+
+@pytest.mark.parametrize("kinds, flags, says", CONTRADICTIONS)
+@pytest.mark.parametrize("place", ["folder", "cache", "hub"])
+def test_weights_are_told_by_their_files(script, tmp_path, monkeypatch, kinds, flags, says, place):
+    """In a folder; in a repository that is in the cache, without a connection; in one on the Hub."""
+    name, cache_dir = "user/base", tmp_path / "cache"
+    if place == "cache":
+        refs = cache_dir / "models--user--base" / "refs"
+        refs.mkdir(parents=True)
+        (refs / "main").write_text("0" * 40)
+        write_names(refs.parent / "snapshots" / ("0" * 40), kinds)
+    else:
+        folder = write_names(tmp_path / "base", kinds)
+        name = str(folder) if place == "folder" else name
+    if place == "hub":
+        files = [path.relative_to(folder).as_posix() for path in folder.rglob("*.*")]
+        monkeypatch.setattr(script.HfApi, "list_repo_files", lambda self, name, revision: files)
+    found = script.check_flax(model_args(name, cache_dir=cache_dir, **flags))
+    assert [problem.startswith(says) for problem in found] == [True] if says else found == []
+
+
+def test_a_repository_of_flax_weights_loads_from_the_cache(script, base, images, tmp_path, monkeypatch):
+    """Without a flag, and without a connection."""
+    refs = tmp_path / "cache" / "models--user--base" / "refs"
+    refs.mkdir(parents=True)
+    (refs / "main").write_text("0" * 40)
+    write_flax_pipeline(base, refs.parent / "snapshots" / ("0" * 40), monkeypatch)
+    line = words("user/base", images, tmp_path / "out", cache_dir=tmp_path / "cache")
+    args, problems = script.parse_flags(script.make_parser(), line, {})
+    assert problems + script.check_args(args) == []
+    pipeline, _ = script.load_models(args)
+    source = StableDiffusionPipeline.from_pretrained(base)
+    for part in FILES:
+        assert_equal(getattr(pipeline, part).state_dict(), getattr(source, part).state_dict())
+
+
 def test_a_weight_too_many_or_too_few_in_flax_is_refused(fit, base, tmp_path, monkeypatch, capsys):
     flax_base = write_flax_pipeline(base, tmp_path / "base", monkeypatch)
     path = flax_base / "unet" / "diffusion_flax_model.msgpack"
     tree = serialization.msgpack_restore(path.read_bytes())
     tree["conv_more"] = tree.pop("conv_in")
     path.write_bytes(serialization.to_bytes(tree))
-    fit(base=flax_base, from_flax=True, status=2)
+    fit(base=flax_base, status=2)
     assert "conv_more" in capsys.readouterr().err
 
 
@@ -703,13 +826,98 @@ def test_plan_without_training(script, fit, base, monkeypatch, capsys):
 
 
 def test_samples_and_card(fit):
-    folder = fit(max_train_steps=2, validation_prompts=["a red circle", "a blue square"], validation_steps=2)
-    assert sorted(path.name for path in (folder / "samples").iterdir()) == ["step-000000.png", "step-000002.png"]
-    before, after = [(folder / "samples" / name).read_bytes() for name in ("step-000000.png", "step-000002.png")]
-    assert before != after
+    """As the flags say, and as a user's own code draws them from the result."""
+    settings = {"validation_prompts": ["a red circle", "a blue square"], "validation_prompt": "a green star"}
+    settings |= {"num_validation_images": 1, "validation_num_inference_steps": 3, "validation_guidance_scale": 2}
+    settings |= {"validation_scheduler": "DDPMScheduler", "validation_negative_prompt": "a body"}
+    folder = fit(max_train_steps=2, seed=7, validation_epochs=1, **settings)
+    names = ["step-000000.png", "step-000002.png"]
+    assert sorted(path.name for path in (folder / "samples").iterdir()) == names
+    before, after = [np.array(Image.open(folder / "samples" / name), int) for name in names]
+    assert before.shape == after.shape == (32, 3 * 32, 3)
+    assert not np.array_equal(before, after)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    # The default is to clip, which is for pixels; a pipeline that is made with such a scheduler turns it off.
+    pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    for number, prompt in enumerate(["a red circle", "a blue square", "a green star"]):
+        alone = pipeline(
+            prompt,
+            height=32,
+            width=32,
+            num_inference_steps=3,
+            guidance_scale=2.0,
+            negative_prompt="a body",
+            generator=torch.Generator().manual_seed(7 + number),
+        ).images[0]
+        assert np.abs(np.array(alone, int) - after[:, 32 * number : 32 * (number + 1)]).max() <= 1
     card = (folder / "README.md").read_text()
     assert "![samples](samples/step-000002.png)" in card
+    assert "a red circle; a blue square; a green star" in card
     assert "Fine-tuned for 2 steps" in card
+
+
+def make_look(base, output_dir, encoded):
+    """A look at a run at its third step, as a function of `stop_asked`, of five images and two prompts; counts the
+    images that it encodes in the list `encoded`."""
+    pipeline = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+
+    def vae(pixels):
+        encoded.append(len(pixels))
+        return np.zeros((len(pixels), 8, 1, 1), np.float32)
+
+    def losses_of(weights, batch):
+        return jnp.square(batch["noise"]).mean((1, 2, 3))
+
+    with ThreadPoolExecutor(1) as pool:
+        images = grey_samples(5, latent_shape=(4, 1, 1))
+        held_out = encode_once(images, vae, lambda tokens: np.zeros((len(tokens), 1, 1), np.float32), 2, pool)
+    measure = make_measure(losses_of, mesh, held_out, 2)
+    output_dir.mkdir()
+    progress = {"global_step": 3, "base_losses": None, "losses": []}
+    run = Run(output_dir, {}, progress, {"unet": arrays_of(pipeline.unet)}, None)
+    args = parse("--resolution=32", "--train_batch_size=1", "--validation_num_inference_steps=2")
+    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    prompts = ["a red circle", "a blue square"]
+    return functools.partial(validate, args, Accelerator(cpu=True), run, pipeline, scheduler, measure, prompts)
+
+
+@pytest.mark.parametrize("after", [0, 4, 10, 12, 15])
+def test_a_look_that_is_given_up_leaves_nothing(base, tmp_path, after):
+    """Ten batches of losses; two of samples, of two steps each; and what is asked at the end."""
+    encoded, asked = [], []
+    look = make_look(base, tmp_path / "out", encoded)
+
+    def stop_asked():
+        asked.append(None)
+        return len(asked) > after
+
+    assert look(stop_asked) is None
+    assert list((tmp_path / "out").iterdir()) == []
+    assert len(asked) <= after + 3
+    asked.clear()
+    loss = look(lambda: bool(asked.append(None)))
+    assert len(asked) == 10 + 2 * (1 + 2) + 1
+    assert (tmp_path / "out" / "samples" / "step-000003.png").exists()
+    (row,) = read_log(tmp_path / "out")
+    noise = [[draws(0, part, index, (4, 1, 1)).noise for part in range(4)] for index in range(5)]
+    assert row["held_out_loss"] == loss == pytest.approx(np.square(noise).mean(), rel=1e-5)
+    assert sum(encoded) == 6  # five images once, in batches of two
+
+
+def test_all_hosts_give_up_if_one_is_stopped(base, tmp_path, monkeypatch):
+    """Here the other one, of which this one only hears."""
+    look = make_look(base, tmp_path / "out", [])
+    heard = []
+
+    def allgather(mine):
+        heard.append(bool(mine))
+        return np.array([mine, len(heard) == 7])
+
+    monkeypatch.setattr("sdtune.flax.validation.multihost_utils.process_allgather", allgather)
+    assert look(lambda: False) is None
+    assert heard == [False] * 7 + [True]  # it stops measuring, and says at the end that it did
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_losses_fall_where_there_is_little_to_learn(fit, tmp_path):

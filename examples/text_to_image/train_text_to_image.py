@@ -98,7 +98,7 @@ from huggingface_hub.utils import validate_repo_id
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch.cuda import is_bf16_supported
 from tqdm.auto import tqdm
-from transformers import CLIPTextConfig, CLIPTokenizer
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTokenizer
 
 
 class InputError(ValueError):
@@ -115,6 +115,8 @@ HELD_OUT = 4  # the images that are not trained on
 SWITCH = {"action": argparse.BooleanOptionalAction, "default": False}  # so that a config file can turn it off too
 SWITCH_ON = {**SWITCH, "default": True}
 
+OFFSET_NOISE = 0.1  # what --offset_noise means in diffusers' scripts
+
 # By group, the settings that a resume may change. They leave the result as it is, or what they lead to is compared in
 # their place: a digest of the images, the samples of a step, the steps of the schedule. Any other has to be as it was.
 MODEL_FREE_ON_RESUME = {"cache_dir"}
@@ -129,7 +131,7 @@ OPTIMIZATION_FREE_ON_RESUME = set(
     gradient_accumulation_steps gradient_checkpointing max_nan_steps max_train_steps num_train_epochs train_batch_size
     """.split()
 )
-MEMORY_FREE_ON_RESUME = {"dataloader_num_workers", "foreach_ema", "offload_ema"}
+MEMORY_FREE_ON_RESUME = {"dataloader_num_workers", "foreach_ema", "offload_ema", "set_grads_to_none"}
 OUTPUT_FREE_ON_RESUME = set(
     """
     allow_changed_resume checkpointing_steps checkpoints_total_limit hub_model_id hub_private_repo hub_token keep_best
@@ -137,9 +139,14 @@ OUTPUT_FREE_ON_RESUME = set(
     save_precision tracker_project_name
     """.split()
 )
-HELD_OUT_FREE_ON_RESUME = {"num_validation_samples", "validation_steps"}
-VALIDATION_FREE_ON_RESUME = {*HELD_OUT_FREE_ON_RESUME, "validation_prompts"}
-RUN_FREE_ON_RESUME = {"config", "dry_run"}
+VALIDATION_FREE_ON_RESUME = set(
+    """
+    num_validation_images num_validation_samples validation_epochs validation_guidance_scale
+    validation_negative_prompt validation_num_inference_steps validation_prompt validation_prompts
+    validation_scheduler validation_steps
+    """.split()
+)
+RUN_FREE_ON_RESUME = {"config", "dry_run", "local_rank"}
 
 # Flags that do nothing without another one.
 DATASET_REQUIRES = {"dataset_config_name": "dataset_name"}
@@ -301,9 +308,25 @@ class Run:
 LOCK_FILE = ".lock"
 NEW_RESULT = ".result.partial"  # a folder beside which the old result stays until the new one is whole
 
-NOT_ON_CARD = re.compile(r"_dir$|_path$|_token|_address$|host|config|resume")  # places, secrets and how it was started
+# Places, secrets and how it was started.
+NOT_ON_CARD = re.compile(r"_dir$|_path$|_token|_address$|host|local_rank|config|resume")
 
 HELD_OUT_TIMESTEPS = 4  # at which the loss of each held-out image is measured
+
+
+class LookGivenUp(Exception):
+    """A look at the run was given up by all processes, since one was asked to stop."""
+
+
+@dataclasses.dataclass
+class HeldOut:
+    """The images that are held out, and what a process keeps of its share of them, by index and in the CPU's memory:
+    nothing of it changes from look to look."""
+
+    images: CaptionedImages  # all of them, without their content: what a sample draws
+    posteriors: dict  # mean and standard deviation of the VAE's, (4, height / 8, width / 8) each in float32
+    input_ids: dict  # (tokens,)
+    prompt_embeds: dict | None  # (tokens, channels); None where the text encoder is trained
 
 
 @dataclasses.dataclass
@@ -334,9 +357,6 @@ OWN_TO_A_MACHINE = set(
 )
 
 REPLACED_FLAGS = {
-    "--local_rank": "start with `accelerate launch` or torchrun, which set the rank",
-    "--validation_epochs": "use --validation_steps",
-    "--non_ema_revision": "use --revision; the UNet and its average start from the same weights",
     "--dream_training": "use --snr_gamma=5 to weigh timesteps",
     "--dream_detail_preservation": "use --snr_gamma=5 to weigh timesteps",
 }
@@ -359,6 +379,8 @@ def make_parser():
     usage = "%(prog)s --pretrained_model_name_or_path MODEL (--train_data_dir FOLDER | --dataset_name NAME) [flags]"
     parser = new_parser(__doc__, usage)
     add_model_arguments(parser)
+    add = parser.add_argument_group("trained model").add_argument
+    add("--non_ema_revision", help="branch, tag or commit of the UNet to train, where that is not --revision")
     add_data_arguments(parser)
     add_objective_arguments(parser)
     add_optimization_arguments(parser)
@@ -373,17 +395,16 @@ def make_parser():
 def check_args(args, problems=()):
     """Lists what is wrong with the flags, each with its value, what is accepted and the remedy. `problems` are those
     that were found before."""
-    problems = check_requirements(args, REQUIRES)
+    problems = check_requirements(args, REQUIRES) + check_old_flags(args)
     problems += check_data(args, "train_data_dir")
     problems += check_optimization(args) + check_8bit_adam(args)
-    problems += (
-        check_hardware(args)
-        + check_environment(args)
-        + check_trackers(args)
-        + check_validation(args, "validation_prompts")
-    )
+    problems += check_hardware(args) + check_environment(args) + check_trackers(args) + check_validation(args)
     problems += check_output(args, foreign_result="pytorch_lora_weights.safetensors")
     problems += check_model(args)
+    if args.non_ema_revision and Path(args.pretrained_model_name_or_path or "").exists():
+        problems.append(
+            f"--non_ema_revision={args.non_ema_revision}: does nothing without a model on the Hub; drop this"
+        )
     return problems
 
 
@@ -391,6 +412,8 @@ def load_models(args, accelerator):
     """Returns the base's pipeline in float32, whose UNet is to be trained, frozen copies of VAE and text encoder in
     the precision of passes, and the noise scheduler. Raises `InputError`."""
     pipeline = load_base(args)
+    if args.non_ema_revision:
+        pipeline.register_modules(unet=load_unet(args, args.non_ema_revision))
     weight_dtype = DTYPES[accelerator.mixed_precision]
     enable_memory_savers(args, pipeline.unet, accelerator.device, weight_dtype)
     vae = frozen_copy(pipeline.vae, accelerator.device, weight_dtype)
@@ -432,7 +455,9 @@ def train(args, launcher):
 
     start_output(args, accelerator, run)
     parts = {**pipeline.components, "vae": vae, "text_encoder": text_encoder, "scheduler": noise_scheduler}
-    look = functools.partial(validate, args, accelerator, run, parts, held_out, args.validation_prompts)
+    held_out = encode_held_out(accelerator, parts["vae"], parts["text_encoder"], held_out, args.train_batch_size)
+    prompts = prompts_of(args)
+    look = functools.partial(validate, args, accelerator, run, parts, held_out, prompts)
     loader = make_loader(args, accelerator, images, batches_of(args, accelerator, run))
     models_to_sync = [unet]
     stop = Stop(launcher)
@@ -451,9 +476,7 @@ def save_model(args, pipeline, noise_scheduler, step):
     with new_result(args.output_dir) as folder:
         files = save_pipeline(args, folder, pipeline, noise_scheduler)
         loader = "`StableDiffusionPipeline.from_pretrained(...)`"
-        write_card(
-            args, folder, step, args.validation_prompts, loader, ["stable-diffusion", "stable-diffusion-diffusers"]
-        )
+        write_card(args, folder, step, prompts_of(args), loader, ["stable-diffusion", "stable-diffusion-diffusers"])
     return files
 
 
@@ -466,10 +489,21 @@ def main(argv=None):
 @torch.no_grad()
 def encode(vae, batch):
     """Encodes images to latents (batch, 4, height / 8, width / 8) in float32, drawn from the VAE's posterior."""
-    pixel_values = batch["pixel_values"] / 127.5 - 1  # [-1, 1], to be rounded once, by the VAE's precision
+    mean, std = encode_posterior(vae, batch["pixel_values"])
+    return draw_latents(vae, mean, std, batch["posterior_noise"])
+
+
+def encode_posterior(vae, pixel_values):
+    """The mean and standard deviation of the VAE's posterior, (batch, 4, height / 8, width / 8) each in float32, for
+    images of 8 bits (batch, 3, height, width)."""
+    pixel_values = pixel_values / 127.5 - 1  # [-1, 1], to be rounded once, by the VAE's precision
     posterior = vae.encode(pixel_values.to(vae.dtype)).latent_dist
-    latents = posterior.mean.float() + posterior.std.float() * batch["posterior_noise"]
-    return latents * vae.config.scaling_factor
+    return posterior.mean.float(), posterior.std.float()
+
+
+def draw_latents(vae, mean, std, posterior_noise):
+    """Latents that a posterior gives for its noise, scaled as the UNet takes them."""
+    return (mean + std * posterior_noise) * vae.config.scaling_factor
 
 
 def diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, batch, snr_gamma=None):
@@ -681,7 +715,7 @@ def train_steps(args, accelerator, run, stop, loader, models, training_loss, loo
     """
     device, counts, parameters = accelerator.device, run.counts, run.weights.parameters
     optimizer, lr_scheduler = run.state["optimizer"], run.state["lr_scheduler"]
-    first_step, validation_steps = run.progress["global_step"], args.validation_steps or 500
+    first_step, validation_steps = run.progress["global_step"], steps_between_looks(args, counts)
     asked_to_stop = functools.partial(is_asked, stop)
     # A run that was stopped had not yet looked at the step that it goes on from.
     if first_step % validation_steps == 0 or first_step == counts.last_step:
@@ -877,7 +911,7 @@ def load_data(args, folder, default_caption=None, repeats=1):
         random_flip=args.random_flip,
         image_interpolation_mode=args.image_interpolation_mode,
         caption_dropout=args.caption_dropout,
-        noise_offset=args.noise_offset,
+        noise_offset=noise_offset_of(args),
         input_perturbation=args.input_perturbation,
     )
     fingerprint = fingerprint_of(args.num_validation_samples, digests)
@@ -896,6 +930,16 @@ def seen_alike(images, rows):
         noise_offset=0,
         input_perturbation=0,
     )
+
+
+def without_content(images):
+    """The images with a mark in the place of each, so that none is opened again; what a sample draws stays as it is.
+    The mark is 2 x 2 pixels, black and white: the white is on the left where it is mirrored."""
+    file = io.BytesIO()
+    Image.fromarray(np.array([[0, 255], [0, 255]], np.uint8)).save(file, "PNG")
+    mark = {"bytes": file.getvalue()}
+    rows = [{"image": mark, "captions": found} for found in images.rows["captions"]]
+    return dataclasses.replace(images, rows=rows, resolution=2)
 
 
 def load_rows(args, tokenizer, folder, default_caption, max_samples=None):
@@ -1610,6 +1654,16 @@ def fraction_below_one(text):
     return checked(text, float, lambda number: 0 <= number < 1, "in [0, 1)")
 
 
+def guidance_number(text):
+    """A scale of classifier-free guidance in [1, inf)."""
+    return checked(text, float, lambda number: 1 <= number < math.inf, "in [1, inf)")
+
+
+def launched_rank(text):
+    """A whole number in [-1, inf)."""
+    return checked(text, int, lambda number: number >= -1, "a whole number in [-1, inf)")
+
+
 def random_seed(text):
     """A whole number in [0, 9e18], which every generator takes."""
     return checked(text, int, lambda number: 0 <= number <= 9e18, "a whole number in [0, 9e18]")
@@ -1633,6 +1687,12 @@ def add_model_arguments(parser):
     add("--revision", help="branch, tag or commit of the model on the Hub")
     add("--variant", help="variant of the weight files, such as fp16")
     add("--single_file_config", help="pipeline folder or Hub id with the configs for a single-file model")
+    add("--tokenizer_name", help="folder or Hub id of a tokenizer to use, and save, instead of the model's")
+    add(
+        "--tokenizer_max_length",
+        type=positive_int,
+        help="tokens of a caption; default: what the text encoder takes, which is the most [1, inf)",
+    )
     add("--cache_dir", help="where downloads and remembered checks go, instead of the Hugging Face cache")
 
 
@@ -1680,6 +1740,7 @@ def add_objective_arguments(parser):
         default=0.0,
         help="scale of noise that shifts channels; 0.05 is common [0, inf)",
     )
+    add("--offset_noise", **SWITCH, help="the same as --noise_offset=0.1")
     add(
         "--input_perturbation",
         type=non_negative_float,
@@ -1764,6 +1825,7 @@ def add_memory_arguments(parser):
     add("--foreach_ema", **SWITCH_ON, help="update the average with few, large operations")
     add("--enable_xformers_memory_efficient_attention", **SWITCH, help="xFormers' attention instead of torch's")
     add("--allow_tf32", **SWITCH, help="TensorFloat-32 products and convolutions, on GPUs that have them")
+    add("--set_grads_to_none", **SWITCH, help="gradients always are; taken so that old commands run")
     add(
         "--dataloader_num_workers",
         type=non_negative_int,
@@ -1797,25 +1859,41 @@ def add_output_arguments(parser):
 
 
 def add_validation_arguments(parser):
-    """Adds the prompts to draw samples for, one of each, and the images held out to measure the loss on."""
+    """Adds the prompts to draw samples for and how they are drawn, the images held out to measure the loss on, and how
+    often the run is looked at."""
     add = parser.add_argument_group("validation").add_argument
-    add("--validation_prompts", nargs="+", help="prompts to draw samples for")
-    add_held_out_arguments(add, "--validation_prompts")
-
-
-def add_held_out_arguments(add, prompt_flag):
-    """Adds, to the group whose method `add` is, the images held out and how often the run is looked at."""
+    add("--validation_prompts", nargs="+", help="prompts to draw samples for, an image of each")
+    add("--validation_prompt", help="prompt to draw samples for, several images of it")
+    add(
+        "--num_validation_images",
+        type=non_negative_int,
+        help="images of each prompt; 4 if not given, 1 of --validation_prompts; needs one of the two [0, inf)",
+    )
+    add(
+        "--validation_scheduler",
+        choices=["DPMSolverMultistepScheduler", "DDPMScheduler"],
+        help="sampler; DPMSolverMultistepScheduler if not given; needs a prompt",
+    )
+    add(
+        "--validation_num_inference_steps",
+        type=positive_int,
+        help="denoising steps of samples; 25 if not given; needs a prompt [1, inf)",
+    )
+    add(
+        "--validation_guidance_scale",
+        type=guidance_number,
+        help="classifier-free guidance of samples; 7.5 if not given, 1 for none; needs a prompt [1, inf)",
+    )
+    add("--validation_negative_prompt", help="what samples are not to show; needs a prompt and guidance")
     add(
         "--num_validation_samples",
         type=non_negative_int,
         default=0,
         help="images held out, to measure the loss on [0, inf)",
     )
-    add(
-        "--validation_steps",
-        type=positive_int,
-        help=f"draw and measure every so many, or 500; needs {prompt_flag} or --num_validation_samples [1, inf)",
-    )
+    needs = "needs a prompt or --num_validation_samples"
+    add("--validation_steps", type=positive_int, help=f"draw and measure every so many, or 500; {needs} [1, inf)")
+    add("--validation_epochs", type=positive_int, help=f"every so many epochs instead; {needs} [1, inf)")
 
 
 def add_run_arguments(parser):
@@ -1824,6 +1902,13 @@ def add_run_arguments(parser):
     add("--seed", type=random_seed, default=0, help="seed of everything that is drawn at random [0, 9e18]")
     add("--config", metavar="FILE.yaml", help="flags by name, maybe under `training:`; the command line wins")
     add("--dry_run", **SWITCH, help="check everything, print the plan and stop")
+    add(
+        "--local_rank",
+        "--local-rank",
+        type=launched_rank,
+        default=-1,
+        help="what old launchers say, the LOCAL_RANK that they set too; nobody else needs it [-1, inf)",
+    )
 
 
 def parse_flags(parser, argv, replaced_flags):
@@ -1841,8 +1926,13 @@ def parse_flags(parser, argv, replaced_flags):
     config_only.add_argument("--config")
     config = config_only.parse_known_args(argv)[0].config
     defaults = vars(parser.parse_args([]))
-    words = (config_words(parser, config, defaults, {"training"}, {"evaluation"}) if config else []) + argv
-    return parse_words(parser, words)
+    if not config:
+        return parse_words(parser, argv)
+    # In two passes: a list in the file would take the first word of the command line as its last item.
+    words = config_words(parser, config, defaults, {"training"}, {"evaluation"})
+    args, problems = parse_words(parser, words)
+    args, more_problems = parse_words(parser, argv, args)
+    return args, problems + more_problems
 
 
 def check_encoding(args):
@@ -1941,6 +2031,28 @@ def without_flag(words, flag):
         else:
             kept.append(word)
     return kept
+
+
+def check_old_flags(args):
+    """Lists what is wrong with flags that old command lines have, and that say again what others say."""
+    problems = []
+    if args.offset_noise and args.noise_offset not in (0, OFFSET_NOISE):
+        problems.append(
+            f"--offset_noise=True: means --noise_offset={OFFSET_NOISE}, but --noise_offset={args.noise_offset:g} is "
+            "given too; drop one"
+        )
+    launched = os.environ.get("LOCAL_RANK", "0")  # alone a process is the first one
+    if args.local_rank != -1 and str(args.local_rank) != launched:
+        problems.append(
+            f"--local_rank={args.local_rank}: is not what a launcher set; drop this, and start with "
+            "`accelerate launch` or torchrun, which do"
+        )
+    return problems
+
+
+def noise_offset_of(args):
+    """The scale of noise that shifts channels, by the flag that is given."""
+    return OFFSET_NOISE if args.offset_noise else args.noise_offset
 
 
 def check_requirements(args, requires):
@@ -2288,7 +2400,7 @@ def check_model(args):
         unet = diffusers.UNet2DConditionModel.load_config(source, subfolder="unet", **where)
         vae = diffusers.AutoencoderKL.load_config(source, subfolder="vae", **where)
         scheduler = diffusers.DDPMScheduler.load_config(source, subfolder="scheduler", **where)
-        CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where)
+        text_config = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where)
         if not CLIPTextConfig.get_config_dict(source, subfolder="text_encoder", **where)[0]:
             raise OSError("it has no text encoder")  # for which transformers would take a default
         if len(CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)) < 3:
@@ -2297,6 +2409,7 @@ def check_model(args):
         told = f"no whole pipeline, no name of one on the Hub, or no connection ({last_line(error)})"
         return [*problems, f"{source}: {told}"]
 
+    problems += check_tokenizer(args, text_config)
     factor = vae_factor(vae)
     if args.resolution % factor:
         usable = args.resolution // factor * factor or factor
@@ -2337,12 +2450,45 @@ def vae_factor(config):
 
 
 def load_tokenizer(args):
-    """The base's tokenizer, which cuts captions where the text encoder has to."""
+    """The tokenizer, the base's or that of --tokenizer_name, which cuts captions where the text encoder has to."""
     source, where = config_source(args)
-    tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)
+    if args.tokenizer_name:
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name, cache_dir=args.cache_dir)
+    else:
+        tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)
     text_config = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where)
-    tokenizer.model_max_length = text_config.max_position_embeddings
+    tokenizer.model_max_length = args.tokenizer_max_length or text_config.max_position_embeddings
     return tokenizer
+
+
+def parts_instead(args):
+    """The parts of a pipeline that flags put in the place of the base's, by name."""
+    return {"tokenizer": load_tokenizer(args)} if args.tokenizer_name or args.tokenizer_max_length else {}
+
+
+def check_tokenizer(args, text_config):
+    """Lists what is wrong between the tokenizer that flags name and the text encoder, whose config is given."""
+    problems, length = [], text_config.max_position_embeddings
+    if args.tokenizer_max_length and args.tokenizer_max_length > length:
+        problems.append(
+            f"--tokenizer_max_length={args.tokenizer_max_length}: the text encoder takes {length} at most; use that"
+        )
+    if not args.tokenizer_name:
+        return problems
+    name = f"--tokenizer_name={args.tokenizer_name}"
+    try:
+        highest = max(
+            AutoTokenizer.from_pretrained(args.tokenizer_name, cache_dir=args.cache_dir).get_vocab().values()
+        )
+    except Exception as error:  # every format has its own way of being broken
+        told = "no folder of a tokenizer, no name of one on the Hub, or no connection"
+        return [*problems, f"{name}: {told} ({last_line(error)})"]
+    if highest >= text_config.vocab_size:
+        told = (
+            f"has {highest + 1:,} tokens, the text encoder knows {text_config.vocab_size:,}; use the one that it had"
+        )
+        problems.append(f"{name}: {told}")
+    return problems
 
 
 def read_latent_shape(args):
@@ -2363,6 +2509,7 @@ def read_num_timesteps(args):
 def load_base(args):
     """Loads the base's pipeline in float32, without its safety checker. Raises `InputError`."""
     base, where = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
+    where |= parts_instead(args)
     options = {**where, "dtype": torch.float32, "variant": args.variant, "safety_checker": None}
     try:
         if args.single_file_config:  # a .ckpt is read as weights only
@@ -2372,6 +2519,16 @@ def load_base(args):
         return diffusers.StableDiffusionPipeline.from_pretrained(base, **options)
     except Exception as error:  # every format has its own way of being broken
         raise InputError(f"{base}: cannot be loaded ({last_line(error)})") from None
+
+
+def load_unet(args, revision):
+    """Loads the UNet that the base has at a revision, in float32. Raises `InputError`."""
+    base = args.pretrained_model_name_or_path
+    try:
+        where = {"subfolder": "unet", "revision": revision, "cache_dir": args.cache_dir}
+        return diffusers.UNet2DConditionModel.from_pretrained(base, dtype=torch.float32, **where)
+    except Exception as error:  # every format has its own way of being broken
+        raise InputError(f"{base}: its UNet of {revision} cannot be loaded ({last_line(error)})") from None
 
 
 def write_text_encoder(text_encoder, folder):
@@ -2752,16 +2909,18 @@ def save_pipeline(args, folder, pipeline, noise_scheduler):
         part.register_to_config(_name_or_path=None)  # which is a path here
     pipeline.register_to_config(_name_or_path=None)
     pipeline.save_pretrained(folder)
-    write_text_encoder(pipeline.text_encoder, folder / "text_encoder")
+    if pipeline.text_encoder:
+        write_text_encoder(pipeline.text_encoder, folder / "text_encoder")
     return ["model_index.json", *[f"{name}/*" for name in pipeline.components]]
 
 
 # ---------------------------------------------------------------------------------------------------------------- plan
 def print_plan(args, run, num_held_out, num_trained, about):
     """Says, before the first step, what will be done. `about` says what only a script knows: `trained` and `frozen`
-    (which models), `devices` (how many share a pass), `images` and `optimizer` (remarks), `warnings` (a list)."""
+    (which models), `devices` (how many share a pass), `images` and `optimizer` (remarks), `warnings` (a list), and
+    maybe `precision` (of passes, if that is not the setting)."""
     counts, side, tracker = run.counts, args.resolution, chosen_tracker(args)
-    first_step, precision = run.progress["global_step"], run.settings["mixed_precision"]
+    first_step, precision = run.progress["global_step"], about.get("precision", run.settings["mixed_precision"])
     gigabytes = checkpoint_bytes(run) / 1e9
     images = f"{counts.num_images:,} to train on, {num_held_out:,} held out, at {side} x {side} pixels"
     passes = f"{args.train_batch_size} a pass x {args.gradient_accumulation_steps} passes x {about['devices']}"
@@ -2918,21 +3077,64 @@ def push(args, repo_id, files, step):
 
 # ---------------------------------------------------------------------------------------------------------- validation
 @torch.no_grad()
-def held_out_losses(accelerator, unet, vae, text_encoder, noise_scheduler, images, batch_size):
+def encode_held_out(accelerator, vae, text_encoder, images, batch_size):
+    """Encodes this process's share of held-out images, and their captions unless the text encoder is trained."""
+    posteriors, input_ids = {}, {}
+    mine = range(accelerator.process_index, len(images), accelerator.num_processes)
+    for batch in torch.utils.data.DataLoader(images, batch_size, sampler=[(0, index, 1.0) for index in mine]):
+        with accelerator.autocast():
+            moments = encode_posterior(vae, batch["pixel_values"].to(accelerator.device))
+        for index, mean, std, tokens in zip(batch["index"].tolist(), *moments, batch["input_ids"], strict=True):
+            posteriors[index], input_ids[index] = (mean.cpu(), std.cpu()), tokens
+    is_frozen = not text_encoder.training
+    prompt_embeds = encode_captions(accelerator, text_encoder, input_ids, batch_size) if is_frozen else None
+    return HeldOut(without_content(images), posteriors, input_ids, prompt_embeds)
+
+
+def encode_captions(accelerator, text_encoder, input_ids, batch_size):
+    """The embeddings of captions by index, in the CPU's memory, of their tokens by index."""
+    prompt_embeds, indices = {}, list(input_ids)
+    for start in range(0, len(indices), batch_size):
+        batch = indices[start : start + batch_size]
+        tokens = torch.stack([input_ids[index] for index in batch]).to(accelerator.device)
+        with accelerator.autocast():
+            prompt_embeds |= zip(batch, text_encoder(tokens)[0].cpu(), strict=True)
+    return prompt_embeds
+
+
+@torch.no_grad()
+def held_out_losses(
+    accelerator, unet, vae, text_encoder, noise_scheduler, held_out, batch_size, is_asked=lambda: False
+):
     """The unweighted loss of every held-out image (num_images,), a mean over timesteps spread evenly; noise and
-    timesteps are the same in every call and run. Each process does its share."""
-    pairs = [(part, index, 1.0) for index in range(len(images)) for part in range(HELD_OUT_TIMESTEPS)]
-    mine = pairs[accelerator.process_index :: accelerator.num_processes]
-    losses = torch.zeros(len(images))
-    for batch in torch.utils.data.DataLoader(images, batch_size, sampler=mine):
+    timesteps are the same in every call and run. Each process does its share. Raises `LookGivenUp` if `is_asked()`,
+    which is called before each batch, says yes in some process."""
+    images, prompt_embeds = held_out.images, held_out.prompt_embeds
+    if prompt_embeds is None:
+        prompt_embeds = encode_captions(accelerator, text_encoder, held_out.input_ids, batch_size)
+    pairs = [(part, index, 1.0) for index in held_out.posteriors for part in range(HELD_OUT_TIMESTEPS)]
+    losses, stopped = torch.zeros(len(images)), torch.zeros(1)
+    for batch in torch.utils.data.DataLoader(images, batch_size, sampler=pairs):
+        if is_asked():
+            stopped += 1
+            break
+        indices = batch["index"].tolist()
+        means, stds = zip(*[held_out.posteriors[index] for index in indices], strict=True)
+        batch |= {"mean": torch.stack(means), "std": torch.stack(stds)}
+        batch["prompt_embeds"] = torch.stack([prompt_embeds[index] for index in indices])
         batch = send_to_device(batch, accelerator.device, skip_keys="index")
         # Each image comes four times, with the number of a quarter in the place of the epoch: its timestep goes there.
         batch["timestep"] = (batch["timestep"] + batch["epoch"] * images.num_timesteps) // HELD_OUT_TIMESTEPS
         with accelerator.autocast():
-            latents, prompt_embeds = encode(vae, batch), text_encoder(batch["input_ids"])[0]
-            part_losses = diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, batch)
+            latents = draw_latents(vae, batch["mean"], batch["std"], batch["posterior_noise"])
+            part_losses = diffusion_losses(unet, noise_scheduler, latents, batch["prompt_embeds"], batch)
         losses.index_add_(0, batch["index"], part_losses.cpu() / HELD_OUT_TIMESTEPS)
-    return accelerator.reduce(losses.to(accelerator.device), "sum").cpu()
+    accelerator.wait_for_everyone()  # patiently: they need not be done at the same time
+    # One exchange for both, so that no process waits for one that was stopped.
+    *losses, stopped = accelerator.reduce(torch.cat([losses, stopped]).to(accelerator.device), "sum").tolist()
+    if stopped:
+        raise LookGivenUp
+    return torch.tensor(losses)
 
 
 def log_held_out_losses(accelerator, run, losses):
@@ -2949,30 +3151,57 @@ def log_held_out_losses(accelerator, run, losses):
 
 
 @torch.no_grad()
-def draw_samples(accelerator, parts, prompts, resolution, seed, path):
-    """Draws an image per prompt by 25 steps of DPM-Solver++ (arXiv 2211.01095), and their grid to `path`."""
-    scheduler = diffusers.DPMSolverMultistepScheduler.from_config(parts["scheduler"].config)
+def draw_samples(args, accelerator, parts, prompts, is_asked):
+    """Draws an image per prompt as the flags say, by default in 25 steps of DPM-Solver++ (arXiv 2211.01095), shared
+    out over the processes. Returns all of them. Raises `LookGivenUp` if `is_asked()`, which is called before each
+    batch and after each denoising step, says yes in some process."""
+    is_ancestral = args.validation_scheduler == "DDPMScheduler"
+    kind = diffusers.DDPMScheduler if is_ancestral else diffusers.DPMSolverMultistepScheduler
+    scheduler = kind.from_config(parts["scheduler"].config)
     pipeline = diffusers.StableDiffusionPipeline(**{**parts, "scheduler": scheduler}, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
-    images = []
-    with accelerator.autocast():
-        for number, prompt in enumerate(prompts):
-            generator = torch.Generator().manual_seed(seed + number)
-            drawn = pipeline(prompt, resolution, resolution, num_inference_steps=25, generator=generator)
-            images.append(drawn.images[0])
+
+    def interrupt(pipeline, step, timestep, tensors):
+        pipeline._interrupt = is_asked()  # which makes it skip the steps that are left
+        return tensors
+
+    drawn, negative_prompt = [], args.validation_negative_prompt
+    mine = range(accelerator.process_index, len(prompts), accelerator.num_processes)
+    for start in range(0, len(mine), args.train_batch_size):
+        if is_asked():
+            break
+        batch = mine[start : start + args.train_batch_size]
+        with accelerator.autocast():
+            images = pipeline(
+                [prompts[number] for number in batch],
+                height=args.resolution,
+                width=args.resolution,
+                num_inference_steps=args.validation_num_inference_steps or 25,
+                guidance_scale=args.validation_guidance_scale or 7.5,
+                negative_prompt=None if negative_prompt is None else [negative_prompt] * len(batch),
+                # On the CPU, each from a seed of its own: no other image, process or device changes it.
+                generator=[torch.Generator().manual_seed(args.seed + number) for number in batch],
+                callback_on_step_end=interrupt,
+            ).images
+        drawn += zip(batch, images, strict=True)
+    accelerator.wait_for_everyone()  # patiently: one may draw an image more
+    shares = gather_object([(drawn, is_asked())])
+    if any(stopped for _, stopped in shares):
+        raise LookGivenUp
+    image_of = dict(pair for drawn, _ in shares for pair in drawn)
+    return [image_of[number] for number in range(len(prompts))]
+
+
+def show_samples(accelerator, run, images):
+    """Writes a grid of samples to samples/step-N.png and sends them to the trackers that take images. For one process
+    alone."""
+    step = run.progress["global_step"]
+    path = run.output_dir / "samples" / f"step-{step:06d}.png"
     columns = min(len(images), 4)
     padding = [Image.new("RGB", images[0].size, "white")] * (-len(images) % columns)
     path.parent.mkdir(parents=True, exist_ok=True)
     make_image_grid(images + padding, math.ceil(len(images) / columns), columns).save(path)
-    return images
-
-
-def show_samples(args, accelerator, run, parts, prompts):
-    """Draws samples to samples/step-N.png and sends them to the trackers that take images."""
-    step = run.progress["global_step"]
-    path = run.output_dir / "samples" / f"step-{step:06d}.png"
-    drawn = np.stack(draw_samples(accelerator, parts, prompts, args.resolution, args.seed, path))
-    tell_trackers(accelerator, functools.partial(track_samples, drawn, step))
+    tell_trackers(accelerator, functools.partial(track_samples, np.stack(images), step))
 
 
 def track_samples(drawn, step, tracker):
@@ -2983,33 +3212,90 @@ def track_samples(drawn, step, tracker):
 
 
 def validate(args, accelerator, run, parts, held_out, prompts, is_asked):
-    """Draws samples and measures the held-out loss, under the averaged weights if there are any. `parts` are those of
-    the pipeline, with the scheduler of training."""
-    if not prompts and not len(held_out):
+    """Draws samples and measures the held-out loss, under the averaged weights if there are any; returns the mean of
+    the losses. `parts` are those of the pipeline, with the scheduler of training.
+
+    `is_asked()` is called between batches and denoising steps, and has to stay with its yes. If it says yes in some
+    process, all of them give up this look: nothing of it is written or logged, and None is returned.
+    """
+    if not prompts and not len(held_out.images):
         return None
     unet, vae, text_encoder = parts["unet"], parts["vae"], parts["text_encoder"]
-    held_out_loss = None
+    losses, images = None, None
     trained = torch.nn.ModuleList(part for part in (unet, text_encoder) if part.training).eval()
-    with averaged(run):
-        if len(held_out):
-            losses = held_out_losses(
-                accelerator, unet, vae, text_encoder, parts["scheduler"], held_out, args.train_batch_size
-            )
-            log_held_out_losses(accelerator, run, losses)
-            held_out_loss = losses.mean().item()
-        if prompts and accelerator.is_main_process:
-            show_samples(args, accelerator, run, parts, prompts)
-    trained.train()
+    try:
+        with averaged(run):
+            if len(held_out.images):
+                losses = held_out_losses(
+                    accelerator, unet, vae, text_encoder, parts["scheduler"], held_out, args.train_batch_size, is_asked
+                )
+            if prompts:
+                images = draw_samples(args, accelerator, parts, prompts, is_asked)
+    except LookGivenUp:
+        return None
+    finally:
+        trained.train()
+    if losses is not None:
+        log_held_out_losses(accelerator, run, losses)
+    if images and accelerator.is_main_process:
+        show_samples(accelerator, run, images)
     accelerator.wait_for_everyone()
-    return held_out_loss
+    return None if losses is None else losses.mean().item()
 
 
-def check_validation(args, prompt_flag):
-    """Lists --validation_steps if there is nothing to draw or measure; `prompt_flag` names the flag for samples."""
-    if args.validation_steps and not getattr(args, prompt_flag) and not args.num_validation_samples:
-        needed = f"--{prompt_flag} or --num_validation_samples"
-        return [f"--validation_steps={args.validation_steps}: does nothing without {needed}; add that or drop this"]
-    return []
+def steps_between_looks(args, counts):
+    """Every how many steps a run is looked at."""
+    if args.validation_epochs:
+        return args.validation_epochs * counts.steps_per_epoch
+    return args.validation_steps or 500
+
+
+def prompts_of(args):
+    """The prompt of each sample: one of each of --validation_prompts, four of --validation_prompt, or of each as many
+    as --num_validation_images says."""
+    number = args.num_validation_images
+    prompts = []
+    for prompt in args.validation_prompts or []:
+        prompts += [prompt] * (1 if number is None else number)
+    if args.validation_prompt is not None:
+        prompts += [args.validation_prompt] * (4 if number is None else number)
+    return prompts
+
+
+def check_validation(args):
+    """Lists the flags on samples that do nothing without a prompt, those on how often to look if there is nothing to
+    draw or measure, and what contradicts itself."""
+    problems, scale = [], args.validation_guidance_scale
+    has_prompt = args.validation_prompt is not None or bool(args.validation_prompts)
+    needed = "--validation_prompt or --validation_prompts"
+    of_samples = {
+        "num_validation_images": args.num_validation_images,
+        "validation_scheduler": args.validation_scheduler,
+        "validation_num_inference_steps": args.validation_num_inference_steps,
+        "validation_guidance_scale": scale,
+        "validation_negative_prompt": args.validation_negative_prompt,
+    }
+    for flag, value in of_samples.items():
+        if value is not None and not has_prompt:
+            problems.append(f"--{flag}={value}: does nothing without {needed}; add that or drop this")
+    needed = "--validation_prompt, --validation_prompts or --num_validation_samples"
+    for flag, value in {
+        "validation_steps": args.validation_steps,
+        "validation_epochs": args.validation_epochs,
+    }.items():
+        if value and not has_prompt and not args.num_validation_samples:
+            problems.append(f"--{flag}={value}: does nothing without {needed}; add that or drop this")
+    if args.validation_steps and args.validation_epochs:
+        problems.append(
+            f"--validation_epochs={args.validation_epochs}: contradicts --validation_steps={args.validation_steps}; "
+            "drop one"
+        )
+    if args.validation_negative_prompt is not None and scale == 1:
+        problems.append(
+            f"--validation_negative_prompt={args.validation_negative_prompt}: does nothing under "
+            "--validation_guidance_scale=1; drop one"
+        )
+    return problems
 
 
 # ------------------------------------------------------------------------------------------------------------- signals

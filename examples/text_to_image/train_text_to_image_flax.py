@@ -83,6 +83,7 @@ import transformers
 import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
+from accelerate.utils import gather_object
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, free_memory
 from diffusers.utils import make_image_grid
@@ -96,7 +97,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 from safetensors.numpy import load_file, save_file
 from tqdm.auto import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 
 class InputError(ValueError):
@@ -110,6 +111,8 @@ SUBSET = 3  # the images that --max_train_samples leaves
 HELD_OUT = 4  # the images that are not trained on
 
 SWITCH = {"action": argparse.BooleanOptionalAction, "default": False}  # so that a config file can turn it off too
+
+OFFSET_NOISE = 0.1  # what --offset_noise means in diffusers' scripts
 
 # By group, the settings that a resume may change. They leave the result as it is, or what they lead to is compared in
 # their place: a digest of the images, the samples of a step, the steps of the schedule. Any other has to be as it was.
@@ -132,9 +135,14 @@ OUTPUT_FREE_ON_RESUME = set(
     save_precision tracker_project_name
     """.split()
 )
-HELD_OUT_FREE_ON_RESUME = {"num_validation_samples", "validation_steps"}
-VALIDATION_FREE_ON_RESUME = {*HELD_OUT_FREE_ON_RESUME, "validation_prompts"}
-RUN_FREE_ON_RESUME = {"config", "dry_run"}
+VALIDATION_FREE_ON_RESUME = set(
+    """
+    num_validation_images num_validation_samples validation_epochs validation_guidance_scale
+    validation_negative_prompt validation_num_inference_steps validation_prompt validation_prompts
+    validation_scheduler validation_steps
+    """.split()
+)
+RUN_FREE_ON_RESUME = {"config", "dry_run", "local_rank"}
 
 # Flags that do nothing without another one.
 DATASET_REQUIRES = {"dataset_config_name": "dataset_name"}
@@ -294,9 +302,14 @@ class Run:
 LOCK_FILE = ".lock"
 NEW_RESULT = ".result.partial"  # a folder beside which the old result stays until the new one is whole
 
-NOT_ON_CARD = re.compile(r"_dir$|_path$|_token|_address$|host|config|resume")  # places, secrets and how it was started
+# Places, secrets and how it was started.
+NOT_ON_CARD = re.compile(r"_dir$|_path$|_token|_address$|host|local_rank|config|resume")
 
 HELD_OUT_TIMESTEPS = 4  # at which the loss of each held-out image is measured
+
+
+class LookGivenUp(Exception):
+    """A look at the run was given up by all processes, since one was asked to stop."""
 
 
 @dataclasses.dataclass
@@ -380,9 +393,6 @@ WEIGHTS = {"unet", "ema"}  # parts of the state that are weights of the UNet
 
 NO_NEED = "drop it; what is compiled here has no need of it"
 REPLACED_FLAGS = {
-    "--from_pt": "PyTorch weights are what is read; for Flax weights (.msgpack) use --from_flax",
-    "--local_rank": "start this on every host, with --coordinator_address; devices are found",
-    "--validation_epochs": "use --validation_steps",
     "--use_8bit_adam": NO_NEED,
     "--allow_tf32": NO_NEED,
     "--enable_xformers_memory_efficient_attention": NO_NEED,
@@ -432,7 +442,11 @@ def make_parser():
 def add_jax_arguments(parser):
     """Adds what only this script has: precision, Flax's files, and hosts."""
     add = parser.add_argument_group("memory and speed").add_argument
-    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="precision of passes; no if not given")
+    add(
+        "--mixed_precision",
+        choices=["no", "fp16", "bf16"],
+        help="precision of passes; no if not given; fp16: of what is frozen alone",
+    )
     add(
         "--dataloader_num_workers",
         type=non_negative_int,
@@ -440,7 +454,8 @@ def add_jax_arguments(parser):
         help="threads that load images; 1 if 0 [0, inf)",
     )
     add = parser.add_argument_group("weights of Flax").add_argument
-    add("--from_flax", **SWITCH, help="read the Flax weights (.msgpack) of a pipeline folder or Hub id")
+    add("--from_flax", **SWITCH, help="read the Flax weights (.msgpack) of the base, where others lie beside them")
+    add("--from_pt", **SWITCH, help="read PyTorch's weights, which are read anyway unless there are none")
     add("--save_flax", **SWITCH, help="write the weights as Flax (.msgpack) too")
     add = parser.add_argument_group("several hosts").add_argument
     add("--coordinator_address", metavar="HOST:PORT|auto", help="where host 0 is found; auto: as the cluster says")
@@ -455,10 +470,10 @@ def add_jax_arguments(parser):
 def check_args(args, problems=()):
     """Lists what is wrong with the flags, each with its value, what is accepted and the remedy. `problems` are those
     that were found before."""
-    problems = check_requirements(args, REQUIRES)
+    problems = check_requirements(args, REQUIRES) + check_old_flags(args)
     problems += check_data(args, "train_data_dir")
-    problems += check_optimization(args) + check_precision(args) + check_hosts(args)
-    problems += check_trackers(args) + check_validation(args, "validation_prompts")
+    problems += check_optimization(args) + check_hosts(args)
+    problems += check_trackers(args) + check_validation(args)
     problems += check_output(args, foreign_result="pytorch_lora_weights.safetensors")
     problems += check_flax(args)
     return problems + (check_model(args) or check_networks(args))
@@ -467,7 +482,7 @@ def check_args(args, problems=()):
 def load_models(args):
     """Returns the base's pipeline in float32, whose UNet is to be trained, and the noise scheduler. Raises
     `InputError`."""
-    pipeline = load_flax(args) if args.from_flax else load_base(args)
+    pipeline = load_flax(args) if reads_flax(args) else load_base(args)
     return pipeline, make_noise_scheduler(args, pipeline)
 
 
@@ -482,7 +497,8 @@ def train(args):
         repo_id = name_repo(args) if args.push_to_hub else None
         start_trackers(args, accelerator)
     pipeline, noise_scheduler = load_models(args)
-    dtype = jnp.bfloat16 if args.mixed_precision == "bf16" else jnp.float32
+    dtype = jnp.bfloat16 if precision_of_passes(args) == "bf16" else jnp.float32
+    frozen_dtype = jnp.float16 if args.mixed_precision == "fp16" else dtype
 
     def losses(weights, batch, snr_gamma=None):
         """The loss of each sample of a batch (batch,), of a UNet with these float32 weights, computed in `dtype`."""
@@ -509,15 +525,15 @@ def train(args):
     start_output(args, run)
     pool = ThreadPoolExecutor(args.dataloader_num_workers or 1)
     batch_size = args.train_batch_size * jax.local_device_count()  # of this host
-    vae = frozen(encode_pixels, pipeline.vae, dtype)
-    text_encoder = frozen(apply_text_encoder, pipeline.text_encoder, dtype)
+    vae = frozen(encode_pixels, pipeline.vae, frozen_dtype)
+    text_encoder = frozen(apply_text_encoder, pipeline.text_encoder, frozen_dtype)
     encoded = encode_once(images, vae, text_encoder, batch_size, pool)
     measure = None
     if len(held_out):
         encoded_held_out = encode_once(held_out, vae, text_encoder, batch_size, pool)
         measure = make_measure(losses, mesh, encoded_held_out, counts.samples_per_pass)
     del vae, text_encoder  # which hold weights on the devices
-    look = functools.partial(validate, args, accelerator, run, pipeline, noise_scheduler, measure)
+    look = functools.partial(validate, args, accelerator, run, pipeline, noise_scheduler, measure, prompts_of(args))
     batches = load_batches(args, run, encoded, batch_size, pool)
     training_loss = functools.partial(losses, snr_gamma=args.snr_gamma)
     stop = Stop(launcher=None)
@@ -539,9 +555,7 @@ def save_model(args, pipeline, noise_scheduler, step):
         if args.save_flax:
             write_flax(pipeline, folder)
         loader = "`StableDiffusionPipeline.from_pretrained(...)`"
-        write_card(
-            args, folder, step, args.validation_prompts, loader, ["stable-diffusion", "stable-diffusion-diffusers"]
-        )
+        write_card(args, folder, step, prompts_of(args), loader, ["stable-diffusion", "stable-diffusion-diffusers"])
     return files
 
 
@@ -654,13 +668,6 @@ def check_hosts(args):
     return problems
 
 
-def check_precision(args):
-    """Lists whether passes are asked for in a precision in which the gradients of unscaled losses vanish."""
-    if args.mixed_precision == "fp16":
-        return ["--mixed_precision=fp16: gradients would vanish; use bf16 or no"]
-    return []
-
-
 def start_jax(args):
     """Sets up JAX and joins the other hosts, if any; returns the mesh of all devices. Raises `InputError`."""
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # compiled programs are kept for the next run
@@ -738,6 +745,12 @@ def check_agreement(values):
         raise InputError("\n  ".join([f"the hosts do not agree; {remedy}", *differences]))
 
 
+def precision_of_passes(args):
+    """The precision of the UNet's passes: not fp16, in which the gradients of unscaled losses vanish. As in diffusers'
+    script, fp16 is for what is frozen."""
+    return "bf16" if args.mixed_precision == "bf16" else "no"
+
+
 def tell_plan(args, run, num_held_out):
     """Prints what will be done."""
     num_trained = sum(weight.size for weight in run.state["unet"].values())
@@ -746,7 +759,8 @@ def tell_plan(args, run, num_held_out):
         "images": f", encoded {encoded}",
         "devices": f"{jax.device_count()} {jax.default_backend()} devices",
         "trained": "UNet",
-        "frozen": "VAE, text encoder",
+        "frozen": "VAE, text encoder, in float16" if args.mixed_precision == "fp16" else "VAE, text encoder",
+        "precision": precision_of_passes(args),
         "optimizer": f"EMA: {args.use_ema}",
         "warnings": [],
     }
@@ -788,7 +802,7 @@ def train_steps(args, accelerator, run, pipeline, stop, mesh, batches, training_
     step_program = compile_step(args, mesh, training_loss, optimizer)
     run.state = jax.device_put(run.state, NamedSharding(mesh, PartitionSpec()))  # whole on every device
     split = NamedSharding(mesh, PartitionSpec(None, "data"))  # the passes of a batch one after the other
-    first_step, validation_steps = run.progress["global_step"], args.validation_steps or 500
+    first_step, validation_steps = run.progress["global_step"], steps_between_looks(args, counts)
     write_state = functools.partial(write_arrays, pipeline)
     asked_to_stop = functools.partial(is_asked, stop)
     # A run that was stopped has not had the look at its last step.
@@ -934,7 +948,7 @@ def load_data(args, folder, default_caption=None, repeats=1):
         random_flip=args.random_flip,
         image_interpolation_mode=args.image_interpolation_mode,
         caption_dropout=args.caption_dropout,
-        noise_offset=args.noise_offset,
+        noise_offset=noise_offset_of(args),
         input_perturbation=args.input_perturbation,
     )
     fingerprint = fingerprint_of(args.num_validation_samples, digests)
@@ -953,6 +967,16 @@ def seen_alike(images, rows):
         noise_offset=0,
         input_perturbation=0,
     )
+
+
+def without_content(images):
+    """The images with a mark in the place of each, so that none is opened again; what a sample draws stays as it is.
+    The mark is 2 x 2 pixels, black and white: the white is on the left where it is mirrored."""
+    file = io.BytesIO()
+    Image.fromarray(np.array([[0, 255], [0, 255]], np.uint8)).save(file, "PNG")
+    mark = {"bytes": file.getvalue()}
+    rows = [{"image": mark, "captions": found} for found in images.rows["captions"]]
+    return dataclasses.replace(images, rows=rows, resolution=2)
 
 
 def load_rows(args, tokenizer, folder, default_caption, max_samples=None):
@@ -1358,16 +1382,6 @@ def encode_rows(rows_of, num_rows, batch_size, compute, label):
     return table
 
 
-def without_content(images):
-    """The images with a mark in the place of each, so that none is opened again; what a sample draws stays as it is.
-    The mark is 2 x 2 pixels, black and white: the white is on the left where it is mirrored."""
-    file = io.BytesIO()
-    Image.fromarray(np.array([[0, 255], [0, 255]], np.uint8)).save(file, "PNG")
-    mark = {"bytes": file.getvalue()}
-    rows = [{"image": mark, "captions": found} for found in images.rows["captions"]]
-    return dataclasses.replace(images, rows=rows, resolution=2)
-
-
 def look_up(encoded, batch, batch_size):
     """What a pass needs of a batch of samples, by name and padded by samples of weight 0: the moments of images,
     prompt_embeds, timestep, posterior_noise, noise, added_noise and weight."""
@@ -1767,6 +1781,16 @@ def fraction_below_one(text):
     return checked(text, float, lambda number: 0 <= number < 1, "in [0, 1)")
 
 
+def guidance_number(text):
+    """A scale of classifier-free guidance in [1, inf)."""
+    return checked(text, float, lambda number: 1 <= number < math.inf, "in [1, inf)")
+
+
+def launched_rank(text):
+    """A whole number in [-1, inf)."""
+    return checked(text, int, lambda number: number >= -1, "a whole number in [-1, inf)")
+
+
 def random_seed(text):
     """A whole number in [0, 9e18], which every generator takes."""
     return checked(text, int, lambda number: 0 <= number <= 9e18, "a whole number in [0, 9e18]")
@@ -1790,6 +1814,12 @@ def add_model_arguments(parser):
     add("--revision", help="branch, tag or commit of the model on the Hub")
     add("--variant", help="variant of the weight files, such as fp16")
     add("--single_file_config", help="pipeline folder or Hub id with the configs for a single-file model")
+    add("--tokenizer_name", help="folder or Hub id of a tokenizer to use, and save, instead of the model's")
+    add(
+        "--tokenizer_max_length",
+        type=positive_int,
+        help="tokens of a caption; default: what the text encoder takes, which is the most [1, inf)",
+    )
     add("--cache_dir", help="where downloads and remembered checks go, instead of the Hugging Face cache")
 
 
@@ -1837,6 +1867,7 @@ def add_objective_arguments(parser):
         default=0.0,
         help="scale of noise that shifts channels; 0.05 is common [0, inf)",
     )
+    add("--offset_noise", **SWITCH, help="the same as --noise_offset=0.1")
     add(
         "--input_perturbation",
         type=non_negative_float,
@@ -1934,25 +1965,41 @@ def add_output_arguments(parser):
 
 
 def add_validation_arguments(parser):
-    """Adds the prompts to draw samples for, one of each, and the images held out to measure the loss on."""
+    """Adds the prompts to draw samples for and how they are drawn, the images held out to measure the loss on, and how
+    often the run is looked at."""
     add = parser.add_argument_group("validation").add_argument
-    add("--validation_prompts", nargs="+", help="prompts to draw samples for")
-    add_held_out_arguments(add, "--validation_prompts")
-
-
-def add_held_out_arguments(add, prompt_flag):
-    """Adds, to the group whose method `add` is, the images held out and how often the run is looked at."""
+    add("--validation_prompts", nargs="+", help="prompts to draw samples for, an image of each")
+    add("--validation_prompt", help="prompt to draw samples for, several images of it")
+    add(
+        "--num_validation_images",
+        type=non_negative_int,
+        help="images of each prompt; 4 if not given, 1 of --validation_prompts; needs one of the two [0, inf)",
+    )
+    add(
+        "--validation_scheduler",
+        choices=["DPMSolverMultistepScheduler", "DDPMScheduler"],
+        help="sampler; DPMSolverMultistepScheduler if not given; needs a prompt",
+    )
+    add(
+        "--validation_num_inference_steps",
+        type=positive_int,
+        help="denoising steps of samples; 25 if not given; needs a prompt [1, inf)",
+    )
+    add(
+        "--validation_guidance_scale",
+        type=guidance_number,
+        help="classifier-free guidance of samples; 7.5 if not given, 1 for none; needs a prompt [1, inf)",
+    )
+    add("--validation_negative_prompt", help="what samples are not to show; needs a prompt and guidance")
     add(
         "--num_validation_samples",
         type=non_negative_int,
         default=0,
         help="images held out, to measure the loss on [0, inf)",
     )
-    add(
-        "--validation_steps",
-        type=positive_int,
-        help=f"draw and measure every so many, or 500; needs {prompt_flag} or --num_validation_samples [1, inf)",
-    )
+    needs = "needs a prompt or --num_validation_samples"
+    add("--validation_steps", type=positive_int, help=f"draw and measure every so many, or 500; {needs} [1, inf)")
+    add("--validation_epochs", type=positive_int, help=f"every so many epochs instead; {needs} [1, inf)")
 
 
 def add_run_arguments(parser):
@@ -1961,6 +2008,13 @@ def add_run_arguments(parser):
     add("--seed", type=random_seed, default=0, help="seed of everything that is drawn at random [0, 9e18]")
     add("--config", metavar="FILE.yaml", help="flags by name, maybe under `training:`; the command line wins")
     add("--dry_run", **SWITCH, help="check everything, print the plan and stop")
+    add(
+        "--local_rank",
+        "--local-rank",
+        type=launched_rank,
+        default=-1,
+        help="what old launchers say, the LOCAL_RANK that they set too; nobody else needs it [-1, inf)",
+    )
 
 
 def parse_flags(parser, argv, replaced_flags):
@@ -1978,8 +2032,13 @@ def parse_flags(parser, argv, replaced_flags):
     config_only.add_argument("--config")
     config = config_only.parse_known_args(argv)[0].config
     defaults = vars(parser.parse_args([]))
-    words = (config_words(parser, config, defaults, {"training"}, {"evaluation"}) if config else []) + argv
-    return parse_words(parser, words)
+    if not config:
+        return parse_words(parser, argv)
+    # In two passes: a list in the file would take the first word of the command line as its last item.
+    words = config_words(parser, config, defaults, {"training"}, {"evaluation"})
+    args, problems = parse_words(parser, words)
+    args, more_problems = parse_words(parser, argv, args)
+    return args, problems + more_problems
 
 
 def check_encoding(args):
@@ -2078,6 +2137,28 @@ def without_flag(words, flag):
         else:
             kept.append(word)
     return kept
+
+
+def check_old_flags(args):
+    """Lists what is wrong with flags that old command lines have, and that say again what others say."""
+    problems = []
+    if args.offset_noise and args.noise_offset not in (0, OFFSET_NOISE):
+        problems.append(
+            f"--offset_noise=True: means --noise_offset={OFFSET_NOISE}, but --noise_offset={args.noise_offset:g} is "
+            "given too; drop one"
+        )
+    launched = os.environ.get("LOCAL_RANK", "0")  # alone a process is the first one
+    if args.local_rank != -1 and str(args.local_rank) != launched:
+        problems.append(
+            f"--local_rank={args.local_rank}: is not what a launcher set; drop this, and start with "
+            "`accelerate launch` or torchrun, which do"
+        )
+    return problems
+
+
+def noise_offset_of(args):
+    """The scale of noise that shifts channels, by the flag that is given."""
+    return OFFSET_NOISE if args.offset_noise else args.noise_offset
 
 
 def check_requirements(args, requires):
@@ -2425,7 +2506,7 @@ def check_model(args):
         unet = diffusers.UNet2DConditionModel.load_config(source, subfolder="unet", **where)
         vae = diffusers.AutoencoderKL.load_config(source, subfolder="vae", **where)
         scheduler = diffusers.DDPMScheduler.load_config(source, subfolder="scheduler", **where)
-        CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where)
+        text_config = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where)
         if not CLIPTextConfig.get_config_dict(source, subfolder="text_encoder", **where)[0]:
             raise OSError("it has no text encoder")  # for which transformers would take a default
         if len(CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)) < 3:
@@ -2434,6 +2515,7 @@ def check_model(args):
         told = f"no whole pipeline, no name of one on the Hub, or no connection ({last_line(error)})"
         return [*problems, f"{source}: {told}"]
 
+    problems += check_tokenizer(args, text_config)
     factor = vae_factor(vae)
     if args.resolution % factor:
         usable = args.resolution // factor * factor or factor
@@ -2474,12 +2556,45 @@ def vae_factor(config):
 
 
 def load_tokenizer(args):
-    """The base's tokenizer, which cuts captions where the text encoder has to."""
+    """The tokenizer, the base's or that of --tokenizer_name, which cuts captions where the text encoder has to."""
     source, where = config_source(args)
-    tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)
+    if args.tokenizer_name:
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name, cache_dir=args.cache_dir)
+    else:
+        tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)
     text_config = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where)
-    tokenizer.model_max_length = text_config.max_position_embeddings
+    tokenizer.model_max_length = args.tokenizer_max_length or text_config.max_position_embeddings
     return tokenizer
+
+
+def parts_instead(args):
+    """The parts of a pipeline that flags put in the place of the base's, by name."""
+    return {"tokenizer": load_tokenizer(args)} if args.tokenizer_name or args.tokenizer_max_length else {}
+
+
+def check_tokenizer(args, text_config):
+    """Lists what is wrong between the tokenizer that flags name and the text encoder, whose config is given."""
+    problems, length = [], text_config.max_position_embeddings
+    if args.tokenizer_max_length and args.tokenizer_max_length > length:
+        problems.append(
+            f"--tokenizer_max_length={args.tokenizer_max_length}: the text encoder takes {length} at most; use that"
+        )
+    if not args.tokenizer_name:
+        return problems
+    name = f"--tokenizer_name={args.tokenizer_name}"
+    try:
+        highest = max(
+            AutoTokenizer.from_pretrained(args.tokenizer_name, cache_dir=args.cache_dir).get_vocab().values()
+        )
+    except Exception as error:  # every format has its own way of being broken
+        told = "no folder of a tokenizer, no name of one on the Hub, or no connection"
+        return [*problems, f"{name}: {told} ({last_line(error)})"]
+    if highest >= text_config.vocab_size:
+        told = (
+            f"has {highest + 1:,} tokens, the text encoder knows {text_config.vocab_size:,}; use the one that it had"
+        )
+        problems.append(f"{name}: {told}")
+    return problems
 
 
 def read_latent_shape(args):
@@ -2500,6 +2615,7 @@ def read_num_timesteps(args):
 def load_base(args):
     """Loads the base's pipeline in float32, without its safety checker. Raises `InputError`."""
     base, where = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
+    where |= parts_instead(args)
     options = {**where, "dtype": torch.float32, "variant": args.variant, "safety_checker": None}
     try:
         if args.single_file_config:  # a .ckpt is read as weights only
@@ -2791,16 +2907,18 @@ def save_pipeline(args, folder, pipeline, noise_scheduler):
         part.register_to_config(_name_or_path=None)  # which is a path here
     pipeline.register_to_config(_name_or_path=None)
     pipeline.save_pretrained(folder)
-    write_text_encoder(pipeline.text_encoder, folder / "text_encoder")
+    if pipeline.text_encoder:
+        write_text_encoder(pipeline.text_encoder, folder / "text_encoder")
     return ["model_index.json", *[f"{name}/*" for name in pipeline.components]]
 
 
 # ---------------------------------------------------------------------------------------------------------------- plan
 def print_plan(args, run, num_held_out, num_trained, about):
     """Says, before the first step, what will be done. `about` says what only a script knows: `trained` and `frozen`
-    (which models), `devices` (how many share a pass), `images` and `optimizer` (remarks), `warnings` (a list)."""
+    (which models), `devices` (how many share a pass), `images` and `optimizer` (remarks), `warnings` (a list), and
+    maybe `precision` (of passes, if that is not the setting)."""
     counts, side, tracker = run.counts, args.resolution, chosen_tracker(args)
-    first_step, precision = run.progress["global_step"], run.settings["mixed_precision"]
+    first_step, precision = run.progress["global_step"], about.get("precision", run.settings["mixed_precision"])
     gigabytes = checkpoint_bytes(run) / 1e9
     images = f"{counts.num_images:,} to train on, {num_held_out:,} held out, at {side} x {side} pixels"
     passes = f"{args.train_batch_size} a pass x {args.gradient_accumulation_steps} passes x {about['devices']}"
@@ -2962,30 +3080,57 @@ def log_held_out_losses(accelerator, run, losses):
 
 
 @torch.no_grad()
-def draw_samples(accelerator, parts, prompts, resolution, seed, path):
-    """Draws an image per prompt by 25 steps of DPM-Solver++ (arXiv 2211.01095), and their grid to `path`."""
-    scheduler = diffusers.DPMSolverMultistepScheduler.from_config(parts["scheduler"].config)
+def draw_samples(args, accelerator, parts, prompts, is_asked):
+    """Draws an image per prompt as the flags say, by default in 25 steps of DPM-Solver++ (arXiv 2211.01095), shared
+    out over the processes. Returns all of them. Raises `LookGivenUp` if `is_asked()`, which is called before each
+    batch and after each denoising step, says yes in some process."""
+    is_ancestral = args.validation_scheduler == "DDPMScheduler"
+    kind = diffusers.DDPMScheduler if is_ancestral else diffusers.DPMSolverMultistepScheduler
+    scheduler = kind.from_config(parts["scheduler"].config)
     pipeline = diffusers.StableDiffusionPipeline(**{**parts, "scheduler": scheduler}, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
-    images = []
-    with accelerator.autocast():
-        for number, prompt in enumerate(prompts):
-            generator = torch.Generator().manual_seed(seed + number)
-            drawn = pipeline(prompt, resolution, resolution, num_inference_steps=25, generator=generator)
-            images.append(drawn.images[0])
+
+    def interrupt(pipeline, step, timestep, tensors):
+        pipeline._interrupt = is_asked()  # which makes it skip the steps that are left
+        return tensors
+
+    drawn, negative_prompt = [], args.validation_negative_prompt
+    mine = range(accelerator.process_index, len(prompts), accelerator.num_processes)
+    for start in range(0, len(mine), args.train_batch_size):
+        if is_asked():
+            break
+        batch = mine[start : start + args.train_batch_size]
+        with accelerator.autocast():
+            images = pipeline(
+                [prompts[number] for number in batch],
+                height=args.resolution,
+                width=args.resolution,
+                num_inference_steps=args.validation_num_inference_steps or 25,
+                guidance_scale=args.validation_guidance_scale or 7.5,
+                negative_prompt=None if negative_prompt is None else [negative_prompt] * len(batch),
+                # On the CPU, each from a seed of its own: no other image, process or device changes it.
+                generator=[torch.Generator().manual_seed(args.seed + number) for number in batch],
+                callback_on_step_end=interrupt,
+            ).images
+        drawn += zip(batch, images, strict=True)
+    accelerator.wait_for_everyone()  # patiently: one may draw an image more
+    shares = gather_object([(drawn, is_asked())])
+    if any(stopped for _, stopped in shares):
+        raise LookGivenUp
+    image_of = dict(pair for drawn, _ in shares for pair in drawn)
+    return [image_of[number] for number in range(len(prompts))]
+
+
+def show_samples(accelerator, run, images):
+    """Writes a grid of samples to samples/step-N.png and sends them to the trackers that take images. For one process
+    alone."""
+    step = run.progress["global_step"]
+    path = run.output_dir / "samples" / f"step-{step:06d}.png"
     columns = min(len(images), 4)
     padding = [Image.new("RGB", images[0].size, "white")] * (-len(images) % columns)
     path.parent.mkdir(parents=True, exist_ok=True)
     make_image_grid(images + padding, math.ceil(len(images) / columns), columns).save(path)
-    return images
-
-
-def show_samples(args, accelerator, run, parts, prompts):
-    """Draws samples to samples/step-N.png and sends them to the trackers that take images."""
-    step = run.progress["global_step"]
-    path = run.output_dir / "samples" / f"step-{step:06d}.png"
-    drawn = np.stack(draw_samples(accelerator, parts, prompts, args.resolution, args.seed, path))
-    tell_trackers(accelerator, functools.partial(track_samples, drawn, step))
+    tell_trackers(accelerator, functools.partial(track_samples, np.stack(images), step))
 
 
 def track_samples(drawn, step, tracker):
@@ -2995,12 +3140,59 @@ def track_samples(drawn, step, tracker):
         tracker.log_images({"samples": drawn}, step=step, **layout)
 
 
-def check_validation(args, prompt_flag):
-    """Lists --validation_steps if there is nothing to draw or measure; `prompt_flag` names the flag for samples."""
-    if args.validation_steps and not getattr(args, prompt_flag) and not args.num_validation_samples:
-        needed = f"--{prompt_flag} or --num_validation_samples"
-        return [f"--validation_steps={args.validation_steps}: does nothing without {needed}; add that or drop this"]
-    return []
+def steps_between_looks(args, counts):
+    """Every how many steps a run is looked at."""
+    if args.validation_epochs:
+        return args.validation_epochs * counts.steps_per_epoch
+    return args.validation_steps or 500
+
+
+def prompts_of(args):
+    """The prompt of each sample: one of each of --validation_prompts, four of --validation_prompt, or of each as many
+    as --num_validation_images says."""
+    number = args.num_validation_images
+    prompts = []
+    for prompt in args.validation_prompts or []:
+        prompts += [prompt] * (1 if number is None else number)
+    if args.validation_prompt is not None:
+        prompts += [args.validation_prompt] * (4 if number is None else number)
+    return prompts
+
+
+def check_validation(args):
+    """Lists the flags on samples that do nothing without a prompt, those on how often to look if there is nothing to
+    draw or measure, and what contradicts itself."""
+    problems, scale = [], args.validation_guidance_scale
+    has_prompt = args.validation_prompt is not None or bool(args.validation_prompts)
+    needed = "--validation_prompt or --validation_prompts"
+    of_samples = {
+        "num_validation_images": args.num_validation_images,
+        "validation_scheduler": args.validation_scheduler,
+        "validation_num_inference_steps": args.validation_num_inference_steps,
+        "validation_guidance_scale": scale,
+        "validation_negative_prompt": args.validation_negative_prompt,
+    }
+    for flag, value in of_samples.items():
+        if value is not None and not has_prompt:
+            problems.append(f"--{flag}={value}: does nothing without {needed}; add that or drop this")
+    needed = "--validation_prompt, --validation_prompts or --num_validation_samples"
+    for flag, value in {
+        "validation_steps": args.validation_steps,
+        "validation_epochs": args.validation_epochs,
+    }.items():
+        if value and not has_prompt and not args.num_validation_samples:
+            problems.append(f"--{flag}={value}: does nothing without {needed}; add that or drop this")
+    if args.validation_steps and args.validation_epochs:
+        problems.append(
+            f"--validation_epochs={args.validation_epochs}: contradicts --validation_steps={args.validation_steps}; "
+            "drop one"
+        )
+    if args.validation_negative_prompt is not None and scale == 1:
+        problems.append(
+            f"--validation_negative_prompt={args.validation_negative_prompt}: does nothing under "
+            "--validation_guidance_scale=1; drop one"
+        )
+    return problems
 
 
 # ------------------------------------------------------------------------------------------------------------- signals
@@ -3252,7 +3444,9 @@ def attention(projections, x, context, num_heads, is_causal=False):
     query, key, value, out = projections
     heads = [dense(query, x), dense(key, context), dense(value, context)]
     heads = [head.reshape(*head.shape[:2], num_heads, -1) for head in heads]
-    attended = jax.nn.dot_product_attention(*heads, is_causal=is_causal)
+    if x.dtype == jnp.float16:  # of which neither CPUs nor TPUs have the products that JAX asks for
+        heads = [head.astype(jnp.float32) for head in heads]
+    attended = jax.nn.dot_product_attention(*heads, is_causal=is_causal).astype(x.dtype)
     return dense(out, attended.reshape(*x.shape[:2], -1))
 
 
@@ -3399,24 +3593,53 @@ def activate(x, activation):
 
 # -------------------------------------------------------------------------------------------------------- flax.weights
 def check_flax(args):
-    """Lists what is wrong with --from_flax, and whether the base needs it."""
-    base = Path(args.pretrained_model_name_or_path or "")
-    flax_file = base / "unet" / FLAX_FILES["unet"]
-    suffixes = {path.suffix for path in base.glob("unet/diffusion_pytorch_model*")}
-    has_torch = bool(suffixes & {".bin", ".safetensors"})
-    is_folder = (base / "unet").is_dir()
+    """Lists what is wrong between --from_flax or --from_pt and the weights that the base has."""
     problems = []
-    if args.from_flax and args.variant:
+    has_flax, has_torch = kinds_of_weights(args)
+    if reads_flax(args) and args.variant:
         problems.append(
             f"--variant={args.variant}: does nothing without a PyTorch pipeline folder or Hub id; drop this"
         )
+    if args.from_flax and args.from_pt:
+        problems.append("--from_pt=True: contradicts --from_flax; drop one")
     if args.from_flax and args.single_file_config:
         problems.append("--from_flax=True: a single file is PyTorch's; drop this")
-    if args.from_flax and is_folder and not flax_file.exists():
-        problems.append(f"--from_flax=True: needs {flax_file}; drop this")
-    if not args.from_flax and flax_file.exists() and not has_torch:
-        problems.append("--from_flax=False: this pipeline has Flax weights alone; add --from_flax")
+    if args.from_flax and has_torch and not has_flax:
+        problems.append(f"--from_flax=True: the model has no unet/{FLAX_FILES['unet']}; drop this")
+    if args.from_pt and has_flax and not has_torch:
+        problems.append("--from_pt=True: the model has Flax weights alone; drop this")
     return problems
+
+
+def reads_flax(args):
+    """Whether Flax's weights of the base are read: if --from_flax says so, or where there are no others."""
+    if args.from_flax or args.from_pt or args.single_file_config:
+        return args.from_flax
+    has_flax, has_torch = kinds_of_weights(args)
+    return has_flax and not has_torch
+
+
+def kinds_of_weights(args):
+    """Whether the base has a UNet of Flax's, and one of PyTorch's, by the names of its files."""
+    files = list_base_files(args)
+    has_flax = f"unet/{FLAX_FILES['unet']}" in files
+    return has_flax, any(re.match(r"unet/diffusion_pytorch_model.*\.(bin|safetensors)$", file) for file in files)
+
+
+def list_base_files(args):
+    """The files of the base, a folder or a repository on the Hub; of a repository that cannot be reached those in the
+    cache, and none if there are none."""
+    base = args.pretrained_model_name_or_path or ""
+    if not Path(base).exists():
+        try:
+            return HfApi().list_repo_files(base, revision=args.revision)
+        except Exception:  # no connection, or no such name, which `check_model` tells
+            try:
+                where = {"revision": args.revision, "cache_dir": args.cache_dir}
+                base = snapshot_download(base, **where, local_files_only=True)
+            except Exception:
+                return []
+    return [path.relative_to(base).as_posix() for path in Path(base).glob("*/*")]
 
 
 def load_flax(args):
@@ -3428,9 +3651,11 @@ def load_flax(args):
         if not folder.is_dir():
             wanted = ["*.json", "tokenizer/*", "*/*.msgpack"]
             folder = snapshot_download(source, revision=args.revision, cache_dir=args.cache_dir, allow_patterns=wanted)
-        return read_flax(Path(folder))
+        pipeline = read_flax(Path(folder))
     except Exception as error:  # every format has its own way of being broken
         raise InputError(f"{source}: cannot be loaded ({last_line(error)})") from None
+    pipeline.register_modules(**parts_instead(args))
+    return pipeline
 
 
 def read_flax(folder):
@@ -3541,19 +3766,22 @@ def frozen(function, model, dtype):
 
 # ----------------------------------------------------------------------------------------------------- flax.validation
 def make_measure(losses, mesh, encoded, batch_size):
-    """`held_out_losses` of the images of `encoded` as a function of weights; `losses(weights, batch)` gives the loss
-    of each sample of a batch, which all devices share."""
+    """`held_out_losses` of the images of `encoded` as a function of weights and of whether to stop; `losses(weights,
+    batch)` gives the loss of each sample of a batch, which all devices share."""
     everywhere, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
     program = jax.jit(losses, out_shardings=everywhere)  # every host gets all of them
     return functools.partial(held_out_losses, program, split, encoded, batch_size)
 
 
-def held_out_losses(program, split, encoded, batch_size, weights):
+def held_out_losses(program, split, encoded, batch_size, weights, is_asked):
     """The unweighted loss of every held-out image (num_images,), a mean over timesteps spread evenly; noise and
-    timesteps are the same in every call and run. `split` is how the batches of `program` lie on the devices."""
+    timesteps are the same in every call and run. `split` is how the batches of `program` lie on the devices. Raises
+    `LookGivenUp` if `is_asked()`, which is called before each batch, says yes on some host."""
     images, losses = encoded.samples, []
     pairs = [(part, index, 1.0) for index in range(len(images)) for part in range(HELD_OUT_TIMESTEPS)]
     for start in range(0, len(pairs), batch_size):
+        if on_some_host(is_asked()):
+            raise LookGivenUp
         samples = [images[pair] for pair in pairs[start : start + batch_size]]
         batch = stack(samples)
         # The part, which stands in the place of the epoch, moves a timestep into its quarter of them all.
@@ -3566,20 +3794,33 @@ def held_out_losses(program, split, encoded, batch_size, weights):
     return np.reshape(losses, (len(images), HELD_OUT_TIMESTEPS)).mean(axis=1)
 
 
-def validate(args, accelerator, run, pipeline, noise_scheduler, measure, is_asked):
-    """Draws samples and measures the held-out loss, under the averaged weights if there are any. `measure(weights)`
-    gives the held-out losses, which takes all hosts; it is None if there are no such images."""
-    weights, is_first, held_out_loss = result_weights(run), jax.process_index() == 0, None
-    if measure:
-        losses = torch.from_numpy(measure(weights))
-        held_out_loss = losses.mean().item()
-        if is_first:
-            log_held_out_losses(accelerator, run, losses)
-    if args.validation_prompts and is_first:
-        copy_weights(weights, pipeline.unet)
-        parts = {**pipeline.components, "scheduler": noise_scheduler}
-        show_samples(args, accelerator, run, parts, args.validation_prompts)
-    return held_out_loss
+def on_some_host(condition):
+    """Whether a condition holds on some host; all of them have to ask together."""
+    return bool(multihost_utils.process_allgather(np.array(condition)).any())
+
+
+def validate(args, accelerator, run, pipeline, noise_scheduler, measure, prompts, is_asked):
+    """Draws samples, on the first host, and measures the held-out loss, under the averaged weights if there are any.
+    `measure(weights, is_asked)` gives the held-out losses, which takes all hosts; it is None if there are no such
+    images. `is_asked()`, and what is returned, are as in PyTorch."""
+    weights, is_first = result_weights(run), jax.process_index() == 0
+    losses, images, is_stopped = None, None, False
+    try:
+        if measure:
+            losses = torch.from_numpy(measure(weights, is_asked))
+        if prompts and is_first:
+            copy_weights(weights, pipeline.unet)
+            parts = {**pipeline.components, "scheduler": noise_scheduler}
+            images = draw_samples(args, accelerator, parts, prompts, is_asked)
+    except LookGivenUp:
+        is_stopped = True
+    if on_some_host(is_stopped):  # which the others know of the measuring, and not of the drawing
+        return None
+    if losses is not None and is_first:
+        log_held_out_losses(accelerator, run, losses)
+    if images:
+        show_samples(accelerator, run, images)
+    return None if losses is None else losses.mean().item()
 
 
 if __name__ == "__main__":

@@ -144,7 +144,9 @@ def load_clip_tokenizer(args):
         return None
     transformers.utils.logging.set_verbosity_error()
     try:
-        tokenizer = load_tokenizer(argparse.Namespace(**vars(args), single_file_config=None))
+        tokenizer = load_tokenizer(
+            argparse.Namespace(**vars(args), single_file_config=None, tokenizer_name=None, tokenizer_max_length=None)
+        )
         if len(tokenizer) < 256:  # transformers makes one of two tokens where there is none
             raise OSError("there is no tokenizer")
     except (OSError, ValueError) as error:

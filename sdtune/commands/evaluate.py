@@ -37,7 +37,7 @@ from accelerate import Accelerator
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
-from sdtune.arguments import SWITCH, checked, new_parser, non_negative_int, positive_int, random_seed
+from sdtune.arguments import SWITCH, checked, guidance_number, new_parser, non_negative_int, positive_int, random_seed
 from sdtune.clip import Clip, check_clip, image_features, load_clip, text_features
 from sdtune.dataset import CaptionedImages, load_data, name_of
 from sdtune.errors import InputError, gathered, last_line, raise_problems, told_to_user
@@ -50,7 +50,6 @@ from sdtune.inference import (
     check_output_dir,
     check_precision,
     find_loras,
-    guidance_number,
     load_pipeline,
     parse_with_config,
     read_configs,
@@ -59,7 +58,7 @@ from sdtune.inference import (
 from sdtune.measures import COPY_RATIO, Nearest, compare_kid, judge, paired
 from sdtune.models import quiet_libraries, vae_factor
 from sdtune.named_dataset import add_named_dataset_arguments, check_outside
-from sdtune.validation import held_out_losses
+from sdtune.validation import encode_held_out, held_out_losses
 
 PROGRAM = "sdtune evaluate"
 PAIRS = 8  # in the picture of the closest pairs
@@ -198,6 +197,8 @@ def load_images(args):
     settings = argparse.Namespace(
         pretrained_model_name_or_path=args.model,
         single_file_config=None,
+        tokenizer_name=None,
+        tokenizer_max_length=None,
         revision=None,
         cache_dir=args.cache_dir,
         dataset_name=args.dataset,
@@ -215,6 +216,7 @@ def load_images(args):
         image_interpolation_mode="lanczos",
         caption_dropout=0,
         noise_offset=0,
+        offset_noise=False,
         input_perturbation=0,
     )
     try:
@@ -293,9 +295,9 @@ def measure_losses(args, conditions, pipeline, noise_scheduler):
     parts = [pipeline.unet, pipeline.vae, pipeline.text_encoder]
     for part in parts:
         part.requires_grad_(False).eval()
-    return held_out_losses(
-        conditions.accelerator, *parts, noise_scheduler, conditions.held_out, batch_size=args.batch_size
-    )
+    accelerator, (unet, vae, text_encoder) = conditions.accelerator, parts
+    held_out = encode_held_out(accelerator, vae, text_encoder, conditions.held_out, args.batch_size)
+    return held_out_losses(accelerator, unet, vae, text_encoder, noise_scheduler, held_out, args.batch_size)
 
 
 def objective_of(pipeline, noise_scheduler):

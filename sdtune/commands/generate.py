@@ -20,7 +20,7 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from sdtune.arguments import SWITCH, new_parser, positive_int, random_seed
+from sdtune.arguments import SWITCH, guidance_number, new_parser, positive_int, random_seed
 from sdtune.errors import InputError, gathered, last_line, raise_problems, told_to_user
 from sdtune.fonts import load_font
 from sdtune.grids import FONT_SIZE, save_grids
@@ -30,7 +30,6 @@ from sdtune.inference import (
     check_output_dir,
     check_precision,
     find_loras,
-    guidance_number,
     load_pipeline,
     parse_with_config,
     read_configs,

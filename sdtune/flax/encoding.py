@@ -1,16 +1,14 @@
 """What is encoded once, captions and images that stay the same, and the batches made of it."""
 
 import dataclasses
-import io
 import tempfile
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image
 from tqdm.auto import tqdm
 
 from sdtune.batches import passes_in_step
-from sdtune.dataset import CaptionedImages
+from sdtune.dataset import CaptionedImages, without_content
 from sdtune.flax.networks import apply_vae_encoder
 
 
@@ -89,16 +87,6 @@ def encode_rows(rows_of, num_rows, batch_size, compute, label):
                 table = np.memmap(file, np.float32, "w+", shape=(num_rows, *found.shape[1:]))
         table[indices.start : indices.stop] = found
     return table
-
-
-def without_content(images):
-    """The images with a mark in the place of each, so that none is opened again; what a sample draws stays as it is.
-    The mark is 2 x 2 pixels, black and white: the white is on the left where it is mirrored."""
-    file = io.BytesIO()
-    Image.fromarray(np.array([[0, 255], [0, 255]], np.uint8)).save(file, "PNG")
-    mark = {"bytes": file.getvalue()}
-    rows = [{"image": mark, "captions": found} for found in images.rows["captions"]]
-    return dataclasses.replace(images, rows=rows, resolution=2)
 
 
 def look_up(encoded, batch, batch_size):

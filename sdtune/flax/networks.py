@@ -135,7 +135,9 @@ def attention(projections, x, context, num_heads, is_causal=False):
     query, key, value, out = projections
     heads = [dense(query, x), dense(key, context), dense(value, context)]
     heads = [head.reshape(*head.shape[:2], num_heads, -1) for head in heads]
-    attended = jax.nn.dot_product_attention(*heads, is_causal=is_causal)
+    if x.dtype == jnp.float16:  # of which neither CPUs nor TPUs have the products that JAX asks for
+        heads = [head.astype(jnp.float32) for head in heads]
+    attended = jax.nn.dot_product_attention(*heads, is_causal=is_causal).astype(x.dtype)
     return dense(out, attended.reshape(*x.shape[:2], -1))
 
 

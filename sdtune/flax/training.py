@@ -27,6 +27,7 @@ from sdtune.optimization import make_average
 from sdtune.output import chosen_tracker, log_losses, prepare_output
 from sdtune.plan import print_plan
 from sdtune.signals import is_asked
+from sdtune.validation import steps_between_looks
 
 
 def check_hosts(args):
@@ -39,13 +40,6 @@ def check_hosts(args):
     if is_numbered and args.host_index >= args.num_hosts:
         problems.append(f"--host_index={args.host_index}: must be below --num_hosts")
     return problems
-
-
-def check_precision(args):
-    """Lists whether passes are asked for in a precision in which the gradients of unscaled losses vanish."""
-    if args.mixed_precision == "fp16":
-        return ["--mixed_precision=fp16: gradients would vanish; use bf16 or no"]
-    return []
 
 
 def start_jax(args):
@@ -125,6 +119,12 @@ def check_agreement(values):
         raise InputError("\n  ".join([f"the hosts do not agree; {remedy}", *differences]))
 
 
+def precision_of_passes(args):
+    """The precision of the UNet's passes: not fp16, in which the gradients of unscaled losses vanish. As in diffusers'
+    script, fp16 is for what is frozen."""
+    return "bf16" if args.mixed_precision == "bf16" else "no"
+
+
 def tell_plan(args, run, num_held_out):
     """Prints what will be done."""
     num_trained = sum(weight.size for weight in run.state["unet"].values())
@@ -133,7 +133,8 @@ def tell_plan(args, run, num_held_out):
         "images": f", encoded {encoded}",
         "devices": f"{jax.device_count()} {jax.default_backend()} devices",
         "trained": "UNet",
-        "frozen": "VAE, text encoder",
+        "frozen": "VAE, text encoder, in float16" if args.mixed_precision == "fp16" else "VAE, text encoder",
+        "precision": precision_of_passes(args),
         "optimizer": f"EMA: {args.use_ema}",
         "warnings": [],
     }
@@ -175,7 +176,7 @@ def train_steps(args, accelerator, run, pipeline, stop, mesh, batches, training_
     step_program = compile_step(args, mesh, training_loss, optimizer)
     run.state = jax.device_put(run.state, NamedSharding(mesh, PartitionSpec()))  # whole on every device
     split = NamedSharding(mesh, PartitionSpec(None, "data"))  # the passes of a batch one after the other
-    first_step, validation_steps = run.progress["global_step"], args.validation_steps or 500
+    first_step, validation_steps = run.progress["global_step"], steps_between_looks(args, counts)
     write_state = functools.partial(write_arrays, pipeline)
     asked_to_stop = functools.partial(is_asked, stop)
     # A run that was stopped has not had the look at its last step.

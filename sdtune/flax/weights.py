@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import serialization, traverse_util
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sdtune.errors import InputError, last_line
+from sdtune.models import parts_instead
 
 FLAX_FILES = {
     "unet": "diffusion_flax_model.msgpack",
@@ -31,24 +32,53 @@ FLAX_AXES = {2: (1, 0), 4: (2, 3, 1, 0)}
 
 
 def check_flax(args):
-    """Lists what is wrong with --from_flax, and whether the base needs it."""
-    base = Path(args.pretrained_model_name_or_path or "")
-    flax_file = base / "unet" / FLAX_FILES["unet"]
-    suffixes = {path.suffix for path in base.glob("unet/diffusion_pytorch_model*")}
-    has_torch = bool(suffixes & {".bin", ".safetensors"})
-    is_folder = (base / "unet").is_dir()
+    """Lists what is wrong between --from_flax or --from_pt and the weights that the base has."""
     problems = []
-    if args.from_flax and args.variant:
+    has_flax, has_torch = kinds_of_weights(args)
+    if reads_flax(args) and args.variant:
         problems.append(
             f"--variant={args.variant}: does nothing without a PyTorch pipeline folder or Hub id; drop this"
         )
+    if args.from_flax and args.from_pt:
+        problems.append("--from_pt=True: contradicts --from_flax; drop one")
     if args.from_flax and args.single_file_config:
         problems.append("--from_flax=True: a single file is PyTorch's; drop this")
-    if args.from_flax and is_folder and not flax_file.exists():
-        problems.append(f"--from_flax=True: needs {flax_file}; drop this")
-    if not args.from_flax and flax_file.exists() and not has_torch:
-        problems.append("--from_flax=False: this pipeline has Flax weights alone; add --from_flax")
+    if args.from_flax and has_torch and not has_flax:
+        problems.append(f"--from_flax=True: the model has no unet/{FLAX_FILES['unet']}; drop this")
+    if args.from_pt and has_flax and not has_torch:
+        problems.append("--from_pt=True: the model has Flax weights alone; drop this")
     return problems
+
+
+def reads_flax(args):
+    """Whether Flax's weights of the base are read: if --from_flax says so, or where there are no others."""
+    if args.from_flax or args.from_pt or args.single_file_config:
+        return args.from_flax
+    has_flax, has_torch = kinds_of_weights(args)
+    return has_flax and not has_torch
+
+
+def kinds_of_weights(args):
+    """Whether the base has a UNet of Flax's, and one of PyTorch's, by the names of its files."""
+    files = list_base_files(args)
+    has_flax = f"unet/{FLAX_FILES['unet']}" in files
+    return has_flax, any(re.match(r"unet/diffusion_pytorch_model.*\.(bin|safetensors)$", file) for file in files)
+
+
+def list_base_files(args):
+    """The files of the base, a folder or a repository on the Hub; of a repository that cannot be reached those in the
+    cache, and none if there are none."""
+    base = args.pretrained_model_name_or_path or ""
+    if not Path(base).exists():
+        try:
+            return HfApi().list_repo_files(base, revision=args.revision)
+        except Exception:  # no connection, or no such name, which `check_model` tells
+            try:
+                where = {"revision": args.revision, "cache_dir": args.cache_dir}
+                base = snapshot_download(base, **where, local_files_only=True)
+            except Exception:
+                return []
+    return [path.relative_to(base).as_posix() for path in Path(base).glob("*/*")]
 
 
 def load_flax(args):
@@ -60,9 +90,11 @@ def load_flax(args):
         if not folder.is_dir():
             wanted = ["*.json", "tokenizer/*", "*/*.msgpack"]
             folder = snapshot_download(source, revision=args.revision, cache_dir=args.cache_dir, allow_patterns=wanted)
-        return read_flax(Path(folder))
+        pipeline = read_flax(Path(folder))
     except Exception as error:  # every format has its own way of being broken
         raise InputError(f"{source}: cannot be loaded ({last_line(error)})") from None
+    pipeline.register_modules(**parts_instead(args))
+    return pipeline
 
 
 def read_flax(folder):
