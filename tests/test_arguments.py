@@ -17,7 +17,7 @@ from sdtune.arguments import (
     parse_flags,
     positive_int,
 )
-from sdtune.training import check_hardware
+from sdtune.training import check_environment, check_hardware
 
 MAX_LINES = 12  # of a message
 every_script = pytest.mark.parametrize("path", SCRIPTS, ids=[path.stem for path in SCRIPTS])
@@ -196,7 +196,7 @@ RANGES = [  # flags of any script, their interval as help says it, values that a
         [1, 8],
     ),
     (
-        "dataloader_num_workers lr_warmup_steps num_validation_images num_validation_samples host_index",
+        "dataloader_num_workers lr_warmup_steps max_nan_steps num_validation_images num_validation_samples host_index",
         "[0, inf)",
         ["-1", "0.5", "nan", ""],
         [0, 3],
@@ -425,7 +425,9 @@ def test_xformers_is_asked_for_by_its_file(monkeypatch, has_gpu, has_xformers):
 @pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
 def test_ways_of_accelerates_config_that_are_not_obeyed_are_refused(monkeypatch, name):
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
-    assert check_hardware(parse()) == [f"accelerate's config asks for {name}, which cannot be used; choose GPUs alone"]
+    assert check_environment(parse()) == [
+        f"accelerate's config asks for {name}, which cannot be used; choose GPUs alone"
+    ]
 
 
 # ---- the model
