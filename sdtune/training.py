@@ -41,7 +41,7 @@ from sdtune.output import chosen_tracker, log_losses, prepare_output
 from sdtune.plan import print_plan, warn_of_precision
 from sdtune.randomness import DROPOUT, random_numbers
 from sdtune.signals import is_asked, on_signals
-from sdtune.validation import steps_between_looks
+from sdtune.validation import LookGivenUp, steps_between_looks
 
 MINUTES = datetime.timedelta(minutes=10)  # for what all processes do at the same time
 A_DAY = datetime.timedelta(days=1)
@@ -232,18 +232,17 @@ def make_loader(args, accelerator, samples, batches):
 
 def train_steps(args, accelerator, run, stop, loader, models, training_loss, look):
     """Trains to the last step; `training_loss(batch)` gives the loss of each sample (batch,) through `models`, as
-    accelerate prepared them. `look(is_asked)` is called before training and every --validation_steps; it gives up when
-    `is_asked()`, and returns the mean held-out loss or None.
+    accelerate prepared them. `look(is_asked)` is called before training and every --validation_steps; it returns the
+    mean held-out loss or None, or raises `LookGivenUp` when `is_asked()`.
 
     Ends the process with status 128 + signal when `stop` asks for it, 1 after too many losses that are not finite.
     """
     device, counts, parameters = accelerator.device, run.counts, run.weights.parameters
     optimizer, lr_scheduler = run.state["optimizer"], run.state["lr_scheduler"]
     first_step, validation_steps = run.progress["global_step"], steps_between_looks(args, counts)
-    asked_to_stop = functools.partial(is_asked, stop)
     # A run that was stopped had not yet looked at the step that it goes on from.
     if first_step % validation_steps == 0 or first_step == counts.last_step:
-        look_and_keep(args, accelerator, run, look, asked_to_stop)
+        look_and_keep(args, accelerator, run, stop, look)
     batches = iter(loader)
     bar = tqdm(
         range(first_step, counts.last_step),
@@ -270,7 +269,7 @@ def train_steps(args, accelerator, run, stop, loader, models, training_loss, loo
         grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
 
         # Optimizer step, unless a loss or a gradient is not finite in some process.
-        loss, num_not_finite, stop_now = exchange(accelerator, step_loss, grad_norm, asked_to_stop())
+        loss, num_not_finite, stop_now = exchange(accelerator, step_loss, grad_norm, is_asked(stop))
         is_finite = num_not_finite == 0
         is_broken = not is_finite and run.progress["nan_steps"] >= max_nan_steps(args, accelerator)
         if not is_broken:
@@ -302,14 +301,19 @@ def train_steps(args, accelerator, run, stop, loader, models, training_loss, loo
         if stop_now or is_broken:
             leave(accelerator, run, is_broken, stop.received)
         if done % validation_steps == 0 or done == counts.last_step:
-            look_and_keep(args, accelerator, run, look, asked_to_stop)
-    if asked_to_stop() and accelerator.is_main_process:  # while it looked for the last time
+            look_and_keep(args, accelerator, run, stop, look)
+
+
+def look_and_keep(args, accelerator, run, stop, look):
+    """Looks at the run, and keeps its checkpoint if it is the best one so far and that is asked for. Ends the process
+    after a checkpoint, with status 128 + signal, if `stop` asks for it meanwhile: who resumes looks again."""
+    try:
+        held_out_loss = look(functools.partial(is_asked, stop))
+    except LookGivenUp:
+        if accelerator.is_main_process:
+            save_checkpoint(run, write_torch_state, args.checkpoints_total_limit)
+        accelerator.wait_for_everyone()
         leave(accelerator, run, False, stop.received)
-
-
-def look_and_keep(args, accelerator, run, look, asked_to_stop):
-    """Looks at the run, and keeps its checkpoint if it is the best one so far and that is asked for."""
-    held_out_loss = look(asked_to_stop)
     if args.keep_best and held_out_loss is not None and accelerator.is_main_process:
         keep_best(run, held_out_loss, write_torch_state, args.checkpoints_total_limit)
     accelerator.wait_for_everyone()

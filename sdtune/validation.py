@@ -174,7 +174,7 @@ def validate(args, accelerator, run, parts, held_out, prompts, is_asked):
     the losses. `parts` are those of the pipeline, with the scheduler of training.
 
     `is_asked()` is called between batches and denoising steps, and has to stay with its yes. If it says yes in some
-    process, all of them give up this look: nothing of it is written or logged, and None is returned.
+    process, all of them give up this look, of which nothing is written or logged. Raises `LookGivenUp` then.
     """
     if not prompts and not len(held_out.images):
         return None
@@ -189,8 +189,6 @@ def validate(args, accelerator, run, parts, held_out, prompts, is_asked):
                 )
             if prompts:
                 images = draw_samples(args, accelerator, parts, prompts, is_asked)
-    except LookGivenUp:
-        return None
     finally:
         trained.train()
     if losses is not None:

@@ -439,6 +439,45 @@ def test_the_scaler_is_told_of_a_skipped_step(train_script, fit, tmp_path, monke
     assert len(steps) == 4
 
 
+# --------------------------------------------------------------------------------------------- a signal in a look
+
+
+@pytest.mark.parametrize("step", [0, 2, 4])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_it_draws_gives_the_look_up(train_script, fit, tmp_path, monkeypatch, capsys, number, step):
+    """Launchers wait for half a minute, and samples may take longer. Who resumes looks again, and misses nothing."""
+    settings = {"validation_steps": 2, "validation_prompts": ["a", "b"], "num_validation_samples": 2, "use_ema": True}
+    straight, folder = tmp_path / "straight", tmp_path / "out"
+    assert fit(straight, **settings) == 0
+    diffuse, calls = train_script.diffusers.UNet2DConditionModel.forward, []
+
+    def signal_in_the_look(self, sample, *args, **options):
+        if not torch.is_grad_enabled() and losses_of(folder) == step:
+            calls.append(True)
+            if len(calls) == 4:  # after the batches of losses, in the denoising of the first samples
+                os.kill(os.getpid(), number)
+        return diffuse(self, sample, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_script.diffusers.UNet2DConditionModel, "forward", signal_in_the_look)
+        assert fit(folder, **settings) == 128 + number
+    assert 4 <= len(calls) <= 5  # not the 25 steps of every sample
+    assert checkpoints(folder) == [f"checkpoint-{step}"]
+    assert f"checkpoint-{step} holds the state after step {step}" in capsys.readouterr().err
+    assert not (folder / "samples" / f"step-{step:06d}.png").exists()
+    assert not (folder / "model_index.json").exists()
+    assert fit(folder, **settings, resume_from_checkpoint="latest") == 0
+    assert same(unet(folder), unet(straight))
+    assert read_log(folder) == read_log(straight)
+    for name in ("step-000000.png", "step-000002.png", "step-000004.png"):
+        assert (folder / "samples" / name).read_bytes() == (straight / "samples" / name).read_bytes()
+
+
+def losses_of(folder):
+    """How many steps have a logged loss."""
+    return len(losses(folder)) if (folder / "log.jsonl").exists() else 0
+
+
 # ------------------------------------------------------------------------------------------------------------- dropout
 
 

@@ -37,6 +37,7 @@ from sdtune.flax.encoding import encode_once
 from sdtune.flax.networks import apply_text_encoder, apply_unet, apply_vae_encoder, check_networks
 from sdtune.flax.validation import make_measure, validate
 from sdtune.flax.weights import arrays_of, read_flax, write_flax
+from sdtune.validation import LookGivenUp
 
 MINIATURE = REPO / "miniature" / "pipeline"
 VAE_FILE = "vae/diffusion_pytorch_model.safetensors"
@@ -892,7 +893,8 @@ def test_a_look_that_is_given_up_leaves_nothing(base, tmp_path, after):
         asked.append(None)
         return len(asked) > after
 
-    assert look(stop_asked) is None
+    with pytest.raises(LookGivenUp):
+        look(stop_asked)
     assert list((tmp_path / "out").iterdir()) == []
     assert len(asked) <= after + 3
     asked.clear()
@@ -915,7 +917,8 @@ def test_all_hosts_give_up_if_one_is_stopped(base, tmp_path, monkeypatch):
         return np.array([mine, len(heard) == 7])
 
     monkeypatch.setattr("sdtune.flax.validation.multihost_utils.process_allgather", allgather)
-    assert look(lambda: False) is None
+    with pytest.raises(LookGivenUp):
+        look(lambda: False)
     assert heard == [False] * 7 + [True]  # it stops measuring, and says at the end that it did
     assert list((tmp_path / "out").iterdir()) == []
 

@@ -354,8 +354,10 @@ def look(pipeline, loaded, tmp_path):
 
     def validate_and_check(stop_asked):
         before = [parameter.clone() for parameter in parameters]
-        loss = validate(args, accelerator, run, parts, held_out, PROMPTS, stop_asked)
-        assert all(map(torch.equal, parameters, before))
+        try:
+            loss = validate(args, accelerator, run, parts, held_out, PROMPTS, stop_asked)
+        finally:
+            assert all(map(torch.equal, parameters, before))
         assert run.progress["base_losses"] is None or loss
         return loss
 
@@ -367,7 +369,8 @@ def look(pipeline, loaded, tmp_path):
 def test_a_look_that_is_given_up_leaves_nothing(look, tmp_path, after):
     """Before the first batch of losses, between them, before the samples, in the first and last denoising step."""
     stop = Stop(after)
-    assert look(stop) is None
+    with pytest.raises(LookGivenUp):
+        look(stop)
     assert list((tmp_path / "out").iterdir()) == []
     assert stop.num_asked <= after + 3  # it ends soon
     # Six batches of losses; two of samples, of two steps each; and what is asked at the end.
@@ -421,7 +424,12 @@ def test_two_real_processes_end_a_look_together(pipeline, loaded, tmp_path, stop
         run.weights = Weights({}, [], None, None)
         stop = Stop(2) if accelerator.process_index in stopped else Stop(math.inf)
         look = (drawing("--train_batch_size=4"), accelerator, run, parts, held_out, PROMPTS, stop)
-        (tmp_path / f"rank_{accelerator.process_index}").write_text(str(validate(*look) is not None))
+        try:
+            validate(*look)
+            outcome = "True"
+        except LookGivenUp:
+            outcome = "False"
+        (tmp_path / f"rank_{accelerator.process_index}").write_text(outcome)
 
     assert run_copies(SimpleNamespace(main=main), [], tmp_path / "said", seconds=60) == [0, 0], said_in(tmp_path)
     assert [(tmp_path / f"rank_{rank}").read_text() for rank in range(2)] == [str(done)] * 2

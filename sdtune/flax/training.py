@@ -27,7 +27,7 @@ from sdtune.optimization import make_average
 from sdtune.output import chosen_tracker, log_losses, prepare_output
 from sdtune.plan import print_plan
 from sdtune.signals import is_asked
-from sdtune.validation import steps_between_looks
+from sdtune.validation import LookGivenUp, steps_between_looks
 
 
 def check_hosts(args):
@@ -165,8 +165,8 @@ def compile_step(args, mesh, training_loss, optimizer):
 
 def train_steps(args, accelerator, run, pipeline, stop, mesh, batches, training_loss, optimizer, look):
     """Trains to the last step; `training_loss(weights, batch)` gives the loss of each sample (batch,).
-    `look(is_asked)` is called before training and every --validation_steps; it gives up when `is_asked()`, and returns
-    the mean held-out loss or None.
+    `look(is_asked)` is called before training and every --validation_steps; it returns the mean held-out loss or None,
+    or raises `LookGivenUp` when `is_asked()`.
 
     Ends the process with status 128 + signal when `stop` asks for it, 1 after too many losses that are not finite.
     """
@@ -178,10 +178,9 @@ def train_steps(args, accelerator, run, pipeline, stop, mesh, batches, training_
     split = NamedSharding(mesh, PartitionSpec(None, "data"))  # the passes of a batch one after the other
     first_step, validation_steps = run.progress["global_step"], steps_between_looks(args, counts)
     write_state = functools.partial(write_arrays, pipeline)
-    asked_to_stop = functools.partial(is_asked, stop)
     # A run that was stopped has not had the look at its last step.
     if first_step % validation_steps == 0 or first_step == counts.last_step:
-        look_and_keep(args, run, look, asked_to_stop, write_state)
+        look_and_keep(args, accelerator, run, stop, look, write_state)
     bar = tqdm(
         range(first_step, counts.last_step),
         initial=first_step,
@@ -197,7 +196,7 @@ def train_steps(args, accelerator, run, pipeline, stop, mesh, batches, training_
         upcoming = reader.submit(next, batches, None)
 
         # Forward, backward and optimizer step on the devices, unless a loss or a gradient is not finite.
-        batch["stop"] = np.full_like(batch["weight"], asked_to_stop())  # which is how the hosts tell each other
+        batch["stop"] = np.full_like(batch["weight"], is_asked(stop))  # which is how the hosts tell each other
         arrays = {name: jax.make_array_from_process_local_data(split, array) for name, array in batch.items()}
         learning_rate, ema_decay = np.float32(learning_rate_of(step)), np.float32(average.get_decay(step + 1))
         run.is_whole = False  # the program writes over the state
@@ -205,7 +204,7 @@ def train_steps(args, accelerator, run, pipeline, stop, mesh, batches, training_
         loss, grad_norm, stop_now = np.asarray(outcome).tolist()
         is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
         is_broken = not is_finite and run.progress["nan_steps"] >= (args.max_nan_steps or 0)
-        stop_now = bool(stop_now) or (asked_to_stop() and jax.process_count() == 1)
+        stop_now = bool(stop_now) or (is_asked(stop) and jax.process_count() == 1)
         if not is_broken:
             note_step(run, step, loss, is_finite)
         run.is_whole = True
@@ -228,13 +227,17 @@ def train_steps(args, accelerator, run, pipeline, stop, mesh, batches, training_
         if stop_now or is_broken:
             leave(accelerator, run, is_broken, stop.received)
         if done % validation_steps == 0 or done == counts.last_step:
-            look_and_keep(args, run, look, asked_to_stop, write_state)
-    if asked_to_stop() and is_first:  # while it looked for the last time
+            look_and_keep(args, accelerator, run, stop, look, write_state)
+
+
+def look_and_keep(args, accelerator, run, stop, look, write_state):
+    """Looks at the run, and keeps its checkpoint if it is the best one so far and that is asked for. Ends the process
+    after a checkpoint, with status 128 + signal, if `stop` asks for it meanwhile: who resumes looks again."""
+    try:
+        held_out_loss = look(functools.partial(is_asked, stop))
+    except LookGivenUp:
+        if jax.process_index() == 0:
+            save_checkpoint(run, write_state, args.checkpoints_total_limit)
         leave(accelerator, run, False, stop.received)
-
-
-def look_and_keep(args, run, look, asked_to_stop, write_state):
-    """Looks at the run, and keeps its checkpoint if it is the best one so far and that is asked for."""
-    held_out_loss = look(asked_to_stop)
     if args.keep_best and held_out_loss is not None and jax.process_index() == 0:
         keep_best(run, held_out_loss, write_state, args.checkpoints_total_limit)

@@ -63,7 +63,7 @@ def validate(args, accelerator, run, pipeline, noise_scheduler, measure, prompts
     except LookGivenUp:
         is_stopped = True
     if on_some_host(is_stopped):  # which the others know of the measuring, and not of the drawing
-        return None
+        raise LookGivenUp
     if losses is not None and is_first:
         log_held_out_losses(accelerator, run, losses)
     if images:
