@@ -33,8 +33,10 @@ from training import draws, losses, parse, read_log, text_encoder, train, unet, 
 from transformers import CLIPTextModel
 
 from sdtune.checkpoints import Run
+from sdtune.errors import InputError
 from sdtune.flax.encoding import encode_once
 from sdtune.flax.networks import apply_text_encoder, apply_unet, apply_vae_encoder, check_networks
+from sdtune.flax.training import check_agreement
 from sdtune.flax.validation import make_measure, validate
 from sdtune.flax.weights import arrays_of, read_flax, write_flax
 from sdtune.validation import LookGivenUp
@@ -921,6 +923,23 @@ def test_all_hosts_give_up_if_one_is_stopped(base, tmp_path, monkeypatch):
         look(lambda: False)
     assert heard == [False] * 7 + [True]  # it stops measuring, and says at the end that it did
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_hosts_that_do_not_agree_end(monkeypatch):
+    """They would wait for each other for ever. Here the other host is at another step."""
+
+    def allgather(mine):
+        other = mine.copy()
+        other[0] += 1
+        return np.stack([mine, other])
+
+    values = {"global_step": 2, "captioned_images": "abc"}
+    check_agreement(values)
+    monkeypatch.setattr("sdtune.flax.training.multihost_utils.process_allgather", allgather)
+    with pytest.raises(InputError) as told:
+        check_agreement(values)
+    assert str(told.value).splitlines()[1:] == ["  global_step: 2 here"]
+    assert "one --output_dir that they share" in str(told.value)
 
 
 def test_losses_fall_where_there_is_little_to_learn(fit, tmp_path):
