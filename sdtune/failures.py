@@ -18,7 +18,8 @@ from sdtune.signals import noted_signals
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # What libraries say instead: safetensors, torch, which hides the reason, and torch again.
 DISK_FULL_TEXT = re.compile(
-    r"No space left|File too large|quota exceeded|iostream error|PytorchStreamWriter failed", re.IGNORECASE
+    r"No space left|File too large|quota exceeded|iostream error|PytorchStreamWriter failed|unexpected pos",
+    re.IGNORECASE,
 )
 OUT_OF_MEMORY_TEXT = re.compile(r"out of memory|can't allocate memory|RESOURCE_EXHAUSTED", re.IGNORECASE)
 # What a process says whose connection to another one ends: what happened is told there.
@@ -54,7 +55,7 @@ def explain(args, error):
     if isinstance(error, InputError):
         return last_words(error), ""
     if is_disk_full(error):
-        return f"a full disk ({last_words(error)})", ". Make room first"
+        return "a full disk", ". Make room first"
     if isinstance(error, MemoryError) or OUT_OF_MEMORY_TEXT.search(str(error)):
         return f"a lack of memory ({last_words(error)})", f". Use {memory_flags(args)}"
     if LOST_PEER_TEXT.search(str(error)):
@@ -83,6 +84,8 @@ def memory_flags(args):
 
 def last_words(error):
     """The last line of an exception's text, without the class that a worker's report begins it with."""
+    if is_disk_full(error):
+        return "the disk is full"  # which torch says in riddles
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return re.sub(r"^[\w.]+Error: ", "", lines[-1]).rstrip(".")
 

@@ -173,7 +173,8 @@ def has_dropout(models):
     """Whether layers of models in training, by name, drop a part of their inputs."""
     modules = [module for model in models.values() for module in model.modules()]
     shares = [module.p for module in modules if isinstance(module, torch.nn.Dropout)]
-    shares += [module.dropout for module in modules if isinstance(getattr(module, "dropout", None), float)]
+    others = [vars(module).get("dropout") for module in modules]  # of transformers' attention
+    shares += [share for share in others if isinstance(share, float)]
     return any(share > 0 for share in shares)
 
 

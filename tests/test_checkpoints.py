@@ -99,7 +99,7 @@ def test_failed_save_leaves_the_older_checkpoints(fit, straight, tmp_path, monke
         break_it(patch)
         assert fit(tmp_path, **settings) == 1
     assert (
-        "Stopped after step 3 by a full disk (no space left). No checkpoint could be written (no space left); go on "
+        "Stopped after step 3 by a full disk. No checkpoint could be written (the disk is full); go on "
         f"from {tmp_path / 'checkpoint-2'} with --resume_from_checkpoint=latest. Make room first\n"
     ) in capsys.readouterr().err
     assert checkpoints(tmp_path) == ["checkpoint-1", "checkpoint-2"]

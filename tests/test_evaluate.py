@@ -442,7 +442,7 @@ def test_losses_of_different_schedules_are_not_compared(folder_of_five, tmp_path
     ],
 )
 def test_a_report_is_whole_or_not_there(tmp_path, monkeypatch, capsys, error, status, message):
-    def fail_half_way(path, text):
+    def fail_half_way(path, text, encoding):
         path.write_bytes(text[: len(text) // 2].encode())
         raise error
 

@@ -166,6 +166,7 @@ def test_a_half_done_optimizer_step_is_not_saved(train_script, fit, tmp_path, mo
         (RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file data/5: file write failed"), True),
         (Exception("Error while serializing: I/O error: No space left on device (os error 28)"), True),
         (Exception("Error while serializing: I/O error: File too large (os error 27)"), True),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 17439232 vs 17439124"), True),
         (OSError(2, "No such file or directory"), False),
         (ValueError("28"), False),
     ],
@@ -173,7 +174,7 @@ def test_a_half_done_optimizer_step_is_not_saved(train_script, fit, tmp_path, mo
 def test_a_full_disk_is_recognised(error, is_full):
     assert is_disk_full(error) == is_full
     reason, _ = explain(parse(), error)
-    assert reason.startswith("a full disk (") == is_full
+    assert (reason == "a full disk") == is_full
 
 
 def test_a_worker_names_the_mistake_alone():
@@ -202,7 +203,7 @@ def test_a_disk_that_fills_up_loses_nothing_whole(train_script, fit, straight, b
         copy = start_copy(train_script, line, tmp_path / "said")
         assert end_of(copy) == 1, (tmp_path / "said").read_text()
     said = (tmp_path / "said").read_text()
-    assert "Stopped after step 3 by a full disk (" in said
+    assert "Stopped after step 3 by a full disk. No checkpoint could be written (the disk is full); " in said
     assert (
         f"go on from {tmp_path / 'out' / 'checkpoint-2'} with --resume_from_checkpoint=latest. Make room first" in said
     )
@@ -233,7 +234,7 @@ def test_a_result_is_whole_or_absent(train_script, fit, straight, tmp_path, monk
         patch.setattr(train_script, fails_in, fail)
         assert fit(tmp_path) == 1
     message = capsys.readouterr().err
-    assert "Stopped after step 4 by a full disk ([Errno 28] No space left on device). " in message
+    assert "Stopped after step 4 by a full disk. " in message
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "args.json", "checkpoint-4", "log.jsonl"]
     assert fit(tmp_path, resume_from_checkpoint="latest") == 0
     assert same(unet(tmp_path), unet(straight))

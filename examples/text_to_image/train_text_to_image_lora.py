@@ -365,7 +365,8 @@ class Stop:
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # What libraries say instead: safetensors, torch, which hides the reason, and torch again.
 DISK_FULL_TEXT = re.compile(
-    r"No space left|File too large|quota exceeded|iostream error|PytorchStreamWriter failed", re.IGNORECASE
+    r"No space left|File too large|quota exceeded|iostream error|PytorchStreamWriter failed|unexpected pos",
+    re.IGNORECASE,
 )
 OUT_OF_MEMORY_TEXT = re.compile(r"out of memory|can't allocate memory|RESOURCE_EXHAUSTED", re.IGNORECASE)
 # What a process says whose connection to another one ends: what happened is told there.
@@ -658,7 +659,8 @@ def has_dropout(models):
     """Whether layers of models in training, by name, drop a part of their inputs."""
     modules = [module for model in models.values() for module in model.modules()]
     shares = [module.p for module in modules if isinstance(module, torch.nn.Dropout)]
-    shares += [module.dropout for module in modules if isinstance(getattr(module, "dropout", None), float)]
+    others = [vars(module).get("dropout") for module in modules]  # of transformers' attention
+    shares += [share for share in others if isinstance(share, float)]
     return any(share > 0 for share in shares)
 
 
@@ -3599,7 +3601,7 @@ def explain(args, error):
     if isinstance(error, InputError):
         return last_words(error), ""
     if is_disk_full(error):
-        return f"a full disk ({last_words(error)})", ". Make room first"
+        return "a full disk", ". Make room first"
     if isinstance(error, MemoryError) or OUT_OF_MEMORY_TEXT.search(str(error)):
         return f"a lack of memory ({last_words(error)})", f". Use {memory_flags(args)}"
     if LOST_PEER_TEXT.search(str(error)):
@@ -3628,6 +3630,8 @@ def memory_flags(args):
 
 def last_words(error):
     """The last line of an exception's text, without the class that a worker's report begins it with."""
+    if is_disk_full(error):
+        return "the disk is full"  # which torch says in riddles
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return re.sub(r"^[\w.]+Error: ", "", lines[-1]).rstrip(".")
 
