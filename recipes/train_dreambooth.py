@@ -141,15 +141,15 @@ def make_parser():
 def check_args(args, problems=()):
     """Lists what is wrong with the flags, each with its value, what is accepted and the remedy. `problems` are those
     that were found before."""
-    problems = check_requirements(args, REQUIRES) + check_old_flags(args)
-    problems += check_data(args, "instance_data_dir") + check_subject(args)
-    problems += check_optimization(args) + check_8bit_adam(args)
-    problems += check_hardware(args) + check_environment(args) + check_trackers(args) + check_validation(args)
-    problems += check_output(args, foreign_result="pytorch_lora_weights.safetensors")
-    problems += check_model(args)
+    found = check_requirements(args, REQUIRES) + check_old_flags(args)
+    found += check_data(args, "instance_data_dir") + check_subject(args)
+    found += check_optimization(args) + check_8bit_adam(args)
+    found += check_hardware(args) + check_environment(args) + check_trackers(args) + check_validation(args)
+    found += check_output(args, foreign_result="pytorch_lora_weights.safetensors")
+    found += check_model(args)
     if args.skip_save_text_encoder and args.train_text_encoder:
-        problems.append("--skip_save_text_encoder=True: would lose what --train_text_encoder trained; drop one")
-    return problems
+        found.append("--skip_save_text_encoder=True: would lose what --train_text_encoder trained; drop one")
+    return found
 
 
 def load_models(args, accelerator):

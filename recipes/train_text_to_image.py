@@ -116,17 +116,15 @@ def make_parser():
 def check_args(args, problems=()):
     """Lists what is wrong with the flags, each with its value, what is accepted and the remedy. `problems` are those
     that were found before."""
-    problems = check_requirements(args, REQUIRES) + check_old_flags(args)
-    problems += check_data(args, "train_data_dir")
-    problems += check_optimization(args) + check_8bit_adam(args)
-    problems += check_hardware(args) + check_environment(args) + check_trackers(args) + check_validation(args)
-    problems += check_output(args, foreign_result="pytorch_lora_weights.safetensors")
-    problems += check_model(args)
+    found = check_requirements(args, REQUIRES) + check_old_flags(args)
+    found += check_data(args, "train_data_dir")
+    found += check_optimization(args) + check_8bit_adam(args)
+    found += check_hardware(args) + check_environment(args) + check_trackers(args) + check_validation(args)
+    found += check_output(args, foreign_result="pytorch_lora_weights.safetensors")
+    found += check_model(args)
     if args.non_ema_revision and Path(args.pretrained_model_name_or_path or "").exists():
-        problems.append(
-            f"--non_ema_revision={args.non_ema_revision}: does nothing without a model on the Hub; drop this"
-        )
-    return problems
+        found.append(f"--non_ema_revision={args.non_ema_revision}: does nothing without a model on the Hub; drop this")
+    return found
 
 
 def load_models(args, accelerator):

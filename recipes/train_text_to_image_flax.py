@@ -51,7 +51,7 @@ from sdtune.flax.networks import apply_text_encoder, apply_unet, check_networks
 from sdtune.flax.optimization import make_optimizer
 from sdtune.flax.training import (
     check_hosts,
-    is_first_host,
+    end_of_process,
     load_batches,
     make_accelerator,
     make_state,
@@ -85,7 +85,7 @@ from sdtune.output import (
     save_pipeline,
     start_trackers,
 )
-from sdtune.script import run_script
+from sdtune.script import run_script, work_of
 from sdtune.signals import Stop
 from sdtune.validation import check_validation, prompts_of
 
@@ -167,13 +167,13 @@ def add_jax_arguments(parser):
 def check_args(args, problems=()):
     """Lists what is wrong with the flags, each with its value, what is accepted and the remedy. `problems` are those
     that were found before."""
-    problems = check_requirements(args, REQUIRES) + check_old_flags(args)
-    problems += check_data(args, "train_data_dir")
-    problems += check_optimization(args) + check_hosts(args)
-    problems += check_trackers(args) + check_validation(args)
-    problems += check_output(args, foreign_result="pytorch_lora_weights.safetensors")
-    problems += check_flax(args)
-    return problems + (check_model(args) or check_networks(args))
+    found = check_requirements(args, REQUIRES) + check_old_flags(args)
+    found += check_data(args, "train_data_dir")
+    found += check_optimization(args) + check_hosts(args)
+    found += check_trackers(args) + check_validation(args)
+    found += check_output(args, foreign_result="pytorch_lora_weights.safetensors")
+    found += check_flax(args)
+    return found + (check_model(args) or check_networks(args))
 
 
 def load_models(args):
@@ -183,9 +183,8 @@ def load_models(args):
     return pipeline, make_noise_scheduler(args, pipeline)
 
 
-def train(args):
-    """Trains as `args` say, which have been checked."""
-    mesh = start_jax(args)
+def train(args, mesh):
+    """Trains as `args` say, which have been checked, on the devices of `mesh`."""
     is_first = jax.process_index() == 0
     images, held_out, fingerprint = load_data(args, args.train_data_dir)
     accelerator = make_accelerator(args)
@@ -234,9 +233,11 @@ def train(args):
     batches = load_batches(args, run, encoded, batch_size, pool)
     training_loss = functools.partial(losses, snr_gamma=args.snr_gamma)
     stop = Stop(launcher=None)
-    with nothing_lost(args, accelerator, run, stop, functools.partial(write_arrays, pipeline)):
-        train_steps(args, accelerator, run, pipeline, stop, mesh, batches, training_loss, optimizer, look)
+    write_state = functools.partial(write_arrays, pipeline)
+    with nothing_lost(args, accelerator, run, stop, write_state, end=end_of_process()):
+        train_steps(args, accelerator, run, write_state, stop, mesh, batches, training_loss, optimizer, look)
         if is_first:
+            run.is_whole = False  # what is copied and rounded now is the result, and no state to go on from
             copy_weights(result_weights(run), pipeline.unet)
             files = save_model(args, pipeline, noise_scheduler, counts.last_step)
     if repo_id:
@@ -256,9 +257,16 @@ def save_model(args, pipeline, noise_scheduler, step):
     return files
 
 
+def start(args):
+    """Starts JAX, and trains; of several hosts the first one writes and prints."""
+    mesh = start_jax(args)
+    with work_of(args, is_first=jax.process_index() == 0):
+        train(args, mesh)
+
+
 def main(argv=None):
     """Runs the script; a mistake of the user's ends with status 2 and its message."""
-    run_script(Path(__file__).name, make_parser(), argv, REPLACED_FLAGS, check_args, train, prints_for=is_first_host)
+    run_script(Path(__file__).name, make_parser(), argv, REPLACED_FLAGS, check_args, start)
 
 
 if __name__ == "__main__":

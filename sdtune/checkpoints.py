@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 
 from sdtune.batches import StepCounts
 from sdtune.errors import InputError, last_line
-from sdtune.files import beside, copy_mode, read_json, sync
+from sdtune.files import beside, copy_mode, read_json, sync, sync_folder
 from sdtune.optimization import peak_learning_rate
 
 AVERAGED = "_ema"  # ends the names of averaged weights in a checkpoint
@@ -92,7 +93,8 @@ def save_checkpoint(run, write_state, total_limit):
     final = checkpoint_of(run)
     if (final / "progress.json").exists():  # a step broke just after a save
         return
-    partial = final.with_name(f"{final.name}.{os.getpid()}.partial")  # two processes may save after a failure
+    # Two processes, maybe of two machines, may save after a failure: the first one wins.
+    partial = final.with_name(f"{final.name}.{socket.gethostname()}-{os.getpid()}.partial")
     try:
         partial.mkdir()
         write_state(run, partial)
@@ -101,6 +103,7 @@ def save_checkpoint(run, write_state, total_limit):
         copy_mode(run.output_dir / "args.json", partial.rglob("*.safetensors"))
         sync(partial)  # files before names, or a crash could leave a whole name with half a file
         partial.rename(final)
+        sync_folder(run.output_dir)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -126,7 +129,8 @@ def keep_best(run, held_out_loss, write_state, total_limit):
     """Keeps the checkpoint of the run's step, and writes it if it is not there, if its held-out loss is the lowest so
     far. For one process alone."""
     best, step = read_best(run.output_dir), run.progress["global_step"]
-    if best and best["step"] != step and best["held_out_loss"] <= held_out_loss:
+    is_worse = best and best["step"] != step and best["held_out_loss"] <= held_out_loss
+    if is_worse or not math.isfinite(held_out_loss):
         return
     save_checkpoint(run, write_state, None)
     with beside(run.output_dir / "best.json") as path:
@@ -142,8 +146,8 @@ def averaged(run):
         yield
         return
     ema.store(parameters)
-    ema.copy_to(parameters)
     try:
+        ema.copy_to(parameters)
         yield
     finally:
         ema.restore(parameters)
@@ -166,7 +170,10 @@ def read_torch_state(run, folder):
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     if "ema" in run.state:
         run.weights.read(run.weights.models, folder, AVERAGED)
-        run.state["ema"].shadow_params = [value.detach().clone() for value in run.weights.parameters]
+        ema = run.state["ema"]
+        places = [value.device for value in ema.shadow_params]  # the CPU, if it is offloaded
+        averaged_weights = zip(run.weights.parameters, places, strict=True)
+        ema.shadow_params = [value.detach().to(place, copy=True) for value, place in averaged_weights]
     run.weights.read(run.weights.models, folder, "")
     return state
 

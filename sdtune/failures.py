@@ -23,14 +23,14 @@ DISK_FULL_TEXT = re.compile(
 )
 OUT_OF_MEMORY_TEXT = re.compile(r"out of memory|can't allocate memory|RESOURCE_EXHAUSTED", re.IGNORECASE)
 # What a process says whose connection to another one ends: what happened is told there.
-LOST_PEER_TEXT = re.compile(r"Connection (closed|reset) by (peer|remote)|remote process exited|NCCL", re.IGNORECASE)
+LOST_PEER_TEXT = re.compile(r"Connection (closed|reset) by (peer|remote)|remote process exited", re.IGNORECASE)
 
 
 @contextlib.contextmanager
-def nothing_lost(args, accelerator, run, stop, write_state):
+def nothing_lost(args, accelerator, run, stop, write_state, end=sys.exit):
     """Notes signals in `stop`, and after an exception writes the last state that is whole as a checkpoint, by
-    `write_state(run, folder)`, says what happened and ends with status 1. Any process may be the one that fails, and
-    holds the same state as the others."""
+    `write_state(run, folder)`, says what happened and ends the process by `end(1)`. Any process may be the one that
+    fails, and holds the same state as the others."""
     with noted_signals(stop):
         try:
             yield
@@ -44,10 +44,11 @@ def nothing_lost(args, accelerator, run, stop, write_state):
             if not reason:
                 traceback.print_exception(error)
                 reason = last_words(error)
+            traceback.clear_frames(error.__traceback__)  # which hold what the step computed
             kept = save_what_is_whole(run, write_state)
             step = run.progress["global_step"]
-            print(f"\n{told_as}Stopped after step {step} by {reason}. {kept}{remedy}", file=sys.stderr)
-            sys.exit(1)
+            print(f"\n{told_as}Stopped after step {step} by {reason}. {kept}{remedy}", file=sys.stderr, flush=True)
+            end(1)
 
 
 def explain(args, error):
@@ -93,14 +94,15 @@ def last_words(error):
 def save_what_is_whole(run, write_state):
     """Writes the checkpoint of the run's step, if weights and state belong together; returns what there is to go on
     from."""
-    free_memory()
-    why = "the optimizer was at work"
+    why = "the weights were being changed"
     if run.is_whole:
         try:
+            free_memory()
             save_checkpoint(run, write_state, None)
-            return f"{checkpoint_of(run)} holds its state; go on with --resume_from_checkpoint=latest"
-        except Exception as error:  # the disk may be what is full
+        except Exception as error:  # the disk may be what is full, or another process was first
             why = last_words(error)
+    if (checkpoint_of(run) / "progress.json").exists():
+        return f"{checkpoint_of(run)} holds its state; go on with --resume_from_checkpoint=latest"
     whole = list_checkpoints(run.output_dir)
     if not whole:
         return f"No checkpoint could be written ({why}), and there is none before"

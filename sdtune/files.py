@@ -40,10 +40,20 @@ def beside(output, keep_mode=False):
 def sync(folder):
     """Has the system write a folder and all that is in it to the disk: until then a crash of the machine could leave a
     whole name with half a file."""
-    for path in [*sorted(folder.rglob("*"), reverse=True), folder]:
-        if path.is_dir() and os.name == "nt":  # where folders cannot be opened, and need not be
-            continue
-        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir():
+            sync_folder(path)
+        else:
+            with path.open("r+b") as file:
+                os.fsync(file.fileno())
+    sync_folder(folder)
+
+
+def sync_folder(folder):
+    """Has the system write the names in a folder to the disk, where it can: Windows opens no folders, and some network
+    file systems know no such thing."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:

@@ -141,6 +141,8 @@ def still_readable(name):
     """Raises `InputError`, which names the image, where one that was checked cannot be decoded any more."""
     try:
         yield
+    except MemoryError:  # which is not the image's fault
+        raise
     except Exception as error:  # whatever a decoder stumbles over
         told = f"changed since it was checked, and cannot be read now ({last_line(error)}); put it back or start again"
         raise InputError(f"{name}: {told}") from None

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from sdtune.checkpoints import find_checkpoint
 from sdtune.errors import InputError, last_line
-from sdtune.files import copy_mode, existing_place, move_into, sync
+from sdtune.files import beside, copy_mode, existing_place, move_into, sync
 from sdtune.models import DTYPES, write_text_encoder
 
 LOCK_FILE = ".lock"
@@ -38,6 +38,8 @@ def check_output(args, foreign_result):
 
     if checkpoint and not (checkpoint / "progress.json").is_file():
         problems.append(f"--resume_from_checkpoint={wanted}: is no whole checkpoint folder; name one, or latest")
+    if (output / args.logging_dir).resolve() == output:
+        problems.append(f"--logging_dir={args.logging_dir}: is --output_dir itself; name a folder in it, such as logs")
     if wanted and args.overwrite_output_dir:
         problems.append("--overwrite_output_dir: contradicts --resume_from_checkpoint; drop one")
     if is_own and newest and checkpoint.resolve() != newest.resolve():
@@ -66,7 +68,7 @@ def check_trackers(args):
 
 def is_taken(args):
     """Whether the output folder holds more than a lock, and logs of trackers, which get a folder of their own."""
-    others = {LOCK_FILE, Path(args.logging_dir).parts[0]}
+    others = {LOCK_FILE, *Path(args.logging_dir).parts[:1]}
     return any(path.name not in others for path in Path(args.output_dir).iterdir())
 
 
@@ -90,9 +92,9 @@ def locked_output(args):
     try:
         yield
     finally:
-        if is_new and [path.name for path in output_dir.iterdir()] == [LOCK_FILE]:
-            shutil.rmtree(output_dir)
         lock.release()
+        if is_new and [path.name for path in output_dir.iterdir()] in ([], [LOCK_FILE]):
+            shutil.rmtree(output_dir, ignore_errors=True)
 
 
 def chosen_tracker(args):
@@ -111,18 +113,28 @@ def prepare_output(run, overwrite):
     output_dir.mkdir(parents=True, exist_ok=True)
     old_files = ["README.md", "best.json"]  # the first of which says that a run has ended
     old_folders = r"samples|checkpoint-\d+"
-    unfinished = r"checkpoint-\d+(\.\d+)?\.partial|" + re.escape(NEW_RESULT)
+    unfinished = r"checkpoint-\d+(\.[^.]*-\d+)?\.partial|" + re.escape(NEW_RESULT)
     if overwrite:
         for name in old_files:
             (output_dir / name).unlink(missing_ok=True)
     for old in list(output_dir.iterdir()):
         if re.fullmatch(unfinished, old.name) or (overwrite and re.fullmatch(old_folders, old.name)):
             shutil.rmtree(old)
-    (output_dir / "args.json").write_text(json.dumps(run.settings, indent=2) + "\n", encoding="utf-8")
-    log = output_dir / "log.jsonl"
     first_step = run.progress["global_step"]
+    if first_step and run.progress["base_losses"] is None:  # of other images, or of another objective
+        (output_dir / "best.json").unlink(missing_ok=True)
+    log = output_dir / "log.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() and first_step else []
-    log.write_text("".join(line for line in lines if was_before(line, first_step)), encoding="utf-8")
+    contents = {
+        "args.json": json.dumps(run.settings, indent=2) + "\n",
+        "log.jsonl": "".join(line for line in lines if was_before(line, first_step)),
+    }
+    try:
+        for name, content in contents.items():
+            with beside(output_dir / name) as path:
+                path.write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--output_dir={output_dir}: cannot be written to ({last_line(error)}); make room") from None
 
 
 def was_before(line, first_step):

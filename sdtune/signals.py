@@ -59,4 +59,4 @@ def note_signal(received, number, _):
     """Appends the signal to `received`; a second one ends the process at once."""
     os.write(2, b"\nFinishing the step and writing a checkpoint; a second signal ends at once, without one.\n")
     received.append(number)
-    signal.signal(number, signal.SIG_DFL)
+    on_signals(signal.SIG_DFL)

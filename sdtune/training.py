@@ -152,6 +152,8 @@ def make_state(args, accelerator, groups, last_step):
     if args.use_ema:
         parameters = [parameter for group in groups for parameter in group["params"]]
         state["ema"] = make_average(args, parameters)
+        if args.offload_ema:  # at once: the first step needs all memory that there is
+            state["ema"].to("cpu")
     if accelerator.scaler is not None:
         state["scaler"] = accelerator.scaler
     return state
@@ -216,7 +218,8 @@ def choose_num_workers(wanted):
     machine, but for one that trains, and at most 4. On two cores they would only be in each other's way."""
     if wanted is not None:
         return wanted
-    num_cores = (os.cpu_count() or 1) // get_int_from_env(["LOCAL_WORLD_SIZE"], 1)
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    num_cores = allowed // get_int_from_env(["LOCAL_WORLD_SIZE"], 1)
     return min(4, num_cores - 1) if num_cores > 2 else 0
 
 
@@ -280,7 +283,7 @@ def train_steps(args, accelerator, run, stop, loader, models, training_loss, loo
             optimizer.zero_grad()
             if is_finite:
                 lr_scheduler.step()
-                update_average(args, accelerator, run, parameters)
+                update_average(args, run, parameters)
             note_step(run, step, loss, is_finite)
             run.is_whole = True
         done = run.progress["global_step"]
@@ -344,15 +347,16 @@ def exchange(accelerator, loss, grad_norm, stop):
     return accelerator.reduce(numbers, reduction="sum").tolist()
 
 
-def update_average(args, accelerator, run, parameters):
+def update_average(args, run, parameters):
     """Moves the average of the weights, if there is one, towards the parameters."""
     ema = run.state.get("ema")
     if ema:
-        ema.to("cpu" if args.offload_ema else accelerator.device)  # where it is but for the first step
         step_average(ema, parameters, args.foreach_ema, args.offload_ema)
 
 
 def use_average(run):
-    """Puts the averaged weights, if there are any, into the models: those are the result."""
+    """Puts the averaged weights, if there are any, into the models: those are the result, but no state to go on
+    from."""
+    run.is_whole = False
     if "ema" in run.state:
         run.state["ema"].copy_to(run.weights.parameters)

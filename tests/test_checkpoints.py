@@ -10,11 +10,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers.training_utils import EMAModel
 from image_data import snapshot, write_image_folder
 from PIL import Image
 from training import checkpoint_state, checkpoint_unet, losses, read_log, same, train, trains_into, unet
 
-from sdtune.checkpoints import Run, find_checkpoint, list_checkpoints, save_checkpoint
+from sdtune.checkpoints import (
+    Run,
+    Weights,
+    averaged,
+    find_checkpoint,
+    keep_best,
+    list_checkpoints,
+    read_best,
+    save_checkpoint,
+)
 
 
 @pytest.fixture(scope="module")
@@ -234,6 +244,56 @@ def test_changed_images_are_refused_unless_allowed(fit, images, stopped, tmp_pat
     data = tmp_path / "changed"
     edit(images, data)
     refused_unless_allowed(fit, stopped, capsys, "captioned_images: ", data=data)
+
+
+def test_a_loss_that_is_no_number_is_not_the_best(tmp_path):
+    """Nor does it take the place of one that is."""
+    (tmp_path / "args.json").write_text("{}")
+    run = Run(tmp_path, settings={}, progress={}, state={}, counts=None)
+    for step, loss in ((1, 0.5), (2, 0.1), (3, math.nan), (4, 0.9)):
+        run.progress = {"global_step": step}
+        save_checkpoint(run, lambda *_: None, 1)
+        keep_best(run, loss, lambda *_: None, 1)
+    assert read_best(tmp_path) == {"step": 2, "held_out_loss": 0.1}
+    assert checkpoints(tmp_path) == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_averages_that_do_not_fit_leave_the_weights_as_they_were():
+    """A copy that fails half-way would otherwise be saved as the state of the run."""
+    parameters = [torch.nn.Parameter(torch.full((2,), float(number))) for number in range(2)]
+    ema = EMAModel(parameters)
+    ema.shadow_params = [torch.full((2,), 7.0), torch.full((3,), 7.0)]  # the second one cannot be copied
+    run = Run(Path(), {}, {}, {"ema": ema}, None, Weights({}, parameters, None, None))
+    with pytest.raises(RuntimeError, match="size"), averaged(run):
+        pass
+    assert [parameter.tolist() for parameter in parameters] == [[0.0, 0.0], [1.0, 1.0]]
+
+
+def test_a_resume_on_a_full_disk_keeps_the_log(fit, stopped, monkeypatch, capsys):
+    """It is written beside its place."""
+    write_text, before = Path.write_text, snapshot(stopped)
+
+    def fail(self, text, **options):
+        if "log.jsonl" in self.name:
+            write_text(self, text[:5], **options)
+            raise OSError(28, "No space left on device")
+        return write_text(self, text, **options)
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    assert fit(stopped, checkpointing_steps=1, resume_from_checkpoint="latest") == 2
+    assert "cannot be written to ([Errno 28] No space left on device); make room" in capsys.readouterr().err
+    after = snapshot(stopped)
+    assert after["log.jsonl"] == before["log.jsonl"]
+    assert after.keys() == {*before, ".lock"}
+
+
+def test_the_best_of_another_task_is_forgotten(fit, tmp_path):
+    settings = {"num_validation_samples": 2, "checkpointing_steps": 2, "validation_steps": 2, "keep_best": True}
+    assert fit(tmp_path, **settings, max_train_steps=2) == 0
+    (tmp_path / "best.json").write_text('{"step": 2, "held_out_loss": -1.0}')
+    settings |= {"resume_from_checkpoint": "latest", "allow_changed_resume": True}
+    assert fit(tmp_path, **settings, resolution=16) == 0
+    assert read_best(tmp_path)["held_out_loss"] > 0
 
 
 def test_half_a_checkpoint_in_the_place_is_not_taken_for_one(tmp_path):

@@ -154,7 +154,7 @@ def test_a_half_done_optimizer_step_is_not_saved(train_script, fit, tmp_path, mo
         patch.setattr(train_script, "update_average", fail)
         assert fit(tmp_path, use_ema=True) == 1
     message = capsys.readouterr().err
-    assert "No checkpoint could be written (the optimizer was at work), and there is none before" in message
+    assert "No checkpoint could be written (the weights were being changed), and there is none before" in message
     assert checkpoints(tmp_path) == []
 
 

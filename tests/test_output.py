@@ -49,6 +49,12 @@ def test_a_result_of_another_kind_is_not_written_over(tmp_path, foreign_result):
     assert "is in use; name another" in problems(tmp_path, "--overwrite_output_dir", foreign_result=foreign_result)
 
 
+@pytest.mark.parametrize("place", [".", "", "a/.."])
+def test_logs_of_trackers_need_a_folder_of_their_own(tmp_path, place):
+    assert "is --output_dir itself; name a folder in it" in problems(tmp_path, f"--logging_dir={place}")
+    assert problems(tmp_path, f"--logging_dir={tmp_path / 'elsewhere'}") == ""
+
+
 def test_resuming_and_overwriting_exclude_each_other(tmp_path):
     message = problems(tmp_path / "out", "--resume_from_checkpoint=latest", "--overwrite_output_dir")
     assert "--overwrite_output_dir: contradicts --resume_from_checkpoint; drop one" in message

@@ -107,19 +107,15 @@ def test_processes_that_are_not_the_first_tell_mistakes_alone(capsys, monkeypatc
 def test_the_folder_is_locked_while_it_trains(tmp_path):
     """By the process that is the first, and not for a trial."""
 
-    def train(args):
+    args = make_parser().parse_args([])
+    with script.work_of(args, is_first=True):
         with pytest.raises(InputError, match="another run is writing there"), locked_output(args):
             pass
         (tmp_path / "out" / "result").write_text("")
-
-    assert status_of(lambda argv: script.run_script("train.py", make_parser(), argv, {}, no_problems, train)) == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".lock", "result"]
-    for options in (
-        {"words": ["--output_dir=other", "--dry_run"]},
-        {"words": ["--output_dir=other"], "is_first": False},
-    ):
-        assert run(no_problems, **options)[0] == 0
-        assert not (tmp_path / "other").exists()
+    for line, is_first in ((["--output_dir=other", "--dry_run"], True), (["--output_dir=other"], False)):
+        with script.work_of(make_parser().parse_args(line), is_first):
+            assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(

@@ -380,7 +380,7 @@ DISK_FULL_TEXT = re.compile(
 )
 OUT_OF_MEMORY_TEXT = re.compile(r"out of memory|can't allocate memory|RESOURCE_EXHAUSTED", re.IGNORECASE)
 # What a process says whose connection to another one ends: what happened is told there.
-LOST_PEER_TEXT = re.compile(r"Connection (closed|reset) by (peer|remote)|remote process exited|NCCL", re.IGNORECASE)
+LOST_PEER_TEXT = re.compile(r"Connection (closed|reset) by (peer|remote)|remote process exited", re.IGNORECASE)
 
 MINUTES = datetime.timedelta(minutes=10)  # for what all processes do at the same time
 A_DAY = datetime.timedelta(days=1)
@@ -444,15 +444,15 @@ def make_parser():
 def check_args(args, problems=()):
     """Lists what is wrong with the flags, each with its value, what is accepted and the remedy. `problems` are those
     that were found before."""
-    problems = check_requirements(args, REQUIRES) + check_old_flags(args)
-    problems += check_data(args, "instance_data_dir") + check_subject(args)
-    problems += check_optimization(args) + check_8bit_adam(args)
-    problems += check_hardware(args) + check_environment(args) + check_trackers(args) + check_validation(args)
-    problems += check_output(args, foreign_result="pytorch_lora_weights.safetensors")
-    problems += check_model(args)
+    found = check_requirements(args, REQUIRES) + check_old_flags(args)
+    found += check_data(args, "instance_data_dir") + check_subject(args)
+    found += check_optimization(args) + check_8bit_adam(args)
+    found += check_hardware(args) + check_environment(args) + check_trackers(args) + check_validation(args)
+    found += check_output(args, foreign_result="pytorch_lora_weights.safetensors")
+    found += check_model(args)
     if args.skip_save_text_encoder and args.train_text_encoder:
-        problems.append("--skip_save_text_encoder=True: would lose what --train_text_encoder trained; drop one")
-    return problems
+        found.append("--skip_save_text_encoder=True: would lose what --train_text_encoder trained; drop one")
+    return found
 
 
 def load_models(args, accelerator):
@@ -704,6 +704,8 @@ def make_state(args, accelerator, groups, last_step):
     if args.use_ema:
         parameters = [parameter for group in groups for parameter in group["params"]]
         state["ema"] = make_average(args, parameters)
+        if args.offload_ema:  # at once: the first step needs all memory that there is
+            state["ema"].to("cpu")
     if accelerator.scaler is not None:
         state["scaler"] = accelerator.scaler
     return state
@@ -768,7 +770,8 @@ def choose_num_workers(wanted):
     machine, but for one that trains, and at most 4. On two cores they would only be in each other's way."""
     if wanted is not None:
         return wanted
-    num_cores = (os.cpu_count() or 1) // get_int_from_env(["LOCAL_WORLD_SIZE"], 1)
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    num_cores = allowed // get_int_from_env(["LOCAL_WORLD_SIZE"], 1)
     return min(4, num_cores - 1) if num_cores > 2 else 0
 
 
@@ -832,7 +835,7 @@ def train_steps(args, accelerator, run, stop, loader, models, training_loss, loo
             optimizer.zero_grad()
             if is_finite:
                 lr_scheduler.step()
-                update_average(args, accelerator, run, parameters)
+                update_average(args, run, parameters)
             note_step(run, step, loss, is_finite)
             run.is_whole = True
         done = run.progress["global_step"]
@@ -896,16 +899,17 @@ def exchange(accelerator, loss, grad_norm, stop):
     return accelerator.reduce(numbers, reduction="sum").tolist()
 
 
-def update_average(args, accelerator, run, parameters):
+def update_average(args, run, parameters):
     """Moves the average of the weights, if there is one, towards the parameters."""
     ema = run.state.get("ema")
     if ema:
-        ema.to("cpu" if args.offload_ema else accelerator.device)  # where it is but for the first step
         step_average(ema, parameters, args.foreach_ema, args.offload_ema)
 
 
 def use_average(run):
-    """Puts the averaged weights, if there are any, into the models: those are the result."""
+    """Puts the averaged weights, if there are any, into the models: those are the result, but no state to go on
+    from."""
+    run.is_whole = False
     if "ema" in run.state:
         run.state["ema"].copy_to(run.weights.parameters)
 
@@ -1407,7 +1411,8 @@ def save_checkpoint(run, write_state, total_limit):
     final = checkpoint_of(run)
     if (final / "progress.json").exists():  # a step broke just after a save
         return
-    partial = final.with_name(f"{final.name}.{os.getpid()}.partial")  # two processes may save after a failure
+    # Two processes, maybe of two machines, may save after a failure: the first one wins.
+    partial = final.with_name(f"{final.name}.{socket.gethostname()}-{os.getpid()}.partial")
     try:
         partial.mkdir()
         write_state(run, partial)
@@ -1416,6 +1421,7 @@ def save_checkpoint(run, write_state, total_limit):
         copy_mode(run.output_dir / "args.json", partial.rglob("*.safetensors"))
         sync(partial)  # files before names, or a crash could leave a whole name with half a file
         partial.rename(final)
+        sync_folder(run.output_dir)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -1441,7 +1447,8 @@ def keep_best(run, held_out_loss, write_state, total_limit):
     """Keeps the checkpoint of the run's step, and writes it if it is not there, if its held-out loss is the lowest so
     far. For one process alone."""
     best, step = read_best(run.output_dir), run.progress["global_step"]
-    if best and best["step"] != step and best["held_out_loss"] <= held_out_loss:
+    is_worse = best and best["step"] != step and best["held_out_loss"] <= held_out_loss
+    if is_worse or not math.isfinite(held_out_loss):
         return
     save_checkpoint(run, write_state, None)
     with beside(run.output_dir / "best.json") as path:
@@ -1457,8 +1464,8 @@ def averaged(run):
         yield
         return
     ema.store(parameters)
-    ema.copy_to(parameters)
     try:
+        ema.copy_to(parameters)
         yield
     finally:
         ema.restore(parameters)
@@ -1481,7 +1488,10 @@ def read_torch_state(run, folder):
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     if "ema" in run.state:
         run.weights.read(run.weights.models, folder, AVERAGED)
-        run.state["ema"].shadow_params = [value.detach().clone() for value in run.weights.parameters]
+        ema = run.state["ema"]
+        places = [value.device for value in ema.shadow_params]  # the CPU, if it is offloaded
+        averaged_weights = zip(run.weights.parameters, places, strict=True)
+        ema.shadow_params = [value.detach().to(place, copy=True) for value, place in averaged_weights]
     run.weights.read(run.weights.models, folder, "")
     return state
 
@@ -1643,10 +1653,20 @@ def beside(output, keep_mode=False):
 def sync(folder):
     """Has the system write a folder and all that is in it to the disk: until then a crash of the machine could leave a
     whole name with half a file."""
-    for path in [*sorted(folder.rglob("*"), reverse=True), folder]:
-        if path.is_dir() and os.name == "nt":  # where folders cannot be opened, and need not be
-            continue
-        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir():
+            sync_folder(path)
+        else:
+            with path.open("r+b") as file:
+                os.fsync(file.fileno())
+    sync_folder(folder)
+
+
+def sync_folder(folder):
+    """Has the system write the names in a folder to the disk, where it can: Windows opens no folders, and some network
+    file systems know no such thing."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
@@ -2377,6 +2397,8 @@ def still_readable(name):
     """Raises `InputError`, which names the image, where one that was checked cannot be decoded any more."""
     try:
         yield
+    except MemoryError:  # which is not the image's fault
+        raise
     except Exception as error:  # whatever a decoder stumbles over
         told = f"changed since it was checked, and cannot be read now ({last_line(error)}); put it back or start again"
         raise InputError(f"{name}: {told}") from None
@@ -3006,6 +3028,8 @@ def check_output(args, foreign_result):
 
     if checkpoint and not (checkpoint / "progress.json").is_file():
         problems.append(f"--resume_from_checkpoint={wanted}: is no whole checkpoint folder; name one, or latest")
+    if (output / args.logging_dir).resolve() == output:
+        problems.append(f"--logging_dir={args.logging_dir}: is --output_dir itself; name a folder in it, such as logs")
     if wanted and args.overwrite_output_dir:
         problems.append("--overwrite_output_dir: contradicts --resume_from_checkpoint; drop one")
     if is_own and newest and checkpoint.resolve() != newest.resolve():
@@ -3034,7 +3058,7 @@ def check_trackers(args):
 
 def is_taken(args):
     """Whether the output folder holds more than a lock, and logs of trackers, which get a folder of their own."""
-    others = {LOCK_FILE, Path(args.logging_dir).parts[0]}
+    others = {LOCK_FILE, *Path(args.logging_dir).parts[:1]}
     return any(path.name not in others for path in Path(args.output_dir).iterdir())
 
 
@@ -3058,9 +3082,9 @@ def locked_output(args):
     try:
         yield
     finally:
-        if is_new and [path.name for path in output_dir.iterdir()] == [LOCK_FILE]:
-            shutil.rmtree(output_dir)
         lock.release()
+        if is_new and [path.name for path in output_dir.iterdir()] in ([], [LOCK_FILE]):
+            shutil.rmtree(output_dir, ignore_errors=True)
 
 
 def chosen_tracker(args):
@@ -3079,18 +3103,28 @@ def prepare_output(run, overwrite):
     output_dir.mkdir(parents=True, exist_ok=True)
     old_files = ["README.md", "best.json"]  # the first of which says that a run has ended
     old_folders = r"samples|checkpoint-\d+"
-    unfinished = r"checkpoint-\d+(\.\d+)?\.partial|" + re.escape(NEW_RESULT)
+    unfinished = r"checkpoint-\d+(\.[^.]*-\d+)?\.partial|" + re.escape(NEW_RESULT)
     if overwrite:
         for name in old_files:
             (output_dir / name).unlink(missing_ok=True)
     for old in list(output_dir.iterdir()):
         if re.fullmatch(unfinished, old.name) or (overwrite and re.fullmatch(old_folders, old.name)):
             shutil.rmtree(old)
-    (output_dir / "args.json").write_text(json.dumps(run.settings, indent=2) + "\n", encoding="utf-8")
-    log = output_dir / "log.jsonl"
     first_step = run.progress["global_step"]
+    if first_step and run.progress["base_losses"] is None:  # of other images, or of another objective
+        (output_dir / "best.json").unlink(missing_ok=True)
+    log = output_dir / "log.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() and first_step else []
-    log.write_text("".join(line for line in lines if was_before(line, first_step)), encoding="utf-8")
+    contents = {
+        "args.json": json.dumps(run.settings, indent=2) + "\n",
+        "log.jsonl": "".join(line for line in lines if was_before(line, first_step)),
+    }
+    try:
+        for name, content in contents.items():
+            with beside(output_dir / name) as path:
+                path.write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--output_dir={output_dir}: cannot be written to ({last_line(error)}); make room") from None
 
 
 def was_before(line, first_step):
@@ -3613,15 +3647,15 @@ def note_signal(received, number, _):
     """Appends the signal to `received`; a second one ends the process at once."""
     os.write(2, b"\nFinishing the step and writing a checkpoint; a second signal ends at once, without one.\n")
     received.append(number)
-    signal.signal(number, signal.SIG_DFL)
+    on_signals(signal.SIG_DFL)
 
 
 # ------------------------------------------------------------------------------------------------------------ failures
 @contextlib.contextmanager
-def nothing_lost(args, accelerator, run, stop, write_state):
+def nothing_lost(args, accelerator, run, stop, write_state, end=sys.exit):
     """Notes signals in `stop`, and after an exception writes the last state that is whole as a checkpoint, by
-    `write_state(run, folder)`, says what happened and ends with status 1. Any process may be the one that fails, and
-    holds the same state as the others."""
+    `write_state(run, folder)`, says what happened and ends the process by `end(1)`. Any process may be the one that
+    fails, and holds the same state as the others."""
     with noted_signals(stop):
         try:
             yield
@@ -3635,10 +3669,11 @@ def nothing_lost(args, accelerator, run, stop, write_state):
             if not reason:
                 traceback.print_exception(error)
                 reason = last_words(error)
+            traceback.clear_frames(error.__traceback__)  # which hold what the step computed
             kept = save_what_is_whole(run, write_state)
             step = run.progress["global_step"]
-            print(f"\n{told_as}Stopped after step {step} by {reason}. {kept}{remedy}", file=sys.stderr)
-            sys.exit(1)
+            print(f"\n{told_as}Stopped after step {step} by {reason}. {kept}{remedy}", file=sys.stderr, flush=True)
+            end(1)
 
 
 def explain(args, error):
@@ -3684,14 +3719,15 @@ def last_words(error):
 def save_what_is_whole(run, write_state):
     """Writes the checkpoint of the run's step, if weights and state belong together; returns what there is to go on
     from."""
-    free_memory()
-    why = "the optimizer was at work"
+    why = "the weights were being changed"
     if run.is_whole:
         try:
+            free_memory()
             save_checkpoint(run, write_state, None)
-            return f"{checkpoint_of(run)} holds its state; go on with --resume_from_checkpoint=latest"
-        except Exception as error:  # the disk may be what is full
+        except Exception as error:  # the disk may be what is full, or another process was first
             why = last_words(error)
+    if (checkpoint_of(run) / "progress.json").exists():
+        return f"{checkpoint_of(run)} holds its state; go on with --resume_from_checkpoint=latest"
     whole = list_checkpoints(run.output_dir)
     if not whole:
         return f"No checkpoint could be written ({why}), and there is none before"
@@ -3723,20 +3759,32 @@ def run_launched_script(program, parser, argv, replaced_flags, check_args, train
     """Runs a training script as `run_script` does, in a process that a launcher may have started: `train(args,
     launcher)` gets to know that, and of several processes the first one speaks."""
     launcher = find_launcher()  # first of all: it may die soon, and accelerate sets variables of its own
-    start = functools.partial(train, launcher=launcher)
     rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
-    if rank != "0":
+    is_first = rank == "0"
+    if not is_first:
         program = f"{program}, rank {rank} on {socket.gethostname()}"
     # The first process of a machine tells its mistakes. The others do, too, if they live to: their launcher ends them
     # when the first one, which has mostly made the same mistake, has ended.
     patience = 0 if local_rank == "0" else 5
-    run_script(program, parser, argv, replaced_flags, check_args, start, is_first=rank == "0", patience=patience)
+
+    def start(args):
+        with work_of(args, is_first):
+            train(args, launcher)
+
+    run_script(program, parser, argv, replaced_flags, check_args, start, is_first, patience)
 
 
-def run_script(program, parser, argv, replaced_flags, check_args, train, is_first=True, patience=0, prints_for=None):
-    """Runs a training script: reads its flags, tells all that is wrong with them, and trains. A mistake of the user's
-    ends with status 2 and its message, after `patience` seconds. The process that `is_first` holds the lock of the
-    output folder, and prints; on hosts that are started one by one, `prints_for(args)` says whether it is.
+@contextlib.contextmanager
+def work_of(args, is_first):
+    """What is done in one of several processes: the first one holds the lock of the output folder, and prints."""
+    lock = locked_output(args) if is_first and not args.dry_run else contextlib.nullcontext()
+    with lock, contextlib.redirect_stdout(sys.stdout if is_first else io.StringIO()):
+        yield
+
+
+def run_script(program, parser, argv, replaced_flags, check_args, start, is_first=True, patience=0):
+    """Runs a training script: reads its flags, tells all that is wrong with them, and calls `start(args)`, which
+    trains. A mistake of the user's ends with status 2 and its message, after `patience` seconds.
 
     `check_args(args, problems)` lists what is wrong beside `problems` with the values of single flags.
     """
@@ -3751,11 +3799,7 @@ def run_script(program, parser, argv, replaced_flags, check_args, train, is_firs
             if not any(re.search(rf"{flag}\b", problem) for flag in refused):
                 problems.append(problem)
         raise_problems(problems)
-        if prints_for:
-            is_first = prints_for(args)
-        lock = locked_output(args) if is_first and not args.dry_run else contextlib.nullcontext()
-        with lock, contextlib.redirect_stdout(sys.stdout if is_first else io.StringIO()):
-            train(args)
+        start(args)
 
 
 if __name__ == "__main__":

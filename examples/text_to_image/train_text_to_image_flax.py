@@ -328,7 +328,7 @@ DISK_FULL_TEXT = re.compile(
 )
 OUT_OF_MEMORY_TEXT = re.compile(r"out of memory|can't allocate memory|RESOURCE_EXHAUSTED", re.IGNORECASE)
 # What a process says whose connection to another one ends: what happened is told there.
-LOST_PEER_TEXT = re.compile(r"Connection (closed|reset) by (peer|remote)|remote process exited|NCCL", re.IGNORECASE)
+LOST_PEER_TEXT = re.compile(r"Connection (closed|reset) by (peer|remote)|remote process exited", re.IGNORECASE)
 
 # Keys of the configs that the networks obey or that do not bear on them; any other must be at its default.
 UNDERSTOOD = {
@@ -391,6 +391,14 @@ class EncodedImages:
 
 
 WEIGHTS = {"unet", "ema"}  # parts of the state that are weights of the UNet
+
+# Flags that may differ between hosts: what they name is compared in their place, or has no effect on others.
+OWN_TO_A_HOST = set(
+    """
+    cache_dir config coordinator_address dataloader_num_workers dataset_name host_index hub_token local_rank
+    logging_dir output_dir pretrained_model_name_or_path single_file_config tokenizer_name train_data_dir
+    """.split()
+)
 
 NO_NEED = "drop it; what is compiled here has no need of it"
 REPLACED_FLAGS = {
@@ -471,13 +479,13 @@ def add_jax_arguments(parser):
 def check_args(args, problems=()):
     """Lists what is wrong with the flags, each with its value, what is accepted and the remedy. `problems` are those
     that were found before."""
-    problems = check_requirements(args, REQUIRES) + check_old_flags(args)
-    problems += check_data(args, "train_data_dir")
-    problems += check_optimization(args) + check_hosts(args)
-    problems += check_trackers(args) + check_validation(args)
-    problems += check_output(args, foreign_result="pytorch_lora_weights.safetensors")
-    problems += check_flax(args)
-    return problems + (check_model(args) or check_networks(args))
+    found = check_requirements(args, REQUIRES) + check_old_flags(args)
+    found += check_data(args, "train_data_dir")
+    found += check_optimization(args) + check_hosts(args)
+    found += check_trackers(args) + check_validation(args)
+    found += check_output(args, foreign_result="pytorch_lora_weights.safetensors")
+    found += check_flax(args)
+    return found + (check_model(args) or check_networks(args))
 
 
 def load_models(args):
@@ -487,9 +495,8 @@ def load_models(args):
     return pipeline, make_noise_scheduler(args, pipeline)
 
 
-def train(args):
-    """Trains as `args` say, which have been checked."""
-    mesh = start_jax(args)
+def train(args, mesh):
+    """Trains as `args` say, which have been checked, on the devices of `mesh`."""
     is_first = jax.process_index() == 0
     images, held_out, fingerprint = load_data(args, args.train_data_dir)
     accelerator = make_accelerator(args)
@@ -538,9 +545,11 @@ def train(args):
     batches = load_batches(args, run, encoded, batch_size, pool)
     training_loss = functools.partial(losses, snr_gamma=args.snr_gamma)
     stop = Stop(launcher=None)
-    with nothing_lost(args, accelerator, run, stop, functools.partial(write_arrays, pipeline)):
-        train_steps(args, accelerator, run, pipeline, stop, mesh, batches, training_loss, optimizer, look)
+    write_state = functools.partial(write_arrays, pipeline)
+    with nothing_lost(args, accelerator, run, stop, write_state, end=end_of_process()):
+        train_steps(args, accelerator, run, write_state, stop, mesh, batches, training_loss, optimizer, look)
         if is_first:
+            run.is_whole = False  # what is copied and rounded now is the result, and no state to go on from
             copy_weights(result_weights(run), pipeline.unet)
             files = save_model(args, pipeline, noise_scheduler, counts.last_step)
     if repo_id:
@@ -560,9 +569,16 @@ def save_model(args, pipeline, noise_scheduler, step):
     return files
 
 
+def start(args):
+    """Starts JAX, and trains; of several hosts the first one writes and prints."""
+    mesh = start_jax(args)
+    with work_of(args, is_first=jax.process_index() == 0):
+        train(args, mesh)
+
+
 def main(argv=None):
     """Runs the script; a mistake of the user's ends with status 2 and its message."""
-    run_script(Path(__file__).name, make_parser(), argv, REPLACED_FLAGS, check_args, train, prints_for=is_first_host)
+    run_script(Path(__file__).name, make_parser(), argv, REPLACED_FLAGS, check_args, start)
 
 
 # ------------------------------------------------------------------------------------------------------ flax.diffusion
@@ -670,13 +686,15 @@ def check_hosts(args):
 
 
 def start_jax(args):
-    """Sets up JAX and joins the other hosts, if any; returns the mesh of all devices. Raises `InputError`."""
+    """Sets up JAX and joins the other hosts, if any, with which it agrees on the flags; returns the mesh of all
+    devices. Raises `InputError`."""
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # compiled programs are kept for the next run
         folder = Path(args.cache_dir or datasets.config.HF_CACHE_HOME, "compiled_by_jax")
         jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_default_matmul_precision", None if args.mixed_precision == "bf16" else "highest")
     if args.coordinator_address:
         join_hosts(args)
+    check_agreement({name: value for name, value in vars(args).items() if name not in OWN_TO_A_HOST})
     return Mesh(np.array(jax.devices()), ("data",))
 
 
@@ -697,9 +715,10 @@ def join_hosts(args):
         ) from None
 
 
-def is_first_host(args):
-    """Whether this host is the first one by its flags, which are known before JAX is started."""
-    return not args.host_index
+def end_of_process():
+    """What ends this process after a failure. Of several hosts one that fails must not wait for the others, as JAX
+    does at a regular end: they are in a program in which it takes no part any more."""
+    return sys.exit if jax.process_count() == 1 else os._exit
 
 
 def make_accelerator(args):
@@ -727,7 +746,7 @@ def start_run(args, counts, state, fingerprints, pipeline, free, fixed):
     run = new_run(args, counts, state, args.mixed_precision or "no", fingerprints)
     if checkpoint := find_checkpoint(run.output_dir, args.resume_from_checkpoint):
         resume(pipeline, run, checkpoint, free, fixed)
-    check_agreement({"global_step": run.progress["global_step"], **fingerprints, "steps and batch": vars(counts)})
+    check_agreement({"global_step": run.progress["global_step"], **fingerprints})
     return run
 
 
@@ -790,10 +809,10 @@ def compile_step(args, mesh, training_loss, optimizer):
     return jax.jit(step, donate_argnums=0, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
-def train_steps(args, accelerator, run, pipeline, stop, mesh, batches, training_loss, optimizer, look):
+def train_steps(args, accelerator, run, write_state, stop, mesh, batches, training_loss, optimizer, look):
     """Trains to the last step; `training_loss(weights, batch)` gives the loss of each sample (batch,).
     `look(is_asked)` is called before training and every --validation_steps; it returns the mean held-out loss or None,
-    or raises `LookGivenUp` when `is_asked()`.
+    or raises `LookGivenUp` when `is_asked()`. `write_state(run, folder)` writes the state of a checkpoint.
 
     Ends the process with status 128 + signal when `stop` asks for it, 1 after too many losses that are not finite.
     """
@@ -804,7 +823,6 @@ def train_steps(args, accelerator, run, pipeline, stop, mesh, batches, training_
     run.state = jax.device_put(run.state, NamedSharding(mesh, PartitionSpec()))  # whole on every device
     split = NamedSharding(mesh, PartitionSpec(None, "data"))  # the passes of a batch one after the other
     first_step, validation_steps = run.progress["global_step"], steps_between_looks(args, counts)
-    write_state = functools.partial(write_arrays, pipeline)
     # A run that was stopped has not had the look at its last step.
     if first_step % validation_steps == 0 or first_step == counts.last_step:
         look_and_keep(args, accelerator, run, stop, look, write_state)
@@ -1468,7 +1486,8 @@ def save_checkpoint(run, write_state, total_limit):
     final = checkpoint_of(run)
     if (final / "progress.json").exists():  # a step broke just after a save
         return
-    partial = final.with_name(f"{final.name}.{os.getpid()}.partial")  # two processes may save after a failure
+    # Two processes, maybe of two machines, may save after a failure: the first one wins.
+    partial = final.with_name(f"{final.name}.{socket.gethostname()}-{os.getpid()}.partial")
     try:
         partial.mkdir()
         write_state(run, partial)
@@ -1477,6 +1496,7 @@ def save_checkpoint(run, write_state, total_limit):
         copy_mode(run.output_dir / "args.json", partial.rglob("*.safetensors"))
         sync(partial)  # files before names, or a crash could leave a whole name with half a file
         partial.rename(final)
+        sync_folder(run.output_dir)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -1502,7 +1522,8 @@ def keep_best(run, held_out_loss, write_state, total_limit):
     """Keeps the checkpoint of the run's step, and writes it if it is not there, if its held-out loss is the lowest so
     far. For one process alone."""
     best, step = read_best(run.output_dir), run.progress["global_step"]
-    if best and best["step"] != step and best["held_out_loss"] <= held_out_loss:
+    is_worse = best and best["step"] != step and best["held_out_loss"] <= held_out_loss
+    if is_worse or not math.isfinite(held_out_loss):
         return
     save_checkpoint(run, write_state, None)
     with beside(run.output_dir / "best.json") as path:
@@ -1693,10 +1714,20 @@ def beside(output, keep_mode=False):
 def sync(folder):
     """Has the system write a folder and all that is in it to the disk: until then a crash of the machine could leave a
     whole name with half a file."""
-    for path in [*sorted(folder.rglob("*"), reverse=True), folder]:
-        if path.is_dir() and os.name == "nt":  # where folders cannot be opened, and need not be
-            continue
-        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir():
+            sync_folder(path)
+        else:
+            with path.open("r+b") as file:
+                os.fsync(file.fileno())
+    sync_folder(folder)
+
+
+def sync_folder(folder):
+    """Has the system write the names in a folder to the disk, where it can: Windows opens no folders, and some network
+    file systems know no such thing."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
@@ -2376,6 +2407,8 @@ def still_readable(name):
     """Raises `InputError`, which names the image, where one that was checked cannot be decoded any more."""
     try:
         yield
+    except MemoryError:  # which is not the image's fault
+        raise
     except Exception as error:  # whatever a decoder stumbles over
         told = f"changed since it was checked, and cannot be read now ({last_line(error)}); put it back or start again"
         raise InputError(f"{name}: {told}") from None
@@ -2735,6 +2768,8 @@ def check_output(args, foreign_result):
 
     if checkpoint and not (checkpoint / "progress.json").is_file():
         problems.append(f"--resume_from_checkpoint={wanted}: is no whole checkpoint folder; name one, or latest")
+    if (output / args.logging_dir).resolve() == output:
+        problems.append(f"--logging_dir={args.logging_dir}: is --output_dir itself; name a folder in it, such as logs")
     if wanted and args.overwrite_output_dir:
         problems.append("--overwrite_output_dir: contradicts --resume_from_checkpoint; drop one")
     if is_own and newest and checkpoint.resolve() != newest.resolve():
@@ -2763,7 +2798,7 @@ def check_trackers(args):
 
 def is_taken(args):
     """Whether the output folder holds more than a lock, and logs of trackers, which get a folder of their own."""
-    others = {LOCK_FILE, Path(args.logging_dir).parts[0]}
+    others = {LOCK_FILE, *Path(args.logging_dir).parts[:1]}
     return any(path.name not in others for path in Path(args.output_dir).iterdir())
 
 
@@ -2787,9 +2822,9 @@ def locked_output(args):
     try:
         yield
     finally:
-        if is_new and [path.name for path in output_dir.iterdir()] == [LOCK_FILE]:
-            shutil.rmtree(output_dir)
         lock.release()
+        if is_new and [path.name for path in output_dir.iterdir()] in ([], [LOCK_FILE]):
+            shutil.rmtree(output_dir, ignore_errors=True)
 
 
 def chosen_tracker(args):
@@ -2808,18 +2843,28 @@ def prepare_output(run, overwrite):
     output_dir.mkdir(parents=True, exist_ok=True)
     old_files = ["README.md", "best.json"]  # the first of which says that a run has ended
     old_folders = r"samples|checkpoint-\d+"
-    unfinished = r"checkpoint-\d+(\.\d+)?\.partial|" + re.escape(NEW_RESULT)
+    unfinished = r"checkpoint-\d+(\.[^.]*-\d+)?\.partial|" + re.escape(NEW_RESULT)
     if overwrite:
         for name in old_files:
             (output_dir / name).unlink(missing_ok=True)
     for old in list(output_dir.iterdir()):
         if re.fullmatch(unfinished, old.name) or (overwrite and re.fullmatch(old_folders, old.name)):
             shutil.rmtree(old)
-    (output_dir / "args.json").write_text(json.dumps(run.settings, indent=2) + "\n", encoding="utf-8")
-    log = output_dir / "log.jsonl"
     first_step = run.progress["global_step"]
+    if first_step and run.progress["base_losses"] is None:  # of other images, or of another objective
+        (output_dir / "best.json").unlink(missing_ok=True)
+    log = output_dir / "log.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() and first_step else []
-    log.write_text("".join(line for line in lines if was_before(line, first_step)), encoding="utf-8")
+    contents = {
+        "args.json": json.dumps(run.settings, indent=2) + "\n",
+        "log.jsonl": "".join(line for line in lines if was_before(line, first_step)),
+    }
+    try:
+        for name, content in contents.items():
+            with beside(output_dir / name) as path:
+                path.write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--output_dir={output_dir}: cannot be written to ({last_line(error)}); make room") from None
 
 
 def was_before(line, first_step):
@@ -3236,15 +3281,15 @@ def note_signal(received, number, _):
     """Appends the signal to `received`; a second one ends the process at once."""
     os.write(2, b"\nFinishing the step and writing a checkpoint; a second signal ends at once, without one.\n")
     received.append(number)
-    signal.signal(number, signal.SIG_DFL)
+    on_signals(signal.SIG_DFL)
 
 
 # ------------------------------------------------------------------------------------------------------------ failures
 @contextlib.contextmanager
-def nothing_lost(args, accelerator, run, stop, write_state):
+def nothing_lost(args, accelerator, run, stop, write_state, end=sys.exit):
     """Notes signals in `stop`, and after an exception writes the last state that is whole as a checkpoint, by
-    `write_state(run, folder)`, says what happened and ends with status 1. Any process may be the one that fails, and
-    holds the same state as the others."""
+    `write_state(run, folder)`, says what happened and ends the process by `end(1)`. Any process may be the one that
+    fails, and holds the same state as the others."""
     with noted_signals(stop):
         try:
             yield
@@ -3258,10 +3303,11 @@ def nothing_lost(args, accelerator, run, stop, write_state):
             if not reason:
                 traceback.print_exception(error)
                 reason = last_words(error)
+            traceback.clear_frames(error.__traceback__)  # which hold what the step computed
             kept = save_what_is_whole(run, write_state)
             step = run.progress["global_step"]
-            print(f"\n{told_as}Stopped after step {step} by {reason}. {kept}{remedy}", file=sys.stderr)
-            sys.exit(1)
+            print(f"\n{told_as}Stopped after step {step} by {reason}. {kept}{remedy}", file=sys.stderr, flush=True)
+            end(1)
 
 
 def explain(args, error):
@@ -3307,14 +3353,15 @@ def last_words(error):
 def save_what_is_whole(run, write_state):
     """Writes the checkpoint of the run's step, if weights and state belong together; returns what there is to go on
     from."""
-    free_memory()
-    why = "the optimizer was at work"
+    why = "the weights were being changed"
     if run.is_whole:
         try:
+            free_memory()
             save_checkpoint(run, write_state, None)
-            return f"{checkpoint_of(run)} holds its state; go on with --resume_from_checkpoint=latest"
-        except Exception as error:  # the disk may be what is full
+        except Exception as error:  # the disk may be what is full, or another process was first
             why = last_words(error)
+    if (checkpoint_of(run) / "progress.json").exists():
+        return f"{checkpoint_of(run)} holds its state; go on with --resume_from_checkpoint=latest"
     whole = list_checkpoints(run.output_dir)
     if not whole:
         return f"No checkpoint could be written ({why}), and there is none before"
@@ -3342,10 +3389,17 @@ def leave(accelerator, run, broken, received):
 
 
 # -------------------------------------------------------------------------------------------------------------- script
-def run_script(program, parser, argv, replaced_flags, check_args, train, is_first=True, patience=0, prints_for=None):
-    """Runs a training script: reads its flags, tells all that is wrong with them, and trains. A mistake of the user's
-    ends with status 2 and its message, after `patience` seconds. The process that `is_first` holds the lock of the
-    output folder, and prints; on hosts that are started one by one, `prints_for(args)` says whether it is.
+@contextlib.contextmanager
+def work_of(args, is_first):
+    """What is done in one of several processes: the first one holds the lock of the output folder, and prints."""
+    lock = locked_output(args) if is_first and not args.dry_run else contextlib.nullcontext()
+    with lock, contextlib.redirect_stdout(sys.stdout if is_first else io.StringIO()):
+        yield
+
+
+def run_script(program, parser, argv, replaced_flags, check_args, start, is_first=True, patience=0):
+    """Runs a training script: reads its flags, tells all that is wrong with them, and calls `start(args)`, which
+    trains. A mistake of the user's ends with status 2 and its message, after `patience` seconds.
 
     `check_args(args, problems)` lists what is wrong beside `problems` with the values of single flags.
     """
@@ -3360,11 +3414,7 @@ def run_script(program, parser, argv, replaced_flags, check_args, train, is_firs
             if not any(re.search(rf"{flag}\b", problem) for flag in refused):
                 problems.append(problem)
         raise_problems(problems)
-        if prints_for:
-            is_first = prints_for(args)
-        lock = locked_output(args) if is_first and not args.dry_run else contextlib.nullcontext()
-        with lock, contextlib.redirect_stdout(sys.stdout if is_first else io.StringIO()):
-            train(args)
+        start(args)
 
 
 # ------------------------------------------------------------------------------------------------------- flax.networks

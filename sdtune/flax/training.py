@@ -4,6 +4,7 @@ import functools
 import hashlib
 import math
 import os
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +21,7 @@ from sdtune.batches import micro_batches, samples_in_step
 from sdtune.checkpoints import find_checkpoint, keep_best, new_run, note_step, save_checkpoint
 from sdtune.errors import InputError, last_line
 from sdtune.failures import leave
-from sdtune.flax.checkpoints import resume, write_arrays
+from sdtune.flax.checkpoints import resume
 from sdtune.flax.encoding import step_batches
 from sdtune.flax.optimization import learning_rate_of_step, train_step
 from sdtune.optimization import make_average
@@ -28,6 +29,14 @@ from sdtune.output import chosen_tracker, log_losses, prepare_output
 from sdtune.plan import print_plan
 from sdtune.signals import is_asked
 from sdtune.validation import LookGivenUp, steps_between_looks
+
+# Flags that may differ between hosts: what they name is compared in their place, or has no effect on others.
+OWN_TO_A_HOST = set(
+    """
+    cache_dir config coordinator_address dataloader_num_workers dataset_name host_index hub_token local_rank
+    logging_dir output_dir pretrained_model_name_or_path single_file_config tokenizer_name train_data_dir
+    """.split()
+)
 
 
 def check_hosts(args):
@@ -43,13 +52,15 @@ def check_hosts(args):
 
 
 def start_jax(args):
-    """Sets up JAX and joins the other hosts, if any; returns the mesh of all devices. Raises `InputError`."""
+    """Sets up JAX and joins the other hosts, if any, with which it agrees on the flags; returns the mesh of all
+    devices. Raises `InputError`."""
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # compiled programs are kept for the next run
         folder = Path(args.cache_dir or datasets.config.HF_CACHE_HOME, "compiled_by_jax")
         jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_default_matmul_precision", None if args.mixed_precision == "bf16" else "highest")
     if args.coordinator_address:
         join_hosts(args)
+    check_agreement({name: value for name, value in vars(args).items() if name not in OWN_TO_A_HOST})
     return Mesh(np.array(jax.devices()), ("data",))
 
 
@@ -70,9 +81,10 @@ def join_hosts(args):
         ) from None
 
 
-def is_first_host(args):
-    """Whether this host is the first one by its flags, which are known before JAX is started."""
-    return not args.host_index
+def end_of_process():
+    """What ends this process after a failure. Of several hosts one that fails must not wait for the others, as JAX
+    does at a regular end: they are in a program in which it takes no part any more."""
+    return sys.exit if jax.process_count() == 1 else os._exit
 
 
 def make_accelerator(args):
@@ -100,7 +112,7 @@ def start_run(args, counts, state, fingerprints, pipeline, free, fixed):
     run = new_run(args, counts, state, args.mixed_precision or "no", fingerprints)
     if checkpoint := find_checkpoint(run.output_dir, args.resume_from_checkpoint):
         resume(pipeline, run, checkpoint, free, fixed)
-    check_agreement({"global_step": run.progress["global_step"], **fingerprints, "steps and batch": vars(counts)})
+    check_agreement({"global_step": run.progress["global_step"], **fingerprints})
     return run
 
 
@@ -163,10 +175,10 @@ def compile_step(args, mesh, training_loss, optimizer):
     return jax.jit(step, donate_argnums=0, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
-def train_steps(args, accelerator, run, pipeline, stop, mesh, batches, training_loss, optimizer, look):
+def train_steps(args, accelerator, run, write_state, stop, mesh, batches, training_loss, optimizer, look):
     """Trains to the last step; `training_loss(weights, batch)` gives the loss of each sample (batch,).
     `look(is_asked)` is called before training and every --validation_steps; it returns the mean held-out loss or None,
-    or raises `LookGivenUp` when `is_asked()`.
+    or raises `LookGivenUp` when `is_asked()`. `write_state(run, folder)` writes the state of a checkpoint.
 
     Ends the process with status 128 + signal when `stop` asks for it, 1 after too many losses that are not finite.
     """
@@ -177,7 +189,6 @@ def train_steps(args, accelerator, run, pipeline, stop, mesh, batches, training_
     run.state = jax.device_put(run.state, NamedSharding(mesh, PartitionSpec()))  # whole on every device
     split = NamedSharding(mesh, PartitionSpec(None, "data"))  # the passes of a batch one after the other
     first_step, validation_steps = run.progress["global_step"], steps_between_looks(args, counts)
-    write_state = functools.partial(write_arrays, pipeline)
     # A run that was stopped has not had the look at its last step.
     if first_step % validation_steps == 0 or first_step == counts.last_step:
         look_and_keep(args, accelerator, run, stop, look, write_state)
