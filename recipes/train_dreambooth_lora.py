@@ -196,7 +196,7 @@ def train(args, launcher):
     batches = batches_of(args, accelerator, run)
     batches = with_classes(batches, len(images), len(samples) - len(images), args.prior_loss_weight, args.seed)
     loader = make_loader(args, accelerator, samples, batches)
-    models_to_sync = list(prepared.values())
+    models_to_sync = list(prepared.values())  # whose gradients processes share
     stop = Stop(launcher)
     with nothing_lost(args, accelerator, run, stop, write_torch_state):
         train_steps(args, accelerator, run, stop, loader, models_to_sync, training_loss, look)

@@ -178,7 +178,7 @@ def train(args, launcher):
     prompts = prompts_of(args)
     look = functools.partial(validate, args, accelerator, run, parts, held_out, prompts)
     loader = make_loader(args, accelerator, images, batches_of(args, accelerator, run))
-    models_to_sync = [unet]
+    models_to_sync = [unet]  # whose gradients processes share
     stop = Stop(launcher)
     with nothing_lost(args, accelerator, run, stop, write_torch_state):
         train_steps(args, accelerator, run, stop, loader, models_to_sync, training_loss, look)

@@ -361,7 +361,7 @@ def add_memory_arguments(parser):
     )
     add("--use_8bit_adam", **SWITCH, help="AdamW with 8-bit state, by bitsandbytes")
     add("--offload_ema", **SWITCH, help="keep and update the average in CPU memory; needs --use_ema")
-    add("--foreach_ema", **SWITCH_ON, help="update the average with few, large operations")
+    add("--foreach_ema", **SWITCH_ON, help="update the average with few, large operations; not where it is offloaded")
     add("--enable_xformers_memory_efficient_attention", **SWITCH, help="xFormers' attention instead of torch's")
     add("--allow_tf32", **SWITCH, help="TensorFloat-32 products and convolutions, on GPUs that have them")
     add("--set_grads_to_none", **SWITCH, help="gradients always are; taken so that old commands run")

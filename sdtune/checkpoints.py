@@ -37,9 +37,8 @@ class Run:
 
     output_dir: Path
     settings: dict  # flags, and what was made of them
-    progress: (
-        dict  # global_step, base_losses (held-out, before training), losses (not yet logged), nan_steps (in a row)
-    )
+    # global_step, base_losses (held-out, before training), losses (not yet logged), nan_steps (in a row)
+    progress: dict
     state: dict  # by name: what has a state_dict, or in JAX arrays
     counts: StepCounts
     weights: Weights | None = None  # None in JAX, where they are part of the state

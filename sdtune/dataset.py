@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from transformers import CLIPTokenizer
 
 from sdtune.arguments import noise_offset_of
-from sdtune.errors import InputError, last_line
+from sdtune.errors import InputError, is_utf8, last_line
 from sdtune.images import (
     IMAGE_SUFFIXES,
     NO_CAPTION,
@@ -251,7 +251,7 @@ def read_folder(folder, caption_column, takes_train=False):
         print(f"Left aside in {folder}: {len(aside)} files of other kinds, such as {', '.join(aside[:5])}.")
     captions = {image: captions[image] for image in of_split(captions, folder, takes_train)}
     names = [str(path) for path in captions]
-    if odd := [name for name in names if name != name.encode("utf-8", "replace").decode("utf-8")]:
+    if odd := [name for name in names if not is_utf8(name)]:
         raise InputError(f"{odd[0]!a}: its name is not UTF-8; rename it, or if it is, set PYTHONUTF8=1")
     rows = [{"image": str(path), "captions": found} for path, found in sorted(captions.items())]
     return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image(decode=False))

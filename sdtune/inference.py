@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from sdtune.arguments import parse_words, read_config, setting_words
-from sdtune.errors import InputError, last_line
+from sdtune.errors import InputError, is_utf8, last_line
 from sdtune.files import existing_place
 from sdtune.lora_layouts import LORA_FILE
 
@@ -104,7 +104,7 @@ def read_prompts(prompts, prompts_file):
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"--prompts_file={prompts_file}: cannot be read as UTF-8 ({last_line(error)})") from None
         found = [line.strip() for line in lines if line.strip()]  # an empty line is no prompt, as "" is in a list
-    if odd := [prompt for prompt in found if prompt != prompt.encode("utf-8", "replace").decode("utf-8")]:
+    if odd := [prompt for prompt in found if not is_utf8(prompt)]:
         raise InputError(f"--prompts: {odd[0]!a} is not UTF-8; if it is, set PYTHONUTF8=1")
     if not found:
         raise InputError(f"--prompts_file={prompts_file}: holds no prompts; write one per line")

@@ -41,7 +41,7 @@ def warn_of_disk(args, run):
     steps = range(run.progress["global_step"] + 1, run.counts.last_step + 1)
     number = sum(step % args.checkpointing_steps == 0 or step == run.counts.last_step for step in steps)
     if args.checkpoints_total_limit:
-        number = min(number, args.checkpoints_total_limit + 1)
+        number = min(number, args.checkpoints_total_limit + 1 + args.keep_best)
     needed, free = number * checkpoint_bytes(run), shutil.disk_usage(existing_place(args.output_dir)).free
     if needed <= free:
         return []

@@ -96,7 +96,7 @@ def test_a_base_that_moved_is_named(fit, tiny_pipeline, tmp_path, capsys):
     moved = base.rename(tmp_path / "moved")
     checkpoint = tmp_path / "run" / "checkpoint-1"
     assert status_of(export.main, checkpoint, tmp_path / "out") == 2
-    assert "name the run's base by --base" in capsys.readouterr().err
+    assert "name the run's base, with PyTorch weights, by --base" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert status_of(export.main, checkpoint, tmp_path / "out", f"--base={moved}") == 0
     assert same(unet(tmp_path / "out"), unet(tmp_path / "run"))

@@ -356,9 +356,8 @@ class Run:
 
     output_dir: Path
     settings: dict  # flags, and what was made of them
-    progress: (
-        dict  # global_step, base_losses (held-out, before training), losses (not yet logged), nan_steps (in a row)
-    )
+    # global_step, base_losses (held-out, before training), losses (not yet logged), nan_steps (in a row)
+    progress: dict
     state: dict  # by name: what has a state_dict, or in JAX arrays
     counts: StepCounts
     weights: Weights | None = None  # None in JAX, where they are part of the state
@@ -519,7 +518,7 @@ def train(args, launcher):
     batches = batches_of(args, accelerator, run)
     batches = with_classes(batches, len(images), len(samples) - len(images), args.prior_loss_weight, args.seed)
     loader = make_loader(args, accelerator, samples, batches)
-    models_to_sync = list(prepared.values())
+    models_to_sync = list(prepared.values())  # whose gradients processes share
     stop = Stop(launcher)
     with nothing_lost(args, accelerator, run, stop, write_torch_state):
         train_steps(args, accelerator, run, stop, loader, models_to_sync, training_loss, look)
@@ -1079,7 +1078,7 @@ def read_folder(folder, caption_column, takes_train=False):
         print(f"Left aside in {folder}: {len(aside)} files of other kinds, such as {', '.join(aside[:5])}.")
     captions = {image: captions[image] for image in of_split(captions, folder, takes_train)}
     names = [str(path) for path in captions]
-    if odd := [name for name in names if name != name.encode("utf-8", "replace").decode("utf-8")]:
+    if odd := [name for name in names if not is_utf8(name)]:
         raise InputError(f"{odd[0]!a}: its name is not UTF-8; rename it, or if it is, set PYTHONUTF8=1")
     rows = [{"image": str(path), "captions": found} for path, found in sorted(captions.items())]
     return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image(decode=False))
@@ -1963,7 +1962,7 @@ def add_memory_arguments(parser):
     )
     add("--use_8bit_adam", **SWITCH, help="AdamW with 8-bit state, by bitsandbytes")
     add("--offload_ema", **SWITCH, help="keep and update the average in CPU memory; needs --use_ema")
-    add("--foreach_ema", **SWITCH_ON, help="update the average with few, large operations")
+    add("--foreach_ema", **SWITCH_ON, help="update the average with few, large operations; not where it is offloaded")
     add("--enable_xformers_memory_efficient_attention", **SWITCH, help="xFormers' attention instead of torch's")
     add("--allow_tf32", **SWITCH, help="TensorFloat-32 products and convolutions, on GPUs that have them")
     add("--set_grads_to_none", **SWITCH, help="gradients always are; taken so that old commands run")
@@ -3448,7 +3447,7 @@ def warn_of_disk(args, run):
     steps = range(run.progress["global_step"] + 1, run.counts.last_step + 1)
     number = sum(step % args.checkpointing_steps == 0 or step == run.counts.last_step for step in steps)
     if args.checkpoints_total_limit:
-        number = min(number, args.checkpoints_total_limit + 1)
+        number = min(number, args.checkpoints_total_limit + 1 + args.keep_best)
     needed, free = number * checkpoint_bytes(run), shutil.disk_usage(existing_place(args.output_dir)).free
     if needed <= free:
         return []

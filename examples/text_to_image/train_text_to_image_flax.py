@@ -290,9 +290,8 @@ class Run:
 
     output_dir: Path
     settings: dict  # flags, and what was made of them
-    progress: (
-        dict  # global_step, base_losses (held-out, before training), losses (not yet logged), nan_steps (in a row)
-    )
+    # global_step, base_losses (held-out, before training), losses (not yet logged), nan_steps (in a row)
+    progress: dict
     state: dict  # by name: what has a state_dict, or in JAX arrays
     counts: StepCounts
     weights: Weights | None = None  # None in JAX, where they are part of the state
@@ -1068,7 +1067,7 @@ def read_folder(folder, caption_column, takes_train=False):
         print(f"Left aside in {folder}: {len(aside)} files of other kinds, such as {', '.join(aside[:5])}.")
     captions = {image: captions[image] for image in of_split(captions, folder, takes_train)}
     names = [str(path) for path in captions]
-    if odd := [name for name in names if name != name.encode("utf-8", "replace").decode("utf-8")]:
+    if odd := [name for name in names if not is_utf8(name)]:
         raise InputError(f"{odd[0]!a}: its name is not UTF-8; rename it, or if it is, set PYTHONUTF8=1")
     rows = [{"image": str(path), "captions": found} for path, found in sorted(captions.items())]
     return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image(decode=False))
@@ -2992,7 +2991,7 @@ def warn_of_disk(args, run):
     steps = range(run.progress["global_step"] + 1, run.counts.last_step + 1)
     number = sum(step % args.checkpointing_steps == 0 or step == run.counts.last_step for step in steps)
     if args.checkpoints_total_limit:
-        number = min(number, args.checkpoints_total_limit + 1)
+        number = min(number, args.checkpoints_total_limit + 1 + args.keep_best)
     needed, free = number * checkpoint_bytes(run), shutil.disk_usage(existing_place(args.output_dir)).free
     if needed <= free:
         return []

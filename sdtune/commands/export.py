@@ -61,7 +61,7 @@ def holds(checkpoint, suffix):
 
 
 def export_adapters(checkpoint, folder, suffix, dtype):
-    """Copies the adapters of a checkpoint into a folder, in `dtype` if it is not None."""
+    """Copies the adapters of a checkpoint into a folder, in `dtype`."""
     with safe_open(checkpoint / file_of_adapters(suffix), "pt") as file:
         weights = {name: file.get_tensor(name).to(dtype) for name in file.keys()}  # noqa: SIM118 (it is no dict)
         header = file.metadata()
@@ -79,7 +79,7 @@ def export_pipeline(args, checkpoint, folder, suffix):
     try:
         pipeline = load_base(settings)
     except InputError as error:
-        raise InputError(f"{error}; name the run's base by --base") from None
+        raise InputError(f"{error}; name the run's base, with PyTorch weights, by --base") from None
     found = [path.name for path in checkpoint.iterdir() if path.is_dir()]
     trained = [name.removesuffix(suffix) for name in found if re.fullmatch(rf"(unet|text_encoder){suffix}", name)]
     try:
