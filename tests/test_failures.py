@@ -278,6 +278,15 @@ def test_a_second_run_into_the_same_folder_is_told(train_script, base_of, fit, s
     assert read_log(folder) == read_log(straight)
 
 
+@pytest.mark.parametrize("place", ["gone", "gone/below"])
+def test_a_folder_that_cannot_be_made_is_told(tmp_path, place):
+    """Here a link to a disk that is not there."""
+    (tmp_path / "gone").symlink_to(tmp_path / "unmounted")
+    args = parse(f"--output_dir={tmp_path / place}")
+    with pytest.raises(InputError, match=r"cannot be made .*; name another folder"), locked_output(args):
+        pass
+
+
 def test_a_locked_folder_that_stays_empty_is_removed(tmp_path):
     args = parse(f"--output_dir={tmp_path / 'out'}")
     with locked_output(args):

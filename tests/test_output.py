@@ -157,3 +157,9 @@ def test_tensorboard_is_the_tracker_where_it_is_installed_and_no_other_is_named(
 )
 def test_a_log_is_cut_where_a_run_goes_on(line, stays):
     assert was_before(line, 4) == stays
+
+
+def test_an_empty_name_of_a_tracker_is_refused():
+    """As an unset variable of the shell gives it."""
+    (problem,) = check_trackers(parse("--report_to="))
+    assert problem.startswith("--report_to=: installed are all, none, ")

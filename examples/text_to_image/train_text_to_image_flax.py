@@ -2787,7 +2787,7 @@ def check_output(args, foreign_result):
 def check_trackers(args):
     """Lists whether a tracker is asked for that is not installed."""
     installed = ["all", "none", *map(str, get_available_trackers())]
-    if args.report_to and args.report_to not in installed:
+    if args.report_to is not None and args.report_to not in installed:
         return [
             f"--report_to={args.report_to}: installed are {', '.join(installed)}; for tensorboard and wandb run `pip "
             "install -r requirements_trackers.txt`"
@@ -2807,7 +2807,12 @@ def locked_output(args):
     finishing a step when the terminal is free again. A folder that stays empty is removed. Raises `InputError`."""
     output_dir = Path(args.output_dir)
     is_new = not output_dir.exists()
-    output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # such as a link to a disk that is not there
+        raise InputError(
+            f"--output_dir={output_dir}: cannot be made ({last_line(error)}); name another folder"
+        ) from None
     lock = FileLock(output_dir / LOCK_FILE)
     try:
         lock.acquire(blocking=False)
