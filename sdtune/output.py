@@ -92,7 +92,7 @@ def locked_output(args):
             f"--output_dir={output_dir}: another run is writing there, maybe one that finishes its last step; wait "
             "for it, or name another folder"
         ) from None
-    except (OSError, NotImplementedError) as error:  # on some network file systems
+    except (OSError, NotImplementedError) as error:  # network file systems may know no locks; older filelocks say so
         print(f"Warning: {output_dir} cannot be locked ({last_line(error)}); start no other run there meanwhile.")
     try:
         yield

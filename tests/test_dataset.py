@@ -871,3 +871,21 @@ def test_long_captions_and_small_images_are_warned_of_and_trained_on(
     log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert log[-1]["step"] == 2
     assert np.isfinite(log[-1]["loss"])
+
+
+def test_links_that_lead_out_of_a_folder_are_warned_of(tmp_path, image_folder, capsys):
+    """Of pictures and of captions; those within the folder are not."""
+    folder = image_folder(2)
+    (tmp_path / "secret.png").write_bytes((folder / "00.png").read_bytes())
+    (tmp_path / "private.txt").write_text("private words")
+    (folder / "linked.png").symlink_to(tmp_path / "secret.png")
+    (folder / "linked.txt").symlink_to(tmp_path / "private.txt")
+    (folder / "again.png").symlink_to(folder / "00.png")
+    (folder / "again.txt").write_text("again")
+    read_folder(folder, "text")
+    (warning,) = capsys.readouterr().out.split("Warning: ")[1:]
+    assert warning.splitlines() == [
+        "2 pictures or captions are links that lead out of the folder, and are used, such as",
+        f"  {folder / 'linked.png'}",
+        f"  {folder / 'linked.txt'}",
+    ]

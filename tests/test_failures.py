@@ -287,6 +287,18 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path, place):
         pass
 
 
+@pytest.mark.parametrize("error", [OSError(38, "Function not implemented"), NotImplementedError("no flock here")])
+def test_a_folder_that_knows_no_locks_is_used_with_a_warning(tmp_path, monkeypatch, capsys, error):
+    def fail(self, **options):
+        raise error
+
+    monkeypatch.setattr("sdtune.output.FileLock.acquire", fail)
+    with locked_output(parse(f"--output_dir={tmp_path / 'out'}")):
+        (tmp_path / "out" / "result").write_text("")
+    assert f"Warning: {tmp_path / 'out'} cannot be locked ({error})" in capsys.readouterr().out
+    assert (tmp_path / "out" / "result").exists()
+
+
 def test_a_locked_folder_that_stays_empty_is_removed(tmp_path):
     args = parse(f"--output_dir={tmp_path / 'out'}")
     with locked_output(args):

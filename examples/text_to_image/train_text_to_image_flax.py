@@ -1062,6 +1062,7 @@ def read_folder(folder, caption_column, takes_train=False):
         raise InputError(f"{metadata[0]}: has no {caption_column!r} but {sorted(columns)}; set --caption_column")
     for image in [image for image, found in captions.items() if not found]:
         captions[image] += read_caption_beside(image)
+    warn_of_links([*captions, *(path for path in files if path.suffix == ".txt")], metadata, folder)
     known = {*captions, *metadata}
     if aside := [path.name for path in files if path not in known and path.suffix != ".txt"]:
         print(f"Left aside in {folder}: {len(aside)} files of other kinds, such as {', '.join(aside[:5])}.")
@@ -1071,6 +1072,16 @@ def read_folder(folder, caption_column, takes_train=False):
         raise InputError(f"{odd[0]!a}: its name is not UTF-8; rename it, or if it is, set PYTHONUTF8=1")
     rows = [{"image": str(path), "captions": found} for path, found in sorted(captions.items())]
     return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image(decode=False))
+
+
+def warn_of_links(files, metadata, folder):
+    """Warns of pictures and captions that are links out of the folder: their owner may have made them on purpose, but
+    somebody else's dataset could have private files trained on by them."""
+    places = (folder, *(Path(os.path.realpath(path)).parent for path in metadata))
+    warn(
+        "pictures or captions are links that lead out of the folder, and are used",
+        [str(path) for path in files if path.is_symlink() and not is_inside(path, places)],
+    )
 
 
 def of_split(images, folder, takes_train):
@@ -2821,7 +2832,7 @@ def locked_output(args):
             f"--output_dir={output_dir}: another run is writing there, maybe one that finishes its last step; wait "
             "for it, or name another folder"
         ) from None
-    except (OSError, NotImplementedError) as error:  # on some network file systems
+    except (OSError, NotImplementedError) as error:  # network file systems may know no locks; older filelocks say so
         print(f"Warning: {output_dir} cannot be locked ({last_line(error)}); start no other run there meanwhile.")
     try:
         yield
