@@ -49,7 +49,7 @@ from sdtune.arguments import (
 from sdtune.batches import count_steps
 from sdtune.checkpoints import Weights, write_torch_state
 from sdtune.dataset import check_data, load_data
-from sdtune.diffusion import diffusion_losses, encode
+from sdtune.diffusion import diffusion_losses, encode, encode_prompts
 from sdtune.failures import nothing_lost
 from sdtune.hub import name_repo, push
 from sdtune.model_card import write_card
@@ -195,7 +195,7 @@ def train(args, launcher):
     def training_loss(batch):
         """The loss of each sample of a batch (batch,)."""
         latents = encode(vae, batch)
-        prompt_embeds = text_encoder(batch["input_ids"])[0]
+        prompt_embeds = encode_prompts(text_encoder, batch)
         return diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, batch, args.snr_gamma)
 
     counts = count_steps(args, len(images), accelerator.num_processes)

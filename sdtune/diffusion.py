@@ -7,22 +7,34 @@ from diffusers.training_utils import compute_snr
 
 @torch.no_grad()
 def encode(vae, batch):
-    """Encodes images to latents (batch, 4, height / 8, width / 8) in float32, drawn from the VAE's posterior."""
-    mean, std = encode_posterior(vae, batch["pixel_values"])
-    return draw_latents(vae, mean, std, batch["posterior_noise"])
+    """Draws the latents of images (batch, 4, height / 8, width / 8) in float32 from the VAE's posterior, or from that
+    which a batch has in the place of pixels."""
+    if "mean" in batch:
+        mean, log_variance = batch["mean"], batch["log_variance"]
+    else:
+        mean, log_variance = encode_posterior(vae, batch["pixel_values"])
+    return draw_latents(vae, mean, log_variance, batch["posterior_noise"])
 
 
 def encode_posterior(vae, pixel_values):
-    """The mean and standard deviation of the VAE's posterior, (batch, 4, height / 8, width / 8) each in float32, for
-    images of 8 bits (batch, 3, height, width)."""
+    """The mean and the logarithm of the variance of the VAE's posterior, (batch, 4, height / 8, width / 8) each in
+    float32, for images of 8 bits (batch, 3, height, width)."""
     pixel_values = pixel_values / 127.5 - 1  # [-1, 1], to be rounded once, by the VAE's precision
     posterior = vae.encode(pixel_values.to(vae.dtype)).latent_dist
-    return posterior.mean.float(), posterior.std.float()
+    return posterior.mean.float(), posterior.logvar.float()
 
 
-def draw_latents(vae, mean, std, posterior_noise):
+def draw_latents(vae, mean, log_variance, posterior_noise):
     """Latents that a posterior gives for its noise, scaled as the UNet takes them."""
+    std = torch.exp(0.5 * log_variance)
     return (mean + std * posterior_noise) * vae.config.scaling_factor
+
+
+def encode_prompts(text_encoder, batch):
+    """Embeddings of captions (batch, tokens, channels), or the cached ones that a batch has."""
+    if "prompt_embeds" in batch:
+        return batch["prompt_embeds"]
+    return text_encoder(batch["input_ids"])[0]
 
 
 def diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, batch, snr_gamma=None):

@@ -145,12 +145,12 @@ def check_tokenizer(args, text_config):
     return problems
 
 
-def read_latent_shape(args):
-    """The shape (4, resolution / 8, resolution / 8) of an image's latents."""
+def read_latent_layout(args):
+    """How many channels the latents of the base's VAE have, and how many pixels along a side one of them stands for:
+    4 and 8 for Stable Diffusion."""
     source, where = config_source(args)
     vae = diffusers.AutoencoderKL.load_config(source, subfolder="vae", **where)
-    side = args.resolution // vae_factor(vae)
-    return vae["latent_channels"], side, side
+    return vae["latent_channels"], vae_factor(vae)
 
 
 def read_num_timesteps(args):

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import datasets
 import diffusers
+import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 from tqdm.auto import tqdm
 
-from sdtune.dataset import METADATA_NAMES, fingerprint_of, load_rows, warn
+from sdtune.dataset import METADATA_NAMES, CheckedRows, fingerprint_of, load_rows, warn
 from sdtune.errors import InputError, last_line
 from sdtune.files import existing_place
 from sdtune.images import IMAGE_SUFFIXES, is_hidden, is_image_file
@@ -29,7 +30,7 @@ CLASS_GUIDANCE = 7.5
 class ClassImages:
     """The images of the class that are there, and those that are still to be drawn."""
 
-    rows: list  # of one dataset of image and captions, or empty
+    checked: CheckedRows | None  # those that are there
     fingerprint: str | None
     missing: list  # file names
 
@@ -84,7 +85,7 @@ def load_class_images(args):
     """Checks the class images that are there and names those to be made: class-00000.png and so on, fewer by those
     that came from elsewhere. Raises `InputError`."""
     if not args.class_data_dir:
-        return ClassImages([], None, [])
+        return ClassImages(None, None, [])
     folder, number = Path(args.class_data_dir), args.num_class_images or 100
     paths = [path for path in sorted(folder.rglob("*")) if is_image_file(path, folder)]
     check_records(args, paths)
@@ -94,9 +95,9 @@ def load_class_images(args):
     missing = [name for name in wanted if name not in there]
     print(f"Class images in {folder}: {len(missing)} to be drawn, for {number} at least; a pass has one per photo")
     if not there:
-        return ClassImages([], None, missing)
-    rows, digests = load_rows(args, load_tokenizer(args), args.class_data_dir, args.class_prompt)
-    return ClassImages([rows], fingerprint_of(0, digests), missing)
+        return ClassImages(None, None, missing)
+    checked = load_rows(args, load_tokenizer(args), args.class_data_dir, args.class_prompt)
+    return ClassImages(checked, fingerprint_of(0, checked.digests), missing)
 
 
 def record_of(args):
@@ -136,7 +137,15 @@ def check_records(args, paths):
 
 def with_class_rows(images, class_images):
     """The photos of the subject, and behind them the images of its class."""
-    return dataclasses.replace(images, rows=datasets.concatenate_datasets([images.rows, *class_images.rows]))
+    checked = class_images.checked
+    if checked is None:
+        return images
+    return dataclasses.replace(
+        images,
+        rows=datasets.concatenate_datasets([images.rows, checked.rows]),
+        contents=np.concatenate([images.contents, checked.contents]),
+        sizes=np.concatenate([images.sizes, np.tile(images.sizes[0], (len(checked.rows), 1))]),
+    )
 
 
 def with_classes(batches, num_instances, num_classes, prior_loss_weight, seed):

@@ -12,7 +12,7 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 
 from sdtune.checkpoints import averaged
-from sdtune.dataset import CaptionedImages, without_content
+from sdtune.dataset import CaptionedImages, unopened
 from sdtune.diffusion import diffusion_losses, draw_latents, encode_posterior
 from sdtune.output import tell_trackers, write_log
 
@@ -28,8 +28,8 @@ class HeldOut:
     """The images that are held out, and what a process keeps of its share of them, by index and in the CPU's memory:
     nothing of it changes from look to look."""
 
-    images: CaptionedImages  # all of them, without their content: what a sample draws
-    posteriors: dict  # mean and standard deviation of the VAE's, (4, height / 8, width / 8) each in float32
+    images: CaptionedImages  # all of them, which are not opened any more: what a sample draws
+    posteriors: dict  # mean and log-variance of the VAE's, (4, height / 8, width / 8) each in float32
     input_ids: dict  # (tokens,)
     prompt_embeds: dict | None  # (tokens, channels); None where the text encoder is trained
 
@@ -42,11 +42,13 @@ def encode_held_out(accelerator, vae, text_encoder, images, batch_size):
     for batch in torch.utils.data.DataLoader(images, batch_size, sampler=[(0, index, 1.0) for index in mine]):
         with accelerator.autocast():
             moments = encode_posterior(vae, batch["pixel_values"].to(accelerator.device))
-        for index, mean, std, tokens in zip(batch["index"].tolist(), *moments, batch["input_ids"], strict=True):
-            posteriors[index], input_ids[index] = (mean.cpu(), std.cpu()), tokens
+        for index, mean, log_variance, tokens in zip(
+            batch["index"].tolist(), *moments, batch["input_ids"], strict=True
+        ):
+            posteriors[index], input_ids[index] = (mean.cpu(), log_variance.cpu()), tokens
     is_frozen = not text_encoder.training
     prompt_embeds = encode_captions(accelerator, text_encoder, input_ids, batch_size) if is_frozen else None
-    return HeldOut(without_content(images), posteriors, input_ids, prompt_embeds)
+    return HeldOut(unopened(images), posteriors, input_ids, prompt_embeds)
 
 
 def encode_captions(accelerator, text_encoder, input_ids, batch_size):
@@ -77,14 +79,14 @@ def held_out_losses(
             stopped += 1
             break
         indices = batch["index"].tolist()
-        means, stds = zip(*[held_out.posteriors[index] for index in indices], strict=True)
-        batch |= {"mean": torch.stack(means), "std": torch.stack(stds)}
+        means, log_variances = zip(*[held_out.posteriors[index] for index in indices], strict=True)
+        batch |= {"mean": torch.stack(means), "log_variance": torch.stack(log_variances)}
         batch["prompt_embeds"] = torch.stack([prompt_embeds[index] for index in indices])
         batch = send_to_device(batch, accelerator.device, skip_keys="index")
         # Each image comes four times, with the number of a quarter in the place of the epoch: its timestep goes there.
         batch["timestep"] = (batch["timestep"] + batch["epoch"] * images.num_timesteps) // HELD_OUT_TIMESTEPS
         with accelerator.autocast():
-            latents = draw_latents(vae, batch["mean"], batch["std"], batch["posterior_noise"])
+            latents = draw_latents(vae, batch["mean"], batch["log_variance"], batch["posterior_noise"])
             part_losses = diffusion_losses(unet, noise_scheduler, latents, batch["prompt_embeds"], batch)
         losses.index_add_(0, batch["index"], part_losses.cpu() / HELD_OUT_TIMESTEPS)
     accelerator.wait_for_everyone()  # patiently: they need not be done at the same time

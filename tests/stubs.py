@@ -22,6 +22,9 @@ class GreyRows:
     def __len__(self):
         return self.number
 
+    def select_columns(self, names):
+        return self
+
     def __getitem__(self, index):
         if index == "captions":
             return [[""]] * self.number
@@ -35,11 +38,10 @@ def one_token(caption, **options):
     return SimpleNamespace(input_ids=[np.array([1])])
 
 
-def make_samples(rows, tokenizer, latent_shape, num_timesteps=1000, **options):
+def make_samples(rows, tokenizer, latent_shape, num_timesteps=1000, resolution=8, **options):
     """CaptionedImages over the rows, with nothing switched on but what the options say."""
     settings = {
         "seed": 0,
-        "resolution": 8,
         "center_crop": False,
         "random_flip": False,
         "image_interpolation_mode": "lanczos",
@@ -49,14 +51,17 @@ def make_samples(rows, tokenizer, latent_shape, num_timesteps=1000, **options):
     }
     return CaptionedImages(
         rows=rows,
+        contents=np.array([f"{index:064x}" for index in range(len(rows))]),
+        sizes=np.full((len(rows), 2), resolution),
         tokenizer=tokenizer,
-        latent_shape=latent_shape,
+        latent_channels=latent_shape[0],
+        pixels_per_latent=resolution // latent_shape[1],
         num_timesteps=num_timesteps,
         **{**settings, **options},
     )
 
 
-def grey_samples(number=100, latent_shape=SHAPE, **options):
+def grey_samples(number=1000, latent_shape=SHAPE, **options):
     """CaptionedImages of which the numbers drawn matter, not the pictures."""
     return make_samples(
         GreyRows(number), one_token, latent_shape, image_interpolation_mode="nearest", center_crop=True, **options
@@ -88,7 +93,7 @@ class StubVAE:
     config = SimpleNamespace(scaling_factor=0.3)
 
     def __init__(self, mean, std):
-        self.posterior = SimpleNamespace(mean=mean, std=std)
+        self.posterior = SimpleNamespace(mean=mean, logvar=2 * torch.log(std))
 
     def encode(self, pixel_values):
         self.pixel_values = pixel_values

@@ -705,9 +705,9 @@ def test_output_among_the_images_is_refused(image_folder, flag):
 
 def test_no_more_than_five_are_named_in_a_warning(image_folder, tmp_path, capsys):
     rows = read_folder(image_folder(8, size=20), "text")
-    good, _ = check_rows(rows, tmp_path / "checked.json", False, make_tokenizer(), 32)
+    good = check_rows(rows, tmp_path / "checked.json", False, make_tokenizer(), 32)
     said = capsys.readouterr().out
-    assert len(good) == 8
+    assert len(good.rows) == 8
     assert "8 images are smaller" in said
     assert said.count(".png") == 5
 
@@ -715,7 +715,7 @@ def test_no_more_than_five_are_named_in_a_warning(image_folder, tmp_path, capsys
 def test_digest_of_a_row_follows_content_and_captions_but_not_the_path(image_folder, tmp_path):
     def digests(folder):
         rows = read_folder(folder, "text")
-        return check_rows(rows, tmp_path / "checked.json", False, make_tokenizer(), 32)[1]
+        return check_rows(rows, tmp_path / "checked.json", False, make_tokenizer(), 32).digests
 
     here, there = image_folder(3, name="here"), image_folder(3, name="there")
     assert digests(here) == digests(there)

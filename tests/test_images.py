@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from sdtune import images
 from sdtune.dataset import read_folder
 from sdtune.errors import InputError
-from sdtune.images import check_image, check_images, open_image, open_square
+from sdtune.images import check_image, check_images, open_fitted, open_image
 
 
 def opened(image, suffix="png", **options):
@@ -446,7 +446,7 @@ WIDE = colour_profile((0.5151, 0.2412, -0.0011), (0.2920, 0.6922, 0.0419), (0.15
 
 def differences(content, side, place=(0.5, 0.5)):
     """Of what training sees and what the whole picture, opened as a viewer shows it, would give: largest and mean."""
-    seen = open_square(content, side, Image.Resampling.LANCZOS, place)
+    seen = open_fitted(content, (side, side), Image.Resampling.LANCZOS, place)
     whole = ImageOps.fit(open_image(content), (side, side), Image.Resampling.LANCZOS, centering=place)
     apart = np.abs(np.asarray(seen).astype(int) - np.asarray(whole))
     return apart.max(), apart.mean()
@@ -477,10 +477,10 @@ def test_a_reduced_size_leaves_twice_the_side(monkeypatch):
     monkeypatch.setattr(images, "decode_file", noted)
     content = encoded(photo(800, 600, 0), "jpg")
     for side in (37, 38, 75, 76, 150, 151, 400):
-        open_square(content, side, Image.Resampling.LANCZOS, (0.5, 0.5))
-    open_square(encoded(photo(804, 602, 0), "jpg"), 37, Image.Resampling.LANCZOS, (0.5, 0.5))
-    open_square(content, 37, Image.Resampling.NEAREST, (0.5, 0.5))  # which takes single pixels
-    open_square(encoded(photo(800, 600, 0), "webp"), 37, Image.Resampling.LANCZOS, (0.5, 0.5))
+        open_fitted(content, (side, side), Image.Resampling.LANCZOS, (0.5, 0.5))
+    open_fitted(encoded(photo(804, 602, 0), "jpg"), (37, 37), Image.Resampling.LANCZOS, (0.5, 0.5))
+    open_fitted(content, (37, 37), Image.Resampling.NEAREST, (0.5, 0.5))  # which takes single pixels
+    open_fitted(encoded(photo(800, 600, 0), "webp"), (37, 37), Image.Resampling.LANCZOS, (0.5, 0.5))
     open_image(content)
     whole, half, quarter = (800, 600), (400, 300), (200, 150)
     small = [(100, 75), quarter, quarter, half, half]

@@ -20,7 +20,7 @@ from sdtune.models import (
     enable_memory_savers,
     load_tokenizer,
     make_noise_scheduler,
-    read_latent_shape,
+    read_latent_layout,
     read_num_timesteps,
 )
 
@@ -153,7 +153,7 @@ def test_a_folder_of_a_variant_alone_is_told_how_to_load(tiny_pipeline, tmp_path
 
 def test_what_a_dataset_needs_to_know_of_a_base(tiny_pipeline, tmp_path):
     args = flags(tiny_pipeline, "--resolution=64")
-    assert read_latent_shape(args) == (4, 8, 8)
+    assert read_latent_layout(args) == (4, 8)
     assert read_num_timesteps(args) == 1000
     tokenizer = load_tokenizer(args)
     assert tokenizer.model_max_length == 77

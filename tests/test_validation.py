@@ -38,13 +38,13 @@ class OnePixelVAE(StubVAE):
     """Latents (batch, 1, 1, 1) that are the first value of the image; counts the images that it encodes."""
 
     def __init__(self):
-        super().__init__(None, None)
+        super().__init__(torch.zeros(1), torch.zeros(1))
         self.num_images = 0
 
     def encode(self, pixel_values):
         self.num_images += len(pixel_values)
         mean = pixel_values[:, :1, ::8, ::8]
-        return SimpleNamespace(latent_dist=SimpleNamespace(mean=mean, std=torch.zeros_like(mean)))
+        return SimpleNamespace(latent_dist=SimpleNamespace(mean=mean, logvar=torch.full_like(mean, -torch.inf)))
 
 
 class StubTextEncoder:

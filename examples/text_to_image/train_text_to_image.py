@@ -207,60 +207,83 @@ SPLITS = {  # what folders of a split are called, as `datasets` has it
 
 
 @dataclasses.dataclass
-class CaptionedImages(torch.utils.data.Dataset):
-    """Maps (epoch, index, weight) to these and pixel_values uint8 (3, height, width), input_ids (max_length,),
-    timestep, and posterior_noise, noise, added_noise in float32 (4, height / 8, width / 8)."""
+class CheckedRows:
+    """Images that were checked, with their captions, and what is known of them."""
 
     rows: datasets.Dataset  # of image and captions
+    digests: list  # of content and captions
+    contents: np.ndarray  # (rows,), SHA-256 of each file
+    sizes: np.ndarray  # (rows, 2), width and height in pixels
+
+
+@dataclasses.dataclass
+class CaptionedImages(torch.utils.data.Dataset):
+    """Maps (epoch, index, weight) to these and is_mirrored, input_ids (max_length,), timestep, and posterior_noise,
+    noise, added_noise in float32 (4, height / 8, width / 8), and with `reads_pixels` to pixel_values uint8 (3, height,
+    width)."""
+
+    rows: datasets.Dataset  # of image, where that is read, and captions
+    contents: np.ndarray  # (rows,), SHA-256 of each image's file
+    sizes: np.ndarray  # (rows, 2), width and height in pixels to which each image is scaled and cropped
     tokenizer: CLIPTokenizer
-    latent_shape: tuple
+    latent_channels: int
+    pixels_per_latent: int  # along one side
     num_timesteps: int
     seed: int
-    resolution: int
     center_crop: bool
     random_flip: bool
     image_interpolation_mode: str
     caption_dropout: float
     noise_offset: float
     input_perturbation: float
+    reads_pixels: bool = True
 
     def __len__(self):
         return len(self.rows)
 
-    def view(self, index, draw):
-        """The image and the caption of a row as an epoch sees them; the first numbers of `draw` choose."""
+    def choose(self, row, draw):
+        """How an epoch sees a row, by the first numbers of `draw`: the place of the crop, whether it is mirrored, and
+        the caption."""
         # All are drawn always and in this order: an option leaves the others' numbers alone.
         left, top, flip, choice, drop = draw.random(5)
-        row = self.rows[index]
         place = (0.5, 0.5) if self.center_crop else (left, top)
+        caption = row["captions"][int(choice * len(row["captions"]))]
+        return place, self.random_flip and flip < 0.5, "" if drop < self.caption_dropout else caption
+
+    def open(self, index, row, place, is_mirrored):
+        """The image of a row, scaled and cropped. Raises `InputError`."""
+        width, height = self.sizes[index].tolist()
         resample = Image.Resampling[self.image_interpolation_mode.upper()]
         with still_readable(name_of_row(row, index)):
-            image = open_square(read_content(row["image"]), self.resolution, resample, place)
-        if self.random_flip and flip < 0.5:
-            image = ImageOps.mirror(image)
-        caption = row["captions"][int(choice * len(row["captions"]))]
-        return image, "" if drop < self.caption_dropout else caption
+            image = open_fitted(read_content(row["image"]), (width, height), resample, place)
+        return ImageOps.mirror(image) if is_mirrored else image
 
     def __getitem__(self, item):
         epoch, index, weight = item
         draw = random_numbers(self.seed, SAMPLE, epoch, index)
-        image, caption = self.view(index, draw)
+        row = self.rows[index]
+        place, is_mirrored, caption = self.choose(row, draw)
         timestep = draw.integers(self.num_timesteps)
-        posterior_noise, noise, perturbation = draw.standard_normal((3, *self.latent_shape), np.float32)
+        width, height = (self.sizes[index] // self.pixels_per_latent).tolist()
+        latent_shape = (self.latent_channels, height, width)
+        posterior_noise, noise, perturbation = draw.standard_normal((3, *latent_shape), np.float32)
         # The offset shifts whole channels; perturbation (arXiv 2301.11706, eq. 3) is added and not to be predicted.
         noise = noise + self.noise_offset * draw.standard_normal((len(noise), 1, 1), np.float32)
         input_ids = self.tokenizer(caption, padding="max_length", truncation=True, return_tensors="np").input_ids[0]
-        return {
+        sample = {
             "epoch": epoch,
             "index": index,
             "weight": np.float32(weight),
-            "pixel_values": np.array(image).transpose(2, 0, 1),
+            "is_mirrored": is_mirrored,
             "input_ids": input_ids,
             "timestep": timestep,
             "posterior_noise": posterior_noise,
             "noise": noise,
             "added_noise": noise + self.input_perturbation * perturbation,
         }
+        if self.reads_pixels:
+            sample["pixel_values"] = np.array(self.open(index, row, place, is_mirrored)).transpose(2, 0, 1)
+        return sample
 
 
 @dataclasses.dataclass
@@ -322,8 +345,8 @@ class HeldOut:
     """The images that are held out, and what a process keeps of its share of them, by index and in the CPU's memory:
     nothing of it changes from look to look."""
 
-    images: CaptionedImages  # all of them, without their content: what a sample draws
-    posteriors: dict  # mean and standard deviation of the VAE's, (4, height / 8, width / 8) each in float32
+    images: CaptionedImages  # all of them, which are not opened any more: what a sample draws
+    posteriors: dict  # mean and log-variance of the VAE's, (4, height / 8, width / 8) each in float32
     input_ids: dict  # (tokens,)
     prompt_embeds: dict | None  # (tokens, channels); None where the text encoder is trained
 
@@ -436,7 +459,7 @@ def train(args, launcher):
     def training_loss(batch):
         """The loss of each sample of a batch (batch,)."""
         latents = encode(vae, batch)
-        prompt_embeds = text_encoder(batch["input_ids"])[0]
+        prompt_embeds = encode_prompts(text_encoder, batch)
         return diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, batch, args.snr_gamma)
 
     counts = count_steps(args, len(images), accelerator.num_processes)
@@ -486,22 +509,34 @@ def main(argv=None):
 # ----------------------------------------------------------------------------------------------------------- diffusion
 @torch.no_grad()
 def encode(vae, batch):
-    """Encodes images to latents (batch, 4, height / 8, width / 8) in float32, drawn from the VAE's posterior."""
-    mean, std = encode_posterior(vae, batch["pixel_values"])
-    return draw_latents(vae, mean, std, batch["posterior_noise"])
+    """Draws the latents of images (batch, 4, height / 8, width / 8) in float32 from the VAE's posterior, or from that
+    which a batch has in the place of pixels."""
+    if "mean" in batch:
+        mean, log_variance = batch["mean"], batch["log_variance"]
+    else:
+        mean, log_variance = encode_posterior(vae, batch["pixel_values"])
+    return draw_latents(vae, mean, log_variance, batch["posterior_noise"])
 
 
 def encode_posterior(vae, pixel_values):
-    """The mean and standard deviation of the VAE's posterior, (batch, 4, height / 8, width / 8) each in float32, for
-    images of 8 bits (batch, 3, height, width)."""
+    """The mean and the logarithm of the variance of the VAE's posterior, (batch, 4, height / 8, width / 8) each in
+    float32, for images of 8 bits (batch, 3, height, width)."""
     pixel_values = pixel_values / 127.5 - 1  # [-1, 1], to be rounded once, by the VAE's precision
     posterior = vae.encode(pixel_values.to(vae.dtype)).latent_dist
-    return posterior.mean.float(), posterior.std.float()
+    return posterior.mean.float(), posterior.logvar.float()
 
 
-def draw_latents(vae, mean, std, posterior_noise):
+def draw_latents(vae, mean, log_variance, posterior_noise):
     """Latents that a posterior gives for its noise, scaled as the UNet takes them."""
+    std = torch.exp(0.5 * log_variance)
     return (mean + std * posterior_noise) * vae.config.scaling_factor
+
+
+def encode_prompts(text_encoder, batch):
+    """Embeddings of captions (batch, tokens, channels), or the cached ones that a batch has."""
+    if "prompt_embeds" in batch:
+        return batch["prompt_embeds"]
+    return text_encoder(batch["input_ids"])[0]
 
 
 def diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, batch, snr_gamma=None):
@@ -905,15 +940,20 @@ def load_data(args, folder, default_caption=None, repeats=1):
     held-out images, fingerprint of both). The held-out ones are the same for every seed, and always seen alike.
     `default_caption` is that of images without. Raises `InputError`."""
     tokenizer = load_tokenizer(args)
-    rows, digests = load_rows(args, tokenizer, folder, default_caption, args.max_train_samples)
-    training, held_out = split_rows(len(rows), args.num_validation_samples)
+    checked = load_rows(args, tokenizer, folder, default_caption, args.max_train_samples)
+    training, held_out = split_rows(len(checked.rows), args.num_validation_samples)
+    training = np.repeat(training, repeats)
+    sizes = np.full((len(checked.rows), 2), args.resolution)
+    latent_channels, pixels_per_latent = read_latent_layout(args)
     images = CaptionedImages(
-        rows=rows.select(np.repeat(training, repeats)),
+        rows=checked.rows.select(training),
+        contents=checked.contents[training],
+        sizes=sizes[training],
         tokenizer=tokenizer,
-        latent_shape=read_latent_shape(args),
+        latent_channels=latent_channels,
+        pixels_per_latent=pixels_per_latent,
         num_timesteps=read_num_timesteps(args),
         seed=args.seed,
-        resolution=args.resolution,
         center_crop=args.center_crop,
         random_flip=args.random_flip,
         image_interpolation_mode=args.image_interpolation_mode,
@@ -921,15 +961,20 @@ def load_data(args, folder, default_caption=None, repeats=1):
         noise_offset=noise_offset_of(args),
         input_perturbation=args.input_perturbation,
     )
-    fingerprint = fingerprint_of(args.num_validation_samples, digests)
-    return images, seen_alike(images, rows.select(held_out)), fingerprint
+    fingerprint = fingerprint_of(args.num_validation_samples, checked.digests)
+    others = dataclasses.replace(
+        images,
+        rows=checked.rows.select(held_out),
+        contents=checked.contents[held_out],
+        sizes=sizes[held_out],
+    )
+    return images, seen_alike(others), fingerprint
 
 
-def seen_alike(images, rows):
-    """The images of other rows, with nothing about them that changes from epoch to epoch or with the seed."""
+def seen_alike(images):
+    """The images, with nothing about them that changes from epoch to epoch or with the seed."""
     return dataclasses.replace(
         images,
-        rows=rows,
         seed=0,
         center_crop=True,
         random_flip=False,
@@ -939,19 +984,14 @@ def seen_alike(images, rows):
     )
 
 
-def without_content(images):
-    """The images with a mark in the place of each, so that none is opened again; what a sample draws stays as it is.
-    The mark is 2 x 2 pixels, black and white: the white is on the left where it is mirrored."""
-    file = io.BytesIO()
-    Image.fromarray(np.array([[0, 255], [0, 255]], np.uint8)).save(file, "PNG")
-    mark = {"bytes": file.getvalue()}
-    rows = [{"image": mark, "captions": found} for found in images.rows["captions"]]
-    return dataclasses.replace(images, rows=rows, resolution=2)
+def unopened(images):
+    """The images, whose files are not read any more; what a sample draws stays as it is."""
+    return dataclasses.replace(images, rows=images.rows.select_columns("captions"), reads_pixels=False)
 
 
 def load_rows(args, tokenizer, folder, default_caption, max_samples=None):
     """Reads and checks the images in `folder`, or else those of --dataset_name, or so many of them; returns the good
-    rows and a digest of each. Raises `InputError`."""
+    ones. Raises `InputError`."""
     rows = choose_rows(read_rows(args, folder, default_caption), max_samples, args.seed)
     memory = path_of_findings(folder or args.dataset_name, args.cache_dir)
     return check_rows(rows, memory, args.skip_bad_images, tokenizer, args.resolution)
@@ -1257,9 +1297,9 @@ def check_places(dataset, name, cache_dir):
 
 
 def check_rows(rows, memory, skip_bad_images, tokenizer, resolution):
-    """Checks every image and caption; returns the good rows and a digest of each one's content and captions. Raises
-    one `InputError` for all others, unless `skip_bad_images`; warns of small images and of captions that are cut."""
-    bad, small, cut, digests = [], [], [], {}
+    """Checks every image and caption; returns the good rows. Raises one `InputError` for all others, unless
+    `skip_bad_images`; warns of small images and of captions that are cut."""
+    bad, small, cut, digests, contents, sizes = [], [], [], {}, [], []
     captions = list(rows["captions"])
     for index, (digest, width, height, problem) in enumerate(check_images(rows, memory)):
         if not problem and not captions[index]:
@@ -1273,11 +1313,13 @@ def check_rows(rows, memory, skip_bad_images, tokenizer, resolution):
         if num_tokens > tokenizer.model_max_length:
             cut.append(f"{max(captions[index], key=len)[:80]}...")
         digests[index] = hashlib.sha256(json.dumps([digest, captions[index]]).encode()).hexdigest()
+        contents.append(digest)
+        sizes.append((width, height))
 
     leave_out(bad, len(rows), may_leave_out=skip_bad_images and bool(digests))
     warn(f"images are smaller than --resolution={resolution} and are enlarged", small)
     warn(f"captions have more than {tokenizer.model_max_length} tokens and are cut", cut)
-    return rows.select(list(digests)), list(digests.values())
+    return CheckedRows(rows.select(list(digests)), list(digests.values()), np.array(contents), np.array(sizes))
 
 
 def name_of(rows, index):
@@ -2214,16 +2256,16 @@ def open_image(encoded):
     return in_srgb(*open_pixels(encoded))
 
 
-def open_square(encoded, side, resample, place):
-    """As `open_image`, scaled so that it covers a square of `side` pixels and cropped to that at a `place`, which is
-    (0, 0) for the upper left corner and (1, 1) for the lower right one."""
+def open_fitted(encoded, size, resample, place):
+    """As `open_image`, scaled so that it covers `size`, a width and a height in pixels, and cropped to that at a
+    `place`, which is (0, 0) for the upper left corner and (1, 1) for the lower right one."""
     # Twice the side leaves the resampling its work: measured, pixels of photos change by 0.2 of 255 in the mean.
-    enough = None if resample == Image.Resampling.NEAREST else 2 * side
+    enough = None if resample == Image.Resampling.NEAREST else 2 * max(size)
     image, profile = open_pixels(encoded, enough)
     if image.mode == "CMYK":  # where shares of ink do not mix as light does
         image, profile = in_srgb(image, profile), b""
     # Colours are converted last: at full size a profile costs as much time as decoding.
-    return in_srgb(ImageOps.fit(image, (side, side), resample, centering=place), profile)
+    return in_srgb(ImageOps.fit(image, size, resample, centering=place), profile)
 
 
 def open_pixels(encoded, enough=None):
@@ -2527,12 +2569,12 @@ def check_tokenizer(args, text_config):
     return problems
 
 
-def read_latent_shape(args):
-    """The shape (4, resolution / 8, resolution / 8) of an image's latents."""
+def read_latent_layout(args):
+    """How many channels the latents of the base's VAE have, and how many pixels along a side one of them stands for:
+    4 and 8 for Stable Diffusion."""
     source, where = config_source(args)
     vae = diffusers.AutoencoderKL.load_config(source, subfolder="vae", **where)
-    side = args.resolution // vae_factor(vae)
-    return vae["latent_channels"], side, side
+    return vae["latent_channels"], vae_factor(vae)
 
 
 def read_num_timesteps(args):
@@ -3137,11 +3179,13 @@ def encode_held_out(accelerator, vae, text_encoder, images, batch_size):
     for batch in torch.utils.data.DataLoader(images, batch_size, sampler=[(0, index, 1.0) for index in mine]):
         with accelerator.autocast():
             moments = encode_posterior(vae, batch["pixel_values"].to(accelerator.device))
-        for index, mean, std, tokens in zip(batch["index"].tolist(), *moments, batch["input_ids"], strict=True):
-            posteriors[index], input_ids[index] = (mean.cpu(), std.cpu()), tokens
+        for index, mean, log_variance, tokens in zip(
+            batch["index"].tolist(), *moments, batch["input_ids"], strict=True
+        ):
+            posteriors[index], input_ids[index] = (mean.cpu(), log_variance.cpu()), tokens
     is_frozen = not text_encoder.training
     prompt_embeds = encode_captions(accelerator, text_encoder, input_ids, batch_size) if is_frozen else None
-    return HeldOut(without_content(images), posteriors, input_ids, prompt_embeds)
+    return HeldOut(unopened(images), posteriors, input_ids, prompt_embeds)
 
 
 def encode_captions(accelerator, text_encoder, input_ids, batch_size):
@@ -3172,14 +3216,14 @@ def held_out_losses(
             stopped += 1
             break
         indices = batch["index"].tolist()
-        means, stds = zip(*[held_out.posteriors[index] for index in indices], strict=True)
-        batch |= {"mean": torch.stack(means), "std": torch.stack(stds)}
+        means, log_variances = zip(*[held_out.posteriors[index] for index in indices], strict=True)
+        batch |= {"mean": torch.stack(means), "log_variance": torch.stack(log_variances)}
         batch["prompt_embeds"] = torch.stack([prompt_embeds[index] for index in indices])
         batch = send_to_device(batch, accelerator.device, skip_keys="index")
         # Each image comes four times, with the number of a quarter in the place of the epoch: its timestep goes there.
         batch["timestep"] = (batch["timestep"] + batch["epoch"] * images.num_timesteps) // HELD_OUT_TIMESTEPS
         with accelerator.autocast():
-            latents = draw_latents(vae, batch["mean"], batch["std"], batch["posterior_noise"])
+            latents = draw_latents(vae, batch["mean"], batch["log_variance"], batch["posterior_noise"])
             part_losses = diffusion_losses(unet, noise_scheduler, latents, batch["prompt_embeds"], batch)
         losses.index_add_(0, batch["index"], part_losses.cpu() / HELD_OUT_TIMESTEPS)
     accelerator.wait_for_everyone()  # patiently: they need not be done at the same time

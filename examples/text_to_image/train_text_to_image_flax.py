@@ -202,60 +202,83 @@ SPLITS = {  # what folders of a split are called, as `datasets` has it
 
 
 @dataclasses.dataclass
-class CaptionedImages(torch.utils.data.Dataset):
-    """Maps (epoch, index, weight) to these and pixel_values uint8 (3, height, width), input_ids (max_length,),
-    timestep, and posterior_noise, noise, added_noise in float32 (4, height / 8, width / 8)."""
+class CheckedRows:
+    """Images that were checked, with their captions, and what is known of them."""
 
     rows: datasets.Dataset  # of image and captions
+    digests: list  # of content and captions
+    contents: np.ndarray  # (rows,), SHA-256 of each file
+    sizes: np.ndarray  # (rows, 2), width and height in pixels
+
+
+@dataclasses.dataclass
+class CaptionedImages(torch.utils.data.Dataset):
+    """Maps (epoch, index, weight) to these and is_mirrored, input_ids (max_length,), timestep, and posterior_noise,
+    noise, added_noise in float32 (4, height / 8, width / 8), and with `reads_pixels` to pixel_values uint8 (3, height,
+    width)."""
+
+    rows: datasets.Dataset  # of image, where that is read, and captions
+    contents: np.ndarray  # (rows,), SHA-256 of each image's file
+    sizes: np.ndarray  # (rows, 2), width and height in pixels to which each image is scaled and cropped
     tokenizer: CLIPTokenizer
-    latent_shape: tuple
+    latent_channels: int
+    pixels_per_latent: int  # along one side
     num_timesteps: int
     seed: int
-    resolution: int
     center_crop: bool
     random_flip: bool
     image_interpolation_mode: str
     caption_dropout: float
     noise_offset: float
     input_perturbation: float
+    reads_pixels: bool = True
 
     def __len__(self):
         return len(self.rows)
 
-    def view(self, index, draw):
-        """The image and the caption of a row as an epoch sees them; the first numbers of `draw` choose."""
+    def choose(self, row, draw):
+        """How an epoch sees a row, by the first numbers of `draw`: the place of the crop, whether it is mirrored, and
+        the caption."""
         # All are drawn always and in this order: an option leaves the others' numbers alone.
         left, top, flip, choice, drop = draw.random(5)
-        row = self.rows[index]
         place = (0.5, 0.5) if self.center_crop else (left, top)
+        caption = row["captions"][int(choice * len(row["captions"]))]
+        return place, self.random_flip and flip < 0.5, "" if drop < self.caption_dropout else caption
+
+    def open(self, index, row, place, is_mirrored):
+        """The image of a row, scaled and cropped. Raises `InputError`."""
+        width, height = self.sizes[index].tolist()
         resample = Image.Resampling[self.image_interpolation_mode.upper()]
         with still_readable(name_of_row(row, index)):
-            image = open_square(read_content(row["image"]), self.resolution, resample, place)
-        if self.random_flip and flip < 0.5:
-            image = ImageOps.mirror(image)
-        caption = row["captions"][int(choice * len(row["captions"]))]
-        return image, "" if drop < self.caption_dropout else caption
+            image = open_fitted(read_content(row["image"]), (width, height), resample, place)
+        return ImageOps.mirror(image) if is_mirrored else image
 
     def __getitem__(self, item):
         epoch, index, weight = item
         draw = random_numbers(self.seed, SAMPLE, epoch, index)
-        image, caption = self.view(index, draw)
+        row = self.rows[index]
+        place, is_mirrored, caption = self.choose(row, draw)
         timestep = draw.integers(self.num_timesteps)
-        posterior_noise, noise, perturbation = draw.standard_normal((3, *self.latent_shape), np.float32)
+        width, height = (self.sizes[index] // self.pixels_per_latent).tolist()
+        latent_shape = (self.latent_channels, height, width)
+        posterior_noise, noise, perturbation = draw.standard_normal((3, *latent_shape), np.float32)
         # The offset shifts whole channels; perturbation (arXiv 2301.11706, eq. 3) is added and not to be predicted.
         noise = noise + self.noise_offset * draw.standard_normal((len(noise), 1, 1), np.float32)
         input_ids = self.tokenizer(caption, padding="max_length", truncation=True, return_tensors="np").input_ids[0]
-        return {
+        sample = {
             "epoch": epoch,
             "index": index,
             "weight": np.float32(weight),
-            "pixel_values": np.array(image).transpose(2, 0, 1),
+            "is_mirrored": is_mirrored,
             "input_ids": input_ids,
             "timestep": timestep,
             "posterior_noise": posterior_noise,
             "noise": noise,
             "added_noise": noise + self.input_perturbation * perturbation,
         }
+        if self.reads_pixels:
+            sample["pixel_values"] = np.array(self.open(index, row, place, is_mirrored)).transpose(2, 0, 1)
+        return sample
 
 
 @dataclasses.dataclass
@@ -382,7 +405,7 @@ FLAX_AXES = {2: (1, 0), 4: (2, 3, 1, 0)}
 class EncodedImages:
     """A set of images, of which what does not change is encoded."""
 
-    samples: CaptionedImages  # what a sample draws; without the images' content where that is encoded
+    samples: CaptionedImages  # what a sample draws; not opened any more where the images are encoded
     prompt_embeds: np.ndarray  # (captions, tokens, channels)
     row_of: dict  # of prompt_embeds, by the bytes of a caption's tokens
     moments: np.ndarray | None  # (images, views, 2 x 4, height / 8, width / 8); the second view is mirrored
@@ -956,15 +979,20 @@ def load_data(args, folder, default_caption=None, repeats=1):
     held-out images, fingerprint of both). The held-out ones are the same for every seed, and always seen alike.
     `default_caption` is that of images without. Raises `InputError`."""
     tokenizer = load_tokenizer(args)
-    rows, digests = load_rows(args, tokenizer, folder, default_caption, args.max_train_samples)
-    training, held_out = split_rows(len(rows), args.num_validation_samples)
+    checked = load_rows(args, tokenizer, folder, default_caption, args.max_train_samples)
+    training, held_out = split_rows(len(checked.rows), args.num_validation_samples)
+    training = np.repeat(training, repeats)
+    sizes = np.full((len(checked.rows), 2), args.resolution)
+    latent_channels, pixels_per_latent = read_latent_layout(args)
     images = CaptionedImages(
-        rows=rows.select(np.repeat(training, repeats)),
+        rows=checked.rows.select(training),
+        contents=checked.contents[training],
+        sizes=sizes[training],
         tokenizer=tokenizer,
-        latent_shape=read_latent_shape(args),
+        latent_channels=latent_channels,
+        pixels_per_latent=pixels_per_latent,
         num_timesteps=read_num_timesteps(args),
         seed=args.seed,
-        resolution=args.resolution,
         center_crop=args.center_crop,
         random_flip=args.random_flip,
         image_interpolation_mode=args.image_interpolation_mode,
@@ -972,15 +1000,20 @@ def load_data(args, folder, default_caption=None, repeats=1):
         noise_offset=noise_offset_of(args),
         input_perturbation=args.input_perturbation,
     )
-    fingerprint = fingerprint_of(args.num_validation_samples, digests)
-    return images, seen_alike(images, rows.select(held_out)), fingerprint
+    fingerprint = fingerprint_of(args.num_validation_samples, checked.digests)
+    others = dataclasses.replace(
+        images,
+        rows=checked.rows.select(held_out),
+        contents=checked.contents[held_out],
+        sizes=sizes[held_out],
+    )
+    return images, seen_alike(others), fingerprint
 
 
-def seen_alike(images, rows):
-    """The images of other rows, with nothing about them that changes from epoch to epoch or with the seed."""
+def seen_alike(images):
+    """The images, with nothing about them that changes from epoch to epoch or with the seed."""
     return dataclasses.replace(
         images,
-        rows=rows,
         seed=0,
         center_crop=True,
         random_flip=False,
@@ -990,19 +1023,14 @@ def seen_alike(images, rows):
     )
 
 
-def without_content(images):
-    """The images with a mark in the place of each, so that none is opened again; what a sample draws stays as it is.
-    The mark is 2 x 2 pixels, black and white: the white is on the left where it is mirrored."""
-    file = io.BytesIO()
-    Image.fromarray(np.array([[0, 255], [0, 255]], np.uint8)).save(file, "PNG")
-    mark = {"bytes": file.getvalue()}
-    rows = [{"image": mark, "captions": found} for found in images.rows["captions"]]
-    return dataclasses.replace(images, rows=rows, resolution=2)
+def unopened(images):
+    """The images, whose files are not read any more; what a sample draws stays as it is."""
+    return dataclasses.replace(images, rows=images.rows.select_columns("captions"), reads_pixels=False)
 
 
 def load_rows(args, tokenizer, folder, default_caption, max_samples=None):
     """Reads and checks the images in `folder`, or else those of --dataset_name, or so many of them; returns the good
-    rows and a digest of each. Raises `InputError`."""
+    ones. Raises `InputError`."""
     rows = choose_rows(read_rows(args, folder, default_caption), max_samples, args.seed)
     memory = path_of_findings(folder or args.dataset_name, args.cache_dir)
     return check_rows(rows, memory, args.skip_bad_images, tokenizer, args.resolution)
@@ -1308,9 +1336,9 @@ def check_places(dataset, name, cache_dir):
 
 
 def check_rows(rows, memory, skip_bad_images, tokenizer, resolution):
-    """Checks every image and caption; returns the good rows and a digest of each one's content and captions. Raises
-    one `InputError` for all others, unless `skip_bad_images`; warns of small images and of captions that are cut."""
-    bad, small, cut, digests = [], [], [], {}
+    """Checks every image and caption; returns the good rows. Raises one `InputError` for all others, unless
+    `skip_bad_images`; warns of small images and of captions that are cut."""
+    bad, small, cut, digests, contents, sizes = [], [], [], {}, [], []
     captions = list(rows["captions"])
     for index, (digest, width, height, problem) in enumerate(check_images(rows, memory)):
         if not problem and not captions[index]:
@@ -1324,11 +1352,13 @@ def check_rows(rows, memory, skip_bad_images, tokenizer, resolution):
         if num_tokens > tokenizer.model_max_length:
             cut.append(f"{max(captions[index], key=len)[:80]}...")
         digests[index] = hashlib.sha256(json.dumps([digest, captions[index]]).encode()).hexdigest()
+        contents.append(digest)
+        sizes.append((width, height))
 
     leave_out(bad, len(rows), may_leave_out=skip_bad_images and bool(digests))
     warn(f"images are smaller than --resolution={resolution} and are enlarged", small)
     warn(f"captions have more than {tokenizer.model_max_length} tokens and are cut", cut)
-    return rows.select(list(digests)), list(digests.values())
+    return CheckedRows(rows.select(list(digests)), list(digests.values()), np.array(contents), np.array(sizes))
 
 
 def name_of(rows, index):
@@ -1371,7 +1401,7 @@ def encode_once(images, vae, text_encoder, batch_size, pool):
     if not images.center_crop:
         return EncodedImages(images, prompt_embeds, row_of, moments=None, vae=vae)
     moments = encode_images(images, vae, batch_size, pool)
-    return EncodedImages(without_content(images), prompt_embeds, row_of, moments, vae=None)
+    return EncodedImages(unopened(images), prompt_embeds, row_of, moments, vae=None)
 
 
 def encode_captions(images, text_encoder, batch_size):
@@ -1426,8 +1456,7 @@ def look_up(encoded, batch, batch_size):
         "added_noise": batch["added_noise"],
     }
     if encoded.moments is not None:
-        is_mirrored = batch["pixel_values"][:, 0, 0, 0] > 127
-        found["moments"] = encoded.moments[batch["index"], is_mirrored.astype(int)]
+        found["moments"] = encoded.moments[batch["index"], batch["is_mirrored"].astype(int)]
     found = {name: pad(array, batch_size) for name, array in found.items()}
     if encoded.moments is None:
         found["moments"] = encoded.vae(pad(batch["pixel_values"], batch_size))
@@ -2331,16 +2360,16 @@ def open_image(encoded):
     return in_srgb(*open_pixels(encoded))
 
 
-def open_square(encoded, side, resample, place):
-    """As `open_image`, scaled so that it covers a square of `side` pixels and cropped to that at a `place`, which is
-    (0, 0) for the upper left corner and (1, 1) for the lower right one."""
+def open_fitted(encoded, size, resample, place):
+    """As `open_image`, scaled so that it covers `size`, a width and a height in pixels, and cropped to that at a
+    `place`, which is (0, 0) for the upper left corner and (1, 1) for the lower right one."""
     # Twice the side leaves the resampling its work: measured, pixels of photos change by 0.2 of 255 in the mean.
-    enough = None if resample == Image.Resampling.NEAREST else 2 * side
+    enough = None if resample == Image.Resampling.NEAREST else 2 * max(size)
     image, profile = open_pixels(encoded, enough)
     if image.mode == "CMYK":  # where shares of ink do not mix as light does
         image, profile = in_srgb(image, profile), b""
     # Colours are converted last: at full size a profile costs as much time as decoding.
-    return in_srgb(ImageOps.fit(image, (side, side), resample, centering=place), profile)
+    return in_srgb(ImageOps.fit(image, size, resample, centering=place), profile)
 
 
 def open_pixels(encoded, enough=None):
@@ -2644,12 +2673,12 @@ def check_tokenizer(args, text_config):
     return problems
 
 
-def read_latent_shape(args):
-    """The shape (4, resolution / 8, resolution / 8) of an image's latents."""
+def read_latent_layout(args):
+    """How many channels the latents of the base's VAE have, and how many pixels along a side one of them stands for:
+    4 and 8 for Stable Diffusion."""
     source, where = config_source(args)
     vae = diffusers.AutoencoderKL.load_config(source, subfolder="vae", **where)
-    side = args.resolution // vae_factor(vae)
-    return vae["latent_channels"], side, side
+    return vae["latent_channels"], vae_factor(vae)
 
 
 def read_num_timesteps(args):

@@ -9,6 +9,7 @@ them, with its crops, flips and captions, as they follow from --seed, --epoch an
 import math
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
@@ -97,15 +98,17 @@ def load_images(args):
     training, _ = split_rows(len(good), args.num_validation_samples)
     images = CaptionedImages(
         rows=rows.select([good[index] for index in training]),
+        sizes=np.full((len(training), 2), args.resolution),
         seed=args.seed,
-        resolution=args.resolution,
         center_crop=args.center_crop,
         random_flip=args.random_flip,
         image_interpolation_mode=args.image_interpolation_mode,
         caption_dropout=args.caption_dropout,
         # What a view is not made of:
+        contents=None,
         tokenizer=None,
-        latent_shape=None,
+        latent_channels=None,
+        pixels_per_latent=None,
         num_timesteps=None,
         noise_offset=0,
         input_perturbation=0,
@@ -117,9 +120,11 @@ def look_at(images, indices, epoch):
     """What an epoch sees of some images: a list of (image, caption, name). Raises `InputError`."""
     seen = []
     for index in tqdm(indices, "Reading images", unit="image", disable=None, leave=False):
-        path = images.rows[index]["image"]["path"] or f"image {index}"
+        row = images.rows[index]
+        path = row["image"]["path"] or f"image {index}"
         with still_readable(path):
-            image, caption = images.view(index, random_numbers(images.seed, SAMPLE, epoch, index))
+            place, is_mirrored, caption = images.choose(row, random_numbers(images.seed, SAMPLE, epoch, index))
+            image = images.open(index, row, place, is_mirrored)
         seen.append((image, caption, Path(path).name))
     return seen
 

@@ -8,7 +8,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from sdtune.batches import passes_in_step
-from sdtune.dataset import CaptionedImages, without_content
+from sdtune.dataset import CaptionedImages, unopened
 from sdtune.flax.networks import apply_vae_encoder
 
 
@@ -16,7 +16,7 @@ from sdtune.flax.networks import apply_vae_encoder
 class EncodedImages:
     """A set of images, of which what does not change is encoded."""
 
-    samples: CaptionedImages  # what a sample draws; without the images' content where that is encoded
+    samples: CaptionedImages  # what a sample draws; not opened any more where the images are encoded
     prompt_embeds: np.ndarray  # (captions, tokens, channels)
     row_of: dict  # of prompt_embeds, by the bytes of a caption's tokens
     moments: np.ndarray | None  # (images, views, 2 x 4, height / 8, width / 8); the second view is mirrored
@@ -46,7 +46,7 @@ def encode_once(images, vae, text_encoder, batch_size, pool):
     if not images.center_crop:
         return EncodedImages(images, prompt_embeds, row_of, moments=None, vae=vae)
     moments = encode_images(images, vae, batch_size, pool)
-    return EncodedImages(without_content(images), prompt_embeds, row_of, moments, vae=None)
+    return EncodedImages(unopened(images), prompt_embeds, row_of, moments, vae=None)
 
 
 def encode_captions(images, text_encoder, batch_size):
@@ -101,8 +101,7 @@ def look_up(encoded, batch, batch_size):
         "added_noise": batch["added_noise"],
     }
     if encoded.moments is not None:
-        is_mirrored = batch["pixel_values"][:, 0, 0, 0] > 127
-        found["moments"] = encoded.moments[batch["index"], is_mirrored.astype(int)]
+        found["moments"] = encoded.moments[batch["index"], batch["is_mirrored"].astype(int)]
     found = {name: pad(array, batch_size) for name, array in found.items()}
     if encoded.moments is None:
         found["moments"] = encoded.vae(pad(batch["pixel_values"], batch_size))
