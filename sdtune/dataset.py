@@ -415,6 +415,7 @@ def read_dataset(args, name, default_caption=None):
         dataset = dataset.select_columns([image_column, caption_column])
         dataset = dataset.rename_columns({image_column: "image", caption_column: "captions"})
         dataset = with_label_names(dataset.cast_column("image", datasets.Image(decode=False)))
+        dataset = with_whole_paths(dataset, name)
     except Exception as error:  # arrow has one for every pair of types
         raise InputError(
             f"--dataset_name={name}: cannot be loaded; check it, --dataset_config_name, --image_column={image_column} "
@@ -448,7 +449,11 @@ def load_train_split(args, name, saved, data_files, has_pictures):
         raise InputError("was written by save_to_disk: name the folder that was, without a configuration")
     if saved:  # caches of later work lie in the same folders
         dataset = datasets.load_from_disk(name)
-        return dataset["train"] if isinstance(dataset, datasets.DatasetDict) else dataset
+        if not isinstance(dataset, datasets.DatasetDict):
+            return dataset
+        if "train" not in dataset:
+            raise InputError(f"has no train split; name the folder of one of its splits, {', '.join(dataset)}")
+        return dataset["train"]
     where = {"split": "train", "cache_dir": args.cache_dir}
     chosen = [path for path in data_files if not path.name.startswith("cache-")]
     is_pattern = bool(data_files) and "[" in os.path.abspath(name)  # as `datasets` takes it
@@ -499,6 +504,21 @@ def with_label_names(dataset):
     for found in dataset["captions"]:
         captions.append([names.get(number) for number in found] if isinstance(found, list) else names.get(found))
     return dataset.remove_columns("captions").add_column("captions", captions)
+
+
+def with_whole_paths(dataset, name):
+    """The dataset, with paths of images that start from its folder, a local one, where they are relative: else they
+    would be looked for where the script was started."""
+    folder = os.path.abspath(name)
+
+    def whole(image):
+        is_file = image and image["bytes"] is None and image["path"] and not re.match(r"\w+://", image["path"])
+        return {**image, "path": os.path.join(folder, image["path"])} if is_file else image
+
+    paths = [path for images in dataset.data.column("image").chunks for path in images.field("path").to_pylist()]
+    if not os.path.isdir(name) or all(path is None or os.path.isabs(path) for path in paths):
+        return dataset
+    return dataset.map(lambda row: {"image": whole(row["image"])}, keep_in_memory=True, load_from_cache_file=False)
 
 
 def check_places(dataset, name, cache_dir):

@@ -47,7 +47,10 @@ def check_output(args, foreign_result):
     if not is_usable:
         told = f"{existing} is a file or cannot be written to; name another folder"
         problems.append(f"--output_dir={args.output_dir}: {told}")
-    if is_used and not is_own and not (args.overwrite_output_dir and is_run):
+    if is_used and not is_own and args.overwrite_output_dir and not is_run:
+        told = "holds no run of this script, which alone --overwrite_output_dir writes over; name another folder"
+        problems.append(f"--output_dir={args.output_dir}: {told}")
+    elif is_used and not is_own and not args.overwrite_output_dir:
         problems.append(
             f"--output_dir={args.output_dir}: is in use; name another, go on with its run by "
             "--resume_from_checkpoint=latest, or, if of this kind, use --overwrite_output_dir"

@@ -484,7 +484,7 @@ def test_a_result_of_another_kind_is_not_written_over(path, other, command, tmp_
     (out / "args.json").write_text("{}")
     assert problems(script, command("--overwrite_output_dir")) == ""
     (out / other).write_text("{}")
-    assert "is in use; name another" in problems(script, command("--overwrite_output_dir"))
+    assert "holds no run of this script" in problems(script, command("--overwrite_output_dir"))
 
 
 # ---- --config

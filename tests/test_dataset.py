@@ -400,7 +400,9 @@ def test_caches_of_later_work_are_no_data(tmp_path):
 
 def test_a_saved_dataset_with_other_splits_is_named(tmp_path):
     datasets.DatasetDict(all=rows_of(range(2)), test=rows_of([7])).save_to_disk(tmp_path / "set")
-    with pytest.raises(InputError, match=r"set: cannot be loaded.*\('train'\)"):
+    with pytest.raises(
+        InputError, match=r"set: cannot be loaded.*no train split; name the folder of one of its splits, all, test"
+    ):
         captions_in(tmp_path / "set")
     for folder, words in ((tmp_path, ()), (tmp_path / "set", ("--dataset_config_name=default",))):
         with pytest.raises(InputError, match="was written by save_to_disk: name the folder that was, without a conf"):
@@ -640,6 +642,24 @@ def test_rows_of_a_dataset_cannot_name_pictures_elsewhere(private, kind, name):
         captions_in(folder)
     told = f"row 1: the image {paths[1]!r} leads out of the dataset; copy it into a folder with metadata.jsonl"
     assert str(caught.value) == f"--dataset_name={folder}: {told}"
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_relative_paths_of_a_dataset_start_from_its_folder(tmp_path, kind, monkeypatch):
+    folder = tmp_path / "set"
+    (folder / "below").mkdir(parents=True)
+    make_image(3).save(folder / "below" / ".mine.png")
+    other = tmp_path / "elsewhere"
+    (other / "below").mkdir(parents=True)
+    make_image(4).save(other / "below" / ".mine.png")
+    monkeypatch.chdir(other)
+    rows = datasets.Dataset.from_dict(
+        {"image": ["below/.mine.png", str(folder / "below" / ".mine.png")], "text": "ab"}
+    )
+    rows.to_parquet(folder / "train.parquet") if kind == "parquet" else rows.to_json(folder / "train.jsonl")
+    found = read_dataset(parse(f"--dataset_name={folder}"), str(folder))
+    assert found["captions"] == ["a", "b"]
+    assert [image["path"] for image in found["image"]] == [str(folder / "below" / ".mine.png")] * 2
 
 
 @pytest.mark.parametrize(

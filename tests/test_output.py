@@ -24,7 +24,8 @@ def test_a_folder_in_use_is_not_written_over(tmp_path):
     assert "--resume_from_checkpoint=latest" in message
     assert "--overwrite_output_dir" in message
     # No run of ours is there to be written over, so that flag does not help.
-    assert "is in use" in problems(tmp_path, "--overwrite_output_dir")
+    told = "holds no run of this script, which alone --overwrite_output_dir writes over; name another folder"
+    assert problems(tmp_path, "--overwrite_output_dir") == f"--output_dir={tmp_path}: {told}"
     (tmp_path / "args.json").write_text("{}")
     assert "is in use" in problems(tmp_path)
     assert problems(tmp_path, "--overwrite_output_dir") == ""
@@ -46,7 +47,7 @@ def test_a_result_of_another_kind_is_not_written_over(tmp_path, foreign_result):
     (tmp_path / "args.json").write_text("{}")
     assert problems(tmp_path, "--overwrite_output_dir", foreign_result=foreign_result) == ""
     (tmp_path / foreign_result).write_text("{}")
-    assert "is in use; name another" in problems(tmp_path, "--overwrite_output_dir", foreign_result=foreign_result)
+    assert "holds no run of this script" in problems(tmp_path, "--overwrite_output_dir", foreign_result=foreign_result)
 
 
 @pytest.mark.parametrize("place", [".", "", "a/.."])
