@@ -57,10 +57,11 @@ from sdtune.models import (
     DTYPES,
     check_model,
     enable_memory_savers,
-    frozen_copy,
+    frozen,
     load_base,
     make_noise_scheduler,
     read_models,
+    with_whole_parts,
     write_models,
 )
 from sdtune.optimization import check_8bit_adam, check_optimization, keep_embeddings_whole, peak_learning_rate
@@ -153,23 +154,22 @@ def check_args(args, problems=()):
 
 
 def load_models(args, accelerator):
-    """Returns the base's pipeline, its models that are trained, by name and in float32, frozen copies of VAE and text
-    encoder in the precision of passes (a trained text encoder itself), and the noise scheduler. Raises `InputError`.
-    """
+    """Returns the base's pipeline, with what is frozen in the precision of passes, its models that are trained, by
+    name and in float32, and the noise scheduler. Raises `InputError`."""
     pipeline = load_base(args)
     weight_dtype = DTYPES[accelerator.mixed_precision]
     enable_memory_savers(args, pipeline.unet, accelerator.device, weight_dtype)
-    vae = frozen_copy(pipeline.vae, accelerator.device, weight_dtype)
+    frozen(pipeline.vae, accelerator.device, weight_dtype)
     models = {"unet": pipeline.unet}
     if args.train_text_encoder:
-        models["text_encoder"] = text_encoder = pipeline.text_encoder
+        models["text_encoder"] = pipeline.text_encoder
         if args.gradient_checkpointing:
-            text_encoder.activation_checkpointing_enable()
+            pipeline.text_encoder.activation_checkpointing_enable()
     else:
-        text_encoder = frozen_copy(pipeline.text_encoder, accelerator.device, weight_dtype)
+        frozen(pipeline.text_encoder, accelerator.device, weight_dtype)
     for model in models.values():
         model.requires_grad_(True).train().to(accelerator.device)
-    return pipeline, models, vae, text_encoder, make_noise_scheduler(args, pipeline)
+    return pipeline, models, make_noise_scheduler(args, pipeline)
 
 
 def train(args, launcher):
@@ -187,14 +187,14 @@ def train(args, launcher):
     if not args.dry_run:
         repo_id = name_repo(args) if args.push_to_hub and accelerator.is_main_process else None
         start_trackers(args, accelerator)
-    pipeline, models, vae, text_encoder, noise_scheduler = load_models(args, accelerator)
-    parts = {**pipeline.components, "vae": vae, "text_encoder": text_encoder, "scheduler": noise_scheduler}
+    pipeline, models, noise_scheduler = load_models(args, accelerator)
+    parts = {**pipeline.components, "scheduler": noise_scheduler}
     prepared = {name: accelerator.prepare(model) for name, model in models.items()}  # passes are autocast now
-    unet, text_encoder = prepared["unet"], prepared.get("text_encoder", text_encoder)
+    unet, text_encoder = prepared["unet"], prepared.get("text_encoder", pipeline.text_encoder)
 
     def training_loss(batch):
         """The loss of each sample of a batch (batch,)."""
-        latents = encode(vae, batch)
+        latents = encode(pipeline.vae, batch)
         prompt_embeds = encode_prompts(text_encoder, batch)
         return diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, batch, args.snr_gamma)
 
@@ -227,14 +227,15 @@ def train(args, launcher):
         train_steps(args, accelerator, run, stop, loader, models_to_sync, training_loss, look)
         if accelerator.is_main_process:
             use_average(run)
-            files = save_model(args, pipeline, noise_scheduler, prompts, counts.last_step)
+            files = save_model(args, pipeline, models, noise_scheduler, prompts, counts.last_step)
     if repo_id:
         push(args, repo_id, files, counts.last_step)
     end_training(accelerator)
 
 
-def save_model(args, pipeline, noise_scheduler, prompts, step):
+def save_model(args, pipeline, models, noise_scheduler, prompts, step):
     """Writes the pipeline and the model card; returns patterns that are the pipeline's files."""
+    pipeline = with_whole_parts(args, pipeline, models)
     with new_result(args.output_dir) as folder:
         loader = "`StableDiffusionPipeline.from_pretrained(...)`"
         if args.skip_save_text_encoder:

@@ -51,11 +51,12 @@ from sdtune.models import (
     DTYPES,
     check_model,
     enable_memory_savers,
-    frozen_copy,
+    frozen,
     load_base,
     load_unet,
     make_noise_scheduler,
     read_models,
+    with_whole_parts,
     write_models,
 )
 from sdtune.optimization import check_8bit_adam, check_optimization, peak_learning_rate
@@ -128,17 +129,17 @@ def check_args(args, problems=()):
 
 
 def load_models(args, accelerator):
-    """Returns the base's pipeline in float32, whose UNet is to be trained, frozen copies of VAE and text encoder in
-    the precision of passes, and the noise scheduler. Raises `InputError`."""
+    """Returns the base's pipeline, whose UNet is to be trained in float32, with VAE and text encoder frozen and in the
+    precision of passes, and the noise scheduler. Raises `InputError`."""
     pipeline = load_base(args)
     if args.non_ema_revision:
         pipeline.register_modules(unet=load_unet(args, args.non_ema_revision))
     weight_dtype = DTYPES[accelerator.mixed_precision]
     enable_memory_savers(args, pipeline.unet, accelerator.device, weight_dtype)
-    vae = frozen_copy(pipeline.vae, accelerator.device, weight_dtype)
-    text_encoder = frozen_copy(pipeline.text_encoder, accelerator.device, weight_dtype)
+    for part in (pipeline.vae, pipeline.text_encoder):
+        frozen(part, accelerator.device, weight_dtype)
     pipeline.unet.requires_grad_(True).train()
-    return pipeline, vae, text_encoder, make_noise_scheduler(args, pipeline)
+    return pipeline, make_noise_scheduler(args, pipeline)
 
 
 def train(args, launcher):
@@ -151,13 +152,13 @@ def train(args, launcher):
     if not args.dry_run:
         repo_id = name_repo(args) if args.push_to_hub and accelerator.is_main_process else None
         start_trackers(args, accelerator)
-    pipeline, vae, text_encoder, noise_scheduler = load_models(args, accelerator)
+    pipeline, noise_scheduler = load_models(args, accelerator)
     unet = accelerator.prepare(pipeline.unet)  # whose passes are autocast now
 
     def training_loss(batch):
         """The loss of each sample of a batch (batch,)."""
-        latents = encode(vae, batch)
-        prompt_embeds = encode_prompts(text_encoder, batch)
+        latents = encode(pipeline.vae, batch)
+        prompt_embeds = encode_prompts(pipeline.text_encoder, batch)
         return diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, batch, args.snr_gamma)
 
     counts = count_steps(args, len(images), accelerator.num_processes)
@@ -173,7 +174,7 @@ def train(args, launcher):
         return
 
     start_output(args, accelerator, run)
-    parts = {**pipeline.components, "vae": vae, "text_encoder": text_encoder, "scheduler": noise_scheduler}
+    parts = {**pipeline.components, "scheduler": noise_scheduler}
     held_out = encode_held_out(accelerator, parts["vae"], parts["text_encoder"], held_out, args.train_batch_size)
     prompts = prompts_of(args)
     look = functools.partial(validate, args, accelerator, run, parts, held_out, prompts)
@@ -192,6 +193,7 @@ def train(args, launcher):
 
 def save_model(args, pipeline, noise_scheduler, step):
     """Writes the pipeline and the model card; returns patterns that are the pipeline's files."""
+    pipeline = with_whole_parts(args, pipeline, {"unet"})
     with new_result(args.output_dir) as folder:
         files = save_pipeline(args, folder, pipeline, noise_scheduler)
         loader = "`StableDiffusionPipeline.from_pretrained(...)`"

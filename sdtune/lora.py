@@ -16,7 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from sdtune.errors import last_line
 from sdtune.lora_layouts import LORA_FILE, published_names, split_weight_name, to_kohya
-from sdtune.models import DTYPES, config_source, enable_memory_savers, load_base, make_noise_scheduler
+from sdtune.models import DTYPES, config_source, enable_memory_savers, frozen, load_base, make_noise_scheduler
 
 # Names of layers, of the UNet and of the text encoder.
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj"]
@@ -121,7 +121,7 @@ def load_models_with_adapters(args, accelerator):
     weight_dtype = DTYPES[accelerator.mixed_precision]
     enable_memory_savers(args, pipeline.unet, accelerator.device, weight_dtype)
     for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
-        part.requires_grad_(False).eval().to(accelerator.device, dtype=weight_dtype)
+        frozen(part, accelerator.device, weight_dtype)
     models = {"unet": pipeline.unet}
     if args.train_text_encoder:
         models["text_encoder"] = pipeline.text_encoder

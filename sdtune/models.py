@@ -1,6 +1,6 @@
 """Check and load the models of a Stable Diffusion pipeline."""
 
-import copy
+import contextlib
 import re
 from pathlib import Path
 
@@ -160,10 +160,11 @@ def read_num_timesteps(args):
     return schedule.get("num_train_timesteps", 1000)
 
 
-def load_base(args):
-    """Loads the base's pipeline in float32, without its safety checker. Raises `InputError`."""
+def load_base(args, **given):
+    """Loads the base's pipeline in float32, without its safety checker; parts that are `given`, by name, take the
+    place of the base's, which are not loaded. Raises `InputError`."""
     base, where = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
-    where |= parts_instead(args)
+    where |= {**parts_instead(args), **given}
     options = {**where, "dtype": torch.float32, "variant": args.variant, "safety_checker": None}
     try:
         if args.single_file_config:  # a .ckpt is read as weights only
@@ -228,9 +229,41 @@ def make_noise_scheduler(args, pipeline):
     return diffusers.DDPMScheduler.from_config(pipeline.scheduler.config, **changes)
 
 
-def frozen_copy(model, device, dtype):
-    """A copy of a model that is only used, never trained or saved, in `dtype`."""
-    return copy.deepcopy(model).requires_grad_(False).eval().to(device, dtype=dtype)
+def frozen(model, device, dtype):
+    """The model itself, which is only used and not trained from now on, on a device in `dtype`."""
+    return model.requires_grad_(False).eval().to(device, dtype=dtype)
+
+
+def drop_weights(model, still_needed):
+    """Takes a frozen model off its device: into the CPU's memory where it is `still_needed` now and then, else only
+    its config stays."""
+    model.to("cpu" if still_needed else "meta")
+
+
+@contextlib.contextmanager
+def on_device(device, *models):
+    """Moves models to a device for a while, and then to where they were."""
+    places = [model.device for model in models]
+    try:
+        for model in models:
+            model.to(device)
+        yield
+    finally:
+        for model, place in zip(models, places, strict=True):
+            model.to(place)
+
+
+def is_of_base(model):
+    """Whether a frozen model still is what the base has in float32: not cast, nor dropped."""
+    return model.dtype == torch.float32 and model.device.type != "meta"
+
+
+def with_whole_parts(args, pipeline, trained):
+    """The pipeline with VAE and text encoder as the base has them in float32, read again where they are not at hand
+    any more; parts that are `trained`, by name, stay. Raises `InputError`."""
+    kept = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder, "vae": pipeline.vae}
+    kept = {name: part for name, part in kept.items() if name in trained or is_of_base(part)}
+    return pipeline if len(kept) == 3 else load_base(args, **kept)
 
 
 def write_models(models, folder, suffix=""):

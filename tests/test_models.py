@@ -17,11 +17,16 @@ from training import parse
 from sdtune.errors import InputError
 from sdtune.models import (
     check_model,
+    drop_weights,
     enable_memory_savers,
+    frozen,
+    load_base,
     load_tokenizer,
     make_noise_scheduler,
+    on_device,
     read_latent_layout,
     read_num_timesteps,
+    with_whole_parts,
 )
 
 
@@ -253,3 +258,42 @@ def test_noise_scheduler_is_that_of_the_objective(tiny_pipeline, words, expected
     config = make_noise_scheduler(flags(tiny_pipeline, *words), Pipeline).config
     assert (config.prediction_type, config.rescale_betas_zero_snr, config.timestep_spacing) == expected
     assert (config.beta_start, config.beta_end, config.beta_schedule) == (0.00085, 0.012, "scaled_linear")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_frozen_parts_are_held_once_and_come_back_from_the_base_for_the_result(tiny_pipeline, dtype):
+    args = flags(tiny_pipeline)
+    pipeline, base = load_base(args), load_base(args)
+    vae, text_encoder = pipeline.vae, pipeline.text_encoder
+    assert frozen(vae, "cpu", dtype) is vae
+    assert {parameter.dtype for parameter in vae.parameters()} == {dtype}
+    assert not any(parameter.requires_grad for parameter in vae.parameters())
+    with torch.no_grad():
+        pipeline.unet.conv_in.weight.add_(1)
+    whole = with_whole_parts(args, pipeline, {"unet"})
+    assert (whole is pipeline) == (dtype == torch.float32)
+    assert whole.unet is pipeline.unet
+    assert whole.text_encoder is text_encoder
+    for key, value in base.vae.state_dict().items():
+        assert torch.equal(whole.vae.state_dict()[key], value)
+
+
+def test_weights_that_nothing_needs_leave_the_memory_and_come_back_for_the_result(tiny_pipeline):
+    args = flags(tiny_pipeline)
+    pipeline, base = load_base(args), load_base(args)
+    text_encoder = pipeline.text_encoder
+    drop_weights(pipeline.vae, still_needed=False)
+    drop_weights(text_encoder, still_needed=True)
+    assert {parameter.device.type for parameter in pipeline.vae.parameters()} == {"meta"}
+    assert {parameter.device.type for parameter in text_encoder.parameters()} == {"cpu"}
+    assert pipeline.vae.config.scaling_factor == base.vae.config.scaling_factor
+    other = torch.nn.Module()
+    other.device, other.seen = torch.device("cpu"), []
+    other.to = other.seen.append
+    with on_device("cuda", other):
+        assert other.seen == ["cuda"]
+    assert other.seen == ["cuda", torch.device("cpu")]
+    whole = with_whole_parts(args, pipeline, {"unet", "text_encoder"})
+    assert whole.text_encoder is text_encoder
+    for key, value in base.vae.state_dict().items():
+        assert torch.equal(whole.vae.state_dict()[key], value)

@@ -45,7 +45,6 @@ min-SNR (2303.09556), zero terminal SNR (2305.08891), input perturbation (2301.1
 
 import argparse
 import contextlib
-import copy
 import csv
 import dataclasses
 import datetime
@@ -478,23 +477,22 @@ def check_args(args, problems=()):
 
 
 def load_models(args, accelerator):
-    """Returns the base's pipeline, its models that are trained, by name and in float32, frozen copies of VAE and text
-    encoder in the precision of passes (a trained text encoder itself), and the noise scheduler. Raises `InputError`.
-    """
+    """Returns the base's pipeline, with what is frozen in the precision of passes, its models that are trained, by
+    name and in float32, and the noise scheduler. Raises `InputError`."""
     pipeline = load_base(args)
     weight_dtype = DTYPES[accelerator.mixed_precision]
     enable_memory_savers(args, pipeline.unet, accelerator.device, weight_dtype)
-    vae = frozen_copy(pipeline.vae, accelerator.device, weight_dtype)
+    frozen(pipeline.vae, accelerator.device, weight_dtype)
     models = {"unet": pipeline.unet}
     if args.train_text_encoder:
-        models["text_encoder"] = text_encoder = pipeline.text_encoder
+        models["text_encoder"] = pipeline.text_encoder
         if args.gradient_checkpointing:
-            text_encoder.activation_checkpointing_enable()
+            pipeline.text_encoder.activation_checkpointing_enable()
     else:
-        text_encoder = frozen_copy(pipeline.text_encoder, accelerator.device, weight_dtype)
+        frozen(pipeline.text_encoder, accelerator.device, weight_dtype)
     for model in models.values():
         model.requires_grad_(True).train().to(accelerator.device)
-    return pipeline, models, vae, text_encoder, make_noise_scheduler(args, pipeline)
+    return pipeline, models, make_noise_scheduler(args, pipeline)
 
 
 def train(args, launcher):
@@ -512,14 +510,14 @@ def train(args, launcher):
     if not args.dry_run:
         repo_id = name_repo(args) if args.push_to_hub and accelerator.is_main_process else None
         start_trackers(args, accelerator)
-    pipeline, models, vae, text_encoder, noise_scheduler = load_models(args, accelerator)
-    parts = {**pipeline.components, "vae": vae, "text_encoder": text_encoder, "scheduler": noise_scheduler}
+    pipeline, models, noise_scheduler = load_models(args, accelerator)
+    parts = {**pipeline.components, "scheduler": noise_scheduler}
     prepared = {name: accelerator.prepare(model) for name, model in models.items()}  # passes are autocast now
-    unet, text_encoder = prepared["unet"], prepared.get("text_encoder", text_encoder)
+    unet, text_encoder = prepared["unet"], prepared.get("text_encoder", pipeline.text_encoder)
 
     def training_loss(batch):
         """The loss of each sample of a batch (batch,)."""
-        latents = encode(vae, batch)
+        latents = encode(pipeline.vae, batch)
         prompt_embeds = encode_prompts(text_encoder, batch)
         return diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, batch, args.snr_gamma)
 
@@ -552,14 +550,15 @@ def train(args, launcher):
         train_steps(args, accelerator, run, stop, loader, models_to_sync, training_loss, look)
         if accelerator.is_main_process:
             use_average(run)
-            files = save_model(args, pipeline, noise_scheduler, prompts, counts.last_step)
+            files = save_model(args, pipeline, models, noise_scheduler, prompts, counts.last_step)
     if repo_id:
         push(args, repo_id, files, counts.last_step)
     end_training(accelerator)
 
 
-def save_model(args, pipeline, noise_scheduler, prompts, step):
+def save_model(args, pipeline, models, noise_scheduler, prompts, step):
     """Writes the pipeline and the model card; returns patterns that are the pipeline's files."""
+    pipeline = with_whole_parts(args, pipeline, models)
     with new_result(args.output_dir) as folder:
         loader = "`StableDiffusionPipeline.from_pretrained(...)`"
         if args.skip_save_text_encoder:
@@ -2711,10 +2710,11 @@ def read_num_timesteps(args):
     return schedule.get("num_train_timesteps", 1000)
 
 
-def load_base(args):
-    """Loads the base's pipeline in float32, without its safety checker. Raises `InputError`."""
+def load_base(args, **given):
+    """Loads the base's pipeline in float32, without its safety checker; parts that are `given`, by name, take the
+    place of the base's, which are not loaded. Raises `InputError`."""
     base, where = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
-    where |= parts_instead(args)
+    where |= {**parts_instead(args), **given}
     options = {**where, "dtype": torch.float32, "variant": args.variant, "safety_checker": None}
     try:
         if args.single_file_config:  # a .ckpt is read as weights only
@@ -2769,9 +2769,22 @@ def make_noise_scheduler(args, pipeline):
     return diffusers.DDPMScheduler.from_config(pipeline.scheduler.config, **changes)
 
 
-def frozen_copy(model, device, dtype):
-    """A copy of a model that is only used, never trained or saved, in `dtype`."""
-    return copy.deepcopy(model).requires_grad_(False).eval().to(device, dtype=dtype)
+def frozen(model, device, dtype):
+    """The model itself, which is only used and not trained from now on, on a device in `dtype`."""
+    return model.requires_grad_(False).eval().to(device, dtype=dtype)
+
+
+def is_of_base(model):
+    """Whether a frozen model still is what the base has in float32: not cast, nor dropped."""
+    return model.dtype == torch.float32 and model.device.type != "meta"
+
+
+def with_whole_parts(args, pipeline, trained):
+    """The pipeline with VAE and text encoder as the base has them in float32, read again where they are not at hand
+    any more; parts that are `trained`, by name, stay. Raises `InputError`."""
+    kept = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder, "vae": pipeline.vae}
+    kept = {name: part for name, part in kept.items() if name in trained or is_of_base(part)}
+    return pipeline if len(kept) == 3 else load_base(args, **kept)
 
 
 def write_models(models, folder, suffix=""):

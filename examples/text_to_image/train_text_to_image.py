@@ -43,7 +43,6 @@ terminal SNR (2305.08891), input perturbation (2301.11706).
 
 import argparse
 import contextlib
-import copy
 import csv
 import dataclasses
 import datetime
@@ -430,17 +429,17 @@ def check_args(args, problems=()):
 
 
 def load_models(args, accelerator):
-    """Returns the base's pipeline in float32, whose UNet is to be trained, frozen copies of VAE and text encoder in
-    the precision of passes, and the noise scheduler. Raises `InputError`."""
+    """Returns the base's pipeline, whose UNet is to be trained in float32, with VAE and text encoder frozen and in the
+    precision of passes, and the noise scheduler. Raises `InputError`."""
     pipeline = load_base(args)
     if args.non_ema_revision:
         pipeline.register_modules(unet=load_unet(args, args.non_ema_revision))
     weight_dtype = DTYPES[accelerator.mixed_precision]
     enable_memory_savers(args, pipeline.unet, accelerator.device, weight_dtype)
-    vae = frozen_copy(pipeline.vae, accelerator.device, weight_dtype)
-    text_encoder = frozen_copy(pipeline.text_encoder, accelerator.device, weight_dtype)
+    for part in (pipeline.vae, pipeline.text_encoder):
+        frozen(part, accelerator.device, weight_dtype)
     pipeline.unet.requires_grad_(True).train()
-    return pipeline, vae, text_encoder, make_noise_scheduler(args, pipeline)
+    return pipeline, make_noise_scheduler(args, pipeline)
 
 
 def train(args, launcher):
@@ -453,13 +452,13 @@ def train(args, launcher):
     if not args.dry_run:
         repo_id = name_repo(args) if args.push_to_hub and accelerator.is_main_process else None
         start_trackers(args, accelerator)
-    pipeline, vae, text_encoder, noise_scheduler = load_models(args, accelerator)
+    pipeline, noise_scheduler = load_models(args, accelerator)
     unet = accelerator.prepare(pipeline.unet)  # whose passes are autocast now
 
     def training_loss(batch):
         """The loss of each sample of a batch (batch,)."""
-        latents = encode(vae, batch)
-        prompt_embeds = encode_prompts(text_encoder, batch)
+        latents = encode(pipeline.vae, batch)
+        prompt_embeds = encode_prompts(pipeline.text_encoder, batch)
         return diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, batch, args.snr_gamma)
 
     counts = count_steps(args, len(images), accelerator.num_processes)
@@ -475,7 +474,7 @@ def train(args, launcher):
         return
 
     start_output(args, accelerator, run)
-    parts = {**pipeline.components, "vae": vae, "text_encoder": text_encoder, "scheduler": noise_scheduler}
+    parts = {**pipeline.components, "scheduler": noise_scheduler}
     held_out = encode_held_out(accelerator, parts["vae"], parts["text_encoder"], held_out, args.train_batch_size)
     prompts = prompts_of(args)
     look = functools.partial(validate, args, accelerator, run, parts, held_out, prompts)
@@ -494,6 +493,7 @@ def train(args, launcher):
 
 def save_model(args, pipeline, noise_scheduler, step):
     """Writes the pipeline and the model card; returns patterns that are the pipeline's files."""
+    pipeline = with_whole_parts(args, pipeline, {"unet"})
     with new_result(args.output_dir) as folder:
         files = save_pipeline(args, folder, pipeline, noise_scheduler)
         loader = "`StableDiffusionPipeline.from_pretrained(...)`"
@@ -2604,10 +2604,11 @@ def read_num_timesteps(args):
     return schedule.get("num_train_timesteps", 1000)
 
 
-def load_base(args):
-    """Loads the base's pipeline in float32, without its safety checker. Raises `InputError`."""
+def load_base(args, **given):
+    """Loads the base's pipeline in float32, without its safety checker; parts that are `given`, by name, take the
+    place of the base's, which are not loaded. Raises `InputError`."""
     base, where = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
-    where |= parts_instead(args)
+    where |= {**parts_instead(args), **given}
     options = {**where, "dtype": torch.float32, "variant": args.variant, "safety_checker": None}
     try:
         if args.single_file_config:  # a .ckpt is read as weights only
@@ -2672,9 +2673,22 @@ def make_noise_scheduler(args, pipeline):
     return diffusers.DDPMScheduler.from_config(pipeline.scheduler.config, **changes)
 
 
-def frozen_copy(model, device, dtype):
-    """A copy of a model that is only used, never trained or saved, in `dtype`."""
-    return copy.deepcopy(model).requires_grad_(False).eval().to(device, dtype=dtype)
+def frozen(model, device, dtype):
+    """The model itself, which is only used and not trained from now on, on a device in `dtype`."""
+    return model.requires_grad_(False).eval().to(device, dtype=dtype)
+
+
+def is_of_base(model):
+    """Whether a frozen model still is what the base has in float32: not cast, nor dropped."""
+    return model.dtype == torch.float32 and model.device.type != "meta"
+
+
+def with_whole_parts(args, pipeline, trained):
+    """The pipeline with VAE and text encoder as the base has them in float32, read again where they are not at hand
+    any more; parts that are `trained`, by name, stay. Raises `InputError`."""
+    kept = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder, "vae": pipeline.vae}
+    kept = {name: part for name, part in kept.items() if name in trained or is_of_base(part)}
+    return pipeline if len(kept) == 3 else load_base(args, **kept)
 
 
 def write_models(models, folder, suffix=""):

@@ -2708,10 +2708,11 @@ def read_num_timesteps(args):
     return schedule.get("num_train_timesteps", 1000)
 
 
-def load_base(args):
-    """Loads the base's pipeline in float32, without its safety checker. Raises `InputError`."""
+def load_base(args, **given):
+    """Loads the base's pipeline in float32, without its safety checker; parts that are `given`, by name, take the
+    place of the base's, which are not loaded. Raises `InputError`."""
     base, where = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
-    where |= parts_instead(args)
+    where |= {**parts_instead(args), **given}
     options = {**where, "dtype": torch.float32, "variant": args.variant, "safety_checker": None}
     try:
         if args.single_file_config:  # a .ckpt is read as weights only

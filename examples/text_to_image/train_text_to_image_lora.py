@@ -2640,10 +2640,11 @@ def read_num_timesteps(args):
     return schedule.get("num_train_timesteps", 1000)
 
 
-def load_base(args):
-    """Loads the base's pipeline in float32, without its safety checker. Raises `InputError`."""
+def load_base(args, **given):
+    """Loads the base's pipeline in float32, without its safety checker; parts that are `given`, by name, take the
+    place of the base's, which are not loaded. Raises `InputError`."""
     base, where = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
-    where |= parts_instead(args)
+    where |= {**parts_instead(args), **given}
     options = {**where, "dtype": torch.float32, "variant": args.variant, "safety_checker": None}
     try:
         if args.single_file_config:  # a .ckpt is read as weights only
@@ -2689,6 +2690,11 @@ def make_noise_scheduler(args, pipeline):
     if args.rescale_betas_zero_snr:
         changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     return diffusers.DDPMScheduler.from_config(pipeline.scheduler.config, **changes)
+
+
+def frozen(model, device, dtype):
+    """The model itself, which is only used and not trained from now on, on a device in `dtype`."""
+    return model.requires_grad_(False).eval().to(device, dtype=dtype)
 
 
 # -------------------------------------------------------------------------------------------------------- lora_layouts
@@ -2817,7 +2823,7 @@ def load_models_with_adapters(args, accelerator):
     weight_dtype = DTYPES[accelerator.mixed_precision]
     enable_memory_savers(args, pipeline.unet, accelerator.device, weight_dtype)
     for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
-        part.requires_grad_(False).eval().to(accelerator.device, dtype=weight_dtype)
+        frozen(part, accelerator.device, weight_dtype)
     models = {"unet": pipeline.unet}
     if args.train_text_encoder:
         models["text_encoder"] = pipeline.text_encoder
