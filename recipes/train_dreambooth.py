@@ -19,6 +19,7 @@ from pathlib import Path
 
 from sdtune.arguments import (
     AVERAGE_REQUIRES,
+    CACHE_FREE_ON_RESUME,
     CLASS_FREE_ON_RESUME,
     CLASS_REQUIRES,
     DATASET_REQUIRES,
@@ -33,6 +34,7 @@ from sdtune.arguments import (
     SUBJECT_REPLACED_FLAGS,
     SWITCH,
     VALIDATION_FREE_ON_RESUME,
+    add_cache_arguments,
     add_class_arguments,
     add_memory_arguments,
     add_model_arguments,
@@ -47,6 +49,7 @@ from sdtune.arguments import (
     new_parser,
 )
 from sdtune.batches import count_steps
+from sdtune.cache import check_cache, describe_cache, fill_cache, leave_device, plan_cache
 from sdtune.checkpoints import Weights, write_torch_state
 from sdtune.dataset import check_data, load_data
 from sdtune.diffusion import diffusion_losses, encode, encode_prompts
@@ -104,6 +107,7 @@ FREE_ON_RESUME = {
     *CLASS_FREE_ON_RESUME,
     *OPTIMIZATION_FREE_ON_RESUME,
     *MEMORY_FREE_ON_RESUME,
+    *CACHE_FREE_ON_RESUME,
     *OUTPUT_FREE_ON_RESUME,
     *VALIDATION_FREE_ON_RESUME,
     *RUN_FREE_ON_RESUME,
@@ -130,6 +134,7 @@ def make_parser():
     add_objective_arguments(parser)
     add_optimization_arguments(parser)
     add_memory_arguments(parser)
+    add_cache_arguments(parser)
     add_output_arguments(parser)
     add_validation_arguments(parser)
     add_run_arguments(parser)
@@ -144,6 +149,7 @@ def check_args(args, problems=()):
     that were found before."""
     found = check_requirements(args, REQUIRES) + check_old_flags(args)
     found += check_data(args, "instance_data_dir") + check_subject(args)
+    found += check_cache(args, args.cache_text_embeddings or args.pre_compute_text_embeddings, args.train_text_encoder)
     found += check_optimization(args) + check_8bit_adam(args)
     found += check_hardware(args) + check_environment(args) + check_trackers(args) + check_validation(args)
     found += check_output(args, foreign_result="pytorch_lora_weights.safetensors")
@@ -198,6 +204,7 @@ def train(args, launcher):
         prompt_embeds = encode_prompts(text_encoder, batch)
         return diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, batch, args.snr_gamma)
 
+    samples = with_class_rows(images, class_images)
     counts = count_steps(args, len(images), accelerator.num_processes)
     learning_rate = peak_learning_rate(args, counts)
     parameters = [parameter for model in models.values() for parameter in model.parameters()]
@@ -208,16 +215,21 @@ def train(args, launcher):
         keep_embeddings_whole(state["optimizer"], models.values())
     run = start_run(args, accelerator, counts, state, fingerprints, weights, FREE_ON_RESUME, FIXED_ON_RESUME)
     frozen = ", ".join(sorted({"vae", "text_encoder"} - models.keys()))
-    tell_plan(args, accelerator, run, len(held_out), parameters, ", ".join(models), frozen)
+    caches_captions = args.cache_text_embeddings or args.pre_compute_text_embeddings
+    cache = plan_cache(args, accelerator, pipeline, [samples, held_out], caches_captions)
+    tell_plan(
+        args, accelerator, run, len(held_out), parameters, ", ".join(models), frozen, cache=describe_cache(cache)
+    )
     if args.dry_run:
         end_training(accelerator)
         return
 
+    prompts = prompts_of(args)
+    samples, held_out = fill_cache(args, accelerator, pipeline, [samples, held_out], cache)
+    leave_device(pipeline, cache, prompts)
     start_output(args, accelerator, run)
     held_out = encode_held_out(accelerator, parts["vae"], parts["text_encoder"], held_out, args.train_batch_size)
-    prompts = prompts_of(args)
     look = functools.partial(validate, args, accelerator, run, parts, held_out, prompts)
-    samples = with_class_rows(images, class_images)
     batches = batches_of(args, accelerator, run)
     batches = with_classes(batches, len(images), len(samples) - len(images), args.prior_loss_weight, args.seed)
     loader = make_loader(args, accelerator, samples, batches)

@@ -23,6 +23,7 @@ from sdtune.arguments import (
     ADAPTERS_FREE_ON_RESUME,
     ADAPTERS_REQUIRES,
     AVERAGE_REQUIRES,
+    CACHE_FREE_ON_RESUME,
     DATA_FREE_ON_RESUME,
     DATASET_REQUIRES,
     MEMORY_FREE_ON_RESUME,
@@ -34,6 +35,7 @@ from sdtune.arguments import (
     RUN_FREE_ON_RESUME,
     VALIDATION_FREE_ON_RESUME,
     add_adapter_arguments,
+    add_cache_arguments,
     add_data_arguments,
     add_memory_arguments,
     add_model_arguments,
@@ -47,6 +49,7 @@ from sdtune.arguments import (
     new_parser,
 )
 from sdtune.batches import count_steps
+from sdtune.cache import check_cache, describe_cache, fill_cache, leave_device, plan_cache
 from sdtune.checkpoints import Weights, write_torch_state
 from sdtune.dataset import check_data, load_data
 from sdtune.diffusion import diffusion_losses, encode, encode_prompts
@@ -91,6 +94,7 @@ FREE_ON_RESUME = {
     *DATA_FREE_ON_RESUME,
     *OPTIMIZATION_FREE_ON_RESUME,
     *MEMORY_FREE_ON_RESUME,
+    *CACHE_FREE_ON_RESUME,
     *OUTPUT_FREE_ON_RESUME,
     *VALIDATION_FREE_ON_RESUME,
     *RUN_FREE_ON_RESUME,
@@ -108,6 +112,7 @@ def make_parser():
     add_objective_arguments(parser)
     add_optimization_arguments(parser)
     add_memory_arguments(parser)
+    add_cache_arguments(parser)
     add_output_arguments(parser)
     add_validation_arguments(parser)
     add_run_arguments(parser)
@@ -120,6 +125,7 @@ def check_args(args, problems=()):
     that were found before."""
     found = check_requirements(args, REQUIRES) + check_old_flags(args)
     found += check_data(args, "train_data_dir")
+    found += check_cache(args, args.cache_text_embeddings, args.train_text_encoder)
     found += check_optimization(args) + check_8bit_adam(args)
     found += check_hardware(args) + check_environment(args) + check_trackers(args) + check_validation(args)
     found += check_output(args, foreign_result="model_index.json")
@@ -157,15 +163,21 @@ def train(args, launcher):
     state = make_state(args, accelerator, groups, counts.last_step)
     run = start_run(args, accelerator, counts, state, fingerprints, weights, FREE_ON_RESUME, FIXED_ON_RESUME)
     trained = f"LoRA of rank {args.rank} on {args.lora_target} of {' and '.join(models)}"
-    tell_plan(args, accelerator, run, len(held_out), parameters, trained, frozen="all else")
+    caches_captions = args.cache_text_embeddings
+    cache = plan_cache(args, accelerator, pipeline, [images, held_out], caches_captions)
+    tell_plan(
+        args, accelerator, run, len(held_out), parameters, trained, frozen="all else", cache=describe_cache(cache)
+    )
     if args.dry_run:
         end_training(accelerator)
         return
 
+    prompts = prompts_of(args)
+    images, held_out = fill_cache(args, accelerator, pipeline, [images, held_out], cache)
+    leave_device(pipeline, cache, prompts)
     start_output(args, accelerator, run)
     parts = {**pipeline.components, "scheduler": noise_scheduler}
     held_out = encode_held_out(accelerator, parts["vae"], parts["text_encoder"], held_out, args.train_batch_size)
-    prompts = prompts_of(args)
     look = functools.partial(validate, args, accelerator, run, parts, held_out, prompts)
     loader = make_loader(args, accelerator, images, batches_of(args, accelerator, run))
     models_to_sync = list(prepared.values())  # whose gradients processes share

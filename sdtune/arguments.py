@@ -26,7 +26,7 @@ DATASET_FREE_ON_RESUME = set(
     """.split()
 )
 DATA_FREE_ON_RESUME = {*DATASET_FREE_ON_RESUME, "train_data_dir"}
-SUBJECT_FREE_ON_RESUME = {*DATASET_FREE_ON_RESUME, "instance_data_dir"}
+SUBJECT_FREE_ON_RESUME = {*DATASET_FREE_ON_RESUME, "instance_data_dir", "pre_compute_text_embeddings"}
 CLASS_FREE_ON_RESUME = {"class_data_dir", "num_class_images", "prior_generation_precision", "sample_batch_size"}
 OPTIMIZATION_FREE_ON_RESUME = set(
     """
@@ -34,6 +34,7 @@ OPTIMIZATION_FREE_ON_RESUME = set(
     """.split()
 )
 MEMORY_FREE_ON_RESUME = {"dataloader_num_workers", "foreach_ema", "offload_ema", "set_grads_to_none"}
+CACHE_FREE_ON_RESUME = {"cache_latents", "cache_text_embeddings"}  # which change the rounding alone
 OUTPUT_FREE_ON_RESUME = set(
     """
     allow_changed_resume checkpointing_steps checkpoints_total_limit hub_model_id hub_private_repo hub_token keep_best
@@ -59,7 +60,6 @@ SUBJECT_REPLACED_FLAGS = {
     "--validation_images": OF_ANOTHER_MODEL,
     "--text_encoder_use_attention_mask": OF_ANOTHER_MODEL,
     "--class_labels_conditioning": OF_ANOTHER_MODEL,
-    "--pre_compute_text_embeddings": "drop it; captions are encoded in every step, which takes little beside the UNet",
 }
 
 # Flags that do nothing without another one.
@@ -211,6 +211,7 @@ def add_subject_arguments(parser):
     add("--instance_data_dir", help="folder of the subject's photos, maybe with captions as for text-to-image")
     add("--instance_prompt", help="caption of photos that have none, with a rare word: a photo of sks dog")
     add("--repeats", type=positive_int, default=1, help="times that each photo counts in an epoch [1, inf)")
+    add("--pre_compute_text_embeddings", **SWITCH, help="the same as --cache_text_embeddings")
     add_dataset_arguments(add)
     add_transform_arguments(add)
 
@@ -370,6 +371,13 @@ def add_memory_arguments(parser):
         type=non_negative_int,
         help="processes that load images; 0: the main one; default: by the cores, at most 4 [0, inf)",
     )
+
+
+def add_cache_arguments(parser):
+    """Adds what is encoded once, before training, and kept for later runs."""
+    add = parser.add_argument_group("cache").add_argument
+    add("--cache_latents", **SWITCH, help="encode images once, into --cache_dir; needs a centre crop")
+    add("--cache_text_embeddings", **SWITCH, help="encode captions once, into --cache_dir; not while they are learnt")
 
 
 def add_output_arguments(parser):

@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 from transformers import CLIPTokenizer
 
 from sdtune.arguments import noise_offset_of
+from sdtune.entries import Cache, path_of_caption, path_of_image, read_whole_entry
 from sdtune.errors import InputError, is_utf8, last_line
 from sdtune.images import (
     IMAGE_SUFFIXES,
@@ -73,7 +74,8 @@ class CheckedRows:
 class CaptionedImages(torch.utils.data.Dataset):
     """Maps (epoch, index, weight) to these and is_mirrored, input_ids (max_length,), timestep, and posterior_noise,
     noise, added_noise in float32 (4, height / 8, width / 8), and with `reads_pixels` to pixel_values uint8 (3, height,
-    width)."""
+    width). What is in the `cache` comes too: mean and log_variance, of that shape, and prompt_embeds (max_length,
+    channels)."""
 
     rows: datasets.Dataset  # of image, where that is read, and captions
     contents: np.ndarray  # (rows,), SHA-256 of each image's file
@@ -90,9 +92,15 @@ class CaptionedImages(torch.utils.data.Dataset):
     noise_offset: float
     input_perturbation: float
     reads_pixels: bool = True
+    cache: Cache | None = None
 
     def __len__(self):
         return len(self.rows)
+
+    def latent_shape(self, index):
+        """The shape of the latents of a row."""
+        width, height = (self.sizes[index] // self.pixels_per_latent).tolist()
+        return self.latent_channels, height, width
 
     def choose(self, row, draw):
         """How an epoch sees a row, by the first numbers of `draw`: the place of the crop, whether it is mirrored, and
@@ -117,8 +125,7 @@ class CaptionedImages(torch.utils.data.Dataset):
         row = self.rows[index]
         place, is_mirrored, caption = self.choose(row, draw)
         timestep = draw.integers(self.num_timesteps)
-        width, height = (self.sizes[index] // self.pixels_per_latent).tolist()
-        latent_shape = (self.latent_channels, height, width)
+        latent_shape = self.latent_shape(index)
         posterior_noise, noise, perturbation = draw.standard_normal((3, *latent_shape), np.float32)
         # The offset shifts whole channels; perturbation (arXiv 2301.11706, eq. 3) is added and not to be predicted.
         noise = noise + self.noise_offset * draw.standard_normal((len(noise), 1, 1), np.float32)
@@ -136,6 +143,12 @@ class CaptionedImages(torch.utils.data.Dataset):
         }
         if self.reads_pixels:
             sample["pixel_values"] = np.array(self.open(index, row, place, is_mirrored)).transpose(2, 0, 1)
+        if self.cache and self.cache.images:
+            path = path_of_image(self.cache, self.contents[index], *self.sizes[index], is_mirrored)
+            sample |= read_whole_entry(path, {"mean": latent_shape, "log_variance": latent_shape})
+        if self.cache and self.cache.captions:
+            path = path_of_caption(self.cache, input_ids)
+            sample |= read_whole_entry(path, {"prompt_embeds": (len(input_ids), self.cache.prompt_channels)})
         return sample
 
 

@@ -14,7 +14,7 @@ from sdtune.output import chosen_tracker
 def print_plan(args, run, num_held_out, num_trained, about):
     """Says, before the first step, what will be done. `about` says what only a script knows: `trained` and `frozen`
     (which models), `devices` (how many share a pass), `images` and `optimizer` (remarks), `warnings` (a list), and
-    maybe `precision` (of passes, if that is not the setting)."""
+    maybe `precision` (of passes, if that is not the setting) and `cache` (a text)."""
     counts, side, tracker = run.counts, args.resolution, chosen_tracker(args)
     first_step, precision = run.progress["global_step"], about.get("precision", run.settings["mixed_precision"])
     gigabytes = checkpoint_bytes(run) / 1e9
@@ -30,6 +30,8 @@ def print_plan(args, run, num_held_out, num_trained, about):
         "output": f"{args.output_dir}, a checkpoint of {gigabytes:.2g} GB every {args.checkpointing_steps:,} steps",
         "log": f"log.jsonl and {tracker}" if tracker else "log.jsonl, no tracker",
     }
+    if about.get("cache"):
+        rows["cache"] = about["cache"]
     lines = [f"  {name:<10} {text}" for name, text in rows.items()]
     warned = about["warnings"] + warn_of_warm_up(args, counts) + warn_of_disk(args, run)
     warnings = [f"  warning    {text}" for text in warned]

@@ -186,8 +186,10 @@ def split_of_step(args, accelerator):
     return f"{passes} x {accelerator.num_processes} processes"
 
 
-def tell_plan(args, accelerator, run, num_held_out, parameters, trained, frozen):
-    """Prints what will be done: how many of `parameters`, of which models are `trained`, and which are `frozen`."""
+def tell_plan(args, accelerator, run, num_held_out, parameters, trained, frozen, cache):
+    """Prints what will be done: how many of `parameters`, of which models are `trained`, and which are `frozen`; of
+    the `cache` a text, or None, and a list of warnings."""
+    about_cache, cache_warnings = cache
     num_trained = sum(parameter.numel() for parameter in parameters)
     about = {
         "images": "",
@@ -195,7 +197,8 @@ def tell_plan(args, accelerator, run, num_held_out, parameters, trained, frozen)
         "trained": trained,
         "frozen": frozen,
         "optimizer": f"8-bit: {args.use_8bit_adam}; EMA: {args.use_ema}",
-        "warnings": warn_of_precision(accelerator),
+        "cache": about_cache,
+        "warnings": warn_of_precision(accelerator) + cache_warnings,
     }
     print_plan(args, run, num_held_out, num_trained, about)
 

@@ -14,6 +14,7 @@ from PIL import Image
 from sdtune.checkpoints import averaged
 from sdtune.dataset import CaptionedImages, unopened
 from sdtune.diffusion import diffusion_losses, draw_latents, encode_posterior
+from sdtune.models import on_device
 from sdtune.output import tell_trackers, write_log
 
 HELD_OUT_TIMESTEPS = 4  # at which the loss of each held-out image is measured
@@ -29,26 +30,31 @@ class HeldOut:
     nothing of it changes from look to look."""
 
     images: CaptionedImages  # all of them, which are not opened any more: what a sample draws
-    posteriors: dict  # mean and log-variance of the VAE's, (4, height / 8, width / 8) each in float32
+    posteriors: dict | None  # mean and log-variance, (4, height / 8, width / 8) each in float32; None if in the cache
     input_ids: dict  # (tokens,)
     prompt_embeds: dict | None  # (tokens, channels); None where the text encoder is trained
 
 
 @torch.no_grad()
 def encode_held_out(accelerator, vae, text_encoder, images, batch_size):
-    """Encodes this process's share of held-out images, and their captions unless the text encoder is trained."""
-    posteriors, input_ids = {}, {}
+    """Encodes this process's share of held-out images, and their captions unless the text encoder is trained; not what
+    comes out of a cache."""
+    posteriors, input_ids, prompt_embeds = {}, {}, {}
     mine = range(accelerator.process_index, len(images), accelerator.num_processes)
     for batch in torch.utils.data.DataLoader(images, batch_size, sampler=[(0, index, 1.0) for index in mine]):
-        with accelerator.autocast():
-            moments = encode_posterior(vae, batch["pixel_values"].to(accelerator.device))
-        for index, mean, log_variance, tokens in zip(
-            batch["index"].tolist(), *moments, batch["input_ids"], strict=True
-        ):
-            posteriors[index], input_ids[index] = (mean.cpu(), log_variance.cpu()), tokens
-    is_frozen = not text_encoder.training
-    prompt_embeds = encode_captions(accelerator, text_encoder, input_ids, batch_size) if is_frozen else None
-    return HeldOut(unopened(images), posteriors, input_ids, prompt_embeds)
+        indices = batch["index"].tolist()
+        input_ids |= zip(indices, batch["input_ids"], strict=True)
+        if images.reads_pixels:
+            with accelerator.autocast():
+                mean, log_variance = encode_posterior(vae, batch["pixel_values"].to(accelerator.device))
+            posteriors |= zip(indices, zip(mean.cpu(), log_variance.cpu(), strict=True), strict=True)
+        if "prompt_embeds" in batch:
+            prompt_embeds |= zip(indices, batch["prompt_embeds"], strict=True)
+    if text_encoder.training:
+        prompt_embeds = None
+    elif not prompt_embeds:
+        prompt_embeds = encode_captions(accelerator, text_encoder, input_ids, batch_size)
+    return HeldOut(unopened(images), posteriors or None, input_ids, prompt_embeds)
 
 
 def encode_captions(accelerator, text_encoder, input_ids, batch_size):
@@ -72,15 +78,16 @@ def held_out_losses(
     images, prompt_embeds = held_out.images, held_out.prompt_embeds
     if prompt_embeds is None:
         prompt_embeds = encode_captions(accelerator, text_encoder, held_out.input_ids, batch_size)
-    pairs = [(part, index, 1.0) for index in held_out.posteriors for part in range(HELD_OUT_TIMESTEPS)]
+    pairs = [(part, index, 1.0) for index in held_out.input_ids for part in range(HELD_OUT_TIMESTEPS)]
     losses, stopped = torch.zeros(len(images)), torch.zeros(1)
     for batch in torch.utils.data.DataLoader(images, batch_size, sampler=pairs):
         if is_asked():
             stopped += 1
             break
         indices = batch["index"].tolist()
-        means, log_variances = zip(*[held_out.posteriors[index] for index in indices], strict=True)
-        batch |= {"mean": torch.stack(means), "log_variance": torch.stack(log_variances)}
+        if held_out.posteriors is not None:
+            means, log_variances = zip(*[held_out.posteriors[index] for index in indices], strict=True)
+            batch |= {"mean": torch.stack(means), "log_variance": torch.stack(log_variances)}
         batch["prompt_embeds"] = torch.stack([prompt_embeds[index] for index in indices])
         batch = send_to_device(batch, accelerator.device, skip_keys="index")
         # Each image comes four times, with the number of a quarter in the place of the epoch: its timestep goes there.
@@ -190,7 +197,9 @@ def validate(args, accelerator, run, parts, held_out, prompts, is_asked):
                     accelerator, unet, vae, text_encoder, parts["scheduler"], held_out, args.train_batch_size, is_asked
                 )
             if prompts:
-                images = draw_samples(args, accelerator, parts, prompts, is_asked)
+                # Where all that they encode in training is cached, both wait in the CPU's memory.
+                with on_device(accelerator.device, vae, text_encoder):
+                    images = draw_samples(args, accelerator, parts, prompts, is_asked)
     finally:
         trained.train()
     if losses is not None:

@@ -34,6 +34,7 @@ perturbation (2301.11706).
 #   metadata       Leave metadata out of image files, which may be broken where the pixels are whole
 #   images         Decode images as a viewer shows them, and check every one before training
 #   models         Check and load the models of a Stable Diffusion pipeline
+#   entries        Entries of the cache: a file per encoded image or caption, named by a digest of what made it
 #   lora_layouts   LoRA files in diffusers' and kohya's layouts: read, renamed, written; tensors keep their bits
 #   lora           Add adapters to models, go on from those in a file, and save what was trained
 #   subject        DreamBooth's prior preservation: images of the subject's class, drawn by the base, beside the photos
@@ -46,6 +47,7 @@ perturbation (2301.11706).
 #   signals        Signals that ask a run to stop, and the death of the launcher, which asks for the same
 #   failures       What ends a run too early: it is told in a line, and nothing is lost that can be written
 #   script         Run a script: read its flags, tell what is wrong with them, train
+#   cache          Encode images and captions once, into a cache on disk that later runs share
 
 import argparse
 import contextlib
@@ -69,6 +71,7 @@ import sys
 import threading
 import time
 import traceback
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PureWindowsPath
@@ -77,6 +80,7 @@ import datasets
 import diffusers
 import numpy as np
 import peft
+import safetensors.numpy
 import torch
 import torch.nn.functional as F
 import transformers
@@ -103,7 +107,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.utils import validate_repo_id
 from peft.tuners.lora import LoraLayer
 from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.cuda import is_bf16_supported
 from tqdm.auto import tqdm
@@ -136,7 +140,7 @@ DATASET_FREE_ON_RESUME = set(
     caption_column dataset_config_name dataset_name image_column max_train_samples skip_bad_images
     """.split()
 )
-SUBJECT_FREE_ON_RESUME = {*DATASET_FREE_ON_RESUME, "instance_data_dir"}
+SUBJECT_FREE_ON_RESUME = {*DATASET_FREE_ON_RESUME, "instance_data_dir", "pre_compute_text_embeddings"}
 CLASS_FREE_ON_RESUME = {"class_data_dir", "num_class_images", "prior_generation_precision", "sample_batch_size"}
 OPTIMIZATION_FREE_ON_RESUME = set(
     """
@@ -144,6 +148,7 @@ OPTIMIZATION_FREE_ON_RESUME = set(
     """.split()
 )
 MEMORY_FREE_ON_RESUME = {"dataloader_num_workers", "foreach_ema", "offload_ema", "set_grads_to_none"}
+CACHE_FREE_ON_RESUME = {"cache_latents", "cache_text_embeddings"}  # which change the rounding alone
 OUTPUT_FREE_ON_RESUME = set(
     """
     allow_changed_resume checkpointing_steps checkpoints_total_limit hub_model_id hub_private_repo hub_token keep_best
@@ -169,7 +174,6 @@ SUBJECT_REPLACED_FLAGS = {
     "--validation_images": OF_ANOTHER_MODEL,
     "--text_encoder_use_attention_mask": OF_ANOTHER_MODEL,
     "--class_labels_conditioning": OF_ANOTHER_MODEL,
-    "--pre_compute_text_embeddings": "drop it; captions are encoded in every step, which takes little beside the UNet",
 }
 
 # Flags that do nothing without another one.
@@ -214,6 +218,20 @@ ORIENTATIONS = {
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
+ENTRY_FORMAT = 1  # to be raised where what an entry holds, or how an image is decoded, changes
+NOT_OF_THE_WEIGHTS = {"architectures", "dtype", "torch_dtype", "transformers_version"}  # in a model's config
+
+
+@dataclasses.dataclass
+class Cache:
+    """Where encoded images and captions lie."""
+
+    folder: Path
+    images: str | None  # digest of what the entries of all images have in common; None where none are cached
+    captions: str | None  # likewise
+    prompt_channels: int  # of the embeddings
+
+
 METADATA_NAMES = {"metadata.jsonl", "metadata.csv"}
 SAVED_NAMES = {"state.json", "dataset_dict.json"}  # that tell of `save_to_disk`
 NO_DATA_NAMES = {*METADATA_NAMES, *SAVED_NAMES, "config.json", "dataset_info.json", "dataset_infos.json"}
@@ -253,7 +271,8 @@ class CheckedRows:
 class CaptionedImages(torch.utils.data.Dataset):
     """Maps (epoch, index, weight) to these and is_mirrored, input_ids (max_length,), timestep, and posterior_noise,
     noise, added_noise in float32 (4, height / 8, width / 8), and with `reads_pixels` to pixel_values uint8 (3, height,
-    width)."""
+    width). What is in the `cache` comes too: mean and log_variance, of that shape, and prompt_embeds (max_length,
+    channels)."""
 
     rows: datasets.Dataset  # of image, where that is read, and captions
     contents: np.ndarray  # (rows,), SHA-256 of each image's file
@@ -270,9 +289,15 @@ class CaptionedImages(torch.utils.data.Dataset):
     noise_offset: float
     input_perturbation: float
     reads_pixels: bool = True
+    cache: Cache | None = None
 
     def __len__(self):
         return len(self.rows)
+
+    def latent_shape(self, index):
+        """The shape of the latents of a row."""
+        width, height = (self.sizes[index] // self.pixels_per_latent).tolist()
+        return self.latent_channels, height, width
 
     def choose(self, row, draw):
         """How an epoch sees a row, by the first numbers of `draw`: the place of the crop, whether it is mirrored, and
@@ -297,8 +322,7 @@ class CaptionedImages(torch.utils.data.Dataset):
         row = self.rows[index]
         place, is_mirrored, caption = self.choose(row, draw)
         timestep = draw.integers(self.num_timesteps)
-        width, height = (self.sizes[index] // self.pixels_per_latent).tolist()
-        latent_shape = (self.latent_channels, height, width)
+        latent_shape = self.latent_shape(index)
         posterior_noise, noise, perturbation = draw.standard_normal((3, *latent_shape), np.float32)
         # The offset shifts whole channels; perturbation (arXiv 2301.11706, eq. 3) is added and not to be predicted.
         noise = noise + self.noise_offset * draw.standard_normal((len(noise), 1, 1), np.float32)
@@ -316,6 +340,12 @@ class CaptionedImages(torch.utils.data.Dataset):
         }
         if self.reads_pixels:
             sample["pixel_values"] = np.array(self.open(index, row, place, is_mirrored)).transpose(2, 0, 1)
+        if self.cache and self.cache.images:
+            path = path_of_image(self.cache, self.contents[index], *self.sizes[index], is_mirrored)
+            sample |= read_whole_entry(path, {"mean": latent_shape, "log_variance": latent_shape})
+        if self.cache and self.cache.captions:
+            path = path_of_caption(self.cache, input_ids)
+            sample |= read_whole_entry(path, {"prompt_embeds": (len(input_ids), self.cache.prompt_channels)})
         return sample
 
 
@@ -406,7 +436,7 @@ class HeldOut:
     nothing of it changes from look to look."""
 
     images: CaptionedImages  # all of them, which are not opened any more: what a sample draws
-    posteriors: dict  # mean and log-variance of the VAE's, (4, height / 8, width / 8) each in float32
+    posteriors: dict | None  # mean and log-variance, (4, height / 8, width / 8) each in float32; None if in the cache
     input_ids: dict  # (tokens,)
     prompt_embeds: dict | None  # (tokens, channels); None where the text encoder is trained
 
@@ -439,6 +469,45 @@ OWN_TO_A_MACHINE = set(
     """.split()
 )
 
+CHUNK = 1000  # captions that are cut into tokens at once, and entries that a thread checks
+
+
+@dataclasses.dataclass(slots=True)
+class Wanted:
+    """What makes an entry that a run reads: an image of one of several CaptionedImages, or a caption's tokens."""
+
+    path: str
+    shapes: dict  # of its arrays, by name
+    source: int = 0
+    index: int = 0
+    is_mirrored: bool = False
+    input_ids: np.ndarray | None = None
+
+
+@dataclasses.dataclass
+class CachePlan:
+    """The cache of a run, or None, how much of it the run reads, and what is still to be made."""
+
+    cache: Cache | None
+    num_entries: int
+    num_bytes: int
+    missing: list  # of Wanted, the same in all processes
+
+
+@dataclasses.dataclass
+class ImagesToEncode(torch.utils.data.Dataset):
+    """Maps a place in a list of Wanted to it and pixel_values uint8 (3, height, width), cropped at the centre."""
+
+    sources: list  # of CaptionedImages
+    entries: list
+
+    def __getitem__(self, place):
+        entry = self.entries[place]
+        images = self.sources[entry.source]
+        image = images.open(entry.index, images.rows[entry.index], (0.5, 0.5), entry.is_mirrored)
+        return {"place": place, "pixel_values": np.array(image).transpose(2, 0, 1)}
+
+
 REQUIRES = {
     **ADAPTERS_REQUIRES,
     **DATASET_REQUIRES,
@@ -454,6 +523,7 @@ FREE_ON_RESUME = {
     *CLASS_FREE_ON_RESUME,
     *OPTIMIZATION_FREE_ON_RESUME,
     *MEMORY_FREE_ON_RESUME,
+    *CACHE_FREE_ON_RESUME,
     *OUTPUT_FREE_ON_RESUME,
     *VALIDATION_FREE_ON_RESUME,
     *RUN_FREE_ON_RESUME,
@@ -473,6 +543,7 @@ def make_parser():
     add_objective_arguments(parser)
     add_optimization_arguments(parser)
     add_memory_arguments(parser)
+    add_cache_arguments(parser)
     add_output_arguments(parser)
     add_validation_arguments(parser)
     add_run_arguments(parser)
@@ -485,6 +556,7 @@ def check_args(args, problems=()):
     that were found before."""
     found = check_requirements(args, REQUIRES) + check_old_flags(args)
     found += check_data(args, "instance_data_dir") + check_subject(args)
+    found += check_cache(args, args.cache_text_embeddings or args.pre_compute_text_embeddings, args.train_text_encoder)
     found += check_optimization(args) + check_8bit_adam(args)
     found += check_hardware(args) + check_environment(args) + check_trackers(args) + check_validation(args)
     found += check_output(args, foreign_result="model_index.json")
@@ -519,6 +591,7 @@ def train(args, launcher):
         prompt_embeds = encode_prompts(text_encoder, batch)
         return diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, batch, args.snr_gamma)
 
+    samples = with_class_rows(images, class_images)
     counts = count_steps(args, len(images), accelerator.num_processes)
     learning_rate = peak_learning_rate(args, counts)
     groups = group_parameters(args, models, learning_rate)
@@ -527,17 +600,22 @@ def train(args, launcher):
     state = make_state(args, accelerator, groups, counts.last_step)
     run = start_run(args, accelerator, counts, state, fingerprints, weights, FREE_ON_RESUME, FIXED_ON_RESUME)
     trained = f"LoRA of rank {args.rank} on {args.lora_target} of {' and '.join(models)}"
-    tell_plan(args, accelerator, run, len(held_out), parameters, trained, frozen="all else")
+    caches_captions = args.cache_text_embeddings or args.pre_compute_text_embeddings
+    cache = plan_cache(args, accelerator, pipeline, [samples, held_out], caches_captions)
+    tell_plan(
+        args, accelerator, run, len(held_out), parameters, trained, frozen="all else", cache=describe_cache(cache)
+    )
     if args.dry_run:
         end_training(accelerator)
         return
 
+    prompts = prompts_of(args)
+    samples, held_out = fill_cache(args, accelerator, pipeline, [samples, held_out], cache)
+    leave_device(pipeline, cache, prompts)
     start_output(args, accelerator, run)
     parts = {**pipeline.components, "scheduler": noise_scheduler}
     held_out = encode_held_out(accelerator, parts["vae"], parts["text_encoder"], held_out, args.train_batch_size)
-    prompts = prompts_of(args)
     look = functools.partial(validate, args, accelerator, run, parts, held_out, prompts)
-    samples = with_class_rows(images, class_images)
     batches = batches_of(args, accelerator, run)
     batches = with_classes(batches, len(images), len(samples) - len(images), args.prior_loss_weight, args.seed)
     loader = make_loader(args, accelerator, samples, batches)
@@ -757,8 +835,10 @@ def split_of_step(args, accelerator):
     return f"{passes} x {accelerator.num_processes} processes"
 
 
-def tell_plan(args, accelerator, run, num_held_out, parameters, trained, frozen):
-    """Prints what will be done: how many of `parameters`, of which models are `trained`, and which are `frozen`."""
+def tell_plan(args, accelerator, run, num_held_out, parameters, trained, frozen, cache):
+    """Prints what will be done: how many of `parameters`, of which models are `trained`, and which are `frozen`; of
+    the `cache` a text, or None, and a list of warnings."""
+    about_cache, cache_warnings = cache
     num_trained = sum(parameter.numel() for parameter in parameters)
     about = {
         "images": "",
@@ -766,7 +846,8 @@ def tell_plan(args, accelerator, run, num_held_out, parameters, trained, frozen)
         "trained": trained,
         "frozen": frozen,
         "optimizer": f"8-bit: {args.use_8bit_adam}; EMA: {args.use_ema}",
-        "warnings": warn_of_precision(accelerator),
+        "cache": about_cache,
+        "warnings": warn_of_precision(accelerator) + cache_warnings,
     }
     print_plan(args, run, num_held_out, num_trained, about)
 
@@ -1885,6 +1966,7 @@ def add_subject_arguments(parser):
     add("--instance_data_dir", help="folder of the subject's photos, maybe with captions as for text-to-image")
     add("--instance_prompt", help="caption of photos that have none, with a rare word: a photo of sks dog")
     add("--repeats", type=positive_int, default=1, help="times that each photo counts in an epoch [1, inf)")
+    add("--pre_compute_text_embeddings", **SWITCH, help="the same as --cache_text_embeddings")
     add_dataset_arguments(add)
     add_transform_arguments(add)
 
@@ -2044,6 +2126,13 @@ def add_memory_arguments(parser):
         type=non_negative_int,
         help="processes that load images; 0: the main one; default: by the cores, at most 4 [0, inf)",
     )
+
+
+def add_cache_arguments(parser):
+    """Adds what is encoded once, before training, and kept for later runs."""
+    add = parser.add_argument_group("cache").add_argument
+    add("--cache_latents", **SWITCH, help="encode images once, into --cache_dir; needs a centre crop")
+    add("--cache_text_embeddings", **SWITCH, help="encode captions once, into --cache_dir; not while they are learnt")
 
 
 def add_output_arguments(parser):
@@ -2776,6 +2865,103 @@ def make_noise_scheduler(args, pipeline):
 def frozen(model, device, dtype):
     """The model itself, which is only used and not trained from now on, on a device in `dtype`."""
     return model.requires_grad_(False).eval().to(device, dtype=dtype)
+
+
+def drop_weights(model, still_needed):
+    """Takes a frozen model off its device: into the CPU's memory where it is `still_needed` now and then, else only
+    its config stays."""
+    model.to("cpu" if still_needed else "meta")
+
+
+@contextlib.contextmanager
+def on_device(device, *models):
+    """Moves models to a device for a while, and then to where they were."""
+    places = [model.device for model in models]
+    try:
+        for model in models:
+            model.to(device)
+        yield
+    finally:
+        for model, place in zip(models, places, strict=True):
+            model.to(place)
+
+
+# ------------------------------------------------------------------------------------------------------------- entries
+def digest_of(*values):
+    """A SHA-256 of values that JSON can write."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def digest_of_model(model):
+    """A SHA-256 of a model's weights and of its config."""
+    weights = model.state_dict()
+    with ThreadPoolExecutor() as pool:  # hashing releases Python's lock
+        digests = list(pool.map(digest_of_tensor, weights.values()))
+    config = model.config.to_dict() if hasattr(model.config, "to_dict") else dict(model.config)
+    plain = {
+        key: str(value) for key, value in config.items() if not key.startswith("_") and key not in NOT_OF_THE_WEIGHTS
+    }
+    return digest_of(plain, list(zip(weights, digests, strict=True)))
+
+
+def digest_of_tensor(tensor):
+    """A SHA-256 of a tensor's bytes and shape."""
+    digest = hashlib.sha256(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def path_of_image(cache, content, width, height, is_mirrored):
+    """The file of an encoded image, of the SHA-256 of its file, fitted to so many pixels."""
+    name = hashlib.sha256(f"{cache.images} {content} {width} {height} {bool(is_mirrored)}".encode()).hexdigest()
+    return f"{cache.folder}/latents/{name[:2]}/{name}.safetensors"
+
+
+def path_of_caption(cache, input_ids):
+    """The file of an encoded caption, of its padded tokens (tokens,)."""
+    name = hashlib.sha256(f"{cache.captions} {input_ids.tolist()}".encode()).hexdigest()
+    return f"{cache.folder}/captions/{name[:2]}/{name}.safetensors"
+
+
+def checksum(arrays):
+    """A checksum of arrays by name."""
+    total = 0
+    for name in sorted(arrays):
+        total = zlib.crc32(arrays[name], total)
+    return f"{total:08x}"
+
+
+def write_entry(path, arrays):
+    """Writes arrays in float32, by name, so that the file appears when it is complete."""
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}  # safetensors takes any for such
+    with beside(path) as new:
+        new.write_bytes(safetensors.numpy.save(arrays, {"crc32": checksum(arrays)}))
+
+
+def read_entry(path, shapes):
+    """Reads an entry through the memory map of its file; its arrays, in float32, have to be of the `shapes`, by name.
+    Raises `OSError`, or `ValueError` for one that is broken."""
+    try:
+        with safe_open(path, "np") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            wanted = (file.metadata() or {}).get("crc32")
+    except SafetensorError as error:
+        raise ValueError(last_line(error)) from None
+    found = {name: array.shape for name, array in arrays.items()}
+    if found != shapes or any(array.dtype.name != "float32" for array in arrays.values()):
+        raise ValueError("it holds other tensors")
+    if checksum(arrays) != wanted:
+        raise ValueError("its checksum is not that of its content")
+    return arrays
+
+
+def read_whole_entry(path, shapes):
+    """As `read_entry`, in the middle of a run. Raises `InputError`."""
+    try:
+        return read_entry(path, shapes)
+    except (OSError, ValueError) as error:
+        told = f"this entry of the cache was removed or broken meanwhile ({last_line(error)}); start again"
+        raise InputError(f"{path}: {told}, which makes it anew") from None
 
 
 # -------------------------------------------------------------------------------------------------------- lora_layouts
@@ -3515,7 +3701,7 @@ def new_result(output_dir):
 def print_plan(args, run, num_held_out, num_trained, about):
     """Says, before the first step, what will be done. `about` says what only a script knows: `trained` and `frozen`
     (which models), `devices` (how many share a pass), `images` and `optimizer` (remarks), `warnings` (a list), and
-    maybe `precision` (of passes, if that is not the setting)."""
+    maybe `precision` (of passes, if that is not the setting) and `cache` (a text)."""
     counts, side, tracker = run.counts, args.resolution, chosen_tracker(args)
     first_step, precision = run.progress["global_step"], about.get("precision", run.settings["mixed_precision"])
     gigabytes = checkpoint_bytes(run) / 1e9
@@ -3531,6 +3717,8 @@ def print_plan(args, run, num_held_out, num_trained, about):
         "output": f"{args.output_dir}, a checkpoint of {gigabytes:.2g} GB every {args.checkpointing_steps:,} steps",
         "log": f"log.jsonl and {tracker}" if tracker else "log.jsonl, no tracker",
     }
+    if about.get("cache"):
+        rows["cache"] = about["cache"]
     lines = [f"  {name:<10} {text}" for name, text in rows.items()]
     warned = about["warnings"] + warn_of_warm_up(args, counts) + warn_of_disk(args, run)
     warnings = [f"  warning    {text}" for text in warned]
@@ -3675,19 +3863,24 @@ def push(args, repo_id, files, step):
 # ---------------------------------------------------------------------------------------------------------- validation
 @torch.no_grad()
 def encode_held_out(accelerator, vae, text_encoder, images, batch_size):
-    """Encodes this process's share of held-out images, and their captions unless the text encoder is trained."""
-    posteriors, input_ids = {}, {}
+    """Encodes this process's share of held-out images, and their captions unless the text encoder is trained; not what
+    comes out of a cache."""
+    posteriors, input_ids, prompt_embeds = {}, {}, {}
     mine = range(accelerator.process_index, len(images), accelerator.num_processes)
     for batch in torch.utils.data.DataLoader(images, batch_size, sampler=[(0, index, 1.0) for index in mine]):
-        with accelerator.autocast():
-            moments = encode_posterior(vae, batch["pixel_values"].to(accelerator.device))
-        for index, mean, log_variance, tokens in zip(
-            batch["index"].tolist(), *moments, batch["input_ids"], strict=True
-        ):
-            posteriors[index], input_ids[index] = (mean.cpu(), log_variance.cpu()), tokens
-    is_frozen = not text_encoder.training
-    prompt_embeds = encode_captions(accelerator, text_encoder, input_ids, batch_size) if is_frozen else None
-    return HeldOut(unopened(images), posteriors, input_ids, prompt_embeds)
+        indices = batch["index"].tolist()
+        input_ids |= zip(indices, batch["input_ids"], strict=True)
+        if images.reads_pixels:
+            with accelerator.autocast():
+                mean, log_variance = encode_posterior(vae, batch["pixel_values"].to(accelerator.device))
+            posteriors |= zip(indices, zip(mean.cpu(), log_variance.cpu(), strict=True), strict=True)
+        if "prompt_embeds" in batch:
+            prompt_embeds |= zip(indices, batch["prompt_embeds"], strict=True)
+    if text_encoder.training:
+        prompt_embeds = None
+    elif not prompt_embeds:
+        prompt_embeds = encode_captions(accelerator, text_encoder, input_ids, batch_size)
+    return HeldOut(unopened(images), posteriors or None, input_ids, prompt_embeds)
 
 
 def encode_captions(accelerator, text_encoder, input_ids, batch_size):
@@ -3711,15 +3904,16 @@ def held_out_losses(
     images, prompt_embeds = held_out.images, held_out.prompt_embeds
     if prompt_embeds is None:
         prompt_embeds = encode_captions(accelerator, text_encoder, held_out.input_ids, batch_size)
-    pairs = [(part, index, 1.0) for index in held_out.posteriors for part in range(HELD_OUT_TIMESTEPS)]
+    pairs = [(part, index, 1.0) for index in held_out.input_ids for part in range(HELD_OUT_TIMESTEPS)]
     losses, stopped = torch.zeros(len(images)), torch.zeros(1)
     for batch in torch.utils.data.DataLoader(images, batch_size, sampler=pairs):
         if is_asked():
             stopped += 1
             break
         indices = batch["index"].tolist()
-        means, log_variances = zip(*[held_out.posteriors[index] for index in indices], strict=True)
-        batch |= {"mean": torch.stack(means), "log_variance": torch.stack(log_variances)}
+        if held_out.posteriors is not None:
+            means, log_variances = zip(*[held_out.posteriors[index] for index in indices], strict=True)
+            batch |= {"mean": torch.stack(means), "log_variance": torch.stack(log_variances)}
         batch["prompt_embeds"] = torch.stack([prompt_embeds[index] for index in indices])
         batch = send_to_device(batch, accelerator.device, skip_keys="index")
         # Each image comes four times, with the number of a quarter in the place of the epoch: its timestep goes there.
@@ -3829,7 +4023,9 @@ def validate(args, accelerator, run, parts, held_out, prompts, is_asked):
                     accelerator, unet, vae, text_encoder, parts["scheduler"], held_out, args.train_batch_size, is_asked
                 )
             if prompts:
-                images = draw_samples(args, accelerator, parts, prompts, is_asked)
+                # Where all that they encode in training is cached, both wait in the CPU's memory.
+                with on_device(accelerator.device, vae, text_encoder):
+                    images = draw_samples(args, accelerator, parts, prompts, is_asked)
     finally:
         trained.train()
     if losses is not None:
@@ -4092,6 +4288,209 @@ def run_script(program, parser, argv, replaced_flags, check_args, start, is_firs
                 problems.append(problem)
         raise_problems(problems)
         start(args)
+
+
+# --------------------------------------------------------------------------------------------------------------- cache
+def check_cache(args, caches_captions, trains_text_encoder=False):
+    """Lists what cannot be cached."""
+    problems = []
+    if args.cache_latents and not args.center_crop:
+        problems.append(
+            "--cache_latents=True: a random crop is another image in every epoch; add --center_crop, or drop this"
+        )
+    if caches_captions and trains_text_encoder:
+        problems.append(
+            "--cache_text_embeddings=True: a text encoder that is trained gives others in every step; drop this or "
+            "--train_text_encoder"
+        )
+    return problems
+
+
+def plan_cache(args, accelerator, pipeline, sources, caches_captions):
+    """Finds the entries that `sources`, several CaptionedImages, want of the cache, if flags ask for one, and which of
+    them are not there or broken. The pipeline's models are in the precision of passes. All processes call this."""
+    if not args.cache_latents and not caches_captions:
+        return CachePlan(None, 0, 0, [])
+    common = [ENTRY_FORMAT, accelerator.mixed_precision, args.allow_tf32]
+    cache = Cache(
+        folder=Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, "encoded"),
+        images=digest_of(*common, digest_of_model(pipeline.vae), args.image_interpolation_mode)
+        if args.cache_latents
+        else None,
+        captions=digest_of(*common, digest_of_model(pipeline.text_encoder)) if caches_captions else None,
+        prompt_channels=pipeline.text_encoder.config.hidden_size,
+    )
+    wanted = {}
+    for number, images in enumerate(sources):
+        if cache.images:
+            wanted |= {entry.path: entry for entry in wanted_images(cache, images, number)}
+        if cache.captions:
+            wanted |= {entry.path: entry for entry in wanted_captions(cache, images)}
+    missing = find_missing(accelerator, wanted)
+    return CachePlan(cache, len(wanted), sum(bytes_of(entry) for entry in wanted.values()), missing)
+
+
+def wanted_images(cache, images, number):
+    """Yields the entries of images, one of the sources, and of their mirror images where they are mirrored."""
+    for index, content in enumerate(images.contents):
+        shape = images.latent_shape(index)
+        for is_mirrored in (False, True) if images.random_flip else (False,):
+            path = path_of_image(cache, content, *images.sizes[index], is_mirrored)
+            yield Wanted(path, {"mean": shape, "log_variance": shape}, number, index, is_mirrored)
+
+
+def wanted_captions(cache, images):
+    """Yields the entries of the captions of images, and of the empty one."""
+    captions = sorted({"", *(caption for captions in images.rows["captions"] for caption in captions)})
+    for start in range(0, len(captions), CHUNK):
+        options = {"padding": "max_length", "truncation": True, "return_tensors": "np"}
+        for input_ids in images.tokenizer(captions[start : start + CHUNK], **options).input_ids:
+            shape = (len(input_ids), cache.prompt_channels)
+            yield Wanted(path_of_caption(cache, input_ids), {"prompt_embeds": shape}, input_ids=input_ids)
+
+
+def bytes_of(entry):
+    """How many bytes the arrays of an entry take."""
+    return sum(4 * math.prod(shape) for shape in entry.shapes.values())
+
+
+def find_missing(accelerator, wanted):
+    """The entries, of those wanted by path, that are not there or broken, which is told; each process checks its
+    share."""
+    mine = sorted(wanted)[accelerator.process_index :: accelerator.num_processes]
+    chunks = [[wanted[path] for path in mine[start : start + CHUNK]] for start in range(0, len(mine), CHUNK)]
+    missing, broken = [], []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        bar = tqdm(
+            pool.map(check_entries, chunks),
+            "Checking the cache",
+            len(chunks),
+            disable=None if accelerator.is_local_main_process else True,
+            leave=False,
+        )
+        for lacking, damaged in bar:
+            missing += lacking
+            broken += damaged
+    accelerator.wait_for_everyone()
+    everywhere = gather_object([(missing, broken)])
+    broken = sorted(path for _, damaged in everywhere for path in damaged)
+    if broken:
+        accelerator.print(f"Warning: {len(broken)} entries of the cache are broken and made anew, such as {broken[0]}")
+    return [wanted[path] for path in sorted(path for lacking, _ in everywhere for path in lacking)]
+
+
+def check_entries(entries):
+    """The paths of those entries that cannot be used, and of those among them that are there but broken."""
+    missing, broken = [], []
+    for entry in entries:
+        try:
+            read_entry(entry.path, entry.shapes)
+        except FileNotFoundError:
+            missing.append(entry.path)
+        except (OSError, ValueError):
+            missing.append(entry.path)
+            broken.append(entry.path)
+    return missing, broken
+
+
+def describe_cache(plan):
+    """What the plan of a run says of its cache, or None without one, and a list of warnings."""
+    if plan.cache is None:
+        return None, []
+    needed = sum(bytes_of(entry) for entry in plan.missing)
+    free = shutil.disk_usage(existing_place(plan.cache.folder)).free
+    kinds = " and ".join(name for name in ("images", "captions") if vars(plan.cache)[name])
+    row = (
+        f"{kinds}, {plan.num_entries:,} entries of {plan.num_bytes / 1e9:.2g} GB in {plan.cache.folder}; "
+        f"{len(plan.missing):,} to be made, {needed / 1e9:.2g} GB, where {free / 1e9:.2g} GB are free"
+    )
+    if needed <= free:
+        return row, []
+    return row, [
+        f"the cache takes {needed / 1e9:.2g} GB more, where {free / 1e9:.2g} are free; make room, or name another "
+        "--cache_dir"
+    ]
+
+
+@torch.no_grad()
+def fill_cache(args, accelerator, pipeline, sources, plan):
+    """Makes the entries that the plan misses, shared out over the processes; one that is there is whole, so that an
+    interrupted run goes on where it stopped. Returns the sources, which read them. Raises `InputError`."""
+    if plan.cache is None:
+        return sources
+    mine = plan.missing[accelerator.process_index :: accelerator.num_processes]
+    try:
+        encode_images(args, accelerator, pipeline.vae, sources, [entry for entry in mine if "mean" in entry.shapes])
+        captions = [entry for entry in mine if "prompt_embeds" in entry.shapes]
+        encode_captions_into(args, accelerator, pipeline.text_encoder, captions)
+    except OSError as error:
+        folder, remedy = plan.cache.folder, "name another --cache_dir"
+        if not is_disk_full(error):
+            raise InputError(f"{folder}: cannot be written to ({last_line(error)}); {remedy}") from None
+        needed = sum(bytes_of(entry) for entry in mine if not os.path.exists(entry.path))
+        told = f"the disk is full; {needed / 1e9:.2g} GB more are needed there"
+        raise InputError(f"{folder}: {told}; make room, or {remedy}") from None
+    accelerator.wait_for_everyone()  # patiently: they need not be done at the same time
+    if lost := [entry.path for entry in plan.missing if not os.path.exists(entry.path)]:
+        raise InputError(
+            f"{plan.cache.folder}: {len(lost)} new entries are not there; all machines need the same --cache_dir"
+        )
+    return [with_cache(images, plan.cache) for images in sources]
+
+
+def with_cache(images, cache):
+    """The images, which read what the cache has of them."""
+    return dataclasses.replace(unopened(images) if cache.images else images, cache=cache)
+
+
+def encode_images(args, accelerator, vae, sources, entries):
+    """Encodes images into their entries, in batches of one size, as a step does it."""
+    by_size = {}
+    for place, entry in enumerate(entries):
+        by_size.setdefault(entry.shapes["mean"], []).append(place)
+    batches = []
+    for places in by_size.values():
+        batches += cut(places, args.train_batch_size)
+    loader = make_loader(args, accelerator, ImagesToEncode(sources, entries), batches)
+    with progress_bar(accelerator, "Encoding images", len(entries), "image") as bar:
+        for batch in loader if entries else []:
+            mean, log_variance = encode_posterior(vae, batch["pixel_values"].to(accelerator.device, non_blocking=True))
+            moments = zip(batch["place"].tolist(), mean.cpu().numpy(), log_variance.cpu().numpy(), strict=True)
+            for place, *arrays in moments:
+                write_entry(entries[place].path, dict(zip(("mean", "log_variance"), arrays, strict=True)))
+                bar.update()
+
+
+def encode_captions_into(args, accelerator, text_encoder, entries):
+    """Encodes captions into their entries, as a step does it."""
+    with progress_bar(accelerator, "Encoding captions", len(entries), "caption") as bar:
+        for batch in cut(entries, args.train_batch_size):
+            input_ids = torch.from_numpy(np.stack([entry.input_ids for entry in batch])).to(accelerator.device)
+            prompt_embeds = text_encoder(input_ids)[0].float().cpu().numpy()
+            for entry, embeds in zip(batch, prompt_embeds, strict=True):
+                write_entry(entry.path, {"prompt_embeds": embeds})
+                bar.update()
+
+
+def cut(items, size):
+    """A list in pieces of a size, the last of which may be shorter."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def progress_bar(accelerator, what, number, unit):
+    """A bar over so many of this process's units, shown once on a machine."""
+    is_hidden = not number or not accelerator.is_local_main_process
+    return tqdm(desc=what, total=number, unit=unit, disable=True if is_hidden else None)
+
+
+def leave_device(pipeline, plan, prompts):
+    """Takes what has nothing more to encode off the device, and out of memory where no samples need it."""
+    if plan.cache is None:
+        return
+    if plan.cache.images:
+        drop_weights(pipeline.vae, bool(prompts))
+    if plan.cache.captions:
+        drop_weights(pipeline.text_encoder, bool(prompts))
 
 
 if __name__ == "__main__":

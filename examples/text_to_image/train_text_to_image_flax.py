@@ -32,6 +32,7 @@ share a batch; what is random in a sample depends on (seed, epoch, index of the 
 #   metadata            Leave metadata out of image files, which may be broken where the pixels are whole
 #   images              Decode images as a viewer shows them, and check every one before training
 #   models              Check and load the models of a Stable Diffusion pipeline
+#   entries             Entries of the cache: a file per encoded image or caption, named by a digest of what made it
 #   optimization        The optimizer, its learning rate, and the average of the weights
 #   output              The folder of a run: whether it may be used, its log, the pipeline that results
 #   plan                The plan that a run prints before its first step
@@ -68,6 +69,7 @@ import tempfile
 import threading
 import time
 import traceback
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PureWindowsPath
@@ -95,6 +97,7 @@ from huggingface_hub.utils import validate_repo_id
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -176,6 +179,17 @@ ORIENTATIONS = {
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
+
+@dataclasses.dataclass
+class Cache:
+    """Where encoded images and captions lie."""
+
+    folder: Path
+    images: str | None  # digest of what the entries of all images have in common; None where none are cached
+    captions: str | None  # likewise
+    prompt_channels: int  # of the embeddings
+
+
 METADATA_NAMES = {"metadata.jsonl", "metadata.csv"}
 SAVED_NAMES = {"state.json", "dataset_dict.json"}  # that tell of `save_to_disk`
 NO_DATA_NAMES = {*METADATA_NAMES, *SAVED_NAMES, "config.json", "dataset_info.json", "dataset_infos.json"}
@@ -215,7 +229,8 @@ class CheckedRows:
 class CaptionedImages(torch.utils.data.Dataset):
     """Maps (epoch, index, weight) to these and is_mirrored, input_ids (max_length,), timestep, and posterior_noise,
     noise, added_noise in float32 (4, height / 8, width / 8), and with `reads_pixels` to pixel_values uint8 (3, height,
-    width)."""
+    width). What is in the `cache` comes too: mean and log_variance, of that shape, and prompt_embeds (max_length,
+    channels)."""
 
     rows: datasets.Dataset  # of image, where that is read, and captions
     contents: np.ndarray  # (rows,), SHA-256 of each image's file
@@ -232,9 +247,15 @@ class CaptionedImages(torch.utils.data.Dataset):
     noise_offset: float
     input_perturbation: float
     reads_pixels: bool = True
+    cache: Cache | None = None
 
     def __len__(self):
         return len(self.rows)
+
+    def latent_shape(self, index):
+        """The shape of the latents of a row."""
+        width, height = (self.sizes[index] // self.pixels_per_latent).tolist()
+        return self.latent_channels, height, width
 
     def choose(self, row, draw):
         """How an epoch sees a row, by the first numbers of `draw`: the place of the crop, whether it is mirrored, and
@@ -259,8 +280,7 @@ class CaptionedImages(torch.utils.data.Dataset):
         row = self.rows[index]
         place, is_mirrored, caption = self.choose(row, draw)
         timestep = draw.integers(self.num_timesteps)
-        width, height = (self.sizes[index] // self.pixels_per_latent).tolist()
-        latent_shape = (self.latent_channels, height, width)
+        latent_shape = self.latent_shape(index)
         posterior_noise, noise, perturbation = draw.standard_normal((3, *latent_shape), np.float32)
         # The offset shifts whole channels; perturbation (arXiv 2301.11706, eq. 3) is added and not to be predicted.
         noise = noise + self.noise_offset * draw.standard_normal((len(noise), 1, 1), np.float32)
@@ -278,6 +298,12 @@ class CaptionedImages(torch.utils.data.Dataset):
         }
         if self.reads_pixels:
             sample["pixel_values"] = np.array(self.open(index, row, place, is_mirrored)).transpose(2, 0, 1)
+        if self.cache and self.cache.images:
+            path = path_of_image(self.cache, self.contents[index], *self.sizes[index], is_mirrored)
+            sample |= read_whole_entry(path, {"mean": latent_shape, "log_variance": latent_shape})
+        if self.cache and self.cache.captions:
+            path = path_of_caption(self.cache, input_ids)
+            sample |= read_whole_entry(path, {"prompt_embeds": (len(input_ids), self.cache.prompt_channels)})
         return sample
 
 
@@ -2758,6 +2784,53 @@ def read_models(models, folder, suffix=""):
         model.load_state_dict(saved.state_dict())
 
 
+# ------------------------------------------------------------------------------------------------------------- entries
+def path_of_image(cache, content, width, height, is_mirrored):
+    """The file of an encoded image, of the SHA-256 of its file, fitted to so many pixels."""
+    name = hashlib.sha256(f"{cache.images} {content} {width} {height} {bool(is_mirrored)}".encode()).hexdigest()
+    return f"{cache.folder}/latents/{name[:2]}/{name}.safetensors"
+
+
+def path_of_caption(cache, input_ids):
+    """The file of an encoded caption, of its padded tokens (tokens,)."""
+    name = hashlib.sha256(f"{cache.captions} {input_ids.tolist()}".encode()).hexdigest()
+    return f"{cache.folder}/captions/{name[:2]}/{name}.safetensors"
+
+
+def checksum(arrays):
+    """A checksum of arrays by name."""
+    total = 0
+    for name in sorted(arrays):
+        total = zlib.crc32(arrays[name], total)
+    return f"{total:08x}"
+
+
+def read_entry(path, shapes):
+    """Reads an entry through the memory map of its file; its arrays, in float32, have to be of the `shapes`, by name.
+    Raises `OSError`, or `ValueError` for one that is broken."""
+    try:
+        with safe_open(path, "np") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            wanted = (file.metadata() or {}).get("crc32")
+    except SafetensorError as error:
+        raise ValueError(last_line(error)) from None
+    found = {name: array.shape for name, array in arrays.items()}
+    if found != shapes or any(array.dtype.name != "float32" for array in arrays.values()):
+        raise ValueError("it holds other tensors")
+    if checksum(arrays) != wanted:
+        raise ValueError("its checksum is not that of its content")
+    return arrays
+
+
+def read_whole_entry(path, shapes):
+    """As `read_entry`, in the middle of a run. Raises `InputError`."""
+    try:
+        return read_entry(path, shapes)
+    except (OSError, ValueError) as error:
+        told = f"this entry of the cache was removed or broken meanwhile ({last_line(error)}); start again"
+        raise InputError(f"{path}: {told}, which makes it anew") from None
+
+
 # -------------------------------------------------------------------------------------------------------- optimization
 def check_optimization(args):
     """Lists which flags of the learning rate contradict each other."""
@@ -3033,7 +3106,7 @@ def save_pipeline(args, folder, pipeline, noise_scheduler):
 def print_plan(args, run, num_held_out, num_trained, about):
     """Says, before the first step, what will be done. `about` says what only a script knows: `trained` and `frozen`
     (which models), `devices` (how many share a pass), `images` and `optimizer` (remarks), `warnings` (a list), and
-    maybe `precision` (of passes, if that is not the setting)."""
+    maybe `precision` (of passes, if that is not the setting) and `cache` (a text)."""
     counts, side, tracker = run.counts, args.resolution, chosen_tracker(args)
     first_step, precision = run.progress["global_step"], about.get("precision", run.settings["mixed_precision"])
     gigabytes = checkpoint_bytes(run) / 1e9
@@ -3049,6 +3122,8 @@ def print_plan(args, run, num_held_out, num_trained, about):
         "output": f"{args.output_dir}, a checkpoint of {gigabytes:.2g} GB every {args.checkpointing_steps:,} steps",
         "log": f"log.jsonl and {tracker}" if tracker else "log.jsonl, no tracker",
     }
+    if about.get("cache"):
+        rows["cache"] = about["cache"]
     lines = [f"  {name:<10} {text}" for name, text in rows.items()]
     warned = about["warnings"] + warn_of_warm_up(args, counts) + warn_of_disk(args, run)
     warnings = [f"  warning    {text}" for text in warned]
