@@ -18,11 +18,11 @@ from sdtune.diffusion import encode_posterior
 from sdtune.entries import (
     ENTRY_FORMAT,
     Cache,
+    check_entry,
     digest_of,
     digest_of_model,
     path_of_caption,
     path_of_image,
-    read_entry,
     write_entry,
 )
 from sdtune.errors import InputError, last_line
@@ -163,10 +163,10 @@ def check_entries(entries):
     missing, broken = [], []
     for entry in entries:
         try:
-            read_entry(entry.path, entry.shapes)
+            check_entry(entry.path, entry.shapes)
         except FileNotFoundError:
             missing.append(entry.path)
-        except (OSError, ValueError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # of a header, whatever it may hold
             missing.append(entry.path)
             broken.append(entry.path)
     return missing, broken

@@ -2793,7 +2793,7 @@ def path_of_image(cache, content, width, height, is_mirrored):
 
 def path_of_caption(cache, input_ids):
     """The file of an encoded caption, of its padded tokens (tokens,)."""
-    name = hashlib.sha256(f"{cache.captions} {input_ids.tolist()}".encode()).hexdigest()
+    name = hashlib.sha256(f"{cache.captions} ".encode() + input_ids.astype("<i8").tobytes()).hexdigest()
     return f"{cache.folder}/captions/{name[:2]}/{name}.safetensors"
 
 

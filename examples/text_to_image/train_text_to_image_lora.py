@@ -2838,7 +2838,7 @@ def path_of_image(cache, content, width, height, is_mirrored):
 
 def path_of_caption(cache, input_ids):
     """The file of an encoded caption, of its padded tokens (tokens,)."""
-    name = hashlib.sha256(f"{cache.captions} {input_ids.tolist()}".encode()).hexdigest()
+    name = hashlib.sha256(f"{cache.captions} ".encode() + input_ids.astype("<i8").tobytes()).hexdigest()
     return f"{cache.folder}/captions/{name[:2]}/{name}.safetensors"
 
 
@@ -2872,6 +2872,18 @@ def read_entry(path, shapes):
     if checksum(arrays) != wanted:
         raise ValueError("its checksum is not that of its content")
     return arrays
+
+
+def check_entry(path, shapes):
+    """Raises what `read_entry` raises, in a third of its time: the tensors lie in the file by their names."""
+    with open(path, "rb") as file:
+        content = file.read()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])  # UnicodeDecodeError and JSONDecodeError are a ValueError
+    wanted = header.pop("__metadata__", {}).get("crc32")
+    found = {name: tuple(tensor["shape"]) for name, tensor in header.items() if tensor["dtype"] == "F32"}
+    if found != shapes or f"{zlib.crc32(memoryview(content)[start:]):08x}" != wanted:
+        raise ValueError("its content is another")
 
 
 def read_whole_entry(path, shapes):
@@ -4135,10 +4147,10 @@ def check_entries(entries):
     missing, broken = [], []
     for entry in entries:
         try:
-            read_entry(entry.path, entry.shapes)
+            check_entry(entry.path, entry.shapes)
         except FileNotFoundError:
             missing.append(entry.path)
-        except (OSError, ValueError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # of a header, whatever it may hold
             missing.append(entry.path)
             broken.append(entry.path)
     return missing, broken
