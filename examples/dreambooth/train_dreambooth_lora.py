@@ -2956,7 +2956,7 @@ def read_entry(path, shapes):
 
 
 def check_entry(path, shapes):
-    """Raises what `read_entry` raises, in a third of its time: the tensors lie in the file by their names."""
+    """Raises `OSError` or `ValueError` for an entry that `read_entry` would refuse; its tensors lie by their names."""
     with open(path, "rb") as file:
         content = file.read()
     start = 8 + int.from_bytes(content[:8], "little")
