@@ -19,6 +19,7 @@ from pathlib import Path
 
 from sdtune.arguments import (
     AVERAGE_REQUIRES,
+    BUCKETS_REQUIRES,
     CACHE_FREE_ON_RESUME,
     CLASS_FREE_ON_RESUME,
     CLASS_REQUIRES,
@@ -34,6 +35,7 @@ from sdtune.arguments import (
     SUBJECT_REPLACED_FLAGS,
     SWITCH,
     VALIDATION_FREE_ON_RESUME,
+    add_bucket_arguments,
     add_cache_arguments,
     add_class_arguments,
     add_memory_arguments,
@@ -49,6 +51,7 @@ from sdtune.arguments import (
     new_parser,
 )
 from sdtune.batches import count_steps
+from sdtune.buckets import check_buckets, describe_buckets, fit_of
 from sdtune.cache import check_cache, describe_cache, fill_cache, leave_device, plan_cache
 from sdtune.checkpoints import Weights, write_torch_state
 from sdtune.dataset import check_data, load_data
@@ -96,6 +99,7 @@ from sdtune.validation import check_validation, encode_held_out, prompts_of, val
 
 REQUIRES = {
     **DATASET_REQUIRES,
+    **BUCKETS_REQUIRES,
     **AVERAGE_REQUIRES,
     **MEMORY_REQUIRES,
     **OUTPUT_REQUIRES,
@@ -130,6 +134,7 @@ def make_parser():
     add("--train_text_encoder", **SWITCH, help="train the text encoder too: a closer likeness, more memory")
     add("--skip_save_text_encoder", **SWITCH, help="leave the text encoder out of the result, which needs the base's")
     add_subject_arguments(parser)
+    add_bucket_arguments(parser)
     add_class_arguments(parser)
     add_objective_arguments(parser)
     add_optimization_arguments(parser)
@@ -153,7 +158,7 @@ def check_args(args, problems=()):
     found += check_optimization(args) + check_8bit_adam(args)
     found += check_hardware(args) + check_environment(args) + check_trackers(args) + check_validation(args)
     found += check_output(args, foreign_result="pytorch_lora_weights.safetensors")
-    found += check_model(args)
+    found += check_model(args) + check_buckets(args)
     if args.skip_save_text_encoder and args.train_text_encoder:
         found.append("--skip_save_text_encoder=True: would lose what --train_text_encoder trained; drop one")
     return found
@@ -181,7 +186,9 @@ def load_models(args, accelerator):
 def train(args, launcher):
     """Trains as `args` say, which have been checked; `launcher` is the process that started this one, or None."""
     accelerator = make_accelerator(args)
-    images, held_out, fingerprint = load_data(args, args.instance_data_dir, args.instance_prompt, args.repeats)
+    images, held_out, fingerprint = load_data(
+        args, args.instance_data_dir, args.instance_prompt, args.repeats, fit_of(args)
+    )
     class_images = load_class_images(args)
     agree_on_data(accelerator, {"photos": fingerprint, "class_images_to_draw": class_images.missing})
     if class_images.missing and not args.dry_run:
@@ -205,7 +212,7 @@ def train(args, launcher):
         return diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, batch, args.snr_gamma)
 
     samples = with_class_rows(images, class_images)
-    counts = count_steps(args, len(images), accelerator.num_processes)
+    counts = count_steps(args, len(images), accelerator.num_processes, images.sizes)
     learning_rate = peak_learning_rate(args, counts)
     parameters = [parameter for model in models.values() for parameter in model.parameters()]
     groups = [{"params": parameters, "lr": learning_rate}]
@@ -218,7 +225,15 @@ def train(args, launcher):
     caches_captions = args.cache_text_embeddings or args.pre_compute_text_embeddings
     cache = plan_cache(args, accelerator, pipeline, [samples, held_out], caches_captions)
     tell_plan(
-        args, accelerator, run, len(held_out), parameters, ", ".join(models), frozen, cache=describe_cache(cache)
+        args,
+        accelerator,
+        run,
+        len(held_out),
+        parameters,
+        ", ".join(models),
+        frozen,
+        describe_buckets(args, images),
+        describe_cache(cache),
     )
     if args.dry_run:
         end_training(accelerator)
@@ -231,7 +246,8 @@ def train(args, launcher):
     held_out = encode_held_out(accelerator, parts["vae"], parts["text_encoder"], held_out, args.train_batch_size)
     look = functools.partial(validate, args, accelerator, run, parts, held_out, prompts)
     batches = batches_of(args, accelerator, run)
-    batches = with_classes(batches, len(images), len(samples) - len(images), args.prior_loss_weight, args.seed)
+    num_classes = len(class_images.checked.rows) if class_images.checked else 0
+    batches = with_classes(batches, len(images), num_classes, args.prior_loss_weight, args.seed, counts.buckets)
     loader = make_loader(args, accelerator, samples, batches)
     models_to_sync = list(prepared.values())  # whose gradients processes share
     stop = Stop(launcher)

@@ -24,6 +24,7 @@ from sdtune.arguments import (
     ADAPTERS_FREE_ON_RESUME,
     ADAPTERS_REQUIRES,
     AVERAGE_REQUIRES,
+    BUCKETS_REQUIRES,
     CACHE_FREE_ON_RESUME,
     CLASS_FREE_ON_RESUME,
     CLASS_REQUIRES,
@@ -39,6 +40,7 @@ from sdtune.arguments import (
     SUBJECT_REPLACED_FLAGS,
     VALIDATION_FREE_ON_RESUME,
     add_adapter_arguments,
+    add_bucket_arguments,
     add_cache_arguments,
     add_class_arguments,
     add_memory_arguments,
@@ -54,6 +56,7 @@ from sdtune.arguments import (
     new_parser,
 )
 from sdtune.batches import count_steps
+from sdtune.buckets import check_buckets, describe_buckets, fit_of
 from sdtune.cache import check_cache, describe_cache, fill_cache, leave_device, plan_cache
 from sdtune.checkpoints import Weights, write_torch_state
 from sdtune.dataset import check_data, load_data
@@ -101,6 +104,7 @@ from sdtune.validation import check_validation, encode_held_out, prompts_of, val
 REQUIRES = {
     **ADAPTERS_REQUIRES,
     **DATASET_REQUIRES,
+    **BUCKETS_REQUIRES,
     **AVERAGE_REQUIRES,
     **MEMORY_REQUIRES,
     **OUTPUT_REQUIRES,
@@ -128,6 +132,7 @@ def make_parser():
     add_model_arguments(parser)
     add_adapter_arguments(parser, list(LORA_TARGETS))
     add_subject_arguments(parser)
+    add_bucket_arguments(parser)
     add_class_arguments(parser)
     add_objective_arguments(parser)
     add_optimization_arguments(parser)
@@ -149,7 +154,7 @@ def check_args(args, problems=()):
     found += check_optimization(args) + check_8bit_adam(args)
     found += check_hardware(args) + check_environment(args) + check_trackers(args) + check_validation(args)
     found += check_output(args, foreign_result="model_index.json")
-    found += check_model(args)
+    found += check_model(args) + check_buckets(args)
     if problems or found:  # the layers are not known, or not how their adapters are to be
         return found
     return check_adapters(args)
@@ -158,7 +163,9 @@ def check_args(args, problems=()):
 def train(args, launcher):
     """Trains as `args` say, which have been checked; `launcher` is the process that started this one, or None."""
     accelerator = make_accelerator(args)
-    images, held_out, fingerprint = load_data(args, args.instance_data_dir, args.instance_prompt, args.repeats)
+    images, held_out, fingerprint = load_data(
+        args, args.instance_data_dir, args.instance_prompt, args.repeats, fit_of(args)
+    )
     class_images = load_class_images(args)
     agree_on_data(accelerator, {"photos": fingerprint, "class_images_to_draw": class_images.missing})
     if class_images.missing and not args.dry_run:
@@ -181,7 +188,7 @@ def train(args, launcher):
         return diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, batch, args.snr_gamma)
 
     samples = with_class_rows(images, class_images)
-    counts = count_steps(args, len(images), accelerator.num_processes)
+    counts = count_steps(args, len(images), accelerator.num_processes, images.sizes)
     learning_rate = peak_learning_rate(args, counts)
     groups = group_parameters(args, models, learning_rate)
     parameters = [parameter for group in groups for parameter in group["params"]]
@@ -192,7 +199,15 @@ def train(args, launcher):
     caches_captions = args.cache_text_embeddings or args.pre_compute_text_embeddings
     cache = plan_cache(args, accelerator, pipeline, [samples, held_out], caches_captions)
     tell_plan(
-        args, accelerator, run, len(held_out), parameters, trained, frozen="all else", cache=describe_cache(cache)
+        args,
+        accelerator,
+        run,
+        len(held_out),
+        parameters,
+        trained,
+        "all else",
+        describe_buckets(args, images),
+        describe_cache(cache),
     )
     if args.dry_run:
         end_training(accelerator)
@@ -206,7 +221,8 @@ def train(args, launcher):
     held_out = encode_held_out(accelerator, parts["vae"], parts["text_encoder"], held_out, args.train_batch_size)
     look = functools.partial(validate, args, accelerator, run, parts, held_out, prompts)
     batches = batches_of(args, accelerator, run)
-    batches = with_classes(batches, len(images), len(samples) - len(images), args.prior_loss_weight, args.seed)
+    num_classes = len(class_images.checked.rows) if class_images.checked else 0
+    batches = with_classes(batches, len(images), num_classes, args.prior_loss_weight, args.seed, counts.buckets)
     loader = make_loader(args, accelerator, samples, batches)
     models_to_sync = list(prepared.values())  # whose gradients processes share
     stop = Stop(launcher)

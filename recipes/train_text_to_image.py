@@ -18,6 +18,7 @@ from pathlib import Path
 
 from sdtune.arguments import (
     AVERAGE_REQUIRES,
+    BUCKETS_REQUIRES,
     CACHE_FREE_ON_RESUME,
     DATA_FREE_ON_RESUME,
     DATASET_REQUIRES,
@@ -29,6 +30,7 @@ from sdtune.arguments import (
     OUTPUT_REQUIRES,
     RUN_FREE_ON_RESUME,
     VALIDATION_FREE_ON_RESUME,
+    add_bucket_arguments,
     add_cache_arguments,
     add_data_arguments,
     add_memory_arguments,
@@ -43,6 +45,7 @@ from sdtune.arguments import (
     new_parser,
 )
 from sdtune.batches import count_steps
+from sdtune.buckets import check_buckets, describe_buckets, fit_of
 from sdtune.cache import check_cache, describe_cache, fill_cache, leave_device, plan_cache
 from sdtune.checkpoints import Weights, write_torch_state
 from sdtune.dataset import check_data, load_data
@@ -86,7 +89,7 @@ REPLACED_FLAGS = {
     "--dream_training": "use --snr_gamma=5 to weigh timesteps",
     "--dream_detail_preservation": "use --snr_gamma=5 to weigh timesteps",
 }
-REQUIRES = {**DATASET_REQUIRES, **AVERAGE_REQUIRES, **MEMORY_REQUIRES, **OUTPUT_REQUIRES}
+REQUIRES = {**DATASET_REQUIRES, **BUCKETS_REQUIRES, **AVERAGE_REQUIRES, **MEMORY_REQUIRES, **OUTPUT_REQUIRES}
 FREE_ON_RESUME = {
     *MODEL_FREE_ON_RESUME,
     *DATA_FREE_ON_RESUME,
@@ -108,6 +111,7 @@ def make_parser():
     add = parser.add_argument_group("trained model").add_argument
     add("--non_ema_revision", help="branch, tag or commit of the UNet to train, where that is not --revision")
     add_data_arguments(parser)
+    add_bucket_arguments(parser)
     add_objective_arguments(parser)
     add_optimization_arguments(parser)
     add_memory_arguments(parser)
@@ -128,7 +132,7 @@ def check_args(args, problems=()):
     found += check_optimization(args) + check_8bit_adam(args)
     found += check_hardware(args) + check_environment(args) + check_trackers(args) + check_validation(args)
     found += check_output(args, foreign_result="pytorch_lora_weights.safetensors")
-    found += check_model(args)
+    found += check_model(args) + check_buckets(args)
     if args.non_ema_revision and Path(args.pretrained_model_name_or_path or "").exists():
         found.append(f"--non_ema_revision={args.non_ema_revision}: does nothing without a model on the Hub; drop this")
     return found
@@ -151,7 +155,7 @@ def load_models(args, accelerator):
 def train(args, launcher):
     """Trains as `args` say, which have been checked; `launcher` is the process that started this one, or None."""
     accelerator = make_accelerator(args)
-    images, held_out, fingerprint = load_data(args, args.train_data_dir)
+    images, held_out, fingerprint = load_data(args, args.train_data_dir, fit=fit_of(args))
     fingerprints = {"captioned_images": fingerprint}
     agree_on_data(accelerator, fingerprints)
     repo_id = None
@@ -167,24 +171,24 @@ def train(args, launcher):
         prompt_embeds = encode_prompts(pipeline.text_encoder, batch)
         return diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, batch, args.snr_gamma)
 
-    counts = count_steps(args, len(images), accelerator.num_processes)
+    counts = count_steps(args, len(images), accelerator.num_processes, images.sizes)
     learning_rate = peak_learning_rate(args, counts)
     parameters = list(pipeline.unet.parameters())
     groups = [{"params": parameters, "lr": learning_rate}]
     weights = Weights({"unet": pipeline.unet}, parameters, write_models, read_models)
     state = make_state(args, accelerator, groups, counts.last_step)
     run = start_run(args, accelerator, counts, state, fingerprints, weights, FREE_ON_RESUME, FIXED_ON_RESUME)
-    caches_captions = args.cache_text_embeddings
-    cache = plan_cache(args, accelerator, pipeline, [images, held_out], caches_captions)
+    cache = plan_cache(args, accelerator, pipeline, [images, held_out], args.cache_text_embeddings)
     tell_plan(
         args,
         accelerator,
         run,
         len(held_out),
         parameters,
-        trained="UNet",
-        frozen="VAE, text encoder",
-        cache=describe_cache(cache),
+        "UNet",
+        "VAE, text encoder",
+        describe_buckets(args, images),
+        describe_cache(cache),
     )
     if args.dry_run:
         end_training(accelerator)

@@ -23,6 +23,7 @@ from sdtune.arguments import (
     ADAPTERS_FREE_ON_RESUME,
     ADAPTERS_REQUIRES,
     AVERAGE_REQUIRES,
+    BUCKETS_REQUIRES,
     CACHE_FREE_ON_RESUME,
     DATA_FREE_ON_RESUME,
     DATASET_REQUIRES,
@@ -35,6 +36,7 @@ from sdtune.arguments import (
     RUN_FREE_ON_RESUME,
     VALIDATION_FREE_ON_RESUME,
     add_adapter_arguments,
+    add_bucket_arguments,
     add_cache_arguments,
     add_data_arguments,
     add_memory_arguments,
@@ -49,6 +51,7 @@ from sdtune.arguments import (
     new_parser,
 )
 from sdtune.batches import count_steps
+from sdtune.buckets import check_buckets, describe_buckets, fit_of
 from sdtune.cache import check_cache, describe_cache, fill_cache, leave_device, plan_cache
 from sdtune.checkpoints import Weights, write_torch_state
 from sdtune.dataset import check_data, load_data
@@ -87,7 +90,14 @@ from sdtune.training import (
 from sdtune.validation import check_validation, encode_held_out, prompts_of, validate
 
 REPLACED_FLAGS = {}
-REQUIRES = {**ADAPTERS_REQUIRES, **DATASET_REQUIRES, **AVERAGE_REQUIRES, **MEMORY_REQUIRES, **OUTPUT_REQUIRES}
+REQUIRES = {
+    **ADAPTERS_REQUIRES,
+    **DATASET_REQUIRES,
+    **BUCKETS_REQUIRES,
+    **AVERAGE_REQUIRES,
+    **MEMORY_REQUIRES,
+    **OUTPUT_REQUIRES,
+}
 FREE_ON_RESUME = {
     *MODEL_FREE_ON_RESUME,
     *ADAPTERS_FREE_ON_RESUME,
@@ -109,6 +119,7 @@ def make_parser():
     add_model_arguments(parser)
     add_adapter_arguments(parser, list(LORA_TARGETS))
     add_data_arguments(parser)
+    add_bucket_arguments(parser)
     add_objective_arguments(parser)
     add_optimization_arguments(parser)
     add_memory_arguments(parser)
@@ -129,7 +140,7 @@ def check_args(args, problems=()):
     found += check_optimization(args) + check_8bit_adam(args)
     found += check_hardware(args) + check_environment(args) + check_trackers(args) + check_validation(args)
     found += check_output(args, foreign_result="model_index.json")
-    found += check_model(args)
+    found += check_model(args) + check_buckets(args)
     if problems or found:  # the layers are not known, or not how their adapters are to be
         return found
     return check_adapters(args)
@@ -138,7 +149,7 @@ def check_args(args, problems=()):
 def train(args, launcher):
     """Trains as `args` say, which have been checked; `launcher` is the process that started this one, or None."""
     accelerator = make_accelerator(args)
-    images, held_out, fingerprint = load_data(args, args.train_data_dir)
+    images, held_out, fingerprint = load_data(args, args.train_data_dir, fit=fit_of(args))
     fingerprints = {"captioned_images": fingerprint}
     agree_on_data(accelerator, fingerprints)
     repo_id = None
@@ -155,7 +166,7 @@ def train(args, launcher):
         prompt_embeds = encode_prompts(text_encoder, batch)
         return diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, batch, args.snr_gamma)
 
-    counts = count_steps(args, len(images), accelerator.num_processes)
+    counts = count_steps(args, len(images), accelerator.num_processes, images.sizes)
     learning_rate = peak_learning_rate(args, counts)
     groups = group_parameters(args, models, learning_rate)
     parameters = [parameter for group in groups for parameter in group["params"]]
@@ -163,10 +174,17 @@ def train(args, launcher):
     state = make_state(args, accelerator, groups, counts.last_step)
     run = start_run(args, accelerator, counts, state, fingerprints, weights, FREE_ON_RESUME, FIXED_ON_RESUME)
     trained = f"LoRA of rank {args.rank} on {args.lora_target} of {' and '.join(models)}"
-    caches_captions = args.cache_text_embeddings
-    cache = plan_cache(args, accelerator, pipeline, [images, held_out], caches_captions)
+    cache = plan_cache(args, accelerator, pipeline, [images, held_out], args.cache_text_embeddings)
     tell_plan(
-        args, accelerator, run, len(held_out), parameters, trained, frozen="all else", cache=describe_cache(cache)
+        args,
+        accelerator,
+        run,
+        len(held_out),
+        parameters,
+        trained,
+        "all else",
+        describe_buckets(args, images),
+        describe_cache(cache),
     )
     if args.dry_run:
         end_training(accelerator)

@@ -64,6 +64,12 @@ SUBJECT_REPLACED_FLAGS = {
 
 # Flags that do nothing without another one.
 DATASET_REQUIRES = {"dataset_config_name": "dataset_name"}
+BUCKETS_REQUIRES = {
+    "bucket_max": "aspect_ratio_buckets",
+    "bucket_min": "aspect_ratio_buckets",
+    "bucket_no_upscale": "aspect_ratio_buckets",
+    "bucket_step": "aspect_ratio_buckets",
+}
 CLASS_REQUIRES = {
     "class_data_dir": "with_prior_preservation",
     "class_prompt": "with_prior_preservation",
@@ -239,6 +245,31 @@ def add_transform_arguments(add):
     filters = [kind.name.lower() for kind in Image.Resampling]
     add("--image_interpolation_mode", default="lanczos", choices=filters, help="filter for resizing")
     add("--caption_dropout", type=fraction, default=0.0, help="share of captions replaced by the empty one [0, 1]")
+
+
+def add_bucket_arguments(parser):
+    """Adds the sizes in which images keep about their shape."""
+    add = parser.add_argument_group("aspect-ratio buckets").add_argument
+    add(
+        "--aspect_ratio_buckets",
+        **SWITCH,
+        help="images keep about their shape, in sizes of at most --resolution squared pixels; implies --center_crop",
+    )
+    needs = "needs --aspect_ratio_buckets"
+    add(
+        "--bucket_step",
+        type=positive_int,
+        help="sides are multiples of this, which is one of the VAE's 8 pixels; if not given 64, or an eighth of "
+        f"--resolution, in multiples of 8, where that is less; {needs} [1, inf)",
+    )
+    add("--bucket_min", type=positive_int, help=f"smallest side; half of --resolution if not given; {needs} [1, inf)")
+    add("--bucket_max", type=positive_int, help=f"largest side; twice --resolution if not given; {needs} [1, inf)")
+    add(
+        "--bucket_no_upscale",
+        **SWITCH,
+        help="do not enlarge an image that is smaller than its bucket: it gets a smaller size of its own shape, a "
+        f"step or more at each side; {needs}",
+    )
 
 
 def add_class_arguments(parser):

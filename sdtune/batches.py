@@ -3,6 +3,8 @@
 import dataclasses
 import math
 
+import numpy as np
+
 from sdtune.randomness import ORDER, random_numbers
 
 
@@ -15,39 +17,81 @@ class StepCounts:
     samples_per_step: int
     steps_per_epoch: int
     last_step: int
+    # (num_images,), the number of each image's bucket: a step is of one. None if all are in the same.
+    buckets: np.ndarray | None = dataclasses.field(default=None, compare=False)
 
 
-def count_steps(args, num_images, num_processes):
-    """Counts the samples of a step and the steps of a run; the last step of an epoch may be short."""
+def count_steps(args, num_images, num_processes, sizes=None):
+    """Counts the samples of a step and the steps of a run. With `sizes` (num_images, 2) images of one size are a
+    bucket, whose last step in an epoch may be short."""
     samples_per_pass = args.train_batch_size * num_processes
     samples_per_step = samples_per_pass * args.gradient_accumulation_steps
-    steps_per_epoch = math.ceil(num_images / samples_per_step)
+    buckets = None if sizes is None else number_buckets(sizes)
+    in_buckets = [num_images] if buckets is None else np.bincount(buckets).tolist()
+    steps_per_epoch = sum(math.ceil(number / samples_per_step) for number in in_buckets)
     last_step = args.max_train_steps or args.num_train_epochs * steps_per_epoch
-    return StepCounts(num_images, samples_per_pass, samples_per_step, steps_per_epoch, last_step)
+    return StepCounts(num_images, samples_per_pass, samples_per_step, steps_per_epoch, last_step, buckets)
 
 
-def samples_in_step(counts, step):
-    """How many samples a step has: fewer in the last one of an epoch."""
-    taken = step % counts.steps_per_epoch * counts.samples_per_step
-    return min(counts.samples_per_step, counts.num_images - taken)
+def number_buckets(sizes):
+    """The number of each image's bucket (num_images,), by the order of their `sizes` (num_images, 2); None if all are
+    in the same."""
+    shapes, numbers = np.unique(sizes, axis=0, return_inverse=True)
+    return numbers.reshape(-1) if len(shapes) > 1 else None
 
 
-def passes_in_step(counts, step):
-    """How many forward passes a step has: fewer in the last one of an epoch."""
-    return math.ceil(samples_in_step(counts, step) / counts.samples_per_pass)
+def steps_of_epoch(counts, seed, epoch):
+    """The indices of each step's images: a permutation by (seed, epoch), of each bucket cut into steps, the last of
+    which may be short; the steps of several buckets are mixed."""
+    draw = random_numbers(seed, ORDER, epoch)
+    order = draw.permutation(counts.num_images)
+    in_buckets = [order]
+    if counts.buckets is not None:
+        ends = np.cumsum(np.bincount(counts.buckets))
+        in_buckets = np.split(order[np.argsort(counts.buckets[order], kind="stable")], ends[:-1])
+    steps = []
+    for indices in in_buckets:
+        for start in range(0, len(indices), counts.samples_per_step):
+            steps.append(indices[start : start + counts.samples_per_step])
+    if counts.buckets is not None:
+        steps = [steps[number] for number in draw.permutation(len(steps))]
+    return steps
 
 
-def micro_batches(counts, num_processes, process_index, seed, first_step):
-    """Yields this process's lists of (epoch, index, weight), one per pass of the steps from `first_step` on. An epoch
-    is a permutation by (seed, epoch), cut into steps, the last of which may be short. The weights of a step sum to 1
-    over all processes and passes; a process without a sample in a pass gets one of weight 0."""
-    per_pass, per_step = counts.samples_per_pass, counts.samples_per_step
-    batch_size = per_pass // num_processes
+def steps_from(counts, seed, first_step):
+    """Yields the epoch of each step from `first_step` on, and the list of its images' indices. They depend on the
+    seed, the epoch and the samples of a step alone, not on how passes and processes share a step."""
     for step in range(first_step, counts.last_step):
         epoch, step_in_epoch = divmod(step, counts.steps_per_epoch)
         if step == first_step or step_in_epoch == 0:
-            order = random_numbers(seed, ORDER, epoch).permutation(counts.num_images).tolist()
-        samples = order[step_in_epoch * per_step :][:per_step]
+            steps = steps_of_epoch(counts, seed, epoch)
+        yield epoch, steps[step_in_epoch].tolist()
+
+
+def step_sizes(counts, seed, first_step):
+    """Yields of each step from `first_step` on how many samples and how many forward passes it has."""
+    for _, samples in steps_from(counts, seed, first_step):
+        yield len(samples), math.ceil(len(samples) / counts.samples_per_pass)
+
+
+def micro_batches(counts, num_processes, process_index, seed, first_step):
+    """Yields this process's lists of (epoch, index, weight), one per pass of the steps from `first_step` on. The
+    weights of a step sum to 1 over all processes and passes; a process without a sample in a pass gets one of weight
+    0, of the same bucket."""
+    per_pass = counts.samples_per_pass
+    batch_size = per_pass // num_processes
+    for epoch, samples in steps_from(counts, seed, first_step):
         for start in range(0, len(samples), per_pass):
             mine = samples[start + process_index * batch_size :][:batch_size]
             yield [(epoch, index, 1 / len(samples)) for index in mine] or [(epoch, samples[0], 0.0)]
+
+
+def batches_of_one_size(items, sizes, batch_size):
+    """Cuts a list of items into batches of one size each; `sizes` (num_items, 2) are those of their images."""
+    by_size = {}
+    for item, size in zip(items, sizes.tolist(), strict=True):
+        by_size.setdefault(tuple(size), []).append(item)
+    batches = []
+    for group in by_size.values():
+        batches += [group[start : start + batch_size] for start in range(0, len(group), batch_size)]
+    return batches

@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
+from sdtune.batches import batches_of_one_size
 from sdtune.dataset import unopened
 from sdtune.diffusion import encode_posterior
 from sdtune.entries import (
@@ -73,9 +74,10 @@ class ImagesToEncode(torch.utils.data.Dataset):
 def check_cache(args, caches_captions, trains_text_encoder=False):
     """Lists what cannot be cached."""
     problems = []
-    if args.cache_latents and not args.center_crop:
+    if args.cache_latents and not args.center_crop and not args.aspect_ratio_buckets:
         problems.append(
-            "--cache_latents=True: a random crop is another image in every epoch; add --center_crop, or drop this"
+            "--cache_latents=True: a random crop is another image in every epoch; add --center_crop or "
+            "--aspect_ratio_buckets, or drop this"
         )
     if caches_captions and trains_text_encoder:
         problems.append(
@@ -224,12 +226,8 @@ def with_cache(images, cache):
 
 def encode_images(args, accelerator, vae, sources, entries):
     """Encodes images into their entries, in batches of one size, as a step does it."""
-    by_size = {}
-    for place, entry in enumerate(entries):
-        by_size.setdefault(entry.shapes["mean"], []).append(place)
-    batches = []
-    for places in by_size.values():
-        batches += cut(places, args.train_batch_size)
+    sizes = np.array([sources[entry.source].sizes[entry.index] for entry in entries])
+    batches = batches_of_one_size(list(range(len(entries))), sizes, args.train_batch_size)
     loader = make_loader(args, accelerator, ImagesToEncode(sources, entries), batches)
     with progress_bar(accelerator, "Encoding images", len(entries), "image") as bar:
         for batch in loader if entries else []:

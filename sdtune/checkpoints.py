@@ -226,6 +226,7 @@ def take_progress(run, checkpoint, progress, changed):
     if progress["global_step"] > run.counts.last_step:
         raise InputError(f"--max_train_steps: {checkpoint} is beyond the last step, {run.counts.last_step}; raise it")
     task = {"captioned_images", "image_interpolation_mode", "prediction_type", "rescale_betas_zero_snr", "resolution"}
+    task |= {"aspect_ratio_buckets", "bucket_max", "bucket_min", "bucket_no_upscale", "bucket_step"}
     if changed & task:  # held-out losses are of other images, or of another objective
         progress["base_losses"] = None
     run.progress = progress

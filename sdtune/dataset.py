@@ -92,6 +92,7 @@ class CaptionedImages(torch.utils.data.Dataset):
     noise_offset: float
     input_perturbation: float
     reads_pixels: bool = True
+    picture_sizes: np.ndarray | None = None  # (rows, 2), before that, where it is known
     cache: Cache | None = None
 
     def __len__(self):
@@ -171,15 +172,16 @@ def check_data(args, folder_flag):
     return problems
 
 
-def load_data(args, folder, default_caption=None, repeats=1):
+def load_data(args, folder, default_caption=None, repeats=1, fit=None):
     """Reads, checks and splits the images in `folder`, or else those of --dataset_name; returns (training images,
     held-out images, fingerprint of both). The held-out ones are the same for every seed, and always seen alike.
-    `default_caption` is that of images without. Raises `InputError`."""
+    `default_caption` is that of images without. `fit` gives, for the sizes of pictures (rows, 2), those to which they
+    are scaled and their centres cropped; by default these are squares. Raises `InputError`."""
     tokenizer = load_tokenizer(args)
-    checked = load_rows(args, tokenizer, folder, default_caption, args.max_train_samples)
+    checked = load_rows(args, tokenizer, folder, default_caption, args.max_train_samples, fit)
     training, held_out = split_rows(len(checked.rows), args.num_validation_samples)
     training = np.repeat(training, repeats)
-    sizes = np.full((len(checked.rows), 2), args.resolution)
+    sizes = fit(checked.sizes) if fit else np.full((len(checked.rows), 2), args.resolution)
     latent_channels, pixels_per_latent = read_latent_layout(args)
     images = CaptionedImages(
         rows=checked.rows.select(training),
@@ -190,12 +192,13 @@ def load_data(args, folder, default_caption=None, repeats=1):
         pixels_per_latent=pixels_per_latent,
         num_timesteps=read_num_timesteps(args),
         seed=args.seed,
-        center_crop=args.center_crop,
+        center_crop=args.center_crop or fit is not None,
         random_flip=args.random_flip,
         image_interpolation_mode=args.image_interpolation_mode,
         caption_dropout=args.caption_dropout,
         noise_offset=noise_offset_of(args),
         input_perturbation=args.input_perturbation,
+        picture_sizes=checked.sizes[training],
     )
     fingerprint = fingerprint_of(args.num_validation_samples, checked.digests)
     others = dataclasses.replace(
@@ -203,6 +206,7 @@ def load_data(args, folder, default_caption=None, repeats=1):
         rows=checked.rows.select(held_out),
         contents=checked.contents[held_out],
         sizes=sizes[held_out],
+        picture_sizes=checked.sizes[held_out],
     )
     return images, seen_alike(others), fingerprint
 
@@ -225,12 +229,12 @@ def unopened(images):
     return dataclasses.replace(images, rows=images.rows.select_columns("captions"), reads_pixels=False)
 
 
-def load_rows(args, tokenizer, folder, default_caption, max_samples=None):
+def load_rows(args, tokenizer, folder, default_caption, max_samples=None, fit=None):
     """Reads and checks the images in `folder`, or else those of --dataset_name, or so many of them; returns the good
-    ones. Raises `InputError`."""
+    ones. `fit` as in `load_data`. Raises `InputError`."""
     rows = choose_rows(read_rows(args, folder, default_caption), max_samples, args.seed)
     memory = path_of_findings(folder or args.dataset_name, args.cache_dir)
-    return check_rows(rows, memory, args.skip_bad_images, tokenizer, args.resolution)
+    return check_rows(rows, memory, args.skip_bad_images, tokenizer, args.resolution, fit)
 
 
 def fingerprint_of(num_held_out, digests):
@@ -552,10 +556,11 @@ def check_places(dataset, name, cache_dir):
         start += len(images)
 
 
-def check_rows(rows, memory, skip_bad_images, tokenizer, resolution):
+def check_rows(rows, memory, skip_bad_images, tokenizer, resolution, fit=None):
     """Checks every image and caption; returns the good rows. Raises one `InputError` for all others, unless
-    `skip_bad_images`; warns of small images and of captions that are cut."""
-    bad, small, cut, digests, contents, sizes = [], [], [], {}, [], []
+    `skip_bad_images`; warns of images that are enlarged, to a square or by `fit` of `load_data`, and of captions that
+    are cut."""
+    bad, cut, digests, contents, sizes = [], [], {}, [], []
     captions = list(rows["captions"])
     for index, (digest, width, height, problem) in enumerate(check_images(rows, memory)):
         if not problem and not captions[index]:
@@ -563,8 +568,6 @@ def check_rows(rows, memory, skip_bad_images, tokenizer, resolution):
         if problem:
             bad.append(f"{name_of(rows, index)}: {problem}")
             continue
-        if min(width, height) < resolution:
-            small.append(f"{name_of(rows, index)}: {width} x {height}")
         num_tokens = max(map(len, tokenizer(captions[index], verbose=False).input_ids))
         if num_tokens > tokenizer.model_max_length:
             cut.append(f"{max(captions[index], key=len)[:80]}...")
@@ -573,9 +576,14 @@ def check_rows(rows, memory, skip_bad_images, tokenizer, resolution):
         sizes.append((width, height))
 
     leave_out(bad, len(rows), may_leave_out=skip_bad_images and bool(digests))
-    warn(f"images are smaller than --resolution={resolution} and are enlarged", small)
+    good, sizes = list(digests), np.array(sizes, int).reshape(-1, 2)
+    wanted, told = (fit(sizes), "their bucket") if fit else (resolution, f"--resolution={resolution}")
+    small = []
+    for number in np.flatnonzero((sizes < wanted).any(axis=1)).tolist():
+        small.append("{}: {} x {}".format(name_of(rows, good[number]), *sizes[number]))
+    warn(f"images are smaller than {told} and are enlarged", small)
     warn(f"captions have more than {tokenizer.model_max_length} tokens and are cut", cut)
-    return CheckedRows(rows.select(list(digests)), list(digests.values()), np.array(contents), np.array(sizes))
+    return CheckedRows(rows.select(good), list(digests.values()), np.array(contents), sizes)
 
 
 def name_of(rows, index):

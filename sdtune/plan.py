@@ -14,14 +14,17 @@ from sdtune.output import chosen_tracker
 def print_plan(args, run, num_held_out, num_trained, about):
     """Says, before the first step, what will be done. `about` says what only a script knows: `trained` and `frozen`
     (which models), `devices` (how many share a pass), `images` and `optimizer` (remarks), `warnings` (a list), and
-    maybe `precision` (of passes, if that is not the setting) and `cache` (a text)."""
+    maybe `precision` (of passes, if that is not the setting), `buckets` (lines on the sizes of images) and `cache` (a
+    text)."""
     counts, side, tracker = run.counts, args.resolution, chosen_tracker(args)
     first_step, precision = run.progress["global_step"], about.get("precision", run.settings["mixed_precision"])
     gigabytes = checkpoint_bytes(run) / 1e9
-    images = f"{counts.num_images:,} to train on, {num_held_out:,} held out, at {side} x {side} pixels"
+    buckets = about.get("buckets", ())
+    shape = f"in buckets of the area of {side} x {side}" if buckets else f"at {side} x {side}"
+    images = f"{counts.num_images:,} to train on, {num_held_out:,} held out, {shape} pixels"
     passes = f"{args.train_batch_size} a pass x {args.gradient_accumulation_steps} passes x {about['devices']}"
     rows = {
-        "images": images + about["images"],
+        "images": "\n             ".join([images + about["images"], *buckets]),
         "steps": f"{first_step:,} to {counts.last_step:,}, {counts.last_step / counts.steps_per_epoch:,.1f} epochs",
         "per step": f"{counts.samples_per_step:,} images: {passes}",
         "trained": f"{about['trained']}, {num_trained:,} parameters in float32, passes in precision {precision!r}; "

@@ -136,29 +136,35 @@ def check_records(args, paths):
 
 
 def with_class_rows(images, class_images):
-    """The photos of the subject, and behind them the images of its class."""
+    """The photos of the subject, and behind them the images of its class, once for each bucket of photos, in the order
+    of their numbers."""
     checked = class_images.checked
     if checked is None:
         return images
+    shapes = np.unique(images.sizes, axis=0)
     return dataclasses.replace(
         images,
-        rows=datasets.concatenate_datasets([images.rows, checked.rows]),
-        contents=np.concatenate([images.contents, checked.contents]),
-        sizes=np.concatenate([images.sizes, np.tile(images.sizes[0], (len(checked.rows), 1))]),
+        rows=datasets.concatenate_datasets([images.rows, *[checked.rows] * len(shapes)]),
+        contents=np.concatenate([images.contents, np.tile(checked.contents, len(shapes))]),
+        sizes=np.concatenate([images.sizes, np.repeat(shapes, len(checked.rows), axis=0)]),
+        picture_sizes=None,
     )
 
 
-def with_classes(batches, num_instances, num_classes, prior_loss_weight, seed):
+def with_classes(batches, num_instances, num_classes, prior_loss_weight, seed, buckets=None):
     """Appends to each pass of (epoch, index, weight) a class image for every instance, if there are any, its weight
     multiplied: the sum of weighted losses is then the mean over instances plus `prior_loss_weight`, 1 if None, times
-    that over class images (arXiv 2208.12242, eq. 2). These come in permutations, each by (seed, its number)."""
+    that over class images (arXiv 2208.12242, eq. 2). These come in permutations, each by (seed, its number), and
+    fitted to the instance's bucket, of which `buckets` (num_instances,) are the numbers."""
     factor = 1.0 if prior_loss_weight is None else prior_loss_weight
     for batch in batches:
         partners = []
         for epoch, index, weight in batch if num_classes else []:
             turn, place = divmod(epoch * num_instances + index, num_classes)
             order = random_numbers(seed, CLASS, turn).permutation(num_classes)
-            partners.append((turn, num_instances + int(order[place]), weight * factor))
+            bucket = 0 if buckets is None else int(buckets[index])
+            partner = num_instances + bucket * num_classes + int(order[place])
+            partners.append((turn, partner, weight * factor))
         yield batch + partners
 
 

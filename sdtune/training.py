@@ -23,7 +23,8 @@ from accelerate.utils import (
 from diffusers.utils import is_xformers_available
 from tqdm.auto import tqdm
 
-from sdtune.batches import micro_batches, passes_in_step, samples_in_step
+from sdtune.batches import micro_batches, step_sizes
+from sdtune.buckets import warn_of_short_steps
 from sdtune.checkpoints import (
     find_checkpoint,
     keep_best,
@@ -186,9 +187,9 @@ def split_of_step(args, accelerator):
     return f"{passes} x {accelerator.num_processes} processes"
 
 
-def tell_plan(args, accelerator, run, num_held_out, parameters, trained, frozen, cache):
-    """Prints what will be done: how many of `parameters`, of which models are `trained`, and which are `frozen`; of
-    the `cache` a text, or None, and a list of warnings."""
+def tell_plan(args, accelerator, run, num_held_out, parameters, trained, frozen, buckets, cache):
+    """Prints what will be done: how many of `parameters`, of which models are `trained`, and which are `frozen`;
+    `buckets` are lines on the sizes of images; of the `cache` a text, or None, and a list of warnings."""
     about_cache, cache_warnings = cache
     num_trained = sum(parameter.numel() for parameter in parameters)
     about = {
@@ -197,8 +198,9 @@ def tell_plan(args, accelerator, run, num_held_out, parameters, trained, frozen,
         "trained": trained,
         "frozen": frozen,
         "optimizer": f"8-bit: {args.use_8bit_adam}; EMA: {args.use_ema}",
+        "buckets": buckets,
         "cache": about_cache,
-        "warnings": warn_of_precision(accelerator) + cache_warnings,
+        "warnings": warn_of_precision(accelerator) + warn_of_short_steps(run.counts) + cache_warnings,
     }
     print_plan(args, run, num_held_out, num_trained, about)
 
@@ -250,7 +252,7 @@ def train_steps(args, accelerator, run, stop, loader, models, training_loss, loo
     # A run that was stopped had not yet looked at the step that it goes on from.
     if first_step % validation_steps == 0 or first_step == counts.last_step:
         look_and_keep(args, accelerator, run, stop, look)
-    batches = iter(loader)
+    batches, sizes = iter(loader), step_sizes(counts, args.seed, first_step)
     bar = tqdm(
         range(first_step, counts.last_step),
         initial=first_step,
@@ -265,7 +267,7 @@ def train_steps(args, accelerator, run, stop, loader, models, training_loss, loo
 
         # Forward and backward: the passes of a step add up their gradients, which processes share in the last one.
         step_loss = torch.zeros((), device=device)
-        num_passes = passes_in_step(counts, step)
+        num_samples, num_passes = next(sizes)
         for number in range(num_passes):
             batch = send_to_device(next(batches), device, non_blocking=True)
             is_last = number == num_passes - 1
@@ -293,7 +295,7 @@ def train_steps(args, accelerator, run, stop, loader, models, training_loss, loo
 
         # Log
         if not is_broken:
-            images_per_second = samples_in_step(counts, step) / (time.perf_counter() - started)
+            images_per_second = num_samples / (time.perf_counter() - started)
             bar.set_postfix(loss=f"{loss:.4f}", images_per_second=f"{images_per_second:.1f}", refresh=False)
             if done % args.logging_steps == 0 or done == counts.last_step:
                 norm = grad_norm.item() if is_finite else None

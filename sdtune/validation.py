@@ -11,6 +11,7 @@ from accelerate.utils import gather_object, send_to_device
 from diffusers.utils import make_image_grid
 from PIL import Image
 
+from sdtune.batches import batches_of_one_size
 from sdtune.checkpoints import averaged
 from sdtune.dataset import CaptionedImages, unopened
 from sdtune.diffusion import diffusion_losses, draw_latents, encode_posterior
@@ -41,7 +42,9 @@ def encode_held_out(accelerator, vae, text_encoder, images, batch_size):
     comes out of a cache."""
     posteriors, input_ids, prompt_embeds = {}, {}, {}
     mine = range(accelerator.process_index, len(images), accelerator.num_processes)
-    for batch in torch.utils.data.DataLoader(images, batch_size, sampler=[(0, index, 1.0) for index in mine]):
+    items = [(0, index, 1.0) for index in mine]
+    batches = batches_of_one_size(items, images.sizes[mine], batch_size)
+    for batch in torch.utils.data.DataLoader(images, batch_sampler=batches):
         indices = batch["index"].tolist()
         input_ids |= zip(indices, batch["input_ids"], strict=True)
         if images.reads_pixels:
@@ -80,7 +83,8 @@ def held_out_losses(
         prompt_embeds = encode_captions(accelerator, text_encoder, held_out.input_ids, batch_size)
     pairs = [(part, index, 1.0) for index in held_out.input_ids for part in range(HELD_OUT_TIMESTEPS)]
     losses, stopped = torch.zeros(len(images)), torch.zeros(1)
-    for batch in torch.utils.data.DataLoader(images, batch_size, sampler=pairs):
+    batches = batches_of_one_size(pairs, images.sizes[[index for _, index, _ in pairs]], batch_size)
+    for batch in torch.utils.data.DataLoader(images, batch_sampler=batches):
         if is_asked():
             stopped += 1
             break

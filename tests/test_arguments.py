@@ -149,6 +149,7 @@ def test_unknown_flags_wrong_types_and_choices(refused, command):
 MISTAKES = {  # one or more of every part that checks flags, and how its message starts
     "--offload_ema": "--offload_ema=True: does nothing without --use_ema",
     "--ema_decay=0.9": "--ema_decay=0.9: does nothing without --use_ema",
+    "--bucket_min=256": "--bucket_min=256: does nothing without --aspect_ratio_buckets",
     "--dataset_name=a/b": "{data}: give this or --dataset_name, not both",
     "--lr_power=2": "--lr_power=2.0: does nothing without --lr_scheduler=polynomial",
     "--use_8bit_adam": "--use_8bit_adam=True: needs bitsandbytes",
@@ -190,6 +191,7 @@ RANGES = [  # flags of any script, their interval as help says it, values that a
         train_batch_size gradient_accumulation_steps logging_steps num_train_epochs max_train_steps checkpointing_steps
         checkpoints_total_limit validation_steps validation_epochs max_train_samples lr_num_cycles resolution rank
         repeats num_class_images sample_batch_size validation_num_inference_steps num_hosts tokenizer_max_length
+        bucket_step bucket_min bucket_max
         """,
         "[1, inf)",
         ["0", "-1", "1.5", "nan", "many"],

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sdtune.batches import StepCounts, count_steps, micro_batches, passes_in_step, samples_in_step
+from sdtune.batches import StepCounts, count_steps, micro_batches, step_sizes
 
 LAYOUTS = [  # num_samples, batch_size, num_processes, accumulation
     (12, 4, 1, 1),
@@ -90,8 +90,7 @@ def test_weights_sum_to_1_over_the_processes_and_passes_of_a_step(layout):
         assert {weight for weight in weights if weight} == {1 / num_in_step}  # a mean over its samples
         assert len(passes) == -(-num_in_step // (batch_size * num_processes))
         counts = counts_of(*layout, step + 1)
-        assert samples_in_step(counts, step) == num_in_step
-        assert passes_in_step(counts, step) == len(passes)
+        assert list(step_sizes(counts, 0, step)) == [(num_in_step, len(passes))]
 
 
 def test_order_is_the_same_for_any_number_of_processes():

@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 from sdtune.arguments import (
+    add_bucket_arguments,
     add_data_arguments,
     add_memory_arguments,
     add_model_arguments,
@@ -60,6 +61,7 @@ def parse(*words):
     for add_group in (
         add_model_arguments,
         add_data_arguments,
+        add_bucket_arguments,
         add_objective_arguments,
         add_optimization_arguments,
         add_memory_arguments,

@@ -247,6 +247,7 @@ class CaptionedImages(torch.utils.data.Dataset):
     noise_offset: float
     input_perturbation: float
     reads_pixels: bool = True
+    picture_sizes: np.ndarray | None = None  # (rows, 2), before that, where it is known
     cache: Cache | None = None
 
     def __len__(self):
@@ -316,6 +317,8 @@ class StepCounts:
     samples_per_step: int
     steps_per_epoch: int
     last_step: int
+    # (num_images,), the number of each image's bucket: a step is of one. None if all are in the same.
+    buckets: np.ndarray | None = dataclasses.field(default=None, compare=False)
 
 
 POLYNOMIAL_END = 1e-7  # the rate at which diffusers' polynomial schedule ends
@@ -846,7 +849,8 @@ def load_batches(args, run, encoded, batch_size, pool):
     here."""
     counts, first_step = run.counts, run.progress["global_step"]
     passes = micro_batches(counts, jax.process_count(), jax.process_index(), args.seed, first_step)
-    return step_batches(encoded, counts, first_step, passes, batch_size, pool)
+    sizes = step_sizes(counts, args.seed, first_step)
+    return step_batches(encoded, counts, sizes, passes, batch_size, pool)
 
 
 def compile_step(args, mesh, training_loss, optimizer):
@@ -881,10 +885,12 @@ def train_steps(args, accelerator, run, write_state, stop, mesh, batches, traini
         unit="step",
         disable=not is_first,
     )
+    sizes = step_sizes(counts, args.seed, first_step)
     reader = ThreadPoolExecutor(1)  # makes the next batch while the devices work
     upcoming = reader.submit(next, batches, None)
     for step in bar:
         started = time.perf_counter()
+        num_samples, _ = next(sizes)
         batch = upcoming.result()  # raises what went wrong with it, while the state is whole
         upcoming = reader.submit(next, batches, None)
 
@@ -905,7 +911,7 @@ def train_steps(args, accelerator, run, write_state, stop, mesh, batches, traini
 
         # Log
         if not is_broken:
-            images_per_second = samples_in_step(counts, step) / (time.perf_counter() - started)
+            images_per_second = num_samples / (time.perf_counter() - started)
             bar.set_postfix(loss=f"{loss:.4f}", images_per_second=f"{images_per_second:.1f}", refresh=False)
             if is_first and (done % args.logging_steps == 0 or done == counts.last_step):
                 norm = grad_norm if is_finite else None
@@ -937,37 +943,66 @@ def look_and_keep(args, accelerator, run, stop, look, write_state):
 
 
 # ------------------------------------------------------------------------------------------------------------- batches
-def count_steps(args, num_images, num_processes):
-    """Counts the samples of a step and the steps of a run; the last step of an epoch may be short."""
+def count_steps(args, num_images, num_processes, sizes=None):
+    """Counts the samples of a step and the steps of a run. With `sizes` (num_images, 2) images of one size are a
+    bucket, whose last step in an epoch may be short."""
     samples_per_pass = args.train_batch_size * num_processes
     samples_per_step = samples_per_pass * args.gradient_accumulation_steps
-    steps_per_epoch = math.ceil(num_images / samples_per_step)
+    buckets = None if sizes is None else number_buckets(sizes)
+    in_buckets = [num_images] if buckets is None else np.bincount(buckets).tolist()
+    steps_per_epoch = sum(math.ceil(number / samples_per_step) for number in in_buckets)
     last_step = args.max_train_steps or args.num_train_epochs * steps_per_epoch
-    return StepCounts(num_images, samples_per_pass, samples_per_step, steps_per_epoch, last_step)
+    return StepCounts(num_images, samples_per_pass, samples_per_step, steps_per_epoch, last_step, buckets)
 
 
-def samples_in_step(counts, step):
-    """How many samples a step has: fewer in the last one of an epoch."""
-    taken = step % counts.steps_per_epoch * counts.samples_per_step
-    return min(counts.samples_per_step, counts.num_images - taken)
+def number_buckets(sizes):
+    """The number of each image's bucket (num_images,), by the order of their `sizes` (num_images, 2); None if all are
+    in the same."""
+    shapes, numbers = np.unique(sizes, axis=0, return_inverse=True)
+    return numbers.reshape(-1) if len(shapes) > 1 else None
 
 
-def passes_in_step(counts, step):
-    """How many forward passes a step has: fewer in the last one of an epoch."""
-    return math.ceil(samples_in_step(counts, step) / counts.samples_per_pass)
+def steps_of_epoch(counts, seed, epoch):
+    """The indices of each step's images: a permutation by (seed, epoch), of each bucket cut into steps, the last of
+    which may be short; the steps of several buckets are mixed."""
+    draw = random_numbers(seed, ORDER, epoch)
+    order = draw.permutation(counts.num_images)
+    in_buckets = [order]
+    if counts.buckets is not None:
+        ends = np.cumsum(np.bincount(counts.buckets))
+        in_buckets = np.split(order[np.argsort(counts.buckets[order], kind="stable")], ends[:-1])
+    steps = []
+    for indices in in_buckets:
+        for start in range(0, len(indices), counts.samples_per_step):
+            steps.append(indices[start : start + counts.samples_per_step])
+    if counts.buckets is not None:
+        steps = [steps[number] for number in draw.permutation(len(steps))]
+    return steps
 
 
-def micro_batches(counts, num_processes, process_index, seed, first_step):
-    """Yields this process's lists of (epoch, index, weight), one per pass of the steps from `first_step` on. An epoch
-    is a permutation by (seed, epoch), cut into steps, the last of which may be short. The weights of a step sum to 1
-    over all processes and passes; a process without a sample in a pass gets one of weight 0."""
-    per_pass, per_step = counts.samples_per_pass, counts.samples_per_step
-    batch_size = per_pass // num_processes
+def steps_from(counts, seed, first_step):
+    """Yields the epoch of each step from `first_step` on, and the list of its images' indices. They depend on the
+    seed, the epoch and the samples of a step alone, not on how passes and processes share a step."""
     for step in range(first_step, counts.last_step):
         epoch, step_in_epoch = divmod(step, counts.steps_per_epoch)
         if step == first_step or step_in_epoch == 0:
-            order = random_numbers(seed, ORDER, epoch).permutation(counts.num_images).tolist()
-        samples = order[step_in_epoch * per_step :][:per_step]
+            steps = steps_of_epoch(counts, seed, epoch)
+        yield epoch, steps[step_in_epoch].tolist()
+
+
+def step_sizes(counts, seed, first_step):
+    """Yields of each step from `first_step` on how many samples and how many forward passes it has."""
+    for _, samples in steps_from(counts, seed, first_step):
+        yield len(samples), math.ceil(len(samples) / counts.samples_per_pass)
+
+
+def micro_batches(counts, num_processes, process_index, seed, first_step):
+    """Yields this process's lists of (epoch, index, weight), one per pass of the steps from `first_step` on. The
+    weights of a step sum to 1 over all processes and passes; a process without a sample in a pass gets one of weight
+    0, of the same bucket."""
+    per_pass = counts.samples_per_pass
+    batch_size = per_pass // num_processes
+    for epoch, samples in steps_from(counts, seed, first_step):
         for start in range(0, len(samples), per_pass):
             mine = samples[start + process_index * batch_size :][:batch_size]
             yield [(epoch, index, 1 / len(samples)) for index in mine] or [(epoch, samples[0], 0.0)]
@@ -1000,15 +1035,16 @@ def check_data(args, folder_flag):
     return problems
 
 
-def load_data(args, folder, default_caption=None, repeats=1):
+def load_data(args, folder, default_caption=None, repeats=1, fit=None):
     """Reads, checks and splits the images in `folder`, or else those of --dataset_name; returns (training images,
     held-out images, fingerprint of both). The held-out ones are the same for every seed, and always seen alike.
-    `default_caption` is that of images without. Raises `InputError`."""
+    `default_caption` is that of images without. `fit` gives, for the sizes of pictures (rows, 2), those to which they
+    are scaled and their centres cropped; by default these are squares. Raises `InputError`."""
     tokenizer = load_tokenizer(args)
-    checked = load_rows(args, tokenizer, folder, default_caption, args.max_train_samples)
+    checked = load_rows(args, tokenizer, folder, default_caption, args.max_train_samples, fit)
     training, held_out = split_rows(len(checked.rows), args.num_validation_samples)
     training = np.repeat(training, repeats)
-    sizes = np.full((len(checked.rows), 2), args.resolution)
+    sizes = fit(checked.sizes) if fit else np.full((len(checked.rows), 2), args.resolution)
     latent_channels, pixels_per_latent = read_latent_layout(args)
     images = CaptionedImages(
         rows=checked.rows.select(training),
@@ -1019,12 +1055,13 @@ def load_data(args, folder, default_caption=None, repeats=1):
         pixels_per_latent=pixels_per_latent,
         num_timesteps=read_num_timesteps(args),
         seed=args.seed,
-        center_crop=args.center_crop,
+        center_crop=args.center_crop or fit is not None,
         random_flip=args.random_flip,
         image_interpolation_mode=args.image_interpolation_mode,
         caption_dropout=args.caption_dropout,
         noise_offset=noise_offset_of(args),
         input_perturbation=args.input_perturbation,
+        picture_sizes=checked.sizes[training],
     )
     fingerprint = fingerprint_of(args.num_validation_samples, checked.digests)
     others = dataclasses.replace(
@@ -1032,6 +1069,7 @@ def load_data(args, folder, default_caption=None, repeats=1):
         rows=checked.rows.select(held_out),
         contents=checked.contents[held_out],
         sizes=sizes[held_out],
+        picture_sizes=checked.sizes[held_out],
     )
     return images, seen_alike(others), fingerprint
 
@@ -1054,12 +1092,12 @@ def unopened(images):
     return dataclasses.replace(images, rows=images.rows.select_columns("captions"), reads_pixels=False)
 
 
-def load_rows(args, tokenizer, folder, default_caption, max_samples=None):
+def load_rows(args, tokenizer, folder, default_caption, max_samples=None, fit=None):
     """Reads and checks the images in `folder`, or else those of --dataset_name, or so many of them; returns the good
-    ones. Raises `InputError`."""
+    ones. `fit` as in `load_data`. Raises `InputError`."""
     rows = choose_rows(read_rows(args, folder, default_caption), max_samples, args.seed)
     memory = path_of_findings(folder or args.dataset_name, args.cache_dir)
-    return check_rows(rows, memory, args.skip_bad_images, tokenizer, args.resolution)
+    return check_rows(rows, memory, args.skip_bad_images, tokenizer, args.resolution, fit)
 
 
 def fingerprint_of(num_held_out, digests):
@@ -1381,10 +1419,11 @@ def check_places(dataset, name, cache_dir):
         start += len(images)
 
 
-def check_rows(rows, memory, skip_bad_images, tokenizer, resolution):
+def check_rows(rows, memory, skip_bad_images, tokenizer, resolution, fit=None):
     """Checks every image and caption; returns the good rows. Raises one `InputError` for all others, unless
-    `skip_bad_images`; warns of small images and of captions that are cut."""
-    bad, small, cut, digests, contents, sizes = [], [], [], {}, [], []
+    `skip_bad_images`; warns of images that are enlarged, to a square or by `fit` of `load_data`, and of captions that
+    are cut."""
+    bad, cut, digests, contents, sizes = [], [], {}, [], []
     captions = list(rows["captions"])
     for index, (digest, width, height, problem) in enumerate(check_images(rows, memory)):
         if not problem and not captions[index]:
@@ -1392,8 +1431,6 @@ def check_rows(rows, memory, skip_bad_images, tokenizer, resolution):
         if problem:
             bad.append(f"{name_of(rows, index)}: {problem}")
             continue
-        if min(width, height) < resolution:
-            small.append(f"{name_of(rows, index)}: {width} x {height}")
         num_tokens = max(map(len, tokenizer(captions[index], verbose=False).input_ids))
         if num_tokens > tokenizer.model_max_length:
             cut.append(f"{max(captions[index], key=len)[:80]}...")
@@ -1402,9 +1439,14 @@ def check_rows(rows, memory, skip_bad_images, tokenizer, resolution):
         sizes.append((width, height))
 
     leave_out(bad, len(rows), may_leave_out=skip_bad_images and bool(digests))
-    warn(f"images are smaller than --resolution={resolution} and are enlarged", small)
+    good, sizes = list(digests), np.array(sizes, int).reshape(-1, 2)
+    wanted, told = (fit(sizes), "their bucket") if fit else (resolution, f"--resolution={resolution}")
+    small = []
+    for number in np.flatnonzero((sizes < wanted).any(axis=1)).tolist():
+        small.append("{}: {} x {}".format(name_of(rows, good[number]), *sizes[number]))
+    warn(f"images are smaller than {told} and are enlarged", small)
     warn(f"captions have more than {tokenizer.model_max_length} tokens and are cut", cut)
-    return CheckedRows(rows.select(list(digests)), list(digests.values()), np.array(contents), np.array(sizes))
+    return CheckedRows(rows.select(good), list(digests.values()), np.array(contents), sizes)
 
 
 def name_of(rows, index):
@@ -1510,17 +1552,18 @@ def look_up(encoded, batch, batch_size):
     return found
 
 
-def step_batches(encoded, counts, first_step, passes, batch_size, pool):
-    """Yields what each step from `first_step` on needs, arrays (num_passes, images, ...), of `passes`, each a list of
-    (epoch, index, weight). The last step of an epoch, which may have fewer, gets passes of weight 0."""
-    num_passes = counts.samples_per_step // counts.samples_per_pass
-    for step in range(first_step, counts.last_step):
+def step_batches(encoded, counts, sizes, passes, batch_size, pool):
+    """Yields what each step needs, arrays (num_passes, images, ...), of `passes`, each a list of (epoch, index,
+    weight), of which `sizes` say how many a step has. The last step of an epoch, which may have fewer, gets passes of
+    weight 0."""
+    most_passes = counts.samples_per_step // counts.samples_per_pass
+    for _, num_passes in sizes:
         found = []
-        for _ in range(passes_in_step(counts, step)):
+        for _ in range(num_passes):
             samples = list(pool.map(encoded.samples.__getitem__, next(passes)))
             found.append(look_up(encoded, stack(samples), batch_size))
         unweighted = {**found[0], "weight": np.zeros_like(found[0]["weight"])}
-        yield stack(found + [unweighted] * (num_passes - len(found)))
+        yield stack(found + [unweighted] * (most_passes - len(found)))
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
@@ -1665,6 +1708,7 @@ def take_progress(run, checkpoint, progress, changed):
     if progress["global_step"] > run.counts.last_step:
         raise InputError(f"--max_train_steps: {checkpoint} is beyond the last step, {run.counts.last_step}; raise it")
     task = {"captioned_images", "image_interpolation_mode", "prediction_type", "rescale_betas_zero_snr", "resolution"}
+    task |= {"aspect_ratio_buckets", "bucket_max", "bucket_min", "bucket_no_upscale", "bucket_step"}
     if changed & task:  # held-out losses are of other images, or of another objective
         progress["base_losses"] = None
     run.progress = progress
@@ -3106,14 +3150,17 @@ def save_pipeline(args, folder, pipeline, noise_scheduler):
 def print_plan(args, run, num_held_out, num_trained, about):
     """Says, before the first step, what will be done. `about` says what only a script knows: `trained` and `frozen`
     (which models), `devices` (how many share a pass), `images` and `optimizer` (remarks), `warnings` (a list), and
-    maybe `precision` (of passes, if that is not the setting) and `cache` (a text)."""
+    maybe `precision` (of passes, if that is not the setting), `buckets` (lines on the sizes of images) and `cache` (a
+    text)."""
     counts, side, tracker = run.counts, args.resolution, chosen_tracker(args)
     first_step, precision = run.progress["global_step"], about.get("precision", run.settings["mixed_precision"])
     gigabytes = checkpoint_bytes(run) / 1e9
-    images = f"{counts.num_images:,} to train on, {num_held_out:,} held out, at {side} x {side} pixels"
+    buckets = about.get("buckets", ())
+    shape = f"in buckets of the area of {side} x {side}" if buckets else f"at {side} x {side}"
+    images = f"{counts.num_images:,} to train on, {num_held_out:,} held out, {shape} pixels"
     passes = f"{args.train_batch_size} a pass x {args.gradient_accumulation_steps} passes x {about['devices']}"
     rows = {
-        "images": images + about["images"],
+        "images": "\n             ".join([images + about["images"], *buckets]),
         "steps": f"{first_step:,} to {counts.last_step:,}, {counts.last_step / counts.steps_per_epoch:,.1f} epochs",
         "per step": f"{counts.samples_per_step:,} images: {passes}",
         "trained": f"{about['trained']}, {num_trained:,} parameters in float32, passes in precision {precision!r}; "

@@ -34,6 +34,7 @@ Papers: LoRA (arXiv 2106.09685), rsLoRA (2312.03732), DoRA (2402.09353), latent 
 #   images         Decode images as a viewer shows them, and check every one before training
 #   models         Check and load the models of a Stable Diffusion pipeline
 #   entries        Entries of the cache: a file per encoded image or caption, named by a digest of what made it
+#   buckets        Aspect-ratio buckets: pictures keep about their shape, in sizes of about the same area
 #   lora_layouts   LoRA files in diffusers' and kohya's layouts: read, renamed, written; tensors keep their bits
 #   lora           Add adapters to models, go on from those in a file, and save what was trained
 #   optimization   The optimizer, its learning rate, and the average of the weights
@@ -166,6 +167,12 @@ ADAPTERS_FIXED_ON_RESUME = {"lora_target", "rank", "train_text_encoder", "use_do
 
 # Flags that do nothing without another one.
 DATASET_REQUIRES = {"dataset_config_name": "dataset_name"}
+BUCKETS_REQUIRES = {
+    "bucket_max": "aspect_ratio_buckets",
+    "bucket_min": "aspect_ratio_buckets",
+    "bucket_no_upscale": "aspect_ratio_buckets",
+    "bucket_step": "aspect_ratio_buckets",
+}
 ADAPTERS_REQUIRES = {"kohya_file_name": "output_kohya_format", "text_encoder_lr": "train_text_encoder"}
 AVERAGE_REQUIRES = {"ema_decay": "use_ema", "ema_warmup": "use_ema"}
 MEMORY_REQUIRES = {"offload_ema": "use_ema"}
@@ -269,6 +276,7 @@ class CaptionedImages(torch.utils.data.Dataset):
     noise_offset: float
     input_perturbation: float
     reads_pixels: bool = True
+    picture_sizes: np.ndarray | None = None  # (rows, 2), before that, where it is known
     cache: Cache | None = None
 
     def __len__(self):
@@ -338,6 +346,23 @@ class StepCounts:
     samples_per_step: int
     steps_per_epoch: int
     last_step: int
+    # (num_images,), the number of each image's bucket: a step is of one. None if all are in the same.
+    buckets: np.ndarray | None = dataclasses.field(default=None, compare=False)
+
+
+LARGEST_STEP = 64  # pixels, if no --bucket_step is given
+NUM_SHOWN = 8  # buckets that are told
+
+
+@dataclasses.dataclass
+class BucketRule:
+    """Which sizes there are."""
+
+    resolution: int  # its square is the area that no size exceeds
+    step: int  # of sides, in pixels
+    smallest: int  # side in pixels
+    largest: int
+    upscale: bool  # whether a picture that is smaller than its bucket is enlarged
 
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -475,7 +500,14 @@ class ImagesToEncode(torch.utils.data.Dataset):
 
 
 REPLACED_FLAGS = {}
-REQUIRES = {**ADAPTERS_REQUIRES, **DATASET_REQUIRES, **AVERAGE_REQUIRES, **MEMORY_REQUIRES, **OUTPUT_REQUIRES}
+REQUIRES = {
+    **ADAPTERS_REQUIRES,
+    **DATASET_REQUIRES,
+    **BUCKETS_REQUIRES,
+    **AVERAGE_REQUIRES,
+    **MEMORY_REQUIRES,
+    **OUTPUT_REQUIRES,
+}
 FREE_ON_RESUME = {
     *MODEL_FREE_ON_RESUME,
     *ADAPTERS_FREE_ON_RESUME,
@@ -498,6 +530,7 @@ def make_parser():
     add_model_arguments(parser)
     add_adapter_arguments(parser, list(LORA_TARGETS))
     add_data_arguments(parser)
+    add_bucket_arguments(parser)
     add_objective_arguments(parser)
     add_optimization_arguments(parser)
     add_memory_arguments(parser)
@@ -518,7 +551,7 @@ def check_args(args, problems=()):
     found += check_optimization(args) + check_8bit_adam(args)
     found += check_hardware(args) + check_environment(args) + check_trackers(args) + check_validation(args)
     found += check_output(args, foreign_result="model_index.json")
-    found += check_model(args)
+    found += check_model(args) + check_buckets(args)
     if problems or found:  # the layers are not known, or not how their adapters are to be
         return found
     return check_adapters(args)
@@ -527,7 +560,7 @@ def check_args(args, problems=()):
 def train(args, launcher):
     """Trains as `args` say, which have been checked; `launcher` is the process that started this one, or None."""
     accelerator = make_accelerator(args)
-    images, held_out, fingerprint = load_data(args, args.train_data_dir)
+    images, held_out, fingerprint = load_data(args, args.train_data_dir, fit=fit_of(args))
     fingerprints = {"captioned_images": fingerprint}
     agree_on_data(accelerator, fingerprints)
     repo_id = None
@@ -544,7 +577,7 @@ def train(args, launcher):
         prompt_embeds = encode_prompts(text_encoder, batch)
         return diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, batch, args.snr_gamma)
 
-    counts = count_steps(args, len(images), accelerator.num_processes)
+    counts = count_steps(args, len(images), accelerator.num_processes, images.sizes)
     learning_rate = peak_learning_rate(args, counts)
     groups = group_parameters(args, models, learning_rate)
     parameters = [parameter for group in groups for parameter in group["params"]]
@@ -552,10 +585,17 @@ def train(args, launcher):
     state = make_state(args, accelerator, groups, counts.last_step)
     run = start_run(args, accelerator, counts, state, fingerprints, weights, FREE_ON_RESUME, FIXED_ON_RESUME)
     trained = f"LoRA of rank {args.rank} on {args.lora_target} of {' and '.join(models)}"
-    caches_captions = args.cache_text_embeddings
-    cache = plan_cache(args, accelerator, pipeline, [images, held_out], caches_captions)
+    cache = plan_cache(args, accelerator, pipeline, [images, held_out], args.cache_text_embeddings)
     tell_plan(
-        args, accelerator, run, len(held_out), parameters, trained, frozen="all else", cache=describe_cache(cache)
+        args,
+        accelerator,
+        run,
+        len(held_out),
+        parameters,
+        trained,
+        "all else",
+        describe_buckets(args, images),
+        describe_cache(cache),
     )
     if args.dry_run:
         end_training(accelerator)
@@ -785,9 +825,9 @@ def split_of_step(args, accelerator):
     return f"{passes} x {accelerator.num_processes} processes"
 
 
-def tell_plan(args, accelerator, run, num_held_out, parameters, trained, frozen, cache):
-    """Prints what will be done: how many of `parameters`, of which models are `trained`, and which are `frozen`; of
-    the `cache` a text, or None, and a list of warnings."""
+def tell_plan(args, accelerator, run, num_held_out, parameters, trained, frozen, buckets, cache):
+    """Prints what will be done: how many of `parameters`, of which models are `trained`, and which are `frozen`;
+    `buckets` are lines on the sizes of images; of the `cache` a text, or None, and a list of warnings."""
     about_cache, cache_warnings = cache
     num_trained = sum(parameter.numel() for parameter in parameters)
     about = {
@@ -796,8 +836,9 @@ def tell_plan(args, accelerator, run, num_held_out, parameters, trained, frozen,
         "trained": trained,
         "frozen": frozen,
         "optimizer": f"8-bit: {args.use_8bit_adam}; EMA: {args.use_ema}",
+        "buckets": buckets,
         "cache": about_cache,
-        "warnings": warn_of_precision(accelerator) + cache_warnings,
+        "warnings": warn_of_precision(accelerator) + warn_of_short_steps(run.counts) + cache_warnings,
     }
     print_plan(args, run, num_held_out, num_trained, about)
 
@@ -849,7 +890,7 @@ def train_steps(args, accelerator, run, stop, loader, models, training_loss, loo
     # A run that was stopped had not yet looked at the step that it goes on from.
     if first_step % validation_steps == 0 or first_step == counts.last_step:
         look_and_keep(args, accelerator, run, stop, look)
-    batches = iter(loader)
+    batches, sizes = iter(loader), step_sizes(counts, args.seed, first_step)
     bar = tqdm(
         range(first_step, counts.last_step),
         initial=first_step,
@@ -864,7 +905,7 @@ def train_steps(args, accelerator, run, stop, loader, models, training_loss, loo
 
         # Forward and backward: the passes of a step add up their gradients, which processes share in the last one.
         step_loss = torch.zeros((), device=device)
-        num_passes = passes_in_step(counts, step)
+        num_samples, num_passes = next(sizes)
         for number in range(num_passes):
             batch = send_to_device(next(batches), device, non_blocking=True)
             is_last = number == num_passes - 1
@@ -892,7 +933,7 @@ def train_steps(args, accelerator, run, stop, loader, models, training_loss, loo
 
         # Log
         if not is_broken:
-            images_per_second = samples_in_step(counts, step) / (time.perf_counter() - started)
+            images_per_second = num_samples / (time.perf_counter() - started)
             bar.set_postfix(loss=f"{loss:.4f}", images_per_second=f"{images_per_second:.1f}", refresh=False)
             if done % args.logging_steps == 0 or done == counts.last_step:
                 norm = grad_norm.item() if is_finite else None
@@ -965,40 +1006,80 @@ def use_average(run):
 
 
 # ------------------------------------------------------------------------------------------------------------- batches
-def count_steps(args, num_images, num_processes):
-    """Counts the samples of a step and the steps of a run; the last step of an epoch may be short."""
+def count_steps(args, num_images, num_processes, sizes=None):
+    """Counts the samples of a step and the steps of a run. With `sizes` (num_images, 2) images of one size are a
+    bucket, whose last step in an epoch may be short."""
     samples_per_pass = args.train_batch_size * num_processes
     samples_per_step = samples_per_pass * args.gradient_accumulation_steps
-    steps_per_epoch = math.ceil(num_images / samples_per_step)
+    buckets = None if sizes is None else number_buckets(sizes)
+    in_buckets = [num_images] if buckets is None else np.bincount(buckets).tolist()
+    steps_per_epoch = sum(math.ceil(number / samples_per_step) for number in in_buckets)
     last_step = args.max_train_steps or args.num_train_epochs * steps_per_epoch
-    return StepCounts(num_images, samples_per_pass, samples_per_step, steps_per_epoch, last_step)
+    return StepCounts(num_images, samples_per_pass, samples_per_step, steps_per_epoch, last_step, buckets)
 
 
-def samples_in_step(counts, step):
-    """How many samples a step has: fewer in the last one of an epoch."""
-    taken = step % counts.steps_per_epoch * counts.samples_per_step
-    return min(counts.samples_per_step, counts.num_images - taken)
+def number_buckets(sizes):
+    """The number of each image's bucket (num_images,), by the order of their `sizes` (num_images, 2); None if all are
+    in the same."""
+    shapes, numbers = np.unique(sizes, axis=0, return_inverse=True)
+    return numbers.reshape(-1) if len(shapes) > 1 else None
 
 
-def passes_in_step(counts, step):
-    """How many forward passes a step has: fewer in the last one of an epoch."""
-    return math.ceil(samples_in_step(counts, step) / counts.samples_per_pass)
+def steps_of_epoch(counts, seed, epoch):
+    """The indices of each step's images: a permutation by (seed, epoch), of each bucket cut into steps, the last of
+    which may be short; the steps of several buckets are mixed."""
+    draw = random_numbers(seed, ORDER, epoch)
+    order = draw.permutation(counts.num_images)
+    in_buckets = [order]
+    if counts.buckets is not None:
+        ends = np.cumsum(np.bincount(counts.buckets))
+        in_buckets = np.split(order[np.argsort(counts.buckets[order], kind="stable")], ends[:-1])
+    steps = []
+    for indices in in_buckets:
+        for start in range(0, len(indices), counts.samples_per_step):
+            steps.append(indices[start : start + counts.samples_per_step])
+    if counts.buckets is not None:
+        steps = [steps[number] for number in draw.permutation(len(steps))]
+    return steps
 
 
-def micro_batches(counts, num_processes, process_index, seed, first_step):
-    """Yields this process's lists of (epoch, index, weight), one per pass of the steps from `first_step` on. An epoch
-    is a permutation by (seed, epoch), cut into steps, the last of which may be short. The weights of a step sum to 1
-    over all processes and passes; a process without a sample in a pass gets one of weight 0."""
-    per_pass, per_step = counts.samples_per_pass, counts.samples_per_step
-    batch_size = per_pass // num_processes
+def steps_from(counts, seed, first_step):
+    """Yields the epoch of each step from `first_step` on, and the list of its images' indices. They depend on the
+    seed, the epoch and the samples of a step alone, not on how passes and processes share a step."""
     for step in range(first_step, counts.last_step):
         epoch, step_in_epoch = divmod(step, counts.steps_per_epoch)
         if step == first_step or step_in_epoch == 0:
-            order = random_numbers(seed, ORDER, epoch).permutation(counts.num_images).tolist()
-        samples = order[step_in_epoch * per_step :][:per_step]
+            steps = steps_of_epoch(counts, seed, epoch)
+        yield epoch, steps[step_in_epoch].tolist()
+
+
+def step_sizes(counts, seed, first_step):
+    """Yields of each step from `first_step` on how many samples and how many forward passes it has."""
+    for _, samples in steps_from(counts, seed, first_step):
+        yield len(samples), math.ceil(len(samples) / counts.samples_per_pass)
+
+
+def micro_batches(counts, num_processes, process_index, seed, first_step):
+    """Yields this process's lists of (epoch, index, weight), one per pass of the steps from `first_step` on. The
+    weights of a step sum to 1 over all processes and passes; a process without a sample in a pass gets one of weight
+    0, of the same bucket."""
+    per_pass = counts.samples_per_pass
+    batch_size = per_pass // num_processes
+    for epoch, samples in steps_from(counts, seed, first_step):
         for start in range(0, len(samples), per_pass):
             mine = samples[start + process_index * batch_size :][:batch_size]
             yield [(epoch, index, 1 / len(samples)) for index in mine] or [(epoch, samples[0], 0.0)]
+
+
+def batches_of_one_size(items, sizes, batch_size):
+    """Cuts a list of items into batches of one size each; `sizes` (num_items, 2) are those of their images."""
+    by_size = {}
+    for item, size in zip(items, sizes.tolist(), strict=True):
+        by_size.setdefault(tuple(size), []).append(item)
+    batches = []
+    for group in by_size.values():
+        batches += [group[start : start + batch_size] for start in range(0, len(group), batch_size)]
+    return batches
 
 
 # ---------------------------------------------------------------------------------------------------------- randomness
@@ -1028,15 +1109,16 @@ def check_data(args, folder_flag):
     return problems
 
 
-def load_data(args, folder, default_caption=None, repeats=1):
+def load_data(args, folder, default_caption=None, repeats=1, fit=None):
     """Reads, checks and splits the images in `folder`, or else those of --dataset_name; returns (training images,
     held-out images, fingerprint of both). The held-out ones are the same for every seed, and always seen alike.
-    `default_caption` is that of images without. Raises `InputError`."""
+    `default_caption` is that of images without. `fit` gives, for the sizes of pictures (rows, 2), those to which they
+    are scaled and their centres cropped; by default these are squares. Raises `InputError`."""
     tokenizer = load_tokenizer(args)
-    checked = load_rows(args, tokenizer, folder, default_caption, args.max_train_samples)
+    checked = load_rows(args, tokenizer, folder, default_caption, args.max_train_samples, fit)
     training, held_out = split_rows(len(checked.rows), args.num_validation_samples)
     training = np.repeat(training, repeats)
-    sizes = np.full((len(checked.rows), 2), args.resolution)
+    sizes = fit(checked.sizes) if fit else np.full((len(checked.rows), 2), args.resolution)
     latent_channels, pixels_per_latent = read_latent_layout(args)
     images = CaptionedImages(
         rows=checked.rows.select(training),
@@ -1047,12 +1129,13 @@ def load_data(args, folder, default_caption=None, repeats=1):
         pixels_per_latent=pixels_per_latent,
         num_timesteps=read_num_timesteps(args),
         seed=args.seed,
-        center_crop=args.center_crop,
+        center_crop=args.center_crop or fit is not None,
         random_flip=args.random_flip,
         image_interpolation_mode=args.image_interpolation_mode,
         caption_dropout=args.caption_dropout,
         noise_offset=noise_offset_of(args),
         input_perturbation=args.input_perturbation,
+        picture_sizes=checked.sizes[training],
     )
     fingerprint = fingerprint_of(args.num_validation_samples, checked.digests)
     others = dataclasses.replace(
@@ -1060,6 +1143,7 @@ def load_data(args, folder, default_caption=None, repeats=1):
         rows=checked.rows.select(held_out),
         contents=checked.contents[held_out],
         sizes=sizes[held_out],
+        picture_sizes=checked.sizes[held_out],
     )
     return images, seen_alike(others), fingerprint
 
@@ -1082,12 +1166,12 @@ def unopened(images):
     return dataclasses.replace(images, rows=images.rows.select_columns("captions"), reads_pixels=False)
 
 
-def load_rows(args, tokenizer, folder, default_caption, max_samples=None):
+def load_rows(args, tokenizer, folder, default_caption, max_samples=None, fit=None):
     """Reads and checks the images in `folder`, or else those of --dataset_name, or so many of them; returns the good
-    ones. Raises `InputError`."""
+    ones. `fit` as in `load_data`. Raises `InputError`."""
     rows = choose_rows(read_rows(args, folder, default_caption), max_samples, args.seed)
     memory = path_of_findings(folder or args.dataset_name, args.cache_dir)
-    return check_rows(rows, memory, args.skip_bad_images, tokenizer, args.resolution)
+    return check_rows(rows, memory, args.skip_bad_images, tokenizer, args.resolution, fit)
 
 
 def fingerprint_of(num_held_out, digests):
@@ -1409,10 +1493,11 @@ def check_places(dataset, name, cache_dir):
         start += len(images)
 
 
-def check_rows(rows, memory, skip_bad_images, tokenizer, resolution):
+def check_rows(rows, memory, skip_bad_images, tokenizer, resolution, fit=None):
     """Checks every image and caption; returns the good rows. Raises one `InputError` for all others, unless
-    `skip_bad_images`; warns of small images and of captions that are cut."""
-    bad, small, cut, digests, contents, sizes = [], [], [], {}, [], []
+    `skip_bad_images`; warns of images that are enlarged, to a square or by `fit` of `load_data`, and of captions that
+    are cut."""
+    bad, cut, digests, contents, sizes = [], [], {}, [], []
     captions = list(rows["captions"])
     for index, (digest, width, height, problem) in enumerate(check_images(rows, memory)):
         if not problem and not captions[index]:
@@ -1420,8 +1505,6 @@ def check_rows(rows, memory, skip_bad_images, tokenizer, resolution):
         if problem:
             bad.append(f"{name_of(rows, index)}: {problem}")
             continue
-        if min(width, height) < resolution:
-            small.append(f"{name_of(rows, index)}: {width} x {height}")
         num_tokens = max(map(len, tokenizer(captions[index], verbose=False).input_ids))
         if num_tokens > tokenizer.model_max_length:
             cut.append(f"{max(captions[index], key=len)[:80]}...")
@@ -1430,9 +1513,14 @@ def check_rows(rows, memory, skip_bad_images, tokenizer, resolution):
         sizes.append((width, height))
 
     leave_out(bad, len(rows), may_leave_out=skip_bad_images and bool(digests))
-    warn(f"images are smaller than --resolution={resolution} and are enlarged", small)
+    good, sizes = list(digests), np.array(sizes, int).reshape(-1, 2)
+    wanted, told = (fit(sizes), "their bucket") if fit else (resolution, f"--resolution={resolution}")
+    small = []
+    for number in np.flatnonzero((sizes < wanted).any(axis=1)).tolist():
+        small.append("{}: {} x {}".format(name_of(rows, good[number]), *sizes[number]))
+    warn(f"images are smaller than {told} and are enlarged", small)
     warn(f"captions have more than {tokenizer.model_max_length} tokens and are cut", cut)
-    return CheckedRows(rows.select(list(digests)), list(digests.values()), np.array(contents), np.array(sizes))
+    return CheckedRows(rows.select(good), list(digests.values()), np.array(contents), sizes)
 
 
 def name_of(rows, index):
@@ -1633,6 +1721,7 @@ def take_progress(run, checkpoint, progress, changed):
     if progress["global_step"] > run.counts.last_step:
         raise InputError(f"--max_train_steps: {checkpoint} is beyond the last step, {run.counts.last_step}; raise it")
     task = {"captioned_images", "image_interpolation_mode", "prediction_type", "rescale_betas_zero_snr", "resolution"}
+    task |= {"aspect_ratio_buckets", "bucket_max", "bucket_min", "bucket_no_upscale", "bucket_step"}
     if changed & task:  # held-out losses are of other images, or of another objective
         progress["base_losses"] = None
     run.progress = progress
@@ -1941,6 +2030,31 @@ def add_transform_arguments(add):
     filters = [kind.name.lower() for kind in Image.Resampling]
     add("--image_interpolation_mode", default="lanczos", choices=filters, help="filter for resizing")
     add("--caption_dropout", type=fraction, default=0.0, help="share of captions replaced by the empty one [0, 1]")
+
+
+def add_bucket_arguments(parser):
+    """Adds the sizes in which images keep about their shape."""
+    add = parser.add_argument_group("aspect-ratio buckets").add_argument
+    add(
+        "--aspect_ratio_buckets",
+        **SWITCH,
+        help="images keep about their shape, in sizes of at most --resolution squared pixels; implies --center_crop",
+    )
+    needs = "needs --aspect_ratio_buckets"
+    add(
+        "--bucket_step",
+        type=positive_int,
+        help="sides are multiples of this, which is one of the VAE's 8 pixels; if not given 64, or an eighth of "
+        f"--resolution, in multiples of 8, where that is less; {needs} [1, inf)",
+    )
+    add("--bucket_min", type=positive_int, help=f"smallest side; half of --resolution if not given; {needs} [1, inf)")
+    add("--bucket_max", type=positive_int, help=f"largest side; twice --resolution if not given; {needs} [1, inf)")
+    add(
+        "--bucket_no_upscale",
+        **SWITCH,
+        help="do not enlarge an image that is smaller than its bucket: it gets a smaller size of its own shape, a "
+        f"step or more at each side; {needs}",
+    )
 
 
 def add_objective_arguments(parser):
@@ -2895,6 +3009,127 @@ def read_whole_entry(path, shapes):
         raise InputError(f"{path}: {told}, which makes it anew") from None
 
 
+# ------------------------------------------------------------------------------------------------------------- buckets
+def bucket_rule(args):
+    """The rule that the flags give."""
+    resolution = args.resolution
+    return BucketRule(
+        resolution=resolution,
+        step=args.bucket_step or min(LARGEST_STEP, max(resolution // 64 * 8, 8)),
+        smallest=args.bucket_min or math.ceil(resolution / 2),
+        largest=args.bucket_max or 2 * resolution,
+        upscale=not args.bucket_no_upscale,
+    )
+
+
+def check_buckets(args):
+    """Lists what is wrong with the buckets that the flags ask for, or between them and the base's VAE."""
+    problems = check_bucket_rule(args)
+    if args.aspect_ratio_buckets:
+        step, factor = bucket_rule(args).step, 1
+        with contextlib.suppress(Exception):  # a base that cannot be read is told by `check_model`
+            _, factor = read_latent_layout(args)
+        if step % factor:
+            usable = step // factor * factor or factor
+            problems.append(f"--bucket_step={step}: must be a multiple of {factor} for this VAE; use {usable}")
+    return problems
+
+
+def check_bucket_rule(args):
+    """Lists what contradicts itself in the buckets that the flags ask for."""
+    if not args.aspect_ratio_buckets:
+        return []
+    problems, rule, resolution = [], bucket_rule(args), args.resolution
+    if rule.step > resolution:
+        problems.append(f"--bucket_step={rule.step}: must be at most --resolution={resolution}; use a smaller one")
+    if rule.smallest > resolution:
+        problems.append(f"--bucket_min={rule.smallest}: must be at most --resolution={resolution}; use a smaller one")
+    if rule.largest < resolution:
+        problems.append(f"--bucket_max={rule.largest}: must be at least --resolution={resolution}; use a larger one")
+    if not problems and not len(list_buckets(rule)):
+        problems.append(
+            f"--bucket_step={rule.step}: no size of --resolution={resolution} has sides of {rule.smallest} to "
+            f"{rule.largest}; use a smaller step, or a smaller --bucket_min"
+        )
+    return problems
+
+
+def list_buckets(rule):
+    """All buckets (num_buckets, 2), width and height in pixels, in the order of their ratio: for each width the
+    largest height whose area is not above the resolution's square, the same turned, and the square."""
+    step, sizes = rule.step, set()
+    for width in range(math.ceil(rule.smallest / step) * step, rule.largest + 1, step):
+        height = min(rule.resolution**2 // width, rule.largest) // step * step
+        sizes |= {(width, height), (height, width)}
+    square = rule.resolution // step * step
+    sizes.add((square, square))
+    largest_of = {}  # by ratio
+    for width, height in sorted(sizes):
+        if min(width, height) >= rule.smallest:
+            largest_of[width / height] = (width, height)
+    return np.array([largest_of[ratio] for ratio in sorted(largest_of)], int).reshape(-1, 2)
+
+
+def fit_to_buckets(rule, sizes):
+    """The size to which each picture is scaled and cropped (num_images, 2), of their `sizes` (num_images, 2): of the
+    bucket whose ratio is nearest by the logarithm, in which 2 : 1 is as far from 1 : 1 as 1 : 2. Without upscaling a
+    picture that does not cover its bucket gets a size of its own: its own one, or what of it keeps within area and
+    largest side, rounded down to the step."""
+    buckets, sizes = list_buckets(rule), np.asarray(sizes)
+    log_ratios = np.log(buckets[:, 0] / buckets[:, 1])
+    halfway = (log_ratios[1:] + log_ratios[:-1]) / 2
+    fitted = buckets[np.searchsorted(halfway, np.log(sizes[:, 0] / sizes[:, 1]))]
+    if rule.upscale:
+        return fitted
+    own = sizes * np.minimum(rule.largest / sizes.max(axis=1), 1)[:, None]
+    own = own * np.minimum(rule.resolution / np.sqrt(own.prod(axis=1)), 1)[:, None]
+    # A hair more, for what rounding takes from a side that is a multiple of the step.
+    own = np.maximum(((own + 1e-6) // rule.step).astype(int), 1) * rule.step
+    return np.where((sizes < fitted).any(axis=1)[:, None], own, fitted)
+
+
+def fit_of(args):
+    """The function that gives, for the sizes of pictures (num_images, 2), those to which they are fitted; None without
+    buckets."""
+    return functools.partial(fit_to_buckets, bucket_rule(args)) if args.aspect_ratio_buckets else None
+
+
+def cropped_shares(picture_sizes, sizes):
+    """The share of each picture (num_images,) that is cropped away where it is scaled so that it covers its size."""
+    scales = (sizes / picture_sizes).max(axis=1)
+    return 1 - (sizes / picture_sizes).prod(axis=1) / scales**2
+
+
+def describe_buckets(args, images):
+    """Lines on how many images are in which bucket, the fullest first, and on what of the pictures is cropped away;
+    none without buckets."""
+    if not args.aspect_ratio_buckets:
+        return []
+    shapes, numbers = np.unique(images.sizes, axis=0, return_counts=True)
+    fullest = np.argsort(-numbers, kind="stable")
+    lines = []
+    for width, height, number in np.column_stack([shapes, numbers])[fullest[:NUM_SHOWN]].tolist():
+        lines.append(f"{width} x {height}: {number:,}")
+    if len(shapes) > NUM_SHOWN:
+        left = int(numbers[fullest[NUM_SHOWN:]].sum())
+        lines.append(f"and {len(shapes) - NUM_SHOWN:,} more: {left:,}")
+    shares = cropped_shares(images.picture_sizes, images.sizes)
+    worst = int(shares.argmax())
+    lines.append(f"cropped away: {shares.mean():.1%} of a picture on average, {shares[worst]:.1%} at worst, of")
+    lines.append(name_of(images.rows, worst))
+    return lines
+
+
+def warn_of_short_steps(counts):
+    """Lists whether there are buckets that do not fill a step."""
+    if counts.buckets is None:
+        return []
+    numbers = np.bincount(counts.buckets)
+    num_small = int((numbers < counts.samples_per_step).sum())
+    told = f"{num_small} of {len(numbers)} buckets; a larger --bucket_step makes fewer"
+    return [f"too few images for a whole step in {told}"] if num_small else []
+
+
 # -------------------------------------------------------------------------------------------------------- lora_layouts
 def to_kohya(weights, alphas):
     """Renames adapters to kohya's layout: lora_unet_ or lora_te_text_model_, the layer's name with underscores, and
@@ -3464,14 +3699,17 @@ def new_result(output_dir):
 def print_plan(args, run, num_held_out, num_trained, about):
     """Says, before the first step, what will be done. `about` says what only a script knows: `trained` and `frozen`
     (which models), `devices` (how many share a pass), `images` and `optimizer` (remarks), `warnings` (a list), and
-    maybe `precision` (of passes, if that is not the setting) and `cache` (a text)."""
+    maybe `precision` (of passes, if that is not the setting), `buckets` (lines on the sizes of images) and `cache` (a
+    text)."""
     counts, side, tracker = run.counts, args.resolution, chosen_tracker(args)
     first_step, precision = run.progress["global_step"], about.get("precision", run.settings["mixed_precision"])
     gigabytes = checkpoint_bytes(run) / 1e9
-    images = f"{counts.num_images:,} to train on, {num_held_out:,} held out, at {side} x {side} pixels"
+    buckets = about.get("buckets", ())
+    shape = f"in buckets of the area of {side} x {side}" if buckets else f"at {side} x {side}"
+    images = f"{counts.num_images:,} to train on, {num_held_out:,} held out, {shape} pixels"
     passes = f"{args.train_batch_size} a pass x {args.gradient_accumulation_steps} passes x {about['devices']}"
     rows = {
-        "images": images + about["images"],
+        "images": "\n             ".join([images + about["images"], *buckets]),
         "steps": f"{first_step:,} to {counts.last_step:,}, {counts.last_step / counts.steps_per_epoch:,.1f} epochs",
         "per step": f"{counts.samples_per_step:,} images: {passes}",
         "trained": f"{about['trained']}, {num_trained:,} parameters in float32, passes in precision {precision!r}; "
@@ -3630,7 +3868,9 @@ def encode_held_out(accelerator, vae, text_encoder, images, batch_size):
     comes out of a cache."""
     posteriors, input_ids, prompt_embeds = {}, {}, {}
     mine = range(accelerator.process_index, len(images), accelerator.num_processes)
-    for batch in torch.utils.data.DataLoader(images, batch_size, sampler=[(0, index, 1.0) for index in mine]):
+    items = [(0, index, 1.0) for index in mine]
+    batches = batches_of_one_size(items, images.sizes[mine], batch_size)
+    for batch in torch.utils.data.DataLoader(images, batch_sampler=batches):
         indices = batch["index"].tolist()
         input_ids |= zip(indices, batch["input_ids"], strict=True)
         if images.reads_pixels:
@@ -3669,7 +3909,8 @@ def held_out_losses(
         prompt_embeds = encode_captions(accelerator, text_encoder, held_out.input_ids, batch_size)
     pairs = [(part, index, 1.0) for index in held_out.input_ids for part in range(HELD_OUT_TIMESTEPS)]
     losses, stopped = torch.zeros(len(images)), torch.zeros(1)
-    for batch in torch.utils.data.DataLoader(images, batch_size, sampler=pairs):
+    batches = batches_of_one_size(pairs, images.sizes[[index for _, index, _ in pairs]], batch_size)
+    for batch in torch.utils.data.DataLoader(images, batch_sampler=batches):
         if is_asked():
             stopped += 1
             break
@@ -4057,9 +4298,10 @@ def run_script(program, parser, argv, replaced_flags, check_args, start, is_firs
 def check_cache(args, caches_captions, trains_text_encoder=False):
     """Lists what cannot be cached."""
     problems = []
-    if args.cache_latents and not args.center_crop:
+    if args.cache_latents and not args.center_crop and not args.aspect_ratio_buckets:
         problems.append(
-            "--cache_latents=True: a random crop is another image in every epoch; add --center_crop, or drop this"
+            "--cache_latents=True: a random crop is another image in every epoch; add --center_crop or "
+            "--aspect_ratio_buckets, or drop this"
         )
     if caches_captions and trains_text_encoder:
         problems.append(
@@ -4208,12 +4450,8 @@ def with_cache(images, cache):
 
 def encode_images(args, accelerator, vae, sources, entries):
     """Encodes images into their entries, in batches of one size, as a step does it."""
-    by_size = {}
-    for place, entry in enumerate(entries):
-        by_size.setdefault(entry.shapes["mean"], []).append(place)
-    batches = []
-    for places in by_size.values():
-        batches += cut(places, args.train_batch_size)
+    sizes = np.array([sources[entry.source].sizes[entry.index] for entry in entries])
+    batches = batches_of_one_size(list(range(len(entries))), sizes, args.train_batch_size)
     loader = make_loader(args, accelerator, ImagesToEncode(sources, entries), batches)
     with progress_bar(accelerator, "Encoding images", len(entries), "image") as bar:
         for batch in loader if entries else []:

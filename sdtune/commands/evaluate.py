@@ -12,7 +12,7 @@ same noise, and writes to --output_dir evaluation.json and closest_pairs.png:
 - KID (arXiv 1801.01401) between pictures and real images, here of CLIP embeddings scaled to the length of sqrt(d):
   compare figures of this command and the same --clip_model alone.
 - Held-out loss: of the images that training held out by the same --num_validation_samples (and --max_train_samples
-  with its --seed as --train_seed), against the base's.
+  with its --seed as --train_seed), against the base's; of squares, also after a training in aspect-ratio buckets.
 - Memorisation: the share of pictures that are copies of an image, and a verdict: `judge` and COPY_RATIO in
   sdtune/measures.py hold the rule. Distances are between the patch features of CLIP's last layer, which keep what is
   where. CLIP's embedding keeps what a caption says, so that an honest new picture of a caption would pass for a copy.
@@ -116,7 +116,7 @@ def make_parser():
         "--resolution",
         type=positive_int,
         default=512,
-        help="side of the square images in pixels, as in training [1, inf)",
+        help="side of the square images in pixels, as in training; after one in buckets squares all the same [1, inf)",
     )
     add("--skip_bad_images", **SWITCH, help="go on without images that cannot be used, instead of stopping")
     add("--prompts", nargs="+", help="what to draw, in turn, instead of the training images' captions")

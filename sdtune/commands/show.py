@@ -3,7 +3,8 @@
     sdtune show my_images --resolution 512 --random_flip --output sheet.png
 
 With the flags of a training run the sheet shows the first images of an epoch in the order in which that run takes
-them, with its crops, flips and captions, as they follow from --seed, --epoch and the image alone.
+them, with its crops, flips and captions, as they follow from --seed, --epoch and the image alone. With
+--aspect_ratio_buckets the order depends on --samples_per_step too; images have the shape of their bucket.
 """
 
 import math
@@ -14,14 +15,19 @@ from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
 from sdtune.arguments import (
+    BUCKETS_REQUIRES,
     SWITCH,
+    add_bucket_arguments,
     add_transform_arguments,
+    check_requirements,
     new_parser,
     non_negative_int,
     parse_flags,
     positive_int,
     random_seed,
 )
+from sdtune.batches import StepCounts, number_buckets, steps_of_epoch
+from sdtune.buckets import check_bucket_rule, describe_buckets, fit_of
 from sdtune.dataset import CaptionedImages, choose_rows, split_rows
 from sdtune.errors import InputError, raise_problems, told_to_user
 from sdtune.files import beside, is_writable
@@ -33,7 +39,7 @@ from sdtune.named_dataset import (
     check_outside,
     read_named_rows,
 )
-from sdtune.randomness import ORDER, SAMPLE, random_numbers
+from sdtune.randomness import SAMPLE, random_numbers
 
 PROGRAM = "sdtune show"
 MIN_CELL = 192  # pixels; a caption in less would be a column of single words
@@ -55,7 +61,14 @@ def make_parser():
         help="images held out of training to measure the loss on [0, inf)",
     )
     add("--seed", type=random_seed, default=0, help="seed of everything that is drawn at random [0, 9e18]")
+    add(
+        "--samples_per_step",
+        type=positive_int,
+        help="images of an optimizer step, over passes and processes; 16 if not given; needs --aspect_ratio_buckets "
+        "[1, inf)",
+    )
     add("--epoch", type=non_negative_int, default=0, help="pass over the images to show; the first is 0 [0, inf)")
+    add_bucket_arguments(parser)
     add = parser.add_argument_group("sheet").add_argument
     add("--output", metavar="FILE.png", help="file to write")
     add("--overwrite", **SWITCH, help="replace it if it exists")
@@ -74,7 +87,8 @@ def make_parser():
 
 def check_args(args):
     """Lists every flag that is wrong, its value and the remedy."""
-    problems = check_dataset_is_named(args)
+    problems = check_dataset_is_named(args) + check_bucket_rule(args)
+    problems += check_requirements(args, {**BUCKETS_REQUIRES, "samples_per_step": "aspect_ratio_buckets"})
     if not args.output:
         return [*problems, f"--output={args.output}: name a file that ends in .png"]
     output = Path(args.output)
@@ -96,11 +110,14 @@ def load_images(args):
     captions = list(rows["captions"])
     good = [index for index, (_, _, _, problem) in enumerate(findings) if captions[index] and not problem]
     training, _ = split_rows(len(good), args.num_validation_samples)
+    training, fit = [good[index] for index in training], fit_of(args)
+    picture_sizes = np.array([findings[index][1:3] for index in training])
     images = CaptionedImages(
-        rows=rows.select([good[index] for index in training]),
-        sizes=np.full((len(training), 2), args.resolution),
+        rows=rows.select(training),
+        sizes=fit(picture_sizes) if fit else np.full((len(training), 2), args.resolution),
+        picture_sizes=picture_sizes,
         seed=args.seed,
-        center_crop=args.center_crop,
+        center_crop=args.center_crop or fit is not None,
         random_flip=args.random_flip,
         image_interpolation_mode=args.image_interpolation_mode,
         caption_dropout=args.caption_dropout,
@@ -114,6 +131,19 @@ def load_images(args):
         input_perturbation=0,
     )
     return images, len(rows) - len(good)
+
+
+def order_of(images, samples_per_step, seed, epoch):
+    """The indices of images (num_images,) in the order in which an epoch takes them."""
+    counts = StepCounts(
+        num_images=len(images),
+        samples_per_pass=samples_per_step,
+        samples_per_step=samples_per_step,
+        steps_per_epoch=None,
+        last_step=None,
+        buckets=number_buckets(images.sizes),
+    )
+    return np.concatenate(steps_of_epoch(counts, seed, epoch))
 
 
 def look_at(images, indices, epoch):
@@ -145,13 +175,16 @@ def missing_signs(font, captions):
 
 def draw_sheet(seen, font_path, resolution, columns, caption_lines):
     """Draws (image, caption, name) of each cell: images in whole multiples of their size, so that every pixel shows as
-    it is, below each its name and its caption, in cells that are as high as the highest of their row.
+    it is, below each its name and its caption, in cells that are as wide as the widest and as high as the highest of
+    their row.
 
     Returns (sheet, the characters that the font lacks).
     """
-    width = resolution * max(1, math.ceil(MIN_CELL / resolution))
+    factor = max(1, math.ceil(MIN_CELL / resolution))
+    shapes = [(image.width * factor, image.height * factor) for image, _, _ in seen]
+    width = max(MIN_CELL, *[width for width, _ in shapes])
     columns = min(columns or math.ceil(math.sqrt(len(seen) * 1.5)), len(seen))
-    font_size = max(13, width // 24)
+    font_size = max(13, resolution * factor // 24)
     font, small_font = load_font(font_path, font_size), load_font(font_path, font_size * 4 // 5)
     gap, line_height = font_size, sum(font.getmetrics()) + 2
 
@@ -159,8 +192,7 @@ def draw_sheet(seen, font_path, resolution, columns, caption_lines):
     rows = [range(start, min(start + columns, len(seen))) for start in range(0, len(seen), columns)]
     heights = []
     for row in rows:
-        num_lines = 1 + max(len(texts[index]) for index in row)
-        heights.append(width + line_height * num_lines + gap)
+        heights.append(max(shapes[index][1] + line_height * (1 + len(texts[index])) for index in row) + gap)
     size = gap + columns * (width + gap), gap + sum(heights) + gap * (len(rows) - 1)
     sheet = Image.new("RGB", size, PAPER)
 
@@ -168,10 +200,11 @@ def draw_sheet(seen, font_path, resolution, columns, caption_lines):
     for row, height in zip(rows, heights):
         for column, index in enumerate(row):
             image, caption, name = seen[index]
-            left, below = gap + column * (width + gap), top + width + line_height // 4
-            sheet.paste(image.resize((width, width), Image.Resampling.NEAREST), (left, top))
+            (image_width, image_height), left = shapes[index], gap + column * (width + gap)
+            below = top + image_height + line_height // 4
+            sheet.paste(image.resize((image_width, image_height), Image.Resampling.NEAREST), (left, top))
             # White grounds have no edge of their own.
-            draw.rectangle((left - 1, top - 1, left + width, top + width), outline=FRAME)
+            draw.rectangle((left - 1, top - 1, left + image_width, top + image_height), outline=FRAME)
             end_of_name = shorten(name[::-1], small_font, width)[::-1]  # by which names differ
             draw.text((left, below), end_of_name, FAINT, small_font)
             for number, line in enumerate(texts[index], 1):
@@ -187,11 +220,14 @@ def main(argv=None):
         raise_problems(problems + check_args(args))
         load_font(args.font, 16)
         images, num_bad = load_images(args)
-        order = random_numbers(args.seed, ORDER, args.epoch).permutation(len(images))
+        order = order_of(images, args.samples_per_step or 16, args.seed, args.epoch)
         seen = look_at(images, order[: args.num_images].tolist(), args.epoch)
         sheet, lacking = draw_sheet(seen, args.font, args.resolution, args.columns, args.caption_lines)
         with beside(args.output) as unfinished:
             sheet.save(unfinished, "PNG")
+        buckets = describe_buckets(args, images)
+    if buckets:
+        print("\n  ".join(["Images by width x height of their bucket:", *buckets]))
     if lacking:
         print(f"The font has no picture of {''.join(lacking[:20])} and draws boxes; give another by --font.")
     if num_bad:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 import numpy as np
 from tqdm.auto import tqdm
 
-from sdtune.batches import passes_in_step
 from sdtune.dataset import CaptionedImages, unopened
 from sdtune.flax.networks import apply_vae_encoder
 
@@ -109,14 +108,15 @@ def look_up(encoded, batch, batch_size):
     return found
 
 
-def step_batches(encoded, counts, first_step, passes, batch_size, pool):
-    """Yields what each step from `first_step` on needs, arrays (num_passes, images, ...), of `passes`, each a list of
-    (epoch, index, weight). The last step of an epoch, which may have fewer, gets passes of weight 0."""
-    num_passes = counts.samples_per_step // counts.samples_per_pass
-    for step in range(first_step, counts.last_step):
+def step_batches(encoded, counts, sizes, passes, batch_size, pool):
+    """Yields what each step needs, arrays (num_passes, images, ...), of `passes`, each a list of (epoch, index,
+    weight), of which `sizes` say how many a step has. The last step of an epoch, which may have fewer, gets passes of
+    weight 0."""
+    most_passes = counts.samples_per_step // counts.samples_per_pass
+    for _, num_passes in sizes:
         found = []
-        for _ in range(passes_in_step(counts, step)):
+        for _ in range(num_passes):
             samples = list(pool.map(encoded.samples.__getitem__, next(passes)))
             found.append(look_up(encoded, stack(samples), batch_size))
         unweighted = {**found[0], "weight": np.zeros_like(found[0]["weight"])}
-        yield stack(found + [unweighted] * (num_passes - len(found)))
+        yield stack(found + [unweighted] * (most_passes - len(found)))

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm.auto import tqdm
 
-from sdtune.batches import micro_batches, samples_in_step
+from sdtune.batches import micro_batches, step_sizes
 from sdtune.checkpoints import find_checkpoint, keep_best, new_run, note_step, save_checkpoint
 from sdtune.errors import InputError, last_line
 from sdtune.failures import leave
@@ -164,7 +164,8 @@ def load_batches(args, run, encoded, batch_size, pool):
     here."""
     counts, first_step = run.counts, run.progress["global_step"]
     passes = micro_batches(counts, jax.process_count(), jax.process_index(), args.seed, first_step)
-    return step_batches(encoded, counts, first_step, passes, batch_size, pool)
+    sizes = step_sizes(counts, args.seed, first_step)
+    return step_batches(encoded, counts, sizes, passes, batch_size, pool)
 
 
 def compile_step(args, mesh, training_loss, optimizer):
@@ -199,10 +200,12 @@ def train_steps(args, accelerator, run, write_state, stop, mesh, batches, traini
         unit="step",
         disable=not is_first,
     )
+    sizes = step_sizes(counts, args.seed, first_step)
     reader = ThreadPoolExecutor(1)  # makes the next batch while the devices work
     upcoming = reader.submit(next, batches, None)
     for step in bar:
         started = time.perf_counter()
+        num_samples, _ = next(sizes)
         batch = upcoming.result()  # raises what went wrong with it, while the state is whole
         upcoming = reader.submit(next, batches, None)
 
@@ -223,7 +226,7 @@ def train_steps(args, accelerator, run, write_state, stop, mesh, batches, traini
 
         # Log
         if not is_broken:
-            images_per_second = samples_in_step(counts, step) / (time.perf_counter() - started)
+            images_per_second = num_samples / (time.perf_counter() - started)
             bar.set_postfix(loss=f"{loss:.4f}", images_per_second=f"{images_per_second:.1f}", refresh=False)
             if is_first and (done % args.logging_steps == 0 or done == counts.last_step):
                 norm = grad_norm if is_finite else None
