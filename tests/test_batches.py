@@ -1,11 +1,21 @@
 """Every epoch sees every sample once, in an order that no number of processes and no interruption changes."""
 
 from collections import Counter
+from itertools import pairwise
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from sdtune.batches import StepCounts, count_steps, micro_batches, step_sizes
+from sdtune.batches import (
+    StepCounts,
+    batches_of_one_size,
+    count_steps,
+    micro_batches,
+    number_buckets,
+    step_sizes,
+    steps_from,
+)
 
 LAYOUTS = [  # num_samples, batch_size, num_processes, accumulation
     (12, 4, 1, 1),
@@ -127,3 +137,125 @@ def test_short_last_batch_is_kept_and_padding_weighs_nothing():
     assert [[len(rank) for rank in ranks] for ranks in passes] == [[2, 2], [1, 1]]
     assert [weight for _, _, weight in passes[1][1]] == [0.0]
     assert len(set(real_samples(passes))) == 5
+
+
+# ------------------------------------------------------------------------------------------------------------- buckets
+
+SHAPES = np.array([(512, 512), (448, 576), (576, 448), (640, 384), (256, 1024), (320, 768), (64, 64)])
+
+
+def mix_of(generator):
+    """The sizes of some images, of one to all shapes, few or many of each."""
+    shapes = generator.permutation(SHAPES)[: generator.integers(1, len(SHAPES) + 1)]
+    return generator.permutation(np.repeat(shapes, generator.integers(1, 12, len(shapes)), axis=0))
+
+
+def counts_in_buckets(sizes, batch_size, num_processes, accumulation, num_epochs=2):
+    """The counts of a run over images of these sizes."""
+    args = SimpleNamespace(
+        train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        max_train_steps=None,
+        num_train_epochs=num_epochs,
+    )
+    return count_steps(args, len(sizes), num_processes, sizes)
+
+
+def by_step(counts, num_processes, seed=0):
+    """For each step its passes, each with one list of (epoch, index, weight) per process."""
+    ranks = [list(micro_batches(counts, num_processes, rank, seed, 0)) for rank in range(num_processes)]
+    assert len({len(rank) for rank in ranks}) == 1  # else some would wait forever for the others
+    passes = list(zip(*ranks))
+    sizes = list(step_sizes(counts, seed, 0))
+    assert sum(num_passes for _, num_passes in sizes) == len(passes)
+    return [[passes.pop(0) for _ in range(num_passes)] for _, num_passes in sizes]
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 3])
+def test_every_image_counts_once_an_epoch_in_random_mixes_of_buckets(num_processes):
+    """Of 200 mixes: no pass has two shapes, all processes have as many passes, weights of a step sum to 1, a step is
+    full or the last one of its bucket."""
+    for number in range(200):
+        generator = np.random.default_rng(number)
+        sizes = mix_of(generator)
+        batch_size, accumulation = generator.integers(1, 5, 2).tolist()
+        counts = counts_in_buckets(sizes, batch_size, num_processes, accumulation)
+        seen, lengths = Counter(), []
+        for step, passes in enumerate(by_step(counts, num_processes, seed=number)):
+            items = [item for ranks in passes for rank in ranks for item in rank]
+            assert {epoch for epoch, _, _ in items} == {step // counts.steps_per_epoch}
+            assert len(np.unique(sizes[[index for _, index, _ in items]], axis=0)) == 1  # padding too
+            assert sum(weight for _, _, weight in items) == pytest.approx(1, abs=1e-12)
+            real = [(epoch, index) for epoch, index, weight in items if weight]
+            assert {weight for _, _, weight in items} <= {0.0, 1 / len(real)}
+            assert all(1 <= len(rank) <= batch_size for ranks in passes for rank in ranks)
+            seen.update(real)
+            lengths.append(len(real))
+        assert seen == {(epoch, index): 1 for epoch in range(2) for index in range(len(sizes))}
+        per_step = batch_size * num_processes * accumulation
+        _, in_buckets = np.unique(sizes, axis=0, return_counts=True)
+        expected = []
+        for in_bucket in in_buckets.tolist():
+            expected += [per_step] * (in_bucket // per_step) + [in_bucket % per_step] * (in_bucket % per_step > 0)
+        assert counts.steps_per_epoch == len(expected)
+        assert sorted(lengths[: len(expected)]) == sorted(expected)
+        assert sorted(lengths[len(expected) :]) == sorted(expected)
+
+
+def test_steps_in_buckets_are_the_same_for_every_split():
+    """12 images a step, in one pass or many, of one process or many."""
+    splits = [(12, 1, 1), (6, 2, 1), (4, 1, 3), (3, 2, 2), (1, 3, 4), (1, 1, 12)]
+    for number in range(20):
+        sizes = mix_of(np.random.default_rng(number))
+        orders = []
+        for split in splits:
+            steps = by_step(counts_in_buckets(sizes, *split), split[1], seed=3)
+            orders.append([real_samples(passes) for passes in steps])
+        assert all(order == orders[0] for order in orders)
+
+
+def test_a_resume_in_buckets_goes_on_with_the_tail():
+    sizes = mix_of(np.random.default_rng(5))
+    counts = counts_in_buckets(sizes, 2, 1, 1)
+    full = list(steps_from(counts, 1, 0))
+    assert len(full) == 2 * counts.steps_per_epoch > 8
+    for first_step in range(len(full) + 1):
+        assert list(steps_from(counts, 1, first_step)) == full[first_step:]
+
+
+def test_steps_of_buckets_are_mixed_anew_each_epoch():
+    """Else a run would see all wide pictures in a row."""
+    sizes = np.repeat(SHAPES[:2], 20, axis=0)
+    counts = counts_in_buckets(sizes, 2, 1, 1, num_epochs=3)
+    wide = [indices[0] < 20 for _, indices in steps_from(counts, 0, 0)]
+    epochs = [wide[start : start + 20] for start in (0, 20, 40)]
+    assert all(sum(epoch) == 10 for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 3
+    changes = [sum(a != b for a, b in pairwise(epoch)) for epoch in epochs]
+    assert min(changes) >= 4
+
+
+@every_layout
+def test_one_bucket_is_the_plain_permutation(layout):
+    """By its definition, to the sample: with a size for each image or without sizes."""
+    num_samples, batch_size, num_processes, accumulation = layout
+    per_step = batch_size * num_processes * accumulation
+    sizes = np.full((num_samples, 2), 512)
+    assert number_buckets(sizes) is None
+    counts = counts_in_buckets(sizes, batch_size, num_processes, accumulation)
+    assert counts == counts_of(*layout, 2 * counts.steps_per_epoch)
+    assert counts.buckets is None
+    expected = []
+    for epoch in range(2):
+        order = np.random.default_rng((7, 1, epoch)).permutation(num_samples).tolist()
+        expected += [(epoch, order[start : start + per_step]) for start in range(0, num_samples, per_step)]
+    assert list(steps_from(counts, 7, 0)) == expected
+
+
+def test_batches_of_held_out_images_are_of_one_size_each():
+    sizes = np.array([(8, 8), (16, 8), (8, 8), (8, 16), (8, 8), (16, 8)])
+    items = [(0, index, 1.0) for index in range(6)]
+    batches = batches_of_one_size(items, sizes, 2)
+    assert [[index for _, index, _ in batch] for batch in batches] == [[0, 2], [4], [1, 5], [3]]
+    same = batches_of_one_size(items, np.full((6, 2), 8), 4)
+    assert same == [items[:4], items[4:]]  # as a loader cuts them

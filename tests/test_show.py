@@ -1,8 +1,11 @@
 """`sdtune show` draws what training sees, pixel by pixel, with captions that can be read."""
 
+import functools
 import io
 import json
+from collections import Counter
 from itertools import combinations
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -13,6 +16,7 @@ from running import status_of
 
 from sdtune import fonts
 from sdtune.arguments import (
+    add_bucket_arguments,
     add_data_arguments,
     add_model_arguments,
     add_objective_arguments,
@@ -21,7 +25,8 @@ from sdtune.arguments import (
     new_parser,
     parse_flags,
 )
-from sdtune.batches import StepCounts, micro_batches
+from sdtune.batches import StepCounts, count_steps, micro_batches
+from sdtune.buckets import fit_of
 from sdtune.commands import show as command
 from sdtune.dataset import load_data
 
@@ -46,6 +51,7 @@ def training_flags(flags):
     for add_arguments in (
         add_model_arguments,
         add_data_arguments,
+        add_bucket_arguments,
         add_objective_arguments,
         add_validation_arguments,
         add_run_arguments,
@@ -108,6 +114,64 @@ def test_the_sheet_is_what_training_sees(tiny_pipeline, odd_images, tmp_path, na
         assert np.array_equal(sheet[18 : 18 + 192 : 6, left + 5 : left + 192 + 5 : 6], pixels)
     if args.caption_dropout:
         assert 0 < sum(caption == "" for _, caption, _ in seen) < len(seen)
+
+
+@pytest.mark.parametrize("flags", [[], ["--bucket_no_upscale", "--random_flip", "--num_validation_samples=2"]])
+def test_images_in_buckets_have_their_shapes(tiny_pipeline, odd_images, tmp_path, flags, capsys, monkeypatch):
+    """In the order of a run with as many images a step, each at the top left of its cell in six times its size."""
+    settings = [*flags, "--resolution=32", f"--cache_dir={tmp_path / 'cache'}", "--aspect_ratio_buckets"]
+    base = f"--pretrained_model_name_or_path={tiny_pipeline}"
+    args = training_flags([base, f"--train_data_dir={odd_images}", "--skip_bad_images", *settings])
+    images, _, _ = load_data(args, args.train_data_dir, fit=fit_of(args))
+    layout = SimpleNamespace(
+        train_batch_size=1, gradient_accumulation_steps=3, max_train_steps=None, num_train_epochs=2
+    )
+    counts = count_steps(layout, len(images), 1, images.sizes)
+    passes = micro_batches(counts, 1, 0, 0, counts.steps_per_epoch)  # of the second epoch
+    samples = [images[item] for items in passes for item in items]
+    capsys.readouterr()
+    rows = []
+    monkeypatch.setattr(command.ImageDraw, "Draw", functools.partial(NotingDraw, rows))
+    sheet = show(odd_images, tmp_path, "--epoch=1", "--samples_per_step=3", "--columns=4", *settings)
+    assert len(samples) == len(images) == len(rows)
+    shapes = [sample["pixel_values"].shape[1:] for sample in samples]
+    assert len(set(shapes)) > 2
+    for column, ((left, top), sample) in enumerate(zip(rows, samples)):
+        pixels = sample["pixel_values"].transpose(1, 2, 0)
+        height, width, _ = pixels.shape
+        assert left == 13 + column % 4 * (max(shape[1] for shape in shapes) * 6 + 13)
+        cell = sheet[top : top + 6 * height, left : left + 6 * width]
+        assert np.array_equal(cell, pixels.repeat(6, axis=0).repeat(6, axis=1))
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "Images by width x height of their bucket:"
+    number_of = Counter((width, height) for height, width in shapes)
+    table = {line.strip() for line in said[1 : 1 + len(number_of)]}
+    assert table == {f"{width} x {height}: {number}" for (width, height), number in number_of.items()}
+    assert said[1 + len(number_of)].startswith("  cropped away: ")
+
+
+class NotingDraw(ImageDraw.ImageDraw):
+    """Draws, and lists the upper left corner inside of every frame."""
+
+    def __init__(self, corners, sheet):
+        super().__init__(sheet)
+        self.corners = corners
+
+    def rectangle(self, box, **options):
+        self.corners.append((box[0] + 1, box[1] + 1))
+        super().rectangle(box, **options)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--bucket_step=8"], "--bucket_step=8: does nothing without --aspect_ratio_buckets"),
+        (["--samples_per_step=8"], "--samples_per_step=8: does nothing without --aspect_ratio_buckets"),
+        (["--aspect_ratio_buckets", "--bucket_max=500"], "--bucket_max=500: must be at least --resolution=512"),
+    ],
+)
+def test_wrong_buckets_are_refused(image_folder, tmp_path, capsys, flags, message):
+    assert message in errors(capsys, image_folder(2), f"--output={tmp_path / 'new.png'}", *flags)
 
 
 @pytest.fixture(params=["system", "own"])

@@ -110,6 +110,23 @@ def test_weights_of_a_pass_stand_in_the_order_of_its_samples(weight, factor):
             assert [item[2] for item in classes] == [item[2] * factor for item in instances]
 
 
+@pytest.mark.parametrize("num_classes", [1, 4, 11])
+def test_class_images_of_a_bucket_stand_behind_those_of_the_one_before(num_classes):
+    """Row 7 + b k + n is class image n of k in bucket b; which one it is, and when, does not depend on buckets."""
+    buckets = np.array([0, 2, 1, 1, 0, 2, 2])
+    (passes,) = passes_of(7, batch_size=2, steps=12)
+    (plain,) = passes_with_classes(7, num_classes, 0.5, batch_size=2, steps=12)
+    found = list(with_classes(passes, 7, num_classes, 0.5, 0, buckets))
+    for batch, plain_batch in zip(found, plain, strict=True):
+        instances, classes = halves(batch)
+        plain_instances, plain_classes = halves(plain_batch)
+        assert instances == plain_instances
+        shifted = []
+        for (_, instance, _), (turn, index, weight) in zip(instances, plain_classes, strict=True):
+            shifted.append((turn, index + num_classes * int(buckets[instance]), weight))
+        assert classes == shifted
+
+
 def test_without_class_images_a_pass_is_as_it_was():
     assert passes_with_classes(3, 0, 2.5, batch_size=2, steps=4) == passes_of(3, batch_size=2, steps=4)
 
