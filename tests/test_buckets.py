@@ -397,6 +397,35 @@ def test_prior_preservation_is_resumed_to_the_bit(fit, tmp_path):
     assert read_log(folder) == read_log(straight)[3:]
 
 
+@pytest.mark.parametrize("with_classes", [False, True])
+def test_buckets_are_encoded_once(fit, seen, tmp_path, pictures, with_classes):
+    """With both caches the same shapes and, to the rounding of other batches, the same losses; no --center_crop is
+    needed. Again from the cache all is the same to the bit."""
+    settings = {"cache_dir": tmp_path / "cache", "max_train_steps": 6, "num_validation_samples": 3}
+    if with_classes:
+        classes = write_image_folder(tmp_path / "classes", 4, (32, 32), ["a picture of a star"] * 4)
+        settings |= {
+            "script": load_script(TRAIN_DREAMBOOTH),
+            "data": None,
+            "instance_data_dir": pictures,
+            "with_prior_preservation": True,
+            "class_data_dir": classes,
+            "class_prompt": "a picture of a star",
+            "num_class_images": 4,
+        }
+    cached = {"cache_latents": True, "cache_text_embeddings": True}
+    plain, first, second = (tmp_path / name for name in ("plain", "first", "second"))
+    assert fit(plain, **settings) == 0
+    shapes = seen.copy()
+    for folder in (first, second):
+        seen.clear()
+        assert fit(folder, **settings, **cached) == 0
+        assert seen == shapes
+    assert losses(first) == pytest.approx(losses(plain), rel=1e-4)
+    assert read_log(second) == read_log(first)
+    assert same(unet(second), unet(first))
+
+
 # -------------------------------------------------------------------------------------------------------------- images
 
 
