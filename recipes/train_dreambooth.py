@@ -63,7 +63,13 @@ from sdtune.models import (
     read_models,
     write_models,
 )
-from sdtune.optimization import check_8bit_adam, check_optimization, keep_embeddings_whole, peak_learning_rate
+from sdtune.optimization import (
+    check_optimization,
+    check_optimizer,
+    keep_embeddings_whole,
+    optimizer_of,
+    peak_learning_rate,
+)
 from sdtune.output import check_output, check_trackers, end_training, new_result, save_pipeline, start_trackers
 from sdtune.script import run_launched_script
 from sdtune.signals import Stop
@@ -110,9 +116,9 @@ FREE_ON_RESUME = {
 }
 FIXED_ON_RESUME = {
     "mixed_precision",
+    "optimizer",
     "state",
     "train_text_encoder",
-    "use_8bit_adam",
 }  # the checkpoint's state would not fit
 
 
@@ -143,7 +149,7 @@ def check_args(args, problems=()):
     that were found before."""
     found = check_requirements(args, REQUIRES) + check_old_flags(args)
     found += check_data(args, "instance_data_dir") + check_subject(args)
-    found += check_optimization(args) + check_8bit_adam(args)
+    found += check_optimization(args) + check_optimizer(args)
     found += check_hardware(args) + check_environment(args) + check_trackers(args) + check_validation(args)
     found += check_output(args, foreign_result="pytorch_lora_weights.safetensors")
     found += check_model(args)
@@ -204,7 +210,7 @@ def train(args, launcher):
     groups = [{"params": parameters, "lr": learning_rate}]
     weights = Weights(models, parameters, write_models, read_models)
     state = make_state(args, accelerator, groups, counts.last_step)
-    if args.use_8bit_adam:
+    if optimizer_of(args) == "adamw8bit":
         keep_embeddings_whole(state["optimizer"], models.values())
     run = start_run(args, accelerator, counts, state, fingerprints, weights, FREE_ON_RESUME, FIXED_ON_RESUME)
     frozen = ", ".join(sorted({"vae", "text_encoder"} - models.keys()))

@@ -58,7 +58,7 @@ from sdtune.models import (
     read_models,
     write_models,
 )
-from sdtune.optimization import check_8bit_adam, check_optimization, peak_learning_rate
+from sdtune.optimization import check_optimization, check_optimizer, peak_learning_rate
 from sdtune.output import check_output, check_trackers, end_training, new_result, save_pipeline, start_trackers
 from sdtune.script import run_launched_script
 from sdtune.signals import Stop
@@ -92,7 +92,7 @@ FREE_ON_RESUME = {
     *VALIDATION_FREE_ON_RESUME,
     *RUN_FREE_ON_RESUME,
 }
-FIXED_ON_RESUME = {"mixed_precision", "state", "use_8bit_adam"}  # the checkpoint's state would not fit
+FIXED_ON_RESUME = {"mixed_precision", "optimizer", "state"}  # the checkpoint's state would not fit
 
 
 def make_parser():
@@ -118,7 +118,7 @@ def check_args(args, problems=()):
     that were found before."""
     found = check_requirements(args, REQUIRES) + check_old_flags(args)
     found += check_data(args, "train_data_dir")
-    found += check_optimization(args) + check_8bit_adam(args)
+    found += check_optimization(args) + check_optimizer(args)
     found += check_hardware(args) + check_environment(args) + check_trackers(args) + check_validation(args)
     found += check_output(args, foreign_result="pytorch_lora_weights.safetensors")
     found += check_model(args)

@@ -63,7 +63,7 @@ from sdtune.lora import (
 )
 from sdtune.model_card import write_card
 from sdtune.models import check_model
-from sdtune.optimization import check_8bit_adam, check_optimization, peak_learning_rate
+from sdtune.optimization import check_optimization, check_optimizer, peak_learning_rate
 from sdtune.output import check_output, check_trackers, end_training, new_result, start_trackers
 from sdtune.script import run_launched_script
 from sdtune.signals import Stop
@@ -95,7 +95,7 @@ FREE_ON_RESUME = {
     *VALIDATION_FREE_ON_RESUME,
     *RUN_FREE_ON_RESUME,
 }
-FIXED_ON_RESUME = {*ADAPTERS_FIXED_ON_RESUME, "mixed_precision", "state", "use_8bit_adam"}  # the state would not fit
+FIXED_ON_RESUME = {*ADAPTERS_FIXED_ON_RESUME, "mixed_precision", "optimizer", "state"}  # the state would not fit
 
 
 def make_parser():
@@ -120,7 +120,7 @@ def check_args(args, problems=()):
     that were found before."""
     found = check_requirements(args, REQUIRES) + check_old_flags(args)
     found += check_data(args, "train_data_dir")
-    found += check_optimization(args) + check_8bit_adam(args)
+    found += check_optimization(args) + check_optimizer(args)
     found += check_hardware(args) + check_environment(args) + check_trackers(args) + check_validation(args)
     found += check_output(args, foreign_result="model_index.json")
     found += check_model(args)

@@ -14,6 +14,8 @@ from sdtune.errors import is_utf8
 SWITCH = {"action": argparse.BooleanOptionalAction, "default": False}  # so that a config file can turn it off too
 SWITCH_ON = {**SWITCH, "default": True}
 
+# AdamW's own constants; another optimizer may not have them.
+ADAM_DEFAULTS = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 1e-2, "adam_epsilon": 1e-8}
 OFFSET_NOISE = 0.1  # what --offset_noise means in diffusers' scripts
 
 # By group, the settings that a resume may change. They leave the result as it is, or what they lead to is compared in
@@ -33,7 +35,7 @@ OPTIMIZATION_FREE_ON_RESUME = set(
     gradient_accumulation_steps gradient_checkpointing max_nan_steps max_train_steps num_train_epochs train_batch_size
     """.split()
 )
-MEMORY_FREE_ON_RESUME = {"dataloader_num_workers", "foreach_ema", "offload_ema", "set_grads_to_none"}
+MEMORY_FREE_ON_RESUME = {"dataloader_num_workers", "foreach_ema", "offload_ema", "set_grads_to_none", "use_8bit_adam"}
 OUTPUT_FREE_ON_RESUME = set(
     """
     allow_changed_resume checkpointing_steps checkpoints_total_limit hub_model_id hub_private_repo hub_token keep_best
@@ -342,10 +344,11 @@ def add_optimization_arguments(parser):
         type=non_negative_int,
         help="steps in a row whose loss or gradient is not finite that are skipped; 5 in fp16, else 0 [0, inf)",
     )
-    add("--adam_beta1", type=fraction_below_one, default=0.9, help="AdamW's beta1 [0, 1)")
-    add("--adam_beta2", type=fraction_below_one, default=0.999, help="AdamW's beta2 [0, 1)")
-    add("--adam_weight_decay", type=non_negative_float, default=1e-2, help="AdamW's weight decay [0, inf)")
-    add("--adam_epsilon", type=positive_float, default=1e-8, help="AdamW's epsilon (0, inf)")
+    add("--adam_beta1", type=fraction_below_one, help="AdamW's beta1 [0, 1)")
+    add("--adam_beta2", type=fraction_below_one, help="AdamW's beta2 [0, 1)")
+    add("--adam_weight_decay", type=non_negative_float, help="AdamW's weight decay [0, inf)")
+    add("--adam_epsilon", type=positive_float, help="AdamW's epsilon (0, inf)")
+    parser.set_defaults(**ADAM_DEFAULTS)
     add("--use_ema", **SWITCH, help="average the weights over the steps; samples and result use the average")
     add("--ema_decay", type=fraction, help="highest decay of the average; 0.9999 if not given; needs --use_ema [0, 1]")
     add("--ema_warmup", **SWITCH, help="raise the decay slowly, as 1 - (1 + step) ** -2/3; needs --use_ema")
@@ -359,7 +362,12 @@ def add_memory_arguments(parser):
         choices=["no", "fp16", "bf16"],
         help="precision of passes; default: accelerate's config",
     )
-    add("--use_8bit_adam", **SWITCH, help="AdamW with 8-bit state, by bitsandbytes")
+    add(
+        "--optimizer",
+        choices=["adamw", "adamw8bit", "adafactor", "prodigy"],
+        help="adamw if not given; prodigy finds its rate itself: give it --learning_rate=1, which is a factor there",
+    )
+    add("--use_8bit_adam", **SWITCH, help="the same as --optimizer=adamw8bit: AdamW with 8-bit state, by bitsandbytes")
     add("--offload_ema", **SWITCH, help="keep and update the average in CPU memory; needs --use_ema")
     add("--foreach_ema", **SWITCH_ON, help="update the average with few, large operations; not where it is offloaded")
     add("--enable_xformers_memory_efficient_attention", **SWITCH, help="xFormers' attention instead of torch's")

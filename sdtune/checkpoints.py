@@ -16,7 +16,7 @@ import torch
 from sdtune.batches import StepCounts
 from sdtune.errors import InputError, last_line
 from sdtune.files import beside, copy_mode, read_json, sync, sync_folder
-from sdtune.optimization import peak_learning_rate
+from sdtune.optimization import PRODIGY_PROGRESS, peak_learning_rate
 
 AVERAGED = "_ema"  # ends the names of averaged weights in a checkpoint
 
@@ -248,7 +248,10 @@ def resume(run, checkpoint, free, fixed):
     asked = {"param_groups", "base_lrs", "decay", "use_ema_warmup"}
     for name, part in run.state.items():
         now = part.state_dict()
+        before = saved[name].get("param_groups", [])
         saved[name].update({key: now[key] for key in now.keys() & asked})
+        for group, group_before in zip(now.get("param_groups", []), before, strict=True):
+            group.update({key: group_before[key] for key in group_before.keys() & PRODIGY_PROGRESS})
         part.load_state_dict(saved[name])
     optimizer, lr_scheduler = run.state["optimizer"], run.state["lr_scheduler"]
     for group, factor in zip(optimizer.param_groups, lr_scheduler.lr_lambdas, strict=True):

@@ -13,8 +13,8 @@ from sdtune.output import chosen_tracker
 
 def print_plan(args, run, num_held_out, num_trained, about):
     """Says, before the first step, what will be done. `about` says what only a script knows: `trained` and `frozen`
-    (which models), `devices` (how many share a pass), `images` and `optimizer` (remarks), `warnings` (a list), and
-    maybe `precision` (of passes, if that is not the setting)."""
+    (which models), `devices` (how many share a pass), `images` (a remark), `optimizer` (its name), `warnings` (a
+    list), and maybe `precision` (of passes, if that is not the setting)."""
     counts, side, tracker = run.counts, args.resolution, chosen_tracker(args)
     first_step, precision = run.progress["global_step"], about.get("precision", run.settings["mixed_precision"])
     gigabytes = checkpoint_bytes(run) / 1e9
@@ -26,7 +26,8 @@ def print_plan(args, run, num_held_out, num_trained, about):
         "per step": f"{counts.samples_per_step:,} images: {passes}",
         "trained": f"{about['trained']}, {num_trained:,} parameters in float32, passes in precision {precision!r}; "
         f"frozen: {about['frozen']}",
-        "optimizer": f"AdamW at {run.settings['peak_learning_rate']:g}, {args.lr_scheduler}; {about['optimizer']}",
+        "optimizer": f"{about['optimizer']} at {run.settings['peak_learning_rate']:g}, {args.lr_scheduler}; "
+        f"EMA: {args.use_ema}",
         "output": f"{args.output_dir}, a checkpoint of {gigabytes:.2g} GB every {args.checkpointing_steps:,} steps",
         "log": f"log.jsonl and {tracker}" if tracker else "log.jsonl, no tracker",
     }
@@ -75,20 +76,28 @@ def checkpoint_bytes(run):
         if name == "optimizer" and hasattr(part, "param_groups"):  # whose moments are made in the first step
             for group in part.param_groups:
                 for parameter in group["params"]:
-                    total += moment_bytes(parameter, part.state.get(parameter, {}), run.settings["use_8bit_adam"])
+                    total += moment_bytes(parameter, part.state.get(parameter, {}), run.settings["optimizer"])
         else:
             total += array_bytes(part.state_dict() if hasattr(part, "state_dict") else part)
     return total
 
 
-def moment_bytes(parameter, state, use_8bit_adam):
-    """How many bytes AdamW's two moments of a parameter take. The 8-bit form has a byte for each, and for every 256 a
-    scale of 4, but leaves small parameters, and those whose `state` is there in float32, in 32 bits."""
+def moment_bytes(parameter, state, optimizer):
+    """How many bytes the state of an optimizer, by name, takes for a parameter; `state` is what is there of it."""
     size = parameter.numel()
-    is_whole = size < 4096 or ("state1" in state and state["state1"].dtype == torch.float32)
-    if use_8bit_adam and not is_whole:
-        return 2 * (size + 4 * math.ceil(size / 256))
-    return 8 * size
+    if (
+        optimizer == "adamw8bit"
+    ):  # a byte for each moment and for every 256 a scale, but for small ones, and embeddings
+        is_whole = size < 4096 or ("state1" in state and state["state1"].dtype == torch.float32)
+        return 8 * size if is_whole else 2 * (size + 4 * math.ceil(size / 256))
+    if optimizer == "adafactor" and parameter.dim() >= 2:  # means over rows and over columns
+        return 4 * (size // parameter.shape[-1] + size // parameter.shape[-2])
+    if optimizer == "adafactor":
+        return 4 * size
+    if optimizer == "prodigy":  # two moments, a sum, and the start, unless that was zero
+        was_zero = state["p0"].dim() == 0 if "p0" in state else not parameter.any()
+        return 4 * size * (3 if was_zero else 4)
+    return 2 * parameter.nbytes
 
 
 def array_bytes(part):

@@ -36,7 +36,15 @@ from sdtune.checkpoints import (
 from sdtune.errors import InputError
 from sdtune.failures import leave
 from sdtune.models import DTYPES
-from sdtune.optimization import make_average, make_optimizer, make_schedule, step_average
+from sdtune.optimization import (
+    OPTIMIZERS,
+    make_average,
+    make_optimizer,
+    make_schedule,
+    optimizer_of,
+    step_average,
+    warn_of_rate,
+)
 from sdtune.output import chosen_tracker, log_losses, prepare_output
 from sdtune.plan import print_plan, warn_of_precision
 from sdtune.randomness import DROPOUT, random_numbers
@@ -163,7 +171,7 @@ def start_run(args, accelerator, counts, state, fingerprints, weights, free, fix
     """A run at its start, or where the checkpoint to resume from ended, the same in all processes; `free` and `fixed`
     name settings that may and that cannot differ from the checkpoint's. Raises `InputError`."""
     masks = split_of_step(args, accelerator) if has_dropout(weights.models) else None
-    fingerprints = {**fingerprints, "dropout_masks": masks}
+    fingerprints = {**fingerprints, "dropout_masks": masks, "optimizer": optimizer_of(args)}
     run = new_run(args, counts, state, accelerator.mixed_precision, fingerprints, weights)
     if checkpoint := find_checkpoint(run.output_dir, args.resume_from_checkpoint):
         resume(run, checkpoint, free, fixed)
@@ -194,8 +202,8 @@ def tell_plan(args, accelerator, run, num_held_out, parameters, trained, frozen)
         "devices": f"{accelerator.num_processes} ranks",
         "trained": trained,
         "frozen": frozen,
-        "optimizer": f"8-bit: {args.use_8bit_adam}; EMA: {args.use_ema}",
-        "warnings": warn_of_precision(accelerator),
+        "optimizer": OPTIMIZERS[optimizer_of(args)],
+        "warnings": warn_of_precision(accelerator) + warn_of_rate(args, run.settings["peak_learning_rate"]),
     }
     print_plan(args, run, num_held_out, num_trained, about)
 

@@ -60,6 +60,7 @@ import io
 import json
 import math
 import os
+import pkgutil
 import re
 import shutil
 import signal
@@ -96,7 +97,7 @@ from accelerate.utils import (
 from diffusers.models.attention_processor import Attention, XFormersAttnProcessor
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, cast_training_params, compute_snr, free_memory
-from diffusers.utils import is_bitsandbytes_available, is_xformers_available, make_image_grid
+from diffusers.utils import is_xformers_available, make_image_grid
 from filelock import FileLock, Timeout
 from huggingface_hub import DatasetCard, HfApi, ModelCard, ModelCardData
 from huggingface_hub.constants import HF_HUB_CACHE
@@ -125,6 +126,8 @@ CLASS = 5  # order and noise of class images
 SWITCH = {"action": argparse.BooleanOptionalAction, "default": False}  # so that a config file can turn it off too
 SWITCH_ON = {**SWITCH, "default": True}
 
+# AdamW's own constants; another optimizer may not have them.
+ADAM_DEFAULTS = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 1e-2, "adam_epsilon": 1e-8}
 OFFSET_NOISE = 0.1  # what --offset_noise means in diffusers' scripts
 
 # By group, the settings that a resume may change. They leave the result as it is, or what they lead to is compared in
@@ -143,7 +146,7 @@ OPTIMIZATION_FREE_ON_RESUME = set(
     gradient_accumulation_steps gradient_checkpointing max_nan_steps max_train_steps num_train_epochs train_batch_size
     """.split()
 )
-MEMORY_FREE_ON_RESUME = {"dataloader_num_workers", "foreach_ema", "offload_ema", "set_grads_to_none"}
+MEMORY_FREE_ON_RESUME = {"dataloader_num_workers", "foreach_ema", "offload_ema", "set_grads_to_none", "use_8bit_adam"}
 OUTPUT_FREE_ON_RESUME = set(
     """
     allow_changed_resume checkpointing_steps checkpoints_total_limit hub_model_id hub_private_repo hub_token keep_best
@@ -334,6 +337,10 @@ class ClassImages:
     missing: list  # file names
 
 
+OPTIMIZERS = {"adamw": "AdamW", "adamw8bit": "8-bit AdamW", "adafactor": "Adafactor", "prodigy": "Prodigy"}
+NEEDED_PACKAGES = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}
+# What Prodigy learns about the size of its steps; it stands among the settings of its groups.
+PRODIGY_PROGRESS = {"d", "d_max", "d_hat", "d_numerator", "d_denom", "k"}
 POLYNOMIAL_END = 1e-7  # the rate at which diffusers' polynomial schedule ends
 AVERAGED_AT_ONCE = 2**24  # weights whose average is updated at once: 64 MB of differences
 
@@ -435,7 +442,7 @@ FREE_ON_RESUME = {
     *VALIDATION_FREE_ON_RESUME,
     *RUN_FREE_ON_RESUME,
 }
-FIXED_ON_RESUME = {*ADAPTERS_FIXED_ON_RESUME, "mixed_precision", "state", "use_8bit_adam"}  # the state would not fit
+FIXED_ON_RESUME = {*ADAPTERS_FIXED_ON_RESUME, "mixed_precision", "optimizer", "state"}  # the state would not fit
 
 
 # ---------------------------------------------------------------------------------------------------------- the script
@@ -462,7 +469,7 @@ def check_args(args, problems=()):
     that were found before."""
     found = check_requirements(args, REQUIRES) + check_old_flags(args)
     found += check_data(args, "instance_data_dir") + check_subject(args)
-    found += check_optimization(args) + check_8bit_adam(args)
+    found += check_optimization(args) + check_optimizer(args)
     found += check_hardware(args) + check_environment(args) + check_trackers(args) + check_validation(args)
     found += check_output(args, foreign_result="model_index.json")
     found += check_model(args)
@@ -699,7 +706,7 @@ def start_run(args, accelerator, counts, state, fingerprints, weights, free, fix
     """A run at its start, or where the checkpoint to resume from ended, the same in all processes; `free` and `fixed`
     name settings that may and that cannot differ from the checkpoint's. Raises `InputError`."""
     masks = split_of_step(args, accelerator) if has_dropout(weights.models) else None
-    fingerprints = {**fingerprints, "dropout_masks": masks}
+    fingerprints = {**fingerprints, "dropout_masks": masks, "optimizer": optimizer_of(args)}
     run = new_run(args, counts, state, accelerator.mixed_precision, fingerprints, weights)
     if checkpoint := find_checkpoint(run.output_dir, args.resume_from_checkpoint):
         resume(run, checkpoint, free, fixed)
@@ -730,8 +737,8 @@ def tell_plan(args, accelerator, run, num_held_out, parameters, trained, frozen)
         "devices": f"{accelerator.num_processes} ranks",
         "trained": trained,
         "frozen": frozen,
-        "optimizer": f"8-bit: {args.use_8bit_adam}; EMA: {args.use_ema}",
-        "warnings": warn_of_precision(accelerator),
+        "optimizer": OPTIMIZERS[optimizer_of(args)],
+        "warnings": warn_of_precision(accelerator) + warn_of_rate(args, run.settings["peak_learning_rate"]),
     }
     print_plan(args, run, num_held_out, num_trained, about)
 
@@ -1562,7 +1569,10 @@ def resume(run, checkpoint, free, fixed):
     asked = {"param_groups", "base_lrs", "decay", "use_ema_warmup"}
     for name, part in run.state.items():
         now = part.state_dict()
+        before = saved[name].get("param_groups", [])
         saved[name].update({key: now[key] for key in now.keys() & asked})
+        for group, group_before in zip(now.get("param_groups", []), before, strict=True):
+            group.update({key: group_before[key] for key in group_before.keys() & PRODIGY_PROGRESS})
         part.load_state_dict(saved[name])
     optimizer, lr_scheduler = run.state["optimizer"], run.state["lr_scheduler"]
     for group, factor in zip(optimizer.param_groups, lr_scheduler.lr_lambdas, strict=True):
@@ -1954,10 +1964,11 @@ def add_optimization_arguments(parser):
         type=non_negative_int,
         help="steps in a row whose loss or gradient is not finite that are skipped; 5 in fp16, else 0 [0, inf)",
     )
-    add("--adam_beta1", type=fraction_below_one, default=0.9, help="AdamW's beta1 [0, 1)")
-    add("--adam_beta2", type=fraction_below_one, default=0.999, help="AdamW's beta2 [0, 1)")
-    add("--adam_weight_decay", type=non_negative_float, default=1e-2, help="AdamW's weight decay [0, inf)")
-    add("--adam_epsilon", type=positive_float, default=1e-8, help="AdamW's epsilon (0, inf)")
+    add("--adam_beta1", type=fraction_below_one, help="AdamW's beta1 [0, 1)")
+    add("--adam_beta2", type=fraction_below_one, help="AdamW's beta2 [0, 1)")
+    add("--adam_weight_decay", type=non_negative_float, help="AdamW's weight decay [0, inf)")
+    add("--adam_epsilon", type=positive_float, help="AdamW's epsilon (0, inf)")
+    parser.set_defaults(**ADAM_DEFAULTS)
     add("--use_ema", **SWITCH, help="average the weights over the steps; samples and result use the average")
     add("--ema_decay", type=fraction, help="highest decay of the average; 0.9999 if not given; needs --use_ema [0, 1]")
     add("--ema_warmup", **SWITCH, help="raise the decay slowly, as 1 - (1 + step) ** -2/3; needs --use_ema")
@@ -1971,7 +1982,12 @@ def add_memory_arguments(parser):
         choices=["no", "fp16", "bf16"],
         help="precision of passes; default: accelerate's config",
     )
-    add("--use_8bit_adam", **SWITCH, help="AdamW with 8-bit state, by bitsandbytes")
+    add(
+        "--optimizer",
+        choices=["adamw", "adamw8bit", "adafactor", "prodigy"],
+        help="adamw if not given; prodigy finds its rate itself: give it --learning_rate=1, which is a factor there",
+    )
+    add("--use_8bit_adam", **SWITCH, help="the same as --optimizer=adamw8bit: AdamW with 8-bit state, by bitsandbytes")
     add("--offload_ema", **SWITCH, help="keep and update the average in CPU memory; needs --use_ema")
     add("--foreach_ema", **SWITCH_ON, help="update the average with few, large operations; not where it is offloaded")
     add("--enable_xformers_memory_efficient_attention", **SWITCH, help="xFormers' attention instead of torch's")
@@ -3143,11 +3159,44 @@ def check_optimization(args):
     return problems
 
 
-def check_8bit_adam(args):
-    """Lists whether 8-bit AdamW is asked for where it is not installed."""
-    if args.use_8bit_adam and not is_bitsandbytes_available():
-        return ["--use_8bit_adam=True: needs bitsandbytes; run `pip install bitsandbytes`, or drop this"]
-    return []
+def optimizer_of(args):
+    """The name of the optimizer that the flags ask for."""
+    return "adamw8bit" if args.use_8bit_adam else args.optimizer or "adamw"
+
+
+def is_installed(package):
+    """Whether a package of that name can be imported; it is not."""
+    return any(module.name == package for module in pkgutil.iter_modules())
+
+
+def check_optimizer(args):
+    """Lists what is wrong with the optimizer: another one beside --use_8bit_adam, one that is not installed, or flags
+    that it does not have."""
+    problems, name = [], optimizer_of(args)
+    if args.use_8bit_adam and args.optimizer not in (None, "adamw8bit"):
+        problems.append(f"--use_8bit_adam=True: contradicts --optimizer={args.optimizer}; drop one")
+    package = NEEDED_PACKAGES.get(name)
+    if package and not is_installed(package):
+        given = "--use_8bit_adam=True" if args.use_8bit_adam else f"--optimizer={name}"
+        problems.append(f"{given}: needs {package}; run `pip install {package}`, or drop this")
+    for flag in ("adam_beta1", "adam_beta2", "adam_epsilon"):
+        value = getattr(args, flag)
+        if name == "adafactor" and value != ADAM_DEFAULTS[flag]:
+            problems.append(f"--{flag}={value}: does nothing with --optimizer=adafactor; drop this")
+    text_encoder_lr = getattr(args, "text_encoder_lr", None)
+    if name == "prodigy" and text_encoder_lr not in (None, args.learning_rate):
+        problems.append(
+            f"--text_encoder_lr={text_encoder_lr}: Prodigy has one rate for all that it trains; drop this, or use "
+            "--optimizer=adamw"
+        )
+    return problems
+
+
+def warn_of_rate(args, peak):
+    """Lists whether Prodigy's factor is another than the one that it is made for."""
+    if optimizer_of(args) != "prodigy" or peak == 1:
+        return []
+    return [f"--learning_rate={args.learning_rate:g}: Prodigy finds the rate, and multiplies it by {peak:g}; use 1"]
 
 
 def peak_learning_rate(args, counts):
@@ -3156,18 +3205,26 @@ def peak_learning_rate(args, counts):
 
 
 def make_optimizer(args, groups):
-    """AdamW (arXiv 1711.05101) for groups of parameters with their rates, or its 8-bit form (2110.02861)."""
-    if args.use_8bit_adam:
-        from bitsandbytes.optim import AdamW8bit as AdamW
-    else:
-        AdamW = functools.partial(torch.optim.AdamW, fused=True)
-    return AdamW(
-        groups,
-        lr=groups[0]["lr"],
-        betas=(args.adam_beta1, args.adam_beta2),
-        eps=args.adam_epsilon,
-        weight_decay=args.adam_weight_decay,
-    )
+    """The optimizer for groups of parameters with their rates: AdamW (arXiv 1711.05101), its 8-bit form (2110.02861),
+    Adafactor with rates that are given (1804.04235), or Prodigy (2306.06101)."""
+    name, lr = optimizer_of(args), groups[0]["lr"]
+    # Beside each group's parameters, since Prodigy's constructor prints a line if it is told of a decay.
+    groups = [{**group, "weight_decay": args.adam_weight_decay} for group in groups]
+    adam_flags = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    if name == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(groups, lr=lr, **adam_flags)
+    if name == "adafactor":
+        from transformers.optimization import Adafactor
+
+        return Adafactor(groups, lr=lr, scale_parameter=False, relative_step=False, warmup_init=False)
+    if name == "prodigy":
+        from prodigyopt import Prodigy
+
+        has_warm_up = args.lr_warmup_steps > 0
+        return Prodigy(groups, lr=lr, use_bias_correction=True, safeguard_warmup=has_warm_up, **adam_flags)
+    return torch.optim.AdamW(groups, lr=lr, fused=True, **adam_flags)
 
 
 def make_schedule(args, optimizer, last_step):
@@ -3435,8 +3492,8 @@ def new_result(output_dir):
 # ---------------------------------------------------------------------------------------------------------------- plan
 def print_plan(args, run, num_held_out, num_trained, about):
     """Says, before the first step, what will be done. `about` says what only a script knows: `trained` and `frozen`
-    (which models), `devices` (how many share a pass), `images` and `optimizer` (remarks), `warnings` (a list), and
-    maybe `precision` (of passes, if that is not the setting)."""
+    (which models), `devices` (how many share a pass), `images` (a remark), `optimizer` (its name), `warnings` (a
+    list), and maybe `precision` (of passes, if that is not the setting)."""
     counts, side, tracker = run.counts, args.resolution, chosen_tracker(args)
     first_step, precision = run.progress["global_step"], about.get("precision", run.settings["mixed_precision"])
     gigabytes = checkpoint_bytes(run) / 1e9
@@ -3448,7 +3505,8 @@ def print_plan(args, run, num_held_out, num_trained, about):
         "per step": f"{counts.samples_per_step:,} images: {passes}",
         "trained": f"{about['trained']}, {num_trained:,} parameters in float32, passes in precision {precision!r}; "
         f"frozen: {about['frozen']}",
-        "optimizer": f"AdamW at {run.settings['peak_learning_rate']:g}, {args.lr_scheduler}; {about['optimizer']}",
+        "optimizer": f"{about['optimizer']} at {run.settings['peak_learning_rate']:g}, {args.lr_scheduler}; "
+        f"EMA: {args.use_ema}",
         "output": f"{args.output_dir}, a checkpoint of {gigabytes:.2g} GB every {args.checkpointing_steps:,} steps",
         "log": f"log.jsonl and {tracker}" if tracker else "log.jsonl, no tracker",
     }
@@ -3497,20 +3555,28 @@ def checkpoint_bytes(run):
         if name == "optimizer" and hasattr(part, "param_groups"):  # whose moments are made in the first step
             for group in part.param_groups:
                 for parameter in group["params"]:
-                    total += moment_bytes(parameter, part.state.get(parameter, {}), run.settings["use_8bit_adam"])
+                    total += moment_bytes(parameter, part.state.get(parameter, {}), run.settings["optimizer"])
         else:
             total += array_bytes(part.state_dict() if hasattr(part, "state_dict") else part)
     return total
 
 
-def moment_bytes(parameter, state, use_8bit_adam):
-    """How many bytes AdamW's two moments of a parameter take. The 8-bit form has a byte for each, and for every 256 a
-    scale of 4, but leaves small parameters, and those whose `state` is there in float32, in 32 bits."""
+def moment_bytes(parameter, state, optimizer):
+    """How many bytes the state of an optimizer, by name, takes for a parameter; `state` is what is there of it."""
     size = parameter.numel()
-    is_whole = size < 4096 or ("state1" in state and state["state1"].dtype == torch.float32)
-    if use_8bit_adam and not is_whole:
-        return 2 * (size + 4 * math.ceil(size / 256))
-    return 8 * size
+    if (
+        optimizer == "adamw8bit"
+    ):  # a byte for each moment and for every 256 a scale, but for small ones, and embeddings
+        is_whole = size < 4096 or ("state1" in state and state["state1"].dtype == torch.float32)
+        return 8 * size if is_whole else 2 * (size + 4 * math.ceil(size / 256))
+    if optimizer == "adafactor" and parameter.dim() >= 2:  # means over rows and over columns
+        return 4 * (size // parameter.shape[-1] + size // parameter.shape[-2])
+    if optimizer == "adafactor":
+        return 4 * size
+    if optimizer == "prodigy":  # two moments, a sum, and the start, unless that was zero
+        was_zero = state["p0"].dim() == 0 if "p0" in state else not parameter.any()
+        return 4 * size * (3 if was_zero else 4)
+    return 2 * parameter.nbytes
 
 
 def array_bytes(part):

@@ -112,6 +112,8 @@ HELD_OUT = 4  # the images that are not trained on
 
 SWITCH = {"action": argparse.BooleanOptionalAction, "default": False}  # so that a config file can turn it off too
 
+# AdamW's own constants; another optimizer may not have them.
+ADAM_DEFAULTS = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 1e-2, "adam_epsilon": 1e-8}
 OFFSET_NOISE = 0.1  # what --offset_noise means in diffusers' scripts
 
 # By group, the settings that a resume may change. They leave the result as it is, or what they lead to is compared in
@@ -780,7 +782,7 @@ def tell_plan(args, run, num_held_out):
         "trained": "UNet",
         "frozen": "VAE, text encoder, in float16" if args.mixed_precision == "fp16" else "VAE, text encoder",
         "precision": precision_of_passes(args),
-        "optimizer": f"EMA: {args.use_ema}",
+        "optimizer": "AdamW",
         "warnings": [],
     }
     print_plan(args, run, num_held_out, num_trained, about)
@@ -1975,10 +1977,11 @@ def add_optimization_arguments(parser):
         type=non_negative_int,
         help="steps in a row whose loss or gradient is not finite that are skipped; 5 in fp16, else 0 [0, inf)",
     )
-    add("--adam_beta1", type=fraction_below_one, default=0.9, help="AdamW's beta1 [0, 1)")
-    add("--adam_beta2", type=fraction_below_one, default=0.999, help="AdamW's beta2 [0, 1)")
-    add("--adam_weight_decay", type=non_negative_float, default=1e-2, help="AdamW's weight decay [0, inf)")
-    add("--adam_epsilon", type=positive_float, default=1e-8, help="AdamW's epsilon (0, inf)")
+    add("--adam_beta1", type=fraction_below_one, help="AdamW's beta1 [0, 1)")
+    add("--adam_beta2", type=fraction_below_one, help="AdamW's beta2 [0, 1)")
+    add("--adam_weight_decay", type=non_negative_float, help="AdamW's weight decay [0, inf)")
+    add("--adam_epsilon", type=positive_float, help="AdamW's epsilon (0, inf)")
+    parser.set_defaults(**ADAM_DEFAULTS)
     add("--use_ema", **SWITCH, help="average the weights over the steps; samples and result use the average")
     add("--ema_decay", type=fraction, help="highest decay of the average; 0.9999 if not given; needs --use_ema [0, 1]")
     add("--ema_warmup", **SWITCH, help="raise the decay slowly, as 1 - (1 + step) ** -2/3; needs --use_ema")
@@ -2979,8 +2982,8 @@ def save_pipeline(args, folder, pipeline, noise_scheduler):
 # ---------------------------------------------------------------------------------------------------------------- plan
 def print_plan(args, run, num_held_out, num_trained, about):
     """Says, before the first step, what will be done. `about` says what only a script knows: `trained` and `frozen`
-    (which models), `devices` (how many share a pass), `images` and `optimizer` (remarks), `warnings` (a list), and
-    maybe `precision` (of passes, if that is not the setting)."""
+    (which models), `devices` (how many share a pass), `images` (a remark), `optimizer` (its name), `warnings` (a
+    list), and maybe `precision` (of passes, if that is not the setting)."""
     counts, side, tracker = run.counts, args.resolution, chosen_tracker(args)
     first_step, precision = run.progress["global_step"], about.get("precision", run.settings["mixed_precision"])
     gigabytes = checkpoint_bytes(run) / 1e9
@@ -2992,7 +2995,8 @@ def print_plan(args, run, num_held_out, num_trained, about):
         "per step": f"{counts.samples_per_step:,} images: {passes}",
         "trained": f"{about['trained']}, {num_trained:,} parameters in float32, passes in precision {precision!r}; "
         f"frozen: {about['frozen']}",
-        "optimizer": f"AdamW at {run.settings['peak_learning_rate']:g}, {args.lr_scheduler}; {about['optimizer']}",
+        "optimizer": f"{about['optimizer']} at {run.settings['peak_learning_rate']:g}, {args.lr_scheduler}; "
+        f"EMA: {args.use_ema}",
         "output": f"{args.output_dir}, a checkpoint of {gigabytes:.2g} GB every {args.checkpointing_steps:,} steps",
         "log": f"log.jsonl and {tracker}" if tracker else "log.jsonl, no tracker",
     }
@@ -3033,20 +3037,28 @@ def checkpoint_bytes(run):
         if name == "optimizer" and hasattr(part, "param_groups"):  # whose moments are made in the first step
             for group in part.param_groups:
                 for parameter in group["params"]:
-                    total += moment_bytes(parameter, part.state.get(parameter, {}), run.settings["use_8bit_adam"])
+                    total += moment_bytes(parameter, part.state.get(parameter, {}), run.settings["optimizer"])
         else:
             total += array_bytes(part.state_dict() if hasattr(part, "state_dict") else part)
     return total
 
 
-def moment_bytes(parameter, state, use_8bit_adam):
-    """How many bytes AdamW's two moments of a parameter take. The 8-bit form has a byte for each, and for every 256 a
-    scale of 4, but leaves small parameters, and those whose `state` is there in float32, in 32 bits."""
+def moment_bytes(parameter, state, optimizer):
+    """How many bytes the state of an optimizer, by name, takes for a parameter; `state` is what is there of it."""
     size = parameter.numel()
-    is_whole = size < 4096 or ("state1" in state and state["state1"].dtype == torch.float32)
-    if use_8bit_adam and not is_whole:
-        return 2 * (size + 4 * math.ceil(size / 256))
-    return 8 * size
+    if (
+        optimizer == "adamw8bit"
+    ):  # a byte for each moment and for every 256 a scale, but for small ones, and embeddings
+        is_whole = size < 4096 or ("state1" in state and state["state1"].dtype == torch.float32)
+        return 8 * size if is_whole else 2 * (size + 4 * math.ceil(size / 256))
+    if optimizer == "adafactor" and parameter.dim() >= 2:  # means over rows and over columns
+        return 4 * (size // parameter.shape[-1] + size // parameter.shape[-2])
+    if optimizer == "adafactor":
+        return 4 * size
+    if optimizer == "prodigy":  # two moments, a sum, and the start, unless that was zero
+        was_zero = state["p0"].dim() == 0 if "p0" in state else not parameter.any()
+        return 4 * size * (3 if was_zero else 4)
+    return 2 * parameter.nbytes
 
 
 def array_bytes(part):
