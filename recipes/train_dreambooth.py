@@ -17,6 +17,8 @@ min-SNR (2303.09556), zero terminal SNR (2305.08891), input perturbation (2301.1
 import functools
 from pathlib import Path
 
+import torch
+
 from sdtune.arguments import (
     AVERAGE_REQUIRES,
     CLASS_FREE_ON_RESUME,
@@ -51,6 +53,7 @@ from sdtune.checkpoints import Weights, write_torch_state
 from sdtune.dataset import check_data, load_data
 from sdtune.diffusion import diffusion_losses, encode
 from sdtune.failures import nothing_lost
+from sdtune.full_bf16 import check_full_bf16, make_fused_optimizer, update_in_backward
 from sdtune.hub import name_repo, push
 from sdtune.model_card import write_card
 from sdtune.models import (
@@ -67,6 +70,7 @@ from sdtune.optimization import (
     check_optimization,
     check_optimizer,
     keep_embeddings_whole,
+    make_optimizer,
     optimizer_of,
     peak_learning_rate,
 )
@@ -81,6 +85,8 @@ from sdtune.subject import (
     with_classes,
 )
 from sdtune.training import (
+    Work,
+    add_up_gradients,
     agree_on_data,
     batches_of,
     check_environment,
@@ -115,6 +121,7 @@ FREE_ON_RESUME = {
     "skip_save_text_encoder",
 }
 FIXED_ON_RESUME = {
+    "full_bf16",
     "mixed_precision",
     "optimizer",
     "state",
@@ -130,6 +137,12 @@ def make_parser():
     add = parser.add_argument_group("trained models").add_argument
     add("--train_text_encoder", **SWITCH, help="train the text encoder too: a closer likeness, more memory")
     add("--skip_save_text_encoder", **SWITCH, help="leave the text encoder out of the result, which needs the base's")
+    add(
+        "--full_bf16",
+        **SWITCH,
+        help="weights, gradients and moments in bfloat16, a third of the memory; needs --mixed_precision=bf16 and "
+        "--max_grad_norm=inf",
+    )
     add_subject_arguments(parser)
     add_class_arguments(parser)
     add_objective_arguments(parser)
@@ -149,7 +162,7 @@ def check_args(args, problems=()):
     that were found before."""
     found = check_requirements(args, REQUIRES) + check_old_flags(args)
     found += check_data(args, "instance_data_dir") + check_subject(args)
-    found += check_optimization(args) + check_optimizer(args)
+    found += check_optimization(args) + check_optimizer(args) + check_full_bf16(args)
     found += check_hardware(args) + check_environment(args) + check_trackers(args) + check_validation(args)
     found += check_output(args, foreign_result="pytorch_lora_weights.safetensors")
     found += check_model(args)
@@ -159,9 +172,9 @@ def check_args(args, problems=()):
 
 
 def load_models(args, accelerator):
-    """Returns the base's pipeline, its models that are trained, by name and in float32, frozen copies of VAE and text
-    encoder in the precision of passes (a trained text encoder itself), and the noise scheduler. Raises `InputError`.
-    """
+    """Returns the base's pipeline, its models that are trained, by name and in float32 (in bfloat16 by --full_bf16),
+    frozen copies of VAE and text encoder in the precision of passes (a trained text encoder itself), and the noise
+    scheduler. Raises `InputError`."""
     pipeline = load_base(args)
     weight_dtype = DTYPES[accelerator.mixed_precision]
     enable_memory_savers(args, pipeline.unet, accelerator.device, weight_dtype)
@@ -174,7 +187,8 @@ def load_models(args, accelerator):
     else:
         text_encoder = frozen_copy(pipeline.text_encoder, accelerator.device, weight_dtype)
     for model in models.values():
-        model.requires_grad_(True).train().to(accelerator.device)
+        model.requires_grad_(True).train()
+        model.to(accelerator.device, torch.bfloat16 if args.full_bf16 else torch.float32)
     return pipeline, models, vae, text_encoder, make_noise_scheduler(args, pipeline)
 
 
@@ -209,7 +223,8 @@ def train(args, launcher):
     parameters = [parameter for model in models.values() for parameter in model.parameters()]
     groups = [{"params": parameters, "lr": learning_rate}]
     weights = Weights(models, parameters, write_models, read_models)
-    state = make_state(args, accelerator, groups, counts.last_step)
+    optimizer = make_fused_optimizer(args, groups) if args.full_bf16 else make_optimizer(args, groups)
+    state = make_state(args, accelerator, optimizer, counts.last_step)
     if optimizer_of(args) == "adamw8bit":
         keep_embeddings_whole(state["optimizer"], models.values())
     run = start_run(args, accelerator, counts, state, fingerprints, weights, FREE_ON_RESUME, FIXED_ON_RESUME)
@@ -227,10 +242,11 @@ def train(args, launcher):
     batches = batches_of(args, accelerator, run)
     batches = with_classes(batches, len(images), len(samples) - len(images), args.prior_loss_weight, args.seed)
     loader = make_loader(args, accelerator, samples, batches)
-    models_to_sync = list(prepared.values())  # whose gradients processes share
+    make_gradients = update_in_backward if args.full_bf16 else add_up_gradients
+    work = Work(loader, list(prepared.values()), training_loss, make_gradients)
     stop = Stop(launcher)
     with nothing_lost(args, accelerator, run, stop, write_torch_state):
-        train_steps(args, accelerator, run, stop, loader, models_to_sync, training_loss, look)
+        train_steps(args, accelerator, run, stop, work, look)
         if accelerator.is_main_process:
             use_average(run)
             files = save_model(args, pipeline, noise_scheduler, prompts, counts.last_step)

@@ -68,7 +68,7 @@ from sdtune.lora import (
 )
 from sdtune.model_card import write_card
 from sdtune.models import check_model
-from sdtune.optimization import check_optimization, check_optimizer, peak_learning_rate
+from sdtune.optimization import check_optimization, check_optimizer, make_optimizer, peak_learning_rate
 from sdtune.output import check_output, check_trackers, end_training, new_result, start_trackers
 from sdtune.script import run_launched_script
 from sdtune.signals import Stop
@@ -80,6 +80,8 @@ from sdtune.subject import (
     with_classes,
 )
 from sdtune.training import (
+    Work,
+    add_up_gradients,
     agree_on_data,
     batches_of,
     check_environment,
@@ -179,7 +181,8 @@ def train(args, launcher):
     groups = group_parameters(args, models, learning_rate)
     parameters = [parameter for group in groups for parameter in group["params"]]
     weights = Weights(models, parameters, write_adapters, read_adapters_into)
-    state = make_state(args, accelerator, groups, counts.last_step)
+    optimizer = make_optimizer(args, groups)
+    state = make_state(args, accelerator, optimizer, counts.last_step)
     run = start_run(args, accelerator, counts, state, fingerprints, weights, FREE_ON_RESUME, FIXED_ON_RESUME)
     trained = f"LoRA of rank {args.rank} on {args.lora_target} of {' and '.join(models)}"
     tell_plan(args, accelerator, run, len(held_out), parameters, trained, frozen="all else")
@@ -196,10 +199,10 @@ def train(args, launcher):
     batches = batches_of(args, accelerator, run)
     batches = with_classes(batches, len(images), len(samples) - len(images), args.prior_loss_weight, args.seed)
     loader = make_loader(args, accelerator, samples, batches)
-    models_to_sync = list(prepared.values())  # whose gradients processes share
+    work = Work(loader, list(prepared.values()), training_loss, add_up_gradients)
     stop = Stop(launcher)
     with nothing_lost(args, accelerator, run, stop, write_torch_state):
-        train_steps(args, accelerator, run, stop, loader, models_to_sync, training_loss, look)
+        train_steps(args, accelerator, run, stop, work, look)
         if accelerator.is_main_process:
             use_average(run)
             files = save_model(args, models, prompts, len(images), counts.last_step)

@@ -16,6 +16,8 @@ terminal SNR (2305.08891), input perturbation (2301.11706).
 import functools
 from pathlib import Path
 
+import torch
+
 from sdtune.arguments import (
     AVERAGE_REQUIRES,
     DATA_FREE_ON_RESUME,
@@ -27,6 +29,7 @@ from sdtune.arguments import (
     OUTPUT_FREE_ON_RESUME,
     OUTPUT_REQUIRES,
     RUN_FREE_ON_RESUME,
+    SWITCH,
     VALIDATION_FREE_ON_RESUME,
     add_data_arguments,
     add_memory_arguments,
@@ -45,6 +48,7 @@ from sdtune.checkpoints import Weights, write_torch_state
 from sdtune.dataset import check_data, load_data
 from sdtune.diffusion import diffusion_losses, encode
 from sdtune.failures import nothing_lost
+from sdtune.full_bf16 import check_full_bf16, make_fused_optimizer, update_in_backward
 from sdtune.hub import name_repo, push
 from sdtune.model_card import write_card
 from sdtune.models import (
@@ -58,11 +62,13 @@ from sdtune.models import (
     read_models,
     write_models,
 )
-from sdtune.optimization import check_optimization, check_optimizer, peak_learning_rate
+from sdtune.optimization import check_optimization, check_optimizer, make_optimizer, peak_learning_rate
 from sdtune.output import check_output, check_trackers, end_training, new_result, save_pipeline, start_trackers
 from sdtune.script import run_launched_script
 from sdtune.signals import Stop
 from sdtune.training import (
+    Work,
+    add_up_gradients,
     agree_on_data,
     batches_of,
     check_environment,
@@ -92,7 +98,7 @@ FREE_ON_RESUME = {
     *VALIDATION_FREE_ON_RESUME,
     *RUN_FREE_ON_RESUME,
 }
-FIXED_ON_RESUME = {"mixed_precision", "optimizer", "state"}  # the checkpoint's state would not fit
+FIXED_ON_RESUME = {"full_bf16", "mixed_precision", "optimizer", "state"}  # the checkpoint's state would not fit
 
 
 def make_parser():
@@ -102,6 +108,12 @@ def make_parser():
     add_model_arguments(parser)
     add = parser.add_argument_group("trained model").add_argument
     add("--non_ema_revision", help="branch, tag or commit of the UNet to train, where that is not --revision")
+    add(
+        "--full_bf16",
+        **SWITCH,
+        help="weights, gradients and moments in bfloat16, a third of the memory; needs --mixed_precision=bf16 and "
+        "--max_grad_norm=inf",
+    )
     add_data_arguments(parser)
     add_objective_arguments(parser)
     add_optimization_arguments(parser)
@@ -118,7 +130,7 @@ def check_args(args, problems=()):
     that were found before."""
     found = check_requirements(args, REQUIRES) + check_old_flags(args)
     found += check_data(args, "train_data_dir")
-    found += check_optimization(args) + check_optimizer(args)
+    found += check_optimization(args) + check_optimizer(args) + check_full_bf16(args)
     found += check_hardware(args) + check_environment(args) + check_trackers(args) + check_validation(args)
     found += check_output(args, foreign_result="pytorch_lora_weights.safetensors")
     found += check_model(args)
@@ -128,8 +140,8 @@ def check_args(args, problems=()):
 
 
 def load_models(args, accelerator):
-    """Returns the base's pipeline in float32, whose UNet is to be trained, frozen copies of VAE and text encoder in
-    the precision of passes, and the noise scheduler. Raises `InputError`."""
+    """Returns the base's pipeline in float32, whose UNet is to be trained, in bfloat16 by --full_bf16, frozen copies
+    of VAE and text encoder in the precision of passes, and the noise scheduler. Raises `InputError`."""
     pipeline = load_base(args)
     if args.non_ema_revision:
         pipeline.register_modules(unet=load_unet(args, args.non_ema_revision))
@@ -138,6 +150,8 @@ def load_models(args, accelerator):
     vae = frozen_copy(pipeline.vae, accelerator.device, weight_dtype)
     text_encoder = frozen_copy(pipeline.text_encoder, accelerator.device, weight_dtype)
     pipeline.unet.requires_grad_(True).train()
+    if args.full_bf16:
+        pipeline.unet.to(dtype=torch.bfloat16)
     return pipeline, vae, text_encoder, make_noise_scheduler(args, pipeline)
 
 
@@ -165,7 +179,8 @@ def train(args, launcher):
     parameters = list(pipeline.unet.parameters())
     groups = [{"params": parameters, "lr": learning_rate}]
     weights = Weights({"unet": pipeline.unet}, parameters, write_models, read_models)
-    state = make_state(args, accelerator, groups, counts.last_step)
+    optimizer = make_fused_optimizer(args, groups) if args.full_bf16 else make_optimizer(args, groups)
+    state = make_state(args, accelerator, optimizer, counts.last_step)
     run = start_run(args, accelerator, counts, state, fingerprints, weights, FREE_ON_RESUME, FIXED_ON_RESUME)
     tell_plan(args, accelerator, run, len(held_out), parameters, trained="UNet", frozen="VAE, text encoder")
     if args.dry_run:
@@ -178,10 +193,11 @@ def train(args, launcher):
     prompts = prompts_of(args)
     look = functools.partial(validate, args, accelerator, run, parts, held_out, prompts)
     loader = make_loader(args, accelerator, images, batches_of(args, accelerator, run))
-    models_to_sync = [unet]  # whose gradients processes share
+    make_gradients = update_in_backward if args.full_bf16 else add_up_gradients
+    work = Work(loader, [unet], training_loss, make_gradients)
     stop = Stop(launcher)
     with nothing_lost(args, accelerator, run, stop, write_torch_state):
-        train_steps(args, accelerator, run, stop, loader, models_to_sync, training_loss, look)
+        train_steps(args, accelerator, run, stop, work, look)
         if accelerator.is_main_process:
             use_average(run)
             files = save_model(args, pipeline, noise_scheduler, counts.last_step)

@@ -152,12 +152,26 @@ def averaged(run):
         ema.restore(parameters)
 
 
+@contextlib.contextmanager
+def holding(parameters, values):
+    """Has parameters hold other tensors for a while, wherever and in whatever precision these are: to write them, or
+    to read into them."""
+    own = [parameter.data for parameter in parameters]
+    try:
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.data = value
+        yield
+    finally:
+        for parameter, value in zip(parameters, own, strict=True):
+            parameter.data = value
+
+
 def write_torch_state(run, folder):
     """Writes the weights, averaged ones too, and the state of what was made by PyTorch into a checkpoint's folder."""
     run.weights.write(run.weights.models, folder, "")
     state = {name: part.state_dict() for name, part in run.state.items()}
     if "ema" in state:
-        with averaged(run):
+        with holding(run.weights.parameters, run.state["ema"].shadow_params):
             run.weights.write(run.weights.models, folder, AVERAGED)
         del state["ema"]["shadow_params"]
     torch.save(state, folder / "state.pt")
@@ -168,11 +182,8 @@ def read_torch_state(run, folder):
     name, as tensors in the CPU's memory."""
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     if "ema" in run.state:
-        run.weights.read(run.weights.models, folder, AVERAGED)
-        ema = run.state["ema"]
-        places = [value.device for value in ema.shadow_params]  # the CPU, if it is offloaded
-        averaged_weights = zip(run.weights.parameters, places, strict=True)
-        ema.shadow_params = [value.detach().to(place, copy=True) for value, place in averaged_weights]
+        with holding(run.weights.parameters, run.state["ema"].shadow_params):
+            run.weights.read(run.weights.models, folder, AVERAGED)
     run.weights.read(run.weights.models, folder, "")
     return state
 

@@ -119,11 +119,10 @@ def leave(accelerator, run, broken, received):
         remedy = " --allow_changed_resume and a lower --learning_rate"
         if run.settings["mixed_precision"] == "fp16":
             remedy += ", or start anew with --mixed_precision=bf16, whose numbers reach further"
-    accelerator.print(
-        f"Stopped by {why}. {checkpoint_of(run)} holds the state after step {step}; go on with "
-        f"--resume_from_checkpoint=latest{remedy}",
-        file=sys.stderr,
-    )
+    kept = f"{checkpoint_of(run)} holds the state after step {step}; go on with --resume_from_checkpoint=latest"
+    if not run.is_whole:  # --full_bf16: the step had begun to change the weights
+        kept = save_what_is_whole(run, None)
+    accelerator.print(f"Stopped by {why}. {kept}{remedy}", file=sys.stderr)
     # Another process, or the launcher, may have got the signal: SIGTERM, then.
     number = received[0] if received else signal.SIGTERM
     sys.exit(1 if broken else 128 + number)

@@ -1,18 +1,24 @@
 """Train weights in bfloat16, each updated as soon as its gradient is there: `--full_bf16`."""
 
+import functools
+import math
+import os
+
 import torch
+from accelerate.utils import get_int_from_env, send_to_device
 
 from sdtune.randomness import ROUNDING, random_numbers
 
 UPDATED_AT_ONCE = 2**22  # weights that are updated at once: 16 MB for each of a few tensors in float32
 
 
-def check_full_bf16(args, precision, num_processes):
-    """Lists what cannot go with weights in bfloat16; `precision` is that of passes, by flag or by accelerate's
-    config."""
+def check_full_bf16(args):
+    """Lists what cannot go with weights in bfloat16."""
     if not args.full_bf16:
         return []
     problems = []
+    precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    num_processes = get_int_from_env(["WORLD_SIZE"], 1)
     if precision != "bf16":
         problems.append(f"--mixed_precision={precision}: does not go with --full_bf16; use --mixed_precision=bf16")
     if args.gradient_accumulation_steps > 1:
@@ -20,7 +26,7 @@ def check_full_bf16(args, precision, num_processes):
             f"--gradient_accumulation_steps={args.gradient_accumulation_steps}: does not go with --full_bf16, which "
             "keeps no gradient; use 1, and a larger --train_batch_size"
         )
-    if args.max_grad_norm != float("inf"):
+    if args.max_grad_norm != math.inf:
         problems.append(
             f"--max_grad_norm={args.max_grad_norm}: does not go with --full_bf16, which knows the norm only after the "
             "step; use --max_grad_norm=inf"
@@ -47,34 +53,31 @@ class FusedAdamW(torch.optim.Optimizer):
     its parameter stays as it is.
     """
 
-    def __init__(self, groups, lr, betas, eps, seed):
-        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+    def __init__(self, groups, lr, betas, eps, weight_decay, seed):
+        # PyTorch keeps the counts of updates as they are, and on the device, where it is told "capturable".
+        settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "capturable": True}
+        super().__init__(groups, settings)
         self.seed, self.rounding_seeds, self.squared_norms = seed, [], []
-        number = 0
-        for group in self.param_groups:
+        for group_number, group in enumerate(self.param_groups):
             for parameter in group["params"]:
                 self.state[parameter] = {
                     "step": torch.zeros((), device=parameter.device),  # of updates: a tensor's may be skipped
                     "exp_avg": torch.zeros_like(parameter),
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
-                parameter.register_post_accumulate_grad_hook(self.updater(group, number))
-                number += 1
+                update = functools.partial(self.update, group_number, len(self.state) - 1)
+                parameter.register_post_accumulate_grad_hook(update)
 
-    def updater(self, group, number):
-        """What is called with a parameter, of that number in `group`, when its gradient is there."""
-
-        def update(parameter):
-            seed = self.rounding_seeds[number]
-            self.squared_norms.append(update_parameter(parameter, self.state[parameter], group, seed))
-            parameter.grad = None
-
-        return update
+    def update(self, group_number, number, parameter):
+        """Updates a parameter, the `number`-th of all, whose gradient has just become whole, and frees that."""
+        group, seed = self.param_groups[group_number], self.rounding_seeds[number]
+        self.squared_norms.append(update_parameter(parameter, self.state[parameter], group, seed))
+        parameter.grad = None
 
     def begin_step(self, step):
         """Draws what the roundings of a step begin with: by seed, step and number of the parameter."""
-        number = sum(len(group["params"]) for group in self.param_groups)
-        self.rounding_seeds = random_numbers(self.seed, ROUNDING, step).integers(2**63, size=number).tolist()
+        shape = len(self.state)
+        self.rounding_seeds = random_numbers(self.seed, ROUNDING, step).integers(2**63, size=shape).tolist()
         self.squared_norms = []
 
     def grad_norm(self):
@@ -83,6 +86,32 @@ class FusedAdamW(torch.optim.Optimizer):
 
     def step(self, closure=None):
         """Does nothing: the backward pass has done it."""
+
+
+def make_fused_optimizer(args, groups):
+    """The optimizer of --full_bf16, for groups of parameters in bfloat16 with their rates."""
+    return FusedAdamW(
+        groups,
+        lr=groups[0]["lr"],
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        weight_decay=args.adam_weight_decay,
+        seed=args.seed,
+    )
+
+
+def update_in_backward(args, accelerator, run, work, batches):
+    """The one pass of a step in which weights are updated while gradients come; with a loss that is not finite there
+    is no backward pass. Returns loss and norm of the gradient, as `add_up_gradients` does."""
+    optimizer = run.state["optimizer"].optimizer  # inside accelerate's
+    batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
+    loss = (work.training_loss(batch) * batch["weight"]).sum()
+    if not torch.isfinite(loss):  # the one place where the host waits for the device before a step has ended
+        return loss.detach(), loss.detach()
+    run.is_whole = False
+    optimizer.begin_step(run.progress["global_step"])
+    accelerator.backward(loss)
+    return loss.detach(), optimizer.grad_norm()
 
 
 @torch.no_grad()

@@ -138,9 +138,11 @@ def make_schedule(args, optimizer, last_step):
 
 
 def make_average(args, parameters):
-    """The average of the weights, with the decay that the flags ask for."""
+    """The average of the weights, in float32, with the decay that the flags ask for."""
     decay = 0.9999 if args.ema_decay is None else args.ema_decay
-    return EMAModel(parameters, decay=decay, use_ema_warmup=args.ema_warmup)
+    average = EMAModel(parameters, decay=decay, use_ema_warmup=args.ema_warmup)
+    average.shadow_params = [value.float() for value in average.shadow_params]  # of weights in bfloat16, too
+    return average
 
 
 @torch.no_grad()

@@ -14,7 +14,8 @@ from sdtune.output import chosen_tracker
 def print_plan(args, run, num_held_out, num_trained, about):
     """Says, before the first step, what will be done. `about` says what only a script knows: `trained` and `frozen`
     (which models), `devices` (how many share a pass), `images` (a remark), `optimizer` (its name), `warnings` (a
-    list), and maybe `precision` (of passes, if that is not the setting)."""
+    list), and maybe `precision` (of passes, if that is not the setting) and `weights` (their
+    precision, if not float32)."""
     counts, side, tracker = run.counts, args.resolution, chosen_tracker(args)
     first_step, precision = run.progress["global_step"], about.get("precision", run.settings["mixed_precision"])
     gigabytes = checkpoint_bytes(run) / 1e9
@@ -24,8 +25,8 @@ def print_plan(args, run, num_held_out, num_trained, about):
         "images": images + about["images"],
         "steps": f"{first_step:,} to {counts.last_step:,}, {counts.last_step / counts.steps_per_epoch:,.1f} epochs",
         "per step": f"{counts.samples_per_step:,} images: {passes}",
-        "trained": f"{about['trained']}, {num_trained:,} parameters in float32, passes in precision {precision!r}; "
-        f"frozen: {about['frozen']}",
+        "trained": f"{about['trained']}, {num_trained:,} parameters in {about.get('weights', 'float32')}, passes in "
+        f"precision {precision!r}; frozen: {about['frozen']}",
         "optimizer": f"{about['optimizer']} at {run.settings['peak_learning_rate']:g}, {args.lr_scheduler}; "
         f"EMA: {args.use_ema}",
         "output": f"{args.output_dir}, a checkpoint of {gigabytes:.2g} GB every {args.checkpointing_steps:,} steps",

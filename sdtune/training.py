@@ -1,12 +1,14 @@
 """Train in PyTorch: the accelerator, the state of a run, and the loop over its steps."""
 
 import contextlib
+import dataclasses
 import datetime
 import functools
 import os
 import signal
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -39,7 +41,6 @@ from sdtune.models import DTYPES
 from sdtune.optimization import (
     OPTIMIZERS,
     make_average,
-    make_optimizer,
     make_schedule,
     optimizer_of,
     step_average,
@@ -50,6 +51,17 @@ from sdtune.plan import print_plan, warn_of_precision
 from sdtune.randomness import DROPOUT, random_numbers
 from sdtune.signals import is_asked, on_signals
 from sdtune.validation import LookGivenUp, steps_between_looks
+
+
+@dataclasses.dataclass
+class Work:
+    """What the steps of a run are made of."""
+
+    loader: torch.utils.data.DataLoader  # of this process's batches, from the run's next step on
+    models: list  # as accelerate prepared them, whose gradients processes share
+    training_loss: Callable  # (batch): the loss of each sample (batch,), through `models`
+    make_gradients: Callable  # (args, accelerator, run, work, batches): a step's loss, and the norm of its gradient
+
 
 MINUTES = datetime.timedelta(minutes=10)  # for what all processes do at the same time
 A_DAY = datetime.timedelta(days=1)
@@ -151,14 +163,12 @@ def agree_on_data(accelerator, fingerprints):
     check_agreement(accelerator, fingerprints)
 
 
-def make_state(args, accelerator, groups, last_step):
-    """All that a checkpoint holds beside weights, by name: optimizer, lr_scheduler, maybe ema and scaler. The
-    optimizer trains the parameter `groups`."""
-    optimizer = make_optimizer(args, groups)
+def make_state(args, accelerator, optimizer, last_step):
+    """All that a checkpoint holds beside weights, by name: optimizer, lr_scheduler, maybe ema and scaler."""
     lr_scheduler = make_schedule(args, optimizer, last_step)
     state = {"optimizer": accelerator.prepare(optimizer), "lr_scheduler": lr_scheduler}
     if args.use_ema:
-        parameters = [parameter for group in groups for parameter in group["params"]]
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         state["ema"] = make_average(args, parameters)
         if args.offload_ema:  # at once: the first step needs all memory that there is
             state["ema"].to("cpu")
@@ -201,6 +211,7 @@ def tell_plan(args, accelerator, run, num_held_out, parameters, trained, frozen)
         "images": "",
         "devices": f"{accelerator.num_processes} ranks",
         "trained": trained,
+        "weights": str(parameters[0].dtype).removeprefix("torch."),
         "frozen": frozen,
         "optimizer": OPTIMIZERS[optimizer_of(args)],
         "warnings": warn_of_precision(accelerator) + warn_of_rate(args, run.settings["peak_learning_rate"]),
@@ -242,20 +253,18 @@ def make_loader(args, accelerator, samples, batches):
     )
 
 
-def train_steps(args, accelerator, run, stop, loader, models, training_loss, look):
-    """Trains to the last step; `training_loss(batch)` gives the loss of each sample (batch,) through `models`, as
-    accelerate prepared them. `look(is_asked)` is called before training and every --validation_steps; it returns the
+def train_steps(args, accelerator, run, stop, work, look):
+    """Trains to the last step. `look(is_asked)` is called before training and every --validation_steps; it returns the
     mean held-out loss or None, or raises `LookGivenUp` when `is_asked()`.
 
     Ends the process with status 128 + signal when `stop` asks for it, 1 after too many losses that are not finite.
     """
-    device, counts, parameters = accelerator.device, run.counts, run.weights.parameters
-    optimizer, lr_scheduler = run.state["optimizer"], run.state["lr_scheduler"]
+    counts, lr_scheduler = run.counts, run.state["lr_scheduler"]
     first_step, validation_steps = run.progress["global_step"], steps_between_looks(args, counts)
     # A run that was stopped had not yet looked at the step that it goes on from.
     if first_step % validation_steps == 0 or first_step == counts.last_step:
         look_and_keep(args, accelerator, run, stop, look)
-    batches = iter(loader)
+    batches = iter(work.loader)
     bar = tqdm(
         range(first_step, counts.last_step),
         initial=first_step,
@@ -265,48 +274,21 @@ def train_steps(args, accelerator, run, stop, loader, models, training_loss, loo
     )
     for step in bar:
         started = time.perf_counter()
-        # Dropout layers alone use torch's own generator.
-        torch.manual_seed(random_numbers(args.seed, DROPOUT, step, accelerator.process_index).integers(2**32))
-
-        # Forward and backward: the passes of a step add up their gradients, which processes share in the last one.
-        step_loss = torch.zeros((), device=device)
-        num_passes = passes_in_step(counts, step)
-        for number in range(num_passes):
-            batch = send_to_device(next(batches), device, non_blocking=True)
-            is_last = number == num_passes - 1
-            with without_sync(accelerator, [] if is_last else models):
-                loss = (training_loss(batch) * batch["weight"]).sum()
-                accelerator.backward(loss * accelerator.num_processes)  # gradients are averaged over processes
-            step_loss += loss.detach()
-        grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
-
-        # Optimizer step, unless a loss or a gradient is not finite in some process.
-        loss, num_not_finite, stop_now = exchange(accelerator, step_loss, grad_norm, is_asked(stop))
-        is_finite = num_not_finite == 0
-        is_broken = not is_finite and run.progress["nan_steps"] >= max_nan_steps(args, accelerator)
-        if not is_broken:
-            run.is_whole = False
-            if is_finite or accelerator.scaler is not None:  # which skips the step, and scales losses less from now on
-                optimizer.step()
-            optimizer.zero_grad()
-            if is_finite:
-                lr_scheduler.step()
-                update_average(args, run, parameters)
-            note_step(run, step, loss, is_finite)
-            run.is_whole = True
+        loss, grad_norm, is_broken, stop_now = take_step(args, accelerator, run, work, batches, is_asked(stop))
+        seconds = time.perf_counter() - started
         done = run.progress["global_step"]
 
         # Log
         if not is_broken:
-            images_per_second = samples_in_step(counts, step) / (time.perf_counter() - started)
+            images_per_second = samples_in_step(counts, step) / seconds
             bar.set_postfix(loss=f"{loss:.4f}", images_per_second=f"{images_per_second:.1f}", refresh=False)
             if done % args.logging_steps == 0 or done == counts.last_step:
-                norm = grad_norm.item() if is_finite else None
+                norm = None if grad_norm is None else grad_norm.item()
                 log_losses(accelerator, run, lr_scheduler.get_last_lr()[0], norm, images_per_second)
 
         # Save and look
         if stop_now or is_broken or done % args.checkpointing_steps == 0 or done == counts.last_step:
-            if accelerator.is_main_process:
+            if accelerator.is_main_process and run.is_whole:
                 # After a broken step none is removed: the last good one may be an older one.
                 save_checkpoint(run, write_torch_state, None if is_broken else args.checkpoints_total_limit)
             accelerator.wait_for_everyone()
@@ -314,6 +296,47 @@ def train_steps(args, accelerator, run, stop, loader, models, training_loss, loo
             leave(accelerator, run, is_broken, stop.received)
         if done % validation_steps == 0 or done == counts.last_step:
             look_and_keep(args, accelerator, run, stop, look)
+
+
+def take_step(args, accelerator, run, work, batches, is_stop_asked):
+    """Takes one optimizer step. Returns its loss; the norm of its gradient, or None if one of the two is not
+    finite; whether it was broken: one such step too many in a row, of which nothing is noted; and whether a stop is
+    asked for in some process."""
+    optimizer, lr_scheduler, step = run.state["optimizer"], run.state["lr_scheduler"], run.progress["global_step"]
+    # Dropout layers alone use torch's own generator.
+    torch.manual_seed(random_numbers(args.seed, DROPOUT, step, accelerator.process_index).integers(2**32))
+    step_loss, grad_norm = work.make_gradients(args, accelerator, run, work, batches)
+
+    # Optimizer step, unless a loss or a gradient is not finite in some process.
+    loss, num_not_finite, stop_now = exchange(accelerator, step_loss, grad_norm, is_stop_asked)
+    is_finite = num_not_finite == 0
+    is_broken = not is_finite and run.progress["nan_steps"] >= max_nan_steps(args, accelerator)
+    if not is_broken:
+        run.is_whole = False
+        if is_finite or accelerator.scaler is not None:  # which skips the step, and scales losses less from now on
+            optimizer.step()
+        optimizer.zero_grad()
+        if is_finite:
+            lr_scheduler.step()
+            update_average(args, run, run.weights.parameters)
+        note_step(run, step, loss, is_finite)
+        run.is_whole = True
+    return loss, grad_norm if is_finite else None, is_broken, stop_now
+
+
+def add_up_gradients(args, accelerator, run, work, batches):
+    """Forward and backward: the passes of a step add up their gradients, which processes share in the last one.
+    Returns the step's loss in this process, and the norm of its gradient, which is clipped then."""
+    step_loss = torch.zeros((), device=accelerator.device)
+    num_passes = passes_in_step(run.counts, run.progress["global_step"])
+    for number in range(num_passes):
+        batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
+        is_last = number == num_passes - 1
+        with without_sync(accelerator, [] if is_last else work.models):
+            loss = (work.training_loss(batch) * batch["weight"]).sum()
+            accelerator.backward(loss * accelerator.num_processes)  # gradients are averaged over processes
+        step_loss += loss.detach()
+    return step_loss, accelerator.clip_grad_norm_(run.weights.parameters, args.max_grad_norm)
 
 
 def look_and_keep(args, accelerator, run, stop, look):
@@ -363,8 +386,10 @@ def update_average(args, run, parameters):
 
 
 def use_average(run):
-    """Puts the averaged weights, if there are any, into the models: those are the result, but no state to go on
-    from."""
+    """Puts the averaged weights, if there are any, into the models, in float32: those are the result, but no state to
+    go on from."""
     run.is_whole = False
+    for parameter in run.weights.parameters:  # which may be in bfloat16, and lose what an average is for
+        parameter.data = parameter.data.float()
     if "ema" in run.state:
         run.state["ema"].copy_to(run.weights.parameters)

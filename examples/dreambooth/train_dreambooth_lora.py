@@ -413,6 +413,17 @@ OUT_OF_MEMORY_TEXT = re.compile(r"out of memory|can't allocate memory|RESOURCE_E
 # What a process says whose connection to another one ends: what happened is told there.
 LOST_PEER_TEXT = re.compile(r"Connection (closed|reset) by (peer|remote)|remote process exited", re.IGNORECASE)
 
+
+@dataclasses.dataclass
+class Work:
+    """What the steps of a run are made of."""
+
+    loader: torch.utils.data.DataLoader  # of this process's batches, from the run's next step on
+    models: list  # as accelerate prepared them, whose gradients processes share
+    training_loss: Callable  # (batch): the loss of each sample (batch,), through `models`
+    make_gradients: Callable  # (args, accelerator, run, work, batches): a step's loss, and the norm of its gradient
+
+
 MINUTES = datetime.timedelta(minutes=10)  # for what all processes do at the same time
 A_DAY = datetime.timedelta(days=1)
 # Flags that may differ between machines: what they name is compared in their place, or has no effect on others.
@@ -508,7 +519,8 @@ def train(args, launcher):
     groups = group_parameters(args, models, learning_rate)
     parameters = [parameter for group in groups for parameter in group["params"]]
     weights = Weights(models, parameters, write_adapters, read_adapters_into)
-    state = make_state(args, accelerator, groups, counts.last_step)
+    optimizer = make_optimizer(args, groups)
+    state = make_state(args, accelerator, optimizer, counts.last_step)
     run = start_run(args, accelerator, counts, state, fingerprints, weights, FREE_ON_RESUME, FIXED_ON_RESUME)
     trained = f"LoRA of rank {args.rank} on {args.lora_target} of {' and '.join(models)}"
     tell_plan(args, accelerator, run, len(held_out), parameters, trained, frozen="all else")
@@ -525,10 +537,10 @@ def train(args, launcher):
     batches = batches_of(args, accelerator, run)
     batches = with_classes(batches, len(images), len(samples) - len(images), args.prior_loss_weight, args.seed)
     loader = make_loader(args, accelerator, samples, batches)
-    models_to_sync = list(prepared.values())  # whose gradients processes share
+    work = Work(loader, list(prepared.values()), training_loss, add_up_gradients)
     stop = Stop(launcher)
     with nothing_lost(args, accelerator, run, stop, write_torch_state):
-        train_steps(args, accelerator, run, stop, loader, models_to_sync, training_loss, look)
+        train_steps(args, accelerator, run, stop, work, look)
         if accelerator.is_main_process:
             use_average(run)
             files = save_model(args, models, prompts, len(images), counts.last_step)
@@ -686,14 +698,12 @@ def agree_on_data(accelerator, fingerprints):
     check_agreement(accelerator, fingerprints)
 
 
-def make_state(args, accelerator, groups, last_step):
-    """All that a checkpoint holds beside weights, by name: optimizer, lr_scheduler, maybe ema and scaler. The
-    optimizer trains the parameter `groups`."""
-    optimizer = make_optimizer(args, groups)
+def make_state(args, accelerator, optimizer, last_step):
+    """All that a checkpoint holds beside weights, by name: optimizer, lr_scheduler, maybe ema and scaler."""
     lr_scheduler = make_schedule(args, optimizer, last_step)
     state = {"optimizer": accelerator.prepare(optimizer), "lr_scheduler": lr_scheduler}
     if args.use_ema:
-        parameters = [parameter for group in groups for parameter in group["params"]]
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         state["ema"] = make_average(args, parameters)
         if args.offload_ema:  # at once: the first step needs all memory that there is
             state["ema"].to("cpu")
@@ -736,6 +746,7 @@ def tell_plan(args, accelerator, run, num_held_out, parameters, trained, frozen)
         "images": "",
         "devices": f"{accelerator.num_processes} ranks",
         "trained": trained,
+        "weights": str(parameters[0].dtype).removeprefix("torch."),
         "frozen": frozen,
         "optimizer": OPTIMIZERS[optimizer_of(args)],
         "warnings": warn_of_precision(accelerator) + warn_of_rate(args, run.settings["peak_learning_rate"]),
@@ -777,20 +788,18 @@ def make_loader(args, accelerator, samples, batches):
     )
 
 
-def train_steps(args, accelerator, run, stop, loader, models, training_loss, look):
-    """Trains to the last step; `training_loss(batch)` gives the loss of each sample (batch,) through `models`, as
-    accelerate prepared them. `look(is_asked)` is called before training and every --validation_steps; it returns the
+def train_steps(args, accelerator, run, stop, work, look):
+    """Trains to the last step. `look(is_asked)` is called before training and every --validation_steps; it returns the
     mean held-out loss or None, or raises `LookGivenUp` when `is_asked()`.
 
     Ends the process with status 128 + signal when `stop` asks for it, 1 after too many losses that are not finite.
     """
-    device, counts, parameters = accelerator.device, run.counts, run.weights.parameters
-    optimizer, lr_scheduler = run.state["optimizer"], run.state["lr_scheduler"]
+    counts, lr_scheduler = run.counts, run.state["lr_scheduler"]
     first_step, validation_steps = run.progress["global_step"], steps_between_looks(args, counts)
     # A run that was stopped had not yet looked at the step that it goes on from.
     if first_step % validation_steps == 0 or first_step == counts.last_step:
         look_and_keep(args, accelerator, run, stop, look)
-    batches = iter(loader)
+    batches = iter(work.loader)
     bar = tqdm(
         range(first_step, counts.last_step),
         initial=first_step,
@@ -800,48 +809,21 @@ def train_steps(args, accelerator, run, stop, loader, models, training_loss, loo
     )
     for step in bar:
         started = time.perf_counter()
-        # Dropout layers alone use torch's own generator.
-        torch.manual_seed(random_numbers(args.seed, DROPOUT, step, accelerator.process_index).integers(2**32))
-
-        # Forward and backward: the passes of a step add up their gradients, which processes share in the last one.
-        step_loss = torch.zeros((), device=device)
-        num_passes = passes_in_step(counts, step)
-        for number in range(num_passes):
-            batch = send_to_device(next(batches), device, non_blocking=True)
-            is_last = number == num_passes - 1
-            with without_sync(accelerator, [] if is_last else models):
-                loss = (training_loss(batch) * batch["weight"]).sum()
-                accelerator.backward(loss * accelerator.num_processes)  # gradients are averaged over processes
-            step_loss += loss.detach()
-        grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
-
-        # Optimizer step, unless a loss or a gradient is not finite in some process.
-        loss, num_not_finite, stop_now = exchange(accelerator, step_loss, grad_norm, is_asked(stop))
-        is_finite = num_not_finite == 0
-        is_broken = not is_finite and run.progress["nan_steps"] >= max_nan_steps(args, accelerator)
-        if not is_broken:
-            run.is_whole = False
-            if is_finite or accelerator.scaler is not None:  # which skips the step, and scales losses less from now on
-                optimizer.step()
-            optimizer.zero_grad()
-            if is_finite:
-                lr_scheduler.step()
-                update_average(args, run, parameters)
-            note_step(run, step, loss, is_finite)
-            run.is_whole = True
+        loss, grad_norm, is_broken, stop_now = take_step(args, accelerator, run, work, batches, is_asked(stop))
+        seconds = time.perf_counter() - started
         done = run.progress["global_step"]
 
         # Log
         if not is_broken:
-            images_per_second = samples_in_step(counts, step) / (time.perf_counter() - started)
+            images_per_second = samples_in_step(counts, step) / seconds
             bar.set_postfix(loss=f"{loss:.4f}", images_per_second=f"{images_per_second:.1f}", refresh=False)
             if done % args.logging_steps == 0 or done == counts.last_step:
-                norm = grad_norm.item() if is_finite else None
+                norm = None if grad_norm is None else grad_norm.item()
                 log_losses(accelerator, run, lr_scheduler.get_last_lr()[0], norm, images_per_second)
 
         # Save and look
         if stop_now or is_broken or done % args.checkpointing_steps == 0 or done == counts.last_step:
-            if accelerator.is_main_process:
+            if accelerator.is_main_process and run.is_whole:
                 # After a broken step none is removed: the last good one may be an older one.
                 save_checkpoint(run, write_torch_state, None if is_broken else args.checkpoints_total_limit)
             accelerator.wait_for_everyone()
@@ -849,6 +831,47 @@ def train_steps(args, accelerator, run, stop, loader, models, training_loss, loo
             leave(accelerator, run, is_broken, stop.received)
         if done % validation_steps == 0 or done == counts.last_step:
             look_and_keep(args, accelerator, run, stop, look)
+
+
+def take_step(args, accelerator, run, work, batches, is_stop_asked):
+    """Takes one optimizer step. Returns its loss; the norm of its gradient, or None if one of the two is not
+    finite; whether it was broken: one such step too many in a row, of which nothing is noted; and whether a stop is
+    asked for in some process."""
+    optimizer, lr_scheduler, step = run.state["optimizer"], run.state["lr_scheduler"], run.progress["global_step"]
+    # Dropout layers alone use torch's own generator.
+    torch.manual_seed(random_numbers(args.seed, DROPOUT, step, accelerator.process_index).integers(2**32))
+    step_loss, grad_norm = work.make_gradients(args, accelerator, run, work, batches)
+
+    # Optimizer step, unless a loss or a gradient is not finite in some process.
+    loss, num_not_finite, stop_now = exchange(accelerator, step_loss, grad_norm, is_stop_asked)
+    is_finite = num_not_finite == 0
+    is_broken = not is_finite and run.progress["nan_steps"] >= max_nan_steps(args, accelerator)
+    if not is_broken:
+        run.is_whole = False
+        if is_finite or accelerator.scaler is not None:  # which skips the step, and scales losses less from now on
+            optimizer.step()
+        optimizer.zero_grad()
+        if is_finite:
+            lr_scheduler.step()
+            update_average(args, run, run.weights.parameters)
+        note_step(run, step, loss, is_finite)
+        run.is_whole = True
+    return loss, grad_norm if is_finite else None, is_broken, stop_now
+
+
+def add_up_gradients(args, accelerator, run, work, batches):
+    """Forward and backward: the passes of a step add up their gradients, which processes share in the last one.
+    Returns the step's loss in this process, and the norm of its gradient, which is clipped then."""
+    step_loss = torch.zeros((), device=accelerator.device)
+    num_passes = passes_in_step(run.counts, run.progress["global_step"])
+    for number in range(num_passes):
+        batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
+        is_last = number == num_passes - 1
+        with without_sync(accelerator, [] if is_last else work.models):
+            loss = (work.training_loss(batch) * batch["weight"]).sum()
+            accelerator.backward(loss * accelerator.num_processes)  # gradients are averaged over processes
+        step_loss += loss.detach()
+    return step_loss, accelerator.clip_grad_norm_(run.weights.parameters, args.max_grad_norm)
 
 
 def look_and_keep(args, accelerator, run, stop, look):
@@ -898,9 +921,11 @@ def update_average(args, run, parameters):
 
 
 def use_average(run):
-    """Puts the averaged weights, if there are any, into the models: those are the result, but no state to go on
-    from."""
+    """Puts the averaged weights, if there are any, into the models, in float32: those are the result, but no state to
+    go on from."""
     run.is_whole = False
+    for parameter in run.weights.parameters:  # which may be in bfloat16, and lose what an average is for
+        parameter.data = parameter.data.float()
     if "ema" in run.state:
         run.state["ema"].copy_to(run.weights.parameters)
 
@@ -1473,12 +1498,26 @@ def averaged(run):
         ema.restore(parameters)
 
 
+@contextlib.contextmanager
+def holding(parameters, values):
+    """Has parameters hold other tensors for a while, wherever and in whatever precision these are: to write them, or
+    to read into them."""
+    own = [parameter.data for parameter in parameters]
+    try:
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.data = value
+        yield
+    finally:
+        for parameter, value in zip(parameters, own, strict=True):
+            parameter.data = value
+
+
 def write_torch_state(run, folder):
     """Writes the weights, averaged ones too, and the state of what was made by PyTorch into a checkpoint's folder."""
     run.weights.write(run.weights.models, folder, "")
     state = {name: part.state_dict() for name, part in run.state.items()}
     if "ema" in state:
-        with averaged(run):
+        with holding(run.weights.parameters, run.state["ema"].shadow_params):
             run.weights.write(run.weights.models, folder, AVERAGED)
         del state["ema"]["shadow_params"]
     torch.save(state, folder / "state.pt")
@@ -1489,11 +1528,8 @@ def read_torch_state(run, folder):
     name, as tensors in the CPU's memory."""
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     if "ema" in run.state:
-        run.weights.read(run.weights.models, folder, AVERAGED)
-        ema = run.state["ema"]
-        places = [value.device for value in ema.shadow_params]  # the CPU, if it is offloaded
-        averaged_weights = zip(run.weights.parameters, places, strict=True)
-        ema.shadow_params = [value.detach().to(place, copy=True) for value, place in averaged_weights]
+        with holding(run.weights.parameters, run.state["ema"].shadow_params):
+            run.weights.read(run.weights.models, folder, AVERAGED)
     run.weights.read(run.weights.models, folder, "")
     return state
 
@@ -3242,9 +3278,11 @@ def make_schedule(args, optimizer, last_step):
 
 
 def make_average(args, parameters):
-    """The average of the weights, with the decay that the flags ask for."""
+    """The average of the weights, in float32, with the decay that the flags ask for."""
     decay = 0.9999 if args.ema_decay is None else args.ema_decay
-    return EMAModel(parameters, decay=decay, use_ema_warmup=args.ema_warmup)
+    average = EMAModel(parameters, decay=decay, use_ema_warmup=args.ema_warmup)
+    average.shadow_params = [value.float() for value in average.shadow_params]  # of weights in bfloat16, too
+    return average
 
 
 @torch.no_grad()
@@ -3493,7 +3531,8 @@ def new_result(output_dir):
 def print_plan(args, run, num_held_out, num_trained, about):
     """Says, before the first step, what will be done. `about` says what only a script knows: `trained` and `frozen`
     (which models), `devices` (how many share a pass), `images` (a remark), `optimizer` (its name), `warnings` (a
-    list), and maybe `precision` (of passes, if that is not the setting)."""
+    list), and maybe `precision` (of passes, if that is not the setting) and `weights` (their
+    precision, if not float32)."""
     counts, side, tracker = run.counts, args.resolution, chosen_tracker(args)
     first_step, precision = run.progress["global_step"], about.get("precision", run.settings["mixed_precision"])
     gigabytes = checkpoint_bytes(run) / 1e9
@@ -3503,8 +3542,8 @@ def print_plan(args, run, num_held_out, num_trained, about):
         "images": images + about["images"],
         "steps": f"{first_step:,} to {counts.last_step:,}, {counts.last_step / counts.steps_per_epoch:,.1f} epochs",
         "per step": f"{counts.samples_per_step:,} images: {passes}",
-        "trained": f"{about['trained']}, {num_trained:,} parameters in float32, passes in precision {precision!r}; "
-        f"frozen: {about['frozen']}",
+        "trained": f"{about['trained']}, {num_trained:,} parameters in {about.get('weights', 'float32')}, passes in "
+        f"precision {precision!r}; frozen: {about['frozen']}",
         "optimizer": f"{about['optimizer']} at {run.settings['peak_learning_rate']:g}, {args.lr_scheduler}; "
         f"EMA: {args.use_ema}",
         "output": f"{args.output_dir}, a checkpoint of {gigabytes:.2g} GB every {args.checkpointing_steps:,} steps",
@@ -4021,11 +4060,10 @@ def leave(accelerator, run, broken, received):
         remedy = " --allow_changed_resume and a lower --learning_rate"
         if run.settings["mixed_precision"] == "fp16":
             remedy += ", or start anew with --mixed_precision=bf16, whose numbers reach further"
-    accelerator.print(
-        f"Stopped by {why}. {checkpoint_of(run)} holds the state after step {step}; go on with "
-        f"--resume_from_checkpoint=latest{remedy}",
-        file=sys.stderr,
-    )
+    kept = f"{checkpoint_of(run)} holds the state after step {step}; go on with --resume_from_checkpoint=latest"
+    if not run.is_whole:  # --full_bf16: the step had begun to change the weights
+        kept = save_what_is_whole(run, None)
+    accelerator.print(f"Stopped by {why}. {kept}{remedy}", file=sys.stderr)
     # Another process, or the launcher, may have got the signal: SIGTERM, then.
     number = received[0] if received else signal.SIGTERM
     sys.exit(1 if broken else 128 + number)

@@ -32,6 +32,7 @@ terminal SNR (2305.08891), input perturbation (2301.11706).
 #   images         Decode images as a viewer shows them, and check every one before training
 #   models         Check and load the models of a Stable Diffusion pipeline
 #   optimization   The optimizer, its learning rate, and the average of the weights
+#   full_bf16      Train weights in bfloat16, each updated as soon as its gradient is there: `--full_bf16`
 #   output         The folder of a run: whether it may be used, its log, the pipeline that results
 #   plan           The plan that a run prints before its first step
 #   model_card     The model card, README.md of a result
@@ -112,6 +113,7 @@ ORDER = 1  # of an epoch
 DROPOUT = 2  # layers, by step and process
 SUBSET = 3  # the images that --max_train_samples leaves
 HELD_OUT = 4  # the images that are not trained on
+ROUNDING = 6  # of weights in bfloat16, by step
 
 SWITCH = {"action": argparse.BooleanOptionalAction, "default": False}  # so that a config file can turn it off too
 SWITCH_ON = {**SWITCH, "default": True}
@@ -284,6 +286,55 @@ PRODIGY_PROGRESS = {"d", "d_max", "d_hat", "d_numerator", "d_denom", "k"}
 POLYNOMIAL_END = 1e-7  # the rate at which diffusers' polynomial schedule ends
 AVERAGED_AT_ONCE = 2**24  # weights whose average is updated at once: 64 MB of differences
 
+UPDATED_AT_ONCE = 2**22  # weights that are updated at once: 16 MB for each of a few tensors in float32
+
+
+class FusedAdamW(torch.optim.Optimizer):
+    """AdamW (arXiv 1711.05101, algorithm 2) that updates each parameter in the backward pass, as soon as its gradient
+    is whole, and frees that gradient: there is never more than one. Weights and moments are kept in bfloat16 and
+    computed in float32; all three are rounded stochastically (arXiv 2010.06192, section 3), by which they are right in
+    the mean. Rounded to nearest, most updates of a weight would be lost, and all of a second moment, which changes by
+    a thousandth where bfloat16 has 8 bits.
+
+    `begin_step` comes before the backward pass, `grad_norm` and `step` come after it. Where a gradient is not finite
+    its parameter stays as it is.
+    """
+
+    def __init__(self, groups, lr, betas, eps, weight_decay, seed):
+        # PyTorch keeps the counts of updates as they are, and on the device, where it is told "capturable".
+        settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "capturable": True}
+        super().__init__(groups, settings)
+        self.seed, self.rounding_seeds, self.squared_norms = seed, [], []
+        for group_number, group in enumerate(self.param_groups):
+            for parameter in group["params"]:
+                self.state[parameter] = {
+                    "step": torch.zeros((), device=parameter.device),  # of updates: a tensor's may be skipped
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+                update = functools.partial(self.update, group_number, len(self.state) - 1)
+                parameter.register_post_accumulate_grad_hook(update)
+
+    def update(self, group_number, number, parameter):
+        """Updates a parameter, the `number`-th of all, whose gradient has just become whole, and frees that."""
+        group, seed = self.param_groups[group_number], self.rounding_seeds[number]
+        self.squared_norms.append(update_parameter(parameter, self.state[parameter], group, seed))
+        parameter.grad = None
+
+    def begin_step(self, step):
+        """Draws what the roundings of a step begin with: by seed, step and number of the parameter."""
+        shape = len(self.state)
+        self.rounding_seeds = random_numbers(self.seed, ROUNDING, step).integers(2**63, size=shape).tolist()
+        self.squared_norms = []
+
+    def grad_norm(self):
+        """The norm of the step's gradients; not finite if one of them is not."""
+        return torch.stack(self.squared_norms).sum().sqrt()
+
+    def step(self, closure=None):
+        """Does nothing: the backward pass has done it."""
+
+
 AVERAGED = "_ema"  # ends the names of averaged weights in a checkpoint
 
 
@@ -353,6 +404,17 @@ OUT_OF_MEMORY_TEXT = re.compile(r"out of memory|can't allocate memory|RESOURCE_E
 # What a process says whose connection to another one ends: what happened is told there.
 LOST_PEER_TEXT = re.compile(r"Connection (closed|reset) by (peer|remote)|remote process exited", re.IGNORECASE)
 
+
+@dataclasses.dataclass
+class Work:
+    """What the steps of a run are made of."""
+
+    loader: torch.utils.data.DataLoader  # of this process's batches, from the run's next step on
+    models: list  # as accelerate prepared them, whose gradients processes share
+    training_loss: Callable  # (batch): the loss of each sample (batch,), through `models`
+    make_gradients: Callable  # (args, accelerator, run, work, batches): a step's loss, and the norm of its gradient
+
+
 MINUTES = datetime.timedelta(minutes=10)  # for what all processes do at the same time
 A_DAY = datetime.timedelta(days=1)
 # Flags that may differ between machines: what they name is compared in their place, or has no effect on others.
@@ -377,7 +439,7 @@ FREE_ON_RESUME = {
     *VALIDATION_FREE_ON_RESUME,
     *RUN_FREE_ON_RESUME,
 }
-FIXED_ON_RESUME = {"mixed_precision", "optimizer", "state"}  # the checkpoint's state would not fit
+FIXED_ON_RESUME = {"full_bf16", "mixed_precision", "optimizer", "state"}  # the checkpoint's state would not fit
 
 
 # ---------------------------------------------------------------------------------------------------------- the script
@@ -388,6 +450,12 @@ def make_parser():
     add_model_arguments(parser)
     add = parser.add_argument_group("trained model").add_argument
     add("--non_ema_revision", help="branch, tag or commit of the UNet to train, where that is not --revision")
+    add(
+        "--full_bf16",
+        **SWITCH,
+        help="weights, gradients and moments in bfloat16, a third of the memory; needs --mixed_precision=bf16 and "
+        "--max_grad_norm=inf",
+    )
     add_data_arguments(parser)
     add_objective_arguments(parser)
     add_optimization_arguments(parser)
@@ -404,7 +472,7 @@ def check_args(args, problems=()):
     that were found before."""
     found = check_requirements(args, REQUIRES) + check_old_flags(args)
     found += check_data(args, "train_data_dir")
-    found += check_optimization(args) + check_optimizer(args)
+    found += check_optimization(args) + check_optimizer(args) + check_full_bf16(args)
     found += check_hardware(args) + check_environment(args) + check_trackers(args) + check_validation(args)
     found += check_output(args, foreign_result="pytorch_lora_weights.safetensors")
     found += check_model(args)
@@ -414,8 +482,8 @@ def check_args(args, problems=()):
 
 
 def load_models(args, accelerator):
-    """Returns the base's pipeline in float32, whose UNet is to be trained, frozen copies of VAE and text encoder in
-    the precision of passes, and the noise scheduler. Raises `InputError`."""
+    """Returns the base's pipeline in float32, whose UNet is to be trained, in bfloat16 by --full_bf16, frozen copies
+    of VAE and text encoder in the precision of passes, and the noise scheduler. Raises `InputError`."""
     pipeline = load_base(args)
     if args.non_ema_revision:
         pipeline.register_modules(unet=load_unet(args, args.non_ema_revision))
@@ -424,6 +492,8 @@ def load_models(args, accelerator):
     vae = frozen_copy(pipeline.vae, accelerator.device, weight_dtype)
     text_encoder = frozen_copy(pipeline.text_encoder, accelerator.device, weight_dtype)
     pipeline.unet.requires_grad_(True).train()
+    if args.full_bf16:
+        pipeline.unet.to(dtype=torch.bfloat16)
     return pipeline, vae, text_encoder, make_noise_scheduler(args, pipeline)
 
 
@@ -451,7 +521,8 @@ def train(args, launcher):
     parameters = list(pipeline.unet.parameters())
     groups = [{"params": parameters, "lr": learning_rate}]
     weights = Weights({"unet": pipeline.unet}, parameters, write_models, read_models)
-    state = make_state(args, accelerator, groups, counts.last_step)
+    optimizer = make_fused_optimizer(args, groups) if args.full_bf16 else make_optimizer(args, groups)
+    state = make_state(args, accelerator, optimizer, counts.last_step)
     run = start_run(args, accelerator, counts, state, fingerprints, weights, FREE_ON_RESUME, FIXED_ON_RESUME)
     tell_plan(args, accelerator, run, len(held_out), parameters, trained="UNet", frozen="VAE, text encoder")
     if args.dry_run:
@@ -464,10 +535,11 @@ def train(args, launcher):
     prompts = prompts_of(args)
     look = functools.partial(validate, args, accelerator, run, parts, held_out, prompts)
     loader = make_loader(args, accelerator, images, batches_of(args, accelerator, run))
-    models_to_sync = [unet]  # whose gradients processes share
+    make_gradients = update_in_backward if args.full_bf16 else add_up_gradients
+    work = Work(loader, [unet], training_loss, make_gradients)
     stop = Stop(launcher)
     with nothing_lost(args, accelerator, run, stop, write_torch_state):
-        train_steps(args, accelerator, run, stop, loader, models_to_sync, training_loss, look)
+        train_steps(args, accelerator, run, stop, work, look)
         if accelerator.is_main_process:
             use_average(run)
             files = save_model(args, pipeline, noise_scheduler, counts.last_step)
@@ -624,14 +696,12 @@ def agree_on_data(accelerator, fingerprints):
     check_agreement(accelerator, fingerprints)
 
 
-def make_state(args, accelerator, groups, last_step):
-    """All that a checkpoint holds beside weights, by name: optimizer, lr_scheduler, maybe ema and scaler. The
-    optimizer trains the parameter `groups`."""
-    optimizer = make_optimizer(args, groups)
+def make_state(args, accelerator, optimizer, last_step):
+    """All that a checkpoint holds beside weights, by name: optimizer, lr_scheduler, maybe ema and scaler."""
     lr_scheduler = make_schedule(args, optimizer, last_step)
     state = {"optimizer": accelerator.prepare(optimizer), "lr_scheduler": lr_scheduler}
     if args.use_ema:
-        parameters = [parameter for group in groups for parameter in group["params"]]
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         state["ema"] = make_average(args, parameters)
         if args.offload_ema:  # at once: the first step needs all memory that there is
             state["ema"].to("cpu")
@@ -674,6 +744,7 @@ def tell_plan(args, accelerator, run, num_held_out, parameters, trained, frozen)
         "images": "",
         "devices": f"{accelerator.num_processes} ranks",
         "trained": trained,
+        "weights": str(parameters[0].dtype).removeprefix("torch."),
         "frozen": frozen,
         "optimizer": OPTIMIZERS[optimizer_of(args)],
         "warnings": warn_of_precision(accelerator) + warn_of_rate(args, run.settings["peak_learning_rate"]),
@@ -715,20 +786,18 @@ def make_loader(args, accelerator, samples, batches):
     )
 
 
-def train_steps(args, accelerator, run, stop, loader, models, training_loss, look):
-    """Trains to the last step; `training_loss(batch)` gives the loss of each sample (batch,) through `models`, as
-    accelerate prepared them. `look(is_asked)` is called before training and every --validation_steps; it returns the
+def train_steps(args, accelerator, run, stop, work, look):
+    """Trains to the last step. `look(is_asked)` is called before training and every --validation_steps; it returns the
     mean held-out loss or None, or raises `LookGivenUp` when `is_asked()`.
 
     Ends the process with status 128 + signal when `stop` asks for it, 1 after too many losses that are not finite.
     """
-    device, counts, parameters = accelerator.device, run.counts, run.weights.parameters
-    optimizer, lr_scheduler = run.state["optimizer"], run.state["lr_scheduler"]
+    counts, lr_scheduler = run.counts, run.state["lr_scheduler"]
     first_step, validation_steps = run.progress["global_step"], steps_between_looks(args, counts)
     # A run that was stopped had not yet looked at the step that it goes on from.
     if first_step % validation_steps == 0 or first_step == counts.last_step:
         look_and_keep(args, accelerator, run, stop, look)
-    batches = iter(loader)
+    batches = iter(work.loader)
     bar = tqdm(
         range(first_step, counts.last_step),
         initial=first_step,
@@ -738,48 +807,21 @@ def train_steps(args, accelerator, run, stop, loader, models, training_loss, loo
     )
     for step in bar:
         started = time.perf_counter()
-        # Dropout layers alone use torch's own generator.
-        torch.manual_seed(random_numbers(args.seed, DROPOUT, step, accelerator.process_index).integers(2**32))
-
-        # Forward and backward: the passes of a step add up their gradients, which processes share in the last one.
-        step_loss = torch.zeros((), device=device)
-        num_passes = passes_in_step(counts, step)
-        for number in range(num_passes):
-            batch = send_to_device(next(batches), device, non_blocking=True)
-            is_last = number == num_passes - 1
-            with without_sync(accelerator, [] if is_last else models):
-                loss = (training_loss(batch) * batch["weight"]).sum()
-                accelerator.backward(loss * accelerator.num_processes)  # gradients are averaged over processes
-            step_loss += loss.detach()
-        grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
-
-        # Optimizer step, unless a loss or a gradient is not finite in some process.
-        loss, num_not_finite, stop_now = exchange(accelerator, step_loss, grad_norm, is_asked(stop))
-        is_finite = num_not_finite == 0
-        is_broken = not is_finite and run.progress["nan_steps"] >= max_nan_steps(args, accelerator)
-        if not is_broken:
-            run.is_whole = False
-            if is_finite or accelerator.scaler is not None:  # which skips the step, and scales losses less from now on
-                optimizer.step()
-            optimizer.zero_grad()
-            if is_finite:
-                lr_scheduler.step()
-                update_average(args, run, parameters)
-            note_step(run, step, loss, is_finite)
-            run.is_whole = True
+        loss, grad_norm, is_broken, stop_now = take_step(args, accelerator, run, work, batches, is_asked(stop))
+        seconds = time.perf_counter() - started
         done = run.progress["global_step"]
 
         # Log
         if not is_broken:
-            images_per_second = samples_in_step(counts, step) / (time.perf_counter() - started)
+            images_per_second = samples_in_step(counts, step) / seconds
             bar.set_postfix(loss=f"{loss:.4f}", images_per_second=f"{images_per_second:.1f}", refresh=False)
             if done % args.logging_steps == 0 or done == counts.last_step:
-                norm = grad_norm.item() if is_finite else None
+                norm = None if grad_norm is None else grad_norm.item()
                 log_losses(accelerator, run, lr_scheduler.get_last_lr()[0], norm, images_per_second)
 
         # Save and look
         if stop_now or is_broken or done % args.checkpointing_steps == 0 or done == counts.last_step:
-            if accelerator.is_main_process:
+            if accelerator.is_main_process and run.is_whole:
                 # After a broken step none is removed: the last good one may be an older one.
                 save_checkpoint(run, write_torch_state, None if is_broken else args.checkpoints_total_limit)
             accelerator.wait_for_everyone()
@@ -787,6 +829,47 @@ def train_steps(args, accelerator, run, stop, loader, models, training_loss, loo
             leave(accelerator, run, is_broken, stop.received)
         if done % validation_steps == 0 or done == counts.last_step:
             look_and_keep(args, accelerator, run, stop, look)
+
+
+def take_step(args, accelerator, run, work, batches, is_stop_asked):
+    """Takes one optimizer step. Returns its loss; the norm of its gradient, or None if one of the two is not
+    finite; whether it was broken: one such step too many in a row, of which nothing is noted; and whether a stop is
+    asked for in some process."""
+    optimizer, lr_scheduler, step = run.state["optimizer"], run.state["lr_scheduler"], run.progress["global_step"]
+    # Dropout layers alone use torch's own generator.
+    torch.manual_seed(random_numbers(args.seed, DROPOUT, step, accelerator.process_index).integers(2**32))
+    step_loss, grad_norm = work.make_gradients(args, accelerator, run, work, batches)
+
+    # Optimizer step, unless a loss or a gradient is not finite in some process.
+    loss, num_not_finite, stop_now = exchange(accelerator, step_loss, grad_norm, is_stop_asked)
+    is_finite = num_not_finite == 0
+    is_broken = not is_finite and run.progress["nan_steps"] >= max_nan_steps(args, accelerator)
+    if not is_broken:
+        run.is_whole = False
+        if is_finite or accelerator.scaler is not None:  # which skips the step, and scales losses less from now on
+            optimizer.step()
+        optimizer.zero_grad()
+        if is_finite:
+            lr_scheduler.step()
+            update_average(args, run, run.weights.parameters)
+        note_step(run, step, loss, is_finite)
+        run.is_whole = True
+    return loss, grad_norm if is_finite else None, is_broken, stop_now
+
+
+def add_up_gradients(args, accelerator, run, work, batches):
+    """Forward and backward: the passes of a step add up their gradients, which processes share in the last one.
+    Returns the step's loss in this process, and the norm of its gradient, which is clipped then."""
+    step_loss = torch.zeros((), device=accelerator.device)
+    num_passes = passes_in_step(run.counts, run.progress["global_step"])
+    for number in range(num_passes):
+        batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
+        is_last = number == num_passes - 1
+        with without_sync(accelerator, [] if is_last else work.models):
+            loss = (work.training_loss(batch) * batch["weight"]).sum()
+            accelerator.backward(loss * accelerator.num_processes)  # gradients are averaged over processes
+        step_loss += loss.detach()
+    return step_loss, accelerator.clip_grad_norm_(run.weights.parameters, args.max_grad_norm)
 
 
 def look_and_keep(args, accelerator, run, stop, look):
@@ -836,9 +919,11 @@ def update_average(args, run, parameters):
 
 
 def use_average(run):
-    """Puts the averaged weights, if there are any, into the models: those are the result, but no state to go on
-    from."""
+    """Puts the averaged weights, if there are any, into the models, in float32: those are the result, but no state to
+    go on from."""
     run.is_whole = False
+    for parameter in run.weights.parameters:  # which may be in bfloat16, and lose what an average is for
+        parameter.data = parameter.data.float()
     if "ema" in run.state:
         run.state["ema"].copy_to(run.weights.parameters)
 
@@ -1411,12 +1496,26 @@ def averaged(run):
         ema.restore(parameters)
 
 
+@contextlib.contextmanager
+def holding(parameters, values):
+    """Has parameters hold other tensors for a while, wherever and in whatever precision these are: to write them, or
+    to read into them."""
+    own = [parameter.data for parameter in parameters]
+    try:
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.data = value
+        yield
+    finally:
+        for parameter, value in zip(parameters, own, strict=True):
+            parameter.data = value
+
+
 def write_torch_state(run, folder):
     """Writes the weights, averaged ones too, and the state of what was made by PyTorch into a checkpoint's folder."""
     run.weights.write(run.weights.models, folder, "")
     state = {name: part.state_dict() for name, part in run.state.items()}
     if "ema" in state:
-        with averaged(run):
+        with holding(run.weights.parameters, run.state["ema"].shadow_params):
             run.weights.write(run.weights.models, folder, AVERAGED)
         del state["ema"]["shadow_params"]
     torch.save(state, folder / "state.pt")
@@ -1427,11 +1526,8 @@ def read_torch_state(run, folder):
     name, as tensors in the CPU's memory."""
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     if "ema" in run.state:
-        run.weights.read(run.weights.models, folder, AVERAGED)
-        ema = run.state["ema"]
-        places = [value.device for value in ema.shadow_params]  # the CPU, if it is offloaded
-        averaged_weights = zip(run.weights.parameters, places, strict=True)
-        ema.shadow_params = [value.detach().to(place, copy=True) for value, place in averaged_weights]
+        with holding(run.weights.parameters, run.state["ema"].shadow_params):
+            run.weights.read(run.weights.models, folder, AVERAGED)
     run.weights.read(run.weights.models, folder, "")
     return state
 
@@ -2758,9 +2854,11 @@ def make_schedule(args, optimizer, last_step):
 
 
 def make_average(args, parameters):
-    """The average of the weights, with the decay that the flags ask for."""
+    """The average of the weights, in float32, with the decay that the flags ask for."""
     decay = 0.9999 if args.ema_decay is None else args.ema_decay
-    return EMAModel(parameters, decay=decay, use_ema_warmup=args.ema_warmup)
+    average = EMAModel(parameters, decay=decay, use_ema_warmup=args.ema_warmup)
+    average.shadow_params = [value.float() for value in average.shadow_params]  # of weights in bfloat16, too
+    return average
 
 
 @torch.no_grad()
@@ -2806,6 +2904,98 @@ def update_on_cpu(averages, parameters, rate):
         difference.copy_(parameter)
         torch.sub(average, difference, out=difference).mul_(rate)
         average.sub_(difference)
+
+
+# ----------------------------------------------------------------------------------------------------------- full_bf16
+def check_full_bf16(args):
+    """Lists what cannot go with weights in bfloat16."""
+    if not args.full_bf16:
+        return []
+    problems = []
+    precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    num_processes = get_int_from_env(["WORLD_SIZE"], 1)
+    if precision != "bf16":
+        problems.append(f"--mixed_precision={precision}: does not go with --full_bf16; use --mixed_precision=bf16")
+    if args.gradient_accumulation_steps > 1:
+        problems.append(
+            f"--gradient_accumulation_steps={args.gradient_accumulation_steps}: does not go with --full_bf16, which "
+            "keeps no gradient; use 1, and a larger --train_batch_size"
+        )
+    if args.max_grad_norm != math.inf:
+        problems.append(
+            f"--max_grad_norm={args.max_grad_norm}: does not go with --full_bf16, which knows the norm only after the "
+            "step; use --max_grad_norm=inf"
+        )
+    if args.use_8bit_adam or args.optimizer not in (None, "adamw"):
+        given = "--use_8bit_adam=True" if args.use_8bit_adam else f"--optimizer={args.optimizer}"
+        problems.append(f"{given}: does not go with --full_bf16, which has an AdamW of its own; drop one")
+    if num_processes > 1:
+        problems.append(
+            f"--full_bf16=True: does not go with {num_processes} processes, which would have to share each gradient; "
+            "start one, or drop this"
+        )
+    return problems
+
+
+def make_fused_optimizer(args, groups):
+    """The optimizer of --full_bf16, for groups of parameters in bfloat16 with their rates."""
+    return FusedAdamW(
+        groups,
+        lr=groups[0]["lr"],
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        weight_decay=args.adam_weight_decay,
+        seed=args.seed,
+    )
+
+
+def update_in_backward(args, accelerator, run, work, batches):
+    """The one pass of a step in which weights are updated while gradients come; with a loss that is not finite there
+    is no backward pass. Returns loss and norm of the gradient, as `add_up_gradients` does."""
+    optimizer = run.state["optimizer"].optimizer  # inside accelerate's
+    batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
+    loss = (work.training_loss(batch) * batch["weight"]).sum()
+    if not torch.isfinite(loss):  # the one place where the host waits for the device before a step has ended
+        return loss.detach(), loss.detach()
+    run.is_whole = False
+    optimizer.begin_step(run.progress["global_step"])
+    accelerator.backward(loss)
+    return loss.detach(), optimizer.grad_norm()
+
+
+@torch.no_grad()
+def update_parameter(parameter, state, group, seed):
+    """Does one step of AdamW for a parameter with a gradient; returns the gradient's squared norm, in float32."""
+    squared_norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).square()
+    is_finite = torch.isfinite(squared_norm)  # stays on the device: nobody waits for it here
+    state["step"] += is_finite
+    generator = torch.Generator(parameter.device).manual_seed(seed)
+    tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+    num_rows = max(1, UPDATED_AT_ONCE * len(parameter) // parameter.numel())
+    for weight, grad, exp_avg, exp_avg_sq in zip(*[tensor.split(num_rows) for tensor in tensors], strict=True):
+        updated = adamw_update(weight.float(), grad.float(), exp_avg.float(), exp_avg_sq.float(), state["step"], group)
+        for kept, value in zip((weight, exp_avg, exp_avg_sq), updated, strict=True):
+            kept.copy_(torch.where(is_finite, round_stochastically(value, generator), kept))
+    return squared_norm
+
+
+def adamw_update(weight, grad, exp_avg, exp_avg_sq, step, group):
+    """The weight and its moments after a step of AdamW (arXiv 1711.05101, algorithm 2), in float32."""
+    beta1, beta2 = group["betas"]
+    exp_avg = beta1 * exp_avg + (1 - beta1) * grad
+    exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * grad**2
+    mean, variance = exp_avg / (1 - beta1**step), exp_avg_sq / (1 - beta2**step)
+    update = mean / (variance.sqrt() + group["eps"]) + group["weight_decay"] * weight
+    return weight - group["lr"] * update, exp_avg, exp_avg_sq
+
+
+def round_stochastically(values, generator):
+    """Rounds float32 to one of the two neighbours in bfloat16, to the nearer one more often, so that the mean is the
+    value (arXiv 2010.06192, eq. 1): bfloat16 is the upper half of float32's bits, and to the lower one a random number
+    of 16 bits is added, whose carry goes up."""
+    noise = torch.randint(2**16, values.shape, generator=generator, device=values.device, dtype=torch.int32)
+    bits = (values.contiguous().view(torch.int32) + noise) & -(2**16)
+    return bits.view(torch.float32).to(torch.bfloat16)
 
 
 # -------------------------------------------------------------------------------------------------------------- output
@@ -3028,7 +3218,8 @@ def save_pipeline(args, folder, pipeline, noise_scheduler):
 def print_plan(args, run, num_held_out, num_trained, about):
     """Says, before the first step, what will be done. `about` says what only a script knows: `trained` and `frozen`
     (which models), `devices` (how many share a pass), `images` (a remark), `optimizer` (its name), `warnings` (a
-    list), and maybe `precision` (of passes, if that is not the setting)."""
+    list), and maybe `precision` (of passes, if that is not the setting) and `weights` (their
+    precision, if not float32)."""
     counts, side, tracker = run.counts, args.resolution, chosen_tracker(args)
     first_step, precision = run.progress["global_step"], about.get("precision", run.settings["mixed_precision"])
     gigabytes = checkpoint_bytes(run) / 1e9
@@ -3038,8 +3229,8 @@ def print_plan(args, run, num_held_out, num_trained, about):
         "images": images + about["images"],
         "steps": f"{first_step:,} to {counts.last_step:,}, {counts.last_step / counts.steps_per_epoch:,.1f} epochs",
         "per step": f"{counts.samples_per_step:,} images: {passes}",
-        "trained": f"{about['trained']}, {num_trained:,} parameters in float32, passes in precision {precision!r}; "
-        f"frozen: {about['frozen']}",
+        "trained": f"{about['trained']}, {num_trained:,} parameters in {about.get('weights', 'float32')}, passes in "
+        f"precision {precision!r}; frozen: {about['frozen']}",
         "optimizer": f"{about['optimizer']} at {run.settings['peak_learning_rate']:g}, {args.lr_scheduler}; "
         f"EMA: {args.use_ema}",
         "output": f"{args.output_dir}, a checkpoint of {gigabytes:.2g} GB every {args.checkpointing_steps:,} steps",
@@ -3556,11 +3747,10 @@ def leave(accelerator, run, broken, received):
         remedy = " --allow_changed_resume and a lower --learning_rate"
         if run.settings["mixed_precision"] == "fp16":
             remedy += ", or start anew with --mixed_precision=bf16, whose numbers reach further"
-    accelerator.print(
-        f"Stopped by {why}. {checkpoint_of(run)} holds the state after step {step}; go on with "
-        f"--resume_from_checkpoint=latest{remedy}",
-        file=sys.stderr,
-    )
+    kept = f"{checkpoint_of(run)} holds the state after step {step}; go on with --resume_from_checkpoint=latest"
+    if not run.is_whole:  # --full_bf16: the step had begun to change the weights
+        kept = save_what_is_whole(run, None)
+    accelerator.print(f"Stopped by {why}. {kept}{remedy}", file=sys.stderr)
     # Another process, or the launcher, may have got the signal: SIGTERM, then.
     number = received[0] if received else signal.SIGTERM
     sys.exit(1 if broken else 128 + number)

@@ -2758,9 +2758,11 @@ def make_schedule(args, optimizer, last_step):
 
 
 def make_average(args, parameters):
-    """The average of the weights, with the decay that the flags ask for."""
+    """The average of the weights, in float32, with the decay that the flags ask for."""
     decay = 0.9999 if args.ema_decay is None else args.ema_decay
-    return EMAModel(parameters, decay=decay, use_ema_warmup=args.ema_warmup)
+    average = EMAModel(parameters, decay=decay, use_ema_warmup=args.ema_warmup)
+    average.shadow_params = [value.float() for value in average.shadow_params]  # of weights in bfloat16, too
+    return average
 
 
 # -------------------------------------------------------------------------------------------------------------- output
@@ -2983,7 +2985,8 @@ def save_pipeline(args, folder, pipeline, noise_scheduler):
 def print_plan(args, run, num_held_out, num_trained, about):
     """Says, before the first step, what will be done. `about` says what only a script knows: `trained` and `frozen`
     (which models), `devices` (how many share a pass), `images` (a remark), `optimizer` (its name), `warnings` (a
-    list), and maybe `precision` (of passes, if that is not the setting)."""
+    list), and maybe `precision` (of passes, if that is not the setting) and `weights` (their
+    precision, if not float32)."""
     counts, side, tracker = run.counts, args.resolution, chosen_tracker(args)
     first_step, precision = run.progress["global_step"], about.get("precision", run.settings["mixed_precision"])
     gigabytes = checkpoint_bytes(run) / 1e9
@@ -2993,8 +2996,8 @@ def print_plan(args, run, num_held_out, num_trained, about):
         "images": images + about["images"],
         "steps": f"{first_step:,} to {counts.last_step:,}, {counts.last_step / counts.steps_per_epoch:,.1f} epochs",
         "per step": f"{counts.samples_per_step:,} images: {passes}",
-        "trained": f"{about['trained']}, {num_trained:,} parameters in float32, passes in precision {precision!r}; "
-        f"frozen: {about['frozen']}",
+        "trained": f"{about['trained']}, {num_trained:,} parameters in {about.get('weights', 'float32')}, passes in "
+        f"precision {precision!r}; frozen: {about['frozen']}",
         "optimizer": f"{about['optimizer']} at {run.settings['peak_learning_rate']:g}, {args.lr_scheduler}; "
         f"EMA: {args.use_ema}",
         "output": f"{args.output_dir}, a checkpoint of {gigabytes:.2g} GB every {args.checkpointing_steps:,} steps",
@@ -3405,11 +3408,10 @@ def leave(accelerator, run, broken, received):
         remedy = " --allow_changed_resume and a lower --learning_rate"
         if run.settings["mixed_precision"] == "fp16":
             remedy += ", or start anew with --mixed_precision=bf16, whose numbers reach further"
-    accelerator.print(
-        f"Stopped by {why}. {checkpoint_of(run)} holds the state after step {step}; go on with "
-        f"--resume_from_checkpoint=latest{remedy}",
-        file=sys.stderr,
-    )
+    kept = f"{checkpoint_of(run)} holds the state after step {step}; go on with --resume_from_checkpoint=latest"
+    if not run.is_whole:  # --full_bf16: the step had begun to change the weights
+        kept = save_what_is_whole(run, None)
+    accelerator.print(f"Stopped by {why}. {kept}{remedy}", file=sys.stderr)
     # Another process, or the launcher, may have got the signal: SIGTERM, then.
     number = received[0] if received else signal.SIGTERM
     sys.exit(1 if broken else 128 + number)
