@@ -62,11 +62,13 @@ from sdtune.models import (
     enable_memory_savers,
     frozen_copy,
     load_base,
+    make_faster,
     make_noise_scheduler,
     read_models,
     write_models,
 )
 from sdtune.optimization import (
+    check_layout,
     check_optimization,
     check_optimizer,
     keep_embeddings_whole,
@@ -162,7 +164,7 @@ def check_args(args, problems=()):
     that were found before."""
     found = check_requirements(args, REQUIRES) + check_old_flags(args)
     found += check_data(args, "instance_data_dir") + check_subject(args)
-    found += check_optimization(args) + check_optimizer(args) + check_full_bf16(args)
+    found += check_optimization(args) + check_optimizer(args) + check_full_bf16(args) + check_layout(args)
     found += check_hardware(args) + check_environment(args) + check_trackers(args) + check_validation(args)
     found += check_output(args, foreign_result="pytorch_lora_weights.safetensors")
     found += check_model(args)
@@ -209,6 +211,7 @@ def train(args, launcher):
         start_trackers(args, accelerator)
     pipeline, models, vae, text_encoder, noise_scheduler = load_models(args, accelerator)
     parts = {**pipeline.components, "vae": vae, "text_encoder": text_encoder, "scheduler": noise_scheduler}
+    make_faster(args, pipeline.unet)
     prepared = {name: accelerator.prepare(model) for name, model in models.items()}  # passes are autocast now
     unet, text_encoder = prepared["unet"], prepared.get("text_encoder", text_encoder)
 

@@ -58,11 +58,12 @@ from sdtune.models import (
     frozen_copy,
     load_base,
     load_unet,
+    make_faster,
     make_noise_scheduler,
     read_models,
     write_models,
 )
-from sdtune.optimization import check_optimization, check_optimizer, make_optimizer, peak_learning_rate
+from sdtune.optimization import check_layout, check_optimization, check_optimizer, make_optimizer, peak_learning_rate
 from sdtune.output import check_output, check_trackers, end_training, new_result, save_pipeline, start_trackers
 from sdtune.script import run_launched_script
 from sdtune.signals import Stop
@@ -130,7 +131,7 @@ def check_args(args, problems=()):
     that were found before."""
     found = check_requirements(args, REQUIRES) + check_old_flags(args)
     found += check_data(args, "train_data_dir")
-    found += check_optimization(args) + check_optimizer(args) + check_full_bf16(args)
+    found += check_optimization(args) + check_optimizer(args) + check_full_bf16(args) + check_layout(args)
     found += check_hardware(args) + check_environment(args) + check_trackers(args) + check_validation(args)
     found += check_output(args, foreign_result="pytorch_lora_weights.safetensors")
     found += check_model(args)
@@ -166,6 +167,7 @@ def train(args, launcher):
         repo_id = name_repo(args) if args.push_to_hub and accelerator.is_main_process else None
         start_trackers(args, accelerator)
     pipeline, vae, text_encoder, noise_scheduler = load_models(args, accelerator)
+    make_faster(args, pipeline.unet)
     unet = accelerator.prepare(pipeline.unet)  # whose passes are autocast now
 
     def training_loss(batch):

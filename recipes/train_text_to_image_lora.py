@@ -62,7 +62,7 @@ from sdtune.lora import (
     write_adapters,
 )
 from sdtune.model_card import write_card
-from sdtune.models import check_model
+from sdtune.models import check_model, make_faster
 from sdtune.optimization import check_optimization, check_optimizer, make_optimizer, peak_learning_rate
 from sdtune.output import check_output, check_trackers, end_training, new_result, start_trackers
 from sdtune.script import run_launched_script
@@ -142,6 +142,7 @@ def train(args, launcher):
         repo_id = name_repo(args) if args.push_to_hub and accelerator.is_main_process else None
         start_trackers(args, accelerator)
     pipeline, models, noise_scheduler = load_models_with_adapters(args, accelerator)
+    make_faster(args, pipeline.unet)
     prepared = {name: accelerator.prepare(model) for name, model in models.items()}  # passes are autocast now
     unet, text_encoder = prepared["unet"], prepared.get("text_encoder", pipeline.text_encoder)
 

@@ -371,6 +371,8 @@ def add_memory_arguments(parser):
     add("--offload_ema", **SWITCH, help="keep and update the average in CPU memory; needs --use_ema")
     add("--foreach_ema", **SWITCH_ON, help="update the average with few, large operations; not where it is offloaded")
     add("--enable_xformers_memory_efficient_attention", **SWITCH, help="xFormers' attention instead of torch's")
+    add("--compile", **SWITCH, help="compile the UNet's transformer blocks in the first step, by torch.compile")
+    add("--channels_last", **SWITCH, help="channels-last layout of the UNet; measured on a CPU it changes nothing")
     add("--allow_tf32", **SWITCH, help="TensorFloat-32 products and convolutions, on GPUs that have them")
     add("--set_grads_to_none", **SWITCH, help="gradients always are; taken so that old commands run")
     add(

@@ -76,6 +76,13 @@ def check_optimizer(args):
     return problems
 
 
+def check_layout(args):
+    """Lists whether the weights that are trained would not keep their layout."""
+    if args.channels_last and optimizer_of(args) == "adamw8bit":
+        return ["--channels_last=True: 8-bit AdamW undoes it in its first step; drop one"]
+    return []
+
+
 def warn_of_rate(args, peak):
     """Lists whether Prodigy's factor is another than the one that it is made for."""
     if optimizer_of(args) != "prodigy" or peak == 1:

@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import functools
 import os
+import shutil
 import signal
 import socket
 import time
@@ -85,6 +86,8 @@ def check_hardware(args):
             "--enable_xformers_memory_efficient_attention=True: needs a GPU and xformers; run "
             "`pip install -r requirements_xformers.txt` there, or drop this"
         )
+    if args.compile and on_cpu and not shutil.which(os.environ.get("CXX", "g++")):
+        problems.append("--compile=True: needs a C++ compiler; install g++, or drop this")
     precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     told = f"--mixed_precision={precision} (or accelerate's config)"
     if precision not in DTYPES:
@@ -105,8 +108,8 @@ def check_environment(args):
         )
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
         problems.append(
-            f"ACCELERATE_DYNAMO_BACKEND={os.environ['ACCELERATE_DYNAMO_BACKEND']} (or accelerate's config): models "
-            "are not compiled here; use no"
+            f"ACCELERATE_DYNAMO_BACKEND={os.environ['ACCELERATE_DYNAMO_BACKEND']} (or accelerate's config): is not "
+            "obeyed here; use no, and --compile"
         )
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
@@ -277,6 +280,8 @@ def train_steps(args, accelerator, run, stop, work, look):
         loss, grad_norm, is_broken, stop_now = take_step(args, accelerator, run, work, batches, is_asked(stop))
         seconds = time.perf_counter() - started
         done = run.progress["global_step"]
+        if args.compile and step == first_step:
+            accelerator.print(f"\nCompiled: the first step took {seconds:.1f} s.")
 
         # Log
         if not is_broken:

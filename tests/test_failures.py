@@ -547,7 +547,7 @@ def test_accelerates_variables_divide_no_gradient(fit, straight, tmp_path, monke
 @pytest.mark.parametrize(
     "name, value, told",
     [
-        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "models are not compiled here; use no"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "is not obeyed here; use no, and --compile"),
         ("ACCELERATE_USE_FSDP", "true", "asks for FSDP"),
         ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "asks for PARALLELISM_CONFIG"),
     ],
