@@ -76,13 +76,22 @@ from sdtune.optimization import (
     optimizer_of,
     peak_learning_rate,
 )
-from sdtune.output import check_output, check_trackers, end_training, new_result, save_pipeline, start_trackers
+from sdtune.output import (
+    check_output,
+    check_trackers,
+    count_result_bytes,
+    end_training,
+    new_result,
+    save_pipeline,
+    start_trackers,
+)
 from sdtune.script import run_launched_script
 from sdtune.signals import Stop
 from sdtune.subject import (
     check_subject,
     draw_class_images,
     load_class_images,
+    stand_ins,
     with_class_rows,
     with_classes,
 )
@@ -100,6 +109,7 @@ from sdtune.training import (
     start_run,
     tell_plan,
     train_steps,
+    try_steps,
     use_average,
 )
 from sdtune.validation import check_validation, encode_held_out, prompts_of, validate
@@ -232,8 +242,19 @@ def train(args, launcher):
         keep_embeddings_whole(state["optimizer"], models.values())
     run = start_run(args, accelerator, counts, state, fingerprints, weights, FREE_ON_RESUME, FIXED_ON_RESUME)
     frozen = ", ".join(sorted({"vae", "text_encoder"} - models.keys()))
-    tell_plan(args, accelerator, run, len(held_out), parameters, ", ".join(models), frozen)
+    result_bytes = count_result_bytes(args, pipeline, not args.skip_save_text_encoder)
+    tell_plan(args, accelerator, run, len(held_out), result_bytes, ", ".join(models), frozen)
+
     if args.dry_run:
+        class_images = stand_ins(class_images, images)
+    samples = with_class_rows(images, class_images)
+    batches = batches_of(args, accelerator, run)
+    batches = with_classes(batches, len(images), len(samples) - len(images), args.prior_loss_weight, args.seed)
+    loader = make_loader(args, accelerator, samples, batches)
+    make_gradients = update_in_backward if args.full_bf16 else add_up_gradients
+    work = Work(loader, list(prepared.values()), training_loss, make_gradients)
+    if args.dry_run:
+        try_steps(args, accelerator, run, work)
         end_training(accelerator)
         return
 
@@ -241,12 +262,6 @@ def train(args, launcher):
     held_out = encode_held_out(accelerator, parts["vae"], parts["text_encoder"], held_out, args.train_batch_size)
     prompts = prompts_of(args)
     look = functools.partial(validate, args, accelerator, run, parts, held_out, prompts)
-    samples = with_class_rows(images, class_images)
-    batches = batches_of(args, accelerator, run)
-    batches = with_classes(batches, len(images), len(samples) - len(images), args.prior_loss_weight, args.seed)
-    loader = make_loader(args, accelerator, samples, batches)
-    make_gradients = update_in_backward if args.full_bf16 else add_up_gradients
-    work = Work(loader, list(prepared.values()), training_loss, make_gradients)
     stop = Stop(launcher)
     with nothing_lost(args, accelerator, run, stop, write_torch_state):
         train_steps(args, accelerator, run, stop, work, look)

@@ -60,6 +60,7 @@ from sdtune.hub import name_repo, push
 from sdtune.lora import (
     LORA_TARGETS,
     check_adapters,
+    count_adapter_bytes,
     group_parameters,
     load_models_with_adapters,
     read_adapters_into,
@@ -76,6 +77,7 @@ from sdtune.subject import (
     check_subject,
     draw_class_images,
     load_class_images,
+    stand_ins,
     with_class_rows,
     with_classes,
 )
@@ -93,6 +95,7 @@ from sdtune.training import (
     start_run,
     tell_plan,
     train_steps,
+    try_steps,
     use_average,
 )
 from sdtune.validation import check_validation, encode_held_out, prompts_of, validate
@@ -186,8 +189,18 @@ def train(args, launcher):
     state = make_state(args, accelerator, optimizer, counts.last_step)
     run = start_run(args, accelerator, counts, state, fingerprints, weights, FREE_ON_RESUME, FIXED_ON_RESUME)
     trained = f"LoRA of rank {args.rank} on {args.lora_target} of {' and '.join(models)}"
-    tell_plan(args, accelerator, run, len(held_out), parameters, trained, frozen="all else")
+    result_bytes = count_adapter_bytes(args, parameters)
+    tell_plan(args, accelerator, run, len(held_out), result_bytes, trained, frozen="all else")
+
     if args.dry_run:
+        class_images = stand_ins(class_images, images)
+    samples = with_class_rows(images, class_images)
+    batches = batches_of(args, accelerator, run)
+    batches = with_classes(batches, len(images), len(samples) - len(images), args.prior_loss_weight, args.seed)
+    loader = make_loader(args, accelerator, samples, batches)
+    work = Work(loader, list(prepared.values()), training_loss, add_up_gradients)
+    if args.dry_run:
+        try_steps(args, accelerator, run, work)
         end_training(accelerator)
         return
 
@@ -196,11 +209,6 @@ def train(args, launcher):
     held_out = encode_held_out(accelerator, parts["vae"], parts["text_encoder"], held_out, args.train_batch_size)
     prompts = prompts_of(args)
     look = functools.partial(validate, args, accelerator, run, parts, held_out, prompts)
-    samples = with_class_rows(images, class_images)
-    batches = batches_of(args, accelerator, run)
-    batches = with_classes(batches, len(images), len(samples) - len(images), args.prior_loss_weight, args.seed)
-    loader = make_loader(args, accelerator, samples, batches)
-    work = Work(loader, list(prepared.values()), training_loss, add_up_gradients)
     stop = Stop(launcher)
     with nothing_lost(args, accelerator, run, stop, write_torch_state):
         train_steps(args, accelerator, run, stop, work, look)

@@ -64,7 +64,15 @@ from sdtune.models import (
     write_models,
 )
 from sdtune.optimization import check_layout, check_optimization, check_optimizer, make_optimizer, peak_learning_rate
-from sdtune.output import check_output, check_trackers, end_training, new_result, save_pipeline, start_trackers
+from sdtune.output import (
+    check_output,
+    check_trackers,
+    count_result_bytes,
+    end_training,
+    new_result,
+    save_pipeline,
+    start_trackers,
+)
 from sdtune.script import run_launched_script
 from sdtune.signals import Stop
 from sdtune.training import (
@@ -81,6 +89,7 @@ from sdtune.training import (
     start_run,
     tell_plan,
     train_steps,
+    try_steps,
     use_average,
 )
 from sdtune.validation import check_validation, encode_held_out, prompts_of, validate
@@ -184,8 +193,14 @@ def train(args, launcher):
     optimizer = make_fused_optimizer(args, groups) if args.full_bf16 else make_optimizer(args, groups)
     state = make_state(args, accelerator, optimizer, counts.last_step)
     run = start_run(args, accelerator, counts, state, fingerprints, weights, FREE_ON_RESUME, FIXED_ON_RESUME)
-    tell_plan(args, accelerator, run, len(held_out), parameters, trained="UNet", frozen="VAE, text encoder")
+    result_bytes = count_result_bytes(args, pipeline)
+    tell_plan(args, accelerator, run, len(held_out), result_bytes, trained="UNet", frozen="VAE, text encoder")
+
+    loader = make_loader(args, accelerator, images, batches_of(args, accelerator, run))
+    make_gradients = update_in_backward if args.full_bf16 else add_up_gradients
+    work = Work(loader, [unet], training_loss, make_gradients)
     if args.dry_run:
+        try_steps(args, accelerator, run, work)
         end_training(accelerator)
         return
 
@@ -194,9 +209,6 @@ def train(args, launcher):
     held_out = encode_held_out(accelerator, parts["vae"], parts["text_encoder"], held_out, args.train_batch_size)
     prompts = prompts_of(args)
     look = functools.partial(validate, args, accelerator, run, parts, held_out, prompts)
-    loader = make_loader(args, accelerator, images, batches_of(args, accelerator, run))
-    make_gradients = update_in_backward if args.full_bf16 else add_up_gradients
-    work = Work(loader, [unet], training_loss, make_gradients)
     stop = Stop(launcher)
     with nothing_lost(args, accelerator, run, stop, write_torch_state):
         train_steps(args, accelerator, run, stop, work, look)

@@ -1,12 +1,15 @@
 """The plan that a run prints before its first step."""
 
+import datetime
 import math
 import shutil
+import sys
 
 import torch
 from accelerate.utils import is_cuda_available
 from torch.cuda import is_bf16_supported
 
+from sdtune.batches import samples_in_step
 from sdtune.files import existing_place
 from sdtune.output import chosen_tracker
 
@@ -14,8 +17,8 @@ from sdtune.output import chosen_tracker
 def print_plan(args, run, num_held_out, num_trained, about):
     """Says, before the first step, what will be done. `about` says what only a script knows: `trained` and `frozen`
     (which models), `devices` (how many share a pass), `images` (a remark), `optimizer` (its name), `warnings` (a
-    list), and maybe `precision` (of passes, if that is not the setting) and `weights` (their
-    precision, if not float32)."""
+    list), and maybe `precision` (of passes, if that is not the setting), `weights` (their
+    precision, if not float32) and `result_bytes` (of the files that will be the result)."""
     counts, side, tracker = run.counts, args.resolution, chosen_tracker(args)
     first_step, precision = run.progress["global_step"], about.get("precision", run.settings["mixed_precision"])
     gigabytes = checkpoint_bytes(run) / 1e9
@@ -30,20 +33,64 @@ def print_plan(args, run, num_held_out, num_trained, about):
         "optimizer": f"{about['optimizer']} at {run.settings['peak_learning_rate']:g}, {args.lr_scheduler}; "
         f"EMA: {args.use_ema}",
         "output": f"{args.output_dir}, a checkpoint of {gigabytes:.2g} GB every {args.checkpointing_steps:,} steps",
+        "disk": tell_disk(args, run, about.get("result_bytes")),
         "log": f"log.jsonl and {tracker}" if tracker else "log.jsonl, no tracker",
     }
-    lines = [f"  {name:<10} {text}" for name, text in rows.items()]
+    lines = [f"  {name:<10} {text}" for name, text in rows.items() if text]
     warned = about["warnings"] + warn_of_warm_up(args, counts) + warn_of_disk(args, run)
     warnings = [f"  warning    {text}" for text in warned]
     print("\n".join(["Plan", *lines, *warnings]))
 
 
-def warn_of_disk(args, run):
-    """Lists whether the checkpoints will not fit on the disk; the newest is there before the oldest goes."""
+def count_checkpoints(args, run):
+    """How many checkpoints a run will have at once: the newest is there before the oldest goes."""
     steps = range(run.progress["global_step"] + 1, run.counts.last_step + 1)
     number = sum(step % args.checkpointing_steps == 0 or step == run.counts.last_step for step in steps)
     if args.checkpoints_total_limit:
         number = min(number, args.checkpoints_total_limit + 1 + args.keep_best)
+    return number
+
+
+def tell_disk(args, run, result_bytes):
+    """What checkpoints and result will take of the disk; nothing if the size of the result is not known."""
+    if result_bytes is None:
+        return None
+    number, one = count_checkpoints(args, run), checkpoint_bytes(run) / 1e9
+    free = shutil.disk_usage(existing_place(args.output_dir)).free / 1e9
+    checkpoints = f"{number} checkpoint{'s at once' if number > 1 else ''}: {number * one:.2g} GB"
+    return f"{checkpoints}, result: {result_bytes / 1e9:.2g} GB; {free:,.3g} GB are free"
+
+
+def tell_cost(run, device, seconds, num_steps, now):
+    """Prints what was measured of the step before, which took so many seconds: the time of `num_steps` such steps from
+    `now` on, and the peak of the memory so far."""
+    rate = samples_in_step(run.counts, run.progress["global_step"] - 1) / seconds
+    duration = datetime.timedelta(seconds=round(seconds * num_steps))
+    print(
+        f"  time       {seconds:.3g} s per step, {rate:.4g} images/s; {num_steps:,} steps take {duration}, until "
+        f"{now + duration:%Y-%m-%d %H:%M}"
+    )
+    print(f"  memory     {', '.join(peak_memory(device))} at most")
+
+
+def peak_memory(device):
+    """Lists the most memory that PyTorch took on a device, if that is a GPU of NVIDIA's or AMD's, and this process in
+    all, which the processes that load images are not part of."""
+    peaks = []
+    if device.type != "cpu" and is_cuda_available():
+        peaks.append(f"{torch.cuda.max_memory_reserved(device) / 1e9:.3g} GB of the device")
+    if sys.platform != "win32":
+        import resource  # which Windows has not
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        peaks.append(f"{peak / 1e9:.3g} GB of this process")
+    return peaks or ["not measured here"]
+
+
+def warn_of_disk(args, run):
+    """Lists whether the checkpoints will not fit on the disk."""
+    number = count_checkpoints(args, run)
     needed, free = number * checkpoint_bytes(run), shutil.disk_usage(existing_place(args.output_dir)).free
     if needed <= free:
         return []

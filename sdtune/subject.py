@@ -134,6 +134,13 @@ def check_records(args, paths):
     warn(f"class images were drawn by another base than {wanted['base']}", of_another_base)
 
 
+def stand_ins(class_images, images):
+    """The class images, or where none is drawn yet the photos in their place, for a trial of some steps."""
+    if class_images.missing and not class_images.rows:
+        return dataclasses.replace(class_images, rows=[images.rows])
+    return class_images
+
+
 def with_class_rows(images, class_images):
     """The photos of the subject, and behind them the images of its class."""
     return dataclasses.replace(images, rows=datasets.concatenate_datasets([images.rows, *class_images.rows]))

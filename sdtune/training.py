@@ -37,7 +37,7 @@ from sdtune.checkpoints import (
     write_torch_state,
 )
 from sdtune.errors import InputError
-from sdtune.failures import leave
+from sdtune.failures import leave, told_in_a_line
 from sdtune.models import DTYPES
 from sdtune.optimization import (
     OPTIMIZERS,
@@ -48,7 +48,7 @@ from sdtune.optimization import (
     warn_of_rate,
 )
 from sdtune.output import chosen_tracker, log_losses, prepare_output
-from sdtune.plan import print_plan, warn_of_precision
+from sdtune.plan import print_plan, tell_cost, warn_of_precision
 from sdtune.randomness import DROPOUT, random_numbers
 from sdtune.signals import is_asked, on_signals
 from sdtune.validation import LookGivenUp, steps_between_looks
@@ -207,13 +207,15 @@ def split_of_step(args, accelerator):
     return f"{passes} x {accelerator.num_processes} processes"
 
 
-def tell_plan(args, accelerator, run, num_held_out, parameters, trained, frozen):
-    """Prints what will be done: how many of `parameters`, of which models are `trained`, and which are `frozen`."""
+def tell_plan(args, accelerator, run, num_held_out, result_bytes, trained, frozen):
+    """Prints what will be done, of which models are `trained`, and which are `frozen`."""
+    parameters = run.weights.parameters
     num_trained = sum(parameter.numel() for parameter in parameters)
     about = {
         "images": "",
         "devices": f"{accelerator.num_processes} ranks",
         "trained": trained,
+        "result_bytes": result_bytes,
         "weights": str(parameters[0].dtype).removeprefix("torch."),
         "frozen": frozen,
         "optimizer": OPTIMIZERS[optimizer_of(args)],
@@ -282,6 +284,9 @@ def train_steps(args, accelerator, run, stop, work, look):
         done = run.progress["global_step"]
         if args.compile and step == first_step:
             accelerator.print(f"\nCompiled: the first step took {seconds:.1f} s.")
+        if step == first_step + 2 and accelerator.is_main_process and not is_broken:
+            print()
+            tell_cost(run, accelerator.device, seconds, counts.last_step - done, datetime.datetime.now())
 
         # Log
         if not is_broken:
@@ -301,6 +306,22 @@ def train_steps(args, accelerator, run, stop, work, look):
             leave(accelerator, run, is_broken, stop.received)
         if done % validation_steps == 0 or done == counts.last_step:
             look_and_keep(args, accelerator, run, stop, look)
+
+
+def try_steps(args, accelerator, run, work):
+    """Takes two steps of the run, whose effect nobody keeps, and prints what the second one costs. Nothing is written.
+    Ends the process with status 1 if that fails."""
+    num_steps, seconds = run.counts.last_step - run.progress["global_step"], None
+    with told_in_a_line(args, accelerator):
+        batches = iter(work.loader)
+        for _ in range(min(2, num_steps)):
+            started = time.perf_counter()
+            take_step(args, accelerator, run, work, batches, False)
+            if accelerator.device.type != "cpu":
+                torch.accelerator.synchronize()
+            seconds = time.perf_counter() - started
+    if seconds and accelerator.is_main_process:
+        tell_cost(run, accelerator.device, seconds, num_steps, datetime.datetime.now())
 
 
 def take_step(args, accelerator, run, work, batches, is_stop_asked):

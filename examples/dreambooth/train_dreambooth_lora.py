@@ -524,8 +524,18 @@ def train(args, launcher):
     state = make_state(args, accelerator, optimizer, counts.last_step)
     run = start_run(args, accelerator, counts, state, fingerprints, weights, FREE_ON_RESUME, FIXED_ON_RESUME)
     trained = f"LoRA of rank {args.rank} on {args.lora_target} of {' and '.join(models)}"
-    tell_plan(args, accelerator, run, len(held_out), parameters, trained, frozen="all else")
+    result_bytes = count_adapter_bytes(args, parameters)
+    tell_plan(args, accelerator, run, len(held_out), result_bytes, trained, frozen="all else")
+
     if args.dry_run:
+        class_images = stand_ins(class_images, images)
+    samples = with_class_rows(images, class_images)
+    batches = batches_of(args, accelerator, run)
+    batches = with_classes(batches, len(images), len(samples) - len(images), args.prior_loss_weight, args.seed)
+    loader = make_loader(args, accelerator, samples, batches)
+    work = Work(loader, list(prepared.values()), training_loss, add_up_gradients)
+    if args.dry_run:
+        try_steps(args, accelerator, run, work)
         end_training(accelerator)
         return
 
@@ -534,11 +544,6 @@ def train(args, launcher):
     held_out = encode_held_out(accelerator, parts["vae"], parts["text_encoder"], held_out, args.train_batch_size)
     prompts = prompts_of(args)
     look = functools.partial(validate, args, accelerator, run, parts, held_out, prompts)
-    samples = with_class_rows(images, class_images)
-    batches = batches_of(args, accelerator, run)
-    batches = with_classes(batches, len(images), len(samples) - len(images), args.prior_loss_weight, args.seed)
-    loader = make_loader(args, accelerator, samples, batches)
-    work = Work(loader, list(prepared.values()), training_loss, add_up_gradients)
     stop = Stop(launcher)
     with nothing_lost(args, accelerator, run, stop, write_torch_state):
         train_steps(args, accelerator, run, stop, work, look)
@@ -742,13 +747,15 @@ def split_of_step(args, accelerator):
     return f"{passes} x {accelerator.num_processes} processes"
 
 
-def tell_plan(args, accelerator, run, num_held_out, parameters, trained, frozen):
-    """Prints what will be done: how many of `parameters`, of which models are `trained`, and which are `frozen`."""
+def tell_plan(args, accelerator, run, num_held_out, result_bytes, trained, frozen):
+    """Prints what will be done, of which models are `trained`, and which are `frozen`."""
+    parameters = run.weights.parameters
     num_trained = sum(parameter.numel() for parameter in parameters)
     about = {
         "images": "",
         "devices": f"{accelerator.num_processes} ranks",
         "trained": trained,
+        "result_bytes": result_bytes,
         "weights": str(parameters[0].dtype).removeprefix("torch."),
         "frozen": frozen,
         "optimizer": OPTIMIZERS[optimizer_of(args)],
@@ -817,6 +824,9 @@ def train_steps(args, accelerator, run, stop, work, look):
         done = run.progress["global_step"]
         if args.compile and step == first_step:
             accelerator.print(f"\nCompiled: the first step took {seconds:.1f} s.")
+        if step == first_step + 2 and accelerator.is_main_process and not is_broken:
+            print()
+            tell_cost(run, accelerator.device, seconds, counts.last_step - done, datetime.datetime.now())
 
         # Log
         if not is_broken:
@@ -836,6 +846,22 @@ def train_steps(args, accelerator, run, stop, work, look):
             leave(accelerator, run, is_broken, stop.received)
         if done % validation_steps == 0 or done == counts.last_step:
             look_and_keep(args, accelerator, run, stop, look)
+
+
+def try_steps(args, accelerator, run, work):
+    """Takes two steps of the run, whose effect nobody keeps, and prints what the second one costs. Nothing is written.
+    Ends the process with status 1 if that fails."""
+    num_steps, seconds = run.counts.last_step - run.progress["global_step"], None
+    with told_in_a_line(args, accelerator):
+        batches = iter(work.loader)
+        for _ in range(min(2, num_steps)):
+            started = time.perf_counter()
+            take_step(args, accelerator, run, work, batches, False)
+            if accelerator.device.type != "cpu":
+                torch.accelerator.synchronize()
+            seconds = time.perf_counter() - started
+    if seconds and accelerator.is_main_process:
+        tell_cost(run, accelerator.device, seconds, num_steps, datetime.datetime.now())
 
 
 def take_step(args, accelerator, run, work, batches, is_stop_asked):
@@ -2949,6 +2975,12 @@ def read_lora(path):
     return weights, header
 
 
+def count_adapter_bytes(args, parameters):
+    """How many bytes the files take that `save_adapters` will write of such parameters."""
+    num_files = 2 if args.output_kohya_format else 1
+    return num_files * sum(parameter.numel() for parameter in parameters) * DTYPES[args.save_precision].itemsize
+
+
 def save_adapters(args, folder, models, num_images, step):
     """Writes the adapters of `models` into a folder, in diffusers' layout and on demand in kohya's too; returns
     patterns that are the files."""
@@ -3124,6 +3156,13 @@ def check_records(args, paths):
         if record["base"] != wanted["base"]:
             of_another_base.append(f"{path}: {record['base']}")
     warn(f"class images were drawn by another base than {wanted['base']}", of_another_base)
+
+
+def stand_ins(class_images, images):
+    """The class images, or where none is drawn yet the photos in their place, for a trial of some steps."""
+    if class_images.missing and not class_images.rows:
+        return dataclasses.replace(class_images, rows=[images.rows])
+    return class_images
 
 
 def with_class_rows(images, class_images):
@@ -3548,8 +3587,8 @@ def new_result(output_dir):
 def print_plan(args, run, num_held_out, num_trained, about):
     """Says, before the first step, what will be done. `about` says what only a script knows: `trained` and `frozen`
     (which models), `devices` (how many share a pass), `images` (a remark), `optimizer` (its name), `warnings` (a
-    list), and maybe `precision` (of passes, if that is not the setting) and `weights` (their
-    precision, if not float32)."""
+    list), and maybe `precision` (of passes, if that is not the setting), `weights` (their
+    precision, if not float32) and `result_bytes` (of the files that will be the result)."""
     counts, side, tracker = run.counts, args.resolution, chosen_tracker(args)
     first_step, precision = run.progress["global_step"], about.get("precision", run.settings["mixed_precision"])
     gigabytes = checkpoint_bytes(run) / 1e9
@@ -3564,20 +3603,64 @@ def print_plan(args, run, num_held_out, num_trained, about):
         "optimizer": f"{about['optimizer']} at {run.settings['peak_learning_rate']:g}, {args.lr_scheduler}; "
         f"EMA: {args.use_ema}",
         "output": f"{args.output_dir}, a checkpoint of {gigabytes:.2g} GB every {args.checkpointing_steps:,} steps",
+        "disk": tell_disk(args, run, about.get("result_bytes")),
         "log": f"log.jsonl and {tracker}" if tracker else "log.jsonl, no tracker",
     }
-    lines = [f"  {name:<10} {text}" for name, text in rows.items()]
+    lines = [f"  {name:<10} {text}" for name, text in rows.items() if text]
     warned = about["warnings"] + warn_of_warm_up(args, counts) + warn_of_disk(args, run)
     warnings = [f"  warning    {text}" for text in warned]
     print("\n".join(["Plan", *lines, *warnings]))
 
 
-def warn_of_disk(args, run):
-    """Lists whether the checkpoints will not fit on the disk; the newest is there before the oldest goes."""
+def count_checkpoints(args, run):
+    """How many checkpoints a run will have at once: the newest is there before the oldest goes."""
     steps = range(run.progress["global_step"] + 1, run.counts.last_step + 1)
     number = sum(step % args.checkpointing_steps == 0 or step == run.counts.last_step for step in steps)
     if args.checkpoints_total_limit:
         number = min(number, args.checkpoints_total_limit + 1 + args.keep_best)
+    return number
+
+
+def tell_disk(args, run, result_bytes):
+    """What checkpoints and result will take of the disk; nothing if the size of the result is not known."""
+    if result_bytes is None:
+        return None
+    number, one = count_checkpoints(args, run), checkpoint_bytes(run) / 1e9
+    free = shutil.disk_usage(existing_place(args.output_dir)).free / 1e9
+    checkpoints = f"{number} checkpoint{'s at once' if number > 1 else ''}: {number * one:.2g} GB"
+    return f"{checkpoints}, result: {result_bytes / 1e9:.2g} GB; {free:,.3g} GB are free"
+
+
+def tell_cost(run, device, seconds, num_steps, now):
+    """Prints what was measured of the step before, which took so many seconds: the time of `num_steps` such steps from
+    `now` on, and the peak of the memory so far."""
+    rate = samples_in_step(run.counts, run.progress["global_step"] - 1) / seconds
+    duration = datetime.timedelta(seconds=round(seconds * num_steps))
+    print(
+        f"  time       {seconds:.3g} s per step, {rate:.4g} images/s; {num_steps:,} steps take {duration}, until "
+        f"{now + duration:%Y-%m-%d %H:%M}"
+    )
+    print(f"  memory     {', '.join(peak_memory(device))} at most")
+
+
+def peak_memory(device):
+    """Lists the most memory that PyTorch took on a device, if that is a GPU of NVIDIA's or AMD's, and this process in
+    all, which the processes that load images are not part of."""
+    peaks = []
+    if device.type != "cpu" and is_cuda_available():
+        peaks.append(f"{torch.cuda.max_memory_reserved(device) / 1e9:.3g} GB of the device")
+    if sys.platform != "win32":
+        import resource  # which Windows has not
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        peaks.append(f"{peak / 1e9:.3g} GB of this process")
+    return peaks or ["not measured here"]
+
+
+def warn_of_disk(args, run):
+    """Lists whether the checkpoints will not fit on the disk."""
+    number = count_checkpoints(args, run)
     needed, free = number * checkpoint_bytes(run), shutil.disk_usage(existing_place(args.output_dir)).free
     if needed <= free:
         return []
@@ -3994,11 +4077,7 @@ def nothing_lost(args, accelerator, run, stop, write_state, end=sys.exit):
             yield
         except Exception as error:  # of the data, the disk, the memory, a library
             reason, remedy = explain(args, error)
-            told_as = (
-                ""
-                if accelerator.num_processes == 1
-                else f"Rank {accelerator.process_index} on {socket.gethostname()}: "
-            )
+            told_as = name_of_process(accelerator)
             if not reason:
                 traceback.print_exception(error)
                 reason = last_words(error)
@@ -4007,6 +4086,29 @@ def nothing_lost(args, accelerator, run, stop, write_state, end=sys.exit):
             step = run.progress["global_step"]
             print(f"\n{told_as}Stopped after step {step} by {reason}. {kept}{remedy}", file=sys.stderr, flush=True)
             end(1)
+
+
+@contextlib.contextmanager
+def told_in_a_line(args, accelerator):
+    """Ends the process with status 1 after an exception in a trial, of which nothing is to be kept, and says what
+    happened."""
+    try:
+        yield
+    except Exception as error:  # of the data, the memory, a library
+        reason, remedy = explain(args, error)
+        if not reason:
+            traceback.print_exception(error)
+            reason = last_words(error)
+        told_as = name_of_process(accelerator)
+        print(f"\n{told_as}The trial was stopped by {reason}{remedy}", file=sys.stderr, flush=True)
+        sys.exit(1)
+
+
+def name_of_process(accelerator):
+    """How a message begins, where it has to say of several processes which one it comes from."""
+    if accelerator.num_processes == 1:
+        return ""
+    return f"Rank {accelerator.process_index} on {socket.gethostname()}: "
 
 
 def explain(args, error):
@@ -4030,8 +4132,15 @@ def is_disk_full(error):
 def memory_flags(args):
     """The flags that would make the run smaller and are not used yet."""
     flags = []
-    if args.train_batch_size > 1:
-        flags.append("a smaller --train_batch_size with more --gradient_accumulation_steps")
+    size, passes = args.train_batch_size, args.gradient_accumulation_steps
+    if size > 1 and getattr(args, "full_bf16", False):  # which cannot accumulate
+        flags.append(f"--train_batch_size={size // 2}")
+    elif size > 1:
+        parts = next(part for part in range(2, size + 1) if size % part == 0)  # mostly 2
+        flags.append(
+            f"--train_batch_size={size // parts} --gradient_accumulation_steps={passes * parts} (or what `sdtune "
+            "find-batch-size -- COMMAND` finds)"
+        )
     for flag in ("gradient_checkpointing", "use_8bit_adam", "offload_ema"):
         useful = flag != "offload_ema" or args.use_ema
         if useful and getattr(args, flag, None) is False:

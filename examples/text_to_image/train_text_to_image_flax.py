@@ -2985,8 +2985,8 @@ def save_pipeline(args, folder, pipeline, noise_scheduler):
 def print_plan(args, run, num_held_out, num_trained, about):
     """Says, before the first step, what will be done. `about` says what only a script knows: `trained` and `frozen`
     (which models), `devices` (how many share a pass), `images` (a remark), `optimizer` (its name), `warnings` (a
-    list), and maybe `precision` (of passes, if that is not the setting) and `weights` (their
-    precision, if not float32)."""
+    list), and maybe `precision` (of passes, if that is not the setting), `weights` (their
+    precision, if not float32) and `result_bytes` (of the files that will be the result)."""
     counts, side, tracker = run.counts, args.resolution, chosen_tracker(args)
     first_step, precision = run.progress["global_step"], about.get("precision", run.settings["mixed_precision"])
     gigabytes = checkpoint_bytes(run) / 1e9
@@ -3001,20 +3001,37 @@ def print_plan(args, run, num_held_out, num_trained, about):
         "optimizer": f"{about['optimizer']} at {run.settings['peak_learning_rate']:g}, {args.lr_scheduler}; "
         f"EMA: {args.use_ema}",
         "output": f"{args.output_dir}, a checkpoint of {gigabytes:.2g} GB every {args.checkpointing_steps:,} steps",
+        "disk": tell_disk(args, run, about.get("result_bytes")),
         "log": f"log.jsonl and {tracker}" if tracker else "log.jsonl, no tracker",
     }
-    lines = [f"  {name:<10} {text}" for name, text in rows.items()]
+    lines = [f"  {name:<10} {text}" for name, text in rows.items() if text]
     warned = about["warnings"] + warn_of_warm_up(args, counts) + warn_of_disk(args, run)
     warnings = [f"  warning    {text}" for text in warned]
     print("\n".join(["Plan", *lines, *warnings]))
 
 
-def warn_of_disk(args, run):
-    """Lists whether the checkpoints will not fit on the disk; the newest is there before the oldest goes."""
+def count_checkpoints(args, run):
+    """How many checkpoints a run will have at once: the newest is there before the oldest goes."""
     steps = range(run.progress["global_step"] + 1, run.counts.last_step + 1)
     number = sum(step % args.checkpointing_steps == 0 or step == run.counts.last_step for step in steps)
     if args.checkpoints_total_limit:
         number = min(number, args.checkpoints_total_limit + 1 + args.keep_best)
+    return number
+
+
+def tell_disk(args, run, result_bytes):
+    """What checkpoints and result will take of the disk; nothing if the size of the result is not known."""
+    if result_bytes is None:
+        return None
+    number, one = count_checkpoints(args, run), checkpoint_bytes(run) / 1e9
+    free = shutil.disk_usage(existing_place(args.output_dir)).free / 1e9
+    checkpoints = f"{number} checkpoint{'s at once' if number > 1 else ''}: {number * one:.2g} GB"
+    return f"{checkpoints}, result: {result_bytes / 1e9:.2g} GB; {free:,.3g} GB are free"
+
+
+def warn_of_disk(args, run):
+    """Lists whether the checkpoints will not fit on the disk."""
+    number = count_checkpoints(args, run)
     needed, free = number * checkpoint_bytes(run), shutil.disk_usage(existing_place(args.output_dir)).free
     if needed <= free:
         return []
@@ -3325,11 +3342,7 @@ def nothing_lost(args, accelerator, run, stop, write_state, end=sys.exit):
             yield
         except Exception as error:  # of the data, the disk, the memory, a library
             reason, remedy = explain(args, error)
-            told_as = (
-                ""
-                if accelerator.num_processes == 1
-                else f"Rank {accelerator.process_index} on {socket.gethostname()}: "
-            )
+            told_as = name_of_process(accelerator)
             if not reason:
                 traceback.print_exception(error)
                 reason = last_words(error)
@@ -3338,6 +3351,13 @@ def nothing_lost(args, accelerator, run, stop, write_state, end=sys.exit):
             step = run.progress["global_step"]
             print(f"\n{told_as}Stopped after step {step} by {reason}. {kept}{remedy}", file=sys.stderr, flush=True)
             end(1)
+
+
+def name_of_process(accelerator):
+    """How a message begins, where it has to say of several processes which one it comes from."""
+    if accelerator.num_processes == 1:
+        return ""
+    return f"Rank {accelerator.process_index} on {socket.gethostname()}: "
 
 
 def explain(args, error):
@@ -3361,8 +3381,15 @@ def is_disk_full(error):
 def memory_flags(args):
     """The flags that would make the run smaller and are not used yet."""
     flags = []
-    if args.train_batch_size > 1:
-        flags.append("a smaller --train_batch_size with more --gradient_accumulation_steps")
+    size, passes = args.train_batch_size, args.gradient_accumulation_steps
+    if size > 1 and getattr(args, "full_bf16", False):  # which cannot accumulate
+        flags.append(f"--train_batch_size={size // 2}")
+    elif size > 1:
+        parts = next(part for part in range(2, size + 1) if size % part == 0)  # mostly 2
+        flags.append(
+            f"--train_batch_size={size // parts} --gradient_accumulation_steps={passes * parts} (or what `sdtune "
+            "find-batch-size -- COMMAND` finds)"
+        )
     for flag in ("gradient_checkpointing", "use_8bit_adam", "offload_ema"):
         useful = flag != "offload_ema" or args.use_ema
         if useful and getattr(args, flag, None) is False:
