@@ -39,7 +39,8 @@ def print_plan(args, run, num_held_out, num_trained, about):
     lines = [f"  {name:<10} {text}" for name, text in rows.items() if text]
     warned = about["warnings"] + warn_of_warm_up(args, counts) + warn_of_disk(args, run)
     warnings = [f"  warning    {text}" for text in warned]
-    print("\n".join(["Plan", *lines, *warnings]))
+    # At once: who is killed for what the first step takes has told it.
+    print("\n".join(["Plan", *lines, *warnings]), flush=True)
 
 
 def count_checkpoints(args, run):

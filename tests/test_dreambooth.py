@@ -387,7 +387,7 @@ def test_a_dry_run_takes_photos_for_class_images_that_are_not_there(script, fit,
         return diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, batch, *rest)
 
     monkeypatch.setattr(script, "diffusion_losses", noted)
-    settings = {"train_batch_size": 2, "prior_loss_weight": 0.5, "dry_run": True}
+    settings = {"train_batch_size": 2, "prior_loss_weight": 0.5, "max_train_steps": 3, "dry_run": True}
     assert fit(classes=tmp_path / "classes", **settings) == 0
     assert weights == [[0.5, 0.5, 0.25, 0.25]] * 2
 
