@@ -7,7 +7,7 @@ import sys
 
 import torch
 from accelerate.utils import is_cuda_available
-from torch.cuda import is_bf16_supported
+from torch.cuda import is_bf16_supported, max_memory_reserved
 
 from sdtune.batches import samples_in_step
 from sdtune.files import existing_place
@@ -79,7 +79,7 @@ def peak_memory(device):
     all, which the processes that load images are not part of."""
     peaks = []
     if device.type != "cpu" and is_cuda_available():
-        peaks.append(f"{torch.cuda.max_memory_reserved(device) / 1e9:.3g} GB of the device")
+        peaks.append(f"{max_memory_reserved(device) / 1e9:.3g} GB of the device")
     if sys.platform != "win32":
         import resource  # which Windows has not
 

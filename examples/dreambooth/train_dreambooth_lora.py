@@ -106,7 +106,7 @@ from peft.tuners.lora import LoraLayer
 from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.cuda import is_bf16_supported
+from torch.cuda import is_bf16_supported, max_memory_reserved
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -3649,7 +3649,7 @@ def peak_memory(device):
     all, which the processes that load images are not part of."""
     peaks = []
     if device.type != "cpu" and is_cuda_available():
-        peaks.append(f"{torch.cuda.max_memory_reserved(device) / 1e9:.3g} GB of the device")
+        peaks.append(f"{max_memory_reserved(device) / 1e9:.3g} GB of the device")
     if sys.platform != "win32":
         import resource  # which Windows has not
 

@@ -98,7 +98,7 @@ from huggingface_hub import DatasetCard, HfApi, ModelCard, ModelCardData
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.utils import validate_repo_id
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
-from torch.cuda import is_bf16_supported
+from torch.cuda import is_bf16_supported, max_memory_reserved
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTokenizer
 
@@ -3337,7 +3337,7 @@ def peak_memory(device):
     all, which the processes that load images are not part of."""
     peaks = []
     if device.type != "cpu" and is_cuda_available():
-        peaks.append(f"{torch.cuda.max_memory_reserved(device) / 1e9:.3g} GB of the device")
+        peaks.append(f"{max_memory_reserved(device) / 1e9:.3g} GB of the device")
     if sys.platform != "win32":
         import resource  # which Windows has not
 
