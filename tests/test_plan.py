@@ -9,12 +9,13 @@ import pytest
 import torch
 from conftest import load_script
 from image_data import write_image_folder
-from running import REPO, TRAIN_DREAMBOOTH, TRAIN_TEXT_TO_IMAGE, TRAIN_TEXT_TO_IMAGE_LORA
-from training import parse, train
+from running import REPO, TRAIN_DREAMBOOTH, TRAIN_TEXT_TO_IMAGE, TRAIN_TEXT_TO_IMAGE_LORA, run_script
+from training import parse, train, words
 
 from sdtune import plan
 from sdtune.plan import warn_of_precision, warn_of_warm_up
 
+FULL_BF16 = {"full_bf16": True, "mixed_precision": "bf16", "max_grad_norm": "inf"}
 MINIATURE = REPO / "miniature" / "pipeline"
 
 
@@ -96,6 +97,8 @@ def test_the_plan_ends_with_its_warnings(train_script, tiny_pipeline, images, tm
         (TRAIN_TEXT_TO_IMAGE, {"use_8bit_adam": True}),
         (TRAIN_TEXT_TO_IMAGE, {"use_8bit_adam": True, "use_ema": True, "mixed_precision": "bf16"}),
         (TRAIN_TEXT_TO_IMAGE, {"optimizer": "adafactor"}),
+        (TRAIN_TEXT_TO_IMAGE, {**FULL_BF16, "use_ema": True}),
+        (TRAIN_DREAMBOOTH, {**FULL_BF16, "train_text_encoder": True}),
         (TRAIN_TEXT_TO_IMAGE, {"optimizer": "prodigy", "learning_rate": 1}),
         (TRAIN_TEXT_TO_IMAGE_LORA, {"lora_target": "all", "rank": 64, "use_ema": True}),
         (TRAIN_TEXT_TO_IMAGE_LORA, {"lora_target": "all", "rank": 64, "optimizer": "prodigy", "learning_rate": 1}),
@@ -209,4 +212,14 @@ def test_a_dry_run_that_lacks_memory_says_so_in_a_line(
     assert "The trial was stopped by a lack of memory (CUDA out of memory. Tried to allocate 2 GiB). Use " in said
     assert "Use --train_batch_size=3 --gradient_accumulation_steps=2 (or what `sdtune find-batch-size -- " in said
     assert "Traceback" not in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_dry_run_of_two_processes_measures_too(tiny_pipeline, images, tmp_path):
+    line = words(tiny_pipeline, images, tmp_path / "out", train_batch_size=1, mixed_precision="no", dry_run=True)
+    done = run_script(line, launcher="torchrun", nproc=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 images: 1 a pass x 1 passes x 2 ranks" in done.stdout
+    assert len(re.findall(r"  time +[\d.e-]+ s per step, .*; 4 steps take ", done.stdout)) == 1
     assert not (tmp_path / "out").exists()
