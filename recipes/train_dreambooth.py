@@ -17,6 +17,8 @@ min-SNR (2303.09556), zero terminal SNR (2305.08891), input perturbation (2301.1
 import functools
 from pathlib import Path
 
+import torch
+
 from sdtune.arguments import (
     AVERAGE_REQUIRES,
     BUCKETS_REQUIRES,
@@ -57,6 +59,7 @@ from sdtune.checkpoints import Weights, write_torch_state
 from sdtune.dataset import check_data, load_data
 from sdtune.diffusion import diffusion_losses, encode, encode_prompts
 from sdtune.failures import nothing_lost
+from sdtune.full_bf16 import check_full_bf16, make_fused_optimizer, update_in_backward
 from sdtune.hub import name_repo, push
 from sdtune.model_card import write_card
 from sdtune.models import (
@@ -65,23 +68,43 @@ from sdtune.models import (
     enable_memory_savers,
     frozen,
     load_base,
+    make_faster,
     make_noise_scheduler,
     read_models,
     with_whole_parts,
     write_models,
 )
-from sdtune.optimization import check_8bit_adam, check_optimization, keep_embeddings_whole, peak_learning_rate
-from sdtune.output import check_output, check_trackers, end_training, new_result, save_pipeline, start_trackers
+from sdtune.optimization import (
+    check_layout,
+    check_optimization,
+    check_optimizer,
+    keep_embeddings_whole,
+    make_optimizer,
+    optimizer_of,
+    peak_learning_rate,
+)
+from sdtune.output import (
+    check_output,
+    check_trackers,
+    count_result_bytes,
+    end_training,
+    new_result,
+    save_pipeline,
+    start_trackers,
+)
 from sdtune.script import run_launched_script
 from sdtune.signals import Stop
 from sdtune.subject import (
     check_subject,
     draw_class_images,
     load_class_images,
+    stand_ins,
     with_class_rows,
     with_classes,
 )
 from sdtune.training import (
+    Work,
+    add_up_gradients,
     agree_on_data,
     batches_of,
     check_environment,
@@ -93,6 +116,7 @@ from sdtune.training import (
     start_run,
     tell_plan,
     train_steps,
+    try_steps,
     use_average,
 )
 from sdtune.validation import check_validation, encode_held_out, prompts_of, validate
@@ -118,10 +142,11 @@ FREE_ON_RESUME = {
     "skip_save_text_encoder",
 }
 FIXED_ON_RESUME = {
+    "full_bf16",
     "mixed_precision",
+    "optimizer",
     "state",
     "train_text_encoder",
-    "use_8bit_adam",
 }  # the checkpoint's state would not fit
 
 
@@ -133,6 +158,12 @@ def make_parser():
     add = parser.add_argument_group("trained models").add_argument
     add("--train_text_encoder", **SWITCH, help="train the text encoder too: a closer likeness, more memory")
     add("--skip_save_text_encoder", **SWITCH, help="leave the text encoder out of the result, which needs the base's")
+    add(
+        "--full_bf16",
+        **SWITCH,
+        help="weights, gradients and moments in bfloat16, a third of the memory; needs --mixed_precision=bf16 and "
+        "--max_grad_norm=inf",
+    )
     add_subject_arguments(parser)
     add_bucket_arguments(parser)
     add_class_arguments(parser)
@@ -154,8 +185,8 @@ def check_args(args, problems=()):
     that were found before."""
     found = check_requirements(args, REQUIRES) + check_old_flags(args)
     found += check_data(args, "instance_data_dir") + check_subject(args)
-    found += check_cache(args, args.cache_text_embeddings or args.pre_compute_text_embeddings, args.train_text_encoder)
-    found += check_optimization(args) + check_8bit_adam(args)
+    found += check_cache(args, args.cache_text_embeddings, args.train_text_encoder)
+    found += check_optimization(args) + check_optimizer(args) + check_full_bf16(args) + check_layout(args)
     found += check_hardware(args) + check_environment(args) + check_trackers(args) + check_validation(args)
     found += check_output(args, foreign_result="pytorch_lora_weights.safetensors")
     found += check_model(args) + check_buckets(args)
@@ -166,7 +197,7 @@ def check_args(args, problems=()):
 
 def load_models(args, accelerator):
     """Returns the base's pipeline, with what is frozen in the precision of passes, its models that are trained, by
-    name and in float32, and the noise scheduler. Raises `InputError`."""
+    name and in float32 (in bfloat16 by --full_bf16), and the noise scheduler. Raises `InputError`."""
     pipeline = load_base(args)
     weight_dtype = DTYPES[accelerator.mixed_precision]
     enable_memory_savers(args, pipeline.unet, accelerator.device, weight_dtype)
@@ -179,7 +210,8 @@ def load_models(args, accelerator):
     else:
         frozen(pipeline.text_encoder, accelerator.device, weight_dtype)
     for model in models.values():
-        model.requires_grad_(True).train().to(accelerator.device)
+        model.requires_grad_(True).train()
+        model.to(accelerator.device, torch.bfloat16 if args.full_bf16 else torch.float32)
     return pipeline, models, make_noise_scheduler(args, pipeline)
 
 
@@ -201,6 +233,7 @@ def train(args, launcher):
         repo_id = name_repo(args) if args.push_to_hub and accelerator.is_main_process else None
         start_trackers(args, accelerator)
     pipeline, models, noise_scheduler = load_models(args, accelerator)
+    make_faster(args, pipeline.unet)
     parts = {**pipeline.components, "scheduler": noise_scheduler}
     prepared = {name: accelerator.prepare(model) for name, model in models.items()}  # passes are autocast now
     unet, text_encoder = prepared["unet"], prepared.get("text_encoder", pipeline.text_encoder)
@@ -211,48 +244,50 @@ def train(args, launcher):
         prompt_embeds = encode_prompts(text_encoder, batch)
         return diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, batch, args.snr_gamma)
 
-    samples = with_class_rows(images, class_images)
     counts = count_steps(args, len(images), accelerator.num_processes, images.sizes)
     learning_rate = peak_learning_rate(args, counts)
     parameters = [parameter for model in models.values() for parameter in model.parameters()]
     groups = [{"params": parameters, "lr": learning_rate}]
     weights = Weights(models, parameters, write_models, read_models)
-    state = make_state(args, accelerator, groups, counts.last_step)
-    if args.use_8bit_adam:
+    optimizer = make_fused_optimizer(args, groups) if args.full_bf16 else make_optimizer(args, groups)
+    state = make_state(args, accelerator, optimizer, counts.last_step)
+    if optimizer_of(args) == "adamw8bit":
         keep_embeddings_whole(state["optimizer"], models.values())
     run = start_run(args, accelerator, counts, state, fingerprints, weights, FREE_ON_RESUME, FIXED_ON_RESUME)
-    frozen = ", ".join(sorted({"vae", "text_encoder"} - models.keys()))
-    caches_captions = args.cache_text_embeddings or args.pre_compute_text_embeddings
-    cache = plan_cache(args, accelerator, pipeline, [samples, held_out], caches_captions)
-    tell_plan(
-        args,
-        accelerator,
-        run,
-        len(held_out),
-        parameters,
-        ", ".join(models),
-        frozen,
-        describe_buckets(args, images),
-        describe_cache(cache),
-    )
     if args.dry_run:
-        end_training(accelerator)
-        return
+        class_images = stand_ins(class_images, images)
+    samples = with_class_rows(images, class_images)
+    cache = plan_cache(args, accelerator, pipeline, [samples, held_out], args.cache_text_embeddings)
+    about = {
+        "trained": ", ".join(models),
+        "frozen": ", ".join(sorted({"vae", "text_encoder"} - models.keys())),
+        "result_bytes": count_result_bytes(args, pipeline, not args.skip_save_text_encoder),
+        "buckets": describe_buckets(args, images),
+        "cache": describe_cache(cache),
+    }
+    tell_plan(args, accelerator, run, len(held_out), about)
 
     prompts = prompts_of(args)
-    samples, held_out = fill_cache(args, accelerator, pipeline, [samples, held_out], cache)
-    leave_device(pipeline, cache, prompts)
-    start_output(args, accelerator, run)
-    held_out = encode_held_out(accelerator, parts["vae"], parts["text_encoder"], held_out, args.train_batch_size)
-    look = functools.partial(validate, args, accelerator, run, parts, held_out, prompts)
+    if not args.dry_run:
+        samples, held_out = fill_cache(args, accelerator, pipeline, [samples, held_out], cache)
+        leave_device(pipeline, cache, prompts)
     batches = batches_of(args, accelerator, run)
     num_classes = len(class_images.checked.rows) if class_images.checked else 0
     batches = with_classes(batches, len(images), num_classes, args.prior_loss_weight, args.seed, counts.buckets)
     loader = make_loader(args, accelerator, samples, batches)
-    models_to_sync = list(prepared.values())  # whose gradients processes share
+    make_gradients = update_in_backward if args.full_bf16 else add_up_gradients
+    work = Work(loader, list(prepared.values()), training_loss, make_gradients)
+    if args.dry_run:
+        try_steps(args, accelerator, run, work)
+        end_training(accelerator)
+        return
+
+    start_output(args, accelerator, run)
+    held_out = encode_held_out(accelerator, parts["vae"], parts["text_encoder"], held_out, args.train_batch_size)
+    look = functools.partial(validate, args, accelerator, run, parts, held_out, prompts)
     stop = Stop(launcher)
     with nothing_lost(args, accelerator, run, stop, write_torch_state):
-        train_steps(args, accelerator, run, stop, loader, models_to_sync, training_loss, look)
+        train_steps(args, accelerator, run, stop, work, look)
         if accelerator.is_main_process:
             use_average(run)
             files = save_model(args, pipeline, models, noise_scheduler, prompts, counts.last_step)

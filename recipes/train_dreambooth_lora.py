@@ -66,6 +66,7 @@ from sdtune.hub import name_repo, push
 from sdtune.lora import (
     LORA_TARGETS,
     check_adapters,
+    count_adapter_bytes,
     group_parameters,
     load_models_with_adapters,
     read_adapters_into,
@@ -73,8 +74,8 @@ from sdtune.lora import (
     write_adapters,
 )
 from sdtune.model_card import write_card
-from sdtune.models import check_model
-from sdtune.optimization import check_8bit_adam, check_optimization, peak_learning_rate
+from sdtune.models import check_model, make_faster
+from sdtune.optimization import check_optimization, check_optimizer, make_optimizer, peak_learning_rate
 from sdtune.output import check_output, check_trackers, end_training, new_result, start_trackers
 from sdtune.script import run_launched_script
 from sdtune.signals import Stop
@@ -82,10 +83,13 @@ from sdtune.subject import (
     check_subject,
     draw_class_images,
     load_class_images,
+    stand_ins,
     with_class_rows,
     with_classes,
 )
 from sdtune.training import (
+    Work,
+    add_up_gradients,
     agree_on_data,
     batches_of,
     check_environment,
@@ -97,6 +101,7 @@ from sdtune.training import (
     start_run,
     tell_plan,
     train_steps,
+    try_steps,
     use_average,
 )
 from sdtune.validation import check_validation, encode_held_out, prompts_of, validate
@@ -122,7 +127,7 @@ FREE_ON_RESUME = {
     *VALIDATION_FREE_ON_RESUME,
     *RUN_FREE_ON_RESUME,
 }
-FIXED_ON_RESUME = {*ADAPTERS_FIXED_ON_RESUME, "mixed_precision", "state", "use_8bit_adam"}  # the state would not fit
+FIXED_ON_RESUME = {*ADAPTERS_FIXED_ON_RESUME, "mixed_precision", "optimizer", "state"}  # the state would not fit
 
 
 def make_parser():
@@ -150,8 +155,8 @@ def check_args(args, problems=()):
     that were found before."""
     found = check_requirements(args, REQUIRES) + check_old_flags(args)
     found += check_data(args, "instance_data_dir") + check_subject(args)
-    found += check_cache(args, args.cache_text_embeddings or args.pre_compute_text_embeddings, args.train_text_encoder)
-    found += check_optimization(args) + check_8bit_adam(args)
+    found += check_cache(args, args.cache_text_embeddings, args.train_text_encoder)
+    found += check_optimization(args) + check_optimizer(args)
     found += check_hardware(args) + check_environment(args) + check_trackers(args) + check_validation(args)
     found += check_output(args, foreign_result="model_index.json")
     found += check_model(args) + check_buckets(args)
@@ -178,6 +183,7 @@ def train(args, launcher):
         repo_id = name_repo(args) if args.push_to_hub and accelerator.is_main_process else None
         start_trackers(args, accelerator)
     pipeline, models, noise_scheduler = load_models_with_adapters(args, accelerator)
+    make_faster(args, pipeline.unet)
     prepared = {name: accelerator.prepare(model) for name, model in models.items()}  # passes are autocast now
     unet, text_encoder = prepared["unet"], prepared.get("text_encoder", pipeline.text_encoder)
 
@@ -187,47 +193,48 @@ def train(args, launcher):
         prompt_embeds = encode_prompts(text_encoder, batch)
         return diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, batch, args.snr_gamma)
 
-    samples = with_class_rows(images, class_images)
     counts = count_steps(args, len(images), accelerator.num_processes, images.sizes)
     learning_rate = peak_learning_rate(args, counts)
     groups = group_parameters(args, models, learning_rate)
     parameters = [parameter for group in groups for parameter in group["params"]]
     weights = Weights(models, parameters, write_adapters, read_adapters_into)
-    state = make_state(args, accelerator, groups, counts.last_step)
+    optimizer = make_optimizer(args, groups)
+    state = make_state(args, accelerator, optimizer, counts.last_step)
     run = start_run(args, accelerator, counts, state, fingerprints, weights, FREE_ON_RESUME, FIXED_ON_RESUME)
-    trained = f"LoRA of rank {args.rank} on {args.lora_target} of {' and '.join(models)}"
-    caches_captions = args.cache_text_embeddings or args.pre_compute_text_embeddings
-    cache = plan_cache(args, accelerator, pipeline, [samples, held_out], caches_captions)
-    tell_plan(
-        args,
-        accelerator,
-        run,
-        len(held_out),
-        parameters,
-        trained,
-        "all else",
-        describe_buckets(args, images),
-        describe_cache(cache),
-    )
     if args.dry_run:
-        end_training(accelerator)
-        return
+        class_images = stand_ins(class_images, images)
+    samples = with_class_rows(images, class_images)
+    cache = plan_cache(args, accelerator, pipeline, [samples, held_out], args.cache_text_embeddings)
+    about = {
+        "trained": f"LoRA of rank {args.rank} on {args.lora_target} of {' and '.join(models)}",
+        "frozen": "all else",
+        "result_bytes": count_adapter_bytes(args, parameters),
+        "buckets": describe_buckets(args, images),
+        "cache": describe_cache(cache),
+    }
+    tell_plan(args, accelerator, run, len(held_out), about)
 
     prompts = prompts_of(args)
-    samples, held_out = fill_cache(args, accelerator, pipeline, [samples, held_out], cache)
-    leave_device(pipeline, cache, prompts)
-    start_output(args, accelerator, run)
-    parts = {**pipeline.components, "scheduler": noise_scheduler}
-    held_out = encode_held_out(accelerator, parts["vae"], parts["text_encoder"], held_out, args.train_batch_size)
-    look = functools.partial(validate, args, accelerator, run, parts, held_out, prompts)
+    if not args.dry_run:
+        samples, held_out = fill_cache(args, accelerator, pipeline, [samples, held_out], cache)
+        leave_device(pipeline, cache, prompts)
     batches = batches_of(args, accelerator, run)
     num_classes = len(class_images.checked.rows) if class_images.checked else 0
     batches = with_classes(batches, len(images), num_classes, args.prior_loss_weight, args.seed, counts.buckets)
     loader = make_loader(args, accelerator, samples, batches)
-    models_to_sync = list(prepared.values())  # whose gradients processes share
+    work = Work(loader, list(prepared.values()), training_loss, add_up_gradients)
+    if args.dry_run:
+        try_steps(args, accelerator, run, work)
+        end_training(accelerator)
+        return
+
+    start_output(args, accelerator, run)
+    parts = {**pipeline.components, "scheduler": noise_scheduler}
+    held_out = encode_held_out(accelerator, parts["vae"], parts["text_encoder"], held_out, args.train_batch_size)
+    look = functools.partial(validate, args, accelerator, run, parts, held_out, prompts)
     stop = Stop(launcher)
     with nothing_lost(args, accelerator, run, stop, write_torch_state):
-        train_steps(args, accelerator, run, stop, loader, models_to_sync, training_loss, look)
+        train_steps(args, accelerator, run, stop, work, look)
         if accelerator.is_main_process:
             use_average(run)
             files = save_model(args, models, prompts, len(images), counts.last_step)

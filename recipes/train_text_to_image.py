@@ -16,6 +16,8 @@ terminal SNR (2305.08891), input perturbation (2301.11706).
 import functools
 from pathlib import Path
 
+import torch
+
 from sdtune.arguments import (
     AVERAGE_REQUIRES,
     BUCKETS_REQUIRES,
@@ -29,6 +31,7 @@ from sdtune.arguments import (
     OUTPUT_FREE_ON_RESUME,
     OUTPUT_REQUIRES,
     RUN_FREE_ON_RESUME,
+    SWITCH,
     VALIDATION_FREE_ON_RESUME,
     add_bucket_arguments,
     add_cache_arguments,
@@ -51,6 +54,7 @@ from sdtune.checkpoints import Weights, write_torch_state
 from sdtune.dataset import check_data, load_data
 from sdtune.diffusion import diffusion_losses, encode, encode_prompts
 from sdtune.failures import nothing_lost
+from sdtune.full_bf16 import check_full_bf16, make_fused_optimizer, update_in_backward
 from sdtune.hub import name_repo, push
 from sdtune.model_card import write_card
 from sdtune.models import (
@@ -60,16 +64,27 @@ from sdtune.models import (
     frozen,
     load_base,
     load_unet,
+    make_faster,
     make_noise_scheduler,
     read_models,
     with_whole_parts,
     write_models,
 )
-from sdtune.optimization import check_8bit_adam, check_optimization, peak_learning_rate
-from sdtune.output import check_output, check_trackers, end_training, new_result, save_pipeline, start_trackers
+from sdtune.optimization import check_layout, check_optimization, check_optimizer, make_optimizer, peak_learning_rate
+from sdtune.output import (
+    check_output,
+    check_trackers,
+    count_result_bytes,
+    end_training,
+    new_result,
+    save_pipeline,
+    start_trackers,
+)
 from sdtune.script import run_launched_script
 from sdtune.signals import Stop
 from sdtune.training import (
+    Work,
+    add_up_gradients,
     agree_on_data,
     batches_of,
     check_environment,
@@ -81,6 +96,7 @@ from sdtune.training import (
     start_run,
     tell_plan,
     train_steps,
+    try_steps,
     use_average,
 )
 from sdtune.validation import check_validation, encode_held_out, prompts_of, validate
@@ -100,7 +116,7 @@ FREE_ON_RESUME = {
     *VALIDATION_FREE_ON_RESUME,
     *RUN_FREE_ON_RESUME,
 }
-FIXED_ON_RESUME = {"mixed_precision", "state", "use_8bit_adam"}  # the checkpoint's state would not fit
+FIXED_ON_RESUME = {"full_bf16", "mixed_precision", "optimizer", "state"}  # the checkpoint's state would not fit
 
 
 def make_parser():
@@ -110,6 +126,12 @@ def make_parser():
     add_model_arguments(parser)
     add = parser.add_argument_group("trained model").add_argument
     add("--non_ema_revision", help="branch, tag or commit of the UNet to train, where that is not --revision")
+    add(
+        "--full_bf16",
+        **SWITCH,
+        help="weights, gradients and moments in bfloat16, a third of the memory; needs --mixed_precision=bf16 and "
+        "--max_grad_norm=inf",
+    )
     add_data_arguments(parser)
     add_bucket_arguments(parser)
     add_objective_arguments(parser)
@@ -129,7 +151,7 @@ def check_args(args, problems=()):
     found = check_requirements(args, REQUIRES) + check_old_flags(args)
     found += check_data(args, "train_data_dir")
     found += check_cache(args, args.cache_text_embeddings)
-    found += check_optimization(args) + check_8bit_adam(args)
+    found += check_optimization(args) + check_optimizer(args) + check_full_bf16(args) + check_layout(args)
     found += check_hardware(args) + check_environment(args) + check_trackers(args) + check_validation(args)
     found += check_output(args, foreign_result="pytorch_lora_weights.safetensors")
     found += check_model(args) + check_buckets(args)
@@ -139,8 +161,8 @@ def check_args(args, problems=()):
 
 
 def load_models(args, accelerator):
-    """Returns the base's pipeline, whose UNet is to be trained in float32, with VAE and text encoder frozen and in the
-    precision of passes, and the noise scheduler. Raises `InputError`."""
+    """Returns the base's pipeline, whose UNet is to be trained in float32, in bfloat16 by --full_bf16, with VAE and
+    text encoder frozen in the precision of passes, and the noise scheduler. Raises `InputError`."""
     pipeline = load_base(args)
     if args.non_ema_revision:
         pipeline.register_modules(unet=load_unet(args, args.non_ema_revision))
@@ -149,6 +171,8 @@ def load_models(args, accelerator):
     for part in (pipeline.vae, pipeline.text_encoder):
         frozen(part, accelerator.device, weight_dtype)
     pipeline.unet.requires_grad_(True).train()
+    if args.full_bf16:
+        pipeline.unet.to(dtype=torch.bfloat16)
     return pipeline, make_noise_scheduler(args, pipeline)
 
 
@@ -163,6 +187,7 @@ def train(args, launcher):
         repo_id = name_repo(args) if args.push_to_hub and accelerator.is_main_process else None
         start_trackers(args, accelerator)
     pipeline, noise_scheduler = load_models(args, accelerator)
+    make_faster(args, pipeline.unet)
     unet = accelerator.prepare(pipeline.unet)  # whose passes are autocast now
 
     def training_loss(batch):
@@ -176,36 +201,39 @@ def train(args, launcher):
     parameters = list(pipeline.unet.parameters())
     groups = [{"params": parameters, "lr": learning_rate}]
     weights = Weights({"unet": pipeline.unet}, parameters, write_models, read_models)
-    state = make_state(args, accelerator, groups, counts.last_step)
+    optimizer = make_fused_optimizer(args, groups) if args.full_bf16 else make_optimizer(args, groups)
+    state = make_state(args, accelerator, optimizer, counts.last_step)
     run = start_run(args, accelerator, counts, state, fingerprints, weights, FREE_ON_RESUME, FIXED_ON_RESUME)
     cache = plan_cache(args, accelerator, pipeline, [images, held_out], args.cache_text_embeddings)
-    tell_plan(
-        args,
-        accelerator,
-        run,
-        len(held_out),
-        parameters,
-        "UNet",
-        "VAE, text encoder",
-        describe_buckets(args, images),
-        describe_cache(cache),
-    )
+    about = {
+        "trained": "UNet",
+        "frozen": "VAE, text encoder",
+        "result_bytes": count_result_bytes(args, pipeline),
+        "buckets": describe_buckets(args, images),
+        "cache": describe_cache(cache),
+    }
+    tell_plan(args, accelerator, run, len(held_out), about)
+
+    prompts = prompts_of(args)
+    if not args.dry_run:
+        images, held_out = fill_cache(args, accelerator, pipeline, [images, held_out], cache)
+        leave_device(pipeline, cache, prompts)
+    batches = batches_of(args, accelerator, run)
+    loader = make_loader(args, accelerator, images, batches)
+    make_gradients = update_in_backward if args.full_bf16 else add_up_gradients
+    work = Work(loader, [unet], training_loss, make_gradients)
     if args.dry_run:
+        try_steps(args, accelerator, run, work)
         end_training(accelerator)
         return
 
-    prompts = prompts_of(args)
-    images, held_out = fill_cache(args, accelerator, pipeline, [images, held_out], cache)
-    leave_device(pipeline, cache, prompts)
     start_output(args, accelerator, run)
     parts = {**pipeline.components, "scheduler": noise_scheduler}
     held_out = encode_held_out(accelerator, parts["vae"], parts["text_encoder"], held_out, args.train_batch_size)
     look = functools.partial(validate, args, accelerator, run, parts, held_out, prompts)
-    loader = make_loader(args, accelerator, images, batches_of(args, accelerator, run))
-    models_to_sync = [unet]  # whose gradients processes share
     stop = Stop(launcher)
     with nothing_lost(args, accelerator, run, stop, write_torch_state):
-        train_steps(args, accelerator, run, stop, loader, models_to_sync, training_loss, look)
+        train_steps(args, accelerator, run, stop, work, look)
         if accelerator.is_main_process:
             use_average(run)
             files = save_model(args, pipeline, noise_scheduler, counts.last_step)

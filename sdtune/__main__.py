@@ -9,6 +9,7 @@ COMMANDS = {
     "caption": "write a caption for every image of a folder",
     "check": "report what is wrong with a dataset of captioned images",
     "show": "draw a contact sheet of images and captions as training sees them",
+    "find-batch-size": "find the largest micro-batch that fits into memory, by trial steps",
     "generate": "draw pictures and labelled grids, base beside result",
     "evaluate": "measure a result: CLIP score, KID, held-out loss, memorisation",
     "export": "make a model of a checkpoint: a pipeline folder or LoRA weights",

@@ -14,6 +14,8 @@ from sdtune.errors import is_utf8
 SWITCH = {"action": argparse.BooleanOptionalAction, "default": False}  # so that a config file can turn it off too
 SWITCH_ON = {**SWITCH, "default": True}
 
+# AdamW's own constants; another optimizer may not have them.
+ADAM_DEFAULTS = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 1e-2, "adam_epsilon": 1e-8}
 OFFSET_NOISE = 0.1  # what --offset_noise means in diffusers' scripts
 
 # By group, the settings that a resume may change. They leave the result as it is, or what they lead to is compared in
@@ -26,14 +28,14 @@ DATASET_FREE_ON_RESUME = set(
     """.split()
 )
 DATA_FREE_ON_RESUME = {*DATASET_FREE_ON_RESUME, "train_data_dir"}
-SUBJECT_FREE_ON_RESUME = {*DATASET_FREE_ON_RESUME, "instance_data_dir", "pre_compute_text_embeddings"}
+SUBJECT_FREE_ON_RESUME = {*DATASET_FREE_ON_RESUME, "instance_data_dir"}
 CLASS_FREE_ON_RESUME = {"class_data_dir", "num_class_images", "prior_generation_precision", "sample_batch_size"}
 OPTIMIZATION_FREE_ON_RESUME = set(
     """
     gradient_accumulation_steps gradient_checkpointing max_nan_steps max_train_steps num_train_epochs train_batch_size
     """.split()
 )
-MEMORY_FREE_ON_RESUME = {"dataloader_num_workers", "foreach_ema", "offload_ema", "set_grads_to_none"}
+MEMORY_FREE_ON_RESUME = {"dataloader_num_workers", "foreach_ema", "offload_ema", "set_grads_to_none", "use_8bit_adam"}
 CACHE_FREE_ON_RESUME = {"cache_latents", "cache_text_embeddings"}  # which change the rounding alone
 OUTPUT_FREE_ON_RESUME = set(
     """
@@ -217,7 +219,6 @@ def add_subject_arguments(parser):
     add("--instance_data_dir", help="folder of the subject's photos, maybe with captions as for text-to-image")
     add("--instance_prompt", help="caption of photos that have none, with a rare word: a photo of sks dog")
     add("--repeats", type=positive_int, default=1, help="times that each photo counts in an epoch [1, inf)")
-    add("--pre_compute_text_embeddings", **SWITCH, help="the same as --cache_text_embeddings")
     add_dataset_arguments(add)
     add_transform_arguments(add)
 
@@ -374,10 +375,11 @@ def add_optimization_arguments(parser):
         type=non_negative_int,
         help="steps in a row whose loss or gradient is not finite that are skipped; 5 in fp16, else 0 [0, inf)",
     )
-    add("--adam_beta1", type=fraction_below_one, default=0.9, help="AdamW's beta1 [0, 1)")
-    add("--adam_beta2", type=fraction_below_one, default=0.999, help="AdamW's beta2 [0, 1)")
-    add("--adam_weight_decay", type=non_negative_float, default=1e-2, help="AdamW's weight decay [0, inf)")
-    add("--adam_epsilon", type=positive_float, default=1e-8, help="AdamW's epsilon (0, inf)")
+    add("--adam_beta1", type=fraction_below_one, help="AdamW's beta1 [0, 1)")
+    add("--adam_beta2", type=fraction_below_one, help="AdamW's beta2 [0, 1)")
+    add("--adam_weight_decay", type=non_negative_float, help="AdamW's weight decay [0, inf)")
+    add("--adam_epsilon", type=positive_float, help="AdamW's epsilon (0, inf)")
+    parser.set_defaults(**ADAM_DEFAULTS)
     add("--use_ema", **SWITCH, help="average the weights over the steps; samples and result use the average")
     add("--ema_decay", type=fraction, help="highest decay of the average; 0.9999 if not given; needs --use_ema [0, 1]")
     add("--ema_warmup", **SWITCH, help="raise the decay slowly, as 1 - (1 + step) ** -2/3; needs --use_ema")
@@ -391,10 +393,17 @@ def add_memory_arguments(parser):
         choices=["no", "fp16", "bf16"],
         help="precision of passes; default: accelerate's config",
     )
-    add("--use_8bit_adam", **SWITCH, help="AdamW with 8-bit state, by bitsandbytes")
+    add(
+        "--optimizer",
+        choices=["adamw", "adamw8bit", "adafactor", "prodigy"],
+        help="adamw if not given; prodigy finds its rate itself: give it --learning_rate=1, which is a factor there",
+    )
+    add("--use_8bit_adam", **SWITCH, help="the same as --optimizer=adamw8bit: AdamW with 8-bit state, by bitsandbytes")
     add("--offload_ema", **SWITCH, help="keep and update the average in CPU memory; needs --use_ema")
     add("--foreach_ema", **SWITCH_ON, help="update the average with few, large operations; not where it is offloaded")
     add("--enable_xformers_memory_efficient_attention", **SWITCH, help="xFormers' attention instead of torch's")
+    add("--compile", **SWITCH, help="compile the UNet's transformer blocks in the first step, by torch.compile")
+    add("--channels_last", **SWITCH, help="channels-last layout of the UNet; measured on a CPU it changes nothing")
     add("--allow_tf32", **SWITCH, help="TensorFloat-32 products and convolutions, on GPUs that have them")
     add("--set_grads_to_none", **SWITCH, help="gradients always are; taken so that old commands run")
     add(
@@ -408,7 +417,12 @@ def add_cache_arguments(parser):
     """Adds what is encoded once, before training, and kept for later runs."""
     add = parser.add_argument_group("cache").add_argument
     add("--cache_latents", **SWITCH, help="encode images once, into --cache_dir; needs a centre crop")
-    add("--cache_text_embeddings", **SWITCH, help="encode captions once, into --cache_dir; not while they are learnt")
+    add(
+        "--cache_text_embeddings",
+        "--pre_compute_text_embeddings",
+        **SWITCH,
+        help="encode captions once, into --cache_dir; not with a text encoder that is trained",
+    )
 
 
 def add_output_arguments(parser):

@@ -16,7 +16,7 @@ import torch
 from sdtune.batches import StepCounts
 from sdtune.errors import InputError, last_line
 from sdtune.files import beside, copy_mode, read_json, sync, sync_folder
-from sdtune.optimization import peak_learning_rate
+from sdtune.optimization import PRODIGY_PROGRESS, peak_learning_rate
 
 AVERAGED = "_ema"  # ends the names of averaged weights in a checkpoint
 
@@ -152,12 +152,26 @@ def averaged(run):
         ema.restore(parameters)
 
 
+@contextlib.contextmanager
+def holding(parameters, values):
+    """Has parameters hold other tensors for a while, wherever and in whatever precision these are: to write them, or
+    to read into them."""
+    own = [parameter.data for parameter in parameters]
+    try:
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.data = value
+        yield
+    finally:
+        for parameter, value in zip(parameters, own, strict=True):
+            parameter.data = value
+
+
 def write_torch_state(run, folder):
     """Writes the weights, averaged ones too, and the state of what was made by PyTorch into a checkpoint's folder."""
     run.weights.write(run.weights.models, folder, "")
     state = {name: part.state_dict() for name, part in run.state.items()}
     if "ema" in state:
-        with averaged(run):
+        with holding(run.weights.parameters, run.state["ema"].shadow_params):
             run.weights.write(run.weights.models, folder, AVERAGED)
         del state["ema"]["shadow_params"]
     torch.save(state, folder / "state.pt")
@@ -168,11 +182,8 @@ def read_torch_state(run, folder):
     name, as tensors in the CPU's memory."""
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     if "ema" in run.state:
-        run.weights.read(run.weights.models, folder, AVERAGED)
-        ema = run.state["ema"]
-        places = [value.device for value in ema.shadow_params]  # the CPU, if it is offloaded
-        averaged_weights = zip(run.weights.parameters, places, strict=True)
-        ema.shadow_params = [value.detach().to(place, copy=True) for value, place in averaged_weights]
+        with holding(run.weights.parameters, run.state["ema"].shadow_params):
+            run.weights.read(run.weights.models, folder, AVERAGED)
     run.weights.read(run.weights.models, folder, "")
     return state
 
@@ -249,7 +260,10 @@ def resume(run, checkpoint, free, fixed):
     asked = {"param_groups", "base_lrs", "decay", "use_ema_warmup"}
     for name, part in run.state.items():
         now = part.state_dict()
+        before = saved[name].get("param_groups", [])
         saved[name].update({key: now[key] for key in now.keys() & asked})
+        for group, group_before in zip(now.get("param_groups", []), before, strict=True):
+            group.update({key: group_before[key] for key in group_before.keys() & PRODIGY_PROGRESS})
         part.load_state_dict(saved[name])
     optimizer, lr_scheduler = run.state["optimizer"], run.state["lr_scheduler"]
     for group, factor in zip(optimizer.param_groups, lr_scheduler.lr_lambdas, strict=True):

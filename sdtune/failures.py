@@ -36,11 +36,7 @@ def nothing_lost(args, accelerator, run, stop, write_state, end=sys.exit):
             yield
         except Exception as error:  # of the data, the disk, the memory, a library
             reason, remedy = explain(args, error)
-            told_as = (
-                ""
-                if accelerator.num_processes == 1
-                else f"Rank {accelerator.process_index} on {socket.gethostname()}: "
-            )
+            told_as = name_of_process(accelerator)
             if not reason:
                 traceback.print_exception(error)
                 reason = last_words(error)
@@ -49,6 +45,29 @@ def nothing_lost(args, accelerator, run, stop, write_state, end=sys.exit):
             step = run.progress["global_step"]
             print(f"\n{told_as}Stopped after step {step} by {reason}. {kept}{remedy}", file=sys.stderr, flush=True)
             end(1)
+
+
+@contextlib.contextmanager
+def told_in_a_line(args, accelerator):
+    """Ends the process with status 1 after an exception in a trial, of which nothing is to be kept, and says what
+    happened."""
+    try:
+        yield
+    except Exception as error:  # of the data, the memory, a library
+        reason, remedy = explain(args, error)
+        if not reason:
+            traceback.print_exception(error)
+            reason = last_words(error)
+        told_as = name_of_process(accelerator)
+        print(f"\n{told_as}The trial was stopped by {reason}{remedy}", file=sys.stderr, flush=True)
+        sys.exit(1)
+
+
+def name_of_process(accelerator):
+    """How a message begins, where it has to say of several processes which one it comes from."""
+    if accelerator.num_processes == 1:
+        return ""
+    return f"Rank {accelerator.process_index} on {socket.gethostname()}: "
 
 
 def explain(args, error):
@@ -72,8 +91,15 @@ def is_disk_full(error):
 def memory_flags(args):
     """The flags that would make the run smaller and are not used yet."""
     flags = []
-    if args.train_batch_size > 1:
-        flags.append("a smaller --train_batch_size with more --gradient_accumulation_steps")
+    size, passes = args.train_batch_size, args.gradient_accumulation_steps
+    if size > 1 and getattr(args, "full_bf16", False):  # which cannot accumulate
+        flags.append(f"--train_batch_size={size // 2}")
+    elif size > 1:
+        parts = next(part for part in range(2, size + 1) if size % part == 0)  # mostly 2
+        flags.append(
+            f"--train_batch_size={size // parts} --gradient_accumulation_steps={passes * parts} (or what `sdtune "
+            "find-batch-size -- COMMAND` finds)"
+        )
     for flag in ("gradient_checkpointing", "use_8bit_adam", "offload_ema"):
         useful = flag != "offload_ema" or args.use_ema
         if useful and getattr(args, flag, None) is False:
@@ -119,11 +145,10 @@ def leave(accelerator, run, broken, received):
         remedy = " --allow_changed_resume and a lower --learning_rate"
         if run.settings["mixed_precision"] == "fp16":
             remedy += ", or start anew with --mixed_precision=bf16, whose numbers reach further"
-    accelerator.print(
-        f"Stopped by {why}. {checkpoint_of(run)} holds the state after step {step}; go on with "
-        f"--resume_from_checkpoint=latest{remedy}",
-        file=sys.stderr,
-    )
+    kept = f"{checkpoint_of(run)} holds the state after step {step}; go on with --resume_from_checkpoint=latest"
+    if not run.is_whole:  # --full_bf16: the step had begun to change the weights
+        kept = save_what_is_whole(run, None)
+    accelerator.print(f"Stopped by {why}. {kept}{remedy}", file=sys.stderr)
     # Another process, or the launcher, may have got the signal: SIGTERM, then.
     number = received[0] if received else signal.SIGTERM
     sys.exit(1 if broken else 128 + number)

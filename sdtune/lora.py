@@ -165,6 +165,12 @@ def read_lora(path):
     return weights, header
 
 
+def count_adapter_bytes(args, parameters):
+    """How many bytes the files take that `save_adapters` will write of such parameters."""
+    num_files = 2 if args.output_kohya_format else 1
+    return num_files * sum(parameter.numel() for parameter in parameters) * DTYPES[args.save_precision].itemsize
+
+
 def save_adapters(args, folder, models, num_images, step):
     """Writes the adapters of `models` into a folder, in diffusers' layout and on demand in kohya's too; returns
     patterns that are the files."""

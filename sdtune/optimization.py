@@ -1,13 +1,18 @@
 """The optimizer, its learning rate, and the average of the weights."""
 
-import functools
+import pkgutil
 import re
 
 import torch
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from diffusers.utils import is_bitsandbytes_available
 
+from sdtune.arguments import ADAM_DEFAULTS
+
+OPTIMIZERS = {"adamw": "AdamW", "adamw8bit": "8-bit AdamW", "adafactor": "Adafactor", "prodigy": "Prodigy"}
+NEEDED_PACKAGES = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}
+# What Prodigy learns about the size of its steps; it stands among the settings of its groups.
+PRODIGY_PROGRESS = {"d", "d_max", "d_hat", "d_numerator", "d_denom", "k"}
 POLYNOMIAL_END = 1e-7  # the rate at which diffusers' polynomial schedule ends
 AVERAGED_AT_ONCE = 2**24  # weights whose average is updated at once: 64 MB of differences
 
@@ -38,11 +43,51 @@ def check_optimization(args):
     return problems
 
 
-def check_8bit_adam(args):
-    """Lists whether 8-bit AdamW is asked for where it is not installed."""
-    if args.use_8bit_adam and not is_bitsandbytes_available():
-        return ["--use_8bit_adam=True: needs bitsandbytes; run `pip install bitsandbytes`, or drop this"]
+def optimizer_of(args):
+    """The name of the optimizer that the flags ask for."""
+    return "adamw8bit" if args.use_8bit_adam else args.optimizer or "adamw"
+
+
+def is_installed(package):
+    """Whether a package of that name can be imported; it is not."""
+    return any(module.name == package for module in pkgutil.iter_modules())
+
+
+def check_optimizer(args):
+    """Lists what is wrong with the optimizer: another one beside --use_8bit_adam, one that is not installed, or flags
+    that it does not have."""
+    problems, name = [], optimizer_of(args)
+    if args.use_8bit_adam and args.optimizer not in (None, "adamw8bit"):
+        problems.append(f"--use_8bit_adam=True: contradicts --optimizer={args.optimizer}; drop one")
+    package = NEEDED_PACKAGES.get(name)
+    if package and not is_installed(package):
+        given = "--use_8bit_adam=True" if args.use_8bit_adam else f"--optimizer={name}"
+        problems.append(f"{given}: needs {package}; run `pip install {package}`, or drop this")
+    for flag in ("adam_beta1", "adam_beta2", "adam_epsilon"):
+        value = getattr(args, flag)
+        if name == "adafactor" and value != ADAM_DEFAULTS[flag]:
+            problems.append(f"--{flag}={value}: does nothing with --optimizer=adafactor; drop this")
+    text_encoder_lr = getattr(args, "text_encoder_lr", None)
+    if name == "prodigy" and text_encoder_lr not in (None, args.learning_rate):
+        problems.append(
+            f"--text_encoder_lr={text_encoder_lr}: Prodigy has one rate for all that it trains; drop this, or use "
+            "--optimizer=adamw"
+        )
+    return problems
+
+
+def check_layout(args):
+    """Lists whether the weights that are trained would not keep their layout."""
+    if args.channels_last and optimizer_of(args) == "adamw8bit":
+        return ["--channels_last=True: 8-bit AdamW undoes it in its first step; drop one"]
     return []
+
+
+def warn_of_rate(args, peak):
+    """Lists whether Prodigy's factor is another than the one that it is made for."""
+    if optimizer_of(args) != "prodigy" or peak == 1:
+        return []
+    return [f"--learning_rate={args.learning_rate:g}: Prodigy finds the rate, and multiplies it by {peak:g}; use 1"]
 
 
 def peak_learning_rate(args, counts):
@@ -51,18 +96,26 @@ def peak_learning_rate(args, counts):
 
 
 def make_optimizer(args, groups):
-    """AdamW (arXiv 1711.05101) for groups of parameters with their rates, or its 8-bit form (2110.02861)."""
-    if args.use_8bit_adam:
-        from bitsandbytes.optim import AdamW8bit as AdamW
-    else:
-        AdamW = functools.partial(torch.optim.AdamW, fused=True)
-    return AdamW(
-        groups,
-        lr=groups[0]["lr"],
-        betas=(args.adam_beta1, args.adam_beta2),
-        eps=args.adam_epsilon,
-        weight_decay=args.adam_weight_decay,
-    )
+    """The optimizer for groups of parameters with their rates: AdamW (arXiv 1711.05101), its 8-bit form (2110.02861),
+    Adafactor with rates that are given (1804.04235), or Prodigy (2306.06101)."""
+    name, lr = optimizer_of(args), groups[0]["lr"]
+    # Beside each group's parameters, since Prodigy's constructor prints a line if it is told of a decay.
+    groups = [{**group, "weight_decay": args.adam_weight_decay} for group in groups]
+    adam_flags = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    if name == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(groups, lr=lr, **adam_flags)
+    if name == "adafactor":
+        from transformers.optimization import Adafactor
+
+        return Adafactor(groups, lr=lr, scale_parameter=False, relative_step=False, warmup_init=False)
+    if name == "prodigy":
+        from prodigyopt import Prodigy
+
+        has_warm_up = args.lr_warmup_steps > 0
+        return Prodigy(groups, lr=lr, use_bias_correction=True, safeguard_warmup=has_warm_up, **adam_flags)
+    return torch.optim.AdamW(groups, lr=lr, fused=True, **adam_flags)
 
 
 def keep_embeddings_whole(optimizer, models):
@@ -92,9 +145,11 @@ def make_schedule(args, optimizer, last_step):
 
 
 def make_average(args, parameters):
-    """The average of the weights, with the decay that the flags ask for."""
+    """The average of the weights, in float32, with the decay that the flags ask for."""
     decay = 0.9999 if args.ema_decay is None else args.ema_decay
-    return EMAModel(parameters, decay=decay, use_ema_warmup=args.ema_warmup)
+    average = EMAModel(parameters, decay=decay, use_ema_warmup=args.ema_warmup)
+    average.shadow_params = [value.float() for value in average.shadow_params]  # of weights in bfloat16, too
+    return average
 
 
 @torch.no_grad()

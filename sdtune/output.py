@@ -220,6 +220,15 @@ def new_result(output_dir):
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def count_result_bytes(args, pipeline, with_text_encoder=True):
+    """How many bytes the weights take that `save_pipeline` will write."""
+    numel = sum(value.numel() for model in (pipeline.unet, pipeline.vae) for value in model.parameters())
+    total = numel * DTYPES[args.save_precision].itemsize
+    if with_text_encoder:
+        total += 4 * sum(value.numel() for value in pipeline.text_encoder.parameters())
+    return total
+
+
 def save_pipeline(args, folder, pipeline, noise_scheduler):
     """Writes a pipeline into a folder, with UNet and VAE in the precision asked for, and a scheduler that fits what
     was trained; returns patterns that are its files."""

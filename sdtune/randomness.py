@@ -9,6 +9,7 @@ DROPOUT = 2  # layers, by step and process
 SUBSET = 3  # the images that --max_train_samples leaves
 HELD_OUT = 4  # the images that are not trained on
 CLASS = 5  # order and noise of class images
+ROUNDING = 6  # of weights in bfloat16, by step
 
 
 def random_numbers(seed, stream, *place):

@@ -135,6 +135,14 @@ def check_records(args, paths):
     warn(f"class images were drawn by another base than {wanted['base']}", of_another_base)
 
 
+def stand_ins(class_images, images):
+    """The class images, or where none is drawn yet the photos in their place, for a trial of some steps."""
+    if class_images.checked or not class_images.missing:
+        return class_images
+    photos = CheckedRows(images.rows, [], images.contents, images.picture_sizes)
+    return dataclasses.replace(class_images, checked=photos)
+
+
 def with_class_rows(images, class_images):
     """The photos of the subject, and behind them the images of its class, once for each bucket of photos, in the order
     of their numbers."""

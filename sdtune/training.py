@@ -1,12 +1,16 @@
 """Train in PyTorch: the accelerator, the state of a run, and the loop over its steps."""
 
 import contextlib
+import dataclasses
 import datetime
 import functools
+import itertools
 import os
+import shutil
 import signal
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -35,14 +39,32 @@ from sdtune.checkpoints import (
     write_torch_state,
 )
 from sdtune.errors import InputError
-from sdtune.failures import leave
+from sdtune.failures import leave, told_in_a_line
 from sdtune.models import DTYPES
-from sdtune.optimization import make_average, make_optimizer, make_schedule, step_average
+from sdtune.optimization import (
+    OPTIMIZERS,
+    make_average,
+    make_schedule,
+    optimizer_of,
+    step_average,
+    warn_of_rate,
+)
 from sdtune.output import chosen_tracker, log_losses, prepare_output
-from sdtune.plan import print_plan, warn_of_precision
+from sdtune.plan import print_plan, tell_cost, warn_of_precision
 from sdtune.randomness import DROPOUT, random_numbers
 from sdtune.signals import is_asked, on_signals
 from sdtune.validation import LookGivenUp, steps_between_looks
+
+
+@dataclasses.dataclass
+class Work:
+    """What the steps of a run are made of."""
+
+    loader: torch.utils.data.DataLoader  # of this process's batches, from the run's next step on
+    models: list  # as accelerate prepared them, whose gradients processes share
+    training_loss: Callable  # (batch): the loss of each sample (batch,), through `models`
+    make_gradients: Callable  # (args, accelerator, run, work, batches): a step's loss, and the norm of its gradient
+
 
 MINUTES = datetime.timedelta(minutes=10)  # for what all processes do at the same time
 A_DAY = datetime.timedelta(days=1)
@@ -66,6 +88,8 @@ def check_hardware(args):
             "--enable_xformers_memory_efficient_attention=True: needs a GPU and xformers; run "
             "`pip install -r requirements_xformers.txt` there, or drop this"
         )
+    if args.compile and on_cpu and not shutil.which(os.environ.get("CXX", "g++")):
+        problems.append("--compile=True: needs a C++ compiler; install g++, or drop this")
     precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     told = f"--mixed_precision={precision} (or accelerate's config)"
     if precision not in DTYPES:
@@ -86,8 +110,8 @@ def check_environment(args):
         )
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
         problems.append(
-            f"ACCELERATE_DYNAMO_BACKEND={os.environ['ACCELERATE_DYNAMO_BACKEND']} (or accelerate's config): models "
-            "are not compiled here; use no"
+            f"ACCELERATE_DYNAMO_BACKEND={os.environ['ACCELERATE_DYNAMO_BACKEND']} (or accelerate's config): is not "
+            "obeyed here; use no, and --compile"
         )
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
@@ -144,14 +168,12 @@ def agree_on_data(accelerator, fingerprints):
     check_agreement(accelerator, fingerprints)
 
 
-def make_state(args, accelerator, groups, last_step):
-    """All that a checkpoint holds beside weights, by name: optimizer, lr_scheduler, maybe ema and scaler. The
-    optimizer trains the parameter `groups`."""
-    optimizer = make_optimizer(args, groups)
+def make_state(args, accelerator, optimizer, last_step):
+    """All that a checkpoint holds beside weights, by name: optimizer, lr_scheduler, maybe ema and scaler."""
     lr_scheduler = make_schedule(args, optimizer, last_step)
     state = {"optimizer": accelerator.prepare(optimizer), "lr_scheduler": lr_scheduler}
     if args.use_ema:
-        parameters = [parameter for group in groups for parameter in group["params"]]
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         state["ema"] = make_average(args, parameters)
         if args.offload_ema:  # at once: the first step needs all memory that there is
             state["ema"].to("cpu")
@@ -164,7 +186,7 @@ def start_run(args, accelerator, counts, state, fingerprints, weights, free, fix
     """A run at its start, or where the checkpoint to resume from ended, the same in all processes; `free` and `fixed`
     name settings that may and that cannot differ from the checkpoint's. Raises `InputError`."""
     masks = split_of_step(args, accelerator) if has_dropout(weights.models) else None
-    fingerprints = {**fingerprints, "dropout_masks": masks}
+    fingerprints = {**fingerprints, "dropout_masks": masks, "optimizer": optimizer_of(args)}
     run = new_run(args, counts, state, accelerator.mixed_precision, fingerprints, weights)
     if checkpoint := find_checkpoint(run.output_dir, args.resume_from_checkpoint):
         resume(run, checkpoint, free, fixed)
@@ -187,20 +209,20 @@ def split_of_step(args, accelerator):
     return f"{passes} x {accelerator.num_processes} processes"
 
 
-def tell_plan(args, accelerator, run, num_held_out, parameters, trained, frozen, buckets, cache):
-    """Prints what will be done: how many of `parameters`, of which models are `trained`, and which are `frozen`;
-    `buckets` are lines on the sizes of images; of the `cache` a text, or None, and a list of warnings."""
-    about_cache, cache_warnings = cache
+def tell_plan(args, accelerator, run, num_held_out, about):
+    """Prints what will be done. `about` says what the script knows: which models are `trained`, which are `frozen`,
+    `result_bytes`, `buckets` (lines on the sizes of images), and of the `cache` a text, or None, and warnings."""
+    parameters, (about_cache, cache_warnings) = run.weights.parameters, about["cache"]
     num_trained = sum(parameter.numel() for parameter in parameters)
+    warnings = warn_of_precision(accelerator) + warn_of_rate(args, run.settings["peak_learning_rate"])
     about = {
+        **about,
         "images": "",
         "devices": f"{accelerator.num_processes} ranks",
-        "trained": trained,
-        "frozen": frozen,
-        "optimizer": f"8-bit: {args.use_8bit_adam}; EMA: {args.use_ema}",
-        "buckets": buckets,
+        "weights": str(parameters[0].dtype).removeprefix("torch."),
+        "optimizer": OPTIMIZERS[optimizer_of(args)],
         "cache": about_cache,
-        "warnings": warn_of_precision(accelerator) + warn_of_short_steps(run.counts) + cache_warnings,
+        "warnings": warnings + warn_of_short_steps(run.counts) + cache_warnings,
     }
     print_plan(args, run, num_held_out, num_trained, about)
 
@@ -239,20 +261,18 @@ def make_loader(args, accelerator, samples, batches):
     )
 
 
-def train_steps(args, accelerator, run, stop, loader, models, training_loss, look):
-    """Trains to the last step; `training_loss(batch)` gives the loss of each sample (batch,) through `models`, as
-    accelerate prepared them. `look(is_asked)` is called before training and every --validation_steps; it returns the
+def train_steps(args, accelerator, run, stop, work, look):
+    """Trains to the last step. `look(is_asked)` is called before training and every --validation_steps; it returns the
     mean held-out loss or None, or raises `LookGivenUp` when `is_asked()`.
 
     Ends the process with status 128 + signal when `stop` asks for it, 1 after too many losses that are not finite.
     """
-    device, counts, parameters = accelerator.device, run.counts, run.weights.parameters
-    optimizer, lr_scheduler = run.state["optimizer"], run.state["lr_scheduler"]
+    counts, lr_scheduler = run.counts, run.state["lr_scheduler"]
     first_step, validation_steps = run.progress["global_step"], steps_between_looks(args, counts)
     # A run that was stopped had not yet looked at the step that it goes on from.
     if first_step % validation_steps == 0 or first_step == counts.last_step:
         look_and_keep(args, accelerator, run, stop, look)
-    batches, sizes = iter(loader), step_sizes(counts, args.seed, first_step)
+    steps = passes_by_step(args, run, work.loader)
     bar = tqdm(
         range(first_step, counts.last_step),
         initial=first_step,
@@ -262,48 +282,27 @@ def train_steps(args, accelerator, run, stop, loader, models, training_loss, loo
     )
     for step in bar:
         started = time.perf_counter()
-        # Dropout layers alone use torch's own generator.
-        torch.manual_seed(random_numbers(args.seed, DROPOUT, step, accelerator.process_index).integers(2**32))
-
-        # Forward and backward: the passes of a step add up their gradients, which processes share in the last one.
-        step_loss = torch.zeros((), device=device)
-        num_samples, num_passes = next(sizes)
-        for number in range(num_passes):
-            batch = send_to_device(next(batches), device, non_blocking=True)
-            is_last = number == num_passes - 1
-            with without_sync(accelerator, [] if is_last else models):
-                loss = (training_loss(batch) * batch["weight"]).sum()
-                accelerator.backward(loss * accelerator.num_processes)  # gradients are averaged over processes
-            step_loss += loss.detach()
-        grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
-
-        # Optimizer step, unless a loss or a gradient is not finite in some process.
-        loss, num_not_finite, stop_now = exchange(accelerator, step_loss, grad_norm, is_asked(stop))
-        is_finite = num_not_finite == 0
-        is_broken = not is_finite and run.progress["nan_steps"] >= max_nan_steps(args, accelerator)
-        if not is_broken:
-            run.is_whole = False
-            if is_finite or accelerator.scaler is not None:  # which skips the step, and scales losses less from now on
-                optimizer.step()
-            optimizer.zero_grad()
-            if is_finite:
-                lr_scheduler.step()
-                update_average(args, run, parameters)
-            note_step(run, step, loss, is_finite)
-            run.is_whole = True
+        num_samples, passes = next(steps)
+        loss, grad_norm, is_broken, stop_now = take_step(args, accelerator, run, work, passes, is_asked(stop))
+        seconds = time.perf_counter() - started
         done = run.progress["global_step"]
+        if args.compile and step == first_step:
+            accelerator.print(f"\nCompiled: the first step took {seconds:.1f} s.")
+        if step == first_step + 2 and accelerator.is_main_process and not is_broken:
+            print()
+            tell_cost(accelerator.device, num_samples, seconds, counts.last_step - done, datetime.datetime.now())
 
         # Log
         if not is_broken:
-            images_per_second = num_samples / (time.perf_counter() - started)
+            images_per_second = num_samples / seconds
             bar.set_postfix(loss=f"{loss:.4f}", images_per_second=f"{images_per_second:.1f}", refresh=False)
             if done % args.logging_steps == 0 or done == counts.last_step:
-                norm = grad_norm.item() if is_finite else None
+                norm = None if grad_norm is None else grad_norm.item()
                 log_losses(accelerator, run, lr_scheduler.get_last_lr()[0], norm, images_per_second)
 
         # Save and look
         if stop_now or is_broken or done % args.checkpointing_steps == 0 or done == counts.last_step:
-            if accelerator.is_main_process:
+            if accelerator.is_main_process and run.is_whole:
                 # After a broken step none is removed: the last good one may be an older one.
                 save_checkpoint(run, write_torch_state, None if is_broken else args.checkpoints_total_limit)
             accelerator.wait_for_everyone()
@@ -311,6 +310,71 @@ def train_steps(args, accelerator, run, stop, loader, models, training_loss, loo
             leave(accelerator, run, is_broken, stop.received)
         if done % validation_steps == 0 or done == counts.last_step:
             look_and_keep(args, accelerator, run, stop, look)
+
+
+def try_steps(args, accelerator, run, work):
+    """Takes two steps of the run, whose effect nobody keeps, and prints what the second one costs. Nothing is written.
+    Ends the process with status 1 if that fails."""
+    num_steps, seconds = run.counts.last_step - run.progress["global_step"], None
+    with told_in_a_line(args, accelerator):
+        steps = passes_by_step(args, run, work.loader)
+        for _ in range(min(2, num_steps)):
+            started = time.perf_counter()
+            num_samples, passes = next(steps)
+            take_step(args, accelerator, run, work, passes, False)
+            if accelerator.device.type != "cpu":
+                torch.accelerator.synchronize()
+            seconds = time.perf_counter() - started
+    if seconds and accelerator.is_main_process:
+        tell_cost(accelerator.device, num_samples, seconds, num_steps, datetime.datetime.now())
+
+
+def passes_by_step(args, run, loader):
+    """Yields of each step that is left how many samples it has, and its passes: pairs of a batch, which is loaded when
+    it is asked for, and of whether it is the last one."""
+    batches = iter(loader)
+    for num_samples, num_passes in step_sizes(run.counts, args.seed, run.progress["global_step"]):
+        is_last = [False] * (num_passes - 1) + [True]
+        yield num_samples, zip(itertools.islice(batches, num_passes), is_last, strict=True)
+
+
+def take_step(args, accelerator, run, work, passes, is_stop_asked):
+    """Takes one optimizer step. Returns its loss; the norm of its gradient, or None if one of the two is not
+    finite; whether it was broken: one such step too many in a row, of which nothing is noted; and whether a stop is
+    asked for in some process."""
+    optimizer, lr_scheduler, step = run.state["optimizer"], run.state["lr_scheduler"], run.progress["global_step"]
+    # Dropout layers alone use torch's own generator.
+    torch.manual_seed(random_numbers(args.seed, DROPOUT, step, accelerator.process_index).integers(2**32))
+    step_loss, grad_norm = work.make_gradients(args, accelerator, run, work, passes)
+
+    # Optimizer step, unless a loss or a gradient is not finite in some process.
+    loss, num_not_finite, stop_now = exchange(accelerator, step_loss, grad_norm, is_stop_asked)
+    is_finite = num_not_finite == 0
+    is_broken = not is_finite and run.progress["nan_steps"] >= max_nan_steps(args, accelerator)
+    if not is_broken:
+        run.is_whole = False
+        if is_finite or accelerator.scaler is not None:  # which skips the step, and scales losses less from now on
+            optimizer.step()
+        optimizer.zero_grad()
+        if is_finite:
+            lr_scheduler.step()
+            update_average(args, run, run.weights.parameters)
+        note_step(run, step, loss, is_finite)
+        run.is_whole = True
+    return loss, grad_norm if is_finite else None, is_broken, stop_now
+
+
+def add_up_gradients(args, accelerator, run, work, passes):
+    """Forward and backward: the passes of a step add up their gradients, which processes share in the last one.
+    Returns the step's loss in this process, and the norm of its gradient, which is clipped then."""
+    step_loss = torch.zeros((), device=accelerator.device)
+    for batch, is_last in passes:
+        batch = send_to_device(batch, accelerator.device, non_blocking=True)
+        with without_sync(accelerator, [] if is_last else work.models):
+            loss = (work.training_loss(batch) * batch["weight"]).sum()
+            accelerator.backward(loss * accelerator.num_processes)  # gradients are averaged over processes
+        step_loss += loss.detach()
+    return step_loss, accelerator.clip_grad_norm_(run.weights.parameters, args.max_grad_norm)
 
 
 def look_and_keep(args, accelerator, run, stop, look):
@@ -360,8 +424,10 @@ def update_average(args, run, parameters):
 
 
 def use_average(run):
-    """Puts the averaged weights, if there are any, into the models: those are the result, but no state to go on
-    from."""
+    """Puts the averaged weights, if there are any, into the models, in float32: those are the result, but no state to
+    go on from."""
     run.is_whole = False
+    for parameter in run.weights.parameters:  # which may be in bfloat16, and lose what an average is for
+        parameter.data = parameter.data.float()
     if "ema" in run.state:
         run.state["ema"].copy_to(run.weights.parameters)

@@ -169,8 +169,8 @@ MISTAKES = {  # one or more of every part that checks flags, and how its message
 def test_every_script_asks_every_part(scripts, path, tmp_path, monkeypatch):
     script, file = scripts[path], tmp_path / "file"
     file.write_text("")
-    if hasattr(script, "is_bitsandbytes_available"):
-        monkeypatch.setattr(script, "is_bitsandbytes_available", lambda: False)
+    if hasattr(script, "is_installed"):
+        monkeypatch.setattr(script, "is_installed", lambda package: False)
     data = f"--instance_data_dir={tmp_path}" if "dreambooth" in path.stem else f"--train_data_dir={tmp_path}"
     flags = vars(script.make_parser().parse_args([]))
     taken = {word: start for word, start in MISTAKES.items() if word.split("=")[0].removeprefix("--") in flags}

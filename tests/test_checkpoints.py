@@ -401,7 +401,7 @@ def test_a_run_written_over_an_ended_one_can_be_gone_on_with(train_script, fit, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_script, "micro_batches", stop)
+        patch.setattr(train_script, "encode_held_out", stop)
         assert fit(tmp_path, overwrite_output_dir=True) == 130
     assert not (tmp_path / "README.md").exists()
     assert fit(tmp_path, resume_from_checkpoint="latest") == 0

@@ -378,6 +378,20 @@ def test_a_dry_run_draws_nothing(fit, tmp_path, quick_drawing, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_dry_run_takes_photos_for_class_images_that_are_not_there(script, fit, tmp_path, monkeypatch):
+    """Each pass has as many as it will have then, with their weight."""
+    weights, diffusion_losses = [], script.diffusion_losses
+
+    def noted(unet, noise_scheduler, latents, prompt_embeds, batch, *rest):
+        weights.append(batch["weight"].tolist())
+        return diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, batch, *rest)
+
+    monkeypatch.setattr(script, "diffusion_losses", noted)
+    settings = {"train_batch_size": 2, "prior_loss_weight": 0.5, "max_train_steps": 3, "dry_run": True}
+    assert fit(classes=tmp_path / "classes", **settings) == 0
+    assert weights == [[0.5, 0.5, 0.25, 0.25]] * 2
+
+
 def test_hidden_folders_hold_no_class_images(fit, tmp_path, capsys):
     write_images(tmp_path / "classes" / ".thumbnails", [10, 11])
     assert fit(classes=tmp_path / "classes", dry_run=True) == 0

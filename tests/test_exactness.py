@@ -146,8 +146,15 @@ def test_resumed_equals_straight(fit, straight, tmp_path, workers):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"use_8bit_adam": True}, {"mixed_precision": "bf16"}, {"offload_ema": True}, {"no-foreach_ema": True}],
-    ids=lambda settings: next(iter(settings)),
+    [
+        {"use_8bit_adam": True},
+        {"optimizer": "adafactor"},
+        {"optimizer": "prodigy", "learning_rate": 1},
+        {"mixed_precision": "bf16"},
+        {"offload_ema": True},
+        {"no-foreach_ema": True},
+    ],
+    ids=lambda settings: " ".join(map(str, next(iter(settings.items())))),
 )
 def test_resumed_equals_straight_in_every_precision(fit, tmp_path, settings):
     settings = {"max_train_steps": 4, "checkpointing_steps": 2, **settings}

@@ -122,8 +122,8 @@ def test_too_little_memory_names_the_flags_that_help(
     message = capsys.readouterr().err
     assert f"Stopped after step 2 by a lack of memory ({last_words(error)})" in message
     assert message.endswith(
-        "Use a smaller --train_batch_size with more --gradient_accumulation_steps, --gradient_checkpointing, "
-        "--use_8bit_adam, --mixed_precision=bf16, a smaller --resolution\n"
+        "Use --train_batch_size=1 --gradient_accumulation_steps=2 (or what `sdtune find-batch-size -- COMMAND` "
+        "finds), --gradient_checkpointing, --use_8bit_adam, --mixed_precision=bf16, a smaller --resolution\n"
     )
     assert "Traceback" not in message
     assert_gone_on_with(fit, tmp_path, straight)
@@ -547,7 +547,7 @@ def test_accelerates_variables_divide_no_gradient(fit, straight, tmp_path, monke
 @pytest.mark.parametrize(
     "name, value, told",
     [
-        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "models are not compiled here; use no"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "is not obeyed here; use no, and --compile"),
         ("ACCELERATE_USE_FSDP", "true", "asks for FSDP"),
         ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "asks for PARALLELISM_CONFIG"),
     ],

@@ -1,24 +1,29 @@
 """Flags of the learning rate that contradict each other are refused; optimizer, schedule and average obey them."""
 
 import copy
+import functools
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
-from training import parse
+from conftest import load_script
+from running import REPO, TRAIN_TEXT_TO_IMAGE
+from training import parse, read_log, train
 
 from sdtune import optimization
 from sdtune.optimization import (
-    check_8bit_adam,
     check_optimization,
+    check_optimizer,
     keep_embeddings_whole,
     make_average,
     make_optimizer,
     make_schedule,
+    optimizer_of,
     peak_learning_rate,
     step_average,
     update_on_cpu,
+    warn_of_rate,
 )
 
 
@@ -73,13 +78,59 @@ def test_a_polynomial_needs_room_above_its_end():
     assert check_optimization(parse("--lr_scheduler=polynomial", "--learning_rate=2e-7")) == []
 
 
-def test_8bit_adam_needs_its_package(monkeypatch):
-    assert check_8bit_adam(parse("--use_8bit_adam")) == []
-    monkeypatch.setattr(optimization, "is_bitsandbytes_available", lambda: False)
-    assert check_8bit_adam(parse("--use_8bit_adam")) == [
-        "--use_8bit_adam=True: needs bitsandbytes; run `pip install bitsandbytes`, or drop this"
+@pytest.mark.parametrize(
+    "word, told, package",
+    [
+        ("--use_8bit_adam", "--use_8bit_adam=True", "bitsandbytes"),
+        ("--optimizer=adamw8bit", "--optimizer=adamw8bit", "bitsandbytes"),
+        ("--optimizer=prodigy", "--optimizer=prodigy", "prodigyopt"),
+    ],
+)
+def test_an_optimizer_needs_its_package(monkeypatch, word, told, package):
+    assert check_optimizer(parse(word)) == []
+    monkeypatch.setattr(optimization, "is_installed", lambda package: False)
+    assert check_optimizer(parse(word)) == [f"{told}: needs {package}; run `pip install {package}`, or drop this"]
+    assert check_optimizer(parse()) == []
+
+
+def test_optimizers_by_their_flags():
+    assert optimizer_of(parse()) == optimizer_of(parse("--optimizer=adamw")) == "adamw"
+    assert optimizer_of(parse("--use_8bit_adam")) == optimizer_of(parse("--optimizer=adamw8bit")) == "adamw8bit"
+    assert check_optimizer(parse("--use_8bit_adam", "--optimizer=adamw8bit")) == []
+    for other in ("adamw", "adafactor"):
+        assert check_optimizer(parse("--use_8bit_adam", f"--optimizer={other}")) == [
+            f"--use_8bit_adam=True: contradicts --optimizer={other}; drop one"
+        ]
+
+
+@pytest.mark.parametrize("word", ["--adam_beta1=0.5", "--adam_beta2=0.99", "--adam_epsilon=1e-06"])
+def test_adafactor_has_not_all_flags_of_adamw(word):
+    assert check_optimizer(parse("--optimizer=adafactor", word)) == [
+        f"{word}: does nothing with --optimizer=adafactor; drop this"
     ]
-    assert check_8bit_adam(parse()) == []
+    for name in ("adamw", "adamw8bit", "prodigy"):
+        assert check_optimizer(parse(f"--optimizer={name}", word)) == []
+    assert check_optimizer(parse("--optimizer=adafactor", "--adam_weight_decay=0.1")) == []
+
+
+def test_prodigy_has_one_rate():
+    for rate, refused in (("1", False), ("0.5", True), ("2", True)):
+        args = parse("--optimizer=prodigy", "--learning_rate=1")
+        args.text_encoder_lr = float(rate)
+        told = (
+            f"--text_encoder_lr={float(rate)}: Prodigy has one rate for all that it trains; drop this, or use "
+            "--optimizer=adamw"
+        )
+        assert check_optimizer(args) == ([told] if refused else [])
+
+
+def test_a_factor_of_prodigy_is_warned_of():
+    args = parse("--optimizer=prodigy", "--learning_rate=0.0001")
+    assert warn_of_rate(args, 0.0004) == [
+        "--learning_rate=0.0001: Prodigy finds the rate, and multiplies it by 0.0004; use 1"
+    ]
+    assert warn_of_rate(args, 1.0) == []
+    assert warn_of_rate(parse("--learning_rate=0.1"), 0.1) == []
 
 
 def test_learning_rate_is_scaled_on_demand():
@@ -127,6 +178,52 @@ def test_optimizer_is_adamw_by_its_formula():
     weight, grad = torch.tensor([2.0, -3.0]), torch.tensor([0.5, 4.0])
     expected = weight - 0.25 * (grad / (grad.abs() + 0.01) + 0.1 * weight)  # both moments' corrections cancel here
     torch.testing.assert_close(parameter.data, expected)
+
+
+def adafactor_by_hand(weight, grads, rate, decay):
+    """Steps of arXiv 1804.04235, algorithm 4, with d = 1 and beta2 = 1 - t ** -0.8, for a matrix."""
+    rows, columns = 0.0, 0.0
+    for step, grad in enumerate(grads, 1):
+        beta2 = 1 - step**-0.8
+        square = grad.double() ** 2
+        rows = beta2 * rows + (1 - beta2) * square.mean(1)
+        columns = beta2 * columns + (1 - beta2) * square.mean(0)
+        update = grad.double() / (rows[:, None] * columns[None] / rows.mean()).sqrt()
+        update /= update.square().mean().sqrt().clamp(min=1)
+        weight = weight - rate * (decay * weight + update)
+    return weight
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_adafactor_by_its_formula(seed):
+    torch.manual_seed(seed)
+    parameter, grads = torch.nn.Parameter(torch.randn(3, 5)), [torch.randn(3, 5) for _ in range(3)]
+    expected = adafactor_by_hand(parameter.data.double(), grads, 0.25, 0.1)
+    args = parse("--optimizer=adafactor", "--adam_weight_decay=0.1")
+    optimizer = make_optimizer(args, [{"params": [parameter], "lr": 0.25}])
+    for grad in grads:
+        parameter.grad = grad.clone()
+        optimizer.step()
+    torch.testing.assert_close(parameter.data.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_prodigy_finds_the_distance(capsys):
+    """From 5 to the minimum of |x - 7|: the estimate D is below the distance (arXiv 2306.06101, section 3), and comes
+    near it, whatever the distance is. Nothing is printed of a decay."""
+    for unit in (1.0, 0.1):
+        parameter = torch.nn.Parameter(torch.tensor([5.0 * unit]))
+        args = parse("--optimizer=prodigy", "--adam_weight_decay=0", "--learning_rate=1")
+        optimizer = make_optimizer(args, [{"params": [parameter], "lr": 1.0}])
+        for _ in range(1000):
+            parameter.grad = (parameter.data - 7 * unit).sign()
+            optimizer.step()
+        assert 0.1 * 2 * unit < optimizer.param_groups[0]["d"] <= 2 * unit
+    group = make_optimizer(parse("--optimizer=prodigy", "--lr_warmup_steps=2"), [{"params": [parameter], "lr": 1.0}])
+    group = group.param_groups[0]
+    assert (group["weight_decay"], group["safeguard_warmup"], group["use_bias_correction"]) == (0.01, True, True)
+    assert group["decouple"]
+    assert not optimizer.param_groups[0]["safeguard_warmup"]
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("shape", [(128, 64), (77, 60)])
@@ -205,3 +302,42 @@ def test_an_offloaded_average_gets_each_parameter_once_through_one_buffer(monkey
     update_on_cpu(averages, parameters, 0.25)
     assert moved == [(max(torch.Size(shape).numel() for shape in shapes), True)]
     assert all(torch.equal(average, torch.full(shape, 0.25)) for average, shape in zip(averages, shapes, strict=True))
+
+
+@pytest.fixture(scope="module")
+def gain(tmp_path_factory):
+    """How far the miniature's held-out loss of creatures falls in 50 steps with these settings."""
+    script, folder = load_script(TRAIN_TEXT_TO_IMAGE), tmp_path_factory.mktemp("creatures")
+    load_script(REPO / "miniature" / "render.py").write_folder("creatures", folder / "images", 64, seed=0)
+
+    @functools.cache
+    def measure(**settings):
+        settings = {
+            "resolution": 64,
+            "max_train_steps": 50,
+            "train_batch_size": 8,
+            "lr_scheduler": "constant_with_warmup",
+            "lr_warmup_steps": 5,
+            "learning_rate": 1.5e-3,
+            "snr_gamma": 5,
+            "num_validation_samples": 8,
+            "checkpointing_steps": 100,
+            "overwrite_output_dir": True,
+            **settings,
+        }
+        assert train(script, REPO / "miniature" / "pipeline", folder / "images", folder / "out", **settings) == 0
+        return read_log(folder / "out")[-1]["held_out_gain"]
+
+    return measure
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [{"full_bf16": True, "mixed_precision": "bf16", "max_grad_norm": "inf"}, {"optimizer": "adafactor"}],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_other_optimizers_learn_as_adamw_does(gain, settings):
+    """At least 80 % of what AdamW in float32 gains in the same steps."""
+    assert gain() > 0.2
+    assert gain(**settings) >= 0.8 * gain()

@@ -1,17 +1,21 @@
 """What the plan says of a run: the size of its checkpoints, and what will not be as it was asked for."""
 
+import datetime
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import load_script
 from image_data import write_image_folder
-from running import REPO, TRAIN_DREAMBOOTH, TRAIN_TEXT_TO_IMAGE, TRAIN_TEXT_TO_IMAGE_LORA
-from training import parse, train
+from running import REPO, TRAIN_DREAMBOOTH, TRAIN_TEXT_TO_IMAGE, TRAIN_TEXT_TO_IMAGE_LORA, run_script
+from training import parse, train, words
 
 from sdtune import plan
 from sdtune.plan import warn_of_precision, warn_of_warm_up
 
+FULL_BF16 = {"full_bf16": True, "mixed_precision": "bf16", "max_grad_norm": "inf"}
 MINIATURE = REPO / "miniature" / "pipeline"
 
 
@@ -75,10 +79,11 @@ def test_the_plan_ends_with_its_warnings(train_script, tiny_pipeline, images, tm
     monkeypatch.setattr(train_script, "warn_of_precision", lambda accelerator: ["slow"])
     assert train(train_script, tiny_pipeline, images, tmp_path / "out", **settings) == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[-2:] == [
+    assert said[-4:-2] == [
         "  warning    slow",
         "  warning    --lr_warmup_steps=4: in 3 steps the learning rate never arrives; use fewer",
     ]
+    assert [line.split()[0] for line in said[-2:]] == ["time", "memory"]
     settings["lr_warmup_steps"] = 2
     monkeypatch.setattr(train_script, "warn_of_precision", lambda accelerator: [])
     assert train(train_script, tiny_pipeline, images, tmp_path / "out", **settings) == 0
@@ -91,7 +96,12 @@ def test_the_plan_ends_with_its_warnings(train_script, tiny_pipeline, images, tm
         (TRAIN_TEXT_TO_IMAGE, {"use_ema": True}),
         (TRAIN_TEXT_TO_IMAGE, {"use_8bit_adam": True}),
         (TRAIN_TEXT_TO_IMAGE, {"use_8bit_adam": True, "use_ema": True, "mixed_precision": "bf16"}),
+        (TRAIN_TEXT_TO_IMAGE, {"optimizer": "adafactor"}),
+        (TRAIN_TEXT_TO_IMAGE, {**FULL_BF16, "use_ema": True}),
+        (TRAIN_DREAMBOOTH, {**FULL_BF16, "train_text_encoder": True}),
+        (TRAIN_TEXT_TO_IMAGE, {"optimizer": "prodigy", "learning_rate": 1}),
         (TRAIN_TEXT_TO_IMAGE_LORA, {"lora_target": "all", "rank": 64, "use_ema": True}),
+        (TRAIN_TEXT_TO_IMAGE_LORA, {"lora_target": "all", "rank": 64, "optimizer": "prodigy", "learning_rate": 1}),
         (TRAIN_TEXT_TO_IMAGE_LORA, {"lora_target": "all", "rank": 64, "use_8bit_adam": True, "use_dora": True}),
         (TRAIN_DREAMBOOTH, {"use_8bit_adam": True, "train_text_encoder": True}),
     ],
@@ -114,3 +124,102 @@ def test_checkpoints_are_as_large_as_the_plan_says(images, tmp_path, monkeypatch
     assert train(script, MINIATURE, images, tmp_path / "out", **resumed) == 0
     assert len(told) == 2 * number
     assert len(set(told)) == 1
+
+
+# -------------------------------------------------------------------------------------------------------- time, memory
+
+
+def run_of(last_step, done, samples=4):
+    """A run of 10 images that has done so many steps."""
+    counts = SimpleNamespace(num_images=10, samples_per_step=samples, steps_per_epoch=3, last_step=last_step)
+    return SimpleNamespace(counts=counts, progress={"global_step": done})
+
+
+@pytest.mark.parametrize(
+    "num_samples, seconds, num_steps, told",
+    [
+        (4, 0.5, 100, "0.5 s per step, 8 images/s; 100 steps take 0:00:50, until 2026-11-27 23:59"),
+        (2, 0.5, 240, "0.5 s per step, 4 images/s; 240 steps take 0:02:00, until 2026-11-28 00:00"),
+        (
+            4,
+            12.3456,
+            9_000,
+            "12.3 s per step, 0.324 images/s; 9,000 steps take 1 day, 6:51:50, until 2026-11-29 06:50",
+        ),
+    ],
+)
+def test_the_time_of_all_steps(monkeypatch, capsys, num_samples, seconds, num_steps, told):
+    monkeypatch.setattr(plan, "peak_memory", lambda device: ["1 GB of a", "2 GB of b"])
+    plan.tell_cost(None, num_samples, seconds, num_steps, datetime.datetime(2026, 11, 27, 23, 58, 30))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"  time       {told}", "  memory     1 GB of a, 2 GB of b at most"]
+    assert max(map(len, lines)) <= 105
+
+
+def test_the_memory_of_device_and_process(monkeypatch):
+    (told,) = plan.peak_memory(torch.device("cpu"))
+    (kilobytes,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert float(told.removesuffix(" GB of this process")) == pytest.approx(int(kilobytes) * 1024 / 1e9, rel=0.02)
+    monkeypatch.setattr(plan, "is_cuda_available", lambda: True)
+    monkeypatch.setattr(plan, "max_memory_reserved", lambda device: 5_310_000_000)
+    assert plan.peak_memory(torch.device("cuda"))[0] == "5.31 GB of the device"
+    monkeypatch.setattr(plan.sys, "platform", "win32")
+    assert plan.peak_memory(torch.device("cpu")) == ["not measured here"]
+
+
+@pytest.mark.parametrize(
+    "path, settings",
+    [
+        (TRAIN_TEXT_TO_IMAGE, {"use_ema": True}),
+        (TRAIN_TEXT_TO_IMAGE, {"save_precision": "fp16"}),
+        (TRAIN_TEXT_TO_IMAGE_LORA, {"rank": 64, "lora_target": "all"}),
+        (TRAIN_TEXT_TO_IMAGE_LORA, {"rank": 64, "lora_target": "all", "output_kohya_format": True}),
+        (TRAIN_DREAMBOOTH, {"skip_save_text_encoder": True}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else value.stem,
+)
+def test_a_dry_run_takes_two_steps_and_tells_what_a_run_would(images, tmp_path, monkeypatch, capsys, path, settings):
+    """Nothing is written. The size of the result is that of the files that a run leaves, within 3 %."""
+    script, steps, folder = load_script(path), [], tmp_path / "out"
+    take_step = script.take_step
+    monkeypatch.setattr(script, "take_step", lambda *values: steps.append(take_step(*values)) or steps[-1])
+    if "dreambooth" in path.stem:
+        settings = {"train_data_dir": None, "instance_data_dir": images, "instance_prompt": "a sks star", **settings}
+    settings = {"max_train_steps": 4, "checkpointing_steps": 2, "train_batch_size": 2, **settings}
+    assert train(script, MINIATURE, images, folder, **settings, dry_run=True) == 0
+    said = capsys.readouterr().out
+    assert len(steps) == 2
+    assert not folder.exists()
+    (told,) = re.findall(r"  disk +2 checkpoints at once: [\d.]+ GB, result: ([\d.e-]+) GB; .* GB are free", said)
+    assert re.search(r"  time +[\d.e-]+ s per step, [\d.e+]+ images/s; 4 steps take 0:\d\d:\d\d, until ", said)
+    assert re.search(r"  memory +[\d.]+ GB of this process at most", said)
+    assert train(script, MINIATURE, images, folder, **settings) == 0
+    said = capsys.readouterr().out
+    assert len(re.findall(r"  time +.*; 1 steps take ", said)) == 1  # after the third of four
+    files = [file for file in folder.rglob("*.safetensors") if "checkpoint" not in str(file)]
+    assert float(told) == pytest.approx(sum(file.stat().st_size for file in files) / 1e9, rel=0.06)
+
+
+def test_a_dry_run_that_lacks_memory_says_so_in_a_line(
+    train_script, tiny_pipeline, images, tmp_path, monkeypatch, capsys
+):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(train_script, "diffusion_losses", fail)
+    assert train(train_script, tiny_pipeline, images, tmp_path / "out", dry_run=True, train_batch_size=6) == 1
+    said = capsys.readouterr().err
+    assert "The trial was stopped by a lack of memory (CUDA out of memory. Tried to allocate 2 GiB). Use " in said
+    assert "Use --train_batch_size=3 --gradient_accumulation_steps=2 (or what `sdtune find-batch-size -- " in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_dry_run_of_two_processes_measures_too(tiny_pipeline, images, tmp_path):
+    line = words(tiny_pipeline, images, tmp_path / "out", train_batch_size=1, mixed_precision="no", dry_run=True)
+    done = run_script(line, launcher="torchrun", nproc=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 images: 1 a pass x 1 passes x 2 ranks" in done.stdout
+    assert len(re.findall(r"  time +[\d.e-]+ s per step, .*; 4 steps take ", done.stdout)) == 1
+    assert not (tmp_path / "out").exists()

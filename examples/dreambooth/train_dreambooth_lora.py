@@ -60,9 +60,11 @@ import functools
 import glob
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
+import pkgutil
 import re
 import shutil
 import signal
@@ -101,7 +103,7 @@ from accelerate.utils import (
 from diffusers.models.attention_processor import Attention, XFormersAttnProcessor
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, cast_training_params, compute_snr, free_memory
-from diffusers.utils import is_bitsandbytes_available, is_xformers_available, make_image_grid
+from diffusers.utils import is_xformers_available, make_image_grid
 from filelock import FileLock, Timeout
 from huggingface_hub import DatasetCard, HfApi, ModelCard, ModelCardData
 from huggingface_hub.constants import HF_HUB_CACHE
@@ -110,7 +112,7 @@ from peft.tuners.lora import LoraLayer
 from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.cuda import is_bf16_supported
+from torch.cuda import is_bf16_supported, max_memory_reserved
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -130,6 +132,8 @@ CLASS = 5  # order and noise of class images
 SWITCH = {"action": argparse.BooleanOptionalAction, "default": False}  # so that a config file can turn it off too
 SWITCH_ON = {**SWITCH, "default": True}
 
+# AdamW's own constants; another optimizer may not have them.
+ADAM_DEFAULTS = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 1e-2, "adam_epsilon": 1e-8}
 OFFSET_NOISE = 0.1  # what --offset_noise means in diffusers' scripts
 
 # By group, the settings that a resume may change. They leave the result as it is, or what they lead to is compared in
@@ -141,14 +145,14 @@ DATASET_FREE_ON_RESUME = set(
     caption_column dataset_config_name dataset_name image_column max_train_samples skip_bad_images
     """.split()
 )
-SUBJECT_FREE_ON_RESUME = {*DATASET_FREE_ON_RESUME, "instance_data_dir", "pre_compute_text_embeddings"}
+SUBJECT_FREE_ON_RESUME = {*DATASET_FREE_ON_RESUME, "instance_data_dir"}
 CLASS_FREE_ON_RESUME = {"class_data_dir", "num_class_images", "prior_generation_precision", "sample_batch_size"}
 OPTIMIZATION_FREE_ON_RESUME = set(
     """
     gradient_accumulation_steps gradient_checkpointing max_nan_steps max_train_steps num_train_epochs train_batch_size
     """.split()
 )
-MEMORY_FREE_ON_RESUME = {"dataloader_num_workers", "foreach_ema", "offload_ema", "set_grads_to_none"}
+MEMORY_FREE_ON_RESUME = {"dataloader_num_workers", "foreach_ema", "offload_ema", "set_grads_to_none", "use_8bit_adam"}
 CACHE_FREE_ON_RESUME = {"cache_latents", "cache_text_embeddings"}  # which change the rounding alone
 OUTPUT_FREE_ON_RESUME = set(
     """
@@ -412,6 +416,10 @@ class ClassImages:
     missing: list  # file names
 
 
+OPTIMIZERS = {"adamw": "AdamW", "adamw8bit": "8-bit AdamW", "adafactor": "Adafactor", "prodigy": "Prodigy"}
+NEEDED_PACKAGES = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}
+# What Prodigy learns about the size of its steps; it stands among the settings of its groups.
+PRODIGY_PROGRESS = {"d", "d_max", "d_hat", "d_numerator", "d_denom", "k"}
 POLYNOMIAL_END = 1e-7  # the rate at which diffusers' polynomial schedule ends
 AVERAGED_AT_ONCE = 2**24  # weights whose average is updated at once: 64 MB of differences
 
@@ -484,6 +492,17 @@ OUT_OF_MEMORY_TEXT = re.compile(r"out of memory|can't allocate memory|RESOURCE_E
 # What a process says whose connection to another one ends: what happened is told there.
 LOST_PEER_TEXT = re.compile(r"Connection (closed|reset) by (peer|remote)|remote process exited", re.IGNORECASE)
 
+
+@dataclasses.dataclass
+class Work:
+    """What the steps of a run are made of."""
+
+    loader: torch.utils.data.DataLoader  # of this process's batches, from the run's next step on
+    models: list  # as accelerate prepared them, whose gradients processes share
+    training_loss: Callable  # (batch): the loss of each sample (batch,), through `models`
+    make_gradients: Callable  # (args, accelerator, run, work, batches): a step's loss, and the norm of its gradient
+
+
 MINUTES = datetime.timedelta(minutes=10)  # for what all processes do at the same time
 A_DAY = datetime.timedelta(days=1)
 # Flags that may differ between machines: what they name is compared in their place, or has no effect on others.
@@ -554,7 +573,7 @@ FREE_ON_RESUME = {
     *VALIDATION_FREE_ON_RESUME,
     *RUN_FREE_ON_RESUME,
 }
-FIXED_ON_RESUME = {*ADAPTERS_FIXED_ON_RESUME, "mixed_precision", "state", "use_8bit_adam"}  # the state would not fit
+FIXED_ON_RESUME = {*ADAPTERS_FIXED_ON_RESUME, "mixed_precision", "optimizer", "state"}  # the state would not fit
 
 
 # ---------------------------------------------------------------------------------------------------------- the script
@@ -583,8 +602,8 @@ def check_args(args, problems=()):
     that were found before."""
     found = check_requirements(args, REQUIRES) + check_old_flags(args)
     found += check_data(args, "instance_data_dir") + check_subject(args)
-    found += check_cache(args, args.cache_text_embeddings or args.pre_compute_text_embeddings, args.train_text_encoder)
-    found += check_optimization(args) + check_8bit_adam(args)
+    found += check_cache(args, args.cache_text_embeddings, args.train_text_encoder)
+    found += check_optimization(args) + check_optimizer(args)
     found += check_hardware(args) + check_environment(args) + check_trackers(args) + check_validation(args)
     found += check_output(args, foreign_result="model_index.json")
     found += check_model(args) + check_buckets(args)
@@ -611,6 +630,7 @@ def train(args, launcher):
         repo_id = name_repo(args) if args.push_to_hub and accelerator.is_main_process else None
         start_trackers(args, accelerator)
     pipeline, models, noise_scheduler = load_models_with_adapters(args, accelerator)
+    make_faster(args, pipeline.unet)
     prepared = {name: accelerator.prepare(model) for name, model in models.items()}  # passes are autocast now
     unet, text_encoder = prepared["unet"], prepared.get("text_encoder", pipeline.text_encoder)
 
@@ -620,47 +640,48 @@ def train(args, launcher):
         prompt_embeds = encode_prompts(text_encoder, batch)
         return diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, batch, args.snr_gamma)
 
-    samples = with_class_rows(images, class_images)
     counts = count_steps(args, len(images), accelerator.num_processes, images.sizes)
     learning_rate = peak_learning_rate(args, counts)
     groups = group_parameters(args, models, learning_rate)
     parameters = [parameter for group in groups for parameter in group["params"]]
     weights = Weights(models, parameters, write_adapters, read_adapters_into)
-    state = make_state(args, accelerator, groups, counts.last_step)
+    optimizer = make_optimizer(args, groups)
+    state = make_state(args, accelerator, optimizer, counts.last_step)
     run = start_run(args, accelerator, counts, state, fingerprints, weights, FREE_ON_RESUME, FIXED_ON_RESUME)
-    trained = f"LoRA of rank {args.rank} on {args.lora_target} of {' and '.join(models)}"
-    caches_captions = args.cache_text_embeddings or args.pre_compute_text_embeddings
-    cache = plan_cache(args, accelerator, pipeline, [samples, held_out], caches_captions)
-    tell_plan(
-        args,
-        accelerator,
-        run,
-        len(held_out),
-        parameters,
-        trained,
-        "all else",
-        describe_buckets(args, images),
-        describe_cache(cache),
-    )
     if args.dry_run:
-        end_training(accelerator)
-        return
+        class_images = stand_ins(class_images, images)
+    samples = with_class_rows(images, class_images)
+    cache = plan_cache(args, accelerator, pipeline, [samples, held_out], args.cache_text_embeddings)
+    about = {
+        "trained": f"LoRA of rank {args.rank} on {args.lora_target} of {' and '.join(models)}",
+        "frozen": "all else",
+        "result_bytes": count_adapter_bytes(args, parameters),
+        "buckets": describe_buckets(args, images),
+        "cache": describe_cache(cache),
+    }
+    tell_plan(args, accelerator, run, len(held_out), about)
 
     prompts = prompts_of(args)
-    samples, held_out = fill_cache(args, accelerator, pipeline, [samples, held_out], cache)
-    leave_device(pipeline, cache, prompts)
-    start_output(args, accelerator, run)
-    parts = {**pipeline.components, "scheduler": noise_scheduler}
-    held_out = encode_held_out(accelerator, parts["vae"], parts["text_encoder"], held_out, args.train_batch_size)
-    look = functools.partial(validate, args, accelerator, run, parts, held_out, prompts)
+    if not args.dry_run:
+        samples, held_out = fill_cache(args, accelerator, pipeline, [samples, held_out], cache)
+        leave_device(pipeline, cache, prompts)
     batches = batches_of(args, accelerator, run)
     num_classes = len(class_images.checked.rows) if class_images.checked else 0
     batches = with_classes(batches, len(images), num_classes, args.prior_loss_weight, args.seed, counts.buckets)
     loader = make_loader(args, accelerator, samples, batches)
-    models_to_sync = list(prepared.values())  # whose gradients processes share
+    work = Work(loader, list(prepared.values()), training_loss, add_up_gradients)
+    if args.dry_run:
+        try_steps(args, accelerator, run, work)
+        end_training(accelerator)
+        return
+
+    start_output(args, accelerator, run)
+    parts = {**pipeline.components, "scheduler": noise_scheduler}
+    held_out = encode_held_out(accelerator, parts["vae"], parts["text_encoder"], held_out, args.train_batch_size)
+    look = functools.partial(validate, args, accelerator, run, parts, held_out, prompts)
     stop = Stop(launcher)
     with nothing_lost(args, accelerator, run, stop, write_torch_state):
-        train_steps(args, accelerator, run, stop, loader, models_to_sync, training_loss, look)
+        train_steps(args, accelerator, run, stop, work, look)
         if accelerator.is_main_process:
             use_average(run)
             files = save_model(args, models, prompts, len(images), counts.last_step)
@@ -752,6 +773,8 @@ def check_hardware(args):
             "--enable_xformers_memory_efficient_attention=True: needs a GPU and xformers; run "
             "`pip install -r requirements_xformers.txt` there, or drop this"
         )
+    if args.compile and on_cpu and not shutil.which(os.environ.get("CXX", "g++")):
+        problems.append("--compile=True: needs a C++ compiler; install g++, or drop this")
     precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     told = f"--mixed_precision={precision} (or accelerate's config)"
     if precision not in DTYPES:
@@ -772,8 +795,8 @@ def check_environment(args):
         )
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
         problems.append(
-            f"ACCELERATE_DYNAMO_BACKEND={os.environ['ACCELERATE_DYNAMO_BACKEND']} (or accelerate's config): models "
-            "are not compiled here; use no"
+            f"ACCELERATE_DYNAMO_BACKEND={os.environ['ACCELERATE_DYNAMO_BACKEND']} (or accelerate's config): is not "
+            "obeyed here; use no, and --compile"
         )
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
@@ -830,14 +853,12 @@ def agree_on_data(accelerator, fingerprints):
     check_agreement(accelerator, fingerprints)
 
 
-def make_state(args, accelerator, groups, last_step):
-    """All that a checkpoint holds beside weights, by name: optimizer, lr_scheduler, maybe ema and scaler. The
-    optimizer trains the parameter `groups`."""
-    optimizer = make_optimizer(args, groups)
+def make_state(args, accelerator, optimizer, last_step):
+    """All that a checkpoint holds beside weights, by name: optimizer, lr_scheduler, maybe ema and scaler."""
     lr_scheduler = make_schedule(args, optimizer, last_step)
     state = {"optimizer": accelerator.prepare(optimizer), "lr_scheduler": lr_scheduler}
     if args.use_ema:
-        parameters = [parameter for group in groups for parameter in group["params"]]
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         state["ema"] = make_average(args, parameters)
         if args.offload_ema:  # at once: the first step needs all memory that there is
             state["ema"].to("cpu")
@@ -850,7 +871,7 @@ def start_run(args, accelerator, counts, state, fingerprints, weights, free, fix
     """A run at its start, or where the checkpoint to resume from ended, the same in all processes; `free` and `fixed`
     name settings that may and that cannot differ from the checkpoint's. Raises `InputError`."""
     masks = split_of_step(args, accelerator) if has_dropout(weights.models) else None
-    fingerprints = {**fingerprints, "dropout_masks": masks}
+    fingerprints = {**fingerprints, "dropout_masks": masks, "optimizer": optimizer_of(args)}
     run = new_run(args, counts, state, accelerator.mixed_precision, fingerprints, weights)
     if checkpoint := find_checkpoint(run.output_dir, args.resume_from_checkpoint):
         resume(run, checkpoint, free, fixed)
@@ -873,20 +894,20 @@ def split_of_step(args, accelerator):
     return f"{passes} x {accelerator.num_processes} processes"
 
 
-def tell_plan(args, accelerator, run, num_held_out, parameters, trained, frozen, buckets, cache):
-    """Prints what will be done: how many of `parameters`, of which models are `trained`, and which are `frozen`;
-    `buckets` are lines on the sizes of images; of the `cache` a text, or None, and a list of warnings."""
-    about_cache, cache_warnings = cache
+def tell_plan(args, accelerator, run, num_held_out, about):
+    """Prints what will be done. `about` says what the script knows: which models are `trained`, which are `frozen`,
+    `result_bytes`, `buckets` (lines on the sizes of images), and of the `cache` a text, or None, and warnings."""
+    parameters, (about_cache, cache_warnings) = run.weights.parameters, about["cache"]
     num_trained = sum(parameter.numel() for parameter in parameters)
+    warnings = warn_of_precision(accelerator) + warn_of_rate(args, run.settings["peak_learning_rate"])
     about = {
+        **about,
         "images": "",
         "devices": f"{accelerator.num_processes} ranks",
-        "trained": trained,
-        "frozen": frozen,
-        "optimizer": f"8-bit: {args.use_8bit_adam}; EMA: {args.use_ema}",
-        "buckets": buckets,
+        "weights": str(parameters[0].dtype).removeprefix("torch."),
+        "optimizer": OPTIMIZERS[optimizer_of(args)],
         "cache": about_cache,
-        "warnings": warn_of_precision(accelerator) + warn_of_short_steps(run.counts) + cache_warnings,
+        "warnings": warnings + warn_of_short_steps(run.counts) + cache_warnings,
     }
     print_plan(args, run, num_held_out, num_trained, about)
 
@@ -925,20 +946,18 @@ def make_loader(args, accelerator, samples, batches):
     )
 
 
-def train_steps(args, accelerator, run, stop, loader, models, training_loss, look):
-    """Trains to the last step; `training_loss(batch)` gives the loss of each sample (batch,) through `models`, as
-    accelerate prepared them. `look(is_asked)` is called before training and every --validation_steps; it returns the
+def train_steps(args, accelerator, run, stop, work, look):
+    """Trains to the last step. `look(is_asked)` is called before training and every --validation_steps; it returns the
     mean held-out loss or None, or raises `LookGivenUp` when `is_asked()`.
 
     Ends the process with status 128 + signal when `stop` asks for it, 1 after too many losses that are not finite.
     """
-    device, counts, parameters = accelerator.device, run.counts, run.weights.parameters
-    optimizer, lr_scheduler = run.state["optimizer"], run.state["lr_scheduler"]
+    counts, lr_scheduler = run.counts, run.state["lr_scheduler"]
     first_step, validation_steps = run.progress["global_step"], steps_between_looks(args, counts)
     # A run that was stopped had not yet looked at the step that it goes on from.
     if first_step % validation_steps == 0 or first_step == counts.last_step:
         look_and_keep(args, accelerator, run, stop, look)
-    batches, sizes = iter(loader), step_sizes(counts, args.seed, first_step)
+    steps = passes_by_step(args, run, work.loader)
     bar = tqdm(
         range(first_step, counts.last_step),
         initial=first_step,
@@ -948,48 +967,27 @@ def train_steps(args, accelerator, run, stop, loader, models, training_loss, loo
     )
     for step in bar:
         started = time.perf_counter()
-        # Dropout layers alone use torch's own generator.
-        torch.manual_seed(random_numbers(args.seed, DROPOUT, step, accelerator.process_index).integers(2**32))
-
-        # Forward and backward: the passes of a step add up their gradients, which processes share in the last one.
-        step_loss = torch.zeros((), device=device)
-        num_samples, num_passes = next(sizes)
-        for number in range(num_passes):
-            batch = send_to_device(next(batches), device, non_blocking=True)
-            is_last = number == num_passes - 1
-            with without_sync(accelerator, [] if is_last else models):
-                loss = (training_loss(batch) * batch["weight"]).sum()
-                accelerator.backward(loss * accelerator.num_processes)  # gradients are averaged over processes
-            step_loss += loss.detach()
-        grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
-
-        # Optimizer step, unless a loss or a gradient is not finite in some process.
-        loss, num_not_finite, stop_now = exchange(accelerator, step_loss, grad_norm, is_asked(stop))
-        is_finite = num_not_finite == 0
-        is_broken = not is_finite and run.progress["nan_steps"] >= max_nan_steps(args, accelerator)
-        if not is_broken:
-            run.is_whole = False
-            if is_finite or accelerator.scaler is not None:  # which skips the step, and scales losses less from now on
-                optimizer.step()
-            optimizer.zero_grad()
-            if is_finite:
-                lr_scheduler.step()
-                update_average(args, run, parameters)
-            note_step(run, step, loss, is_finite)
-            run.is_whole = True
+        num_samples, passes = next(steps)
+        loss, grad_norm, is_broken, stop_now = take_step(args, accelerator, run, work, passes, is_asked(stop))
+        seconds = time.perf_counter() - started
         done = run.progress["global_step"]
+        if args.compile and step == first_step:
+            accelerator.print(f"\nCompiled: the first step took {seconds:.1f} s.")
+        if step == first_step + 2 and accelerator.is_main_process and not is_broken:
+            print()
+            tell_cost(accelerator.device, num_samples, seconds, counts.last_step - done, datetime.datetime.now())
 
         # Log
         if not is_broken:
-            images_per_second = num_samples / (time.perf_counter() - started)
+            images_per_second = num_samples / seconds
             bar.set_postfix(loss=f"{loss:.4f}", images_per_second=f"{images_per_second:.1f}", refresh=False)
             if done % args.logging_steps == 0 or done == counts.last_step:
-                norm = grad_norm.item() if is_finite else None
+                norm = None if grad_norm is None else grad_norm.item()
                 log_losses(accelerator, run, lr_scheduler.get_last_lr()[0], norm, images_per_second)
 
         # Save and look
         if stop_now or is_broken or done % args.checkpointing_steps == 0 or done == counts.last_step:
-            if accelerator.is_main_process:
+            if accelerator.is_main_process and run.is_whole:
                 # After a broken step none is removed: the last good one may be an older one.
                 save_checkpoint(run, write_torch_state, None if is_broken else args.checkpoints_total_limit)
             accelerator.wait_for_everyone()
@@ -997,6 +995,71 @@ def train_steps(args, accelerator, run, stop, loader, models, training_loss, loo
             leave(accelerator, run, is_broken, stop.received)
         if done % validation_steps == 0 or done == counts.last_step:
             look_and_keep(args, accelerator, run, stop, look)
+
+
+def try_steps(args, accelerator, run, work):
+    """Takes two steps of the run, whose effect nobody keeps, and prints what the second one costs. Nothing is written.
+    Ends the process with status 1 if that fails."""
+    num_steps, seconds = run.counts.last_step - run.progress["global_step"], None
+    with told_in_a_line(args, accelerator):
+        steps = passes_by_step(args, run, work.loader)
+        for _ in range(min(2, num_steps)):
+            started = time.perf_counter()
+            num_samples, passes = next(steps)
+            take_step(args, accelerator, run, work, passes, False)
+            if accelerator.device.type != "cpu":
+                torch.accelerator.synchronize()
+            seconds = time.perf_counter() - started
+    if seconds and accelerator.is_main_process:
+        tell_cost(accelerator.device, num_samples, seconds, num_steps, datetime.datetime.now())
+
+
+def passes_by_step(args, run, loader):
+    """Yields of each step that is left how many samples it has, and its passes: pairs of a batch, which is loaded when
+    it is asked for, and of whether it is the last one."""
+    batches = iter(loader)
+    for num_samples, num_passes in step_sizes(run.counts, args.seed, run.progress["global_step"]):
+        is_last = [False] * (num_passes - 1) + [True]
+        yield num_samples, zip(itertools.islice(batches, num_passes), is_last, strict=True)
+
+
+def take_step(args, accelerator, run, work, passes, is_stop_asked):
+    """Takes one optimizer step. Returns its loss; the norm of its gradient, or None if one of the two is not
+    finite; whether it was broken: one such step too many in a row, of which nothing is noted; and whether a stop is
+    asked for in some process."""
+    optimizer, lr_scheduler, step = run.state["optimizer"], run.state["lr_scheduler"], run.progress["global_step"]
+    # Dropout layers alone use torch's own generator.
+    torch.manual_seed(random_numbers(args.seed, DROPOUT, step, accelerator.process_index).integers(2**32))
+    step_loss, grad_norm = work.make_gradients(args, accelerator, run, work, passes)
+
+    # Optimizer step, unless a loss or a gradient is not finite in some process.
+    loss, num_not_finite, stop_now = exchange(accelerator, step_loss, grad_norm, is_stop_asked)
+    is_finite = num_not_finite == 0
+    is_broken = not is_finite and run.progress["nan_steps"] >= max_nan_steps(args, accelerator)
+    if not is_broken:
+        run.is_whole = False
+        if is_finite or accelerator.scaler is not None:  # which skips the step, and scales losses less from now on
+            optimizer.step()
+        optimizer.zero_grad()
+        if is_finite:
+            lr_scheduler.step()
+            update_average(args, run, run.weights.parameters)
+        note_step(run, step, loss, is_finite)
+        run.is_whole = True
+    return loss, grad_norm if is_finite else None, is_broken, stop_now
+
+
+def add_up_gradients(args, accelerator, run, work, passes):
+    """Forward and backward: the passes of a step add up their gradients, which processes share in the last one.
+    Returns the step's loss in this process, and the norm of its gradient, which is clipped then."""
+    step_loss = torch.zeros((), device=accelerator.device)
+    for batch, is_last in passes:
+        batch = send_to_device(batch, accelerator.device, non_blocking=True)
+        with without_sync(accelerator, [] if is_last else work.models):
+            loss = (work.training_loss(batch) * batch["weight"]).sum()
+            accelerator.backward(loss * accelerator.num_processes)  # gradients are averaged over processes
+        step_loss += loss.detach()
+    return step_loss, accelerator.clip_grad_norm_(run.weights.parameters, args.max_grad_norm)
 
 
 def look_and_keep(args, accelerator, run, stop, look):
@@ -1046,9 +1109,11 @@ def update_average(args, run, parameters):
 
 
 def use_average(run):
-    """Puts the averaged weights, if there are any, into the models: those are the result, but no state to go on
-    from."""
+    """Puts the averaged weights, if there are any, into the models, in float32: those are the result, but no state to
+    go on from."""
     run.is_whole = False
+    for parameter in run.weights.parameters:  # which may be in bfloat16, and lose what an average is for
+        parameter.data = parameter.data.float()
     if "ema" in run.state:
         run.state["ema"].copy_to(run.weights.parameters)
 
@@ -1695,12 +1760,26 @@ def averaged(run):
         ema.restore(parameters)
 
 
+@contextlib.contextmanager
+def holding(parameters, values):
+    """Has parameters hold other tensors for a while, wherever and in whatever precision these are: to write them, or
+    to read into them."""
+    own = [parameter.data for parameter in parameters]
+    try:
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.data = value
+        yield
+    finally:
+        for parameter, value in zip(parameters, own, strict=True):
+            parameter.data = value
+
+
 def write_torch_state(run, folder):
     """Writes the weights, averaged ones too, and the state of what was made by PyTorch into a checkpoint's folder."""
     run.weights.write(run.weights.models, folder, "")
     state = {name: part.state_dict() for name, part in run.state.items()}
     if "ema" in state:
-        with averaged(run):
+        with holding(run.weights.parameters, run.state["ema"].shadow_params):
             run.weights.write(run.weights.models, folder, AVERAGED)
         del state["ema"]["shadow_params"]
     torch.save(state, folder / "state.pt")
@@ -1711,11 +1790,8 @@ def read_torch_state(run, folder):
     name, as tensors in the CPU's memory."""
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     if "ema" in run.state:
-        run.weights.read(run.weights.models, folder, AVERAGED)
-        ema = run.state["ema"]
-        places = [value.device for value in ema.shadow_params]  # the CPU, if it is offloaded
-        averaged_weights = zip(run.weights.parameters, places, strict=True)
-        ema.shadow_params = [value.detach().to(place, copy=True) for value, place in averaged_weights]
+        with holding(run.weights.parameters, run.state["ema"].shadow_params):
+            run.weights.read(run.weights.models, folder, AVERAGED)
     run.weights.read(run.weights.models, folder, "")
     return state
 
@@ -1792,7 +1868,10 @@ def resume(run, checkpoint, free, fixed):
     asked = {"param_groups", "base_lrs", "decay", "use_ema_warmup"}
     for name, part in run.state.items():
         now = part.state_dict()
+        before = saved[name].get("param_groups", [])
         saved[name].update({key: now[key] for key in now.keys() & asked})
+        for group, group_before in zip(now.get("param_groups", []), before, strict=True):
+            group.update({key: group_before[key] for key in group_before.keys() & PRODIGY_PROGRESS})
         part.load_state_dict(saved[name])
     optimizer, lr_scheduler = run.state["optimizer"], run.state["lr_scheduler"]
     for group, factor in zip(optimizer.param_groups, lr_scheduler.lr_lambdas, strict=True):
@@ -2053,7 +2132,6 @@ def add_subject_arguments(parser):
     add("--instance_data_dir", help="folder of the subject's photos, maybe with captions as for text-to-image")
     add("--instance_prompt", help="caption of photos that have none, with a rare word: a photo of sks dog")
     add("--repeats", type=positive_int, default=1, help="times that each photo counts in an epoch [1, inf)")
-    add("--pre_compute_text_embeddings", **SWITCH, help="the same as --cache_text_embeddings")
     add_dataset_arguments(add)
     add_transform_arguments(add)
 
@@ -2210,10 +2288,11 @@ def add_optimization_arguments(parser):
         type=non_negative_int,
         help="steps in a row whose loss or gradient is not finite that are skipped; 5 in fp16, else 0 [0, inf)",
     )
-    add("--adam_beta1", type=fraction_below_one, default=0.9, help="AdamW's beta1 [0, 1)")
-    add("--adam_beta2", type=fraction_below_one, default=0.999, help="AdamW's beta2 [0, 1)")
-    add("--adam_weight_decay", type=non_negative_float, default=1e-2, help="AdamW's weight decay [0, inf)")
-    add("--adam_epsilon", type=positive_float, default=1e-8, help="AdamW's epsilon (0, inf)")
+    add("--adam_beta1", type=fraction_below_one, help="AdamW's beta1 [0, 1)")
+    add("--adam_beta2", type=fraction_below_one, help="AdamW's beta2 [0, 1)")
+    add("--adam_weight_decay", type=non_negative_float, help="AdamW's weight decay [0, inf)")
+    add("--adam_epsilon", type=positive_float, help="AdamW's epsilon (0, inf)")
+    parser.set_defaults(**ADAM_DEFAULTS)
     add("--use_ema", **SWITCH, help="average the weights over the steps; samples and result use the average")
     add("--ema_decay", type=fraction, help="highest decay of the average; 0.9999 if not given; needs --use_ema [0, 1]")
     add("--ema_warmup", **SWITCH, help="raise the decay slowly, as 1 - (1 + step) ** -2/3; needs --use_ema")
@@ -2227,10 +2306,17 @@ def add_memory_arguments(parser):
         choices=["no", "fp16", "bf16"],
         help="precision of passes; default: accelerate's config",
     )
-    add("--use_8bit_adam", **SWITCH, help="AdamW with 8-bit state, by bitsandbytes")
+    add(
+        "--optimizer",
+        choices=["adamw", "adamw8bit", "adafactor", "prodigy"],
+        help="adamw if not given; prodigy finds its rate itself: give it --learning_rate=1, which is a factor there",
+    )
+    add("--use_8bit_adam", **SWITCH, help="the same as --optimizer=adamw8bit: AdamW with 8-bit state, by bitsandbytes")
     add("--offload_ema", **SWITCH, help="keep and update the average in CPU memory; needs --use_ema")
     add("--foreach_ema", **SWITCH_ON, help="update the average with few, large operations; not where it is offloaded")
     add("--enable_xformers_memory_efficient_attention", **SWITCH, help="xFormers' attention instead of torch's")
+    add("--compile", **SWITCH, help="compile the UNet's transformer blocks in the first step, by torch.compile")
+    add("--channels_last", **SWITCH, help="channels-last layout of the UNet; measured on a CPU it changes nothing")
     add("--allow_tf32", **SWITCH, help="TensorFloat-32 products and convolutions, on GPUs that have them")
     add("--set_grads_to_none", **SWITCH, help="gradients always are; taken so that old commands run")
     add(
@@ -2244,7 +2330,12 @@ def add_cache_arguments(parser):
     """Adds what is encoded once, before training, and kept for later runs."""
     add = parser.add_argument_group("cache").add_argument
     add("--cache_latents", **SWITCH, help="encode images once, into --cache_dir; needs a centre crop")
-    add("--cache_text_embeddings", **SWITCH, help="encode captions once, into --cache_dir; not while they are learnt")
+    add(
+        "--cache_text_embeddings",
+        "--pre_compute_text_embeddings",
+        **SWITCH,
+        help="encode captions once, into --cache_dir; not with a text encoder that is trained",
+    )
 
 
 def add_output_arguments(parser):
@@ -2952,6 +3043,16 @@ def enable_memory_savers(args, unet, device, dtype):
         unet.enable_gradient_checkpointing()
 
 
+def make_faster(args, unet):
+    """Compiles the blocks of a UNet, in its first pass, and lays out its weights, as the flags ask for."""
+    if args.channels_last:
+        unet.to(memory_format=torch.channels_last)  # which what convolutions give then has too
+    if args.compile:
+        # A program for each width of the blocks, for training and for drawing: more than it would keep otherwise.
+        torch._dynamo.config.recompile_limit = 64
+        unet.compile_repeated_blocks(dynamic=True)  # for sizes of images and batches that vary
+
+
 def probe_xformers(unet, device, dtype):
     """Raises what xFormers raises, if it has no attention for the sizes of a UNet's heads, forward or backward. Where
     diffusers enables it, float32 is probed whatever the precision."""
@@ -3379,6 +3480,12 @@ def read_lora(path):
     return weights, header
 
 
+def count_adapter_bytes(args, parameters):
+    """How many bytes the files take that `save_adapters` will write of such parameters."""
+    num_files = 2 if args.output_kohya_format else 1
+    return num_files * sum(parameter.numel() for parameter in parameters) * DTYPES[args.save_precision].itemsize
+
+
 def save_adapters(args, folder, models, num_images, step):
     """Writes the adapters of `models` into a folder, in diffusers' layout and on demand in kohya's too; returns
     patterns that are the files."""
@@ -3556,6 +3663,14 @@ def check_records(args, paths):
     warn(f"class images were drawn by another base than {wanted['base']}", of_another_base)
 
 
+def stand_ins(class_images, images):
+    """The class images, or where none is drawn yet the photos in their place, for a trial of some steps."""
+    if class_images.checked or not class_images.missing:
+        return class_images
+    photos = CheckedRows(images.rows, [], images.contents, images.picture_sizes)
+    return dataclasses.replace(class_images, checked=photos)
+
+
 def with_class_rows(images, class_images):
     """The photos of the subject, and behind them the images of its class, once for each bucket of photos, in the order
     of their numbers."""
@@ -3656,11 +3771,44 @@ def check_optimization(args):
     return problems
 
 
-def check_8bit_adam(args):
-    """Lists whether 8-bit AdamW is asked for where it is not installed."""
-    if args.use_8bit_adam and not is_bitsandbytes_available():
-        return ["--use_8bit_adam=True: needs bitsandbytes; run `pip install bitsandbytes`, or drop this"]
-    return []
+def optimizer_of(args):
+    """The name of the optimizer that the flags ask for."""
+    return "adamw8bit" if args.use_8bit_adam else args.optimizer or "adamw"
+
+
+def is_installed(package):
+    """Whether a package of that name can be imported; it is not."""
+    return any(module.name == package for module in pkgutil.iter_modules())
+
+
+def check_optimizer(args):
+    """Lists what is wrong with the optimizer: another one beside --use_8bit_adam, one that is not installed, or flags
+    that it does not have."""
+    problems, name = [], optimizer_of(args)
+    if args.use_8bit_adam and args.optimizer not in (None, "adamw8bit"):
+        problems.append(f"--use_8bit_adam=True: contradicts --optimizer={args.optimizer}; drop one")
+    package = NEEDED_PACKAGES.get(name)
+    if package and not is_installed(package):
+        given = "--use_8bit_adam=True" if args.use_8bit_adam else f"--optimizer={name}"
+        problems.append(f"{given}: needs {package}; run `pip install {package}`, or drop this")
+    for flag in ("adam_beta1", "adam_beta2", "adam_epsilon"):
+        value = getattr(args, flag)
+        if name == "adafactor" and value != ADAM_DEFAULTS[flag]:
+            problems.append(f"--{flag}={value}: does nothing with --optimizer=adafactor; drop this")
+    text_encoder_lr = getattr(args, "text_encoder_lr", None)
+    if name == "prodigy" and text_encoder_lr not in (None, args.learning_rate):
+        problems.append(
+            f"--text_encoder_lr={text_encoder_lr}: Prodigy has one rate for all that it trains; drop this, or use "
+            "--optimizer=adamw"
+        )
+    return problems
+
+
+def warn_of_rate(args, peak):
+    """Lists whether Prodigy's factor is another than the one that it is made for."""
+    if optimizer_of(args) != "prodigy" or peak == 1:
+        return []
+    return [f"--learning_rate={args.learning_rate:g}: Prodigy finds the rate, and multiplies it by {peak:g}; use 1"]
 
 
 def peak_learning_rate(args, counts):
@@ -3669,18 +3817,26 @@ def peak_learning_rate(args, counts):
 
 
 def make_optimizer(args, groups):
-    """AdamW (arXiv 1711.05101) for groups of parameters with their rates, or its 8-bit form (2110.02861)."""
-    if args.use_8bit_adam:
-        from bitsandbytes.optim import AdamW8bit as AdamW
-    else:
-        AdamW = functools.partial(torch.optim.AdamW, fused=True)
-    return AdamW(
-        groups,
-        lr=groups[0]["lr"],
-        betas=(args.adam_beta1, args.adam_beta2),
-        eps=args.adam_epsilon,
-        weight_decay=args.adam_weight_decay,
-    )
+    """The optimizer for groups of parameters with their rates: AdamW (arXiv 1711.05101), its 8-bit form (2110.02861),
+    Adafactor with rates that are given (1804.04235), or Prodigy (2306.06101)."""
+    name, lr = optimizer_of(args), groups[0]["lr"]
+    # Beside each group's parameters, since Prodigy's constructor prints a line if it is told of a decay.
+    groups = [{**group, "weight_decay": args.adam_weight_decay} for group in groups]
+    adam_flags = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    if name == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(groups, lr=lr, **adam_flags)
+    if name == "adafactor":
+        from transformers.optimization import Adafactor
+
+        return Adafactor(groups, lr=lr, scale_parameter=False, relative_step=False, warmup_init=False)
+    if name == "prodigy":
+        from prodigyopt import Prodigy
+
+        has_warm_up = args.lr_warmup_steps > 0
+        return Prodigy(groups, lr=lr, use_bias_correction=True, safeguard_warmup=has_warm_up, **adam_flags)
+    return torch.optim.AdamW(groups, lr=lr, fused=True, **adam_flags)
 
 
 def make_schedule(args, optimizer, last_step):
@@ -3698,9 +3854,11 @@ def make_schedule(args, optimizer, last_step):
 
 
 def make_average(args, parameters):
-    """The average of the weights, with the decay that the flags ask for."""
+    """The average of the weights, in float32, with the decay that the flags ask for."""
     decay = 0.9999 if args.ema_decay is None else args.ema_decay
-    return EMAModel(parameters, decay=decay, use_ema_warmup=args.ema_warmup)
+    average = EMAModel(parameters, decay=decay, use_ema_warmup=args.ema_warmup)
+    average.shadow_params = [value.float() for value in average.shadow_params]  # of weights in bfloat16, too
+    return average
 
 
 @torch.no_grad()
@@ -3951,9 +4109,10 @@ def new_result(output_dir):
 # ---------------------------------------------------------------------------------------------------------------- plan
 def print_plan(args, run, num_held_out, num_trained, about):
     """Says, before the first step, what will be done. `about` says what only a script knows: `trained` and `frozen`
-    (which models), `devices` (how many share a pass), `images` and `optimizer` (remarks), `warnings` (a list), and
-    maybe `precision` (of passes, if that is not the setting), `buckets` (lines on the sizes of images) and `cache` (a
-    text)."""
+    (which models), `devices` (how many share a pass), `images` (a remark), `optimizer` (its name), `warnings` (a
+    list), and maybe `precision` (of passes, if that is not the setting), `weights` (their precision, if not float32),
+    `result_bytes` (of the files that will be the result), `buckets` (lines on the sizes of images) and `cache` (a
+    text, or None)."""
     counts, side, tracker = run.counts, args.resolution, chosen_tracker(args)
     first_step, precision = run.progress["global_step"], about.get("precision", run.settings["mixed_precision"])
     gigabytes = checkpoint_bytes(run) / 1e9
@@ -3965,26 +4124,72 @@ def print_plan(args, run, num_held_out, num_trained, about):
         "images": "\n             ".join([images + about["images"], *buckets]),
         "steps": f"{first_step:,} to {counts.last_step:,}, {counts.last_step / counts.steps_per_epoch:,.1f} epochs",
         "per step": f"{counts.samples_per_step:,} images: {passes}",
-        "trained": f"{about['trained']}, {num_trained:,} parameters in float32, passes in precision {precision!r}; "
-        f"frozen: {about['frozen']}",
-        "optimizer": f"AdamW at {run.settings['peak_learning_rate']:g}, {args.lr_scheduler}; {about['optimizer']}",
+        "trained": f"{about['trained']}, {num_trained:,} parameters in {about.get('weights', 'float32')}, passes in "
+        f"precision {precision!r}; frozen: {about['frozen']}",
+        "optimizer": f"{about['optimizer']} at {run.settings['peak_learning_rate']:g}, {args.lr_scheduler}; "
+        f"EMA: {args.use_ema}",
         "output": f"{args.output_dir}, a checkpoint of {gigabytes:.2g} GB every {args.checkpointing_steps:,} steps",
+        "disk": tell_disk(args, run, about.get("result_bytes")),
         "log": f"log.jsonl and {tracker}" if tracker else "log.jsonl, no tracker",
     }
     if about.get("cache"):
         rows["cache"] = about["cache"]
-    lines = [f"  {name:<10} {text}" for name, text in rows.items()]
+    lines = [f"  {name:<10} {text}" for name, text in rows.items() if text]
     warned = about["warnings"] + warn_of_warm_up(args, counts) + warn_of_disk(args, run)
     warnings = [f"  warning    {text}" for text in warned]
-    print("\n".join(["Plan", *lines, *warnings]))
+    # At once: who is killed for what the first step takes has told it.
+    print("\n".join(["Plan", *lines, *warnings]), flush=True)
 
 
-def warn_of_disk(args, run):
-    """Lists whether the checkpoints will not fit on the disk; the newest is there before the oldest goes."""
+def count_checkpoints(args, run):
+    """How many checkpoints a run will have at once: the newest is there before the oldest goes."""
     steps = range(run.progress["global_step"] + 1, run.counts.last_step + 1)
     number = sum(step % args.checkpointing_steps == 0 or step == run.counts.last_step for step in steps)
     if args.checkpoints_total_limit:
         number = min(number, args.checkpoints_total_limit + 1 + args.keep_best)
+    return number
+
+
+def tell_disk(args, run, result_bytes):
+    """What checkpoints and result will take of the disk; nothing if the size of the result is not known."""
+    if result_bytes is None:
+        return None
+    number, one = count_checkpoints(args, run), checkpoint_bytes(run) / 1e9
+    free = shutil.disk_usage(existing_place(args.output_dir)).free / 1e9
+    checkpoints = f"{number} checkpoint{'s at once' if number > 1 else ''}: {number * one:.2g} GB"
+    return f"{checkpoints}, result: {result_bytes / 1e9:.2g} GB; {free:,.3g} GB are free"
+
+
+def tell_cost(device, num_samples, seconds, num_steps, now):
+    """Prints what was measured of a step of `num_samples`, which took so many seconds: the time of `num_steps` such
+    steps from `now` on, and the peak of the memory so far."""
+    rate = num_samples / seconds
+    duration = datetime.timedelta(seconds=round(seconds * num_steps))
+    print(
+        f"  time       {seconds:.3g} s per step, {rate:.4g} images/s; {num_steps:,} steps take {duration}, until "
+        f"{now + duration:%Y-%m-%d %H:%M}"
+    )
+    print(f"  memory     {', '.join(peak_memory(device))} at most")
+
+
+def peak_memory(device):
+    """Lists the most memory that PyTorch took on a device, if that is a GPU of NVIDIA's or AMD's, and this process in
+    all, which the processes that load images are not part of."""
+    peaks = []
+    if device.type != "cpu" and is_cuda_available():
+        peaks.append(f"{max_memory_reserved(device) / 1e9:.3g} GB of the device")
+    if sys.platform != "win32":
+        import resource  # which Windows has not
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        peaks.append(f"{peak / 1e9:.3g} GB of this process")
+    return peaks or ["not measured here"]
+
+
+def warn_of_disk(args, run):
+    """Lists whether the checkpoints will not fit on the disk."""
+    number = count_checkpoints(args, run)
     needed, free = number * checkpoint_bytes(run), shutil.disk_usage(existing_place(args.output_dir)).free
     if needed <= free:
         return []
@@ -4018,20 +4223,28 @@ def checkpoint_bytes(run):
         if name == "optimizer" and hasattr(part, "param_groups"):  # whose moments are made in the first step
             for group in part.param_groups:
                 for parameter in group["params"]:
-                    total += moment_bytes(parameter, part.state.get(parameter, {}), run.settings["use_8bit_adam"])
+                    total += moment_bytes(parameter, part.state.get(parameter, {}), run.settings["optimizer"])
         else:
             total += array_bytes(part.state_dict() if hasattr(part, "state_dict") else part)
     return total
 
 
-def moment_bytes(parameter, state, use_8bit_adam):
-    """How many bytes AdamW's two moments of a parameter take. The 8-bit form has a byte for each, and for every 256 a
-    scale of 4, but leaves small parameters, and those whose `state` is there in float32, in 32 bits."""
+def moment_bytes(parameter, state, optimizer):
+    """How many bytes the state of an optimizer, by name, takes for a parameter; `state` is what is there of it."""
     size = parameter.numel()
-    is_whole = size < 4096 or ("state1" in state and state["state1"].dtype == torch.float32)
-    if use_8bit_adam and not is_whole:
-        return 2 * (size + 4 * math.ceil(size / 256))
-    return 8 * size
+    if (
+        optimizer == "adamw8bit"
+    ):  # a byte for each moment and for every 256 a scale, but for small ones, and embeddings
+        is_whole = size < 4096 or ("state1" in state and state["state1"].dtype == torch.float32)
+        return 8 * size if is_whole else 2 * (size + 4 * math.ceil(size / 256))
+    if optimizer == "adafactor" and parameter.dim() >= 2:  # means over rows and over columns
+        return 4 * (size // parameter.shape[-1] + size // parameter.shape[-2])
+    if optimizer == "adafactor":
+        return 4 * size
+    if optimizer == "prodigy":  # two moments, a sum, and the start, unless that was zero
+        was_zero = state["p0"].dim() == 0 if "p0" in state else not parameter.any()
+        return 4 * size * (3 if was_zero else 4)
+    return 2 * parameter.nbytes
 
 
 def array_bytes(part):
@@ -4406,11 +4619,7 @@ def nothing_lost(args, accelerator, run, stop, write_state, end=sys.exit):
             yield
         except Exception as error:  # of the data, the disk, the memory, a library
             reason, remedy = explain(args, error)
-            told_as = (
-                ""
-                if accelerator.num_processes == 1
-                else f"Rank {accelerator.process_index} on {socket.gethostname()}: "
-            )
+            told_as = name_of_process(accelerator)
             if not reason:
                 traceback.print_exception(error)
                 reason = last_words(error)
@@ -4419,6 +4628,29 @@ def nothing_lost(args, accelerator, run, stop, write_state, end=sys.exit):
             step = run.progress["global_step"]
             print(f"\n{told_as}Stopped after step {step} by {reason}. {kept}{remedy}", file=sys.stderr, flush=True)
             end(1)
+
+
+@contextlib.contextmanager
+def told_in_a_line(args, accelerator):
+    """Ends the process with status 1 after an exception in a trial, of which nothing is to be kept, and says what
+    happened."""
+    try:
+        yield
+    except Exception as error:  # of the data, the memory, a library
+        reason, remedy = explain(args, error)
+        if not reason:
+            traceback.print_exception(error)
+            reason = last_words(error)
+        told_as = name_of_process(accelerator)
+        print(f"\n{told_as}The trial was stopped by {reason}{remedy}", file=sys.stderr, flush=True)
+        sys.exit(1)
+
+
+def name_of_process(accelerator):
+    """How a message begins, where it has to say of several processes which one it comes from."""
+    if accelerator.num_processes == 1:
+        return ""
+    return f"Rank {accelerator.process_index} on {socket.gethostname()}: "
 
 
 def explain(args, error):
@@ -4442,8 +4674,15 @@ def is_disk_full(error):
 def memory_flags(args):
     """The flags that would make the run smaller and are not used yet."""
     flags = []
-    if args.train_batch_size > 1:
-        flags.append("a smaller --train_batch_size with more --gradient_accumulation_steps")
+    size, passes = args.train_batch_size, args.gradient_accumulation_steps
+    if size > 1 and getattr(args, "full_bf16", False):  # which cannot accumulate
+        flags.append(f"--train_batch_size={size // 2}")
+    elif size > 1:
+        parts = next(part for part in range(2, size + 1) if size % part == 0)  # mostly 2
+        flags.append(
+            f"--train_batch_size={size // parts} --gradient_accumulation_steps={passes * parts} (or what `sdtune "
+            "find-batch-size -- COMMAND` finds)"
+        )
     for flag in ("gradient_checkpointing", "use_8bit_adam", "offload_ema"):
         useful = flag != "offload_ema" or args.use_ema
         if useful and getattr(args, flag, None) is False:
@@ -4489,11 +4728,10 @@ def leave(accelerator, run, broken, received):
         remedy = " --allow_changed_resume and a lower --learning_rate"
         if run.settings["mixed_precision"] == "fp16":
             remedy += ", or start anew with --mixed_precision=bf16, whose numbers reach further"
-    accelerator.print(
-        f"Stopped by {why}. {checkpoint_of(run)} holds the state after step {step}; go on with "
-        f"--resume_from_checkpoint=latest{remedy}",
-        file=sys.stderr,
-    )
+    kept = f"{checkpoint_of(run)} holds the state after step {step}; go on with --resume_from_checkpoint=latest"
+    if not run.is_whole:  # --full_bf16: the step had begun to change the weights
+        kept = save_what_is_whole(run, None)
+    accelerator.print(f"Stopped by {why}. {kept}{remedy}", file=sys.stderr)
     # Another process, or the launcher, may have got the signal: SIGTERM, then.
     number = received[0] if received else signal.SIGTERM
     sys.exit(1 if broken else 128 + number)

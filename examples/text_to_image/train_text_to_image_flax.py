@@ -115,6 +115,8 @@ HELD_OUT = 4  # the images that are not trained on
 
 SWITCH = {"action": argparse.BooleanOptionalAction, "default": False}  # so that a config file can turn it off too
 
+# AdamW's own constants; another optimizer may not have them.
+ADAM_DEFAULTS = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 1e-2, "adam_epsilon": 1e-8}
 OFFSET_NOISE = 0.1  # what --offset_noise means in diffusers' scripts
 
 # By group, the settings that a resume may change. They leave the result as it is, or what they lead to is compared in
@@ -832,7 +834,7 @@ def tell_plan(args, run, num_held_out):
         "trained": "UNet",
         "frozen": "VAE, text encoder, in float16" if args.mixed_precision == "fp16" else "VAE, text encoder",
         "precision": precision_of_passes(args),
-        "optimizer": f"EMA: {args.use_ema}",
+        "optimizer": "AdamW",
         "warnings": [],
     }
     print_plan(args, run, num_held_out, num_trained, about)
@@ -2094,10 +2096,11 @@ def add_optimization_arguments(parser):
         type=non_negative_int,
         help="steps in a row whose loss or gradient is not finite that are skipped; 5 in fp16, else 0 [0, inf)",
     )
-    add("--adam_beta1", type=fraction_below_one, default=0.9, help="AdamW's beta1 [0, 1)")
-    add("--adam_beta2", type=fraction_below_one, default=0.999, help="AdamW's beta2 [0, 1)")
-    add("--adam_weight_decay", type=non_negative_float, default=1e-2, help="AdamW's weight decay [0, inf)")
-    add("--adam_epsilon", type=positive_float, default=1e-8, help="AdamW's epsilon (0, inf)")
+    add("--adam_beta1", type=fraction_below_one, help="AdamW's beta1 [0, 1)")
+    add("--adam_beta2", type=fraction_below_one, help="AdamW's beta2 [0, 1)")
+    add("--adam_weight_decay", type=non_negative_float, help="AdamW's weight decay [0, inf)")
+    add("--adam_epsilon", type=positive_float, help="AdamW's epsilon (0, inf)")
+    parser.set_defaults(**ADAM_DEFAULTS)
     add("--use_ema", **SWITCH, help="average the weights over the steps; samples and result use the average")
     add("--ema_decay", type=fraction, help="highest decay of the average; 0.9999 if not given; needs --use_ema [0, 1]")
     add("--ema_warmup", **SWITCH, help="raise the decay slowly, as 1 - (1 + step) ** -2/3; needs --use_ema")
@@ -2922,9 +2925,11 @@ def make_schedule(args, optimizer, last_step):
 
 
 def make_average(args, parameters):
-    """The average of the weights, with the decay that the flags ask for."""
+    """The average of the weights, in float32, with the decay that the flags ask for."""
     decay = 0.9999 if args.ema_decay is None else args.ema_decay
-    return EMAModel(parameters, decay=decay, use_ema_warmup=args.ema_warmup)
+    average = EMAModel(parameters, decay=decay, use_ema_warmup=args.ema_warmup)
+    average.shadow_params = [value.float() for value in average.shadow_params]  # of weights in bfloat16, too
+    return average
 
 
 # -------------------------------------------------------------------------------------------------------------- output
@@ -3149,9 +3154,10 @@ def save_pipeline(args, folder, pipeline, noise_scheduler):
 # ---------------------------------------------------------------------------------------------------------------- plan
 def print_plan(args, run, num_held_out, num_trained, about):
     """Says, before the first step, what will be done. `about` says what only a script knows: `trained` and `frozen`
-    (which models), `devices` (how many share a pass), `images` and `optimizer` (remarks), `warnings` (a list), and
-    maybe `precision` (of passes, if that is not the setting), `buckets` (lines on the sizes of images) and `cache` (a
-    text)."""
+    (which models), `devices` (how many share a pass), `images` (a remark), `optimizer` (its name), `warnings` (a
+    list), and maybe `precision` (of passes, if that is not the setting), `weights` (their precision, if not float32),
+    `result_bytes` (of the files that will be the result), `buckets` (lines on the sizes of images) and `cache` (a
+    text, or None)."""
     counts, side, tracker = run.counts, args.resolution, chosen_tracker(args)
     first_step, precision = run.progress["global_step"], about.get("precision", run.settings["mixed_precision"])
     gigabytes = checkpoint_bytes(run) / 1e9
@@ -3163,26 +3169,45 @@ def print_plan(args, run, num_held_out, num_trained, about):
         "images": "\n             ".join([images + about["images"], *buckets]),
         "steps": f"{first_step:,} to {counts.last_step:,}, {counts.last_step / counts.steps_per_epoch:,.1f} epochs",
         "per step": f"{counts.samples_per_step:,} images: {passes}",
-        "trained": f"{about['trained']}, {num_trained:,} parameters in float32, passes in precision {precision!r}; "
-        f"frozen: {about['frozen']}",
-        "optimizer": f"AdamW at {run.settings['peak_learning_rate']:g}, {args.lr_scheduler}; {about['optimizer']}",
+        "trained": f"{about['trained']}, {num_trained:,} parameters in {about.get('weights', 'float32')}, passes in "
+        f"precision {precision!r}; frozen: {about['frozen']}",
+        "optimizer": f"{about['optimizer']} at {run.settings['peak_learning_rate']:g}, {args.lr_scheduler}; "
+        f"EMA: {args.use_ema}",
         "output": f"{args.output_dir}, a checkpoint of {gigabytes:.2g} GB every {args.checkpointing_steps:,} steps",
+        "disk": tell_disk(args, run, about.get("result_bytes")),
         "log": f"log.jsonl and {tracker}" if tracker else "log.jsonl, no tracker",
     }
     if about.get("cache"):
         rows["cache"] = about["cache"]
-    lines = [f"  {name:<10} {text}" for name, text in rows.items()]
+    lines = [f"  {name:<10} {text}" for name, text in rows.items() if text]
     warned = about["warnings"] + warn_of_warm_up(args, counts) + warn_of_disk(args, run)
     warnings = [f"  warning    {text}" for text in warned]
-    print("\n".join(["Plan", *lines, *warnings]))
+    # At once: who is killed for what the first step takes has told it.
+    print("\n".join(["Plan", *lines, *warnings]), flush=True)
 
 
-def warn_of_disk(args, run):
-    """Lists whether the checkpoints will not fit on the disk; the newest is there before the oldest goes."""
+def count_checkpoints(args, run):
+    """How many checkpoints a run will have at once: the newest is there before the oldest goes."""
     steps = range(run.progress["global_step"] + 1, run.counts.last_step + 1)
     number = sum(step % args.checkpointing_steps == 0 or step == run.counts.last_step for step in steps)
     if args.checkpoints_total_limit:
         number = min(number, args.checkpoints_total_limit + 1 + args.keep_best)
+    return number
+
+
+def tell_disk(args, run, result_bytes):
+    """What checkpoints and result will take of the disk; nothing if the size of the result is not known."""
+    if result_bytes is None:
+        return None
+    number, one = count_checkpoints(args, run), checkpoint_bytes(run) / 1e9
+    free = shutil.disk_usage(existing_place(args.output_dir)).free / 1e9
+    checkpoints = f"{number} checkpoint{'s at once' if number > 1 else ''}: {number * one:.2g} GB"
+    return f"{checkpoints}, result: {result_bytes / 1e9:.2g} GB; {free:,.3g} GB are free"
+
+
+def warn_of_disk(args, run):
+    """Lists whether the checkpoints will not fit on the disk."""
+    number = count_checkpoints(args, run)
     needed, free = number * checkpoint_bytes(run), shutil.disk_usage(existing_place(args.output_dir)).free
     if needed <= free:
         return []
@@ -3208,20 +3233,28 @@ def checkpoint_bytes(run):
         if name == "optimizer" and hasattr(part, "param_groups"):  # whose moments are made in the first step
             for group in part.param_groups:
                 for parameter in group["params"]:
-                    total += moment_bytes(parameter, part.state.get(parameter, {}), run.settings["use_8bit_adam"])
+                    total += moment_bytes(parameter, part.state.get(parameter, {}), run.settings["optimizer"])
         else:
             total += array_bytes(part.state_dict() if hasattr(part, "state_dict") else part)
     return total
 
 
-def moment_bytes(parameter, state, use_8bit_adam):
-    """How many bytes AdamW's two moments of a parameter take. The 8-bit form has a byte for each, and for every 256 a
-    scale of 4, but leaves small parameters, and those whose `state` is there in float32, in 32 bits."""
+def moment_bytes(parameter, state, optimizer):
+    """How many bytes the state of an optimizer, by name, takes for a parameter; `state` is what is there of it."""
     size = parameter.numel()
-    is_whole = size < 4096 or ("state1" in state and state["state1"].dtype == torch.float32)
-    if use_8bit_adam and not is_whole:
-        return 2 * (size + 4 * math.ceil(size / 256))
-    return 8 * size
+    if (
+        optimizer == "adamw8bit"
+    ):  # a byte for each moment and for every 256 a scale, but for small ones, and embeddings
+        is_whole = size < 4096 or ("state1" in state and state["state1"].dtype == torch.float32)
+        return 8 * size if is_whole else 2 * (size + 4 * math.ceil(size / 256))
+    if optimizer == "adafactor" and parameter.dim() >= 2:  # means over rows and over columns
+        return 4 * (size // parameter.shape[-1] + size // parameter.shape[-2])
+    if optimizer == "adafactor":
+        return 4 * size
+    if optimizer == "prodigy":  # two moments, a sum, and the start, unless that was zero
+        was_zero = state["p0"].dim() == 0 if "p0" in state else not parameter.any()
+        return 4 * size * (3 if was_zero else 4)
+    return 2 * parameter.nbytes
 
 
 def array_bytes(part):
@@ -3485,11 +3518,7 @@ def nothing_lost(args, accelerator, run, stop, write_state, end=sys.exit):
             yield
         except Exception as error:  # of the data, the disk, the memory, a library
             reason, remedy = explain(args, error)
-            told_as = (
-                ""
-                if accelerator.num_processes == 1
-                else f"Rank {accelerator.process_index} on {socket.gethostname()}: "
-            )
+            told_as = name_of_process(accelerator)
             if not reason:
                 traceback.print_exception(error)
                 reason = last_words(error)
@@ -3498,6 +3527,13 @@ def nothing_lost(args, accelerator, run, stop, write_state, end=sys.exit):
             step = run.progress["global_step"]
             print(f"\n{told_as}Stopped after step {step} by {reason}. {kept}{remedy}", file=sys.stderr, flush=True)
             end(1)
+
+
+def name_of_process(accelerator):
+    """How a message begins, where it has to say of several processes which one it comes from."""
+    if accelerator.num_processes == 1:
+        return ""
+    return f"Rank {accelerator.process_index} on {socket.gethostname()}: "
 
 
 def explain(args, error):
@@ -3521,8 +3557,15 @@ def is_disk_full(error):
 def memory_flags(args):
     """The flags that would make the run smaller and are not used yet."""
     flags = []
-    if args.train_batch_size > 1:
-        flags.append("a smaller --train_batch_size with more --gradient_accumulation_steps")
+    size, passes = args.train_batch_size, args.gradient_accumulation_steps
+    if size > 1 and getattr(args, "full_bf16", False):  # which cannot accumulate
+        flags.append(f"--train_batch_size={size // 2}")
+    elif size > 1:
+        parts = next(part for part in range(2, size + 1) if size % part == 0)  # mostly 2
+        flags.append(
+            f"--train_batch_size={size // parts} --gradient_accumulation_steps={passes * parts} (or what `sdtune "
+            "find-batch-size -- COMMAND` finds)"
+        )
     for flag in ("gradient_checkpointing", "use_8bit_adam", "offload_ema"):
         useful = flag != "offload_ema" or args.use_ema
         if useful and getattr(args, flag, None) is False:
@@ -3568,11 +3611,10 @@ def leave(accelerator, run, broken, received):
         remedy = " --allow_changed_resume and a lower --learning_rate"
         if run.settings["mixed_precision"] == "fp16":
             remedy += ", or start anew with --mixed_precision=bf16, whose numbers reach further"
-    accelerator.print(
-        f"Stopped by {why}. {checkpoint_of(run)} holds the state after step {step}; go on with "
-        f"--resume_from_checkpoint=latest{remedy}",
-        file=sys.stderr,
-    )
+    kept = f"{checkpoint_of(run)} holds the state after step {step}; go on with --resume_from_checkpoint=latest"
+    if not run.is_whole:  # --full_bf16: the step had begun to change the weights
+        kept = save_what_is_whole(run, None)
+    accelerator.print(f"Stopped by {why}. {kept}{remedy}", file=sys.stderr)
     # Another process, or the launcher, may have got the signal: SIGTERM, then.
     number = received[0] if received else signal.SIGTERM
     sys.exit(1 if broken else 128 + number)

@@ -147,7 +147,7 @@ def tell_plan(args, run, num_held_out):
         "trained": "UNet",
         "frozen": "VAE, text encoder, in float16" if args.mixed_precision == "fp16" else "VAE, text encoder",
         "precision": precision_of_passes(args),
-        "optimizer": f"EMA: {args.use_ema}",
+        "optimizer": "AdamW",
         "warnings": [],
     }
     print_plan(args, run, num_held_out, num_trained, about)
