@@ -67,10 +67,9 @@ def start(script, flags, folder, own):
 def run_pair(ours, theirs):
     """Takes two runs, each a tuple for `start`, to their ends by turns; returns their measures."""
     runs = [start(*ours), start(*theirs)]
-    for run in runs:
-        run.step()
-    while all([run.step() for run in runs]):  # both, whatever the first one says
-        pass
+    going = runs
+    while going:
+        going = [run for run in going if run.step()]
     for run in runs:
         run.finish()
     return [measures_of(run) for run in runs]

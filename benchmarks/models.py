@@ -21,7 +21,12 @@ MINIATURE = REPO / "miniature" / "pipeline"
 # What differs from diffusers' and transformers' defaults, which are those of Stable Diffusion 1.
 SIZES = {
     "toy": {
-        "unet": {"block_out_channels": (32, 64), "layers_per_block": 1, "cross_attention_dim": 32, "norm_num_groups": 8},
+        "unet": {
+            "block_out_channels": (32, 64),
+            "layers_per_block": 1,
+            "cross_attention_dim": 32,
+            "norm_num_groups": 8,
+        },
         "vae": {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4},
         "text_encoder": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 803},
     },
@@ -88,7 +93,9 @@ def make_pipeline(size, folder, seed=0):
         text_encoder=make_text_encoder(size, tokenizer),
         tokenizer=tokenizer,
         unet=make_unet(size),
-        scheduler=DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1),
+        scheduler=DDPMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+        ),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

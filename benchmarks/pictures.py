@@ -1,1 +1,2 @@
-def draw_comparison(path): pass
+def draw_comparison(path):
+    pass

@@ -29,7 +29,6 @@ def stand_in_for_torchvision():
     import datasets  # noqa: F401
     import diffusers  # noqa: F401
     import transformers
-
     import transforms
 
     transformers.utils.is_torchvision_available()
