@@ -9,6 +9,7 @@ Before the pairs a run of each fills the caches. Writes results/compare-cpu.json
 """
 
 import argparse
+import json
 import shutil
 import statistics
 import tempfile
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 from measuring import RESULTS, Run, interval_of_median, machine, measures_of, merge_records, spread_of, versions
 from models import MINIATURE, REPO, SIZES, make_images, make_pipeline
-from pictures import draw_comparison
+from pictures import draw_intervals
 
 CACHE = ["--cache_latents", "--cache_text_embeddings"]
 FULL = "text_to_image/train_text_to_image.py"
@@ -118,6 +119,16 @@ def commands_of(script, flags, own, args, model, folder):
     return {"ours": " ".join([words, *own]), "theirs": words}
 
 
+def draw(path):
+    """The picture of the records in a file."""
+    told = {"seconds_per_step": "time of a step", "peak_memory": "peak memory", "time_to_first_step": "first step"}
+    rows = []
+    for record in json.loads(path.read_text(encoding="utf-8")):
+        dots = [(name, record[f"{what}_ratio"], *record["intervals"][f"{what}_ratio"]) for what, name in told.items()]
+        rows.append((record["name"], dots))
+    return draw_intervals(rows, "ours / theirs, median of pairs with its interval; smaller is better")
+
+
 def main(argv=None):
     """Measures the records that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -140,7 +151,7 @@ def main(argv=None):
         make_images(folder / "photos", 16, wide, high, with_captions=False)
         for name in args.names:
             merge_records(path, [compare(name, args, model, folder)])
-    draw_comparison(path)
+    draw(path).save(path.with_suffix(".png"))
 
 
 if __name__ == "__main__":
