@@ -10,13 +10,12 @@ Before the pairs a run of each fills the caches. Writes results/compare-cpu.json
 
 import argparse
 import json
-import shutil
 import statistics
 import tempfile
 from pathlib import Path
 
 import torch
-from measuring import RESULTS, Run, interval_of_median, machine, measures_of, merge_records, spread_of, versions
+from measuring import RESULTS, interval_of_median, machine, merge_records, run_in_turns, spread_of, versions
 from models import MINIATURE, REPO, SIZES, make_images, make_pipeline
 from pictures import draw_intervals
 
@@ -52,40 +51,16 @@ def flags_of(script, args, model, folder):
     return [*words, f"--train_data_dir={folder / 'images'}"]
 
 
-def start(script, flags, folder, own):
-    """Starts a run that writes into `folder`, anew but with its caches; returns it at its first step."""
-    shutil.rmtree(folder / "output", ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    # What datasets remembers of a folder is kept, as is what our scripts do.
-    environment = {"HF_DATASETS_CACHE": str(folder / "datasets")}
-    words = [*flags, f"--output_dir={folder / 'output'}", *own]
-    run = Run(script, words, folder, environment=environment)
-    if not run.step():
-        run.finish()
-    return run
-
-
-def run_pair(ours, theirs):
-    """Takes two runs, each a tuple for `start`, to their ends by turns; returns their measures."""
-    runs = [start(*ours), start(*theirs)]
-    going = runs
-    while going:
-        going = [run for run in going if run.step()]
-    for run in runs:
-        run.finish()
-    return [measures_of(run) for run in runs]
-
-
 def compare(name, args, model, folder):
     """Measures one record."""
     script, own = RECORDS[name]
     flags = [*flags_of(script, args, model, folder), *args.flags]
-    ours = (REPO / "examples" / script, flags, folder / name / "ours", own)
-    theirs = (args.peer / "examples" / script, flags, folder / name / "theirs", [])
+    ours = (REPO / "examples" / script, [*flags, *own], folder / name / "ours")
+    theirs = (args.peer / "examples" / script, flags, folder / name / "theirs")
     pairs = []
     for number in range(args.pairs + 1):
         swapped = number % 2
-        pair = run_pair(theirs, ours)[::-1] if swapped else run_pair(ours, theirs)
+        pair = run_in_turns([theirs, ours])[::-1] if swapped else run_in_turns([ours, theirs])
         if number > 0:
             pairs.append(pair)
             ratios = ", ".join(f"{what} {pair[0][what] / pair[1][what]:.3f}" for what in MEASURES)

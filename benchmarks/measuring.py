@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -110,6 +111,30 @@ def launcher(num_processes):
         torchrun = f"torch.distributed.run --standalone --nproc_per_node {num_processes}"
         return [sys.executable, "-m", *torchrun.split()]
     return [sys.executable, "-m", *LAUNCH.split(), *([] if torch.accelerator.is_available() else ["--cpu"])]
+
+
+def start(script, flags, folder, num_processes=1):
+    """Starts a run that writes into `folder`, anew but with its caches; returns it at its first step."""
+    shutil.rmtree(folder / "output", ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    # What is remembered of the data lies here and stays.
+    environment = {"HF_DATASETS_CACHE": str(folder / "datasets")}
+    words = [*flags, f"--output_dir={folder / 'output'}"]
+    run = Run(script, words, folder, num_processes=num_processes, environment=environment)
+    if not run.step():
+        run.finish()
+    return run
+
+
+def run_in_turns(starts):
+    """Takes runs, given as arguments of `start`, to their ends, step by step in turns; returns their measures."""
+    runs = [start(*arguments) for arguments in starts]
+    going = runs
+    while going:
+        going = [run for run in going if run.step()]
+    for run in runs:
+        run.finish()
+    return [measures_of(run) for run in runs]
 
 
 def measures_of(run):

@@ -6,6 +6,7 @@ Speed and memory depend on shapes alone, so nothing is downloaded. The tokenizer
 """
 
 import argparse
+import io
 import json
 from pathlib import Path
 
@@ -116,6 +117,13 @@ def draw_image(index, width, height):
     return image
 
 
+def encoded(image):
+    """The bytes of an image as a JPEG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
 def caption_of(index):
     """The caption of image `index`."""
     return f"a drawing of disc number {' '.join(str(index))} on a plain ground"
@@ -130,7 +138,7 @@ def make_images(folder, num_images, width, height, with_captions=True):
     rows = []
     for index in range(num_images):
         name = f"{index:06d}.jpg"
-        draw_image(index, width, height).save(folder / name, quality=90)
+        (folder / name).write_bytes(encoded(draw_image(index, width, height)))
         rows.append(json.dumps({"file_name": name, "text": caption_of(index)}) + "\n")
     if with_captions:
         (folder / "metadata.jsonl").write_text("".join(rows), encoding="utf-8")

@@ -1,5 +1,7 @@
 """Plots of measurements, by Pillow, which the scripts need anyway."""
 
+import math
+
 from PIL import Image, ImageDraw, ImageFont
 
 WIDTH, HEIGHT = 900, 420
@@ -63,7 +65,8 @@ def draw_lines(lines, title, across, up, x_ticks):
     """A plot of `lines`, {name: [(x, y)]}, from y = 0 on, with the names of its axes; one place for each x tick."""
     picture = Image.new("RGB", (WIDTH, HEIGHT), "white")
     canvas = ImageDraw.Draw(picture)
-    top = max(y for points in lines.values() for _, y in points) * 1.15
+    tick = round_tick(max(y for points in lines.values() for _, y in points) / 4)
+    top = 4.4 * tick
     places = {x: LEFT + (number + 0.5) * (WIDTH - LEFT - RIGHT) / len(x_ticks) for number, x in enumerate(x_ticks)}
 
     def upward(number):
@@ -73,9 +76,9 @@ def draw_lines(lines, title, across, up, x_ticks):
     write(canvas, (10, 36), up, "lm", 13)
     write(canvas, (WIDTH - RIGHT, HEIGHT - 18), across, "rm", 13)
     for number in range(5):
-        y = upward(top * number / 4)
+        y = upward(tick * number)
         canvas.line([LEFT, y, WIDTH - RIGHT, y], GREY)
-        write(canvas, (LEFT - 8, y), f"{top * number / 4:.3g}", "rm", 13)
+        write(canvas, (LEFT - 8, y), f"{tick * number:,.5g}", "rm", 13)
     for x, place in places.items():
         write(canvas, (place, HEIGHT - BOTTOM + 14), f"{x:,}" if isinstance(x, int) else str(x), size=13)
     for colour, points in zip(COLOURS, lines.values()):
@@ -85,6 +88,12 @@ def draw_lines(lines, title, across, up, x_ticks):
             canvas.ellipse([x - 5, y - 5, x + 5, y + 5], colour)
     draw_legend(canvas, list(lines), LEFT, HEIGHT - 18)
     return picture
+
+
+def round_tick(least):
+    """The smallest of 1, 2, 2.5, 5 and 10 times a power of ten that is no less than a number above 0."""
+    power = 10 ** math.floor(math.log10(least))
+    return next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= least)
 
 
 def stack(pictures):
