@@ -113,14 +113,14 @@ def launcher(num_processes):
     return [sys.executable, "-m", *LAUNCH.split(), *([] if torch.accelerator.is_available() else ["--cpu"])]
 
 
-def start(script, flags, folder, num_processes=1):
+def start(script, flags, folder, num_processes=1, timeout=900):
     """Starts a run that writes into `folder`, anew but with its caches; returns it at its first step."""
     shutil.rmtree(folder / "output", ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     # What is remembered of the data lies here and stays.
     environment = {"HF_DATASETS_CACHE": str(folder / "datasets")}
     words = [*flags, f"--output_dir={folder / 'output'}"]
-    run = Run(script, words, folder, num_processes=num_processes, environment=environment)
+    run = Run(script, words, folder, timeout, num_processes, environment)
     if not run.step():
         run.finish()
     return run
