@@ -104,8 +104,8 @@ def draw(path):
     return draw_intervals(rows, "ours / theirs, median of pairs with its interval; smaller is better")
 
 
-def main(argv=None):
-    """Measures the records that the command line names."""
+def make_parser():
+    """The flags of this tool."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", type=Path, required=True, help="folder in which the other scripts lie in examples/")
     parser.add_argument("--names", nargs="+", choices=RECORDS, default=list(RECORDS), help="what is compared; all")
@@ -116,7 +116,12 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, default=14, help="steps of a run, the first two of which warm up; 14")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("flags", nargs="*", default=[], help="more flags, for both scripts, after --")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv=None):
+    """Measures the records that the command line names."""
+    args = make_parser().parse_args(argv)
     path = args.output / f"compare-{'gpu' if torch.accelerator.is_available() else 'cpu'}.json"
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)

@@ -185,8 +185,8 @@ def compare_speed(args, findings):
     print("speed: no batch fits", flush=True)
 
 
-def main(argv=None):
-    """Finds what the command line asks for."""
+def make_parser():
+    """The flags of this tool."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--peer", type=Path, help="folder in which diffusers' scripts lie in examples/; without it ours run alone")
@@ -198,7 +198,12 @@ def main(argv=None):
     add("--seconds", type=float, default=390, help="when to end, at most; 390")
     add("--seconds_each", type=float, default=90, help="what one finding may take; 90")
     add("--output", type=Path, default=RESULTS / "on_gpu.json", help="the file of the findings")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv=None):
+    """Finds what the command line asks for."""
+    args = make_parser().parse_args(argv)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         flops = step_flops(args.size, args.resolution)

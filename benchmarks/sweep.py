@@ -119,8 +119,8 @@ def draw(results):
     return stack(pictures)
 
 
-def main(argv=None):
-    """Measures what the command line asks for."""
+def make_parser():
+    """The flags of this tool."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--size", choices=["miniature", *SIZES], default="miniature", help="the model's")
@@ -131,7 +131,12 @@ def main(argv=None):
     add("--steps", type=int, default=60, help="steps of a run, the first two of which warm up; 60")
     add("--rounds", type=int, default=3, help="how often everything is measured; 3")
     add("--output", type=Path, default=RESULTS, help="folder of the results")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv=None):
+    """Measures what the command line asks for."""
+    args = make_parser().parse_args(argv)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         model = MINIATURE if args.size == "miniature" else make_pipeline(args.size, folder / "model")

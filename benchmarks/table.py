@@ -53,12 +53,17 @@ def with_table(text, table):
     return text[:start] + table + text[end:]
 
 
-def main(argv=None):
-    """Writes the table into the README."""
+def make_parser():
+    """The flags of this tool."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
     parser.add_argument("--readme", type=Path, default=README, help="the file that holds the two comments")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv=None):
+    """Writes the table into the README."""
+    args = make_parser().parse_args(argv)
     text = args.readme.read_text(encoding="utf-8")
     args.readme.write_text(with_table(text, make_table(args.results)), encoding="utf-8")
 
