@@ -165,7 +165,8 @@ def test_two_scripts_are_compared(tmp_path):
     )
     assert record["commands"]["ours"].endswith("--snr_gamma=5")
     assert not re.search(r"[= ]/", json.dumps(record["commands"]))  # a place of this machine
-    assert Image.open(tmp_path / "compare-cpu.png").width == 900
+    with Image.open(tmp_path / "compare-cpu.png") as picture:
+        assert picture.width == 900
 
 
 @pytest.mark.slow
@@ -176,7 +177,8 @@ def test_cost_is_measured_by_number_of_images(tmp_path):
     assert [record["images"] for record in results["images"]] == [6, 12]
     assert all(0 < record["seconds_per_step"] < 5 for record in results["images"])
     assert results["processes"][0]["images_per_second"] == 4 / results["processes"][0]["seconds_per_step"]
-    assert Image.open(tmp_path / "sweep.png").height == 4 * 420
+    with Image.open(tmp_path / "sweep.png") as picture:
+        assert picture.height == 4 * 420  # three by images, one by processes
 
 
 @pytest.mark.slow
