@@ -100,10 +100,10 @@ def main():
         model = make_pipeline(args.size, folder / "model")
         make_images(folder / "images", 64, args.resolution * 3 // 2, args.resolution * 5 // 4)
         columns = []
-        for repository in (REPO, args.peer.resolve()):
+        for who, repository in (("ours", REPO), ("theirs", args.peer.resolve())):
             steps, script = args.steps, repository / "examples" / FULL
             settings = argparse.Namespace(**{**vars(args), "steps": steps + 4})
-            words = [*flags_of(FULL, settings, model, folder), f"--output_dir={folder / repository.name / 'output'}"]
+            words = [*flags_of(FULL, settings, model, folder), f"--output_dir={folder / who / 'output'}"]
             command = [sys.executable, __file__, "--one", str(script), str(steps), str(folder / "times"), *words]
             variables = {
                 "OMP_NUM_THREADS": "1",

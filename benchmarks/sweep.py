@@ -56,8 +56,8 @@ def sweep_images(args, model, folder):
         starts.append((SCRIPT, flags_of(args, model, f"--dataset_name={data}"), folder / str(number)))
         run = start(*starts[-1])
         run.finish()
-        records.append({"images": number, "first_time_to_first_step": run.seconds_to_first_step})
-        records[-1]["first_peak_memory"] = run.peak_bytes
+        measures = measures_of(run)
+        records.append({"images": number, **{f"first_{what}": value for what, value in measures.items()}})
         print(f"{number:,} images, checked: {run.seconds_to_first_step:.1f} s to the first step", flush=True)
     return in_turns(args, starts, records)
 
@@ -107,11 +107,11 @@ def draw(results):
                 points[told] = [(record[name], record[what] / scale) for record in records]
             pictures.append(draw_lines(points, title, name, up, [record[name] for record in records]))
 
-    starts = {"images are checked": "first_time_to_first_step", "the check is remembered": "time_to_first_step"}
+    starts = {"images are checked": "first_cpu_to_first_step", "the check is remembered": "cpu_to_first_step"}
     memory = {"images are checked": "first_peak_memory", "the check is remembered": "peak_memory"}
     step = {"a step": "seconds_per_step"}
     plot("images", "A step does not cost more with more images", "CPU-seconds", step)
-    plot("images", "Launch to first step, by images", "seconds", starts)
+    plot("images", "Start to first step, by images", "CPU-seconds", starts)
     plot("images", "Peak memory, by images", "megabytes", memory, MEGABYTE)
     plot("resolution", "A step, by resolution", "CPU-seconds", step)
     plot("train_batch_size", "A step, by images in it", "CPU-seconds", step)
