@@ -170,7 +170,16 @@ class Findings:
                 found["error"] = reason_of(str(error))
         self.found[name] = found
         print(tell(name, found), flush=True)
+        self.write()
         return "error" not in found
+
+    def write(self):
+        """Writes what was found so far: whoever is in a hurry may end this early."""
+        about = {name: getattr(self.args, name) for name in ("size", "resolution", "steps")}
+        about |= {"machine": machine(), "gigaflop_per_image": self.flops / 1e9}
+        text = json.dumps({**about, "findings": self.found, "versions": versions()}, indent=1) + "\n"
+        self.args.output.parent.mkdir(parents=True, exist_ok=True)
+        self.args.output.write_text(text, encoding="utf-8")
 
 
 def compare_speed(args, findings):
@@ -217,10 +226,6 @@ def main(argv=None):
         for name, (script, flags) in FINDINGS.items():
             if name in args.only:
                 findings.add(name, script, flags, 1)
-    about = {"machine": machine(), "size": args.size, "resolution": args.resolution, "steps": args.steps}
-    results = {**about, "gigaflop_per_image": flops / 1e9, "findings": findings.found, "versions": versions()}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
