@@ -247,6 +247,22 @@ def test_versions_of_what_is_imported_are_named(root, capsys, monkeypatch):
     assert builder.tested_versions(root, ["import json"]) == ""
 
 
+def test_imports_of_libraries_are_not_searched_for_garbage(root, tmp_path):
+    """As they run the collection of garbage is off, and after them it is on and leaves out what they made."""
+    write(root, "constraints.txt", "torch==2.13.0\n")
+    write(root, "sdtune/lists.py", FILES["sdtune/lists.py"].replace("\n\n", "\n\nfrom torch import WAS_ON\n\n", 1))
+    write(root, "sdtune/lists.py", (root / "sdtune/lists.py").read_text().replace("[1]", "[WAS_ON]"))
+    assert builder.main(["--root", str(root)]) == 0
+    (tmp_path / "torch.py").write_text("import gc\n\nWAS_ON = gc.isenabled()\nCYCLE = []\nCYCLE.append(CYCLE)\n")
+    code = "import gc, draw; print(draw.ORDER, gc.isenabled(), gc.get_freeze_count() > 1000)"
+    paths = f"{tmp_path}:{(root / SCRIPT).parent}"
+    command = [sys.executable, "-c", code]
+    told = subprocess.run(command, env={"PYTHONPATH": paths}, text=True, capture_output=True, check=True).stdout
+    assert told == "[False] True True\n"
+    listing = (root / "examples/listing/list.py").read_text(encoding="utf-8")
+    assert "gc" not in listing  # which imports nothing
+
+
 def test_what_comes_first_is_there():
     assert set(builder.READ_FIRST) <= set(builder.MODULES)
 

@@ -129,12 +129,6 @@ def test_checkpoints_are_as_large_as_the_plan_says(images, tmp_path, monkeypatch
 # -------------------------------------------------------------------------------------------------------- time, memory
 
 
-def run_of(last_step, done, samples=4):
-    """A run of 10 images that has done so many steps."""
-    counts = SimpleNamespace(num_images=10, samples_per_step=samples, steps_per_epoch=3, last_step=last_step)
-    return SimpleNamespace(counts=counts, progress={"global_step": done})
-
-
 @pytest.mark.parametrize(
     "num_samples, seconds, num_steps, told",
     [

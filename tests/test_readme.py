@@ -81,12 +81,14 @@ class Command:
 
     @property
     def kind(self):
-        """train, sdtune, miniature, make or pip; None if no test runs it."""
+        """train, sdtune, miniature, benchmark, make or pip; None if no test runs it."""
         match self.words:
             case ("accelerate", "launch", script, *_) | ("python", script, *_) if script.startswith("examples/"):
                 return "train"
             case ("python", script, *_) if script.startswith("miniature/"):
                 return "miniature"
+            case ("python", script, *_) if script.startswith("benchmarks/"):
+                return "benchmark"
             case ("sdtune", name, *_) if (REPO / command_file(name)).exists():
                 return "sdtune"
             case ("make", *_):
@@ -595,6 +597,21 @@ def check_make(words, targets):
     assert done.stdout
     for variable in variables:
         assert variable.partition("=")[2] in done.stdout, variable
+
+
+def test_benchmark_commands():
+    """Their flags are the tools'; test_benchmarks.py runs each of these, which take minutes, at toy size."""
+    commands = [command for command in COMMANDS if command.kind == "benchmark"]
+    tested = (REPO / "tests" / "test_benchmarks.py").read_text(encoding="utf-8")
+    lines = ["import sys", "sys.path.insert(0, 'benchmarks')"]
+    for command in commands:
+        name = Path(command.script).stem
+        lines.append(f"import {name}; {name}.make_parser().parse_args({command.flags})")
+        assert f'run_tool("{name}"' in tested or f"{name}.make_{name}(" in tested
+    code = "\n".join([*lines, "print('taken')"])
+    result = subprocess.run([sys.executable, "-c", code], cwd=REPO, text=True, capture_output=True, check=False)
+    assert result.stdout == "taken\n", result.stderr
+    assert len(commands) > 4
 
 
 @each("pip")

@@ -4,7 +4,10 @@ import itertools
 import json
 import math
 import os
+import platform
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +20,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from image_data import caption_of, make_image, snapshot, write_image_folder
 from original_layout import save_original
 from PIL import Image
+from running import REPO
 from safetensors.torch import load_file, save_file
 from training import checkpoint_state, checkpoint_unet, draws, losses, parse, read_log, same, text_encoder, train, unet
 
@@ -296,6 +300,35 @@ def test_tf32_is_allowed_or_not_in_products_and_convolutions_alike(monkeypatch, 
     assert torch.backends.cudnn.allow_tf32 is allowed
     assert torch.backends.cudnn.conv.fp32_precision == ("tf32" if allowed else "none")
     assert torch.backends.cuda.matmul.allow_tf32 is allowed
+
+
+KEEPS_MEMORY = """
+import resource
+import torch
+from sdtune.training import keep_freed_memory
+
+def times_touched(mebibytes):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(2**18 * mebibytes)
+    pages = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    return pages / (2**20 * mebibytes / resource.getpagesize())
+
+print(times_touched(64), times_touched(144))
+keep_freed_memory()
+print(times_touched(64), times_touched(144))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep what they like")
+def test_freed_memory_is_used_again():
+    """Each of 20 tensors got new pages before. Now some do, until small things have found places between them."""
+    command = [sys.executable, "-c", KEEPS_MEMORY]
+    told = subprocess.run(command, cwd=REPO, text=True, capture_output=True, check=True).stdout
+    before, after = ([float(times) for times in line.split()] for line in told.splitlines())
+    assert before == pytest.approx([20, 20], rel=0.01)
+    assert max(after) < 10
 
 
 def test_processes_keep_each_gradient_once(monkeypatch):
