@@ -1033,6 +1033,8 @@ def try_steps(args, accelerator, run, work):
             seconds = time.perf_counter() - started
     if seconds and accelerator.is_main_process:
         tell_cost(accelerator.device, num_samples, seconds, num_steps, datetime.datetime.now())
+        if args.cache_latents or args.cache_text_embeddings:
+            print("  cache      not used by these two steps; a run takes less time and memory")
 
 
 def passes_by_step(args, run, loader):
