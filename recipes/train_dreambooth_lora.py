@@ -155,7 +155,7 @@ def check_args(args, problems=()):
     that were found before."""
     found = check_requirements(args, REQUIRES) + check_old_flags(args)
     found += check_data(args, "instance_data_dir") + check_subject(args)
-    found += check_cache(args, args.cache_text_embeddings, args.train_text_encoder)
+    found += check_cache(args, args.train_text_encoder)
     found += check_optimization(args) + check_optimizer(args)
     found += check_hardware(args) + check_environment(args) + check_trackers(args) + check_validation(args)
     found += check_output(args, foreign_result="model_index.json")
@@ -204,7 +204,7 @@ def train(args, launcher):
     if args.dry_run:
         class_images = stand_ins(class_images, images)
     samples = with_class_rows(images, class_images)
-    cache = plan_cache(args, accelerator, pipeline, [samples, held_out], args.cache_text_embeddings)
+    cache = plan_cache(args, accelerator, pipeline, [samples, held_out])
     about = {
         "trained": f"LoRA of rank {args.rank} on {args.lora_target} of {' and '.join(models)}",
         "frozen": "all else",

@@ -140,7 +140,7 @@ def check_args(args, problems=()):
     that were found before."""
     found = check_requirements(args, REQUIRES) + check_old_flags(args)
     found += check_data(args, "train_data_dir")
-    found += check_cache(args, args.cache_text_embeddings, args.train_text_encoder)
+    found += check_cache(args, args.train_text_encoder)
     found += check_optimization(args) + check_optimizer(args)
     found += check_hardware(args) + check_environment(args) + check_trackers(args) + check_validation(args)
     found += check_output(args, foreign_result="model_index.json")
@@ -179,7 +179,7 @@ def train(args, launcher):
     optimizer = make_optimizer(args, groups)
     state = make_state(args, accelerator, optimizer, counts.last_step)
     run = start_run(args, accelerator, counts, state, fingerprints, weights, FREE_ON_RESUME, FIXED_ON_RESUME)
-    cache = plan_cache(args, accelerator, pipeline, [images, held_out], args.cache_text_embeddings)
+    cache = plan_cache(args, accelerator, pipeline, [images, held_out])
     about = {
         "trained": f"LoRA of rank {args.rank} on {args.lora_target} of {' and '.join(models)}",
         "frozen": "all else",

@@ -71,7 +71,7 @@ class ImagesToEncode(torch.utils.data.Dataset):
         return {"place": place, "pixel_values": np.array(image).transpose(2, 0, 1)}
 
 
-def check_cache(args, caches_captions, trains_text_encoder=False):
+def check_cache(args, trains_text_encoder=False):
     """Lists what cannot be cached."""
     problems = []
     if args.cache_latents and not args.center_crop and not args.aspect_ratio_buckets:
@@ -79,7 +79,7 @@ def check_cache(args, caches_captions, trains_text_encoder=False):
             "--cache_latents=True: a random crop is another image in every epoch; add --center_crop or "
             "--aspect_ratio_buckets, or drop this"
         )
-    if caches_captions and trains_text_encoder:
+    if args.cache_text_embeddings and trains_text_encoder:
         problems.append(
             "--cache_text_embeddings=True: a text encoder that is trained gives others in every step; drop this or "
             "--train_text_encoder"
@@ -87,10 +87,10 @@ def check_cache(args, caches_captions, trains_text_encoder=False):
     return problems
 
 
-def plan_cache(args, accelerator, pipeline, sources, caches_captions):
+def plan_cache(args, accelerator, pipeline, sources):
     """Finds the entries that `sources`, several CaptionedImages, want of the cache, if flags ask for one, and which of
     them are not there or broken. The pipeline's models are in the precision of passes. All processes call this."""
-    if not args.cache_latents and not caches_captions:
+    if not args.cache_latents and not args.cache_text_embeddings:
         return CachePlan(None, 0, 0, [])
     common = [ENTRY_FORMAT, accelerator.mixed_precision, args.allow_tf32]
     cache = Cache(
@@ -98,7 +98,7 @@ def plan_cache(args, accelerator, pipeline, sources, caches_captions):
         images=digest_of(*common, digest_of_model(pipeline.vae), args.image_interpolation_mode)
         if args.cache_latents
         else None,
-        captions=digest_of(*common, digest_of_model(pipeline.text_encoder)) if caches_captions else None,
+        captions=digest_of(*common, digest_of_model(pipeline.text_encoder)) if args.cache_text_embeddings else None,
         prompt_channels=pipeline.text_encoder.config.hidden_size,
     )
     wanted = {}

@@ -273,7 +273,6 @@ def test_an_entry_that_breaks_in_the_middle_of_a_run_is_named(fit, train_script,
 
 def test_a_dry_run_makes_nothing_and_tells_what_is_missing(fit, encoded, tmp_path, capsys):
     assert fit(tmp_path / "out", **CACHED, dry_run=True) == 0
-    assert taken(encoded) == (0, 0)
     assert not (tmp_path / "cache" / "encoded").exists()
     said = capsys.readouterr().out
     assert f"images and captions, 16 entries of 9.2e-05 GB in {tmp_path / 'cache' / 'encoded'}; 16 to be made" in said
@@ -311,15 +310,21 @@ def test_a_full_disk_ends_the_build_with_what_is_needed(fit, train_script, tmp_p
 
 def test_what_cannot_be_cached_is_refused(fit, tmp_path, capsys):
     assert fit(tmp_path / "out", cache_latents=True) == 2
-    told = "--cache_latents=True: a random crop is another image in every epoch; add --center_crop, or drop this"
+    told = (
+        "--cache_latents=True: a random crop is another image in every epoch; add --center_crop or "
+        "--aspect_ratio_buckets, or drop this"
+    )
     assert told in capsys.readouterr().err
-    args = SimpleNamespace(cache_latents=True, center_crop=True)
-    assert check_cache(args, True) == []
-    assert check_cache(args, True, trains_text_encoder=True) == [
+    settings = {"cache_latents": True, "cache_text_embeddings": True}
+    for center_crop, buckets in ((True, False), (False, True)):
+        args = SimpleNamespace(**settings, center_crop=center_crop, aspect_ratio_buckets=buckets)
+        assert check_cache(args) == []
+    assert check_cache(args, trains_text_encoder=True) == [
         "--cache_text_embeddings=True: a text encoder that is trained gives others in every step; drop this or "
         "--train_text_encoder"
     ]
-    assert check_cache(args, False, trains_text_encoder=True) == []
+    args.cache_text_embeddings = False
+    assert check_cache(args, trains_text_encoder=True) == []
 
 
 def test_without_a_flag_there_is_no_cache():

@@ -252,9 +252,15 @@ def parse(script, argv):
     return args
 
 
+def setting_of(script, flag):
+    """The setting that a flag gives: that of its own name, but for a second name of another flag."""
+    (action,) = [action for action in script.make_parser()._actions if f"--{flag}" in action.option_strings]
+    return action.dest
+
+
 def default(script, flag):
     """What a flag is if it is not given: some tell from None whether they were, and say the rest in their help."""
-    value = getattr(parse(script, []), flag)
+    value = getattr(parse(script, []), setting_of(script, flag))
     if value is not None:
         return value
     entry = re.search(rf"^  --{flag} .*(?:\n {{4,}}.*)*", script.make_parser().format_help(), re.M).group()
@@ -298,7 +304,7 @@ def test_flag_is_what_the_table_says(script, table, capsys, name, flag):
         replacement = says.removeprefix("refused: ")
         assert capsys.readouterr().err.strip().endswith(f"--{flag} is not taken: {replacement}")
         return
-    given = getattr(parse(script, words(flag, value)), flag)
+    given = getattr(parse(script, words(flag, value)), setting_of(script, flag))
     if value is None:
         assert given is True
     elif isinstance(given, list):

@@ -227,9 +227,9 @@ def test_a_loss_that_is_not_finite_has_no_backward_pass():
         state={"optimizer": SimpleNamespace(optimizer=optimizer)}, progress={"global_step": 3}, is_whole=True
     )
     for value, is_changed in ((math.inf, False), (1.0, True)):
-        batches = iter([{"x": torch.full((2, 4), value, dtype=torch.bfloat16), "weight": torch.full((2,), 0.5)}])
+        batch = {"x": torch.full((2, 4), value, dtype=torch.bfloat16), "weight": torch.full((2,), 0.5)}
         work = SimpleNamespace(training_loss=lambda batch: model(batch["x"]).float().square().sum(dim=1))
-        loss, norm = update_in_backward(None, accelerator, run, work, batches)
+        loss, norm = update_in_backward(None, accelerator, run, work, iter([(batch, True)]))
         assert math.isfinite(loss) == math.isfinite(norm) == is_changed
         assert run.is_whole != is_changed
         assert all(map(torch.equal, before, model.parameters())) != is_changed

@@ -6,7 +6,7 @@ import pytest
 from sdtune import randomness
 from sdtune.randomness import random_numbers
 
-STREAMS = {"SAMPLE": 0, "ORDER": 1, "DROPOUT": 2, "SUBSET": 3, "HELD_OUT": 4, "CLASS": 5}
+STREAMS = {"SAMPLE": 0, "ORDER": 1, "DROPOUT": 2, "SUBSET": 3, "HELD_OUT": 4, "CLASS": 5, "ROUNDING": 6}
 
 
 def test_streams_are_distinct_and_stay():

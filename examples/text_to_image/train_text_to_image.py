@@ -605,7 +605,7 @@ def check_args(args, problems=()):
     that were found before."""
     found = check_requirements(args, REQUIRES) + check_old_flags(args)
     found += check_data(args, "train_data_dir")
-    found += check_cache(args, args.cache_text_embeddings)
+    found += check_cache(args)
     found += check_optimization(args) + check_optimizer(args) + check_full_bf16(args) + check_layout(args)
     found += check_hardware(args) + check_environment(args) + check_trackers(args) + check_validation(args)
     found += check_output(args, foreign_result="pytorch_lora_weights.safetensors")
@@ -659,7 +659,7 @@ def train(args, launcher):
     optimizer = make_fused_optimizer(args, groups) if args.full_bf16 else make_optimizer(args, groups)
     state = make_state(args, accelerator, optimizer, counts.last_step)
     run = start_run(args, accelerator, counts, state, fingerprints, weights, FREE_ON_RESUME, FIXED_ON_RESUME)
-    cache = plan_cache(args, accelerator, pipeline, [images, held_out], args.cache_text_embeddings)
+    cache = plan_cache(args, accelerator, pipeline, [images, held_out])
     about = {
         "trained": "UNet",
         "frozen": "VAE, text encoder",
@@ -4491,7 +4491,7 @@ def run_script(program, parser, argv, replaced_flags, check_args, start, is_firs
 
 
 # --------------------------------------------------------------------------------------------------------------- cache
-def check_cache(args, caches_captions, trains_text_encoder=False):
+def check_cache(args, trains_text_encoder=False):
     """Lists what cannot be cached."""
     problems = []
     if args.cache_latents and not args.center_crop and not args.aspect_ratio_buckets:
@@ -4499,7 +4499,7 @@ def check_cache(args, caches_captions, trains_text_encoder=False):
             "--cache_latents=True: a random crop is another image in every epoch; add --center_crop or "
             "--aspect_ratio_buckets, or drop this"
         )
-    if caches_captions and trains_text_encoder:
+    if args.cache_text_embeddings and trains_text_encoder:
         problems.append(
             "--cache_text_embeddings=True: a text encoder that is trained gives others in every step; drop this or "
             "--train_text_encoder"
@@ -4507,10 +4507,10 @@ def check_cache(args, caches_captions, trains_text_encoder=False):
     return problems
 
 
-def plan_cache(args, accelerator, pipeline, sources, caches_captions):
+def plan_cache(args, accelerator, pipeline, sources):
     """Finds the entries that `sources`, several CaptionedImages, want of the cache, if flags ask for one, and which of
     them are not there or broken. The pipeline's models are in the precision of passes. All processes call this."""
-    if not args.cache_latents and not caches_captions:
+    if not args.cache_latents and not args.cache_text_embeddings:
         return CachePlan(None, 0, 0, [])
     common = [ENTRY_FORMAT, accelerator.mixed_precision, args.allow_tf32]
     cache = Cache(
@@ -4518,7 +4518,7 @@ def plan_cache(args, accelerator, pipeline, sources, caches_captions):
         images=digest_of(*common, digest_of_model(pipeline.vae), args.image_interpolation_mode)
         if args.cache_latents
         else None,
-        captions=digest_of(*common, digest_of_model(pipeline.text_encoder)) if caches_captions else None,
+        captions=digest_of(*common, digest_of_model(pipeline.text_encoder)) if args.cache_text_embeddings else None,
         prompt_channels=pipeline.text_encoder.config.hidden_size,
     )
     wanted = {}
