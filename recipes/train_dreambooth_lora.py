@@ -61,7 +61,7 @@ from sdtune.cache import check_cache, describe_cache, fill_cache, leave_device, 
 from sdtune.checkpoints import Weights, write_torch_state
 from sdtune.dataset import check_data, load_data
 from sdtune.diffusion import diffusion_losses, encode, encode_prompts
-from sdtune.failures import nothing_lost
+from sdtune.failures import nothing_lost, told_in_a_line
 from sdtune.hub import name_repo, push
 from sdtune.lora import (
     LORA_TARGETS,
@@ -127,7 +127,13 @@ FREE_ON_RESUME = {
     *VALIDATION_FREE_ON_RESUME,
     *RUN_FREE_ON_RESUME,
 }
-FIXED_ON_RESUME = {*ADAPTERS_FIXED_ON_RESUME, "mixed_precision", "optimizer", "state"}  # the state would not fit
+FIXED_ON_RESUME = {
+    *ADAPTERS_FIXED_ON_RESUME,
+    "mixed_precision",
+    "channels_last",
+    "optimizer",
+    "state",
+}  # the state would not fit
 
 
 def make_parser():
@@ -215,8 +221,9 @@ def train(args, launcher):
     tell_plan(args, accelerator, run, len(held_out), about)
 
     prompts = prompts_of(args)
-    if not args.dry_run:
-        samples, held_out = fill_cache(args, accelerator, pipeline, [samples, held_out], cache)
+    if not (args.dry_run and cache.missing):
+        with told_in_a_line(args, accelerator, "The encoding"):
+            samples, held_out = fill_cache(args, accelerator, pipeline, [samples, held_out], cache)
         leave_device(pipeline, cache, prompts)
     batches = batches_of(args, accelerator, run)
     num_classes = len(class_images.checked.rows) if class_images.checked else 0
@@ -230,7 +237,8 @@ def train(args, launcher):
 
     start_output(args, accelerator, run)
     parts = {**pipeline.components, "scheduler": noise_scheduler}
-    held_out = encode_held_out(accelerator, parts["vae"], parts["text_encoder"], held_out, args.train_batch_size)
+    with told_in_a_line(args, accelerator, "The encoding"):
+        held_out = encode_held_out(accelerator, parts["vae"], parts["text_encoder"], held_out, args.train_batch_size)
     look = functools.partial(validate, args, accelerator, run, parts, held_out, prompts)
     stop = Stop(launcher)
     with nothing_lost(args, accelerator, run, stop, write_torch_state):

@@ -19,6 +19,7 @@ class StepCounts:
     last_step: int
     # (num_images,), the number of each image's bucket: a step is of one. None if all are in the same.
     buckets: np.ndarray | None = dataclasses.field(default=None, compare=False)
+    pixels: np.ndarray | None = dataclasses.field(default=None, compare=False)  # (num_images,), where they are known
 
 
 def count_steps(args, num_images, num_processes, sizes=None):
@@ -30,7 +31,8 @@ def count_steps(args, num_images, num_processes, sizes=None):
     in_buckets = [num_images] if buckets is None else np.bincount(buckets).tolist()
     steps_per_epoch = sum(math.ceil(number / samples_per_step) for number in in_buckets)
     last_step = args.max_train_steps or args.num_train_epochs * steps_per_epoch
-    return StepCounts(num_images, samples_per_pass, samples_per_step, steps_per_epoch, last_step, buckets)
+    pixels = None if sizes is None else np.prod(sizes, axis=1)
+    return StepCounts(num_images, samples_per_pass, samples_per_step, steps_per_epoch, last_step, buckets, pixels)
 
 
 def number_buckets(sizes):
@@ -72,6 +74,14 @@ def step_sizes(counts, seed, first_step):
     """Yields of each step from `first_step` on how many samples and how many forward passes it has."""
     for _, samples in steps_from(counts, seed, first_step):
         yield len(samples), math.ceil(len(samples) / counts.samples_per_pass)
+
+
+def find_largest_step(counts, seed, first_step):
+    """The step with the most pixels, the first of them, of as many as an epoch has from `first_step` on."""
+    last_step = min(first_step + counts.steps_per_epoch, counts.last_step)
+    steps = steps_from(dataclasses.replace(counts, last_step=last_step), seed, first_step)
+    sizes = [int(counts.pixels[samples].sum()) for _, samples in steps]
+    return first_step + max(range(len(sizes)), key=sizes.__getitem__, default=0)
 
 
 def micro_batches(counts, num_processes, process_index, seed, first_step):

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 
 import numpy as np
 
@@ -130,9 +131,9 @@ def describe_buckets(args, images):
         lines.append(f"and {len(shapes) - NUM_SHOWN:,} more: {left:,}")
     shares = cropped_shares(images.picture_sizes, images.sizes)
     worst = int(shares.argmax())
-    lines.append(f"cropped away: {shares.mean():.1%} of a picture on average, {shares[worst]:.1%} at worst, of")
-    lines.append(name_of(images.rows, worst))
-    return lines
+    name = os.path.basename(name_of(images.rows, worst))
+    at_worst = f", {shares[worst]:.1%} at worst, of {name}" if shares[worst] >= 0.001 else ""
+    return [*lines, f"cropped away: {shares.mean():.1%} of a picture on average{at_worst}"]
 
 
 def warn_of_short_steps(counts):

@@ -1,6 +1,7 @@
 """Encode images and captions once, into a cache on disk that later runs share."""
 
 import dataclasses
+import hashlib
 import math
 import os
 import shutil
@@ -10,11 +11,11 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, get_int_from_env
 from tqdm.auto import tqdm
 
 from sdtune.batches import batches_of_one_size
-from sdtune.dataset import unopened
+from sdtune.dataset import name_of_row, unopened
 from sdtune.diffusion import encode_posterior
 from sdtune.entries import (
     ENTRY_FORMAT,
@@ -29,8 +30,9 @@ from sdtune.entries import (
 from sdtune.errors import InputError, last_line
 from sdtune.failures import is_disk_full
 from sdtune.files import existing_place
+from sdtune.images import read_content, still_readable
 from sdtune.models import drop_weights
-from sdtune.training import make_loader
+from sdtune.training import check_agreement, make_loader
 
 CHUNK = 1000  # captions that are cut into tokens at once, and entries that a thread checks
 
@@ -67,7 +69,14 @@ class ImagesToEncode(torch.utils.data.Dataset):
     def __getitem__(self, place):
         entry = self.entries[place]
         images = self.sources[entry.source]
-        image = images.open(entry.index, images.rows[entry.index], (0.5, 0.5), entry.is_mirrored)
+        row = images.rows[entry.index]
+        name = name_of_row(row, entry.index)
+        with still_readable(name):
+            content = read_content(row["image"])
+        if hashlib.sha256(content).hexdigest() != images.contents[entry.index]:
+            raise InputError(f"{name}: changed since it was checked; start again, and it is checked anew")
+        read = {**row, "image": {"bytes": content, "path": name}}
+        image = images.open(entry.index, read, (0.5, 0.5), entry.is_mirrored)
         return {"place": place, "pixel_values": np.array(image).transpose(2, 0, 1)}
 
 
@@ -101,12 +110,13 @@ def plan_cache(args, accelerator, pipeline, sources):
         captions=digest_of(*common, digest_of_model(pipeline.text_encoder)) if args.cache_text_embeddings else None,
         prompt_channels=pipeline.text_encoder.config.hidden_size,
     )
-    wanted = {}
+    check_agreement(accelerator, {"encoder of images": cache.images, "encoder of captions": cache.captions})
+    wanted = {}  # by the name below the folder, which may have another path on another machine
     for number, images in enumerate(sources):
         if cache.images:
-            wanted |= {entry.path: entry for entry in wanted_images(cache, images, number)}
+            wanted |= {name_of_entry(entry.path): entry for entry in wanted_images(cache, images, number)}
         if cache.captions:
-            wanted |= {entry.path: entry for entry in wanted_captions(cache, images)}
+            wanted |= {name_of_entry(entry.path): entry for entry in wanted_captions(cache, images)}
     missing = find_missing(accelerator, wanted)
     return CachePlan(cache, len(wanted), sum(bytes_of(entry) for entry in wanted.values()), missing)
 
@@ -136,12 +146,13 @@ def bytes_of(entry):
 
 
 def find_missing(accelerator, wanted):
-    """The entries, of those wanted by path, that are not there or broken, which is told; each process checks its
-    share."""
-    mine = sorted(wanted)[accelerator.process_index :: accelerator.num_processes]
-    chunks = [[wanted[path] for path in mine[start : start + CHUNK]] for start in range(0, len(mine), CHUNK)]
+    """The entries, of those wanted by name, that are not there or broken, which is told, on some machine: each may
+    have a disk of its own, so the processes of one share out all entries."""
+    num_local = get_int_from_env(["LOCAL_WORLD_SIZE"], accelerator.num_processes)
+    mine = sorted(wanted)[accelerator.local_process_index :: num_local]
+    chunks = [[wanted[name] for name in mine[start : start + CHUNK]] for start in range(0, len(mine), CHUNK)]
     missing, broken = [], []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor() as pool:
         bar = tqdm(
             pool.map(check_entries, chunks),
             "Checking the cache",
@@ -154,10 +165,15 @@ def find_missing(accelerator, wanted):
             broken += damaged
     accelerator.wait_for_everyone()
     everywhere = gather_object([(missing, broken)])
-    broken = sorted(path for _, damaged in everywhere for path in damaged)
+    broken = sorted({path for _, damaged in everywhere for path in damaged})
     if broken:
         accelerator.print(f"Warning: {len(broken)} entries of the cache are broken and made anew, such as {broken[0]}")
-    return [wanted[path] for path in sorted(path for lacking, _ in everywhere for path in lacking)]
+    return [wanted[name] for name in sorted({name_of_entry(path) for lacking, _ in everywhere for path in lacking})]
+
+
+def name_of_entry(path):
+    """What an entry is called below the cache's folder: its kind and its file."""
+    return "/".join(path.split("/")[-3:])
 
 
 def check_entries(entries):
@@ -168,6 +184,8 @@ def check_entries(entries):
             check_entry(entry.path, entry.shapes)
         except FileNotFoundError:
             missing.append(entry.path)
+        except (NotADirectoryError, PermissionError) as error:  # not the entry's fault
+            raise InputError(f"{entry.path}: cannot be read ({last_line(error)}); name another --cache_dir") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError):  # of a header, whatever it may hold
             missing.append(entry.path)
             broken.append(entry.path)
@@ -180,15 +198,14 @@ def describe_cache(plan):
         return None, []
     needed = sum(bytes_of(entry) for entry in plan.missing)
     free = shutil.disk_usage(existing_place(plan.cache.folder)).free
-    kinds = " and ".join(name for name in ("images", "captions") if vars(plan.cache)[name])
     row = (
-        f"{kinds}, {plan.num_entries:,} entries of {plan.num_bytes / 1e9:.2g} GB in {plan.cache.folder}; "
-        f"{len(plan.missing):,} to be made, {needed / 1e9:.2g} GB, where {free / 1e9:.2g} GB are free"
+        f"{plan.num_entries:,} entries, {plan.num_bytes / 1e6:,.2f} MB; {len(plan.missing):,} to be made, "
+        f"{needed / 1e6:,.2f} MB of {free / 1e6:,.2f} that are free, in\n             {plan.cache.folder}"
     )
     if needed <= free:
         return row, []
     return row, [
-        f"the cache takes {needed / 1e9:.2g} GB more, where {free / 1e9:.2g} are free; make room, or name another "
+        f"the cache takes {needed / 1e6:,.2f} MB more, where {free / 1e6:,.2f} are free; make room, or name another "
         "--cache_dir"
     ]
 

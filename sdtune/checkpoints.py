@@ -220,7 +220,9 @@ def compare_settings(run, checkpoint, before, free, fixed):
     settings = run.settings
     changed = {}
     for name, value in settings.items():
-        if name not in free and before.get(name) != value:
+        # A checkpoint from before a flag was there is one of a run without it.
+        is_new = name not in before and value in (None, False, "adamw")
+        if name not in free and not is_new and before.get(name) != value:
             changed[name] = f"{name}: {before.get(name)} there, {value} now"
     cannot_change = changed.keys() & fixed
     remedy = "use those" if cannot_change else "use those, or add --allow_changed_resume"

@@ -48,18 +48,22 @@ def nothing_lost(args, accelerator, run, stop, write_state, end=sys.exit):
 
 
 @contextlib.contextmanager
-def told_in_a_line(args, accelerator):
-    """Ends the process with status 1 after an exception in a trial, of which nothing is to be kept, and says what
-    happened."""
+def told_in_a_line(args, accelerator, what):
+    """Ends the process with status 1 after an exception in `what`, of which nothing is to be kept, and says what
+    happened. Raises `InputError`, for that."""
     try:
         yield
     except Exception as error:  # of the data, the memory, a library
+        # Workers that load images live as long as the frames that began them, and the process as long as they do.
+        traceback.clear_frames(error.__traceback__)
+        if isinstance(error, InputError):
+            raise InputError(last_words(error)) from None
         reason, remedy = explain(args, error)
         if not reason:
             traceback.print_exception(error)
             reason = last_words(error)
         told_as = name_of_process(accelerator)
-        print(f"\n{told_as}The trial was stopped by {reason}{remedy}", file=sys.stderr, flush=True)
+        print(f"\n{told_as}{what} was stopped by {reason}{remedy}", file=sys.stderr, flush=True)
         sys.exit(1)
 
 
@@ -148,6 +152,8 @@ def leave(accelerator, run, broken, received):
     kept = f"{checkpoint_of(run)} holds the state after step {step}; go on with --resume_from_checkpoint=latest"
     if not run.is_whole:  # --full_bf16: the step had begun to change the weights
         kept = save_what_is_whole(run, None)
+    if not list_checkpoints(run.output_dir):
+        kept, remedy = "There is no checkpoint", "; use a lower --learning_rate"
     accelerator.print(f"Stopped by {why}. {kept}{remedy}", file=sys.stderr)
     # Another process, or the launcher, may have got the signal: SIGTERM, then.
     number = received[0] if received else signal.SIGTERM

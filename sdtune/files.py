@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 from pathlib import Path
 
 from sdtune.errors import InputError, last_line
@@ -16,7 +17,8 @@ def beside(output, keep_mode=False):
     gets those of the one that it replaces."""
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    new, old = [output.with_name(f".{output.name}.{os.getpid()}.{word}") for word in ("new", "old")]
+    process = f"{socket.gethostname()}-{os.getpid()}"  # other machines may write there too
+    new, old = [output.with_name(f".{output.name}.{process}.{word}") for word in ("new", "old")]
     try:
         yield new
         umask = os.umask(0)

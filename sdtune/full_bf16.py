@@ -34,6 +34,11 @@ def check_full_bf16(args):
     if args.use_8bit_adam or args.optimizer not in (None, "adamw"):
         given = "--use_8bit_adam=True" if args.use_8bit_adam else f"--optimizer={args.optimizer}"
         problems.append(f"{given}: does not go with --full_bf16, which has an AdamW of its own; drop one")
+    if args.max_nan_steps:
+        problems.append(
+            f"--max_nan_steps={args.max_nan_steps}: does not go with --full_bf16, where a step that is not finite has "
+            "changed weights before that shows; drop this"
+        )
     if num_processes > 1:
         problems.append(
             f"--full_bf16=True: does not go with {num_processes} processes, which would have to share each gradient; "

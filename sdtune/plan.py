@@ -66,11 +66,11 @@ def tell_disk(args, run, result_bytes):
     return f"{checkpoints}, result: {result_bytes / 1e9:.2g} GB; {free:,.3g} GB are free"
 
 
-def tell_cost(device, num_samples, seconds, num_steps, now):
-    """Prints what was measured of a step of `num_samples`, which took so many seconds: the time of `num_steps` such
-    steps from `now` on, and the peak of the memory so far."""
+def tell_cost(counts, device, num_samples, seconds, num_steps, now):
+    """Prints what was measured of a step of `num_samples`, which took so many seconds: the time that the samples of
+    `num_steps` steps take from `now` on, and the peak of the memory so far."""
     rate = num_samples / seconds
-    duration = datetime.timedelta(seconds=round(seconds * num_steps))
+    duration = datetime.timedelta(seconds=round(num_steps * counts.num_images / counts.steps_per_epoch / rate))
     print(
         f"  time       {seconds:.3g} s per step, {rate:.4g} images/s; {num_steps:,} steps take {duration}, until "
         f"{now + duration:%Y-%m-%d %H:%M}"

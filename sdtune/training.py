@@ -28,7 +28,7 @@ from accelerate.utils import (
 from diffusers.utils import is_xformers_available
 from tqdm.auto import tqdm
 
-from sdtune.batches import micro_batches, step_sizes
+from sdtune.batches import find_largest_step, micro_batches, step_sizes
 from sdtune.buckets import warn_of_short_steps
 from sdtune.checkpoints import (
     find_checkpoint,
@@ -248,8 +248,16 @@ def start_output(args, accelerator, run):
 
 def batches_of(args, accelerator, run):
     """This process's lists of (epoch, index, weight), from the run's next step on."""
-    first_step = run.progress["global_step"]
+    first_step = first_step_of(args, run)
     return micro_batches(run.counts, accelerator.num_processes, accelerator.process_index, args.seed, first_step)
+
+
+def first_step_of(args, run):
+    """The run's next step; in a dry run with buckets the largest of the next ones, which decides what fits."""
+    first_step = run.progress["global_step"]
+    if args.dry_run and run.counts.buckets is not None:
+        return find_largest_step(run.counts, args.seed, first_step)
+    return first_step
 
 
 def choose_num_workers(wanted):
@@ -302,7 +310,8 @@ def train_steps(args, accelerator, run, stop, work, look):
             accelerator.print(f"\nCompiled: the first step took {seconds:.1f} s.")
         if step == first_step + 2 and accelerator.is_main_process and not is_broken:
             print()
-            tell_cost(accelerator.device, num_samples, seconds, counts.last_step - done, datetime.datetime.now())
+            left = counts.last_step - done
+            tell_cost(counts, accelerator.device, num_samples, seconds, left, datetime.datetime.now())
 
         # Log
         if not is_broken:
@@ -328,18 +337,21 @@ def try_steps(args, accelerator, run, work):
     """Takes two steps of the run, whose effect nobody keeps, and prints what the second one costs. Nothing is written.
     Ends the process with status 1 if that fails."""
     num_steps, seconds = run.counts.last_step - run.progress["global_step"], None
-    with told_in_a_line(args, accelerator):
+    with told_in_a_line(args, accelerator, "The trial"):
         steps = passes_by_step(args, run, work.loader)
-        for _ in range(min(2, num_steps)):
+        for step_samples, passes in itertools.islice(steps, 2):
             started = time.perf_counter()
-            num_samples, passes = next(steps)
-            take_step(args, accelerator, run, work, passes, False)
+            _, _, is_broken, _ = take_step(args, accelerator, run, work, passes, False)
+            if is_broken:
+                raise InputError("a loss or gradient that is not finite; use a lower --learning_rate or bf16")
             if accelerator.device.type != "cpu":
                 torch.accelerator.synchronize()
-            seconds = time.perf_counter() - started
+            num_samples, seconds = step_samples, time.perf_counter() - started
+    if not num_steps:
+        accelerator.print("  time       no step is left; --max_train_steps says how many there are")
     if seconds and accelerator.is_main_process:
-        tell_cost(accelerator.device, num_samples, seconds, num_steps, datetime.datetime.now())
-        if args.cache_latents or args.cache_text_embeddings:
+        tell_cost(run.counts, accelerator.device, num_samples, seconds, num_steps, datetime.datetime.now())
+        if (args.cache_latents or args.cache_text_embeddings) and not work.loader.dataset.cache:
             print("  cache      not used by these two steps; a run takes less time and memory")
 
 
@@ -347,7 +359,7 @@ def passes_by_step(args, run, loader):
     """Yields of each step that is left how many samples it has, and its passes: pairs of a batch, which is loaded when
     it is asked for, and of whether it is the last one."""
     batches = iter(loader)
-    for num_samples, num_passes in step_sizes(run.counts, args.seed, run.progress["global_step"]):
+    for num_samples, num_passes in step_sizes(run.counts, args.seed, first_step_of(args, run)):
         is_last = [False] * (num_passes - 1) + [True]
         yield num_samples, zip(itertools.islice(batches, num_passes), is_last, strict=True)
 

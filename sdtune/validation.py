@@ -48,8 +48,7 @@ def encode_held_out(accelerator, vae, text_encoder, images, batch_size):
         indices = batch["index"].tolist()
         input_ids |= zip(indices, batch["input_ids"], strict=True)
         if images.reads_pixels:
-            with accelerator.autocast():
-                mean, log_variance = encode_posterior(vae, batch["pixel_values"].to(accelerator.device))
+            mean, log_variance = encode_posterior(vae, batch["pixel_values"].to(accelerator.device))
             posteriors |= zip(indices, zip(mean.cpu(), log_variance.cpu(), strict=True), strict=True)
         if "prompt_embeds" in batch:
             prompt_embeds |= zip(indices, batch["prompt_embeds"], strict=True)

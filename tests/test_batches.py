@@ -1,5 +1,6 @@
 """Every epoch sees every sample once, in an order that no number of processes and no interruption changes."""
 
+import dataclasses
 from collections import Counter
 from itertools import pairwise
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from sdtune.batches import (
     StepCounts,
     batches_of_one_size,
     count_steps,
+    find_largest_step,
     micro_batches,
     number_buckets,
     step_sizes,
@@ -259,3 +261,17 @@ def test_batches_of_held_out_images_are_of_one_size_each():
     assert [[index for _, index, _ in batch] for batch in batches] == [[0, 2], [4], [1, 5], [3]]
     same = batches_of_one_size(items, np.full((6, 2), 8), 4)
     assert same == [items[:4], items[4:]]  # as a loader cuts them
+
+
+def test_the_largest_step_has_the_most_pixels():
+    """Of 3 x 10 pixels x 100 and 5 x 40 x 100, in steps of 2: twice two of the large ones."""
+    args = SimpleNamespace(train_batch_size=2, gradient_accumulation_steps=1, max_train_steps=None, num_train_epochs=2)
+    sizes = np.array([[10, 100]] * 3 + [[40, 100]] * 5)
+    counts = count_steps(args, 8, 1, sizes)
+    for first_step in (0, 3):
+        largest = find_largest_step(counts, 0, first_step)
+        assert first_step <= largest < first_step + counts.steps_per_epoch
+        _, samples = next(steps_from(counts, 0, largest))
+        assert len(samples) == 2
+        assert min(samples) >= 3
+    assert find_largest_step(dataclasses.replace(counts, last_step=4), 0, 4) == 4  # none is left

@@ -503,12 +503,13 @@ def test_the_plan_tells_the_buckets(fit, tmp_path, pictures, capsys):
         "24 x 40: 4",
         "32 x 32: 3",
         "56 x 16: 1",
-        "cropped away: 7.3% of a picture on average, 10.0% at worst, of",
+        "cropped away: 7.3% of a picture on average, 10.0% at worst, of ",
     ]
     found = said.splitlines()
     start = found.index(line) + 1
-    assert [text.strip() for text in found[start : start + 5]] == expected
-    assert found[start + 5].strip() in [str(pictures / f"{index:02d}.png") for index in range(9)]
+    *rows, cropped = [text.strip() for text in found[start : start + 5]]
+    assert [*rows, cropped.removesuffix(cropped[-6:])] == expected
+    assert cropped[-6:] in [f"{index:02d}.png" for index in range(9)]
     short = "too few images for a whole step in 2 of 4 buckets; a larger --bucket_step makes fewer"
     assert f"  warning    {short}" in found
     assert "  steps      0 to 9, 1.8 epochs" in found  # of 2 + 1 + 1 + 1 steps
@@ -530,8 +531,7 @@ def test_more_than_eight_buckets_are_summed_up(loaded, tmp_path):
         "80 x 48: 1",
         "96 x 40: 1",
         "and 2 more: 2",
-        "cropped away: 0.1% of a picture on average, 1.5% at worst, of",  # 1 of 65 lines, in one of 15
-        str(data / "14.png"),
+        "cropped away: 0.1% of a picture on average, 1.5% at worst, of 14.png",  # 1 of 65 lines, in one of 15
     ]
 
 

@@ -6,6 +6,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,11 +15,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import load_script
 from copies import end_of, run_copies, start_copy
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from image_data import make_image, write_image_folder
-from running import TRAIN_DREAMBOOTH, TRAIN_DREAMBOOTH_LORA, TRAIN_TEXT_TO_IMAGE_LORA
+from running import TRAIN_DREAMBOOTH, TRAIN_DREAMBOOTH_LORA, TRAIN_TEXT_TO_IMAGE, TRAIN_TEXT_TO_IMAGE_LORA
 from safetensors.torch import load_file
 from training import checkpoint_state, losses, parse, same, text_encoder, train, trains_into, unet, words
 from transformers import CLIPTextModel
@@ -275,19 +278,117 @@ def test_a_dry_run_makes_nothing_and_tells_what_is_missing(fit, encoded, tmp_pat
     assert fit(tmp_path / "out", **CACHED, dry_run=True) == 0
     assert not (tmp_path / "cache" / "encoded").exists()
     said = capsys.readouterr().out
-    assert f"images and captions, 16 entries of 9.2e-05 GB in {tmp_path / 'cache' / 'encoded'}; 16 to be made" in said
+    told = "  cache      16 entries, 0.09 MB; 16 to be made, 0.09 MB of "
+    assert re.search(f"{told}.* that are free, in\n             {tmp_path / 'cache' / 'encoded'}\n", said)
+    assert "  cache      not used by these two steps; a run takes less time and memory" in said
+    assert taken(encoded) == (4, 4)  # by two steps of two images
     assert fit(tmp_path / "out", **CACHED) == 0
     capsys.readouterr()
     assert fit(tmp_path / "dry", **CACHED, dry_run=True) == 0
-    assert "; 0 to be made, 0 GB, where " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "; 0 to be made, 0.00 MB of " in said
+    assert "not used" not in said
+    assert taken(encoded) == (7, 9)  # by the run before: the two steps took what is there
 
 
 def test_a_disk_that_is_too_small_is_warned_of(fit, tmp_path, monkeypatch, capsys):
     usage = SimpleNamespace(total=100, used=100, free=50)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)
     assert fit(tmp_path / "out", **CACHED, dry_run=True) == 0
-    told = "warning    the cache takes 9.2e-05 GB more, where 5e-08 are free; make room, or name another --cache_dir"
+    told = "warning    the cache takes 0.09 MB more, where 0.00 are free; make room, or name another --cache_dir"
     assert told in capsys.readouterr().out
+
+
+def test_an_image_that_changes_while_it_is_encoded_is_not_kept(
+    fit, train_script, images, tmp_path, monkeypatch, capsys
+):
+    """Else another picture's posterior would stand under its name for all later runs."""
+    data = shutil.copytree(images, tmp_path / "mine")
+    plan = train_script.plan_cache
+
+    def plan_then_change(*args):
+        found = plan(*args)
+        make_image(9, (48, 40)).save(data / "03.png")
+        return found
+
+    monkeypatch.setattr(train_script, "plan_cache", plan_then_change)
+    assert fit(tmp_path / "out", train_data_dir=data, train_batch_size=1, **CACHED) == 2
+    told = f"{data / '03.png'}: changed since it was checked; start again, and it is checked anew\n"
+    assert capsys.readouterr().err.endswith(told)
+    before = len(entries(tmp_path / "cache", "latents"))
+    assert before < 7
+    monkeypatch.undo()
+    assert fit(tmp_path / "out", train_data_dir=data, **CACHED) == 0
+    assert len(entries(tmp_path / "cache", "latents")) == 7
+
+
+@pytest.mark.slow
+def test_a_worker_that_finds_an_image_gone_ends_the_process(tiny_pipeline, images, tmp_path):
+    """With a line: workers ignore signals, and would keep the process for ever."""
+    data = shutil.copytree(images, tmp_path / "mine")
+    code = f"""
+import sys
+sys.path.insert(0, {str(TRAIN_TEXT_TO_IMAGE.parent)!r})
+import train_text_to_image as script
+plan = script.plan_cache
+def plan_then_break(*args):
+    found = plan(*args)
+    open({str(data / "05.png")!r}, "w").write("bad")
+    return found
+script.plan_cache = plan_then_break
+script.main(sys.argv[1:])
+"""
+    settings = {**CACHED, "cache_dir": tmp_path / "cache", "train_batch_size": 1, "dataloader_num_workers": 2}
+    line = words(tiny_pipeline, data, tmp_path / "out", **settings)
+    ended = subprocess.run([sys.executable, "-c", code, *line], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2
+    assert f"{data / '05.png'}: changed since it was checked; start again, and it is checked anew" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"allow_tf32": True}, {"image_interpolation_mode": "bilinear"}, {"mixed_precision": "bf16"}],
+)
+def test_what_goes_into_the_names_of_entries(tiny_pipeline, tmp_path, changes):
+    def names(**settings):
+        asked = {"allow_tf32": False, "image_interpolation_mode": "lanczos", **CACHED, **settings}
+        args = SimpleNamespace(cache_dir=tmp_path, **asked)
+        accelerator = Accelerator(cpu=True)
+        pipeline = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
+        precision = SimpleNamespace(
+            mixed_precision=settings.get("mixed_precision", "no"),
+            local_process_index=0,
+            num_processes=1,
+            is_local_main_process=True,
+            wait_for_everyone=accelerator.wait_for_everyone,
+        )
+        found = cache.plan_cache(args, precision, pipeline, []).cache
+        return found.images, found.captions
+
+    here, there = names(), names(**changes)
+    assert names() == here
+    assert here[0] != there[0]
+    assert (here[1] == there[1]) == ("image_interpolation_mode" in changes)  # which captions know nothing of
+
+
+def test_each_machine_looks_for_all_entries(monkeypatch, tmp_path):
+    """One may have a disk of its own, with another share of them: two of its processes look for all."""
+    wanted = {f"latents/00/{number}": SimpleNamespace(path=f"{tmp_path}/latents/00/{number}") for number in range(5)}
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(cache, "check_entries", lambda chunk: ([entry.path for entry in chunk], []))
+    looked = []
+    monkeypatch.setattr(cache, "gather_object", lambda found: (looked.extend(found[0][0]), found)[1])
+    for rank in (2, 3):  # of four, the second machine's
+        accelerator = SimpleNamespace(
+            process_index=rank,
+            local_process_index=rank - 2,
+            num_processes=4,
+            is_local_main_process=rank == 2,
+            wait_for_everyone=lambda: None,
+        )
+        cache.find_missing(accelerator, wanted)
+    assert sorted(looked) == sorted(entry.path for entry in wanted.values())
 
 
 def test_a_full_disk_ends_the_build_with_what_is_needed(fit, train_script, tmp_path, monkeypatch, capsys):

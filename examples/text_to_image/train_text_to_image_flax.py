@@ -329,6 +329,7 @@ class StepCounts:
     last_step: int
     # (num_images,), the number of each image's bucket: a step is of one. None if all are in the same.
     buckets: np.ndarray | None = dataclasses.field(default=None, compare=False)
+    pixels: np.ndarray | None = dataclasses.field(default=None, compare=False)  # (num_images,), where they are known
 
 
 POLYNOMIAL_END = 1e-7  # the rate at which diffusers' polynomial schedule ends
@@ -962,7 +963,8 @@ def count_steps(args, num_images, num_processes, sizes=None):
     in_buckets = [num_images] if buckets is None else np.bincount(buckets).tolist()
     steps_per_epoch = sum(math.ceil(number / samples_per_step) for number in in_buckets)
     last_step = args.max_train_steps or args.num_train_epochs * steps_per_epoch
-    return StepCounts(num_images, samples_per_pass, samples_per_step, steps_per_epoch, last_step, buckets)
+    pixels = None if sizes is None else np.prod(sizes, axis=1)
+    return StepCounts(num_images, samples_per_pass, samples_per_step, steps_per_epoch, last_step, buckets, pixels)
 
 
 def number_buckets(sizes):
@@ -1701,7 +1703,9 @@ def compare_settings(run, checkpoint, before, free, fixed):
     settings = run.settings
     changed = {}
     for name, value in settings.items():
-        if name not in free and before.get(name) != value:
+        # A checkpoint from before a flag was there is one of a run without it.
+        is_new = name not in before and value in (None, False, "adamw")
+        if name not in free and not is_new and before.get(name) != value:
             changed[name] = f"{name}: {before.get(name)} there, {value} now"
     cannot_change = changed.keys() & fixed
     remedy = "use those" if cannot_change else "use those, or add --allow_changed_resume"
@@ -1829,7 +1833,8 @@ def beside(output, keep_mode=False):
     gets those of the one that it replaces."""
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    new, old = [output.with_name(f".{output.name}.{os.getpid()}.{word}") for word in ("new", "old")]
+    process = f"{socket.gethostname()}-{os.getpid()}"  # other machines may write there too
+    new, old = [output.with_name(f".{output.name}.{process}.{word}") for word in ("new", "old")]
     try:
         yield new
         umask = os.umask(0)
@@ -3622,6 +3627,8 @@ def leave(accelerator, run, broken, received):
     kept = f"{checkpoint_of(run)} holds the state after step {step}; go on with --resume_from_checkpoint=latest"
     if not run.is_whole:  # --full_bf16: the step had begun to change the weights
         kept = save_what_is_whole(run, None)
+    if not list_checkpoints(run.output_dir):
+        kept, remedy = "There is no checkpoint", "; use a lower --learning_rate"
     accelerator.print(f"Stopped by {why}. {kept}{remedy}", file=sys.stderr)
     # Another process, or the launcher, may have got the signal: SIGTERM, then.
     number = received[0] if received else signal.SIGTERM

@@ -361,6 +361,7 @@ class StepCounts:
     last_step: int
     # (num_images,), the number of each image's bucket: a step is of one. None if all are in the same.
     buckets: np.ndarray | None = dataclasses.field(default=None, compare=False)
+    pixels: np.ndarray | None = dataclasses.field(default=None, compare=False)  # (num_images,), where they are known
 
 
 LARGEST_STEP = 64  # pixels, if no --bucket_step is given
@@ -525,7 +526,14 @@ class ImagesToEncode(torch.utils.data.Dataset):
     def __getitem__(self, place):
         entry = self.entries[place]
         images = self.sources[entry.source]
-        image = images.open(entry.index, images.rows[entry.index], (0.5, 0.5), entry.is_mirrored)
+        row = images.rows[entry.index]
+        name = name_of_row(row, entry.index)
+        with still_readable(name):
+            content = read_content(row["image"])
+        if hashlib.sha256(content).hexdigest() != images.contents[entry.index]:
+            raise InputError(f"{name}: changed since it was checked; start again, and it is checked anew")
+        read = {**row, "image": {"bytes": content, "path": name}}
+        image = images.open(entry.index, read, (0.5, 0.5), entry.is_mirrored)
         return {"place": place, "pixel_values": np.array(image).transpose(2, 0, 1)}
 
 
@@ -549,7 +557,13 @@ FREE_ON_RESUME = {
     *VALIDATION_FREE_ON_RESUME,
     *RUN_FREE_ON_RESUME,
 }
-FIXED_ON_RESUME = {*ADAPTERS_FIXED_ON_RESUME, "mixed_precision", "optimizer", "state"}  # the state would not fit
+FIXED_ON_RESUME = {
+    *ADAPTERS_FIXED_ON_RESUME,
+    "mixed_precision",
+    "channels_last",
+    "optimizer",
+    "state",
+}  # the state would not fit
 
 
 # ---------------------------------------------------------------------------------------------------------- the script
@@ -627,8 +641,9 @@ def train(args, launcher):
     tell_plan(args, accelerator, run, len(held_out), about)
 
     prompts = prompts_of(args)
-    if not args.dry_run:
-        images, held_out = fill_cache(args, accelerator, pipeline, [images, held_out], cache)
+    if not (args.dry_run and cache.missing):
+        with told_in_a_line(args, accelerator, "The encoding"):
+            images, held_out = fill_cache(args, accelerator, pipeline, [images, held_out], cache)
         leave_device(pipeline, cache, prompts)
     batches = batches_of(args, accelerator, run)
     loader = make_loader(args, accelerator, images, batches)
@@ -640,7 +655,8 @@ def train(args, launcher):
 
     start_output(args, accelerator, run)
     parts = {**pipeline.components, "scheduler": noise_scheduler}
-    held_out = encode_held_out(accelerator, parts["vae"], parts["text_encoder"], held_out, args.train_batch_size)
+    with told_in_a_line(args, accelerator, "The encoding"):
+        held_out = encode_held_out(accelerator, parts["vae"], parts["text_encoder"], held_out, args.train_batch_size)
     look = functools.partial(validate, args, accelerator, run, parts, held_out, prompts)
     stop = Stop(launcher)
     with nothing_lost(args, accelerator, run, stop, write_torch_state):
@@ -894,8 +910,16 @@ def start_output(args, accelerator, run):
 
 def batches_of(args, accelerator, run):
     """This process's lists of (epoch, index, weight), from the run's next step on."""
-    first_step = run.progress["global_step"]
+    first_step = first_step_of(args, run)
     return micro_batches(run.counts, accelerator.num_processes, accelerator.process_index, args.seed, first_step)
+
+
+def first_step_of(args, run):
+    """The run's next step; in a dry run with buckets the largest of the next ones, which decides what fits."""
+    first_step = run.progress["global_step"]
+    if args.dry_run and run.counts.buckets is not None:
+        return find_largest_step(run.counts, args.seed, first_step)
+    return first_step
 
 
 def choose_num_workers(wanted):
@@ -948,7 +972,8 @@ def train_steps(args, accelerator, run, stop, work, look):
             accelerator.print(f"\nCompiled: the first step took {seconds:.1f} s.")
         if step == first_step + 2 and accelerator.is_main_process and not is_broken:
             print()
-            tell_cost(accelerator.device, num_samples, seconds, counts.last_step - done, datetime.datetime.now())
+            left = counts.last_step - done
+            tell_cost(counts, accelerator.device, num_samples, seconds, left, datetime.datetime.now())
 
         # Log
         if not is_broken:
@@ -974,18 +999,21 @@ def try_steps(args, accelerator, run, work):
     """Takes two steps of the run, whose effect nobody keeps, and prints what the second one costs. Nothing is written.
     Ends the process with status 1 if that fails."""
     num_steps, seconds = run.counts.last_step - run.progress["global_step"], None
-    with told_in_a_line(args, accelerator):
+    with told_in_a_line(args, accelerator, "The trial"):
         steps = passes_by_step(args, run, work.loader)
-        for _ in range(min(2, num_steps)):
+        for step_samples, passes in itertools.islice(steps, 2):
             started = time.perf_counter()
-            num_samples, passes = next(steps)
-            take_step(args, accelerator, run, work, passes, False)
+            _, _, is_broken, _ = take_step(args, accelerator, run, work, passes, False)
+            if is_broken:
+                raise InputError("a loss or gradient that is not finite; use a lower --learning_rate or bf16")
             if accelerator.device.type != "cpu":
                 torch.accelerator.synchronize()
-            seconds = time.perf_counter() - started
+            num_samples, seconds = step_samples, time.perf_counter() - started
+    if not num_steps:
+        accelerator.print("  time       no step is left; --max_train_steps says how many there are")
     if seconds and accelerator.is_main_process:
-        tell_cost(accelerator.device, num_samples, seconds, num_steps, datetime.datetime.now())
-        if args.cache_latents or args.cache_text_embeddings:
+        tell_cost(run.counts, accelerator.device, num_samples, seconds, num_steps, datetime.datetime.now())
+        if (args.cache_latents or args.cache_text_embeddings) and not work.loader.dataset.cache:
             print("  cache      not used by these two steps; a run takes less time and memory")
 
 
@@ -993,7 +1021,7 @@ def passes_by_step(args, run, loader):
     """Yields of each step that is left how many samples it has, and its passes: pairs of a batch, which is loaded when
     it is asked for, and of whether it is the last one."""
     batches = iter(loader)
-    for num_samples, num_passes in step_sizes(run.counts, args.seed, run.progress["global_step"]):
+    for num_samples, num_passes in step_sizes(run.counts, args.seed, first_step_of(args, run)):
         is_last = [False] * (num_passes - 1) + [True]
         yield num_samples, zip(itertools.islice(batches, num_passes), is_last, strict=True)
 
@@ -1103,7 +1131,8 @@ def count_steps(args, num_images, num_processes, sizes=None):
     in_buckets = [num_images] if buckets is None else np.bincount(buckets).tolist()
     steps_per_epoch = sum(math.ceil(number / samples_per_step) for number in in_buckets)
     last_step = args.max_train_steps or args.num_train_epochs * steps_per_epoch
-    return StepCounts(num_images, samples_per_pass, samples_per_step, steps_per_epoch, last_step, buckets)
+    pixels = None if sizes is None else np.prod(sizes, axis=1)
+    return StepCounts(num_images, samples_per_pass, samples_per_step, steps_per_epoch, last_step, buckets, pixels)
 
 
 def number_buckets(sizes):
@@ -1145,6 +1174,14 @@ def step_sizes(counts, seed, first_step):
     """Yields of each step from `first_step` on how many samples and how many forward passes it has."""
     for _, samples in steps_from(counts, seed, first_step):
         yield len(samples), math.ceil(len(samples) / counts.samples_per_pass)
+
+
+def find_largest_step(counts, seed, first_step):
+    """The step with the most pixels, the first of them, of as many as an epoch has from `first_step` on."""
+    last_step = min(first_step + counts.steps_per_epoch, counts.last_step)
+    steps = steps_from(dataclasses.replace(counts, last_step=last_step), seed, first_step)
+    sizes = [int(counts.pixels[samples].sum()) for _, samples in steps]
+    return first_step + max(range(len(sizes)), key=sizes.__getitem__, default=0)
 
 
 def micro_batches(counts, num_processes, process_index, seed, first_step):
@@ -1803,7 +1840,9 @@ def compare_settings(run, checkpoint, before, free, fixed):
     settings = run.settings
     changed = {}
     for name, value in settings.items():
-        if name not in free and before.get(name) != value:
+        # A checkpoint from before a flag was there is one of a run without it.
+        is_new = name not in before and value in (None, False, "adamw")
+        if name not in free and not is_new and before.get(name) != value:
             changed[name] = f"{name}: {before.get(name)} there, {value} now"
     cannot_change = changed.keys() & fixed
     remedy = "use those" if cannot_change else "use those, or add --allow_changed_resume"
@@ -1908,7 +1947,8 @@ def beside(output, keep_mode=False):
     gets those of the one that it replaces."""
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    new, old = [output.with_name(f".{output.name}.{os.getpid()}.{word}") for word in ("new", "old")]
+    process = f"{socket.gethostname()}-{os.getpid()}"  # other machines may write there too
+    new, old = [output.with_name(f".{output.name}.{process}.{word}") for word in ("new", "old")]
     try:
         yield new
         umask = os.umask(0)
@@ -3240,9 +3280,9 @@ def describe_buckets(args, images):
         lines.append(f"and {len(shapes) - NUM_SHOWN:,} more: {left:,}")
     shares = cropped_shares(images.picture_sizes, images.sizes)
     worst = int(shares.argmax())
-    lines.append(f"cropped away: {shares.mean():.1%} of a picture on average, {shares[worst]:.1%} at worst, of")
-    lines.append(name_of(images.rows, worst))
-    return lines
+    name = os.path.basename(name_of(images.rows, worst))
+    at_worst = f", {shares[worst]:.1%} at worst, of {name}" if shares[worst] >= 0.001 else ""
+    return [*lines, f"cropped away: {shares.mean():.1%} of a picture on average{at_worst}"]
 
 
 def warn_of_short_steps(counts):
@@ -3923,11 +3963,11 @@ def tell_disk(args, run, result_bytes):
     return f"{checkpoints}, result: {result_bytes / 1e9:.2g} GB; {free:,.3g} GB are free"
 
 
-def tell_cost(device, num_samples, seconds, num_steps, now):
-    """Prints what was measured of a step of `num_samples`, which took so many seconds: the time of `num_steps` such
-    steps from `now` on, and the peak of the memory so far."""
+def tell_cost(counts, device, num_samples, seconds, num_steps, now):
+    """Prints what was measured of a step of `num_samples`, which took so many seconds: the time that the samples of
+    `num_steps` steps take from `now` on, and the peak of the memory so far."""
     rate = num_samples / seconds
-    duration = datetime.timedelta(seconds=round(seconds * num_steps))
+    duration = datetime.timedelta(seconds=round(num_steps * counts.num_images / counts.steps_per_epoch / rate))
     print(
         f"  time       {seconds:.3g} s per step, {rate:.4g} images/s; {num_steps:,} steps take {duration}, until "
         f"{now + duration:%Y-%m-%d %H:%M}"
@@ -4103,8 +4143,7 @@ def encode_held_out(accelerator, vae, text_encoder, images, batch_size):
         indices = batch["index"].tolist()
         input_ids |= zip(indices, batch["input_ids"], strict=True)
         if images.reads_pixels:
-            with accelerator.autocast():
-                mean, log_variance = encode_posterior(vae, batch["pixel_values"].to(accelerator.device))
+            mean, log_variance = encode_posterior(vae, batch["pixel_values"].to(accelerator.device))
             posteriors |= zip(indices, zip(mean.cpu(), log_variance.cpu(), strict=True), strict=True)
         if "prompt_embeds" in batch:
             prompt_embeds |= zip(indices, batch["prompt_embeds"], strict=True)
@@ -4394,18 +4433,22 @@ def nothing_lost(args, accelerator, run, stop, write_state, end=sys.exit):
 
 
 @contextlib.contextmanager
-def told_in_a_line(args, accelerator):
-    """Ends the process with status 1 after an exception in a trial, of which nothing is to be kept, and says what
-    happened."""
+def told_in_a_line(args, accelerator, what):
+    """Ends the process with status 1 after an exception in `what`, of which nothing is to be kept, and says what
+    happened. Raises `InputError`, for that."""
     try:
         yield
     except Exception as error:  # of the data, the memory, a library
+        # Workers that load images live as long as the frames that began them, and the process as long as they do.
+        traceback.clear_frames(error.__traceback__)
+        if isinstance(error, InputError):
+            raise InputError(last_words(error)) from None
         reason, remedy = explain(args, error)
         if not reason:
             traceback.print_exception(error)
             reason = last_words(error)
         told_as = name_of_process(accelerator)
-        print(f"\n{told_as}The trial was stopped by {reason}{remedy}", file=sys.stderr, flush=True)
+        print(f"\n{told_as}{what} was stopped by {reason}{remedy}", file=sys.stderr, flush=True)
         sys.exit(1)
 
 
@@ -4494,6 +4537,8 @@ def leave(accelerator, run, broken, received):
     kept = f"{checkpoint_of(run)} holds the state after step {step}; go on with --resume_from_checkpoint=latest"
     if not run.is_whole:  # --full_bf16: the step had begun to change the weights
         kept = save_what_is_whole(run, None)
+    if not list_checkpoints(run.output_dir):
+        kept, remedy = "There is no checkpoint", "; use a lower --learning_rate"
     accelerator.print(f"Stopped by {why}. {kept}{remedy}", file=sys.stderr)
     # Another process, or the launcher, may have got the signal: SIGTERM, then.
     number = received[0] if received else signal.SIGTERM
@@ -4579,12 +4624,13 @@ def plan_cache(args, accelerator, pipeline, sources):
         captions=digest_of(*common, digest_of_model(pipeline.text_encoder)) if args.cache_text_embeddings else None,
         prompt_channels=pipeline.text_encoder.config.hidden_size,
     )
-    wanted = {}
+    check_agreement(accelerator, {"encoder of images": cache.images, "encoder of captions": cache.captions})
+    wanted = {}  # by the name below the folder, which may have another path on another machine
     for number, images in enumerate(sources):
         if cache.images:
-            wanted |= {entry.path: entry for entry in wanted_images(cache, images, number)}
+            wanted |= {name_of_entry(entry.path): entry for entry in wanted_images(cache, images, number)}
         if cache.captions:
-            wanted |= {entry.path: entry for entry in wanted_captions(cache, images)}
+            wanted |= {name_of_entry(entry.path): entry for entry in wanted_captions(cache, images)}
     missing = find_missing(accelerator, wanted)
     return CachePlan(cache, len(wanted), sum(bytes_of(entry) for entry in wanted.values()), missing)
 
@@ -4614,12 +4660,13 @@ def bytes_of(entry):
 
 
 def find_missing(accelerator, wanted):
-    """The entries, of those wanted by path, that are not there or broken, which is told; each process checks its
-    share."""
-    mine = sorted(wanted)[accelerator.process_index :: accelerator.num_processes]
-    chunks = [[wanted[path] for path in mine[start : start + CHUNK]] for start in range(0, len(mine), CHUNK)]
+    """The entries, of those wanted by name, that are not there or broken, which is told, on some machine: each may
+    have a disk of its own, so the processes of one share out all entries."""
+    num_local = get_int_from_env(["LOCAL_WORLD_SIZE"], accelerator.num_processes)
+    mine = sorted(wanted)[accelerator.local_process_index :: num_local]
+    chunks = [[wanted[name] for name in mine[start : start + CHUNK]] for start in range(0, len(mine), CHUNK)]
     missing, broken = [], []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor() as pool:
         bar = tqdm(
             pool.map(check_entries, chunks),
             "Checking the cache",
@@ -4632,10 +4679,15 @@ def find_missing(accelerator, wanted):
             broken += damaged
     accelerator.wait_for_everyone()
     everywhere = gather_object([(missing, broken)])
-    broken = sorted(path for _, damaged in everywhere for path in damaged)
+    broken = sorted({path for _, damaged in everywhere for path in damaged})
     if broken:
         accelerator.print(f"Warning: {len(broken)} entries of the cache are broken and made anew, such as {broken[0]}")
-    return [wanted[path] for path in sorted(path for lacking, _ in everywhere for path in lacking)]
+    return [wanted[name] for name in sorted({name_of_entry(path) for lacking, _ in everywhere for path in lacking})]
+
+
+def name_of_entry(path):
+    """What an entry is called below the cache's folder: its kind and its file."""
+    return "/".join(path.split("/")[-3:])
 
 
 def check_entries(entries):
@@ -4646,6 +4698,8 @@ def check_entries(entries):
             check_entry(entry.path, entry.shapes)
         except FileNotFoundError:
             missing.append(entry.path)
+        except (NotADirectoryError, PermissionError) as error:  # not the entry's fault
+            raise InputError(f"{entry.path}: cannot be read ({last_line(error)}); name another --cache_dir") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError):  # of a header, whatever it may hold
             missing.append(entry.path)
             broken.append(entry.path)
@@ -4658,15 +4712,14 @@ def describe_cache(plan):
         return None, []
     needed = sum(bytes_of(entry) for entry in plan.missing)
     free = shutil.disk_usage(existing_place(plan.cache.folder)).free
-    kinds = " and ".join(name for name in ("images", "captions") if vars(plan.cache)[name])
     row = (
-        f"{kinds}, {plan.num_entries:,} entries of {plan.num_bytes / 1e9:.2g} GB in {plan.cache.folder}; "
-        f"{len(plan.missing):,} to be made, {needed / 1e9:.2g} GB, where {free / 1e9:.2g} GB are free"
+        f"{plan.num_entries:,} entries, {plan.num_bytes / 1e6:,.2f} MB; {len(plan.missing):,} to be made, "
+        f"{needed / 1e6:,.2f} MB of {free / 1e6:,.2f} that are free, in\n             {plan.cache.folder}"
     )
     if needed <= free:
         return row, []
     return row, [
-        f"the cache takes {needed / 1e9:.2g} GB more, where {free / 1e9:.2g} are free; make room, or name another "
+        f"the cache takes {needed / 1e6:,.2f} MB more, where {free / 1e6:,.2f} are free; make room, or name another "
         "--cache_dir"
     ]
 

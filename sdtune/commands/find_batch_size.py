@@ -50,7 +50,8 @@ def try_command(command):
     if done.returncode == 0 and COST.search(said) and PER_STEP.search(said):
         return True, said
     if done.returncode == 0:
-        raise InputError("the command told no time and memory of its steps; give that of a script for PyTorch")
+        told = "it has no step left, or is no script for PyTorch"
+        raise InputError(f"the command told no time and memory of its steps: {told}")
     # By the kernel, which ends a process that takes what is not there; a shell says 128 + 9.
     was_killed = done.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL)
     if was_killed or LACK_OF_MEMORY.search(done.stderr):
@@ -108,6 +109,10 @@ def main(argv=None):
     with told_to_user(PROGRAM, stopped="Stopped."):
         if not command:
             problems.append("a training's command is missing; give it behind --")
+        if any(word.startswith("--resume_from_checkpoint") for word in command):
+            problems.append(
+                "--resume_from_checkpoint: other sizes of a pass cannot resume; leave it out of the command"
+            )
         raise_problems(problems)
         size, whole, accumulates = find_size(command)
     if not size:
