@@ -174,7 +174,7 @@ def test_the_memory_of_device_and_process(monkeypatch):
     ids=lambda value: " ".join(value) if isinstance(value, dict) else value.stem,
 )
 def test_a_dry_run_takes_two_steps_and_tells_what_a_run_would(images, tmp_path, monkeypatch, capsys, path, settings):
-    """Nothing is written. The size of the result is that of the files that a run leaves, within 6 %: it has a card too."""
+    """Nothing is written. The size of the result is that of the files that a run leaves, within 6 %: a card too."""
     script, steps, folder = load_script(path), [], tmp_path / "out"
     take_step = script.take_step
     monkeypatch.setattr(script, "take_step", lambda *values: steps.append(take_step(*values)) or steps[-1])
