@@ -117,7 +117,8 @@ def test_commands_that_cannot_be_tried(capsys, tmp_path):
     for command, told in (
         ([], "a training's command is missing; give it behind --"),
         ([str(tmp_path / "none")], "none: cannot be started (["),
-        ([sys.executable, "-c", "print('hello')"], "the command told no time and memory of its steps; give that of"),
+        ([sys.executable, "-c", "print('hello')"], "of its steps: it has no step left, or is no script for PyTorch"),
+        (["train.py", "--resume_from_checkpoint=latest"], "--resume_from_checkpoint: other sizes of a pass cannot"),
     ):
         assert status_of(main, "--", *command) == 2
         assert told in capsys.readouterr().err

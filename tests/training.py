@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from sdtune.arguments import (
     add_bucket_arguments,
+    add_cache_arguments,
     add_data_arguments,
     add_memory_arguments,
     add_model_arguments,
@@ -62,6 +63,7 @@ def parse(*words):
         add_model_arguments,
         add_data_arguments,
         add_bucket_arguments,
+        add_cache_arguments,
         add_objective_arguments,
         add_optimization_arguments,
         add_memory_arguments,
