@@ -4295,9 +4295,8 @@ def checkpoint_bytes(run):
 def moment_bytes(parameter, state, optimizer):
     """How many bytes the state of an optimizer, by name, takes for a parameter; `state` is what is there of it."""
     size = parameter.numel()
-    if (
-        optimizer == "adamw8bit"
-    ):  # a byte for each moment and for every 256 a scale, but for small ones, and embeddings
+    if optimizer == "adamw8bit":
+        # A byte for each moment, and for every 256 a scale; but small tensors, and embeddings, are left in 32 bits.
         is_whole = size < 4096 or ("state1" in state and state["state1"].dtype == torch.float32)
         return 8 * size if is_whole else 2 * (size + 4 * math.ceil(size / 256))
     if optimizer == "adafactor" and parameter.dim() >= 2:  # means over rows and over columns
