@@ -2,6 +2,7 @@
 
 import copy
 import os
+import warnings
 
 import torch
 import torch.distributed.checkpoint
@@ -12,6 +13,9 @@ from torch.distributed.tensor import DTensor
 
 from sdtune.errors import InputError
 from sdtune.optimization import optimizer_of
+
+SHARDS = "shards"  # a folder of a checkpoint, in the place of weights and optimizer
+AVERAGE = "ema."  # begins the names of averaged weights among shards
 
 
 def check_sharding(args):
@@ -126,9 +130,28 @@ def shared_tensors(run):
         tensors |= {f"{name}.{key}": value for key, value in weights.items()}
         tensors |= {f"optimizer.{name}.{key}": moment for key, moment in moments.items() if torch.is_tensor(moment)}
     if "ema" in run.state:
-        pairs = zip(run.weights.parameters, run.state["ema"].shadow_params, strict=True)
-        tensors |= {f"ema.{number}": shared_like(value, shard) for number, (value, shard) in enumerate(pairs)}
+        own = trained_tensors(run.weights.models).items()
+        for (name, parameter), shard in zip(own, run.state["ema"].shadow_params, strict=True):
+            tensors[AVERAGE + name] = shared_like(parameter, shard)
     return tensors
+
+
+def trained_tensors(models):
+    """The parameters of models, by name, that are trained, by their names with the model's."""
+    return {
+        f"{name}.{key}": parameter
+        for name, model in models.items()
+        for key, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def read_whole(models, folder, start=""):
+    """Reads what shards hold together, weights or what begins with `start`, into models in one process."""
+    tensors = {start + name: parameter.data for name, parameter in trained_tensors(models).items()}
+    reader = torch.distributed.checkpoint.HuggingFaceStorageReader(folder)
+    with warnings.catch_warnings(action="ignore"):  # that this is one process
+        torch.distributed.checkpoint.load(tensors, storage_reader=reader, no_dist=True)
 
 
 def shared_like(parameter, shard):

@@ -12,10 +12,11 @@ from conftest import load_script
 from copies import run_copies
 from diffusers import StableDiffusionPipeline
 from image_data import write_image_folder
-from running import TRAIN_TEXT_TO_IMAGE_LORA
+from running import TRAIN_TEXT_TO_IMAGE_LORA, status_of
 from safetensors.torch import load_file
 from training import losses, parse, read_log, same, unet, words
 
+from sdtune.commands import export
 from sdtune.lora_layouts import LORA_FILE
 from sdtune.sharding import check_sharding
 
@@ -118,6 +119,12 @@ def test_shards_train_as_one_process_does(train_script, tiny_pipeline, sharded, 
     assert first[weight].shape == second[weight].shape
     assert 2 * len(first[weight]) == len(unet(two)[weight.removeprefix("unet.")])
 
+    # One process puts them together; at the last step they are the result.
+    assert status_of(export.main, two / "checkpoint-4", tmp_path / "exported") == 0
+    assert same(unet(tmp_path / "exported"), unet(two))
+    assert status_of(export.main, two / "checkpoint-4", tmp_path / "trained", "--weights=trained") == 0
+    assert 0 < distance(unet(tmp_path / "trained"), unet(two)) < moved
+
     sharded(train_script, again, 2, **settings, resume_from_checkpoint=two / "checkpoint-2")
     assert same(unet(again), unet(two))
     assert losses(again) == losses(two)[2:]
@@ -139,6 +146,8 @@ def test_adapters_are_shared_out(sharded, alone, tmp_path):
     assert distance(shared, whole) < 1e-3 * distance(whole, {key: 0 * value for key, value in whole.items()})
     shard = load_file(two / "checkpoint-2" / "shards" / "shard-00001-model-00001-of-00001.safetensors")
     assert all(".lora_" in name for name in shard)
+    assert status_of(export.main, two / "checkpoint-4", tmp_path / "exported") == 0
+    assert same(load_file(tmp_path / "exported" / LORA_FILE), shared)
     sharded(script, again, 2, **settings, resume_from_checkpoint=two / "checkpoint-2")
     assert same(load_file(again / LORA_FILE), load_file(two / LORA_FILE))
 

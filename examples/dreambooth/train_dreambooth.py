@@ -469,6 +469,9 @@ class FusedAdamW(torch.optim.Optimizer):
         """Does nothing: the backward pass has done it."""
 
 
+SHARDS = "shards"  # a folder of a checkpoint, in the place of weights and optimizer
+AVERAGE = "ema."  # begins the names of averaged weights among shards
+
 DIGESTS_FILE = "digests.json"
 
 AVERAGED = "_ema"  # ends the names of averaged weights in a checkpoint
@@ -501,7 +504,6 @@ class Run:
 
 
 OPTIMIZER_FILE = "optimizer.bin"  # as accelerate calls it
-SHARDS = "shards"  # a folder, in the place of weights and optimizer
 STATE_FILE = "state.json"
 
 LOCK_FILE = ".lock"
@@ -4194,9 +4196,20 @@ def shared_tensors(run):
         tensors |= {f"{name}.{key}": value for key, value in weights.items()}
         tensors |= {f"optimizer.{name}.{key}": moment for key, moment in moments.items() if torch.is_tensor(moment)}
     if "ema" in run.state:
-        pairs = zip(run.weights.parameters, run.state["ema"].shadow_params, strict=True)
-        tensors |= {f"ema.{number}": shared_like(value, shard) for number, (value, shard) in enumerate(pairs)}
+        own = trained_tensors(run.weights.models).items()
+        for (name, parameter), shard in zip(own, run.state["ema"].shadow_params, strict=True):
+            tensors[AVERAGE + name] = shared_like(parameter, shard)
     return tensors
+
+
+def trained_tensors(models):
+    """The parameters of models, by name, that are trained, by their names with the model's."""
+    return {
+        f"{name}.{key}": parameter
+        for name, model in models.items()
+        for key, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
 
 
 def shared_like(parameter, shard):

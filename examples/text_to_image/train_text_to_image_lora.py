@@ -409,6 +409,9 @@ PRODIGY_PROGRESS = {"d", "d_max", "d_hat", "d_numerator", "d_denom", "k"}
 POLYNOMIAL_END = 1e-7  # the rate at which diffusers' polynomial schedule ends
 AVERAGED_AT_ONCE = 2**24  # weights whose average is updated at once: 64 MB of differences
 
+SHARDS = "shards"  # a folder of a checkpoint, in the place of weights and optimizer
+AVERAGE = "ema."  # begins the names of averaged weights among shards
+
 DIGESTS_FILE = "digests.json"
 
 AVERAGED = "_ema"  # ends the names of averaged weights in a checkpoint
@@ -441,7 +444,6 @@ class Run:
 
 
 OPTIMIZER_FILE = "optimizer.bin"  # as accelerate calls it
-SHARDS = "shards"  # a folder, in the place of weights and optimizer
 STATE_FILE = "state.json"
 
 LOCK_FILE = ".lock"
@@ -3975,9 +3977,20 @@ def shared_tensors(run):
         tensors |= {f"{name}.{key}": value for key, value in weights.items()}
         tensors |= {f"optimizer.{name}.{key}": moment for key, moment in moments.items() if torch.is_tensor(moment)}
     if "ema" in run.state:
-        pairs = zip(run.weights.parameters, run.state["ema"].shadow_params, strict=True)
-        tensors |= {f"ema.{number}": shared_like(value, shard) for number, (value, shard) in enumerate(pairs)}
+        own = trained_tensors(run.weights.models).items()
+        for (name, parameter), shard in zip(own, run.state["ema"].shadow_params, strict=True):
+            tensors[AVERAGE + name] = shared_like(parameter, shard)
     return tensors
+
+
+def trained_tensors(models):
+    """The parameters of models, by name, that are trained, by their names with the model's."""
+    return {
+        f"{name}.{key}": parameter
+        for name, model in models.items()
+        for key, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
 
 
 def shared_like(parameter, shard):
