@@ -2891,7 +2891,7 @@ def read_models(models, folder, suffix=""):
                 for key in file.keys():  # noqa: SIM118 (it is no dict)
                     tensor, saved = own.get(key.removeprefix("text_model.")), file.get_tensor(key)
                     if tensor is None or tensor.shape != saved.shape:
-                        raise ValueError(f"{path.parent.name} is of another model")
+                        raise ValueError(f"{path.parent.name} is of another model, or not whole")
                     tensor.copy_(saved)
                     num_read += 1
         if num_read != len(own):
