@@ -134,8 +134,8 @@ def test_a_whole_checkpoint_holds_what_a_resume_needs(straight):
         assert sorted(path.name for path in folder.iterdir()) == FILES
         state = checkpoint_state(folder)
         weights = "unet/diffusion_pytorch_model.safetensors"
-        assert state.keys() == {weights, "optimizer.bin", "lr_scheduler", "progress"}
-        assert {int(moments["step"]) for moments in state["optimizer.bin"]["state"].values()} == {step}
+        assert state.keys() == {weights, "optimizer", "lr_scheduler", "progress"}
+        assert {int(moments["step"]) for moments in state["optimizer"]["state"].values()} == {step}
         assert state["lr_scheduler"]["last_epoch"] == step
     assert same(checkpoint_unet(straight / "checkpoint-4"), unet(straight))
 

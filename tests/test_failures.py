@@ -448,8 +448,8 @@ def test_the_scaler_is_told_of_a_skipped_step(train_script, fit, tmp_path, monke
     monkeypatch.setattr(Accelerator, "clip_grad_norm_", lambda self, parameters, norm: torch.tensor(1.0))
     make_state = train_script.make_state
 
-    def with_scaler(args, accelerator, groups, last_step):
-        state = make_state(args, accelerator, groups, last_step)
+    def with_scaler(args, accelerator, *others):
+        state = make_state(args, accelerator, *others)
         accelerator.scaler = Scaler()
         monkeypatch.setattr(state["optimizer"], "step", lambda: accelerator.scaler.step(None))
         return state

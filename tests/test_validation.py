@@ -253,6 +253,7 @@ def gathered_by_hand(monkeypatch, look, number=2):
         return SimpleNamespace(
             process_index=rank,
             num_processes=number,
+            is_fsdp2=False,
             device=plain.device,
             autocast=plain.autocast,
             reduce=reduce,

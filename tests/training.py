@@ -121,9 +121,9 @@ def checkpoint_state(folder):
         weights[file.relative_to(folder).as_posix()] = load_file(file)
     parts = ("progress", "state") if (folder / "optimizer.bin").exists() else ("progress",)  # a JAX run has arrays
     numbers = {name: json.loads((folder / f"{name}.json").read_text()) for name in parts}
-    for name in ("optimizer.bin", "scaler.pt"):
-        if (folder / name).exists():
-            numbers[name] = torch.load(folder / name, weights_only=True)
+    for file in ("optimizer.bin", "scaler.pt"):
+        if (folder / file).exists():
+            numbers[Path(file).stem] = torch.load(folder / file, weights_only=True)
     return {**weights, **numbers.pop("state", {}), **numbers}
 
 
