@@ -1,4 +1,4 @@
-"""Digests of a folder's files, by which damage is found: a disk, a copy or a network may change what was written."""
+"""Find damage to files: a disk, a copy or a network may change what was written."""
 
 import hashlib
 import json

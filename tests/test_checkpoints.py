@@ -127,7 +127,13 @@ def test_a_whole_checkpoint_holds_what_a_resume_needs(straight):
         folder = straight / f"checkpoint-{step}"
         assert json.loads((folder / "progress.json").read_text())["global_step"] == step
         assert json.loads((folder / "args.json").read_text())["learning_rate"] == 1e-3
-        assert sorted(path.name for path in folder.iterdir()) == ["args.json", "progress.json", "state.pt", "unet"]
+        assert sorted(path.name for path in folder.iterdir()) == [
+            "args.json",
+            "digests.json",
+            "progress.json",
+            "state.pt",
+            "unet",
+        ]
         state = checkpoint_state(folder)
         weights = "unet/diffusion_pytorch_model.safetensors"
         assert state.keys() == {weights, "optimizer", "lr_scheduler", "progress"}
