@@ -1,4 +1,4 @@
-"""Find damage to files: a disk, a copy or a network may change what was written."""
+"""Digests of the files in a folder, by which a damaged one is found."""
 
 import hashlib
 import json

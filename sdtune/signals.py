@@ -70,24 +70,24 @@ def answered_signals(actions):
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {name: signal.getsignal(number) for name, number in numbers_of(actions)}
-    for name, number in numbers_of(actions):
+    before = {name: signal.getsignal(number) for name, number in known_signals(actions)}
+    for name, number in known_signals(actions):
         signal.signal(number, actions[name])
     try:
         yield
     finally:
-        for name, number in numbers_of(before):
+        for name, number in known_signals(before):
             signal.signal(number, before[name])
 
 
-def numbers_of(names):
+def known_signals(names):
     """Pairs of name and number of those signals that this system has."""
     return [(name, number) for name, number in signal.Signals.__members__.items() if name in names]
 
 
 def on_signals(action, names=ASK_TO_STOP):
     """Answers signals by `action`."""
-    for _, number in numbers_of(names):
+    for _, number in known_signals(names):
         signal.signal(number, action)
 
 

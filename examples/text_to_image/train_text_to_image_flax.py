@@ -34,7 +34,7 @@ share a batch; what is random in a sample depends on (seed, epoch, index of the 
 #   models              Check and load the models of a Stable Diffusion pipeline
 #   entries             Entries of the cache: a file per encoded image or caption, named by a digest of what made it
 #   optimization        The optimizer, its learning rate, and the average of the weights
-#   digests             Find damage to files: a disk, a copy or a network may change what was written
+#   digests             Digests of the files in a folder, by which a damaged one is found
 #   output              The folder of a run: whether it may be used, its log, the pipeline that results
 #   plan                The plan that a run prints before its first step
 #   model_card          The model card, README.md of a result
@@ -345,9 +345,11 @@ class Weights:
     """The weights that are trained, and how they become files that people can load, and come back from them."""
 
     models: dict  # by name, that have them
+    prepared: dict  # by name, as accelerate prepared them for passes
     parameters: list  # of torch
     write: Callable  # (models, folder, suffix): writes into a folder, with a suffix to the names
     read: Callable  # (models, folder, suffix): reads what was written. Raises whatever a broken file leads to
+    skeletons: dict  # by name, models without weights, for those that are shared out over processes
 
 
 @dataclasses.dataclass
@@ -1690,27 +1692,48 @@ def checkpoint_of(run):
 
 
 def save_checkpoint(run, write_state, total_limit):
-    """Writes checkpoint-N beside its place, then renames it; only then do older ones beyond `total_limit` go, but not
-    the best one. `write_state(run, folder)` writes the run's weights and state. For one process alone. If it fails,
-    nothing of it stays behind. Raises whatever a full disk or the like leads to."""
-    final = checkpoint_of(run)
-    if (final / "progress.json").exists():  # a step broke just after a save
+    """Writes checkpoint-N, in which `write_state(run, folder)` writes the run's weights and state. For one process
+    alone. If it fails, nothing of it stays behind. Raises whatever a full disk or the like leads to."""
+    partial = begin_checkpoint(run)
+    if partial is None:
         return
+    with removed_on_failure(partial):
+        write_state(run, partial)
+        finish_checkpoint(run, partial, total_limit)
+
+
+def begin_checkpoint(run):
+    """Makes the folder of the checkpoint of the run's step, beside its place; None if the checkpoint is there, because
+    a step broke just after a save. For one process alone."""
+    final = checkpoint_of(run)
+    if (final / "progress.json").exists():
+        return None
     # Two processes, maybe of two machines, may save after a failure: the first one wins.
     partial = final.with_name(f"{final.name}.{socket.gethostname()}-{os.getpid()}.partial")
+    partial.mkdir()
+    return partial
+
+
+@contextlib.contextmanager
+def removed_on_failure(partial):
+    """Leaves nothing behind of a checkpoint that fails."""
     try:
-        partial.mkdir()
-        write_state(run, partial)
-        for name, content in (("args", run.settings), ("progress", run.progress)):
-            (partial / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        copy_mode(run.output_dir / "args.json", partial.rglob("*.safetensors"))
-        write_digests(partial)
-        sync(partial)  # files before names, or a crash could leave a whole name with half a file
-        partial.rename(final)
-        sync_folder(run.output_dir)
+        yield
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def finish_checkpoint(run, partial, total_limit):
+    """Completes a checkpoint whose weights and state are written, and renames it; only then do older ones beyond
+    `total_limit` go, but not the best one. For one process alone."""
+    for name, content in (("args", run.settings), ("progress", run.progress)):
+        (partial / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    copy_mode(run.output_dir / "args.json", partial.rglob("*.safetensors"))
+    write_digests(partial)
+    sync(partial)  # files before names, or a crash could leave a whole name with half a file
+    partial.rename(checkpoint_of(run))
+    sync_folder(run.output_dir)
     remove_surplus(run.output_dir, total_limit)
 
 
@@ -1732,13 +1755,23 @@ def read_best(output_dir):
 def keep_best(run, held_out_loss, write_state, total_limit):
     """Keeps the checkpoint of the run's step, and writes it if it is not there, if its held-out loss is the lowest so
     far. For one process alone."""
-    best, step = read_best(run.output_dir), run.progress["global_step"]
-    is_worse = best and best["step"] != step and best["held_out_loss"] <= held_out_loss
-    if is_worse or not math.isfinite(held_out_loss):
-        return
-    save_checkpoint(run, write_state, None)
+    if is_best(run, held_out_loss):
+        save_checkpoint(run, write_state, None)
+        note_best(run, held_out_loss, total_limit)
+
+
+def is_best(run, held_out_loss):
+    """Whether a held-out loss is the lowest so far."""
+    best = read_best(run.output_dir)
+    is_worse = best and best["step"] != run.progress["global_step"] and best["held_out_loss"] <= held_out_loss
+    return math.isfinite(held_out_loss) and not is_worse
+
+
+def note_best(run, held_out_loss, total_limit):
+    """Notes that the checkpoint of the run's step is the best one, which makes another one surplus."""
     with beside(run.output_dir / "best.json") as path:
-        path.write_text(json.dumps({"step": step, "held_out_loss": held_out_loss}) + "\n", encoding="utf-8")
+        best = {"step": run.progress["global_step"], "held_out_loss": held_out_loss}
+        path.write_text(json.dumps(best) + "\n", encoding="utf-8")
     remove_surplus(run.output_dir, total_limit)
 
 
@@ -2922,11 +2955,22 @@ def write_models(models, folder, suffix=""):
             model.save_pretrained(folder / f"{name}{suffix}")
 
 
+@torch.no_grad()
 def read_models(models, folder, suffix=""):
-    """Reads what `write_models` wrote into models of the same shapes, in float32."""
+    """Reads what `write_models` wrote into models of the same shapes, tensor by tensor. Raises `ValueError` for
+    weights of another model."""
     for name, model in models.items():
-        saved = type(model).from_pretrained(folder / f"{name}{suffix}", dtype=torch.float32)
-        model.load_state_dict(saved.state_dict())
+        own, num_read = model.state_dict(), 0
+        for path in sorted(Path(folder, f"{name}{suffix}").glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                for key in file.keys():  # noqa: SIM118 (it is no dict)
+                    tensor, saved = own.get(key.removeprefix("text_model.")), file.get_tensor(key)
+                    if tensor is None or tensor.shape != saved.shape:
+                        raise ValueError(f"{path.parent.name} is of another model")
+                    tensor.copy_(saved)
+                    num_read += 1
+        if num_read != len(own):
+            raise ValueError(f"{name}{suffix} is of another model, or not whole")
 
 
 # ------------------------------------------------------------------------------------------------------------- entries
@@ -3645,24 +3689,24 @@ def answered_signals(actions):
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {name: signal.getsignal(number) for name, number in numbers_of(actions)}
-    for name, number in numbers_of(actions):
+    before = {name: signal.getsignal(number) for name, number in known_signals(actions)}
+    for name, number in known_signals(actions):
         signal.signal(number, actions[name])
     try:
         yield
     finally:
-        for name, number in numbers_of(before):
+        for name, number in known_signals(before):
             signal.signal(number, before[name])
 
 
-def numbers_of(names):
+def known_signals(names):
     """Pairs of name and number of those signals that this system has."""
     return [(name, number) for name, number in signal.Signals.__members__.items() if name in names]
 
 
 def on_signals(action, names=ASK_TO_STOP):
     """Answers signals by `action`."""
-    for _, number in numbers_of(names):
+    for _, number in known_signals(names):
         signal.signal(number, action)
 
 
