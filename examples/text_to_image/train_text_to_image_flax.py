@@ -1656,7 +1656,7 @@ def count_damaged(output_dir, wanted):
         damage = find_damage(checkpoint)
         if damage is None:
             break
-        damages[checkpoint] = f"{checkpoint} is damaged ({damage})"
+        damages[checkpoint] = f"{checkpoint.name} is damaged ({damage})"
     whole = checkpoints[len(damages) :]
     if damages and not whole:
         told = "\n  ".join(damages.values())
@@ -1683,7 +1683,7 @@ def set_aside_damaged(output_dir, step):
         if number.isdigit() and int(number) > step:
             names = (f"{path.name}.damaged{suffix}" for suffix in ["", *range(2, 1000)])
             aside = next(path.with_name(name) for name in names if not path.with_name(name).exists())
-            print(f"{path} is renamed to {path.rename(aside).name}.")
+            print(f"{path.name} is renamed to {path.rename(aside).name}.")
 
 
 def checkpoint_of(run):
@@ -3759,6 +3759,7 @@ def nothing_lost(args, accelerator, run, stop, write_state, end=sys.exit):
         try:
             yield
         except Exception as error:  # of the data, the disk, the memory, a library
+            drop_lost_output()  # which may be what failed
             reason, remedy = explain(args, error)
             told_as = name_of_process(accelerator)
             if not reason:
