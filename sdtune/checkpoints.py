@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sdtune.batches import StepCounts
-from sdtune.digests import write_digests
+from sdtune.digests import find_damage, write_digests
 from sdtune.errors import InputError, last_line
 from sdtune.files import beside, copy_mode, read_json, sync, sync_folder
 from sdtune.optimization import peak_learning_rate
@@ -69,15 +69,60 @@ def list_checkpoints(output_dir):
     return sorted(whole, key=lambda path: int(numbered[path]))
 
 
-def find_checkpoint(output_dir, wanted):
-    """The checkpoint that `wanted` means: a folder in `output_dir`, a path, or the "latest"; None if there is none."""
+def find_checkpoint(output_dir, wanted, num_damaged=0):
+    """The checkpoint that `wanted` means: a folder in `output_dir`, a path, or the "latest" of those before the
+    `num_damaged` newest; None if there is none."""
     if wanted is None:
         return None
     if wanted == "latest":
         checkpoints = list_checkpoints(output_dir)
+        checkpoints = checkpoints[: len(checkpoints) - num_damaged]
         return checkpoints[-1] if checkpoints else None
     inside = Path(output_dir, wanted)
     return inside if inside.is_dir() else Path(wanted)
+
+
+def count_damaged(output_dir, wanted):
+    """How many of the newest checkpoints `latest` has to pass over, which are named: their files are not those that
+    were written. For one process alone, which reads them whole. Raises `InputError` if nothing else is left, and if a
+    damaged one was asked for by name."""
+    if wanted == "latest":
+        checkpoints = list_checkpoints(output_dir)[::-1]
+    else:
+        checkpoints = [checkpoint for checkpoint in [find_checkpoint(output_dir, wanted)] if checkpoint]
+    damages = {}
+    for checkpoint in checkpoints:
+        damage = find_damage(checkpoint)
+        if damage is None:
+            break
+        damages[checkpoint] = f"{checkpoint.name} is damaged ({damage})"
+    whole = checkpoints[len(damages) :]
+    if damages and not whole:
+        told = "\n  ".join(damages.values())
+        remedy = "name another one, or start anew in another --output_dir"
+        raise InputError(f"--resume_from_checkpoint={wanted}: {told}; {remedy}")
+    for told in damages.values():
+        print(f"{told}; {whole[0].name} is used instead.")
+    return len(damages)
+
+
+def find_newer(output_dir, checkpoint):
+    """The newest checkpoint of a run if it is newer than another one of it, and not damaged; None otherwise."""
+    newer = list_checkpoints(output_dir)
+    if checkpoint in newer:
+        newer = newer[newer.index(checkpoint) + 1 :]
+    return next((path for path in reversed(newer) if find_damage(path) is None), None)
+
+
+def set_aside_damaged(output_dir, step):
+    """Gives what is in the place of checkpoints after `step`, from which a run goes on, another name: it is damaged or
+    half there, and the run will write its own."""
+    for path in sorted(output_dir.glob("checkpoint-*")):
+        number = path.name.removeprefix("checkpoint-")
+        if number.isdigit() and int(number) > step:
+            names = (f"{path.name}.damaged{suffix}" for suffix in ["", *range(2, 1000)])
+            aside = next(path.with_name(name) for name in names if not path.with_name(name).exists())
+            print(f"{path.name} is renamed to {path.rename(aside).name}.")
 
 
 def checkpoint_of(run):

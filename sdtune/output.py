@@ -12,7 +12,7 @@ import diffusers
 from accelerate.tracking import get_available_trackers
 from filelock import FileLock, Timeout
 
-from sdtune.checkpoints import find_checkpoint
+from sdtune.checkpoints import find_checkpoint, find_newer, read_best, set_aside_damaged
 from sdtune.errors import InputError, last_line
 from sdtune.files import beside, copy_mode, existing_place, move_into, sync
 from sdtune.models import DTYPES, write_text_encoder
@@ -26,7 +26,7 @@ def check_output(args, foreign_result):
     result of another kind of script, which would stay behind beside this one's."""
     problems, wanted = [], args.resume_from_checkpoint
     output = Path(args.output_dir).resolve()
-    checkpoint, newest = find_checkpoint(output, wanted), find_checkpoint(output, "latest")
+    checkpoint = find_checkpoint(output, wanted)
     existing = existing_place(output)
     is_usable = existing.is_dir() and os.access(existing, os.W_OK)
     is_used = is_usable and existing == output and is_taken(args)
@@ -42,8 +42,8 @@ def check_output(args, foreign_result):
         problems.append(f"--logging_dir={args.logging_dir}: is --output_dir itself; name a folder in it, such as logs")
     if wanted and args.overwrite_output_dir:
         problems.append("--overwrite_output_dir: contradicts --resume_from_checkpoint; drop one")
-    if is_own and newest and checkpoint.resolve() != newest.resolve():
-        problems.append(f"--resume_from_checkpoint={wanted}: {newest} is newer; use that, or another --output_dir")
+    if is_own and checkpoint and (newer := find_newer(output, checkpoint.resolve())):
+        problems.append(f"--resume_from_checkpoint={wanted}: {newer} is newer; use that, or another --output_dir")
     if not is_usable:
         told = f"{existing} is a file or cannot be written to; name another folder"
         problems.append(f"--output_dir={args.output_dir}: {told}")
@@ -129,8 +129,11 @@ def prepare_output(run, overwrite):
         if re.fullmatch(unfinished, old.name) or (overwrite and re.fullmatch(old_folders, old.name)):
             shutil.rmtree(old)
     first_step = run.progress["global_step"]
-    if first_step and run.progress["base_losses"] is None:  # of other images, or of another objective
-        (output_dir / "best.json").unlink(missing_ok=True)
+    set_aside_damaged(output_dir, first_step)
+    best = read_best(output_dir)
+    # The loss may be of other images, or of another objective; or the checkpoint is damaged.
+    if best and first_step and (run.progress["base_losses"] is None or best["step"] > first_step):
+        (output_dir / "best.json").unlink()
     log = output_dir / "log.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() and first_step else []
     contents = {

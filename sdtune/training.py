@@ -8,7 +8,6 @@ import functools
 import itertools
 import os
 import shutil
-import signal
 import socket
 import time
 from collections.abc import Callable
@@ -30,8 +29,8 @@ from tqdm.auto import tqdm
 
 from sdtune.batches import find_largest_step, micro_batches, step_sizes
 from sdtune.buckets import warn_of_short_steps
-from sdtune.checkpoints import Weights, find_checkpoint, new_run, note_step
-from sdtune.errors import InputError
+from sdtune.checkpoints import Weights, count_damaged, find_checkpoint, new_run, note_step
+from sdtune.errors import InputError, gathered, raise_problems
 from sdtune.failures import leave, told_in_a_line
 from sdtune.models import DTYPES
 from sdtune.optimization import (
@@ -46,7 +45,7 @@ from sdtune.output import chosen_tracker, log_losses, prepare_output
 from sdtune.plan import print_plan, tell_cost, warn_of_precision
 from sdtune.randomness import DROPOUT, random_numbers
 from sdtune.sharding import check_sharding, held_here, set_up_sharding, skeleton_of, whole_tensor
-from sdtune.signals import is_asked, on_signals
+from sdtune.signals import ignore_signals, is_asked, take_save_requests
 from sdtune.states import keep_best_together, register_weights, resume, save_together
 from sdtune.validation import LookGivenUp, steps_between_looks
 
@@ -209,10 +208,23 @@ def start_run(args, accelerator, counts, state, fingerprints, weights, free, fix
     fingerprints = {**fingerprints, "dropout_masks": masks, "optimizer": optimizer_of(args), "sharding": sharding}
     run = new_run(args, counts, state, accelerator.mixed_precision, fingerprints, weights)
     register_weights(accelerator, run)
-    if checkpoint := find_checkpoint(run.output_dir, args.resume_from_checkpoint):
+    num_damaged = count_damaged_once(accelerator, run.output_dir, args.resume_from_checkpoint)
+    if checkpoint := find_checkpoint(run.output_dir, args.resume_from_checkpoint, num_damaged):
         resume(accelerator, run, checkpoint, free, fixed)
     check_agreement(accelerator, {"global_step": run.progress["global_step"]})
     return run
+
+
+def count_damaged_once(accelerator, output_dir, wanted):
+    """What the first process finds by `count_damaged`, in all of them. Raises `InputError` in all of them."""
+    found, problems = 0, []
+    if accelerator.is_main_process:
+        with gathered(problems):
+            found = count_damaged(output_dir, wanted)
+    accelerator.wait_for_everyone()
+    found, problems = gather_object([(found, problems)])[0]
+    raise_problems(problems)
+    return found
 
 
 def has_dropout(models):
@@ -286,7 +298,7 @@ def make_loader(args, accelerator, samples, batches):
         batch_sampler=batches,
         num_workers=choose_num_workers(args.dataloader_num_workers),
         pin_memory=accelerator.device.type != "cpu",
-        worker_init_fn=functools.partial(on_signals, signal.SIG_IGN),
+        worker_init_fn=ignore_signals,
     )
 
 
@@ -312,7 +324,8 @@ def train_steps(args, accelerator, run, stop, work, look):
     for step in bar:
         started = time.perf_counter()
         num_samples, passes = next(steps)
-        loss, grad_norm, is_broken, stop_now = take_step(args, accelerator, run, work, passes, is_asked(stop))
+        requests = is_asked(stop), take_save_requests(stop)
+        loss, grad_norm, is_broken, (stop_now, save_now) = take_step(args, accelerator, run, work, passes, requests)
         seconds = time.perf_counter() - started
         done = run.progress["global_step"]
         if args.compile and step == first_step:
@@ -331,7 +344,7 @@ def train_steps(args, accelerator, run, stop, work, look):
                 log_losses(accelerator, run, lr_scheduler.get_last_lr()[0], norm, images_per_second)
 
         # Save and look
-        is_due = stop_now or is_broken or done % args.checkpointing_steps == 0 or done == counts.last_step
+        is_due = is_broken or stop_now or save_now or done % args.checkpointing_steps == 0 or done == counts.last_step
         if is_due and run.is_whole:
             # After a broken step none is removed: the last good one may be an older one.
             save_together(accelerator, run, None if is_broken else args.checkpoints_total_limit)
@@ -349,7 +362,7 @@ def try_steps(args, accelerator, run, work):
         steps = passes_by_step(args, run, work.loader)
         for step_samples, passes in itertools.islice(steps, 2):
             started = time.perf_counter()
-            _, _, is_broken, _ = take_step(args, accelerator, run, work, passes, False)
+            _, _, is_broken, _ = take_step(args, accelerator, run, work, passes, [])
             if is_broken:
                 raise InputError("a loss or gradient that is not finite; use a lower --learning_rate or bf16")
             if accelerator.device.type != "cpu":
@@ -372,17 +385,17 @@ def passes_by_step(args, run, loader):
         yield num_samples, zip(itertools.islice(batches, num_passes), is_last, strict=True)
 
 
-def take_step(args, accelerator, run, work, passes, is_stop_asked):
+def take_step(args, accelerator, run, work, passes, requests):
     """Takes one optimizer step. Returns its loss; the norm of its gradient, or None if one of the two is not
-    finite; whether it was broken: one such step too many in a row, of which nothing is noted; and whether a stop is
-    asked for in some process."""
+    finite; whether it was broken: one such step too many in a row, of which nothing is noted; and which of `requests`
+    there are in some process."""
     optimizer, lr_scheduler, step = run.state["optimizer"], run.state["lr_scheduler"], run.progress["global_step"]
     # Dropout layers alone use torch's own generator.
     torch.manual_seed(random_numbers(args.seed, DROPOUT, step, accelerator.process_index).integers(2**32))
     step_loss, grad_norm = work.make_gradients(args, accelerator, run, work, passes)
 
     # Optimizer step, unless a loss or a gradient is not finite in some process.
-    loss, num_not_finite, stop_now = exchange(accelerator, step_loss, grad_norm, is_stop_asked)
+    loss, num_not_finite, *requests = exchange(accelerator, step_loss, grad_norm, requests)
     is_finite = num_not_finite == 0
     is_broken = not is_finite and run.progress["nan_steps"] >= max_nan_steps(args, accelerator)
     if not is_broken:
@@ -395,7 +408,7 @@ def take_step(args, accelerator, run, work, passes, is_stop_asked):
             update_average(args, run, held_here(run.weights.parameters))
         note_step(run, step, loss, is_finite)
         run.is_whole = True
-    return loss, grad_norm if is_finite else None, is_broken, stop_now
+    return loss, grad_norm if is_finite else None, is_broken, requests
 
 
 def add_up_gradients(args, accelerator, run, work, passes):
@@ -440,11 +453,11 @@ def without_sync(accelerator, models):
         yield
 
 
-def exchange(accelerator, loss, grad_norm, stop):
+def exchange(accelerator, loss, grad_norm, requests):
     """The step's one exchange between processes: the sum of their losses, and in how many of them loss or gradient is
-    not finite, and a stop is asked for."""
+    not finite, and there is each of `requests`."""
     not_finite = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
-    numbers = torch.stack([loss, not_finite.float(), torch.full_like(loss, stop)])
+    numbers = torch.stack([loss, not_finite.float(), *[torch.full_like(loss, asked) for asked in requests]])
     return accelerator.reduce(numbers, reduction="sum").tolist()
 
 

@@ -18,8 +18,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm.auto import tqdm
 
 from sdtune.batches import micro_batches, step_sizes
-from sdtune.checkpoints import find_checkpoint, keep_best, new_run, note_step, save_checkpoint
-from sdtune.errors import InputError, last_line
+from sdtune.checkpoints import count_damaged, find_checkpoint, keep_best, new_run, note_step, save_checkpoint
+from sdtune.errors import InputError, gathered, last_line, raise_problems
 from sdtune.failures import leave
 from sdtune.flax.checkpoints import resume
 from sdtune.flax.encoding import step_batches
@@ -27,7 +27,7 @@ from sdtune.flax.optimization import learning_rate_of_step, train_step
 from sdtune.optimization import make_average
 from sdtune.output import chosen_tracker, log_losses, prepare_output
 from sdtune.plan import print_plan
-from sdtune.signals import is_asked
+from sdtune.signals import is_asked, take_save_requests
 from sdtune.validation import LookGivenUp, steps_between_looks
 
 # Flags that may differ between hosts: what they name is compared in their place, or has no effect on others.
@@ -110,10 +110,23 @@ def start_run(args, counts, state, fingerprints, pipeline, free, fixed):
     """A run at its start, or where the checkpoint to resume from ended, the same on all hosts; `free` and `fixed` name
     settings that may and that cannot differ from the checkpoint's. Raises `InputError`."""
     run = new_run(args, counts, state, args.mixed_precision or "no", fingerprints)
-    if checkpoint := find_checkpoint(run.output_dir, args.resume_from_checkpoint):
+    num_damaged = count_damaged_once(run.output_dir, args.resume_from_checkpoint)
+    if checkpoint := find_checkpoint(run.output_dir, args.resume_from_checkpoint, num_damaged):
         resume(pipeline, run, checkpoint, free, fixed)
     check_agreement({"global_step": run.progress["global_step"], **fingerprints})
     return run
+
+
+def count_damaged_once(output_dir, wanted):
+    """What the first host finds by `count_damaged`, on all of them. Raises `InputError` on all of them."""
+    found, problems = 0, []
+    if jax.process_index() == 0:
+        with gathered(problems):
+            found = count_damaged(output_dir, wanted)
+    found = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if problems else found)))
+    if found < 0:
+        raise_problems(problems or ["--resume_from_checkpoint: damaged, as the first host says; name another one"])
+    return found
 
 
 def check_agreement(values):
@@ -210,15 +223,16 @@ def train_steps(args, accelerator, run, write_state, stop, mesh, batches, traini
         upcoming = reader.submit(next, batches, None)
 
         # Forward, backward and optimizer step on the devices, unless a loss or a gradient is not finite.
-        batch["stop"] = np.full_like(batch["weight"], is_asked(stop))  # which is how the hosts tell each other
+        asked = max(2 * is_asked(stop), take_save_requests(stop))  # 1 for a checkpoint, 2 for a stop
+        batch["asked"] = np.full_like(batch["weight"], asked)  # which is how the hosts tell each other
         arrays = {name: jax.make_array_from_process_local_data(split, array) for name, array in batch.items()}
         learning_rate, ema_decay = np.float32(learning_rate_of(step)), np.float32(average.get_decay(step + 1))
         run.is_whole = False  # the program writes over the state
         run.state, outcome = step_program(run.state, arrays, learning_rate, ema_decay)
-        loss, grad_norm, stop_now = np.asarray(outcome).tolist()
+        loss, grad_norm, asked = np.asarray(outcome).tolist()
         is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
         is_broken = not is_finite and run.progress["nan_steps"] >= (args.max_nan_steps or 0)
-        stop_now = bool(stop_now) or (is_asked(stop) and jax.process_count() == 1)
+        stop_now = asked == 2 or (is_asked(stop) and jax.process_count() == 1)
         if not is_broken:
             note_step(run, step, loss, is_finite)
         run.is_whole = True
@@ -233,7 +247,7 @@ def train_steps(args, accelerator, run, write_state, stop, mesh, batches, traini
                 log_losses(accelerator, run, learning_rate_of(done), norm, images_per_second)
 
         # Save and look
-        if stop_now or is_broken or done % args.checkpointing_steps == 0 or done == counts.last_step:
+        if asked or stop_now or is_broken or done % args.checkpointing_steps == 0 or done == counts.last_step:
             if is_first:
                 # After a broken step none is removed: the last good one may be an older one.
                 save_checkpoint(run, write_state, None if is_broken else args.checkpoints_total_limit)
