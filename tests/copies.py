@@ -88,6 +88,25 @@ def run_copies(script, words, said, number=2, seconds=240):
     return [copy.exitcode for copy in copies]
 
 
+def run_machines(script, lines, said):
+    """Runs main() of a script in two copies with a command line each, as torchrun starts them on two machines; returns
+    their exit statuses and what they said."""
+    together = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    files = [said.with_suffix(f".{rank}") for rank in range(2)]
+    copies = [
+        start_copy(script, line, file, **together, RANK=str(rank))
+        for rank, (line, file) in enumerate(zip(lines, files, strict=True))
+    ]
+    return [end_of(copy) for copy in copies], [file.read_text() for file in files]
+
+
 def free_port():
     """A port of this machine that nobody listens on."""
     with contextlib.closing(socket.socket()) as probe:

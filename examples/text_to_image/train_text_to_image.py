@@ -67,6 +67,7 @@ import math
 import os
 import pkgutil
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -94,6 +95,7 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
+    broadcast_object_list,
     gather_object,
     get_int_from_env,
     is_cuda_available,
@@ -453,6 +455,7 @@ class Run:
 
 
 LOCK_FILE = ".lock"
+TOKEN_FILE = ".token"  # what the first process leaves for the other machines to see, for a moment
 NEW_RESULT = ".result.partial"  # a folder beside which the old result stays until the new one is whole
 
 # Places, secrets and how it was started.
@@ -498,6 +501,7 @@ LOST_PEER_TEXT = re.compile(r"Connection (closed|reset) by (peer|remote)|remote 
 FREED_MEMORY_IS_KEPT = {-1: 2**31 - 1, -3: 2**30}  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, in bytes
 MINUTES = datetime.timedelta(minutes=10)  # for what all processes do at the same time
 A_DAY = datetime.timedelta(days=1)
+PATIENCE_WITH_FOLDERS = 15  # seconds after which what one machine wrote has to be seen by the others
 # Flags that may differ between machines: what they name is compared in their place, or has no effect on others.
 OWN_TO_A_MACHINE = set(
     """
@@ -850,6 +854,8 @@ def make_accelerator(args):
         accelerator.wait_for_everyone = functools.partial(torch.distributed.barrier, patient)
     flags = {name: value for name, value in vars(args).items() if name not in OWN_TO_A_MACHINE}
     check_agreement(accelerator, flags)
+    if accelerator.num_processes > 1 and not args.dry_run:  # which writes nothing
+        check_shared_output(accelerator, args.output_dir)
     return accelerator
 
 
@@ -878,6 +884,33 @@ def check_agreement(accelerator, values):
     if differences:
         remedy = "all need the same flags, the same data and one --output_dir that they share"
         raise InputError("\n  ".join([f"the processes do not agree; {remedy}", *differences]))
+
+
+def check_shared_output(accelerator, output_dir):
+    """Asks whether all processes see one output folder: a machine with a folder of its own would not find the
+    checkpoint to go on from, nor keep one where the others look for it. Raises `InputError` in all of them."""
+    token, problems = secrets.token_hex(16), []
+    if accelerator.is_main_process:
+        with gathered(problems):
+            leave_token(output_dir, token)
+    token, problems = broadcast_object_list([token, problems])  # the first process's, once it has left the token
+    raise_problems(problems)
+    here = {
+        "host": socket.gethostname(),
+        "folder": Path(output_dir).resolve(),
+        "sees": accelerator.is_main_process or sees_token(output_dir, token, PATIENCE_WITH_FOLDERS),
+    }
+    everywhere = gather_object([here])
+    if accelerator.is_main_process:
+        remove_token(output_dir)
+    first, blind = everywhere[0], [rank for rank, there in enumerate(everywhere) if not there["sees"]]
+    if blind:
+        there = everywhere[blind[0]]
+        raise InputError(
+            f"--output_dir={output_dir}: {len(blind)} of {len(everywhere)} processes do not see what rank 0 writes to "
+            f"{first['folder']} on {first['host']}, such as rank {blind[0]}, which looks into {there['folder']} on "
+            f"{there['host']}; name one folder that all machines share, by its whole path"
+        )
 
 
 def agree_on_data(accelerator, fingerprints):
@@ -1963,6 +1996,15 @@ def raise_problems(problems):
         raise InputError(problems[0])
     if problems:
         raise InputError("\n  ".join(["", *problems]))
+
+
+@contextlib.contextmanager
+def gathered(problems):
+    """Adds the message of an `InputError` to a list, instead of raising it."""
+    try:
+        yield
+    except InputError as error:
+        problems.append(str(error))
 
 
 @contextlib.contextmanager
@@ -3679,7 +3721,7 @@ def check_trackers(args):
 
 def is_taken(args):
     """Whether the output folder holds more than a lock, and logs of trackers, which get a folder of their own."""
-    others = {LOCK_FILE, *Path(args.logging_dir).parts[:1]}
+    others = {LOCK_FILE, TOKEN_FILE, *Path(args.logging_dir).parts[:1]}
     return any(path.name not in others for path in Path(args.output_dir).iterdir())
 
 
@@ -3711,6 +3753,33 @@ def locked_output(args):
         lock.release()
         if is_new and [path.name for path in output_dir.iterdir()] in ([], [LOCK_FILE]):
             shutil.rmtree(output_dir, ignore_errors=True)
+
+
+def leave_token(output_dir, token):
+    """Leaves a token, a text, in the output folder for the other machines to see. Raises `InputError`."""
+    try:
+        Path(output_dir, TOKEN_FILE).write_text(token, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--output_dir={output_dir}: cannot be written to ({last_line(error)}); make room") from None
+
+
+def sees_token(output_dir, token, seconds):
+    """Whether the token that the first process left can be read here within so many seconds: what one machine writes
+    to a network file system others may see with a delay."""
+    deadline = time.monotonic() + seconds
+    while True:
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            if Path(output_dir, TOKEN_FILE).read_text(encoding="utf-8") == token:
+                return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.25)
+
+
+def remove_token(output_dir):
+    """Removes what `leave_token` left."""
+    with contextlib.suppress(OSError):
+        Path(output_dir, TOKEN_FILE).unlink()
 
 
 def chosen_tracker(args):

@@ -65,6 +65,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -362,6 +363,7 @@ class Run:
 
 
 LOCK_FILE = ".lock"
+TOKEN_FILE = ".token"  # what the first process leaves for the other machines to see, for a moment
 NEW_RESULT = ".result.partial"  # a folder beside which the old result stays until the new one is whole
 
 # Places, secrets and how it was started.
@@ -454,6 +456,7 @@ class EncodedImages:
 
 WEIGHTS = {"unet", "ema"}  # parts of the state that are weights of the UNet
 
+PATIENCE_WITH_FOLDERS = 15  # seconds after which what one host wrote has to be seen by the others
 # Flags that may differ between hosts: what they name is compared in their place, or has no effect on others.
 OWN_TO_A_HOST = set(
     """
@@ -559,6 +562,7 @@ def load_models(args):
 
 def train(args, mesh):
     """Trains as `args` say, which have been checked, on the devices of `mesh`."""
+    check_shared_output(args)
     is_first = jax.process_index() == 0
     images, held_out, fingerprint = load_data(args, args.train_data_dir)
     accelerator = make_accelerator(args)
@@ -775,6 +779,31 @@ def join_hosts(args):
             f"--coordinator_address={args.coordinator_address}: the hosts do not meet; check it, and --num_hosts and "
             f"--host_index of each ({last_line(error)})"
         ) from None
+
+
+def check_shared_output(args):
+    """Asks whether all hosts see one output folder: one with a folder of its own would not find the checkpoint to go
+    on from. Raises `InputError` on all of them."""
+    if jax.process_count() == 1 or args.dry_run:  # which writes nothing
+        return
+    numbers = multihost_utils.broadcast_one_to_all(np.frombuffer(secrets.token_bytes(16), np.uint8))
+    token, is_first, problems = np.asarray(numbers).tobytes().hex(), jax.process_index() == 0, []
+    if is_first:
+        with gathered(problems):
+            leave_token(args.output_dir, token)
+    multihost_utils.sync_global_devices("token left")
+    sees = not problems if is_first else sees_token(args.output_dir, token, PATIENCE_WITH_FOLDERS)
+    everywhere = multihost_utils.process_allgather(np.array(sees)).reshape(-1)
+    if is_first:
+        remove_token(args.output_dir)
+    if not everywhere.all() and not problems:
+        blind = ", ".join(map(str, np.flatnonzero(~everywhere)))
+        problems = [
+            f"--output_dir={args.output_dir}: hosts {blind} do not see what host 0 writes there; this is host "
+            f"{jax.process_index()}, {socket.gethostname()}, which looks into {Path(args.output_dir).resolve()}; name "
+            "one folder that all machines share, by its whole path"
+        ]
+    raise_problems(problems)
 
 
 def end_of_process():
@@ -1805,6 +1834,15 @@ def raise_problems(problems):
         raise InputError(problems[0])
     if problems:
         raise InputError("\n  ".join(["", *problems]))
+
+
+@contextlib.contextmanager
+def gathered(problems):
+    """Adds the message of an `InputError` to a list, instead of raising it."""
+    try:
+        yield
+    except InputError as error:
+        problems.append(str(error))
 
 
 @contextlib.contextmanager
@@ -2996,7 +3034,7 @@ def check_trackers(args):
 
 def is_taken(args):
     """Whether the output folder holds more than a lock, and logs of trackers, which get a folder of their own."""
-    others = {LOCK_FILE, *Path(args.logging_dir).parts[:1]}
+    others = {LOCK_FILE, TOKEN_FILE, *Path(args.logging_dir).parts[:1]}
     return any(path.name not in others for path in Path(args.output_dir).iterdir())
 
 
@@ -3028,6 +3066,33 @@ def locked_output(args):
         lock.release()
         if is_new and [path.name for path in output_dir.iterdir()] in ([], [LOCK_FILE]):
             shutil.rmtree(output_dir, ignore_errors=True)
+
+
+def leave_token(output_dir, token):
+    """Leaves a token, a text, in the output folder for the other machines to see. Raises `InputError`."""
+    try:
+        Path(output_dir, TOKEN_FILE).write_text(token, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--output_dir={output_dir}: cannot be written to ({last_line(error)}); make room") from None
+
+
+def sees_token(output_dir, token, seconds):
+    """Whether the token that the first process left can be read here within so many seconds: what one machine writes
+    to a network file system others may see with a delay."""
+    deadline = time.monotonic() + seconds
+    while True:
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            if Path(output_dir, TOKEN_FILE).read_text(encoding="utf-8") == token:
+                return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.25)
+
+
+def remove_token(output_dir):
+    """Removes what `leave_token` left."""
+    with contextlib.suppress(OSError):
+        Path(output_dir, TOKEN_FILE).unlink()
 
 
 def chosen_tracker(args):
