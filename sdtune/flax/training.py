@@ -102,7 +102,7 @@ def check_shared_output(args):
     if not everywhere.all() and not problems:
         blind = ", ".join(map(str, np.flatnonzero(~everywhere)))
         problems = [
-            f"--output_dir={args.output_dir}: hosts {blind} do not see what host 0 writes there; this is host "
+            f"--output_dir={args.output_dir}: what host 0 writes there is not seen by host {blind}; this is host "
             f"{jax.process_index()}, {socket.gethostname()}, which looks into {Path(args.output_dir).resolve()}; name "
             "one folder that all machines share, by its whole path"
         ]
