@@ -120,8 +120,10 @@ def load_models_with_adapters(args, accelerator):
     pipeline = load_base(args)
     weight_dtype = DTYPES[accelerator.mixed_precision]
     enable_memory_savers(args, pipeline.unet, accelerator.device, weight_dtype)
-    for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
+    for part in (pipeline.vae, pipeline.text_encoder):
         frozen(part, accelerator.device, weight_dtype)
+    # FSDP2 shares out the weights of a layer and of its adapters together, in one precision.
+    frozen(pipeline.unet, accelerator.device, torch.float32 if accelerator.is_fsdp2 else weight_dtype)
     models = {"unet": pipeline.unet}
     if args.train_text_encoder:
         models["text_encoder"] = pipeline.text_encoder

@@ -32,15 +32,7 @@ from tqdm.auto import tqdm
 
 from sdtune.batches import find_largest_step, micro_batches, step_sizes
 from sdtune.buckets import warn_of_short_steps
-from sdtune.checkpoints import (
-    find_checkpoint,
-    keep_best,
-    new_run,
-    note_step,
-    resume,
-    save_checkpoint,
-    write_torch_state,
-)
+from sdtune.checkpoints import Weights, find_checkpoint, new_run, note_step
 from sdtune.errors import InputError, gathered, raise_problems
 from sdtune.failures import leave, told_in_a_line
 from sdtune.models import DTYPES
@@ -55,7 +47,9 @@ from sdtune.optimization import (
 from sdtune.output import chosen_tracker, leave_token, log_losses, prepare_output, remove_token, sees_token
 from sdtune.plan import print_plan, tell_cost, warn_of_precision
 from sdtune.randomness import DROPOUT, random_numbers
+from sdtune.sharding import check_sharding, held_here, set_up_sharding, skeleton_of, whole_tensor
 from sdtune.signals import is_asked, on_signals
+from sdtune.states import keep_best_together, register_weights, resume, save_together
 from sdtune.validation import LookGivenUp, steps_between_looks
 
 # Of glibc's `mallopt` (malloc.h): parameters, with the largest values that serve.
@@ -77,8 +71,7 @@ class Work:
     """What the steps of a run are made of."""
 
     loader: torch.utils.data.DataLoader  # of this process's batches, from the run's next step on
-    models: list  # as accelerate prepared them, whose gradients processes share
-    training_loss: Callable  # (batch): the loss of each sample (batch,), through `models`
+    training_loss: Callable  # (batch): the loss of each sample (batch,), through the models that are trained
     make_gradients: Callable  # (args, accelerator, run, work, passes): a step's loss, and the norm of its gradient
 
 
@@ -118,10 +111,10 @@ def check_environment(args):
             f"ACCELERATE_DYNAMO_BACKEND={os.environ['ACCELERATE_DYNAMO_BACKEND']} (or accelerate's config): is not "
             "obeyed here; use no, and --compile"
         )
-    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+    for name in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
             problems.append(f"accelerate's config asks for {name}, which cannot be used; choose GPUs alone")
-    return problems
+    return problems + check_sharding(args)
 
 
 def make_accelerator(args):
@@ -140,6 +133,7 @@ def make_accelerator(args):
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # else every gradient is there twice
         ],
     )
+    set_up_sharding(accelerator)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     if accelerator.num_processes > 1:
@@ -212,13 +206,26 @@ def agree_on_data(accelerator, fingerprints):
     check_agreement(accelerator, fingerprints)
 
 
-def make_state(args, accelerator, optimizer, last_step):
+def prepare(accelerator, models, optimizer, write, read):
+    """Prepares models, by name, and their optimizer for the accelerator: their passes are autocast then. Returns the
+    weights that are trained, with `write` and `read` as `Weights` has them, and the optimizer."""
+    skeletons = {name: skeleton_of(model) for name, model in models.items()} if accelerator.is_fsdp2 else {}
+    # In one call: an optimizer has to get to know the shards of its weights.
+    *prepared, optimizer = accelerator.prepare(*models.values(), optimizer)
+    if accelerator.is_fsdp2:  # which autocasts nothing
+        for model in prepared:
+            model.forward = accelerator.autocast()(model.forward)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    prepared = dict(zip(models, prepared, strict=True))
+    return Weights(models, prepared, parameters, write, read, skeletons), optimizer
+
+
+def make_state(args, accelerator, optimizer, weights, last_step):
     """All that a checkpoint holds beside weights, by name: optimizer, lr_scheduler, maybe ema and scaler."""
     lr_scheduler = make_schedule(args, optimizer, last_step)
-    state = {"optimizer": accelerator.prepare(optimizer), "lr_scheduler": lr_scheduler}
+    state = {"optimizer": optimizer, "lr_scheduler": lr_scheduler}
     if args.use_ema:
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        state["ema"] = make_average(args, parameters)
+        state["ema"] = make_average(args, held_here(weights.parameters))
         if args.offload_ema:  # at once: the first step needs all memory that there is
             state["ema"].to("cpu")
     if accelerator.scaler is not None:
@@ -230,10 +237,12 @@ def start_run(args, accelerator, counts, state, fingerprints, weights, free, fix
     """A run at its start, or where the checkpoint to resume from ended, the same in all processes; `free` and `fixed`
     name settings that may and that cannot differ from the checkpoint's. Raises `InputError`."""
     masks = split_of_step(args, accelerator) if has_dropout(weights.models) else None
-    fingerprints = {**fingerprints, "dropout_masks": masks, "optimizer": optimizer_of(args)}
+    sharding = "FSDP2" if accelerator.is_fsdp2 else None
+    fingerprints = {**fingerprints, "dropout_masks": masks, "optimizer": optimizer_of(args), "sharding": sharding}
     run = new_run(args, counts, state, accelerator.mixed_precision, fingerprints, weights)
+    register_weights(accelerator, run)
     if checkpoint := find_checkpoint(run.output_dir, args.resume_from_checkpoint):
-        resume(run, checkpoint, free, fixed)
+        resume(accelerator, run, checkpoint, free, fixed)
     check_agreement(accelerator, {"global_step": run.progress["global_step"]})
     return run
 
@@ -354,11 +363,10 @@ def train_steps(args, accelerator, run, stop, work, look):
                 log_losses(accelerator, run, lr_scheduler.get_last_lr()[0], norm, images_per_second)
 
         # Save and look
-        if stop_now or is_broken or done % args.checkpointing_steps == 0 or done == counts.last_step:
-            if accelerator.is_main_process and run.is_whole:
-                # After a broken step none is removed: the last good one may be an older one.
-                save_checkpoint(run, write_torch_state, None if is_broken else args.checkpoints_total_limit)
-            accelerator.wait_for_everyone()
+        is_due = stop_now or is_broken or done % args.checkpointing_steps == 0 or done == counts.last_step
+        if is_due and run.is_whole:
+            # After a broken step none is removed: the last good one may be an older one.
+            save_together(accelerator, run, None if is_broken else args.checkpoints_total_limit)
         if stop_now or is_broken:
             leave(accelerator, run, is_broken, stop.received)
         if done % validation_steps == 0 or done == counts.last_step:
@@ -416,7 +424,7 @@ def take_step(args, accelerator, run, work, passes, is_stop_asked):
         optimizer.zero_grad()
         if is_finite:
             lr_scheduler.step()
-            update_average(args, run, run.weights.parameters)
+            update_average(args, run, held_here(run.weights.parameters))
         note_step(run, step, loss, is_finite)
         run.is_whole = True
     return loss, grad_norm if is_finite else None, is_broken, stop_now
@@ -428,11 +436,12 @@ def add_up_gradients(args, accelerator, run, work, passes):
     step_loss = torch.zeros((), device=accelerator.device)
     for batch, is_last in passes:
         batch = send_to_device(batch, accelerator.device, non_blocking=True)
-        with without_sync(accelerator, [] if is_last else work.models):
+        with without_sync(accelerator, [] if is_last else run.weights.prepared.values()):
             loss = (work.training_loss(batch) * batch["weight"]).sum()
             accelerator.backward(loss * accelerator.num_processes)  # gradients are averaged over processes
         step_loss += loss.detach()
-    return step_loss, accelerator.clip_grad_norm_(run.weights.parameters, args.max_grad_norm)
+    grad_norm = accelerator.clip_grad_norm_(run.weights.parameters, args.max_grad_norm)
+    return step_loss, whole_tensor(grad_norm)
 
 
 def look_and_keep(args, accelerator, run, stop, look):
@@ -441,13 +450,10 @@ def look_and_keep(args, accelerator, run, stop, look):
     try:
         held_out_loss = look(functools.partial(is_asked, stop))
     except LookGivenUp:
-        if accelerator.is_main_process:
-            save_checkpoint(run, write_torch_state, args.checkpoints_total_limit)
-        accelerator.wait_for_everyone()
+        save_together(accelerator, run, args.checkpoints_total_limit)
         leave(accelerator, run, False, stop.received)
-    if args.keep_best and held_out_loss is not None and accelerator.is_main_process:
-        keep_best(run, held_out_loss, write_torch_state, args.checkpoints_total_limit)
-    accelerator.wait_for_everyone()
+    if args.keep_best and held_out_loss is not None:
+        keep_best_together(accelerator, run, held_out_loss, args.checkpoints_total_limit)
 
 
 def max_nan_steps(args, accelerator):
@@ -479,13 +485,3 @@ def update_average(args, run, parameters):
     ema = run.state.get("ema")
     if ema:
         step_average(ema, parameters, args.foreach_ema, args.offload_ema)
-
-
-def use_average(run):
-    """Puts the averaged weights, if there are any, into the models, in float32: those are the result, but no state to
-    go on from."""
-    run.is_whole = False
-    for parameter in run.weights.parameters:  # which may be in bfloat16, and lose what an average is for
-        parameter.data = parameter.data.float()
-    if "ema" in run.state:
-        run.state["ema"].copy_to(run.weights.parameters)

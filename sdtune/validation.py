@@ -12,11 +12,11 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 
 from sdtune.batches import batches_of_one_size
-from sdtune.checkpoints import averaged
 from sdtune.dataset import CaptionedImages, unopened
 from sdtune.diffusion import diffusion_losses, draw_latents, encode_posterior
 from sdtune.models import on_device
 from sdtune.output import tell_trackers, write_log
+from sdtune.states import averaged
 
 HELD_OUT_TIMESTEPS = 4  # at which the loss of each held-out image is measured
 

@@ -18,13 +18,17 @@ from training import checkpoint_state, checkpoint_unet, losses, read_log, same, 
 from sdtune.checkpoints import (
     Run,
     Weights,
-    averaged,
     find_checkpoint,
     keep_best,
     list_checkpoints,
     read_best,
     save_checkpoint,
 )
+from sdtune.states import averaged
+
+FILES = """
+args.json digests.json optimizer.bin progress.json random_states_0.pkl state.json unet
+""".split()
 
 
 @pytest.fixture(scope="module")
@@ -127,11 +131,11 @@ def test_a_whole_checkpoint_holds_what_a_resume_needs(straight):
         folder = straight / f"checkpoint-{step}"
         assert json.loads((folder / "progress.json").read_text())["global_step"] == step
         assert json.loads((folder / "args.json").read_text())["learning_rate"] == 1e-3
-        assert sorted(path.name for path in folder.iterdir()) == ["args.json", "progress.json", "state.pt", "unet"]
+        assert sorted(path.name for path in folder.iterdir()) == FILES
         state = checkpoint_state(folder)
         weights = "unet/diffusion_pytorch_model.safetensors"
-        assert state.keys() == {weights, "optimizer", "lr_scheduler", "progress"}
-        assert {int(moments["step"]) for moments in state["optimizer"]["state"].values()} == {step}
+        assert state.keys() == {weights, "optimizer.bin", "lr_scheduler", "progress"}
+        assert {int(moments["step"]) for moments in state["optimizer.bin"]["state"].values()} == {step}
         assert state["lr_scheduler"]["last_epoch"] == step
     assert same(checkpoint_unet(straight / "checkpoint-4"), unet(straight))
 
@@ -181,7 +185,7 @@ def test_files_honour_the_umask(fit, tmp_path, umask, mode):
         os.umask(before)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len([path for path in files if path.suffix == ".safetensors"]) == 5  # of result, checkpoint and average
-    assert len([path for path in files if path.name == "state.pt"]) == 1
+    assert len([path for path in files if path.name == "optimizer.bin"]) == 1
     modes = {path.name: oct(stat.S_IMODE(path.stat().st_mode)) for path in files}
     assert set(modes.values()) == {oct(mode)}, modes
 
@@ -263,7 +267,7 @@ def test_averages_that_do_not_fit_leave_the_weights_as_they_were():
     parameters = [torch.nn.Parameter(torch.full((2,), float(number))) for number in range(2)]
     ema = EMAModel(parameters)
     ema.shadow_params = [torch.full((2,), 7.0), torch.full((3,), 7.0)]  # the second one cannot be copied
-    run = Run(Path(), {}, {}, {"ema": ema}, None, Weights({}, parameters, None, None))
+    run = Run(Path(), {}, {}, {"ema": ema}, None, Weights({}, {}, parameters, None, None, {}))
     with pytest.raises(RuntimeError, match="size"), averaged(run):
         pass
     assert [parameter.tolist() for parameter in parameters] == [[0.0, 0.0], [1.0, 1.0]]
@@ -321,13 +325,13 @@ def test_other_held_out_images_are_other_images(fit, images, tmp_path, capsys):
 @pytest.mark.parametrize(
     "name, length",  # of what is left of the file; None: it is gone
     [
-        ("state.pt", None),
-        ("state.pt", 500),
+        ("optimizer.bin", None),
+        ("optimizer.bin", 500),
+        ("state.json", 5),
         ("args.json", None),
         ("args.json", 0),
         ("progress.json", 0),
         ("unet/diffusion_pytorch_model.safetensors", 500),
-        ("unet/config.json", None),
     ],
 )
 def test_damaged_checkpoints_are_named(fit, stopped, capsys, name, length):

@@ -349,7 +349,7 @@ def half_written(straight, folder):
     shutil.rmtree(folder / "checkpoint-8")
     for name in ("checkpoint-9", "checkpoint-9.partial"):
         shutil.copytree(folder / "checkpoint-4", folder / name)
-        (folder / name / "state.pt").write_bytes(b"half")
+        (folder / name / "optimizer.bin").write_bytes(b"half")
     (folder / "checkpoint-9" / "progress.json").unlink()
     return folder
 

@@ -25,6 +25,7 @@ terminal SNR (2305.08891), input perturbation (2301.11706).
 #   randomness     Random numbers as a pure function of the seed and of what they are for
 #   dataset        Read captioned images from a folder or the Hub, check them, make samples to train on
 #   checkpoints    Write checkpoints that are whole or not there, find them, and go on from one
+#   states         The state of a run in PyTorch, of which every process writes its part and reads it back
 #   errors         Mistakes of the user's: how they are gathered, told and end the process
 #   files          Files: read, written beside their place and renamed when complete, with permissions
 #   arguments      The flags that several scripts share, their types, and `--config`
@@ -35,6 +36,8 @@ terminal SNR (2305.08891), input perturbation (2301.11706).
 #   buckets        Aspect-ratio buckets: pictures keep about their shape, in sizes of about the same area
 #   optimization   The optimizer, its learning rate, and the average of the weights
 #   full_bf16      Train weights in bfloat16, each updated as soon as its gradient is there: `--full_bf16`
+#   sharding       FSDP2: what is trained is shared out over processes, each of which holds a shard of each tensor
+#   digests        Digests of the files in a folder, by which a damaged one is found
 #   output         The folder of a run: whether it may be used, its log, the pipeline that results
 #   plan           The plan that a run prints before its first step
 #   model_card     The model card, README.md of a result
@@ -52,6 +55,7 @@ gc.disable()
 
 import argparse
 import contextlib
+import copy
 import csv
 import ctypes
 import dataclasses
@@ -86,6 +90,7 @@ import diffusers
 import numpy as np
 import safetensors.numpy
 import torch
+import torch.distributed.checkpoint
 import torch.nn.functional as F
 import transformers
 import yaml
@@ -96,6 +101,7 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     broadcast_object_list,
+    disable_fsdp_ram_efficient_loading,
     gather_object,
     get_int_from_env,
     is_cuda_available,
@@ -113,6 +119,8 @@ from huggingface_hub.utils import validate_repo_id
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from torch.cuda import is_bf16_supported, max_memory_reserved
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTokenizer
 
@@ -427,6 +435,8 @@ class FusedAdamW(torch.optim.Optimizer):
         """Does nothing: the backward pass has done it."""
 
 
+DIGESTS_FILE = "digests.json"
+
 AVERAGED = "_ema"  # ends the names of averaged weights in a checkpoint
 
 
@@ -435,9 +445,11 @@ class Weights:
     """The weights that are trained, and how they become files that people can load, and come back from them."""
 
     models: dict  # by name, that have them
+    prepared: dict  # by name, as accelerate prepared them for passes
     parameters: list  # of torch
     write: Callable  # (models, folder, suffix): writes into a folder, with a suffix to the names
     read: Callable  # (models, folder, suffix): reads what was written. Raises whatever a broken file leads to
+    skeletons: dict  # by name, models without weights, for those that are shared out over processes
 
 
 @dataclasses.dataclass
@@ -453,6 +465,10 @@ class Run:
     weights: Weights | None = None  # None in JAX, where they are part of the state
     is_whole: bool = True  # weights and state belong together; not so in the middle of an optimizer step
 
+
+OPTIMIZER_FILE = "optimizer.bin"  # as accelerate calls it
+SHARDS = "shards"  # a folder, in the place of weights and optimizer
+STATE_FILE = "state.json"
 
 LOCK_FILE = ".lock"
 TOKEN_FILE = ".token"  # what the first process leaves for the other machines to see, for a moment
@@ -516,8 +532,7 @@ class Work:
     """What the steps of a run are made of."""
 
     loader: torch.utils.data.DataLoader  # of this process's batches, from the run's next step on
-    models: list  # as accelerate prepared them, whose gradients processes share
-    training_loss: Callable  # (batch): the loss of each sample (batch,), through `models`
+    training_loss: Callable  # (batch): the loss of each sample (batch,), through the models that are trained
     make_gradients: Callable  # (args, accelerator, run, work, passes): a step's loss, and the norm of its gradient
 
 
@@ -587,6 +602,7 @@ FIXED_ON_RESUME = {
     "mixed_precision",
     "channels_last",
     "optimizer",
+    "sharding",
     "state",
 }  # the checkpoint's state would not fit
 
@@ -644,8 +660,7 @@ def load_models(args, accelerator):
     for part in (pipeline.vae, pipeline.text_encoder):
         frozen(part, accelerator.device, weight_dtype)
     pipeline.unet.requires_grad_(True).train()
-    if args.full_bf16:
-        pipeline.unet.to(dtype=torch.bfloat16)
+    pipeline.unet.to(accelerator.device, torch.bfloat16 if args.full_bf16 else torch.float32)
     return pipeline, make_noise_scheduler(args, pipeline)
 
 
@@ -661,7 +676,11 @@ def train(args, launcher):
         start_trackers(args, accelerator)
     pipeline, noise_scheduler = load_models(args, accelerator)
     make_faster(args, pipeline.unet)
-    unet = accelerator.prepare(pipeline.unet)  # whose passes are autocast now
+    counts = count_steps(args, len(images), accelerator.num_processes, images.sizes)
+    groups = [{"params": list(pipeline.unet.parameters()), "lr": peak_learning_rate(args, counts)}]
+    optimizer = make_fused_optimizer(args, groups) if args.full_bf16 else make_optimizer(args, groups)
+    weights, optimizer = prepare(accelerator, {"unet": pipeline.unet}, optimizer, write_models, read_models)
+    unet = weights.prepared["unet"]
 
     def training_loss(batch):
         """The loss of each sample of a batch (batch,)."""
@@ -669,13 +688,7 @@ def train(args, launcher):
         prompt_embeds = encode_prompts(pipeline.text_encoder, batch)
         return diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, batch, args.snr_gamma)
 
-    counts = count_steps(args, len(images), accelerator.num_processes, images.sizes)
-    learning_rate = peak_learning_rate(args, counts)
-    parameters = list(pipeline.unet.parameters())
-    groups = [{"params": parameters, "lr": learning_rate}]
-    weights = Weights({"unet": pipeline.unet}, parameters, write_models, read_models)
-    optimizer = make_fused_optimizer(args, groups) if args.full_bf16 else make_optimizer(args, groups)
-    state = make_state(args, accelerator, optimizer, counts.last_step)
+    state = make_state(args, accelerator, optimizer, weights, counts.last_step)
     run = start_run(args, accelerator, counts, state, fingerprints, weights, FREE_ON_RESUME, FIXED_ON_RESUME)
     cache = plan_cache(args, accelerator, pipeline, [images, held_out])
     about = {
@@ -695,7 +708,7 @@ def train(args, launcher):
     batches = batches_of(args, accelerator, run)
     loader = make_loader(args, accelerator, images, batches)
     make_gradients = update_in_backward if args.full_bf16 else add_up_gradients
-    work = Work(loader, [unet], training_loss, make_gradients)
+    work = Work(loader, training_loss, make_gradients)
     if args.dry_run:
         try_steps(args, accelerator, run, work)
         end_training(accelerator)
@@ -707,19 +720,22 @@ def train(args, launcher):
         held_out = encode_held_out(accelerator, parts["vae"], parts["text_encoder"], held_out, args.train_batch_size)
     look = functools.partial(validate, args, accelerator, run, parts, held_out, prompts)
     stop = Stop(launcher)
-    with nothing_lost(args, accelerator, run, stop, write_torch_state):
+    with nothing_lost(args, accelerator, run, stop, functools.partial(write_state_alone, accelerator)):
         train_steps(args, accelerator, run, stop, work, look)
+        use_average(run)
+        models = whole_models(weights)
         if accelerator.is_main_process:
-            use_average(run)
-            files = save_model(args, pipeline, noise_scheduler, counts.last_step)
+            files = save_model(args, pipeline, models, noise_scheduler, counts.last_step)
     if repo_id:
         push(args, repo_id, files, counts.last_step)
     end_training(accelerator)
 
 
-def save_model(args, pipeline, noise_scheduler, step):
-    """Writes the pipeline and the model card; returns patterns that are the pipeline's files."""
-    pipeline = with_whole_parts(args, pipeline, {"unet"})
+def save_model(args, pipeline, models, noise_scheduler, step):
+    """Writes the pipeline with `models`, by name, and the model card; returns patterns that are the pipeline's
+    files."""
+    pipeline.register_modules(**models)
+    pipeline = with_whole_parts(args, pipeline, models)
     with new_result(args.output_dir) as folder:
         files = save_pipeline(args, folder, pipeline, noise_scheduler)
         loader = "`StableDiffusionPipeline.from_pretrained(...)`"
@@ -825,10 +841,10 @@ def check_environment(args):
             f"ACCELERATE_DYNAMO_BACKEND={os.environ['ACCELERATE_DYNAMO_BACKEND']} (or accelerate's config): is not "
             "obeyed here; use no, and --compile"
         )
-    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+    for name in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
             problems.append(f"accelerate's config asks for {name}, which cannot be used; choose GPUs alone")
-    return problems
+    return problems + check_sharding(args)
 
 
 def make_accelerator(args):
@@ -847,6 +863,7 @@ def make_accelerator(args):
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # else every gradient is there twice
         ],
     )
+    set_up_sharding(accelerator)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     if accelerator.num_processes > 1:
@@ -919,13 +936,26 @@ def agree_on_data(accelerator, fingerprints):
     check_agreement(accelerator, fingerprints)
 
 
-def make_state(args, accelerator, optimizer, last_step):
+def prepare(accelerator, models, optimizer, write, read):
+    """Prepares models, by name, and their optimizer for the accelerator: their passes are autocast then. Returns the
+    weights that are trained, with `write` and `read` as `Weights` has them, and the optimizer."""
+    skeletons = {name: skeleton_of(model) for name, model in models.items()} if accelerator.is_fsdp2 else {}
+    # In one call: an optimizer has to get to know the shards of its weights.
+    *prepared, optimizer = accelerator.prepare(*models.values(), optimizer)
+    if accelerator.is_fsdp2:  # which autocasts nothing
+        for model in prepared:
+            model.forward = accelerator.autocast()(model.forward)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    prepared = dict(zip(models, prepared, strict=True))
+    return Weights(models, prepared, parameters, write, read, skeletons), optimizer
+
+
+def make_state(args, accelerator, optimizer, weights, last_step):
     """All that a checkpoint holds beside weights, by name: optimizer, lr_scheduler, maybe ema and scaler."""
     lr_scheduler = make_schedule(args, optimizer, last_step)
-    state = {"optimizer": accelerator.prepare(optimizer), "lr_scheduler": lr_scheduler}
+    state = {"optimizer": optimizer, "lr_scheduler": lr_scheduler}
     if args.use_ema:
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        state["ema"] = make_average(args, parameters)
+        state["ema"] = make_average(args, held_here(weights.parameters))
         if args.offload_ema:  # at once: the first step needs all memory that there is
             state["ema"].to("cpu")
     if accelerator.scaler is not None:
@@ -937,10 +967,12 @@ def start_run(args, accelerator, counts, state, fingerprints, weights, free, fix
     """A run at its start, or where the checkpoint to resume from ended, the same in all processes; `free` and `fixed`
     name settings that may and that cannot differ from the checkpoint's. Raises `InputError`."""
     masks = split_of_step(args, accelerator) if has_dropout(weights.models) else None
-    fingerprints = {**fingerprints, "dropout_masks": masks, "optimizer": optimizer_of(args)}
+    sharding = "FSDP2" if accelerator.is_fsdp2 else None
+    fingerprints = {**fingerprints, "dropout_masks": masks, "optimizer": optimizer_of(args), "sharding": sharding}
     run = new_run(args, counts, state, accelerator.mixed_precision, fingerprints, weights)
+    register_weights(accelerator, run)
     if checkpoint := find_checkpoint(run.output_dir, args.resume_from_checkpoint):
-        resume(run, checkpoint, free, fixed)
+        resume(accelerator, run, checkpoint, free, fixed)
     check_agreement(accelerator, {"global_step": run.progress["global_step"]})
     return run
 
@@ -1061,11 +1093,10 @@ def train_steps(args, accelerator, run, stop, work, look):
                 log_losses(accelerator, run, lr_scheduler.get_last_lr()[0], norm, images_per_second)
 
         # Save and look
-        if stop_now or is_broken or done % args.checkpointing_steps == 0 or done == counts.last_step:
-            if accelerator.is_main_process and run.is_whole:
-                # After a broken step none is removed: the last good one may be an older one.
-                save_checkpoint(run, write_torch_state, None if is_broken else args.checkpoints_total_limit)
-            accelerator.wait_for_everyone()
+        is_due = stop_now or is_broken or done % args.checkpointing_steps == 0 or done == counts.last_step
+        if is_due and run.is_whole:
+            # After a broken step none is removed: the last good one may be an older one.
+            save_together(accelerator, run, None if is_broken else args.checkpoints_total_limit)
         if stop_now or is_broken:
             leave(accelerator, run, is_broken, stop.received)
         if done % validation_steps == 0 or done == counts.last_step:
@@ -1123,7 +1154,7 @@ def take_step(args, accelerator, run, work, passes, is_stop_asked):
         optimizer.zero_grad()
         if is_finite:
             lr_scheduler.step()
-            update_average(args, run, run.weights.parameters)
+            update_average(args, run, held_here(run.weights.parameters))
         note_step(run, step, loss, is_finite)
         run.is_whole = True
     return loss, grad_norm if is_finite else None, is_broken, stop_now
@@ -1135,11 +1166,12 @@ def add_up_gradients(args, accelerator, run, work, passes):
     step_loss = torch.zeros((), device=accelerator.device)
     for batch, is_last in passes:
         batch = send_to_device(batch, accelerator.device, non_blocking=True)
-        with without_sync(accelerator, [] if is_last else work.models):
+        with without_sync(accelerator, [] if is_last else run.weights.prepared.values()):
             loss = (work.training_loss(batch) * batch["weight"]).sum()
             accelerator.backward(loss * accelerator.num_processes)  # gradients are averaged over processes
         step_loss += loss.detach()
-    return step_loss, accelerator.clip_grad_norm_(run.weights.parameters, args.max_grad_norm)
+    grad_norm = accelerator.clip_grad_norm_(run.weights.parameters, args.max_grad_norm)
+    return step_loss, whole_tensor(grad_norm)
 
 
 def look_and_keep(args, accelerator, run, stop, look):
@@ -1148,13 +1180,10 @@ def look_and_keep(args, accelerator, run, stop, look):
     try:
         held_out_loss = look(functools.partial(is_asked, stop))
     except LookGivenUp:
-        if accelerator.is_main_process:
-            save_checkpoint(run, write_torch_state, args.checkpoints_total_limit)
-        accelerator.wait_for_everyone()
+        save_together(accelerator, run, args.checkpoints_total_limit)
         leave(accelerator, run, False, stop.received)
-    if args.keep_best and held_out_loss is not None and accelerator.is_main_process:
-        keep_best(run, held_out_loss, write_torch_state, args.checkpoints_total_limit)
-    accelerator.wait_for_everyone()
+    if args.keep_best and held_out_loss is not None:
+        keep_best_together(accelerator, run, held_out_loss, args.checkpoints_total_limit)
 
 
 def max_nan_steps(args, accelerator):
@@ -1186,16 +1215,6 @@ def update_average(args, run, parameters):
     ema = run.state.get("ema")
     if ema:
         step_average(ema, parameters, args.foreach_ema, args.offload_ema)
-
-
-def use_average(run):
-    """Puts the averaged weights, if there are any, into the models, in float32: those are the result, but no state to
-    go on from."""
-    run.is_whole = False
-    for parameter in run.weights.parameters:  # which may be in bfloat16, and lose what an average is for
-        parameter.data = parameter.data.float()
-    if "ema" in run.state:
-        run.state["ema"].copy_to(run.weights.parameters)
 
 
 # ------------------------------------------------------------------------------------------------------------- batches
@@ -1783,26 +1802,48 @@ def checkpoint_of(run):
 
 
 def save_checkpoint(run, write_state, total_limit):
-    """Writes checkpoint-N beside its place, then renames it; only then do older ones beyond `total_limit` go, but not
-    the best one. `write_state(run, folder)` writes the run's weights and state. For one process alone. If it fails,
-    nothing of it stays behind. Raises whatever a full disk or the like leads to."""
-    final = checkpoint_of(run)
-    if (final / "progress.json").exists():  # a step broke just after a save
+    """Writes checkpoint-N, in which `write_state(run, folder)` writes the run's weights and state. For one process
+    alone. If it fails, nothing of it stays behind. Raises whatever a full disk or the like leads to."""
+    partial = begin_checkpoint(run)
+    if partial is None:
         return
+    with removed_on_failure(partial):
+        write_state(run, partial)
+        finish_checkpoint(run, partial, total_limit)
+
+
+def begin_checkpoint(run):
+    """Makes the folder of the checkpoint of the run's step, beside its place; None if the checkpoint is there, because
+    a step broke just after a save. For one process alone."""
+    final = checkpoint_of(run)
+    if (final / "progress.json").exists():
+        return None
     # Two processes, maybe of two machines, may save after a failure: the first one wins.
     partial = final.with_name(f"{final.name}.{socket.gethostname()}-{os.getpid()}.partial")
+    partial.mkdir()
+    return partial
+
+
+@contextlib.contextmanager
+def removed_on_failure(partial):
+    """Leaves nothing behind of a checkpoint that fails."""
     try:
-        partial.mkdir()
-        write_state(run, partial)
-        for name, content in (("args", run.settings), ("progress", run.progress)):
-            (partial / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        copy_mode(run.output_dir / "args.json", partial.rglob("*.safetensors"))
-        sync(partial)  # files before names, or a crash could leave a whole name with half a file
-        partial.rename(final)
-        sync_folder(run.output_dir)
+        yield
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def finish_checkpoint(run, partial, total_limit):
+    """Completes a checkpoint whose weights and state are written, and renames it; only then do older ones beyond
+    `total_limit` go, but not the best one. For one process alone."""
+    for name, content in (("args", run.settings), ("progress", run.progress)):
+        (partial / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    copy_mode(run.output_dir / "args.json", partial.rglob("*.safetensors"))
+    write_digests(partial)
+    sync(partial)  # files before names, or a crash could leave a whole name with half a file
+    partial.rename(checkpoint_of(run))
+    sync_folder(run.output_dir)
     remove_surplus(run.output_dir, total_limit)
 
 
@@ -1821,68 +1862,19 @@ def read_best(output_dir):
     return read_json(path) if path.is_file() else None
 
 
-def keep_best(run, held_out_loss, write_state, total_limit):
-    """Keeps the checkpoint of the run's step, and writes it if it is not there, if its held-out loss is the lowest so
-    far. For one process alone."""
-    best, step = read_best(run.output_dir), run.progress["global_step"]
-    is_worse = best and best["step"] != step and best["held_out_loss"] <= held_out_loss
-    if is_worse or not math.isfinite(held_out_loss):
-        return
-    save_checkpoint(run, write_state, None)
+def is_best(run, held_out_loss):
+    """Whether a held-out loss is the lowest so far."""
+    best = read_best(run.output_dir)
+    is_worse = best and best["step"] != run.progress["global_step"] and best["held_out_loss"] <= held_out_loss
+    return math.isfinite(held_out_loss) and not is_worse
+
+
+def note_best(run, held_out_loss, total_limit):
+    """Notes that the checkpoint of the run's step is the best one, which makes another one surplus."""
     with beside(run.output_dir / "best.json") as path:
-        path.write_text(json.dumps({"step": step, "held_out_loss": held_out_loss}) + "\n", encoding="utf-8")
+        best = {"step": run.progress["global_step"], "held_out_loss": held_out_loss}
+        path.write_text(json.dumps(best) + "\n", encoding="utf-8")
     remove_surplus(run.output_dir, total_limit)
-
-
-@contextlib.contextmanager
-def averaged(run):
-    """Has the averaged weights, if there are any, in the models for a while."""
-    ema, parameters = run.state.get("ema"), run.weights.parameters
-    if not ema:
-        yield
-        return
-    ema.store(parameters)
-    try:
-        ema.copy_to(parameters)
-        yield
-    finally:
-        ema.restore(parameters)
-
-
-@contextlib.contextmanager
-def holding(parameters, values):
-    """Has parameters hold other tensors for a while, wherever and in whatever precision these are: to write them, or
-    to read into them."""
-    own = [parameter.data for parameter in parameters]
-    try:
-        for parameter, value in zip(parameters, values, strict=True):
-            parameter.data = value
-        yield
-    finally:
-        for parameter, value in zip(parameters, own, strict=True):
-            parameter.data = value
-
-
-def write_torch_state(run, folder):
-    """Writes the weights, averaged ones too, and the state of what was made by PyTorch into a checkpoint's folder."""
-    run.weights.write(run.weights.models, folder, "")
-    state = {name: part.state_dict() for name, part in run.state.items()}
-    if "ema" in state:
-        with holding(run.weights.parameters, run.state["ema"].shadow_params):
-            run.weights.write(run.weights.models, folder, AVERAGED)
-        del state["ema"]["shadow_params"]
-    torch.save(state, folder / "state.pt")
-
-
-def read_torch_state(run, folder):
-    """Reads what `write_torch_state` wrote: weights into the models, the average into the run's; returns the state, by
-    name, as tensors in the CPU's memory."""
-    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    if "ema" in run.state:
-        with holding(run.weights.parameters, run.state["ema"].shadow_params):
-            run.weights.read(run.weights.models, folder, AVERAGED)
-    run.weights.read(run.weights.models, folder, "")
-    return state
 
 
 def note_step(run, step, loss, is_finite):
@@ -1950,23 +1942,177 @@ def take_settings(run, checkpoint, free, fixed):
     take_progress(run, checkpoint, progress, changed)
 
 
-def resume(run, checkpoint, free, fixed):
-    """Loads a checkpoint into the run, made by PyTorch; `free` and `fixed` as in `compare_settings`. Raises
+# -------------------------------------------------------------------------------------------------------------- states
+@contextlib.contextmanager
+def averaged(run):
+    """Has the averaged weights, if there are any, in the models for a while."""
+    ema, parameters = run.state.get("ema"), held_here(run.weights.parameters)
+    if not ema:
+        yield
+        return
+    ema.store(parameters)
+    try:
+        ema.copy_to(parameters)
+        yield
+    finally:
+        ema.restore(parameters)
+
+
+def use_average(run):
+    """Puts the averaged weights, if there are any, into the models, in float32: those are the result, but no state to
+    go on from."""
+    run.is_whole = False
+    for parameter in run.weights.parameters:
+        if parameter.dtype != torch.float32:  # in bfloat16 they would lose what an average is for
+            parameter.data = parameter.data.float()
+    if "ema" in run.state:
+        run.state["ema"].copy_to(held_here(run.weights.parameters))
+
+
+@contextlib.contextmanager
+def holding(parameters, values):
+    """Has parameters hold other tensors for a while, wherever and in whatever precision these are: to write them, or
+    to read into them."""
+    own = [parameter.data for parameter in parameters]
+    try:
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.data = value
+        yield
+    finally:
+        for parameter, value in zip(parameters, own, strict=True):
+            parameter.data = value
+
+
+def save_together(accelerator, run, total_limit):
+    """Writes the checkpoint of the run's step, by all processes together."""
+    [partial] = broadcast_object_list([begin_checkpoint(run) if accelerator.is_main_process else None])
+    if partial is None:
+        return
+    with removed_on_failure(partial):
+        write_state(accelerator, run, partial)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            finish_checkpoint(run, partial, total_limit)
+        accelerator.wait_for_everyone()
+
+
+def keep_best_together(accelerator, run, held_out_loss, total_limit):
+    """Keeps the checkpoint of the run's step, by all processes together, if its held-out loss is the lowest so far."""
+    [is_kept] = broadcast_object_list([accelerator.is_main_process and is_best(run, held_out_loss)])
+    if is_kept:
+        save_together(accelerator, run, None)
+        if accelerator.is_main_process:
+            note_best(run, held_out_loss, total_limit)
+
+
+def register_weights(accelerator, run):
+    """Has accelerate's checkpoints hold the weights that are trained, as files that people can load, in the place of
+    those of the models that it prepared, which would be the whole base."""
+    accelerator.register_save_state_pre_hook(functools.partial(replace_saved_weights, accelerator, run))
+    accelerator.register_load_state_pre_hook(functools.partial(replace_loaded_weights, run))
+
+
+def replace_saved_weights(accelerator, run, _, weights, folder):
+    """Writes a run's weights into the folder of a checkpoint, instead of what accelerate would write."""
+    weights.clear()
+    if accelerator.is_main_process:
+        write_weights(run, Path(folder))
+
+
+def replace_loaded_weights(run, models, folder):
+    """Reads a run's weights from the folder of a checkpoint, instead of what accelerate would read."""
+    models.clear()
+    read_weights(run, Path(folder))
+
+
+def write_weights(run, folder):
+    """Writes a run's weights, averaged ones too, into a folder."""
+    weights = run.weights
+    weights.write(weights.models, folder, "")
+    if "ema" in run.state:
+        with holding(weights.parameters, run.state["ema"].shadow_params):
+            weights.write(weights.models, folder, AVERAGED)
+
+
+def read_weights(run, folder):
+    """Reads what `write_weights` wrote: weights into the models, the average into the run's."""
+    weights = run.weights
+    if "ema" in run.state:
+        with holding(weights.parameters, run.state["ema"].shadow_params):
+            weights.read(weights.models, folder, AVERAGED)
+    weights.read(weights.models, folder, "")
+
+
+def write_state(accelerator, run, folder):
+    """Writes the run's weights and state into the folder of a checkpoint, by all processes together."""
+    if accelerator.is_fsdp2:
+        write_shards(run, folder / SHARDS)  # accelerate would pickle, and write frozen weights too
+    else:
+        accelerator.save_state(folder)
+    if accelerator.is_main_process:
+        write_numbers(run, folder)
+
+
+def write_state_alone(accelerator, run, folder):
+    """Writes the run's weights and state into the folder of a checkpoint, by this process alone. Raises `InputError`
+    if it does not have all of them."""
+    if accelerator.is_fsdp2:
+        raise InputError("no process has all of the weights")
+    accelerator.save_state(folder)  # by any process but the first one only what each process has of its own
+    if not accelerator.is_main_process:
+        write_weights(run, folder)
+        torch.save(run.state["optimizer"].state_dict(), folder / OPTIMIZER_FILE)
+    write_numbers(run, folder)
+
+
+def write_numbers(run, folder):
+    """Writes those parts of the state that are a few numbers."""
+    parts = numbers_of(run)
+    (folder / STATE_FILE).write_text(json.dumps(parts, indent=2) + "\n", encoding="utf-8")
+
+
+def numbers_of(run):
+    """The parts of a run's state that are a few numbers, by name: of the schedule, and of the average."""
+    parts = {name: run.state[name].state_dict() for name in ("lr_scheduler", "ema") if name in run.state}
+    for part in parts.values():
+        part.pop("shadow_params", None)
+    return parts
+
+
+def resume(accelerator, run, checkpoint, free, fixed):
+    """Loads a checkpoint into the run, by all processes together; `free` and `fixed` as in `compare_settings`. Raises
     `InputError`."""
     take_settings(run, checkpoint, free, fixed)
-    saved = read_undamaged(checkpoint, functools.partial(read_torch_state, run))
-    # Rates and decays are those asked for now, which are the checkpoint's unless they were changed.
-    asked = {"param_groups", "base_lrs", "decay", "use_ema_warmup"}
-    for name, part in run.state.items():
-        now = part.state_dict()
-        before = saved[name].get("param_groups", [])
-        saved[name].update({key: now[key] for key in now.keys() & asked})
-        for group, group_before in zip(now.get("param_groups", []), before, strict=True):
-            group.update({key: group_before[key] for key in group_before.keys() & PRODIGY_PROGRESS})
-        part.load_state_dict(saved[name])
+    read_undamaged(checkpoint, functools.partial(read_state, accelerator, run))
+
+
+def read_state(accelerator, run, folder):
+    """Reads what `write_state` wrote. Rates and decays stay those asked for now, which are the checkpoint's unless
+    they were changed."""
     optimizer, lr_scheduler = run.state["optimizer"], run.state["lr_scheduler"]
+    asked = [dict(group) for group in optimizer.param_groups]
+    numbers, numbers_now = read_json(folder / STATE_FILE), numbers_of(run)
+    if accelerator.is_fsdp2:
+        read_shards(run, folder / SHARDS)
+    else:
+        accelerator.load_state(folder, load_kwargs={"mmap": True})  # tensor by tensor, not all of them at once
+        own_tensors(optimizer)
+    for group, group_asked in zip(optimizer.param_groups, asked, strict=True):
+        kept = group_asked.keys() - {"params", *PRODIGY_PROGRESS}
+        group.update({name: group_asked[name] for name in kept})
+    for name, part in numbers.items():
+        part.update({key: numbers_now[name][key] for key in part.keys() & {"base_lrs", "decay", "use_ema_warmup"}})
+        run.state[name].load_state_dict(part)
     for group, factor in zip(optimizer.param_groups, lr_scheduler.lr_lambdas, strict=True):
         group["lr"] = group["initial_lr"] * factor(lr_scheduler.last_epoch)
+
+
+def own_tensors(optimizer):
+    """Has an optimizer's tensors in the CPU's memory be its own, and not parts of the file that they came from."""
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if torch.is_tensor(value) and value.device.type == "cpu":
+                state[name] = value.clone()
 
 
 # -------------------------------------------------------------------------------------------------------------- errors
@@ -2110,6 +2256,11 @@ def copy_mode(source, files):
     """Gives files, which safetensors makes for their owner alone, the permissions of another file."""
     for path in files:
         shutil.copymode(source, path)
+
+
+def name_in(folder, path):
+    """What metadata and the Hub call a file: its path below the folder, with slashes."""
+    return Path(os.path.relpath(path, folder)).as_posix()
 
 
 # ----------------------------------------------------------------------------------------------------------- arguments
@@ -3185,11 +3336,22 @@ def write_models(models, folder, suffix=""):
             model.save_pretrained(folder / f"{name}{suffix}")
 
 
+@torch.no_grad()
 def read_models(models, folder, suffix=""):
-    """Reads what `write_models` wrote into models of the same shapes, in float32."""
+    """Reads what `write_models` wrote into models of the same shapes, tensor by tensor. Raises `ValueError` for
+    weights of another model."""
     for name, model in models.items():
-        saved = type(model).from_pretrained(folder / f"{name}{suffix}", dtype=torch.float32)
-        model.load_state_dict(saved.state_dict())
+        own, num_read = model.state_dict(), 0
+        for path in sorted(Path(folder, f"{name}{suffix}").glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                for key in file.keys():  # noqa: SIM118 (it is no dict)
+                    tensor, saved = own.get(key.removeprefix("text_model.")), file.get_tensor(key)
+                    if tensor is None or tensor.shape != saved.shape:
+                        raise ValueError(f"{path.parent.name} is of another model")
+                    tensor.copy_(saved)
+                    num_read += 1
+        if num_read != len(own):
+            raise ValueError(f"{name}{suffix} is of another model, or not whole")
 
 
 # ------------------------------------------------------------------------------------------------------------- entries
@@ -3668,6 +3830,132 @@ def round_stochastically(values, generator):
     noise = torch.randint(2**16, values.shape, generator=generator, device=values.device, dtype=torch.int32)
     bits = (values.contiguous().view(torch.int32) + noise) & -(2**16)
     return bits.view(torch.float32).to(torch.bfloat16)
+
+
+# ------------------------------------------------------------------------------------------------------------ sharding
+def check_sharding(args):
+    """Lists what cannot go with FSDP, if accelerate's config asks for that."""
+    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return []
+    problems, asked = [], "accelerate's config asks for FSDP"
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        problems.append(f"{asked} {os.environ.get('FSDP_VERSION', 1)}, which is not obeyed; use fsdp_version: 2")
+    if not hasattr(torch.distributed.checkpoint, "HuggingFaceStorageWriter"):
+        problems.append(f"{asked}, which needs torch 2.8 or newer, not {torch.__version__}; install that")
+    if parse_flag_from_env("FSDP_OFFLOAD_PARAMS"):
+        problems.append(f"{asked} with fsdp_offload_params, which is not obeyed; use false, and more processes")
+    if parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING"):
+        remedy = "use false, and --gradient_checkpointing"
+        problems.append(f"{asked} with fsdp_activation_checkpointing, which is not obeyed; {remedy}")
+    kind = os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")
+    if kind != "SHARDED_STATE_DICT":
+        problems.append(f"{asked} with fsdp_state_dict_type: {kind}; use SHARDED_STATE_DICT")
+    precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision == "fp16":
+        problems.append("--mixed_precision=fp16 (or accelerate's config): does not go with FSDP; use bf16")
+    if optimizer_of(args) != "adamw":
+        given = "--use_8bit_adam=True" if args.use_8bit_adam else f"--optimizer={args.optimizer}"
+        problems.append(f"{given}: does not go with FSDP; use --optimizer=adamw")
+    for flag in ("channels_last", "compile", "full_bf16", "offload_ema", "train_text_encoder"):
+        if getattr(args, flag, False):
+            problems.append(f"--{flag}=True: does not go with FSDP; drop this, or choose GPUs alone")
+    return problems
+
+
+def set_up_sharding(accelerator):
+    """Has accelerate share out the weights in float32, if its config asks for FSDP: passes are autocast as they are
+    elsewhere, and gradients are added up in float32. Raises `InputError` where it does not share them out."""
+    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return
+    if not accelerator.is_fsdp2:
+        raise InputError("accelerate's config asks for FSDP, which needs GPUs; choose CPUs alone")
+    accelerator.state.fsdp_plugin.mixed_precision_policy = None
+    # Else transformers leaves models empty in all processes but one, frozen ones too, which are not shared out.
+    accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
+    disable_fsdp_ram_efficient_loading()
+
+
+def skeleton_of(model):
+    """A copy of a model, with its adapters, in which nothing but the weights is missing."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): empty_like(tensor) for tensor in tensors})
+
+
+def empty_like(tensor):
+    """A tensor, or a parameter, without storage."""
+    empty = tensor.detach().to("meta")
+    return torch.nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else empty
+
+
+def held_here(parameters):
+    """What this process holds of parameters: a shard of each that is shared out, else all of it. Changed in place, the
+    parameters change."""
+    with torch.no_grad():
+        return [value.to_local() if isinstance(value, DTensor) else value for value in parameters]
+
+
+def whole_tensor(value):
+    """A tensor that may be shared out, as all processes have it together."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def whole_models(weights):
+    """The models that are trained, by name, with whole weights, in the first process. All processes have to call
+    this: what is shared out is gathered, in the CPU's memory."""
+    for name, skeleton in weights.skeletons.items():
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        values = get_model_state_dict(weights.models[name], options=options)  # of other processes it has nothing
+        skeleton.load_state_dict(values, strict=False, assign=True)
+    return weights.skeletons or weights.models
+
+
+def write_shards(run, folder):
+    """Writes what this process holds of the run's weights, average and moments, in safetensors."""
+    writer = torch.distributed.checkpoint.HuggingFaceStorageWriter(folder, save_distributed=True)
+    torch.distributed.checkpoint.save(shared_tensors(run), storage_writer=writer)
+
+
+def read_shards(run, folder):
+    """Reads what `write_shards` wrote, as any number of processes, into the run's weights, average and moments."""
+    reader = torch.distributed.checkpoint.HuggingFaceStorageReader(folder)
+    torch.distributed.checkpoint.load(shared_tensors(run), storage_reader=reader)
+
+
+def shared_tensors(run):
+    """The tensors of a run that are shared out, by name: what changes in them changes the run."""
+    options = StateDictOptions(flatten_optimizer_state_dict=True, ignore_frozen_params=True)
+    tensors = {}
+    for name, model in run.weights.models.items():
+        weights = get_model_state_dict(model, options=options)
+        moments = get_optimizer_state_dict(model, run.state["optimizer"], options=options)
+        tensors |= {f"{name}.{key}": value for key, value in weights.items()}
+        tensors |= {f"optimizer.{name}.{key}": moment for key, moment in moments.items() if torch.is_tensor(moment)}
+    if "ema" in run.state:
+        pairs = zip(run.weights.parameters, run.state["ema"].shadow_params, strict=True)
+        tensors |= {f"ema.{number}": shared_like(value, shard) for number, (value, shard) in enumerate(pairs)}
+    return tensors
+
+
+def shared_like(parameter, shard):
+    """A tensor that is shared out as a parameter is, of which this process holds `shard`."""
+    layout = {"shape": parameter.shape, "stride": parameter.stride(), "run_check": False}
+    return DTensor.from_local(shard, parameter.device_mesh, parameter.placements, **layout)
+
+
+# ------------------------------------------------------------------------------------------------------------- digests
+def write_digests(folder):
+    """Writes digests.json into a folder: for all files in it, by their paths below it, their bytes and SHA-256."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / DIGESTS_FILE]
+    with ThreadPoolExecutor(4) as pool:  # hashing leaves Python's lock to others
+        sums = list(pool.map(sha256_of, paths))
+    digests = {name_in(folder, path): [path.stat().st_size, sha256] for path, sha256 in zip(paths, sums)}
+    (folder / DIGESTS_FILE).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
+
+
+def sha256_of(path):
+    """The SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # -------------------------------------------------------------------------------------------------------------- output

@@ -34,6 +34,7 @@ share a batch; what is random in a sample depends on (seed, epoch, index of the 
 #   models              Check and load the models of a Stable Diffusion pipeline
 #   entries             Entries of the cache: a file per encoded image or caption, named by a digest of what made it
 #   optimization        The optimizer, its learning rate, and the average of the weights
+#   digests             Digests of the files in a folder, by which a damaged one is found
 #   output              The folder of a run: whether it may be used, its log, the pipeline that results
 #   plan                The plan that a run prints before its first step
 #   model_card          The model card, README.md of a result
@@ -335,6 +336,8 @@ class StepCounts:
 
 POLYNOMIAL_END = 1e-7  # the rate at which diffusers' polynomial schedule ends
 
+DIGESTS_FILE = "digests.json"
+
 AVERAGED = "_ema"  # ends the names of averaged weights in a checkpoint
 
 
@@ -343,9 +346,11 @@ class Weights:
     """The weights that are trained, and how they become files that people can load, and come back from them."""
 
     models: dict  # by name, that have them
+    prepared: dict  # by name, as accelerate prepared them for passes
     parameters: list  # of torch
     write: Callable  # (models, folder, suffix): writes into a folder, with a suffix to the names
     read: Callable  # (models, folder, suffix): reads what was written. Raises whatever a broken file leads to
+    skeletons: dict  # by name, models without weights, for those that are shared out over processes
 
 
 @dataclasses.dataclass
@@ -1649,26 +1654,48 @@ def checkpoint_of(run):
 
 
 def save_checkpoint(run, write_state, total_limit):
-    """Writes checkpoint-N beside its place, then renames it; only then do older ones beyond `total_limit` go, but not
-    the best one. `write_state(run, folder)` writes the run's weights and state. For one process alone. If it fails,
-    nothing of it stays behind. Raises whatever a full disk or the like leads to."""
-    final = checkpoint_of(run)
-    if (final / "progress.json").exists():  # a step broke just after a save
+    """Writes checkpoint-N, in which `write_state(run, folder)` writes the run's weights and state. For one process
+    alone. If it fails, nothing of it stays behind. Raises whatever a full disk or the like leads to."""
+    partial = begin_checkpoint(run)
+    if partial is None:
         return
+    with removed_on_failure(partial):
+        write_state(run, partial)
+        finish_checkpoint(run, partial, total_limit)
+
+
+def begin_checkpoint(run):
+    """Makes the folder of the checkpoint of the run's step, beside its place; None if the checkpoint is there, because
+    a step broke just after a save. For one process alone."""
+    final = checkpoint_of(run)
+    if (final / "progress.json").exists():
+        return None
     # Two processes, maybe of two machines, may save after a failure: the first one wins.
     partial = final.with_name(f"{final.name}.{socket.gethostname()}-{os.getpid()}.partial")
+    partial.mkdir()
+    return partial
+
+
+@contextlib.contextmanager
+def removed_on_failure(partial):
+    """Leaves nothing behind of a checkpoint that fails."""
     try:
-        partial.mkdir()
-        write_state(run, partial)
-        for name, content in (("args", run.settings), ("progress", run.progress)):
-            (partial / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        copy_mode(run.output_dir / "args.json", partial.rglob("*.safetensors"))
-        sync(partial)  # files before names, or a crash could leave a whole name with half a file
-        partial.rename(final)
-        sync_folder(run.output_dir)
+        yield
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def finish_checkpoint(run, partial, total_limit):
+    """Completes a checkpoint whose weights and state are written, and renames it; only then do older ones beyond
+    `total_limit` go, but not the best one. For one process alone."""
+    for name, content in (("args", run.settings), ("progress", run.progress)):
+        (partial / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    copy_mode(run.output_dir / "args.json", partial.rglob("*.safetensors"))
+    write_digests(partial)
+    sync(partial)  # files before names, or a crash could leave a whole name with half a file
+    partial.rename(checkpoint_of(run))
+    sync_folder(run.output_dir)
     remove_surplus(run.output_dir, total_limit)
 
 
@@ -1690,13 +1717,23 @@ def read_best(output_dir):
 def keep_best(run, held_out_loss, write_state, total_limit):
     """Keeps the checkpoint of the run's step, and writes it if it is not there, if its held-out loss is the lowest so
     far. For one process alone."""
-    best, step = read_best(run.output_dir), run.progress["global_step"]
-    is_worse = best and best["step"] != step and best["held_out_loss"] <= held_out_loss
-    if is_worse or not math.isfinite(held_out_loss):
-        return
-    save_checkpoint(run, write_state, None)
+    if is_best(run, held_out_loss):
+        save_checkpoint(run, write_state, None)
+        note_best(run, held_out_loss, total_limit)
+
+
+def is_best(run, held_out_loss):
+    """Whether a held-out loss is the lowest so far."""
+    best = read_best(run.output_dir)
+    is_worse = best and best["step"] != run.progress["global_step"] and best["held_out_loss"] <= held_out_loss
+    return math.isfinite(held_out_loss) and not is_worse
+
+
+def note_best(run, held_out_loss, total_limit):
+    """Notes that the checkpoint of the run's step is the best one, which makes another one surplus."""
     with beside(run.output_dir / "best.json") as path:
-        path.write_text(json.dumps({"step": step, "held_out_loss": held_out_loss}) + "\n", encoding="utf-8")
+        best = {"step": run.progress["global_step"], "held_out_loss": held_out_loss}
+        path.write_text(json.dumps(best) + "\n", encoding="utf-8")
     remove_surplus(run.output_dir, total_limit)
 
 
@@ -1948,6 +1985,11 @@ def copy_mode(source, files):
     """Gives files, which safetensors makes for their owner alone, the permissions of another file."""
     for path in files:
         shutil.copymode(source, path)
+
+
+def name_in(folder, path):
+    """What metadata and the Hub call a file: its path below the folder, with slashes."""
+    return Path(os.path.relpath(path, folder)).as_posix()
 
 
 # ----------------------------------------------------------------------------------------------------------- arguments
@@ -2875,11 +2917,22 @@ def write_models(models, folder, suffix=""):
             model.save_pretrained(folder / f"{name}{suffix}")
 
 
+@torch.no_grad()
 def read_models(models, folder, suffix=""):
-    """Reads what `write_models` wrote into models of the same shapes, in float32."""
+    """Reads what `write_models` wrote into models of the same shapes, tensor by tensor. Raises `ValueError` for
+    weights of another model."""
     for name, model in models.items():
-        saved = type(model).from_pretrained(folder / f"{name}{suffix}", dtype=torch.float32)
-        model.load_state_dict(saved.state_dict())
+        own, num_read = model.state_dict(), 0
+        for path in sorted(Path(folder, f"{name}{suffix}").glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                for key in file.keys():  # noqa: SIM118 (it is no dict)
+                    tensor, saved = own.get(key.removeprefix("text_model.")), file.get_tensor(key)
+                    if tensor is None or tensor.shape != saved.shape:
+                        raise ValueError(f"{path.parent.name} is of another model")
+                    tensor.copy_(saved)
+                    num_read += 1
+        if num_read != len(own):
+            raise ValueError(f"{name}{suffix} is of another model, or not whole")
 
 
 # ------------------------------------------------------------------------------------------------------------- entries
@@ -2981,6 +3034,22 @@ def make_average(args, parameters):
     average = EMAModel(parameters, decay=decay, use_ema_warmup=args.ema_warmup)
     average.shadow_params = [value.float() for value in average.shadow_params]  # of weights in bfloat16, too
     return average
+
+
+# ------------------------------------------------------------------------------------------------------------- digests
+def write_digests(folder):
+    """Writes digests.json into a folder: for all files in it, by their paths below it, their bytes and SHA-256."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / DIGESTS_FILE]
+    with ThreadPoolExecutor(4) as pool:  # hashing leaves Python's lock to others
+        sums = list(pool.map(sha256_of, paths))
+    digests = {name_in(folder, path): [path.stat().st_size, sha256] for path, sha256 in zip(paths, sums)}
+    (folder / DIGESTS_FILE).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
+
+
+def sha256_of(path):
+    """The SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # -------------------------------------------------------------------------------------------------------------- output
