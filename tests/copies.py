@@ -63,20 +63,28 @@ def end_of(copy, seconds=120):
     return copy.exitcode
 
 
-def run_copies(script, words, said, number=2, seconds=240):
-    """Runs main() of a script in so many copies that share the work, as torchrun starts them on one machine; returns
-    their exit statuses."""
+def start_ranks(script, lines, files, num_local):
+    """Starts main() of a script in copies that share the work, as torchrun starts them with `num_local` on a machine:
+    each has a command line, and a file for what it says; returns the copies."""
     together = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": str(number),
-        "LOCAL_WORLD_SIZE": str(number),
+        "WORLD_SIZE": str(len(lines)),
+        "LOCAL_WORLD_SIZE": str(num_local),
         "TORCHELASTIC_RUN_ID": "none",
         "ACCELERATE_USE_CPU": "true",
     }
-    copies = [
-        start_copy(script, words, said, **together, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(number)
-    ]
+    copies = []
+    for rank, (line, file) in enumerate(zip(lines, files, strict=True)):
+        numbers = {"RANK": str(rank), "LOCAL_RANK": str(rank % num_local)}
+        copies.append(start_copy(script, line, file, **together, **numbers))
+    return copies
+
+
+def run_copies(script, words, said, number=2, seconds=240):
+    """Runs main() of a script in so many copies that share the work, as torchrun starts them on one machine; returns
+    their exit statuses."""
+    copies = start_ranks(script, [words] * number, [said] * number, number)
     deadline = time.monotonic() + seconds
     while any(copy.is_alive() for copy in copies):
         failed = [copy for copy in copies if copy.exitcode]
@@ -89,21 +97,10 @@ def run_copies(script, words, said, number=2, seconds=240):
 
 
 def run_machines(script, lines, said):
-    """Runs main() of a script in two copies with a command line each, as torchrun starts them on two machines; returns
+    """Runs main() of a script in copies with a command line each, as torchrun starts them on a machine each; returns
     their exit statuses and what they said."""
-    together = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "ACCELERATE_USE_CPU": "true",
-    }
-    files = [said.with_suffix(f".{rank}") for rank in range(2)]
-    copies = [
-        start_copy(script, line, file, **together, RANK=str(rank))
-        for rank, (line, file) in enumerate(zip(lines, files, strict=True))
-    ]
+    files = [said.with_suffix(f".{rank}") for rank in range(len(lines))]
+    copies = start_ranks(script, lines, files, 1)
     return [end_of(copy) for copy in copies], [file.read_text() for file in files]
 
 
