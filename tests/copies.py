@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 
+import psutil
 import torch
 from running import command_for
 
@@ -61,6 +62,15 @@ def end_of(copy, seconds=120):
         copy.join()
         raise TimeoutError(f"the copy did not end in {seconds} seconds")
     return copy.exitcode
+
+
+def wait_for_end(process, seconds=120):
+    """Waits until a process has ended that is not this one's own; nobody may have asked for its exit status yet."""
+    deadline = time.monotonic() + seconds
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline, "it goes on"
+            time.sleep(0.01)
 
 
 def start_ranks(script, lines, files, num_local):

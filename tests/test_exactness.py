@@ -10,7 +10,7 @@ import time
 import psutil
 import pytest
 import torch
-from copies import FORK, end_of, start_copy, start_launcher
+from copies import FORK, end_of, start_copy, start_launcher, wait_for_end
 from diffusers import StableDiffusionPipeline
 from image_data import write_image_folder
 from PIL import Image
@@ -283,14 +283,6 @@ def test_process_ended_by_a_signal_is_resumed(train_script, base, images, fit, t
     assert fit(straight, **settings) == 0
     assert same(unet(folder), unet(straight))
     assert read_log(folder) == read_log(straight)
-
-
-def wait_for_end(process, seconds=120):
-    """Waits until a process has ended that is not this one's own; nobody may have asked for its exit status yet."""
-    deadline = time.monotonic() + seconds
-    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline, "it goes on"
-        time.sleep(0.01)
 
 
 def launch(script, line, said):
