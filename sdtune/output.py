@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import diffusers
@@ -18,6 +19,7 @@ from sdtune.files import beside, copy_mode, existing_place, move_into, sync
 from sdtune.models import DTYPES, write_text_encoder
 
 LOCK_FILE = ".lock"
+TOKEN_FILE = ".token"  # what the first process leaves for the other machines to see, for a moment
 NEW_RESULT = ".result.partial"  # a folder beside which the old result stays until the new one is whole
 
 
@@ -71,7 +73,7 @@ def check_trackers(args):
 
 def is_taken(args):
     """Whether the output folder holds more than a lock, and logs of trackers, which get a folder of their own."""
-    others = {LOCK_FILE, *Path(args.logging_dir).parts[:1]}
+    others = {LOCK_FILE, TOKEN_FILE, *Path(args.logging_dir).parts[:1]}
     return any(path.name not in others for path in Path(args.output_dir).iterdir())
 
 
@@ -103,6 +105,33 @@ def locked_output(args):
         lock.release()
         if is_new and [path.name for path in output_dir.iterdir()] in ([], [LOCK_FILE]):
             shutil.rmtree(output_dir, ignore_errors=True)
+
+
+def leave_token(output_dir, token):
+    """Leaves a token, a text, in the output folder for the other machines to see. Raises `InputError`."""
+    try:
+        Path(output_dir, TOKEN_FILE).write_text(token, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--output_dir={output_dir}: cannot be written to ({last_line(error)}); make room") from None
+
+
+def sees_token(output_dir, token, seconds):
+    """Whether the token that the first process left can be read here within so many seconds: what one machine writes
+    to a network file system others may see with a delay."""
+    deadline = time.monotonic() + seconds
+    while True:
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            if Path(output_dir, TOKEN_FILE).read_text(encoding="utf-8") == token:
+                return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.25)
+
+
+def remove_token(output_dir):
+    """Removes what `leave_token` left."""
+    with contextlib.suppress(OSError):
+        Path(output_dir, TOKEN_FILE).unlink()
 
 
 def chosen_tracker(args):

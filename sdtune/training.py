@@ -7,6 +7,7 @@ import datetime
 import functools
 import itertools
 import os
+import secrets
 import shutil
 import socket
 import time
@@ -19,6 +20,7 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
+    broadcast_object_list,
     gather_object,
     get_int_from_env,
     parse_flag_from_env,
@@ -41,7 +43,7 @@ from sdtune.optimization import (
     step_average,
     warn_of_rate,
 )
-from sdtune.output import chosen_tracker, log_losses, prepare_output
+from sdtune.output import chosen_tracker, leave_token, log_losses, prepare_output, remove_token, sees_token
 from sdtune.plan import print_plan, tell_cost, warn_of_precision
 from sdtune.randomness import DROPOUT, random_numbers
 from sdtune.sharding import check_sharding, held_here, set_up_sharding, skeleton_of, whole_tensor
@@ -53,6 +55,7 @@ from sdtune.validation import LookGivenUp, steps_between_looks
 FREED_MEMORY_IS_KEPT = {-1: 2**31 - 1, -3: 2**30}  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, in bytes
 MINUTES = datetime.timedelta(minutes=10)  # for what all processes do at the same time
 A_DAY = datetime.timedelta(days=1)
+PATIENCE_WITH_FOLDERS = 15  # seconds after which what one machine wrote has to be seen by the others
 # Flags that may differ between machines: what they name is compared in their place, or has no effect on others.
 OWN_TO_A_MACHINE = set(
     """
@@ -137,6 +140,8 @@ def make_accelerator(args):
         accelerator.wait_for_everyone = functools.partial(torch.distributed.barrier, patient)
     flags = {name: value for name, value in vars(args).items() if name not in OWN_TO_A_MACHINE}
     check_agreement(accelerator, flags)
+    if accelerator.num_processes > 1 and not args.dry_run:  # which writes nothing
+        check_shared_output(accelerator, args.output_dir)
     return accelerator
 
 
@@ -165,6 +170,33 @@ def check_agreement(accelerator, values):
     if differences:
         remedy = "all need the same flags, the same data and one --output_dir that they share"
         raise InputError("\n  ".join([f"the processes do not agree; {remedy}", *differences]))
+
+
+def check_shared_output(accelerator, output_dir):
+    """Asks whether all processes see one output folder: a machine with a folder of its own would not find the
+    checkpoint to go on from, nor keep one where the others look for it. Raises `InputError` in all of them."""
+    token, problems = secrets.token_hex(16), []
+    if accelerator.is_main_process:
+        with gathered(problems):
+            leave_token(output_dir, token)
+    token, problems = broadcast_object_list([token, problems])  # the first process's, once it has left the token
+    raise_problems(problems)
+    here = {
+        "host": socket.gethostname(),
+        "folder": Path(output_dir).resolve(),
+        "sees": accelerator.is_main_process or sees_token(output_dir, token, PATIENCE_WITH_FOLDERS),
+    }
+    everywhere = gather_object([here])
+    if accelerator.is_main_process:
+        remove_token(output_dir)
+    first, blind = everywhere[0], [rank for rank, there in enumerate(everywhere) if not there["sees"]]
+    if blind:
+        there = everywhere[blind[0]]
+        raise InputError(
+            f"--output_dir={output_dir}: {len(blind)} of {len(everywhere)} processes do not see what rank 0 writes to "
+            f"{first['folder']} on {first['host']}, such as rank {blind[0]}, which looks into {there['folder']} on "
+            f"{there['host']}; name one folder that all machines share, by its whole path"
+        )
 
 
 def agree_on_data(accelerator, fingerprints):

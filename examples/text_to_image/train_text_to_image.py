@@ -43,7 +43,7 @@ terminal SNR (2305.08891), input perturbation (2301.11706).
 #   model_card     The model card, README.md of a result
 #   hub            The upload of a result to the Hub
 #   validation     Look at a run: draw samples, and measure the loss on images that are not trained on
-#   signals        Signals that ask a run to stop, and the death of the launcher, which asks for the same
+#   signals        Signals that ask a run to stop or to save, and the death of the launcher, which asks it to stop
 #   failures       What ends a run too early: it is told in a line, and nothing is lost that can be written
 #   script         Run a script: read its flags, tell what is wrong with them, train
 #   cache          Encode images and captions once, into a cache on disk that later runs share
@@ -71,6 +71,7 @@ import math
 import os
 import pkgutil
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -473,6 +474,7 @@ OPTIMIZER_FILE = "optimizer.bin"  # as accelerate calls it
 STATE_FILE = "state.json"
 
 LOCK_FILE = ".lock"
+TOKEN_FILE = ".token"  # what the first process leaves for the other machines to see, for a moment
 NEW_RESULT = ".result.partial"  # a folder beside which the old result stays until the new one is whole
 
 # Places, secrets and how it was started.
@@ -496,12 +498,20 @@ class HeldOut:
     prompt_embeds: dict | None  # (tokens, channels); None where the text encoder is trained
 
 
+# By their names, since Windows lacks some. SIGHUP: the terminal is gone. SIGUSR1, SIGUSR2: what clusters are told to
+# send some time before they end a job.
+ASK_TO_STOP = {"SIGTERM", "SIGINT", "SIGHUP"}
+ASK_TO_SAVE = {"SIGUSR1", "SIGUSR2"}
+SAME_REQUEST = 3.0  # seconds in which a signal may come twice: to a group, and handed on by the launcher in it
+
+
 @dataclasses.dataclass
 class Stop:
-    """What may ask a run to stop."""
+    """What may ask a run to stop, or to save and go on."""
 
     launcher: int | None  # number of the process that started this one
-    received: list = dataclasses.field(default_factory=list)  # signals
+    received: list = dataclasses.field(default_factory=list)  # signals that ask to stop
+    saves: list = dataclasses.field(default_factory=list)  # signals that ask for a checkpoint, not answered yet
 
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -518,6 +528,7 @@ LOST_PEER_TEXT = re.compile(r"Connection (closed|reset) by (peer|remote)|remote 
 FREED_MEMORY_IS_KEPT = {-1: 2**31 - 1, -3: 2**30}  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, in bytes
 MINUTES = datetime.timedelta(minutes=10)  # for what all processes do at the same time
 A_DAY = datetime.timedelta(days=1)
+PATIENCE_WITH_FOLDERS = 15  # seconds after which what one machine wrote has to be seen by the others
 # Flags that may differ between machines: what they name is compared in their place, or has no effect on others.
 OWN_TO_A_MACHINE = set(
     """
@@ -871,6 +882,8 @@ def make_accelerator(args):
         accelerator.wait_for_everyone = functools.partial(torch.distributed.barrier, patient)
     flags = {name: value for name, value in vars(args).items() if name not in OWN_TO_A_MACHINE}
     check_agreement(accelerator, flags)
+    if accelerator.num_processes > 1 and not args.dry_run:  # which writes nothing
+        check_shared_output(accelerator, args.output_dir)
     return accelerator
 
 
@@ -899,6 +912,33 @@ def check_agreement(accelerator, values):
     if differences:
         remedy = "all need the same flags, the same data and one --output_dir that they share"
         raise InputError("\n  ".join([f"the processes do not agree; {remedy}", *differences]))
+
+
+def check_shared_output(accelerator, output_dir):
+    """Asks whether all processes see one output folder: a machine with a folder of its own would not find the
+    checkpoint to go on from, nor keep one where the others look for it. Raises `InputError` in all of them."""
+    token, problems = secrets.token_hex(16), []
+    if accelerator.is_main_process:
+        with gathered(problems):
+            leave_token(output_dir, token)
+    token, problems = broadcast_object_list([token, problems])  # the first process's, once it has left the token
+    raise_problems(problems)
+    here = {
+        "host": socket.gethostname(),
+        "folder": Path(output_dir).resolve(),
+        "sees": accelerator.is_main_process or sees_token(output_dir, token, PATIENCE_WITH_FOLDERS),
+    }
+    everywhere = gather_object([here])
+    if accelerator.is_main_process:
+        remove_token(output_dir)
+    first, blind = everywhere[0], [rank for rank, there in enumerate(everywhere) if not there["sees"]]
+    if blind:
+        there = everywhere[blind[0]]
+        raise InputError(
+            f"--output_dir={output_dir}: {len(blind)} of {len(everywhere)} processes do not see what rank 0 writes to "
+            f"{first['folder']} on {first['host']}, such as rank {blind[0]}, which looks into {there['folder']} on "
+            f"{there['host']}; name one folder that all machines share, by its whole path"
+        )
 
 
 def agree_on_data(accelerator, fingerprints):
@@ -942,10 +982,23 @@ def start_run(args, accelerator, counts, state, fingerprints, weights, free, fix
     fingerprints = {**fingerprints, "dropout_masks": masks, "optimizer": optimizer_of(args), "sharding": sharding}
     run = new_run(args, counts, state, accelerator.mixed_precision, fingerprints, weights)
     register_weights(accelerator, run)
-    if checkpoint := find_checkpoint(run.output_dir, args.resume_from_checkpoint):
+    num_damaged = count_damaged_once(accelerator, run.output_dir, args.resume_from_checkpoint)
+    if checkpoint := find_checkpoint(run.output_dir, args.resume_from_checkpoint, num_damaged):
         resume(accelerator, run, checkpoint, free, fixed)
     check_agreement(accelerator, {"global_step": run.progress["global_step"]})
     return run
+
+
+def count_damaged_once(accelerator, output_dir, wanted):
+    """What the first process finds by `count_damaged`, in all of them. Raises `InputError` in all of them."""
+    found, problems = 0, []
+    if accelerator.is_main_process:
+        with gathered(problems):
+            found = count_damaged(output_dir, wanted)
+    accelerator.wait_for_everyone()
+    found, problems = gather_object([(found, problems)])[0]
+    raise_problems(problems)
+    return found
 
 
 def has_dropout(models):
@@ -1019,7 +1072,7 @@ def make_loader(args, accelerator, samples, batches):
         batch_sampler=batches,
         num_workers=choose_num_workers(args.dataloader_num_workers),
         pin_memory=accelerator.device.type != "cpu",
-        worker_init_fn=functools.partial(on_signals, signal.SIG_IGN),
+        worker_init_fn=ignore_signals,
     )
 
 
@@ -1045,7 +1098,8 @@ def train_steps(args, accelerator, run, stop, work, look):
     for step in bar:
         started = time.perf_counter()
         num_samples, passes = next(steps)
-        loss, grad_norm, is_broken, stop_now = take_step(args, accelerator, run, work, passes, is_asked(stop))
+        requests = is_asked(stop), take_save_requests(stop)
+        loss, grad_norm, is_broken, (stop_now, save_now) = take_step(args, accelerator, run, work, passes, requests)
         seconds = time.perf_counter() - started
         done = run.progress["global_step"]
         if args.compile and step == first_step:
@@ -1064,7 +1118,7 @@ def train_steps(args, accelerator, run, stop, work, look):
                 log_losses(accelerator, run, lr_scheduler.get_last_lr()[0], norm, images_per_second)
 
         # Save and look
-        is_due = stop_now or is_broken or done % args.checkpointing_steps == 0 or done == counts.last_step
+        is_due = is_broken or stop_now or save_now or done % args.checkpointing_steps == 0 or done == counts.last_step
         if is_due and run.is_whole:
             # After a broken step none is removed: the last good one may be an older one.
             save_together(accelerator, run, None if is_broken else args.checkpoints_total_limit)
@@ -1082,7 +1136,7 @@ def try_steps(args, accelerator, run, work):
         steps = passes_by_step(args, run, work.loader)
         for step_samples, passes in itertools.islice(steps, 2):
             started = time.perf_counter()
-            _, _, is_broken, _ = take_step(args, accelerator, run, work, passes, False)
+            _, _, is_broken, _ = take_step(args, accelerator, run, work, passes, [])
             if is_broken:
                 raise InputError("a loss or gradient that is not finite; use a lower --learning_rate or bf16")
             if accelerator.device.type != "cpu":
@@ -1105,17 +1159,17 @@ def passes_by_step(args, run, loader):
         yield num_samples, zip(itertools.islice(batches, num_passes), is_last, strict=True)
 
 
-def take_step(args, accelerator, run, work, passes, is_stop_asked):
+def take_step(args, accelerator, run, work, passes, requests):
     """Takes one optimizer step. Returns its loss; the norm of its gradient, or None if one of the two is not
-    finite; whether it was broken: one such step too many in a row, of which nothing is noted; and whether a stop is
-    asked for in some process."""
+    finite; whether it was broken: one such step too many in a row, of which nothing is noted; and which of `requests`
+    there are in some process."""
     optimizer, lr_scheduler, step = run.state["optimizer"], run.state["lr_scheduler"], run.progress["global_step"]
     # Dropout layers alone use torch's own generator.
     torch.manual_seed(random_numbers(args.seed, DROPOUT, step, accelerator.process_index).integers(2**32))
     step_loss, grad_norm = work.make_gradients(args, accelerator, run, work, passes)
 
     # Optimizer step, unless a loss or a gradient is not finite in some process.
-    loss, num_not_finite, stop_now = exchange(accelerator, step_loss, grad_norm, is_stop_asked)
+    loss, num_not_finite, *requests = exchange(accelerator, step_loss, grad_norm, requests)
     is_finite = num_not_finite == 0
     is_broken = not is_finite and run.progress["nan_steps"] >= max_nan_steps(args, accelerator)
     if not is_broken:
@@ -1128,7 +1182,7 @@ def take_step(args, accelerator, run, work, passes, is_stop_asked):
             update_average(args, run, held_here(run.weights.parameters))
         note_step(run, step, loss, is_finite)
         run.is_whole = True
-    return loss, grad_norm if is_finite else None, is_broken, stop_now
+    return loss, grad_norm if is_finite else None, is_broken, requests
 
 
 def add_up_gradients(args, accelerator, run, work, passes):
@@ -1173,11 +1227,11 @@ def without_sync(accelerator, models):
         yield
 
 
-def exchange(accelerator, loss, grad_norm, stop):
+def exchange(accelerator, loss, grad_norm, requests):
     """The step's one exchange between processes: the sum of their losses, and in how many of them loss or gradient is
-    not finite, and a stop is asked for."""
+    not finite, and there is each of `requests`."""
     not_finite = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
-    numbers = torch.stack([loss, not_finite.float(), torch.full_like(loss, stop)])
+    numbers = torch.stack([loss, not_finite.float(), *[torch.full_like(loss, asked) for asked in requests]])
     return accelerator.reduce(numbers, reduction="sum").tolist()
 
 
@@ -1756,15 +1810,60 @@ def list_checkpoints(output_dir):
     return sorted(whole, key=lambda path: int(numbered[path]))
 
 
-def find_checkpoint(output_dir, wanted):
-    """The checkpoint that `wanted` means: a folder in `output_dir`, a path, or the "latest"; None if there is none."""
+def find_checkpoint(output_dir, wanted, num_damaged=0):
+    """The checkpoint that `wanted` means: a folder in `output_dir`, a path, or the "latest" of those before the
+    `num_damaged` newest; None if there is none."""
     if wanted is None:
         return None
     if wanted == "latest":
         checkpoints = list_checkpoints(output_dir)
+        checkpoints = checkpoints[: len(checkpoints) - num_damaged]
         return checkpoints[-1] if checkpoints else None
     inside = Path(output_dir, wanted)
     return inside if inside.is_dir() else Path(wanted)
+
+
+def count_damaged(output_dir, wanted):
+    """How many of the newest checkpoints `latest` has to pass over, which are named: their files are not those that
+    were written. For one process alone, which reads them whole. Raises `InputError` if nothing else is left, and if a
+    damaged one was asked for by name."""
+    if wanted == "latest":
+        checkpoints = list_checkpoints(output_dir)[::-1]
+    else:
+        checkpoints = [checkpoint for checkpoint in [find_checkpoint(output_dir, wanted)] if checkpoint]
+    damages = {}
+    for checkpoint in checkpoints:
+        damage = find_damage(checkpoint)
+        if damage is None:
+            break
+        damages[checkpoint] = f"{checkpoint.name} is damaged ({damage})"
+    whole = checkpoints[len(damages) :]
+    if damages and not whole:
+        told = "\n  ".join(damages.values())
+        remedy = "name another one, or start anew in another --output_dir"
+        raise InputError(f"--resume_from_checkpoint={wanted}: {told}; {remedy}")
+    for told in damages.values():
+        print(f"{told}; {whole[0].name} is used instead.")
+    return len(damages)
+
+
+def find_newer(output_dir, checkpoint):
+    """The newest checkpoint of a run if it is newer than another one of it, and not damaged; None otherwise."""
+    newer = list_checkpoints(output_dir)
+    if checkpoint in newer:
+        newer = newer[newer.index(checkpoint) + 1 :]
+    return next((path for path in reversed(newer) if find_damage(path) is None), None)
+
+
+def set_aside_damaged(output_dir, step):
+    """Gives what is in the place of checkpoints after `step`, from which a run goes on, another name: it is damaged or
+    half there, and the run will write its own."""
+    for path in sorted(output_dir.glob("checkpoint-*")):
+        number = path.name.removeprefix("checkpoint-")
+        if number.isdigit() and int(number) > step:
+            names = (f"{path.name}.damaged{suffix}" for suffix in ["", *range(2, 1000)])
+            aside = next(path.with_name(name) for name in names if not path.with_name(name).exists())
+            print(f"{path.name} is renamed to {path.rename(aside).name}.")
 
 
 def checkpoint_of(run):
@@ -2114,6 +2213,15 @@ def raise_problems(problems):
         raise InputError(problems[0])
     if problems:
         raise InputError("\n  ".join(["", *problems]))
+
+
+@contextlib.contextmanager
+def gathered(problems):
+    """Adds the message of an `InputError` to a list, instead of raising it."""
+    try:
+        yield
+    except InputError as error:
+        problems.append(str(error))
 
 
 @contextlib.contextmanager
@@ -3940,6 +4048,28 @@ def write_digests(folder):
     (folder / DIGESTS_FILE).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
 
 
+def find_damage(folder):
+    """What is wrong with the first file of a folder that is missing, or of another size or content than digests.json
+    says; None for a folder that is whole, or has no digests: an older version wrote none."""
+    if not (folder / DIGESTS_FILE).exists():
+        return None
+    try:
+        digests = {name: (size, sha256) for name, (size, sha256) in read_json(folder / DIGESTS_FILE).items()}
+    except (InputError, ValueError, TypeError):
+        return f"{DIGESTS_FILE} cannot be read"
+    for name, (size, _) in digests.items():  # first what costs nothing
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if (folder / name).stat().st_size != size:
+            return f"{name} has {(folder / name).stat().st_size} bytes instead of {size}"
+    with ThreadPoolExecutor(4) as pool:
+        sums = list(pool.map(sha256_of, [folder / name for name in digests]))
+    for (name, (_, sha256)), found in zip(digests.items(), sums):
+        if found != sha256:
+            return f"the content of {name} has changed since it was written"
+    return None
+
+
 def sha256_of(path):
     """The SHA-256 of a file, in hexadecimal digits."""
     with path.open("rb") as file:
@@ -3952,7 +4082,7 @@ def check_output(args, foreign_result):
     result of another kind of script, which would stay behind beside this one's."""
     problems, wanted = [], args.resume_from_checkpoint
     output = Path(args.output_dir).resolve()
-    checkpoint, newest = find_checkpoint(output, wanted), find_checkpoint(output, "latest")
+    checkpoint = find_checkpoint(output, wanted)
     existing = existing_place(output)
     is_usable = existing.is_dir() and os.access(existing, os.W_OK)
     is_used = is_usable and existing == output and is_taken(args)
@@ -3968,8 +4098,8 @@ def check_output(args, foreign_result):
         problems.append(f"--logging_dir={args.logging_dir}: is --output_dir itself; name a folder in it, such as logs")
     if wanted and args.overwrite_output_dir:
         problems.append("--overwrite_output_dir: contradicts --resume_from_checkpoint; drop one")
-    if is_own and newest and checkpoint.resolve() != newest.resolve():
-        problems.append(f"--resume_from_checkpoint={wanted}: {newest} is newer; use that, or another --output_dir")
+    if is_own and checkpoint and (newer := find_newer(output, checkpoint.resolve())):
+        problems.append(f"--resume_from_checkpoint={wanted}: {newer} is newer; use that, or another --output_dir")
     if not is_usable:
         told = f"{existing} is a file or cannot be written to; name another folder"
         problems.append(f"--output_dir={args.output_dir}: {told}")
@@ -3997,7 +4127,7 @@ def check_trackers(args):
 
 def is_taken(args):
     """Whether the output folder holds more than a lock, and logs of trackers, which get a folder of their own."""
-    others = {LOCK_FILE, *Path(args.logging_dir).parts[:1]}
+    others = {LOCK_FILE, TOKEN_FILE, *Path(args.logging_dir).parts[:1]}
     return any(path.name not in others for path in Path(args.output_dir).iterdir())
 
 
@@ -4031,6 +4161,33 @@ def locked_output(args):
             shutil.rmtree(output_dir, ignore_errors=True)
 
 
+def leave_token(output_dir, token):
+    """Leaves a token, a text, in the output folder for the other machines to see. Raises `InputError`."""
+    try:
+        Path(output_dir, TOKEN_FILE).write_text(token, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--output_dir={output_dir}: cannot be written to ({last_line(error)}); make room") from None
+
+
+def sees_token(output_dir, token, seconds):
+    """Whether the token that the first process left can be read here within so many seconds: what one machine writes
+    to a network file system others may see with a delay."""
+    deadline = time.monotonic() + seconds
+    while True:
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            if Path(output_dir, TOKEN_FILE).read_text(encoding="utf-8") == token:
+                return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.25)
+
+
+def remove_token(output_dir):
+    """Removes what `leave_token` left."""
+    with contextlib.suppress(OSError):
+        Path(output_dir, TOKEN_FILE).unlink()
+
+
 def chosen_tracker(args):
     """The name of accelerate's tracker to start: the one asked for, or all that are installed, else tensorboard where
     it is installed; None for no tracker."""
@@ -4055,8 +4212,11 @@ def prepare_output(run, overwrite):
         if re.fullmatch(unfinished, old.name) or (overwrite and re.fullmatch(old_folders, old.name)):
             shutil.rmtree(old)
     first_step = run.progress["global_step"]
-    if first_step and run.progress["base_losses"] is None:  # of other images, or of another objective
-        (output_dir / "best.json").unlink(missing_ok=True)
+    set_aside_damaged(output_dir, first_step)
+    best = read_best(output_dir)
+    # The loss may be of other images, or of another objective; or the checkpoint is damaged.
+    if best and first_step and (run.progress["base_losses"] is None or best["step"] > first_step):
+        (output_dir / "best.json").unlink()
     log = output_dir / "log.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() and first_step else []
     contents = {
@@ -4649,6 +4809,13 @@ def is_asked(stop):
     return bool(stop.received) or is_orphaned(stop.launcher)
 
 
+def take_save_requests(stop):
+    """Whether signals have asked for a checkpoint since the last call."""
+    number = len(stop.saves)
+    del stop.saves[:number]
+    return number > 0
+
+
 def find_launcher():
     """The process number of the launcher that started this process, or None without one; to be asked before accelerate
     sets variables of its own."""
@@ -4663,31 +4830,89 @@ def is_orphaned(launcher):
 
 @contextlib.contextmanager
 def noted_signals(stop):
-    """Notes SIGTERM and SIGINT in `stop` instead of ending; afterwards they do what they did before. Outside the main
-    thread, which alone gets signals, all stays as it is."""
+    """Notes in `stop` the signals that ask to stop or to save, which by default end the process; an ignored SIGHUP
+    (nohup) stays ignored."""
+    actions = {
+        **dict.fromkeys(ASK_TO_STOP, functools.partial(note_signal, stop.received)),
+        **dict.fromkeys(ASK_TO_SAVE, functools.partial(note_save, stop.saves)),
+    }
+    number_of = signal.Signals.__members__
+    if "SIGHUP" in number_of and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        del actions["SIGHUP"]
+    with answered_signals(actions):
+        yield
+
+
+@contextlib.contextmanager
+def answered_signals(actions):
+    """Answers signals, by name, by other actions for a while; afterwards they do what they did before. Outside the
+    main thread, which alone gets signals, all stays as it is."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    on_signals(functools.partial(note_signal, stop.received))
+    before = {name: signal.getsignal(number) for name, number in known_signals(actions)}
+    for name, number in known_signals(actions):
+        signal.signal(number, actions[name])
     try:
         yield
     finally:
-        for number, action in before.items():
-            signal.signal(number, action)
+        for name, number in known_signals(before):
+            signal.signal(number, before[name])
 
 
-def on_signals(action, _=None):
-    """Answers SIGTERM and SIGINT by `action`; workers ignore them: the main process needs them to finish the step."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+def known_signals(names):
+    """Pairs of name and number of those signals that this system has."""
+    return [(name, number) for name, number in signal.Signals.__members__.items() if name in names]
+
+
+def on_signals(action, names=ASK_TO_STOP):
+    """Answers signals by `action`."""
+    for _, number in known_signals(names):
         signal.signal(number, action)
 
 
+def ignore_signals(_=None):
+    """Has a worker ignore what the main process answers, which needs its workers to finish the step."""
+    on_signals(signal.SIG_IGN, ASK_TO_STOP | ASK_TO_SAVE)
+
+
 def note_signal(received, number, _):
-    """Appends the signal to `received`; a second one ends the process at once."""
-    os.write(2, b"\nFinishing the step and writing a checkpoint; a second signal ends at once, without one.\n")
+    """Appends the signal to `received`; another one ends the process at once, but for what comes with the first."""
+    say("Finishing the step and writing a checkpoint; another signal, later, ends at once, without one.")
     received.append(number)
-    on_signals(signal.SIG_DFL)
+    on_signals(functools.partial(end_at_once, time.monotonic()))
+
+
+def end_at_once(since, number, _):
+    """Ends the process by the signal, unless it is one with that of the time `since`: of a Ctrl-C that a launcher
+    hands on to a process that has got it too."""
+    if time.monotonic() - since > SAME_REQUEST:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+
+def note_save(saves, number, _):
+    """Appends the signal to `saves`."""
+    say("A checkpoint follows at the end of a step, and the run goes on.")
+    saves.append(number)
+
+
+def say(text):
+    """Prints a line about a signal, where printing can be interrupted by it. What is printed from now on goes nowhere
+    if the terminal, or a program that reads it, has gone by the same signal: any print would fail."""
+    drop_lost_output()
+    os.write(2, f"{text}\n".encode())
+
+
+def drop_lost_output():
+    """Sends standard output and errors nowhere if nobody is there any more to read them."""
+    for descriptor in (1, 2):
+        try:
+            os.write(descriptor, b"\n")
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)
 
 
 # ------------------------------------------------------------------------------------------------------------ failures
@@ -4700,6 +4925,7 @@ def nothing_lost(args, accelerator, run, stop, write_state, end=sys.exit):
         try:
             yield
         except Exception as error:  # of the data, the disk, the memory, a library
+            drop_lost_output()  # which may be what failed
             reason, remedy = explain(args, error)
             told_as = name_of_process(accelerator)
             if not reason:
@@ -4870,7 +5096,8 @@ def run_script(program, parser, argv, replaced_flags, check_args, start, is_firs
             if not any(re.search(rf"{flag}\b", problem) for flag in refused):
                 problems.append(problem)
         raise_problems(problems)
-        start(args)
+        with answered_signals(dict.fromkeys(ASK_TO_SAVE, signal.SIG_IGN)):  # outside of steps nothing is to be saved
+            start(args)
 
 
 # --------------------------------------------------------------------------------------------------------------- cache

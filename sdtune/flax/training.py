@@ -4,6 +4,8 @@ import functools
 import hashlib
 import math
 import os
+import secrets
+import socket
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -25,11 +27,12 @@ from sdtune.flax.checkpoints import resume
 from sdtune.flax.encoding import step_batches
 from sdtune.flax.optimization import learning_rate_of_step, train_step
 from sdtune.optimization import make_average
-from sdtune.output import chosen_tracker, log_losses, prepare_output
+from sdtune.output import chosen_tracker, leave_token, log_losses, prepare_output, remove_token, sees_token
 from sdtune.plan import print_plan
 from sdtune.signals import is_asked, take_save_requests
 from sdtune.validation import LookGivenUp, steps_between_looks
 
+PATIENCE_WITH_FOLDERS = 15  # seconds after which what one host wrote has to be seen by the others
 # Flags that may differ between hosts: what they name is compared in their place, or has no effect on others.
 OWN_TO_A_HOST = set(
     """
@@ -79,6 +82,31 @@ def join_hosts(args):
             f"--coordinator_address={args.coordinator_address}: the hosts do not meet; check it, and --num_hosts and "
             f"--host_index of each ({last_line(error)})"
         ) from None
+
+
+def check_shared_output(args):
+    """Asks whether all hosts see one output folder: one with a folder of its own would not find the checkpoint to go
+    on from. Raises `InputError` on all of them."""
+    if jax.process_count() == 1 or args.dry_run:  # which writes nothing
+        return
+    numbers = multihost_utils.broadcast_one_to_all(np.frombuffer(secrets.token_bytes(16), np.uint8))
+    token, is_first, problems = np.asarray(numbers).tobytes().hex(), jax.process_index() == 0, []
+    if is_first:
+        with gathered(problems):
+            leave_token(args.output_dir, token)
+    multihost_utils.sync_global_devices("token left")
+    sees = not problems if is_first else sees_token(args.output_dir, token, PATIENCE_WITH_FOLDERS)
+    everywhere = multihost_utils.process_allgather(np.array(sees)).reshape(-1)
+    if is_first:
+        remove_token(args.output_dir)
+    if not everywhere.all() and not problems:
+        blind = ", ".join(map(str, np.flatnonzero(~everywhere)))
+        problems = [
+            f"--output_dir={args.output_dir}: what host 0 writes there is not seen by host {blind}; this is host "
+            f"{jax.process_index()}, {socket.gethostname()}, which looks into {Path(args.output_dir).resolve()}; name "
+            "one folder that all machines share, by its whole path"
+        ]
+    raise_problems(problems)
 
 
 def end_of_process():
