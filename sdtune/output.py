@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from sdtune.checkpoints import find_checkpoint
 from sdtune.errors import InputError, last_line
 from sdtune.files import beside, copy_mode, existing_place, move_into, sync
-from sdtune.models import DTYPES, write_text_encoder
+from sdtune.models import DTYPES, numel_of, write_text_encoder
 
 LOCK_FILE = ".lock"
 NEW_RESULT = ".result.partial"  # a folder beside which the old result stays until the new one is whole
@@ -222,7 +222,7 @@ def new_result(output_dir):
 
 def count_result_bytes(args, pipeline, with_text_encoder=True):
     """How many bytes the weights take that `save_pipeline` will write."""
-    numel = sum(value.numel() for model in (pipeline.unet, pipeline.vae) for value in model.parameters())
+    numel = sum(numel_of(value) for model in (pipeline.unet, pipeline.vae) for value in model.parameters())
     total = numel * DTYPES[args.save_precision].itemsize
     if with_text_encoder:
         total += 4 * sum(value.numel() for value in pipeline.text_encoder.parameters())
