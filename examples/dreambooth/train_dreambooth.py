@@ -4272,7 +4272,7 @@ def gathered(parameters):
     if not partitioned:
         yield
         return
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     persists = [parameter.ds_persist for parameter in partitioned]
     with GatheredParameters(partitioned):
