@@ -63,9 +63,9 @@ def end_of(copy, seconds=120):
     return copy.exitcode
 
 
-def run_copies(script, words, said, number=2, seconds=240):
+def run_copies(script, words, said, number=2, seconds=240, **environment):
     """Runs main() of a script in so many copies that share the work, as torchrun starts them on one machine; returns
-    their exit statuses."""
+    their exit statuses. `environment` is added to their variables."""
     together = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
@@ -73,6 +73,7 @@ def run_copies(script, words, said, number=2, seconds=240):
         "LOCAL_WORLD_SIZE": str(number),
         "TORCHELASTIC_RUN_ID": "none",
         "ACCELERATE_USE_CPU": "true",
+        **environment,
     }
     copies = [
         start_copy(script, words, said, **together, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(number)

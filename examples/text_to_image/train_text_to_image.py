@@ -3849,7 +3849,7 @@ def check_deepspeed(args):
         return []
     asked = "accelerate's config asks for DeepSpeed"
     if not is_installed("deepspeed"):
-        return [f"{asked}, which is not installed; run `DS_BUILD_OPS=0 pip install -r requirements_deepspeed.txt`"]
+        return [f"{asked}, which is not installed; run `pip install -r requirements_deepspeed.txt`"]
     problems, stage = check_deepspeed_config(args, asked), asked_of_deepspeed("ZERO_STAGE", "2")
     if args.mixed_precision == "fp16" or os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
         problems.append("--mixed_precision=fp16 (or accelerate's config): does not go with DeepSpeed; use bf16")
@@ -3979,22 +3979,32 @@ def is_partitioned(parameter):
 @contextlib.contextmanager
 def gathered(parameters):
     """Has parameters that ZeRO-3 shares out be whole for a while, in all processes, which have to call this together.
-    What each does with them need not be the same: passes, too, wait for no other process."""
+    What is changed in them is lost."""
     partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]
     if not partitioned:
         yield
         return
     from deepspeed.runtime.zero import GatheredParameters
 
-    persists = [parameter.ds_persist for parameter in partitioned]
     with GatheredParameters(partitioned):
+        yield
+
+
+@contextlib.contextmanager
+def passing_alone(model):
+    """Has a model that ZeRO-3 shares out be whole for a while, in all processes, which have to call this together; in
+    between each does passes without gradients that wait for no other process, as many as it likes."""
+    modules = list(model.modules()) if any(map(is_partitioned, model.parameters())) else []
+    # DeepSpeed's, which gather the weights of a module before its pass, and give them away after it.
+    hooks = [(module, module._forward_pre_hooks, module._forward_hooks) for module in modules]
+    with gathered(model.parameters()):
         try:
-            for parameter in partitioned:
-                parameter.ds_persist = True  # or a pass would give it away when it is done
+            for module in modules:
+                module._forward_pre_hooks, module._forward_hooks = {}, {}
             yield
         finally:
-            for parameter, persist in zip(partitioned, persists, strict=True):
-                parameter.ds_persist = persist
+            for module, before, after in hooks:
+                module._forward_pre_hooks, module._forward_hooks = before, after
 
 
 def gather_for_good(parameters):
@@ -4744,7 +4754,7 @@ def validate(args, accelerator, run, parts, held_out, prompts, is_asked):
     losses, images = None, None
     trained = torch.nn.ModuleList(part for part in (unet, text_encoder) if part.training).eval()
     try:
-        with gathered(trained.parameters()), averaged(run):
+        with passing_alone(trained), averaged(run):
             if len(held_out.images):
                 losses = held_out_losses(
                     accelerator, unet, vae, text_encoder, parts["scheduler"], held_out, args.train_batch_size, is_asked
