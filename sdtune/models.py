@@ -264,6 +264,11 @@ def on_device(device, *models):
             model.to(place)
 
 
+def numel_of(parameter):
+    """How many numbers a parameter has, in all processes together: where DeepSpeed shares it out, it seems empty."""
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
 def is_of_base(model):
     """Whether a frozen model still is what the base has in float32: not cast, nor dropped."""
     return model.dtype == torch.float32 and model.device.type != "meta"

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from sdtune.checkpoints import find_checkpoint, find_newer, read_best, set_aside_damaged
 from sdtune.errors import InputError, last_line
 from sdtune.files import beside, copy_mode, existing_place, move_into, sync
-from sdtune.models import DTYPES, write_text_encoder
+from sdtune.models import DTYPES, numel_of, write_text_encoder
 
 LOCK_FILE = ".lock"
 TOKEN_FILE = ".token"  # what the first process leaves for the other machines to see, for a moment
@@ -254,7 +254,7 @@ def new_result(output_dir):
 
 def count_result_bytes(args, pipeline, with_text_encoder=True):
     """How many bytes the weights take that `save_pipeline` will write."""
-    numel = sum(value.numel() for model in (pipeline.unet, pipeline.vae) for value in model.parameters())
+    numel = sum(numel_of(value) for model in (pipeline.unet, pipeline.vae) for value in model.parameters())
     total = numel * DTYPES[args.save_precision].itemsize
     if with_text_encoder:
         total += 4 * sum(value.numel() for value in pipeline.text_encoder.parameters())

@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from sdtune.deepspeed import gather_for_good
 from sdtune.errors import InputError
 from sdtune.optimization import optimizer_of
 
@@ -100,11 +101,12 @@ def whole_tensor(value):
 
 def whole_models(weights):
     """The models that are trained, by name, with whole weights, in the first process. All processes have to call
-    this: what is shared out is gathered, in the CPU's memory."""
+    this: what is shared out is gathered, of FSDP2 in the CPU's memory."""
     for name, skeleton in weights.skeletons.items():
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
         values = get_model_state_dict(weights.models[name], options=options)  # of other processes it has nothing
         skeleton.load_state_dict(values, strict=False, assign=True)
+    gather_for_good(weights.parameters)
     return weights.skeletons or weights.models
 
 

@@ -18,6 +18,7 @@ from sdtune.checkpoints import (
     removed_on_failure,
     take_settings,
 )
+from sdtune.deepspeed import held_whole, is_partitioned, uses_deepspeed
 from sdtune.errors import InputError
 from sdtune.files import read_json
 from sdtune.optimization import PRODIGY_PROGRESS
@@ -100,14 +101,16 @@ def register_weights(accelerator, run):
 def replace_saved_weights(accelerator, run, _, weights, folder):
     """Writes a run's weights into the folder of a checkpoint, instead of what accelerate would write."""
     weights.clear()
-    if accelerator.is_main_process:
-        write_weights(run, Path(folder))
+    with held_whole(run.weights.parameters):
+        if accelerator.is_main_process:
+            write_weights(run, Path(folder))
 
 
 def replace_loaded_weights(run, models, folder):
     """Reads a run's weights from the folder of a checkpoint, instead of what accelerate would read."""
     models.clear()
-    read_weights(run, Path(folder))
+    if not is_partitioned(run.weights.parameters[0]):  # else DeepSpeed has read them
+        read_weights(run, Path(folder))
 
 
 def write_weights(run, folder):
@@ -132,6 +135,8 @@ def write_state(accelerator, run, folder):
     """Writes the run's weights and state into the folder of a checkpoint, by all processes together."""
     if accelerator.is_fsdp2:
         write_shards(run, folder / SHARDS)  # accelerate would pickle, and write frozen weights too
+    elif uses_deepspeed():
+        accelerator.save_state(folder, exclude_frozen_parameters=True)
     else:
         accelerator.save_state(folder)
     if accelerator.is_main_process:
@@ -141,8 +146,8 @@ def write_state(accelerator, run, folder):
 def write_state_alone(accelerator, run, folder):
     """Writes the run's weights and state into the folder of a checkpoint, by this process alone. Raises `InputError`
     if it does not have all of them."""
-    if accelerator.is_fsdp2:
-        raise InputError("no process has all of the weights")
+    if accelerator.is_fsdp2 or uses_deepspeed():
+        raise InputError("no process has all of the state")
     accelerator.save_state(folder)  # by any process but the first one only what each process has of its own
     if not accelerator.is_main_process:
         write_weights(run, folder)
@@ -179,6 +184,8 @@ def read_state(accelerator, run, folder):
     numbers, numbers_now = read_json(folder / STATE_FILE), numbers_of(run)
     if accelerator.is_fsdp2:
         read_shards(run, folder / SHARDS)
+    elif uses_deepspeed():
+        accelerator.load_state(folder, load_module_strict=False)
     else:
         accelerator.load_state(folder, load_kwargs={"mmap": True})  # tensor by tensor, not all of them at once
         own_tensors(optimizer)

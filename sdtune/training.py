@@ -32,9 +32,18 @@ from tqdm.auto import tqdm
 from sdtune.batches import find_largest_step, micro_batches, step_sizes
 from sdtune.buckets import warn_of_short_steps
 from sdtune.checkpoints import Weights, count_damaged, find_checkpoint, new_run, note_step
+from sdtune.deepspeed import (
+    check_deepspeed,
+    choose_backend,
+    make_deepspeed_accelerator,
+    name_of_zero,
+    set_up_engine,
+    step_by_engine,
+    uses_deepspeed,
+)
 from sdtune.errors import InputError, gathered, raise_problems
 from sdtune.failures import leave, told_in_a_line
-from sdtune.models import DTYPES
+from sdtune.models import DTYPES, numel_of
 from sdtune.optimization import (
     OPTIMIZERS,
     make_average,
@@ -110,10 +119,10 @@ def check_environment(args):
             f"ACCELERATE_DYNAMO_BACKEND={os.environ['ACCELERATE_DYNAMO_BACKEND']} (or accelerate's config): is not "
             "obeyed here; use no, and --compile"
         )
-    for name in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+    for name in ("MEGATRON_LM", "PARALLELISM_CONFIG"):
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
             problems.append(f"accelerate's config asks for {name}, which cannot be used; choose GPUs alone")
-    return problems + check_sharding(args)
+    return problems + check_sharding(args) + check_deepspeed(args)
 
 
 def make_accelerator(args):
@@ -121,14 +130,16 @@ def make_accelerator(args):
     in `wait_for_everyone`: there one of them draws, reads or saves alone. Raises `InputError`."""
     torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = args.allow_tf32  # of convolutions, for which torch's default is True
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
+    make = functools.partial(Accelerator, mixed_precision=args.mixed_precision)
+    if uses_deepspeed():
+        make = functools.partial(make_deepspeed_accelerator, args)
+    accelerator = make(
         log_with=chosen_tracker(args),
         project_dir=Path(args.output_dir, args.logging_dir),
         # The passes of a step are ours to count: accelerate would divide gradients by what its variable says.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=MINUTES),
+            InitProcessGroupKwargs(choose_backend(), timeout=MINUTES),
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # else every gradient is there twice
         ],
     )
@@ -210,11 +221,15 @@ def prepare(accelerator, models, optimizer, write, read):
     weights that are trained, with `write` and `read` as `Weights` has them, and the optimizer."""
     skeletons = {name: skeleton_of(model) for name, model in models.items()} if accelerator.is_fsdp2 else {}
     # In one call: an optimizer has to get to know the shards of its weights.
+    given = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     *prepared, optimizer = accelerator.prepare(*models.values(), optimizer)
     if accelerator.is_fsdp2:  # which autocasts nothing
         for model in prepared:
             model.forward = accelerator.autocast()(model.forward)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if uses_deepspeed():  # whose optimizer has other tensors
+        set_up_engine(*prepared)
+        parameters = given
     prepared = dict(zip(models, prepared, strict=True))
     return Weights(models, prepared, parameters, write, read, skeletons), optimizer
 
@@ -236,7 +251,7 @@ def start_run(args, accelerator, counts, state, fingerprints, weights, free, fix
     """A run at its start, or where the checkpoint to resume from ended, the same in all processes; `free` and `fixed`
     name settings that may and that cannot differ from the checkpoint's. Raises `InputError`."""
     masks = split_of_step(args, accelerator) if has_dropout(weights.models) else None
-    sharding = "FSDP2" if accelerator.is_fsdp2 else None
+    sharding = "FSDP2" if accelerator.is_fsdp2 else name_of_zero(accelerator)
     fingerprints = {**fingerprints, "dropout_masks": masks, "optimizer": optimizer_of(args), "sharding": sharding}
     run = new_run(args, counts, state, accelerator.mixed_precision, fingerprints, weights)
     register_weights(accelerator, run)
@@ -278,7 +293,7 @@ def tell_plan(args, accelerator, run, num_held_out, about):
     """Prints what will be done. `about` says what the script knows: which models are `trained`, which are `frozen`,
     `result_bytes`, `buckets` (lines on the sizes of images), and of the `cache` a text, or None, and warnings."""
     parameters, (about_cache, cache_warnings) = run.weights.parameters, about["cache"]
-    num_trained = sum(parameter.numel() for parameter in parameters)
+    num_trained = sum(numel_of(parameter) for parameter in parameters)
     warnings = warn_of_precision(accelerator) + warn_of_rate(args, run.settings["peak_learning_rate"])
     about = {
         **about,
@@ -424,7 +439,8 @@ def take_step(args, accelerator, run, work, passes, requests):
     optimizer, lr_scheduler, step = run.state["optimizer"], run.state["lr_scheduler"], run.progress["global_step"]
     # Dropout layers alone use torch's own generator.
     torch.manual_seed(random_numbers(args.seed, DROPOUT, step, accelerator.process_index).integers(2**32))
-    step_loss, grad_norm = work.make_gradients(args, accelerator, run, work, passes)
+    make_gradients = step_by_engine if uses_deepspeed() else work.make_gradients
+    step_loss, grad_norm = make_gradients(args, accelerator, run, work, passes)
 
     # Optimizer step, unless a loss or a gradient is not finite in some process.
     loss, num_not_finite, *requests = exchange(accelerator, step_loss, grad_norm, requests)
@@ -433,7 +449,7 @@ def take_step(args, accelerator, run, work, passes, requests):
     if not is_broken:
         run.is_whole = False
         if is_finite or accelerator.scaler is not None:  # which skips the step, and scales losses less from now on
-            optimizer.step()
+            optimizer.step()  # DeepSpeed's engine has done it
         optimizer.zero_grad()
         if is_finite:
             lr_scheduler.step()

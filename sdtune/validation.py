@@ -13,6 +13,7 @@ from PIL import Image
 
 from sdtune.batches import batches_of_one_size
 from sdtune.dataset import CaptionedImages, unopened
+from sdtune.deepspeed import passing_alone
 from sdtune.diffusion import diffusion_losses, draw_latents, encode_posterior
 from sdtune.models import on_device
 from sdtune.output import tell_trackers, write_log
@@ -211,7 +212,7 @@ def validate(args, accelerator, run, parts, held_out, prompts, is_asked):
         is_asked = functools.partial(asked_together, accelerator, is_asked)
     trained = torch.nn.ModuleList(part for part in (unet, text_encoder) if part.training).eval()
     try:
-        with averaged(run):
+        with passing_alone(trained), averaged(run):
             if len(held_out.images):
                 losses = held_out_losses(
                     accelerator, unet, vae, text_encoder, parts["scheduler"], held_out, args.train_batch_size, is_asked

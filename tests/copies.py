@@ -73,9 +73,10 @@ def wait_for_end(process, seconds=120):
             time.sleep(0.01)
 
 
-def start_ranks(script, lines, files, num_local):
+def start_ranks(script, lines, files, num_local, **environment):
     """Starts main() of a script in copies that share the work, as torchrun starts them with `num_local` on a machine:
-    each has a command line, and a file for what it says; returns the copies."""
+    each has a command line, and a file for what it says; returns the copies. `environment` is added to their
+    variables."""
     together = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
@@ -83,6 +84,7 @@ def start_ranks(script, lines, files, num_local):
         "LOCAL_WORLD_SIZE": str(num_local),
         "TORCHELASTIC_RUN_ID": "none",
         "ACCELERATE_USE_CPU": "true",
+        **environment,
     }
     copies = []
     for rank, (line, file) in enumerate(zip(lines, files, strict=True)):
@@ -91,10 +93,10 @@ def start_ranks(script, lines, files, num_local):
     return copies
 
 
-def run_copies(script, words, said, number=2, seconds=240):
+def run_copies(script, words, said, number=2, seconds=240, **environment):
     """Runs main() of a script in so many copies that share the work, as torchrun starts them on one machine; returns
-    their exit statuses."""
-    copies = start_ranks(script, [words] * number, [said] * number, number)
+    their exit statuses. `environment` is added to their variables."""
+    copies = start_ranks(script, [words] * number, [said] * number, number, **environment)
     deadline = time.monotonic() + seconds
     while any(copy.is_alive() for copy in copies):
         failed = [copy for copy in copies if copy.exitcode]

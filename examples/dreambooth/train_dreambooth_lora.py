@@ -41,6 +41,7 @@ perturbation (2301.11706).
 #   lora           Add adapters to models, go on from those in a file, and save what was trained
 #   subject        DreamBooth's prior preservation: images of the subject's class, drawn by the base, beside the photos
 #   optimization   The optimizer, its learning rate, and the average of the weights
+#   deepspeed      DeepSpeed's ZeRO: processes share out gradients, the optimizer's state, in stage 3 weights
 #   sharding       FSDP2: what is trained is shared out over processes, each of which holds a shard of each tensor
 #   digests        Digests of the files in a folder, by which a damaged one is found
 #   output         The folder of a run: whether it may be used, its log, the pipeline that results
@@ -72,6 +73,7 @@ import hashlib
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import pkgutil
@@ -85,6 +87,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -103,6 +106,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
+    DeepSpeedPlugin,
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
@@ -132,6 +136,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers.integrations import unset_hf_deepspeed_config
 
 gc.freeze()  # nor is it looked through later
 gc.enable()
@@ -443,6 +448,25 @@ NEEDED_PACKAGES = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}
 PRODIGY_PROGRESS = {"d", "d_max", "d_hat", "d_numerator", "d_denom", "k"}
 POLYNOMIAL_END = 1e-7  # the rate at which diffusers' polynomial schedule ends
 AVERAGED_AT_ONCE = 2**24  # weights whose average is updated at once: 64 MB of differences
+
+
+class DeepSpeedAccelerator(Accelerator):
+    """Accelerate's for DeepSpeed, which keeps weights in float32 and autocasts their passes. Told of bf16 itself,
+    accelerate would have DeepSpeed train weights that are rounded to it."""
+
+    def __init__(self, precision, **options):
+        self.precision = precision
+        super().__init__(mixed_precision="no", **options)
+
+    @property
+    def mixed_precision(self):
+        """That of passes."""
+        return self.precision
+
+    def autocast(self, autocast_handler=None):
+        """A context in which passes are in that precision."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
 
 SHARDS = "shards"  # a folder of a checkpoint, in the place of weights and optimizer
 AVERAGE = "ema."  # begins the names of averaged weights among shards
@@ -853,10 +877,10 @@ def check_environment(args):
             f"ACCELERATE_DYNAMO_BACKEND={os.environ['ACCELERATE_DYNAMO_BACKEND']} (or accelerate's config): is not "
             "obeyed here; use no, and --compile"
         )
-    for name in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+    for name in ("MEGATRON_LM", "PARALLELISM_CONFIG"):
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
             problems.append(f"accelerate's config asks for {name}, which cannot be used; choose GPUs alone")
-    return problems + check_sharding(args)
+    return problems + check_sharding(args) + check_deepspeed(args)
 
 
 def make_accelerator(args):
@@ -864,14 +888,16 @@ def make_accelerator(args):
     in `wait_for_everyone`: there one of them draws, reads or saves alone. Raises `InputError`."""
     torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = args.allow_tf32  # of convolutions, for which torch's default is True
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
+    make = functools.partial(Accelerator, mixed_precision=args.mixed_precision)
+    if uses_deepspeed():
+        make = functools.partial(make_deepspeed_accelerator, args)
+    accelerator = make(
         log_with=chosen_tracker(args),
         project_dir=Path(args.output_dir, args.logging_dir),
         # The passes of a step are ours to count: accelerate would divide gradients by what its variable says.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=MINUTES),
+            InitProcessGroupKwargs(choose_backend(), timeout=MINUTES),
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # else every gradient is there twice
         ],
     )
@@ -953,11 +979,15 @@ def prepare(accelerator, models, optimizer, write, read):
     weights that are trained, with `write` and `read` as `Weights` has them, and the optimizer."""
     skeletons = {name: skeleton_of(model) for name, model in models.items()} if accelerator.is_fsdp2 else {}
     # In one call: an optimizer has to get to know the shards of its weights.
+    given = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     *prepared, optimizer = accelerator.prepare(*models.values(), optimizer)
     if accelerator.is_fsdp2:  # which autocasts nothing
         for model in prepared:
             model.forward = accelerator.autocast()(model.forward)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if uses_deepspeed():  # whose optimizer has other tensors
+        set_up_engine(*prepared)
+        parameters = given
     prepared = dict(zip(models, prepared, strict=True))
     return Weights(models, prepared, parameters, write, read, skeletons), optimizer
 
@@ -979,7 +1009,7 @@ def start_run(args, accelerator, counts, state, fingerprints, weights, free, fix
     """A run at its start, or where the checkpoint to resume from ended, the same in all processes; `free` and `fixed`
     name settings that may and that cannot differ from the checkpoint's. Raises `InputError`."""
     masks = split_of_step(args, accelerator) if has_dropout(weights.models) else None
-    sharding = "FSDP2" if accelerator.is_fsdp2 else None
+    sharding = "FSDP2" if accelerator.is_fsdp2 else name_of_zero(accelerator)
     fingerprints = {**fingerprints, "dropout_masks": masks, "optimizer": optimizer_of(args), "sharding": sharding}
     run = new_run(args, counts, state, accelerator.mixed_precision, fingerprints, weights)
     register_weights(accelerator, run)
@@ -1021,7 +1051,7 @@ def tell_plan(args, accelerator, run, num_held_out, about):
     """Prints what will be done. `about` says what the script knows: which models are `trained`, which are `frozen`,
     `result_bytes`, `buckets` (lines on the sizes of images), and of the `cache` a text, or None, and warnings."""
     parameters, (about_cache, cache_warnings) = run.weights.parameters, about["cache"]
-    num_trained = sum(parameter.numel() for parameter in parameters)
+    num_trained = sum(numel_of(parameter) for parameter in parameters)
     warnings = warn_of_precision(accelerator) + warn_of_rate(args, run.settings["peak_learning_rate"])
     about = {
         **about,
@@ -1167,7 +1197,8 @@ def take_step(args, accelerator, run, work, passes, requests):
     optimizer, lr_scheduler, step = run.state["optimizer"], run.state["lr_scheduler"], run.progress["global_step"]
     # Dropout layers alone use torch's own generator.
     torch.manual_seed(random_numbers(args.seed, DROPOUT, step, accelerator.process_index).integers(2**32))
-    step_loss, grad_norm = work.make_gradients(args, accelerator, run, work, passes)
+    make_gradients = step_by_engine if uses_deepspeed() else work.make_gradients
+    step_loss, grad_norm = make_gradients(args, accelerator, run, work, passes)
 
     # Optimizer step, unless a loss or a gradient is not finite in some process.
     loss, num_not_finite, *requests = exchange(accelerator, step_loss, grad_norm, requests)
@@ -1176,7 +1207,7 @@ def take_step(args, accelerator, run, work, passes, requests):
     if not is_broken:
         run.is_whole = False
         if is_finite or accelerator.scaler is not None:  # which skips the step, and scales losses less from now on
-            optimizer.step()
+            optimizer.step()  # DeepSpeed's engine has done it
         optimizer.zero_grad()
         if is_finite:
             lr_scheduler.step()
@@ -2087,14 +2118,16 @@ def register_weights(accelerator, run):
 def replace_saved_weights(accelerator, run, _, weights, folder):
     """Writes a run's weights into the folder of a checkpoint, instead of what accelerate would write."""
     weights.clear()
-    if accelerator.is_main_process:
-        write_weights(run, Path(folder))
+    with held_whole(run.weights.parameters):
+        if accelerator.is_main_process:
+            write_weights(run, Path(folder))
 
 
 def replace_loaded_weights(run, models, folder):
     """Reads a run's weights from the folder of a checkpoint, instead of what accelerate would read."""
     models.clear()
-    read_weights(run, Path(folder))
+    if not is_partitioned(run.weights.parameters[0]):  # else DeepSpeed has read them
+        read_weights(run, Path(folder))
 
 
 def write_weights(run, folder):
@@ -2119,6 +2152,8 @@ def write_state(accelerator, run, folder):
     """Writes the run's weights and state into the folder of a checkpoint, by all processes together."""
     if accelerator.is_fsdp2:
         write_shards(run, folder / SHARDS)  # accelerate would pickle, and write frozen weights too
+    elif uses_deepspeed():
+        accelerator.save_state(folder, exclude_frozen_parameters=True)
     else:
         accelerator.save_state(folder)
     if accelerator.is_main_process:
@@ -2128,8 +2163,8 @@ def write_state(accelerator, run, folder):
 def write_state_alone(accelerator, run, folder):
     """Writes the run's weights and state into the folder of a checkpoint, by this process alone. Raises `InputError`
     if it does not have all of them."""
-    if accelerator.is_fsdp2:
-        raise InputError("no process has all of the weights")
+    if accelerator.is_fsdp2 or uses_deepspeed():
+        raise InputError("no process has all of the state")
     accelerator.save_state(folder)  # by any process but the first one only what each process has of its own
     if not accelerator.is_main_process:
         write_weights(run, folder)
@@ -2166,6 +2201,8 @@ def read_state(accelerator, run, folder):
     numbers, numbers_now = read_json(folder / STATE_FILE), numbers_of(run)
     if accelerator.is_fsdp2:
         read_shards(run, folder / SHARDS)
+    elif uses_deepspeed():
+        accelerator.load_state(folder, load_module_strict=False)
     else:
         accelerator.load_state(folder, load_kwargs={"mmap": True})  # tensor by tensor, not all of them at once
         own_tensors(optimizer)
@@ -3423,6 +3460,11 @@ def on_device(device, *models):
             model.to(place)
 
 
+def numel_of(parameter):
+    """How many numbers a parameter has, in all processes together: where DeepSpeed shares it out, it seems empty."""
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
 # ------------------------------------------------------------------------------------------------------------- entries
 def digest_of(*values):
     """A SHA-256 of values that JSON can write."""
@@ -3809,7 +3851,7 @@ def read_lora(path):
 def count_adapter_bytes(args, parameters):
     """How many bytes the files take that `save_adapters` will write of such parameters."""
     num_files = 2 if args.output_kohya_format else 1
-    return num_files * sum(parameter.numel() for parameter in parameters) * DTYPES[args.save_precision].itemsize
+    return num_files * sum(map(numel_of, parameters)) * DTYPES[args.save_precision].itemsize
 
 
 def save_adapters(args, folder, models, num_images, step):
@@ -4232,6 +4274,189 @@ def update_on_cpu(averages, parameters, rate):
         average.sub_(difference)
 
 
+# ----------------------------------------------------------------------------------------------------------- deepspeed
+def uses_deepspeed():
+    """Whether accelerate's config asks for DeepSpeed."""
+    return parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+
+
+def asked_of_deepspeed(name, default):
+    """What accelerate's config says of DeepSpeed, as a text in small letters."""
+    return os.environ.get(f"ACCELERATE_DEEPSPEED_{name}", default).lower()
+
+
+def check_deepspeed(args):
+    """Lists what cannot go with DeepSpeed, if accelerate's config asks for that."""
+    if not uses_deepspeed():
+        return []
+    asked = "accelerate's config asks for DeepSpeed"
+    if not is_installed("deepspeed"):
+        return [f"{asked}, which is not installed; run `pip install -r requirements_deepspeed.txt`"]
+    problems, stage = check_deepspeed_config(args, asked), asked_of_deepspeed("ZERO_STAGE", "2")
+    if args.mixed_precision == "fp16" or os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
+        problems.append("--mixed_precision=fp16 (or accelerate's config): does not go with DeepSpeed; use bf16")
+    if optimizer_of(args) != "adamw":  # others have to see a weight as a whole, or all weights
+        given = "--use_8bit_adam=True" if args.use_8bit_adam else f"--optimizer={args.optimizer}"
+        problems.append(f"{given}: does not go with DeepSpeed; use --optimizer=adamw, or choose GPUs alone")
+    for flag in ("channels_last", "compile", "full_bf16", "train_text_encoder"):
+        if getattr(args, flag, False):
+            problems.append(f"--{flag}=True: does not go with DeepSpeed; drop this, or choose GPUs alone")
+    if stage == "3" and args.use_ema:
+        problems.append("--use_ema=True: does not go with ZeRO-3; use zero_stage: 2, or drop this")
+    return problems
+
+
+def check_deepspeed_config(args, asked):
+    """Lists what accelerate's config says of DeepSpeed that cannot be obeyed."""
+    problems, stage = [], asked_of_deepspeed("ZERO_STAGE", "2")
+    if stage not in ("2", "3"):
+        problems.append(f"{asked} with zero_stage: {stage}; use 2 or 3")
+    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if file != "none":
+        remedy = "give zero_stage and the like in accelerate's config itself"
+        problems.append(f"{asked} with deepspeed_config_file: {file}, which is not read; {remedy}")
+    for part in ("optimizer", "param"):
+        place = asked_of_deepspeed(f"OFFLOAD_{part.upper()}_DEVICE", "none")
+        if place not in ("none", "cpu"):
+            problems.append(f"{asked} with offload_{part}_device: {place}, which is not obeyed; use cpu or none")
+    if stage == "2" and asked_of_deepspeed("OFFLOAD_PARAM_DEVICE", "none") == "cpu":
+        problems.append(f"{asked} with offload_param_device: cpu, which needs zero_stage: 3; use that, or none")
+    clipping = os.environ.get("ACCELERATE_GRADIENT_CLIPPING", "auto").lower()
+    if clipping != "auto" and float(clipping) != args.max_grad_norm:
+        problems.append(f"{asked} with gradient_clipping: {clipping}; give --max_grad_norm={clipping} to this script")
+    if parse_flag_from_env("ACCELERATE_USE_CPU"):
+        problems.append(f"{asked} and for CPUs, which excludes that; drop use_cpu: without GPUs it takes CPUs")
+    elif "LOCAL_RANK" not in os.environ:
+        problems.append(f"{asked}, which needs a launcher; start this script by accelerate launch or torchrun")
+    return problems
+
+
+def choose_backend():
+    """By what processes send each other tensors: accelerate's default, but DeepSpeed has to be told of CPUs."""
+    return "gloo" if uses_deepspeed() and not torch.accelerator.is_available() else "nccl"
+
+
+def make_deepspeed_accelerator(args, **options):
+    """The accelerator for DeepSpeed, with other options of accelerate's."""
+    if not torch.accelerator.is_available():
+        import deepspeed.ops
+
+        # Or it would compile a sum over processes in shared memory, which takes a minute and a compiler.
+        deepspeed.ops.__compatible_ops__ = {}
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of old names, each time
+    precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    plugin = DeepSpeedPlugin(
+        gradient_accumulation_steps=1,  # passes are counted here
+        gradient_clipping=args.max_grad_norm,
+        zero3_init_flag=False,  # which would leave frozen models without weights, too
+    )
+    config = plugin.deepspeed_config
+    config["train_micro_batch_size_per_gpu"] = args.train_batch_size
+    config["zero_force_ds_cpu_optimizer"] = False  # PyTorch's is as quick, and needs no compiler
+    if precision == "bf16":
+        # No layers whose gradients would be summed in bfloat16.
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    accelerator = DeepSpeedAccelerator(precision, deepspeed_plugin=plugin, **options)
+    unset_hf_deepspeed_config()  # by which transformers would load models without weights
+    return accelerator
+
+
+def name_of_zero(accelerator):
+    """What the state in a checkpoint can be read by again: a stage of ZeRO and a number of processes. None without
+    DeepSpeed."""
+    if not uses_deepspeed():
+        return None
+    return f"ZeRO-{accelerator.deepspeed_plugin.zero_stage} of {accelerator.num_processes} processes"
+
+
+def set_up_engine(engine):
+    """Has checkpoints of DeepSpeed's engine hold no weights but those that its optimizer keeps, and run nothing."""
+    engine.module_state_dict = no_weights
+    engine.checkpoint_engine.load = load_tensors
+
+
+def no_weights(**_):
+    """The weights in DeepSpeed's own file: those that are trained are in others, and the base is in none."""
+    return {}
+
+
+def load_tensors(path, map_location=None):
+    """Loads a file of a checkpoint, which may be anybody's: DeepSpeed would run what is pickled in it. Raises
+    `pickle.UnpicklingError` for other objects than those of its own that it writes."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+        return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def step_by_engine(args, accelerator, run, work, passes):
+    """Forward, backward and the optimizer's step: the passes of a step add up their gradients in DeepSpeed's engine,
+    which averages them over processes, clips them and changes the weights, unless a loss or a gradient is not finite
+    in some process. Returns the step's loss in this process, and the norm of its gradient."""
+    (engine,) = run.weights.prepared.values()
+    engine.optimizer.clip_grad = args.max_grad_norm  # a checkpoint brings its own
+    step_loss = torch.zeros((), device=accelerator.device)
+    for batch, is_last in passes:
+        batch = send_to_device(batch, accelerator.device, non_blocking=True)
+        engine.set_gradient_accumulation_boundary(is_last)
+        loss = (work.training_loss(batch) * batch["weight"]).sum()
+        # The engine looks at gradients alone, which may be finite where a loss is not.
+        factor = torch.where(torch.isfinite(loss.detach()), float(accelerator.num_processes), math.nan)
+        engine.backward(loss * factor, scale_wrt_gas=False)  # gradients are averaged over processes
+        step_loss += loss.detach()
+    run.is_whole = False
+    engine.step()
+    run.is_whole = not engine.was_step_applied()
+    return step_loss, torch.as_tensor(engine.get_global_grad_norm(), dtype=torch.float32, device=accelerator.device)
+
+
+def is_partitioned(parameter):
+    """Whether a parameter is shared out over processes by ZeRO-3, and empty between its passes."""
+    return hasattr(parameter, "ds_id")
+
+
+@contextlib.contextmanager
+def held_whole(parameters):
+    """Has parameters that ZeRO-3 shares out be whole for a while, in all processes, which have to call this together.
+    What is changed in them is lost."""
+    partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]
+    if not partitioned:
+        yield
+        return
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters(partitioned):
+        yield
+
+
+@contextlib.contextmanager
+def passing_alone(model):
+    """Has a model that ZeRO-3 shares out be whole for a while, in all processes, which have to call this together; in
+    between each does passes without gradients that wait for no other process, as many as it likes."""
+    modules = list(model.modules()) if any(map(is_partitioned, model.parameters())) else []
+    # DeepSpeed's, which gather the weights of a module before its pass, and give them away after it.
+    hooks = [(module, module._forward_pre_hooks, module._forward_hooks) for module in modules]
+    with held_whole(model.parameters()):
+        try:
+            for module in modules:
+                module._forward_pre_hooks, module._forward_hooks = {}, {}
+            yield
+        finally:
+            for module, before, after in hooks:
+                module._forward_pre_hooks, module._forward_hooks = before, after
+
+
+def gather_for_good(parameters):
+    """Has parameters that ZeRO-3 shares out be whole from now on, in all processes, which have to call this
+    together: at the end of a run."""
+    partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]
+    if partitioned:
+        partitioned[0].all_gather(param_list=partitioned)
+
+
 # ------------------------------------------------------------------------------------------------------------ sharding
 def check_sharding(args):
     """Lists what cannot go with FSDP, if accelerate's config asks for that."""
@@ -4315,11 +4540,12 @@ def whole_tensor(value):
 
 def whole_models(weights):
     """The models that are trained, by name, with whole weights, in the first process. All processes have to call
-    this: what is shared out is gathered, in the CPU's memory."""
+    this: what is shared out is gathered, of FSDP2 in the CPU's memory."""
     for name, skeleton in weights.skeletons.items():
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
         values = get_model_state_dict(weights.models[name], options=options)  # of other processes it has nothing
         skeleton.load_state_dict(values, strict=False, assign=True)
+    gather_for_good(weights.parameters)
     return weights.skeletons or weights.models
 
 
@@ -4747,6 +4973,11 @@ def warn_of_precision(accelerator):
 def checkpoint_bytes(run):
     """How many bytes the tensors of a checkpoint take, before the first step or later: weights, the optimizer's
     moments, the average."""
+    if (run.settings.get("sharding") or "").startswith(
+        "ZeRO"
+    ):  # weights, once more in float32 in the optimizer, and its two moments
+        total = sum(16 * numel_of(parameter) for parameter in run.weights.parameters)
+        return total + array_bytes(run.state["ema"].shadow_params if "ema" in run.state else [])
     total = array_bytes(run.weights.parameters) if run.weights else 0
     for name, part in run.state.items():
         if name == "optimizer" and hasattr(part, "param_groups"):  # whose moments are made in the first step
@@ -5030,7 +5261,7 @@ def validate(args, accelerator, run, parts, held_out, prompts, is_asked):
         is_asked = functools.partial(asked_together, accelerator, is_asked)
     trained = torch.nn.ModuleList(part for part in (unet, text_encoder) if part.training).eval()
     try:
-        with averaged(run):
+        with passing_alone(trained), averaged(run):
             if len(held_out.images):
                 losses = held_out_losses(
                     accelerator, unet, vae, text_encoder, parts["scheduler"], held_out, args.train_batch_size, is_asked

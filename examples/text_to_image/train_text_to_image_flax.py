@@ -2975,6 +2975,11 @@ def make_noise_scheduler(args, pipeline):
     return diffusers.DDPMScheduler.from_config(pipeline.scheduler.config, **changes)
 
 
+def numel_of(parameter):
+    """How many numbers a parameter has, in all processes together: where DeepSpeed shares it out, it seems empty."""
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
 def write_models(models, folder, suffix=""):
     """Writes models, by name, each into a folder of that name and suffix from which `from_pretrained` loads it."""
     for name, model in models.items():
@@ -3474,6 +3479,11 @@ def warn_of_warm_up(args, counts):
 def checkpoint_bytes(run):
     """How many bytes the tensors of a checkpoint take, before the first step or later: weights, the optimizer's
     moments, the average."""
+    if (run.settings.get("sharding") or "").startswith(
+        "ZeRO"
+    ):  # weights, once more in float32 in the optimizer, and its two moments
+        total = sum(16 * numel_of(parameter) for parameter in run.weights.parameters)
+        return total + array_bytes(run.state["ema"].shadow_params if "ema" in run.state else [])
     total = array_bytes(run.weights.parameters) if run.weights else 0
     for name, part in run.state.items():
         if name == "optimizer" and hasattr(part, "param_groups"):  # whose moments are made in the first step
