@@ -485,7 +485,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
         for shard in whole:
             yield from self.read_shard(shard)
         for shard in striped:
-            yield from itertools.islice(self.read_shard(shard), stream, None, num_streams)
+            yield from itertools.islice(self.read_shard(shard), (stream + shard) % num_streams, None, num_streams)
 
     def divide(self, stream, num_streams, epoch):
         """The shards of an epoch that a stream reads alone, and those that it shares with all others."""
@@ -499,7 +499,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
         whole, striped = self.divide(stream, num_streams, epoch)
         if any(shard not in self.num_rows for shard in [*whole, *striped]):
             return None
-        shared = [len(range(stream, self.num_rows[shard], num_streams)) for shard in striped]
+        shared = [len(range((stream + shard) % num_streams, self.num_rows[shard], num_streams)) for shard in striped]
         return sum(self.num_rows[shard] for shard in whole) + sum(shared)
 
     def read_shard(self, shard):
