@@ -1,16 +1,19 @@
 """A stream of shards gives every image once an epoch, goes on where it was, and names what it leaves out."""
 
 import itertools
+import os
 import pickle
 import re
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from copies import end_of, run_copies, start_copy
 from image_data import caption_of, encoded, make_image
+from PIL import Image
 from shards import make_rows, write_parquet, write_shards, write_tar
 from training import checkpoint_state, losses, parse, same, train, trains_into, unet, words
 
@@ -290,6 +293,33 @@ def test_the_fingerprint_is_of_names_and_sizes(open_stream, tmp_path):
     assert open_stream(moved)[2] == first
     write_tar(moved / "00001.tar", make_rows(30, 3))
     assert open_stream(moved)[2] != first
+
+
+def resident_bytes():
+    """The memory of this process that is in use."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="is read where Linux tells it")
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_memory_stays_as_it_is_over_20000_samples(open_stream, tmp_path, kind):
+    """Measured when the buffer has been full for a while, and again 27 MB of images later."""
+    noise = np.random.default_rng(0).integers(0, 256, (40, 24, 24, 3), np.uint8)
+    contents = [encoded(Image.fromarray(pixels)) for pixels in noise]
+    write = write_tar if kind == "tar" else write_parquet
+    for shard in range(10):
+        rows = [(contents[row % 40], f"{row:05d}.png", f"a picture of number {row}") for row in range(2000)]
+        write(tmp_path / "set" / f"{shard}.{kind}", rows)
+    images, _, _ = open_stream(tmp_path / "set", "--train_batch_size=50", "--shuffle_buffer_size=500")
+    used, keys = {}, set()
+    for number, (samples, left_out) in enumerate(itertools.islice(images.batches(0, 1), 400), 1):
+        assert not left_out
+        keys |= {(sample["shard"], sample["row"]) for sample in samples}
+        if number in (100, 400):
+            used[number] = resident_bytes()
+    assert len(keys) == 20000
+    assert used[400] - used[100] < 8e6
 
 
 # ---------------------------------------------------------------------------------------------------------- refusals
