@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 from copies import end_of, run_copies, start_copy
+from fake_hub import USER
 from image_data import caption_of, encoded, make_image
 from PIL import Image
+from reach_hub import reaching
 from shards import make_rows, write_parquet, write_shards, write_tar
 from training import checkpoint_state, losses, parse, same, train, trains_into, unet, words
 
@@ -198,6 +200,20 @@ def test_whole_epochs_are_counted_once_and_not_read_again(open_stream, tmp_path,
     samples = take(images, 0, 1, 1, skipped=50)
     assert {sample["epoch"] for sample in samples} == {50}
     assert len(read) == 4  # each shard in the first epoch and in the last one
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_a_dataset_of_the_hub_is_streamed(open_stream, tmp_path, fake_hub, monkeypatch, kind):
+    folder = write_shards(tmp_path / "set", kind, [4, 3])
+    files = {f"data/train-{path.name}": path.read_bytes() for path in folder.iterdir()}
+    fake_hub.add_repo(f"{USER}/shards", files, "dataset")
+    with reaching(fake_hub, monkeypatch):
+        images, held_out, fingerprint = open_stream(f"{USER}/shards", "--num_validation_samples=1")
+        assert images.shard_names == [f"data/train-00000.{kind}", f"data/train-00001.{kind}"]
+        assert set(keys_of(images, 0, 1, 1)[0]) == all_keys([4, 3]) - {(0, 0)}
+        assert list(held_out.rows["captions"]) == [[caption_of(0)]]
+        assert open_stream(f"{USER}/shards", "--num_validation_samples=1")[2] == fingerprint
+    assert images.num_rows == {0: 3, 1: 3}
 
 
 # ------------------------------------------------------------------------------------------- held-out and bad rows

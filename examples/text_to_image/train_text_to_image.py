@@ -577,7 +577,7 @@ class LeftOut:
         lines = list(self.problems)
         if lines:
             more = [f"and {len(lines) - NUM_TOLD:,} more"] if len(lines) > NUM_TOLD else []
-            told = f"{told_as}{len(lines):,} images of the stream could not be used, and were left out:"
+            told = f"{told_as}Left out of the stream, {len(lines):,} in all:"
             print("\n  ".join([told, *lines[:NUM_TOLD], *more]), file=sys.stderr, flush=True)
 
 
