@@ -31,6 +31,7 @@ from sdtune.arguments import (
     OUTPUT_FREE_ON_RESUME,
     OUTPUT_REQUIRES,
     RUN_FREE_ON_RESUME,
+    STREAM_REQUIRES,
     SWITCH,
     VALIDATION_FREE_ON_RESUME,
     add_bucket_arguments,
@@ -47,12 +48,11 @@ from sdtune.arguments import (
     check_requirements,
     new_parser,
 )
-from sdtune.batches import count_steps
 from sdtune.buckets import check_buckets, describe_buckets, fit_of
 from sdtune.cache import check_cache, describe_cache, fill_cache, leave_device, plan_cache
-from sdtune.dataset import check_data, load_data
+from sdtune.dataset import check_data
 from sdtune.diffusion import diffusion_losses, encode, encode_prompts
-from sdtune.failures import nothing_lost, told_in_a_line
+from sdtune.failures import name_of_process, nothing_lost, told_in_a_line
 from sdtune.full_bf16 import check_full_bf16, make_fused_optimizer, update_in_backward
 from sdtune.hub import name_repo, push
 from sdtune.model_card import write_card
@@ -83,15 +83,23 @@ from sdtune.script import run_launched_script
 from sdtune.sharding import whole_models
 from sdtune.signals import Stop
 from sdtune.states import use_average, write_state_alone
+from sdtune.streaming import (
+    LeftOut,
+    check_streaming,
+    count_steps_of,
+    describe_stream,
+    load_images,
+    split_of_stream,
+)
 from sdtune.training import (
     Work,
     add_up_gradients,
     agree_on_data,
-    batches_of,
     check_environment,
     check_hardware,
+    choose_num_workers,
+    load_batches,
     make_accelerator,
-    make_loader,
     make_state,
     prepare,
     start_output,
@@ -106,7 +114,14 @@ REPLACED_FLAGS = {
     "--dream_training": "use --snr_gamma=5 to weigh timesteps",
     "--dream_detail_preservation": "use --snr_gamma=5 to weigh timesteps",
 }
-REQUIRES = {**DATASET_REQUIRES, **BUCKETS_REQUIRES, **AVERAGE_REQUIRES, **MEMORY_REQUIRES, **OUTPUT_REQUIRES}
+REQUIRES = {
+    **DATASET_REQUIRES,
+    **STREAM_REQUIRES,
+    **BUCKETS_REQUIRES,
+    **AVERAGE_REQUIRES,
+    **MEMORY_REQUIRES,
+    **OUTPUT_REQUIRES,
+}
 FREE_ON_RESUME = {
     *MODEL_FREE_ON_RESUME,
     *DATA_FREE_ON_RESUME,
@@ -124,6 +139,7 @@ FIXED_ON_RESUME = {
     "optimizer",
     "sharding",
     "state",
+    "stream",  # which would go on from somewhere else
 }  # the checkpoint's state would not fit
 
 
@@ -157,7 +173,7 @@ def check_args(args, problems=()):
     """Lists what is wrong with the flags, each with its value, what is accepted and the remedy. `problems` are those
     that were found before."""
     found = check_requirements(args, REQUIRES) + check_old_flags(args)
-    found += check_data(args, "train_data_dir")
+    found += check_data(args, "train_data_dir") + check_streaming(args)
     found += check_cache(args)
     found += check_optimization(args) + check_optimizer(args) + check_full_bf16(args) + check_layout(args)
     found += check_hardware(args) + check_environment(args) + check_trackers(args) + check_validation(args)
@@ -186,8 +202,10 @@ def load_models(args, accelerator):
 def train(args, launcher):
     """Trains as `args` say, which have been checked; `launcher` is the process that started this one, or None."""
     accelerator = make_accelerator(args)
-    images, held_out, fingerprint = load_data(args, args.train_data_dir, fit=fit_of(args))
-    fingerprints = {"captioned_images": fingerprint}
+    images, held_out, fingerprint = load_images(args, fit=fit_of(args))
+    num_processes, num_workers = accelerator.num_processes, choose_num_workers(args.dataloader_num_workers)
+    stream = split_of_stream(args, num_processes, num_workers, args.train_batch_size)
+    fingerprints = {"captioned_images": fingerprint, "stream": stream}
     agree_on_data(accelerator, fingerprints)
     repo_id = None
     if not args.dry_run:
@@ -195,7 +213,7 @@ def train(args, launcher):
         start_trackers(args, accelerator)
     pipeline, noise_scheduler = load_models(args, accelerator)
     make_faster(args, pipeline.unet)
-    counts = count_steps(args, len(images), accelerator.num_processes, images.sizes)
+    counts = count_steps_of(args, images, num_processes)
     groups = [{"params": list(pipeline.unet.parameters()), "lr": peak_learning_rate(args, counts)}]
     optimizer = make_fused_optimizer(args, groups) if args.full_bf16 else make_optimizer(args, groups)
     weights, optimizer = prepare(accelerator, {"unet": pipeline.unet}, optimizer, write_models, read_models)
@@ -215,6 +233,7 @@ def train(args, launcher):
         "frozen": "VAE, text encoder",
         "result_bytes": count_result_bytes(args, pipeline),
         "buckets": describe_buckets(args, images),
+        "stream": describe_stream(args, images, num_processes, num_workers),
         "cache": describe_cache(cache),
     }
     tell_plan(args, accelerator, run, len(held_out), about)
@@ -224,8 +243,8 @@ def train(args, launcher):
         with told_in_a_line(args, accelerator, "The encoding"):
             images, held_out = fill_cache(args, accelerator, pipeline, [images, held_out], cache)
         leave_device(pipeline, cache, prompts)
-    batches = batches_of(args, accelerator, run)
-    loader = make_loader(args, accelerator, images, batches)
+    left_out = LeftOut()
+    loader = load_batches(args, accelerator, run, images, left_out)
     make_gradients = update_in_backward if args.full_bf16 else add_up_gradients
     work = Work(loader, training_loss, make_gradients)
     if args.dry_run:
@@ -241,6 +260,7 @@ def train(args, launcher):
     stop = Stop(launcher)
     with nothing_lost(args, accelerator, run, stop, functools.partial(write_state_alone, accelerator)):
         train_steps(args, accelerator, run, stop, work, look)
+        left_out.tell(name_of_process(accelerator))
         use_average(run)
         models = whole_models(weights)
         if accelerator.is_main_process:

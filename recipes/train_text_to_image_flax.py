@@ -26,6 +26,7 @@ from sdtune.arguments import (
     OUTPUT_FREE_ON_RESUME,
     OUTPUT_REQUIRES,
     RUN_FREE_ON_RESUME,
+    STREAM_REQUIRES,
     SWITCH,
     VALIDATION_FREE_ON_RESUME,
     add_data_arguments,
@@ -41,8 +42,7 @@ from sdtune.arguments import (
     non_negative_int,
     positive_int,
 )
-from sdtune.batches import count_steps
-from sdtune.dataset import check_data, load_data
+from sdtune.dataset import check_data
 from sdtune.failures import nothing_lost
 from sdtune.flax.checkpoints import write_arrays
 from sdtune.flax.diffusion import diffusion_losses, encode
@@ -88,6 +88,14 @@ from sdtune.output import (
 )
 from sdtune.script import run_script, work_of
 from sdtune.signals import Stop
+from sdtune.streaming import (
+    LeftOut,
+    check_streaming,
+    count_steps_of,
+    describe_stream,
+    load_images,
+    split_of_stream,
+)
 from sdtune.validation import check_validation, prompts_of
 
 NO_NEED = "drop it; what is compiled here has no need of it"
@@ -100,6 +108,7 @@ REPLACED_FLAGS = {
 }
 REQUIRES = {
     **DATASET_REQUIRES,
+    **STREAM_REQUIRES,
     **AVERAGE_REQUIRES,
     **OUTPUT_REQUIRES,
     "num_hosts": "coordinator_address",
@@ -118,7 +127,7 @@ FREE_ON_RESUME = {
     "num_hosts",
     "save_flax",
 }
-FIXED_ON_RESUME = {"state"}  # the checkpoint's state would not fit
+FIXED_ON_RESUME = {"state", "stream"}  # the checkpoint's state would not fit, and a stream go on somewhere else
 
 
 def make_parser():
@@ -169,7 +178,7 @@ def check_args(args, problems=()):
     """Lists what is wrong with the flags, each with its value, what is accepted and the remedy. `problems` are those
     that were found before."""
     found = check_requirements(args, REQUIRES) + check_old_flags(args)
-    found += check_data(args, "train_data_dir")
+    found += check_data(args, "train_data_dir") + check_streaming(args)
     found += check_optimization(args) + check_hosts(args)
     found += check_trackers(args) + check_validation(args)
     found += check_output(args, foreign_result="pytorch_lora_weights.safetensors")
@@ -188,7 +197,7 @@ def train(args, mesh):
     """Trains as `args` say, which have been checked, on the devices of `mesh`."""
     check_shared_output(args)
     is_first = jax.process_index() == 0
-    images, held_out, fingerprint = load_data(args, args.train_data_dir)
+    images, held_out, fingerprint = load_images(args)
     accelerator = make_accelerator(args)
     repo_id = None
     if is_first and not args.dry_run:
@@ -210,19 +219,20 @@ def train(args, mesh):
         latents = encode(batch, pipeline.vae.config.scaling_factor)
         return diffusion_losses(unet, noise_scheduler, latents, batch["prompt_embeds"], batch, snr_gamma)
 
-    counts = count_steps(args, len(images), jax.device_count())
+    counts = count_steps_of(args, images, jax.device_count())
     optimizer = make_optimizer(args)
     state = make_state(args, arrays_of(pipeline.unet), optimizer)
-    fingerprints = {"captioned_images": fingerprint}
+    batch_size = args.train_batch_size * jax.local_device_count()  # of this host
+    stream = split_of_stream(args, jax.process_count(), 1, batch_size)
+    fingerprints = {"captioned_images": fingerprint, "stream": stream}
     run = start_run(args, counts, state, fingerprints, pipeline, FREE_ON_RESUME, FIXED_ON_RESUME)
-    tell_plan(args, run, len(held_out))
+    tell_plan(args, run, len(held_out), describe_stream(args, images, jax.process_count(), 1))
     if args.dry_run:
         end_training(accelerator)
         return
 
     start_output(args, run)
     pool = ThreadPoolExecutor(args.dataloader_num_workers or 1)
-    batch_size = args.train_batch_size * jax.local_device_count()  # of this host
     vae = frozen(encode_pixels, pipeline.vae, frozen_dtype)
     text_encoder = frozen(apply_text_encoder, pipeline.text_encoder, frozen_dtype)
     encoded = encode_once(images, vae, text_encoder, batch_size, pool)
@@ -232,12 +242,14 @@ def train(args, mesh):
         measure = make_measure(losses, mesh, encoded_held_out, counts.samples_per_pass)
     del vae, text_encoder  # which hold weights on the devices
     look = functools.partial(validate, args, accelerator, run, pipeline, noise_scheduler, measure, prompts_of(args))
-    batches = load_batches(args, run, encoded, batch_size, pool)
+    left_out = LeftOut()
+    batches = load_batches(args, run, encoded, batch_size, pool, left_out)
     training_loss = functools.partial(losses, snr_gamma=args.snr_gamma)
     stop = Stop(launcher=None)
     write_state = functools.partial(write_arrays, pipeline)
     with nothing_lost(args, accelerator, run, stop, write_state, end=end_of_process()):
         train_steps(args, accelerator, run, write_state, stop, mesh, batches, training_loss, optimizer, look)
+        left_out.tell()
         if is_first:
             run.is_whole = False  # what is copied and rounded now is the result, and no state to go on from
             copy_weights(result_weights(run), pipeline.unet)

@@ -34,6 +34,7 @@ from sdtune.arguments import (
     OUTPUT_FREE_ON_RESUME,
     OUTPUT_REQUIRES,
     RUN_FREE_ON_RESUME,
+    STREAM_REQUIRES,
     VALIDATION_FREE_ON_RESUME,
     add_adapter_arguments,
     add_bucket_arguments,
@@ -50,12 +51,11 @@ from sdtune.arguments import (
     check_requirements,
     new_parser,
 )
-from sdtune.batches import count_steps
 from sdtune.buckets import check_buckets, describe_buckets, fit_of
 from sdtune.cache import check_cache, describe_cache, fill_cache, leave_device, plan_cache
-from sdtune.dataset import check_data, load_data
+from sdtune.dataset import check_data
 from sdtune.diffusion import diffusion_losses, encode, encode_prompts
-from sdtune.failures import nothing_lost, told_in_a_line
+from sdtune.failures import name_of_process, nothing_lost, told_in_a_line
 from sdtune.hub import name_repo, push
 from sdtune.lora import (
     LORA_TARGETS,
@@ -75,15 +75,23 @@ from sdtune.script import run_launched_script
 from sdtune.sharding import whole_models
 from sdtune.signals import Stop
 from sdtune.states import use_average, write_state_alone
+from sdtune.streaming import (
+    LeftOut,
+    check_streaming,
+    count_steps_of,
+    describe_stream,
+    load_images,
+    split_of_stream,
+)
 from sdtune.training import (
     Work,
     add_up_gradients,
     agree_on_data,
-    batches_of,
     check_environment,
     check_hardware,
+    choose_num_workers,
+    load_batches,
     make_accelerator,
-    make_loader,
     make_state,
     prepare,
     start_output,
@@ -98,6 +106,7 @@ REPLACED_FLAGS = {}
 REQUIRES = {
     **ADAPTERS_REQUIRES,
     **DATASET_REQUIRES,
+    **STREAM_REQUIRES,
     **BUCKETS_REQUIRES,
     **AVERAGE_REQUIRES,
     **MEMORY_REQUIRES,
@@ -121,6 +130,7 @@ FIXED_ON_RESUME = {
     "optimizer",
     "sharding",
     "state",
+    "stream",  # which would go on from somewhere else
 }  # the state would not fit
 
 
@@ -147,7 +157,7 @@ def check_args(args, problems=()):
     """Lists what is wrong with the flags, each with its value, what is accepted and the remedy. `problems` are those
     that were found before."""
     found = check_requirements(args, REQUIRES) + check_old_flags(args)
-    found += check_data(args, "train_data_dir")
+    found += check_data(args, "train_data_dir") + check_streaming(args)
     found += check_cache(args, args.train_text_encoder)
     found += check_optimization(args) + check_optimizer(args)
     found += check_hardware(args) + check_environment(args) + check_trackers(args) + check_validation(args)
@@ -161,8 +171,10 @@ def check_args(args, problems=()):
 def train(args, launcher):
     """Trains as `args` say, which have been checked; `launcher` is the process that started this one, or None."""
     accelerator = make_accelerator(args)
-    images, held_out, fingerprint = load_data(args, args.train_data_dir, fit=fit_of(args))
-    fingerprints = {"captioned_images": fingerprint}
+    images, held_out, fingerprint = load_images(args, fit=fit_of(args))
+    num_processes, num_workers = accelerator.num_processes, choose_num_workers(args.dataloader_num_workers)
+    stream = split_of_stream(args, num_processes, num_workers, args.train_batch_size)
+    fingerprints = {"captioned_images": fingerprint, "stream": stream}
     agree_on_data(accelerator, fingerprints)
     repo_id = None
     if not args.dry_run:
@@ -170,7 +182,7 @@ def train(args, launcher):
         start_trackers(args, accelerator)
     pipeline, models, noise_scheduler = load_models_with_adapters(args, accelerator)
     make_faster(args, pipeline.unet)
-    counts = count_steps(args, len(images), accelerator.num_processes, images.sizes)
+    counts = count_steps_of(args, images, num_processes)
     groups = group_parameters(args, models, peak_learning_rate(args, counts))
     weights, optimizer = prepare(accelerator, models, make_optimizer(args, groups), write_adapters, read_adapters_into)
     unet, text_encoder = weights.prepared["unet"], weights.prepared.get("text_encoder", pipeline.text_encoder)
@@ -189,6 +201,7 @@ def train(args, launcher):
         "frozen": "all else",
         "result_bytes": count_adapter_bytes(args, weights.parameters),
         "buckets": describe_buckets(args, images),
+        "stream": describe_stream(args, images, num_processes, num_workers),
         "cache": describe_cache(cache),
     }
     tell_plan(args, accelerator, run, len(held_out), about)
@@ -198,8 +211,8 @@ def train(args, launcher):
         with told_in_a_line(args, accelerator, "The encoding"):
             images, held_out = fill_cache(args, accelerator, pipeline, [images, held_out], cache)
         leave_device(pipeline, cache, prompts)
-    batches = batches_of(args, accelerator, run)
-    loader = make_loader(args, accelerator, images, batches)
+    left_out = LeftOut()
+    loader = load_batches(args, accelerator, run, images, left_out)
     work = Work(loader, training_loss, add_up_gradients)
     if args.dry_run:
         try_steps(args, accelerator, run, work)
@@ -214,10 +227,11 @@ def train(args, launcher):
     stop = Stop(launcher)
     with nothing_lost(args, accelerator, run, stop, functools.partial(write_state_alone, accelerator)):
         train_steps(args, accelerator, run, stop, work, look)
+        left_out.tell(name_of_process(accelerator))
         use_average(run)
         models = whole_models(weights)
         if accelerator.is_main_process:
-            files = save_model(args, models, len(images), counts.last_step)
+            files = save_model(args, models, counts.num_images, counts.last_step)
     if repo_id:
         push(args, repo_id, files, counts.last_step)
     end_training(accelerator)

@@ -16,6 +16,7 @@ SWITCH_ON = {**SWITCH, "default": True}
 
 # AdamW's own constants; another optimizer may not have them.
 ADAM_DEFAULTS = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 1e-2, "adam_epsilon": 1e-8}
+NUM_TRAIN_EPOCHS = 100
 OFFSET_NOISE = 0.1  # what --offset_noise means in diffusers' scripts
 
 # By group, the settings that a resume may change. They leave the result as it is, or what they lead to is compared in
@@ -27,7 +28,7 @@ DATASET_FREE_ON_RESUME = set(
     caption_column dataset_config_name dataset_name image_column max_train_samples skip_bad_images
     """.split()
 )
-DATA_FREE_ON_RESUME = {*DATASET_FREE_ON_RESUME, "train_data_dir"}
+DATA_FREE_ON_RESUME = {*DATASET_FREE_ON_RESUME, "shuffle_buffer_size", "streaming", "train_data_dir"}
 SUBJECT_FREE_ON_RESUME = {*DATASET_FREE_ON_RESUME, "instance_data_dir"}
 CLASS_FREE_ON_RESUME = {"class_data_dir", "num_class_images", "prior_generation_precision", "sample_batch_size"}
 OPTIMIZATION_FREE_ON_RESUME = set(
@@ -66,6 +67,7 @@ SUBJECT_REPLACED_FLAGS = {
 
 # Flags that do nothing without another one.
 DATASET_REQUIRES = {"dataset_config_name": "dataset_name"}
+STREAM_REQUIRES = {"shuffle_buffer_size": "streaming"}
 BUCKETS_REQUIRES = {
     "bucket_max": "aspect_ratio_buckets",
     "bucket_min": "aspect_ratio_buckets",
@@ -210,6 +212,12 @@ def add_data_arguments(parser):
     add = parser.add_argument_group("data").add_argument
     add("--train_data_dir", help="folder of images with metadata.jsonl/.csv (file_name, text), or a .txt beside each")
     add_dataset_arguments(add)
+    add("--streaming", **SWITCH, help="read --dataset_name while training; needs that and --max_train_steps")
+    add(
+        "--shuffle_buffer_size",
+        type=positive_int,
+        help="images that wait, in each worker, to be drawn; 1000 if not given; needs --streaming [1, inf)",
+    )
     add_transform_arguments(add)
 
 
@@ -225,7 +233,7 @@ def add_subject_arguments(parser):
 
 def add_dataset_arguments(add):
     """Adds, to the group whose method `add` is, where a dataset is read from and which of its rows are used."""
-    add("--dataset_name", help="dataset on the Hub, or a local path that `datasets` can load")
+    add("--dataset_name", help="dataset on the Hub, or a local folder or file of parquet or WebDataset tar shards")
     add("--dataset_config_name", help="configuration of that dataset; needs --dataset_name")
     add("--image_column", default="image", help="column of its images; needs --dataset_name")
     add("--caption_column", default="text", help="column with a caption, or a list of them: one is drawn per epoch")
@@ -360,7 +368,7 @@ def add_optimization_arguments(parser):
     add(
         "--num_train_epochs",
         type=positive_int,
-        default=100,
+        default=NUM_TRAIN_EPOCHS,
         help="passes over the images, unless --max_train_steps [1, inf)",
     )
     add("--max_train_steps", type=positive_int, help="optimizer steps [1, inf)")

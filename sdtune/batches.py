@@ -1,6 +1,7 @@
 """The order of an epoch, and each process's share of a step."""
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -12,10 +13,10 @@ from sdtune.randomness import ORDER, random_numbers
 class StepCounts:
     """How many samples and steps a run has."""
 
-    num_images: int
+    num_images: int | None  # None, as of what depends on it, where images are a stream
     samples_per_pass: int  # over all processes
     samples_per_step: int
-    steps_per_epoch: int
+    steps_per_epoch: int | None
     last_step: int
     # (num_images,), the number of each image's bucket: a step is of one. None if all are in the same.
     buckets: np.ndarray | None = dataclasses.field(default=None, compare=False)
@@ -33,6 +34,20 @@ def count_steps(args, num_images, num_processes, sizes=None):
     last_step = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     pixels = None if sizes is None else np.prod(sizes, axis=1)
     return StepCounts(num_images, samples_per_pass, samples_per_step, steps_per_epoch, last_step, buckets, pixels)
+
+
+def count_stream_steps(args, num_processes):
+    """Counts the samples of a step and the steps of a run whose images are a stream."""
+    samples_per_pass = args.train_batch_size * num_processes
+    samples_per_step = samples_per_pass * args.gradient_accumulation_steps
+    return StepCounts(None, samples_per_pass, samples_per_step, None, args.max_train_steps)
+
+
+def mean_samples_per_step(counts):
+    """How many samples a step has in the mean."""
+    if counts.num_images is None:
+        return counts.samples_per_step
+    return counts.num_images / counts.steps_per_epoch
 
 
 def number_buckets(sizes):
@@ -72,6 +87,10 @@ def steps_from(counts, seed, first_step):
 
 def step_sizes(counts, seed, first_step):
     """Yields of each step from `first_step` on how many samples and how many forward passes it has."""
+    if counts.num_images is None:
+        of_each = (counts.samples_per_step, counts.samples_per_step // counts.samples_per_pass)
+        yield from itertools.repeat(of_each, counts.last_step - first_step)
+        return
     for _, samples in steps_from(counts, seed, first_step):
         yield len(samples), math.ceil(len(samples) / counts.samples_per_pass)
 

@@ -38,7 +38,9 @@ from sdtune.randomness import HELD_OUT, SAMPLE, SUBSET, random_numbers
 METADATA_NAMES = {"metadata.jsonl", "metadata.csv"}
 SAVED_NAMES = {"state.json", "dataset_dict.json"}  # that tell of `save_to_disk`
 NO_DATA_NAMES = {*METADATA_NAMES, *SAVED_NAMES, "config.json", "dataset_info.json", "dataset_infos.json"}
+SHARDS = "webdataset"  # tar files in which the files of a sample have a name in common
 DATA_KINDS = {  # of files that `datasets` loads, by what it calls them; those that hold images come first
+    ".tar": SHARDS,
     ".parquet": "parquet",
     ".arrow": "arrow",
     ".jsonl": "json",
@@ -114,16 +116,19 @@ class CaptionedImages(torch.utils.data.Dataset):
 
     def open(self, index, row, place, is_mirrored):
         """The image of a row, scaled and cropped. Raises `InputError`."""
+        with still_readable(name_of_row(row, index)):
+            return self.fit(index, row, place, is_mirrored)
+
+    def fit(self, index, row, place, is_mirrored):
+        """As `open`. Raises whatever a decoder stumbles over."""
         width, height = self.sizes[index].tolist()
         resample = Image.Resampling[self.image_interpolation_mode.upper()]
-        with still_readable(name_of_row(row, index)):
-            image = open_fitted(read_content(row["image"]), (width, height), resample, place)
+        image = open_fitted(read_content(row["image"]), (width, height), resample, place)
         return ImageOps.mirror(image) if is_mirrored else image
 
-    def __getitem__(self, item):
-        epoch, index, weight = item
-        draw = random_numbers(self.seed, SAMPLE, epoch, index)
-        row = self.rows[index]
+    def draw_sample(self, index, row, draw):
+        """What a sample of a row has beside pixels, by the numbers of `draw`; returns that and the place of the
+        crop."""
         place, is_mirrored, caption = self.choose(row, draw)
         timestep = draw.integers(self.num_timesteps)
         latent_shape = self.latent_shape(index)
@@ -132,9 +137,6 @@ class CaptionedImages(torch.utils.data.Dataset):
         noise = noise + self.noise_offset * draw.standard_normal((len(noise), 1, 1), np.float32)
         input_ids = self.tokenizer(caption, padding="max_length", truncation=True, return_tensors="np").input_ids[0]
         sample = {
-            "epoch": epoch,
-            "index": index,
-            "weight": np.float32(weight),
             "is_mirrored": is_mirrored,
             "input_ids": input_ids,
             "timestep": timestep,
@@ -142,6 +144,14 @@ class CaptionedImages(torch.utils.data.Dataset):
             "noise": noise,
             "added_noise": noise + self.input_perturbation * perturbation,
         }
+        return sample, place
+
+    def __getitem__(self, item):
+        epoch, index, weight = item
+        row = self.rows[index]
+        sample, place = self.draw_sample(index, row, random_numbers(self.seed, SAMPLE, epoch, index))
+        sample |= {"epoch": epoch, "index": index, "weight": np.float32(weight)}
+        is_mirrored, input_ids, latent_shape = sample["is_mirrored"], sample["input_ids"], sample["noise"].shape
         if self.reads_pixels:
             sample["pixel_values"] = np.array(self.open(index, row, place, is_mirrored)).transpose(2, 0, 1)
         if self.cache and self.cache.images:
@@ -415,9 +425,7 @@ def all_captions(captions):
 def read_dataset(args, name, default_caption=None):
     """Loads the train split of a dataset, on the Hub or local, as columns `image` (undecoded) and `captions`; `args`
     name its columns and configuration. Raises `InputError`."""
-    files = list_files(name) if os.path.isdir(name) else []
-    pictures = [path for path in files if is_image_file(path, name)]
-    data_files = [path for path in files if path.suffix.lower() in DATA_KINDS and path.name not in NO_DATA_NAMES]
+    files, pictures, data_files = files_of(name)
     # A local folder of image files is not for `datasets`, which drops images without a caption in silence.
     if pictures and is_picture_folder(name, files, pictures, data_files):
         if (args.dataset_config_name, args.image_column) != (None, "image"):
@@ -427,6 +435,10 @@ def read_dataset(args, name, default_caption=None):
     try:
         saved = {path.parent for path in files if path.name in SAVED_NAMES}
         dataset = load_train_split(args, name, saved, data_files, has_pictures=bool(pictures))
+        image_column, caption_column, field = columns_of(dataset.features, image_column, caption_column)
+        if field:
+            found = [row and row.get(field) for row in dataset[caption_column]]
+            caption_column, dataset = field, dataset.select_columns([image_column]).add_column(field, found)
         if default_caption and caption_column == "text" and "text" not in dataset.column_names:
             dataset = dataset.add_column(caption_column, [default_caption] * len(dataset))
         dataset = dataset.select_columns([image_column, caption_column])
@@ -440,6 +452,39 @@ def read_dataset(args, name, default_caption=None):
         ) from None
     check_places(dataset, name, args.cache_dir)
     return dataset
+
+
+def files_of(name):
+    """The files of a local dataset, a folder or a single file; which of them are pictures, and which are data files.
+    Raises `InputError`."""
+    if os.path.isfile(name):
+        if Path(name).suffix.lower() not in DATA_KINDS:
+            raise InputError(f"--dataset_name={name}: is no file that is read ({', '.join(DATA_KINDS)}); name another")
+        return [Path(name)], [], [Path(name)]
+    files = list_files(name) if os.path.isdir(name) else []
+    pictures = [path for path in files if is_image_file(path, name)]
+    data_files = [path for path in files if path.suffix.lower() in DATA_KINDS and path.name not in NO_DATA_NAMES]
+    return files, pictures, data_files if not pictures else [path for path in data_files if kind_of(path) != SHARDS]
+
+
+def columns_of(features, image_column, caption_column):
+    """The columns of image and captions in a dataset with these features; and, where that column holds JSON, the field
+    of it with the captions, or else None. Shards of WebDataset call their columns by the suffixes of files."""
+    if "__key__" not in features:
+        return image_column, caption_column, None
+    if image_column == "image" and image_column not in features:
+        images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+        image_column = images[0] if images else image_column
+    if caption_column in features:
+        return image_column, caption_column, None
+    if caption_column == "text" and "txt" in features:
+        return image_column, "txt", None
+    fields = features["json"] if isinstance(features.get("json"), dict) else ()
+    usual = (caption_column, "caption") if caption_column == "text" else (caption_column,)
+    for field in usual:
+        if field in fields:
+            return image_column, "json", field
+    return image_column, caption_column, None
 
 
 def is_picture_folder(name, files, pictures, data_files):
@@ -471,11 +516,19 @@ def load_train_split(args, name, saved, data_files, has_pictures):
         if "train" not in dataset:
             raise InputError(f"has no train split; name the folder of one of its splits, {', '.join(dataset)}")
         return dataset["train"]
-    where = {"split": "train", "cache_dir": args.cache_dir}
-    chosen = [path for path in data_files if not path.name.startswith("cache-")]
+    return datasets.load_dataset(**describe_source(args, name, data_files, has_pictures), split="train")
+
+
+def describe_source(args, name, data_files, has_pictures):
+    """What `datasets` has to be told to load a dataset, on the Hub or of local `data_files`. Raises `InputError`."""
+    config_name, where = args.dataset_config_name, {"cache_dir": args.cache_dir}
+    chosen = without_other_kinds([path for path in data_files if not path.name.startswith("cache-")])
     is_pattern = bool(data_files) and "[" in os.path.abspath(name)  # as `datasets` takes it
     num_configs = count_configs(name)
-    if is_pattern or (has_pictures and not num_configs) or len(chosen) < len(data_files):
+    if os.path.isfile(name) and config_name:
+        raise InputError("is a file, which has no configurations; drop --dataset_config_name")
+    are_chosen = is_pattern or len(chosen) < len(data_files) or os.path.isfile(name)
+    if are_chosen or (has_pictures and not num_configs):
         if config_name or num_configs > 1:
             told = "a bracket in the path, pictures or caches hide its configurations"
             raise InputError(f"{told}; rename it, move them away or drop --dataset_config_name")
@@ -483,8 +536,21 @@ def load_train_split(args, name, saved, data_files, has_pictures):
         kind = next(kind for kind in DATA_KINDS.values() if kind in [kind_of(path) for path in chosen])
         chosen = train_files([path for path in chosen if kind_of(path) == kind], name)
         lists = {"train": [glob.escape(os.path.abspath(path)) for path in chosen]}
-        return datasets.load_dataset(kind, data_files=lists, **where)
-    return datasets.load_dataset(name, config_name, token=args.hub_token, **where)
+        return {"path": kind, "data_files": lists, **where}
+    return {"path": name, "name": config_name, "token": args.hub_token, **where}
+
+
+def without_other_kinds(data_files):
+    """The data files, or of them the tar shards, if there are any, without the tables that tell of each. Raises
+    `InputError` for other files that hold images."""
+    shards = [path for path in data_files if kind_of(path) == SHARDS]
+    tables = {path.with_suffix("") for path in shards}
+    others = [path for path in data_files if path.suffix.lower() in (".parquet", ".arrow")]
+    foreign = [path for path in others if path.with_suffix("") not in tables]
+    if shards and foreign:
+        names = f"{shards[0].name}, and {foreign[0].name}"
+        raise InputError(f"holds tar shards, such as {names}; move the ones away that are not meant")
+    return shards or data_files
 
 
 def kind_of(path):
@@ -532,7 +598,9 @@ def with_whole_paths(dataset, name):
         is_file = image and image["bytes"] is None and image["path"] and not re.match(r"\w+://", image["path"])
         return {**image, "path": os.path.join(folder, image["path"])} if is_file else image
 
-    paths = [path for images in dataset.data.column("image").chunks for path in images.field("path").to_pylist()]
+    paths = []
+    for images in dataset.data.column("image").chunks:
+        paths += images.field("path").filter(images.field("bytes").is_null()).to_pylist()
     if not os.path.isdir(name) or all(path is None or os.path.isabs(path) for path in paths):
         return dataset
     return dataset.map(lambda row: {"image": whole(row["image"])}, keep_in_memory=True, load_from_cache_file=False)

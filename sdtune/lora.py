@@ -254,4 +254,4 @@ def kohya_header(args, name, unet, alpha, num_images, step):
         "modelspec.resolution": f"{side}x{side}",
         "modelspec.architecture": f"stable-diffusion-v{version}/lora",
     }
-    return {"format": "pt", **{key: str(value) for key, value in fields.items()}}
+    return {"format": "pt", **{key: str(value) for key, value in fields.items() if value is not None}}

@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import is_cuda_available
 from torch.cuda import is_bf16_supported, max_memory_reserved
 
+from sdtune.batches import mean_samples_per_step
 from sdtune.files import existing_place
 from sdtune.models import numel_of
 from sdtune.output import chosen_tracker
@@ -17,19 +18,24 @@ from sdtune.output import chosen_tracker
 def print_plan(args, run, num_held_out, num_trained, about):
     """Says, before the first step, what will be done. `about` says what only a script knows: `trained` and `frozen`
     (which models), `devices` (how many share a pass), `images` (a remark), `optimizer` (its name), `warnings` (a
-    list), and maybe `precision` (of passes, if that is not the setting), `weights` (their precision, if not float32),
-    `result_bytes` (of the files that will be the result), `buckets` (lines on the sizes of images) and `cache` (a
-    text, or None)."""
+    list), and maybe `stream` (how images are read), `precision` (of passes, if that is not the setting), `weights`
+    (their precision, if not float32), `result_bytes` (of the files that will be the result), `buckets` (lines on the
+    sizes of images) and `cache` (a text, or None)."""
     counts, side, tracker = run.counts, args.resolution, chosen_tracker(args)
     first_step, precision = run.progress["global_step"], about.get("precision", run.settings["mixed_precision"])
     gigabytes = checkpoint_bytes(run) / 1e9
     buckets = about.get("buckets", ())
     shape = f"in buckets of the area of {side} x {side}" if buckets else f"at {side} x {side}"
-    images = f"{counts.num_images:,} to train on, {num_held_out:,} held out, {shape} pixels"
+    number, epochs = "streamed, their number is not known", ""
+    if counts.num_images is not None:
+        number = f"{counts.num_images:,} to train on"
+        epochs = f", {counts.last_step / counts.steps_per_epoch:,.1f} epochs"
+    images = f"{number}, {num_held_out:,} held out, {shape} pixels"
     passes = f"{args.train_batch_size} a pass x {args.gradient_accumulation_steps} passes x {about['devices']}"
     rows = {
         "images": "\n             ".join([images + about["images"], *buckets]),
-        "steps": f"{first_step:,} to {counts.last_step:,}, {counts.last_step / counts.steps_per_epoch:,.1f} epochs",
+        "stream": about.get("stream"),
+        "steps": f"{first_step:,} to {counts.last_step:,}{epochs}",
         "per step": f"{counts.samples_per_step:,} images: {passes}",
         "trained": f"{about['trained']}, {num_trained:,} parameters in {about.get('weights', 'float32')}, passes in "
         f"precision {precision!r}; frozen: {about['frozen']}",
@@ -71,7 +77,7 @@ def tell_cost(counts, device, num_samples, seconds, num_steps, now):
     """Prints what was measured of a step of `num_samples`, which took so many seconds: the time that the samples of
     `num_steps` steps take from `now` on, and the peak of the memory so far."""
     rate = num_samples / seconds
-    duration = datetime.timedelta(seconds=round(num_steps * counts.num_images / counts.steps_per_epoch / rate))
+    duration = datetime.timedelta(seconds=round(num_steps * mean_samples_per_step(counts) / rate))
     print(
         f"  time       {seconds:.3g} s per step, {rate:.4g} images/s; {num_steps:,} steps take {duration}, until "
         f"{now + duration:%Y-%m-%d %H:%M}"

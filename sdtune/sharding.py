@@ -15,7 +15,7 @@ from sdtune.deepspeed import gather_for_good
 from sdtune.errors import InputError
 from sdtune.optimization import optimizer_of
 
-SHARDS = "shards"  # a folder of a checkpoint, in the place of weights and optimizer
+SHARDS_FOLDER = "shards"  # a folder of a checkpoint, in the place of weights and optimizer
 AVERAGE = "ema."  # begins the names of averaged weights among shards
 
 

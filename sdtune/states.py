@@ -22,7 +22,7 @@ from sdtune.deepspeed import held_whole, is_partitioned, uses_deepspeed
 from sdtune.errors import InputError
 from sdtune.files import read_json
 from sdtune.optimization import PRODIGY_PROGRESS
-from sdtune.sharding import SHARDS, forget_gathered, held_here, read_shards, write_shards
+from sdtune.sharding import SHARDS_FOLDER, forget_gathered, held_here, read_shards, write_shards
 
 OPTIMIZER_FILE = "optimizer.bin"  # as accelerate calls it
 STATE_FILE = "state.json"
@@ -134,7 +134,7 @@ def read_weights(run, folder):
 def write_state(accelerator, run, folder):
     """Writes the run's weights and state into the folder of a checkpoint, by all processes together."""
     if accelerator.is_fsdp2:
-        write_shards(run, folder / SHARDS)  # accelerate would pickle, and write frozen weights too
+        write_shards(run, folder / SHARDS_FOLDER)  # accelerate would pickle, and write frozen weights too
     elif uses_deepspeed():
         accelerator.save_state(folder, exclude_frozen_parameters=True)
     else:
@@ -183,7 +183,7 @@ def read_state(accelerator, run, folder):
     asked = [dict(group) for group in optimizer.param_groups]
     numbers, numbers_now = read_json(folder / STATE_FILE), numbers_of(run)
     if accelerator.is_fsdp2:
-        read_shards(run, folder / SHARDS)
+        read_shards(run, folder / SHARDS_FOLDER)
     elif uses_deepspeed():
         accelerator.load_state(folder, load_module_strict=False)
     else:

@@ -58,6 +58,7 @@ from sdtune.randomness import DROPOUT, random_numbers
 from sdtune.sharding import check_sharding, held_here, set_up_sharding, skeleton_of, whole_tensor
 from sdtune.signals import ignore_signals, is_asked, take_save_requests
 from sdtune.states import keep_best_together, register_weights, resume, save_together
+from sdtune.streaming import stream_from, without_left_out
 from sdtune.validation import LookGivenUp, steps_between_looks
 
 # Of glibc's `mallopt` (malloc.h): parameters, with the largest values that serve.
@@ -339,14 +340,24 @@ def choose_num_workers(wanted):
 
 
 def make_loader(args, accelerator, samples, batches):
-    """Loads the samples of `batches`, lists of what `samples` takes."""
+    """Loads the samples of `batches`, lists of what `samples` takes; or the batches of a stream, for None."""
     return torch.utils.data.DataLoader(
         samples,
-        batch_sampler=batches,
+        **({"batch_size": None} if batches is None else {"batch_sampler": batches}),
         num_workers=choose_num_workers(args.dataloader_num_workers),
         pin_memory=accelerator.device.type != "cpu",
         worker_init_fn=ignore_signals,
     )
+
+
+def load_batches(args, accelerator, run, images, left_out):
+    """Loads this process's batches of images, which may be a stream, from the run's next step on. What cannot be used
+    of a stream is noted in `left_out`."""
+    if not args.streaming:
+        return make_loader(args, accelerator, images, batches_of(args, accelerator, run))
+    rank, num_ranks, step = accelerator.process_index, accelerator.num_processes, run.progress["global_step"]
+    stream = stream_from(images, args, rank, num_ranks, args.train_batch_size, step)
+    return without_left_out(make_loader(args, accelerator, stream, None), left_out)
 
 
 def train_steps(args, accelerator, run, stop, work, look):

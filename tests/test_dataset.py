@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from image_data import caption_of, encoded, make_image, snapshot, write_metadata
 from running import run_script
+from shards import write_shards
 from tiny import make_tokenizer
 from training import parse
 
@@ -23,7 +24,7 @@ from sdtune.dataset import (
     read_rows,
 )
 from sdtune.errors import InputError
-from sdtune.images import open_image
+from sdtune.images import open_image, read_image
 
 RESOLUTION = 32
 
@@ -383,6 +384,52 @@ def captions_in(folder, *words):
     """The captions in the rows of a local dataset, as a command or a script reads them."""
     words = [f"--dataset_name={folder}", f"--cache_dir={folder.parent / 'cache'}", *words]
     return [text for found in read_rows(parse(*words), None, None)["captions"] for text in found]
+
+
+@pytest.mark.parametrize("kind, options", [("tar", {}), ("tar", {"caption_suffix": "json"}), ("parquet", {})])
+def test_a_folder_of_shards_and_a_single_one_are_datasets(tmp_path, kind, options):
+    folder = write_shards(tmp_path / "shards", kind, [3, 2], **options)
+    rows = read_rows(parse(f"--dataset_name={folder}", f"--cache_dir={tmp_path / 'cache'}"), None, None)
+    assert [text for (text,) in rows["captions"]] == in_words(range(5))
+    assert [read_image(row["image"]).getpixel((0, 0)) for row in rows] == [
+        make_image(number).getpixel((0, 0)) for number in range(5)
+    ]
+    assert captions_in(folder / f"00001.{kind}") == in_words([3, 4])
+
+
+def test_the_captions_of_shards_come_from_the_field_that_is_named(tmp_path):
+    folder = write_shards(tmp_path / "shards", "tar", [2], caption_suffix="json")
+    assert captions_in(folder, "--caption_column=caption") == in_words(range(2))
+    with pytest.raises(InputError, match=r"cannot be loaded; check it.*--caption_column=alt"):
+        captions_in(folder, "--caption_column=alt")
+
+
+def test_tables_beside_tar_shards_are_left_aside(tmp_path):
+    """As img2dataset writes them: 00000.tar, 00000.parquet of what it knows of each image, 00000_stats.json."""
+    folder = write_shards(tmp_path / "shards", "tar", [2, 1])
+    for shard in range(2):
+        datasets.Dataset.from_dict({"url": ["http://a/1.jpg"]}).to_parquet(str(folder / f"{shard:05d}.parquet"))
+        (folder / f"{shard:05d}_stats.json").write_text('{"count": 2}')
+    assert captions_in(folder) == in_words(range(3))
+    rows_of([4]).to_parquet(str(folder / "others.parquet"))
+    with pytest.raises(InputError, match=r"holds tar shards, such as 00000.tar, and others.parquet; move the ones aw"):
+        captions_in(folder)
+
+
+def test_a_file_of_another_kind_is_no_dataset(tmp_path):
+    for name in ("images.zip", "photo.png"):
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(InputError, match=rf"{name}: is no file that is read \(.tar, .parquet, .*\); name another"):
+            captions_in(tmp_path / name)
+    single = write_shards(tmp_path / "shards", "parquet", [1]) / "00000.parquet"
+    with pytest.raises(InputError, match="is a file, which has no configurations; drop --dataset_config_name"):
+        captions_in(single, "--dataset_config_name=small")
+
+
+def test_pictures_are_read_where_a_tar_file_lies_beside_them(image_folder):
+    folder = image_folder(2)
+    write_shards(folder / "backup", "tar", [3])
+    assert captions_in(folder) == in_words(range(2))
 
 
 def test_caches_of_later_work_are_no_data(tmp_path):

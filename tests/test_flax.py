@@ -27,6 +27,7 @@ from PIL import Image
 from running import REPO, run_script, start_script
 from running import TRAIN_TEXT_TO_IMAGE_FLAX as FLAX
 from safetensors.numpy import load_file
+from shards import make_rows, write_shards, write_tar
 from stubs import grey_samples
 from tiny import make_pipeline, make_text_encoder, make_tokenizer, make_vae
 from training import draws, losses, parse, read_log, text_encoder, train, unet, words
@@ -981,3 +982,30 @@ def test_losses_fall_where_there_is_little_to_learn(fit, tmp_path):
     data = write_image_folder(tmp_path / "two", 2)
     history = losses(fit(data=data, max_train_steps=100, learning_rate=3e-3, center_crop=True))
     assert np.mean(history[-20:]) < 0.6 * np.mean(history[:5])
+
+
+def test_a_stream_goes_on_and_is_trained_on_as_in_pytorch(fit, train_script, base, tmp_path):
+    """Thirteen images in two shards, two of them held out, over two epochs: with whole passes of two."""
+    settings = {"dataset_name": write_shards(tmp_path / "set", "tar", [7, 6]), "streaming": True, "data": None}
+    settings |= {"num_validation_samples": 2, "shuffle_buffer_size": 4, "max_train_steps": 9}
+    whole = fit("whole", **settings)
+    assert fit("parts", **{**settings, "max_train_steps": 4})
+    parts = fit("parts", resume_from_checkpoint="latest", **settings)
+    assert_equal(unet(parts), unet(whole))
+    assert losses(parts) == losses(whole)
+    del settings["data"]
+    assert train(train_script, base, None, tmp_path / "torch", cache_dir=tmp_path, **ALIKE, **settings) == 0
+    assert losses(whole) == pytest.approx(losses(tmp_path / "torch"), rel=1e-3)
+    fit("parts", resume_from_checkpoint="latest", status=2, **{**settings, "data": None, "shuffle_buffer_size": 5})
+
+
+def test_a_stream_leaves_out_in_jax_too(fit, tmp_path, capsys):
+    rows = make_rows(7)
+    rows[2] = (b"a note", "note.png", "no picture")
+    write_tar(tmp_path / "set" / "a.tar", rows)
+    out = fit(data=None, dataset_name=tmp_path / "set", streaming=True, max_train_steps=4)
+    told = (
+        "1 images of the stream could not be used, and were left out:\n  a.tar: note.png: no image that Pillow knows"
+    )
+    assert told in capsys.readouterr().err
+    assert all(loss > 0 for loss in losses(out))

@@ -30,6 +30,7 @@ from original_layout import save_original
 from PIL import Image
 from running import REPO, TRAIN_TEXT_TO_IMAGE, environment, run_script
 from safetensors.torch import load_file
+from shards import write_shards
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 FOLDERS = ("examples", "miniature", "sdtune", "recipes", "benchmarks")
@@ -247,6 +248,7 @@ def stand_ins(tmp_path_factory, tiny_pipeline, tiny_captioner):
     save_original(StableDiffusionPipeline.from_pretrained(tiny_pipeline), folder / SINGLE_FILE)
     write_image_folder(folder / "demo" / "creatures", 8)
     write_image_folder(folder / "demo" / "subject", 5)
+    write_shards(folder / "my_shards", "tar", [5, 4])
     write_image_folder(folder / "my_dog", 5)
     (folder / "my_dog" / "metadata.jsonl").unlink()
     mine = write_image_folder(folder / "my_images", 8)
@@ -387,7 +389,8 @@ def test_training_command(command, clone, modules, few_steps, fake_hub, monkeypa
     elif args.resume_from_checkpoint:
         check_resume(script, flags, monkeypatch, capsys)
     else:
-        folder = vars(args).get("train_data_dir") or args.instance_data_dir
+        given = vars(args)
+        folder = given.get("train_data_dir") or given.get("instance_data_dir") or args.dataset_name
         for path in Path(folder).glob("*.png") if folder == "my_pictures" else []:  # the command above captions them
             path.with_suffix(".txt").write_text("a picture")
         images = snapshot(folder)

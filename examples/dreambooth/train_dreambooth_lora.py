@@ -147,7 +147,7 @@ class InputError(ValueError):
 
 
 # A stream of random numbers each: what is drawn from one leaves the others as they are.
-SAMPLE = 0  # crop, flip, caption, timestep and noise of a sample, by epoch and index
+SAMPLE = 0  # crop, flip, caption, timestep and noise of a sample, by epoch and index, or epoch, shard and row
 ORDER = 1  # of an epoch
 DROPOUT = 2  # layers, by step and process
 SUBSET = 3  # the images that --max_train_samples leaves
@@ -159,6 +159,7 @@ SWITCH_ON = {**SWITCH, "default": True}
 
 # AdamW's own constants; another optimizer may not have them.
 ADAM_DEFAULTS = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 1e-2, "adam_epsilon": 1e-8}
+NUM_TRAIN_EPOCHS = 100
 OFFSET_NOISE = 0.1  # what --offset_noise means in diffusers' scripts
 
 # By group, the settings that a resume may change. They leave the result as it is, or what they lead to is compared in
@@ -271,7 +272,9 @@ class Cache:
 METADATA_NAMES = {"metadata.jsonl", "metadata.csv"}
 SAVED_NAMES = {"state.json", "dataset_dict.json"}  # that tell of `save_to_disk`
 NO_DATA_NAMES = {*METADATA_NAMES, *SAVED_NAMES, "config.json", "dataset_info.json", "dataset_infos.json"}
+SHARDS = "webdataset"  # tar files in which the files of a sample have a name in common
 DATA_KINDS = {  # of files that `datasets` loads, by what it calls them; those that hold images come first
+    ".tar": SHARDS,
     ".parquet": "parquet",
     ".arrow": "arrow",
     ".jsonl": "json",
@@ -347,16 +350,19 @@ class CaptionedImages(torch.utils.data.Dataset):
 
     def open(self, index, row, place, is_mirrored):
         """The image of a row, scaled and cropped. Raises `InputError`."""
+        with still_readable(name_of_row(row, index)):
+            return self.fit(index, row, place, is_mirrored)
+
+    def fit(self, index, row, place, is_mirrored):
+        """As `open`. Raises whatever a decoder stumbles over."""
         width, height = self.sizes[index].tolist()
         resample = Image.Resampling[self.image_interpolation_mode.upper()]
-        with still_readable(name_of_row(row, index)):
-            image = open_fitted(read_content(row["image"]), (width, height), resample, place)
+        image = open_fitted(read_content(row["image"]), (width, height), resample, place)
         return ImageOps.mirror(image) if is_mirrored else image
 
-    def __getitem__(self, item):
-        epoch, index, weight = item
-        draw = random_numbers(self.seed, SAMPLE, epoch, index)
-        row = self.rows[index]
+    def draw_sample(self, index, row, draw):
+        """What a sample of a row has beside pixels, by the numbers of `draw`; returns that and the place of the
+        crop."""
         place, is_mirrored, caption = self.choose(row, draw)
         timestep = draw.integers(self.num_timesteps)
         latent_shape = self.latent_shape(index)
@@ -365,9 +371,6 @@ class CaptionedImages(torch.utils.data.Dataset):
         noise = noise + self.noise_offset * draw.standard_normal((len(noise), 1, 1), np.float32)
         input_ids = self.tokenizer(caption, padding="max_length", truncation=True, return_tensors="np").input_ids[0]
         sample = {
-            "epoch": epoch,
-            "index": index,
-            "weight": np.float32(weight),
             "is_mirrored": is_mirrored,
             "input_ids": input_ids,
             "timestep": timestep,
@@ -375,6 +378,14 @@ class CaptionedImages(torch.utils.data.Dataset):
             "noise": noise,
             "added_noise": noise + self.input_perturbation * perturbation,
         }
+        return sample, place
+
+    def __getitem__(self, item):
+        epoch, index, weight = item
+        row = self.rows[index]
+        sample, place = self.draw_sample(index, row, random_numbers(self.seed, SAMPLE, epoch, index))
+        sample |= {"epoch": epoch, "index": index, "weight": np.float32(weight)}
+        is_mirrored, input_ids, latent_shape = sample["is_mirrored"], sample["input_ids"], sample["noise"].shape
         if self.reads_pixels:
             sample["pixel_values"] = np.array(self.open(index, row, place, is_mirrored)).transpose(2, 0, 1)
         if self.cache and self.cache.images:
@@ -390,10 +401,10 @@ class CaptionedImages(torch.utils.data.Dataset):
 class StepCounts:
     """How many samples and steps a run has."""
 
-    num_images: int
+    num_images: int | None  # None, as of what depends on it, where images are a stream
     samples_per_pass: int  # over all processes
     samples_per_step: int
-    steps_per_epoch: int
+    steps_per_epoch: int | None
     last_step: int
     # (num_images,), the number of each image's bucket: a step is of one. None if all are in the same.
     buckets: np.ndarray | None = dataclasses.field(default=None, compare=False)
@@ -468,7 +479,7 @@ class DeepSpeedAccelerator(Accelerator):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 
-SHARDS = "shards"  # a folder of a checkpoint, in the place of weights and optimizer
+SHARDS_FOLDER = "shards"  # a folder of a checkpoint, in the place of weights and optimizer
 AVERAGE = "ema."  # begins the names of averaged weights among shards
 
 DIGESTS_FILE = "digests.json"
@@ -1097,10 +1108,10 @@ def choose_num_workers(wanted):
 
 
 def make_loader(args, accelerator, samples, batches):
-    """Loads the samples of `batches`, lists of what `samples` takes."""
+    """Loads the samples of `batches`, lists of what `samples` takes; or the batches of a stream, for None."""
     return torch.utils.data.DataLoader(
         samples,
-        batch_sampler=batches,
+        **({"batch_size": None} if batches is None else {"batch_sampler": batches}),
         num_workers=choose_num_workers(args.dataloader_num_workers),
         pin_memory=accelerator.device.type != "cpu",
         worker_init_fn=ignore_signals,
@@ -1288,6 +1299,13 @@ def count_steps(args, num_images, num_processes, sizes=None):
     return StepCounts(num_images, samples_per_pass, samples_per_step, steps_per_epoch, last_step, buckets, pixels)
 
 
+def mean_samples_per_step(counts):
+    """How many samples a step has in the mean."""
+    if counts.num_images is None:
+        return counts.samples_per_step
+    return counts.num_images / counts.steps_per_epoch
+
+
 def number_buckets(sizes):
     """The number of each image's bucket (num_images,), by the order of their `sizes` (num_images, 2); None if all are
     in the same."""
@@ -1325,6 +1343,10 @@ def steps_from(counts, seed, first_step):
 
 def step_sizes(counts, seed, first_step):
     """Yields of each step from `first_step` on how many samples and how many forward passes it has."""
+    if counts.num_images is None:
+        of_each = (counts.samples_per_step, counts.samples_per_step // counts.samples_per_pass)
+        yield from itertools.repeat(of_each, counts.last_step - first_step)
+        return
     for _, samples in steps_from(counts, seed, first_step):
         yield len(samples), math.ceil(len(samples) / counts.samples_per_pass)
 
@@ -1630,9 +1652,7 @@ def all_captions(captions):
 def read_dataset(args, name, default_caption=None):
     """Loads the train split of a dataset, on the Hub or local, as columns `image` (undecoded) and `captions`; `args`
     name its columns and configuration. Raises `InputError`."""
-    files = list_files(name) if os.path.isdir(name) else []
-    pictures = [path for path in files if is_image_file(path, name)]
-    data_files = [path for path in files if path.suffix.lower() in DATA_KINDS and path.name not in NO_DATA_NAMES]
+    files, pictures, data_files = files_of(name)
     # A local folder of image files is not for `datasets`, which drops images without a caption in silence.
     if pictures and is_picture_folder(name, files, pictures, data_files):
         if (args.dataset_config_name, args.image_column) != (None, "image"):
@@ -1642,6 +1662,10 @@ def read_dataset(args, name, default_caption=None):
     try:
         saved = {path.parent for path in files if path.name in SAVED_NAMES}
         dataset = load_train_split(args, name, saved, data_files, has_pictures=bool(pictures))
+        image_column, caption_column, field = columns_of(dataset.features, image_column, caption_column)
+        if field:
+            found = [row and row.get(field) for row in dataset[caption_column]]
+            caption_column, dataset = field, dataset.select_columns([image_column]).add_column(field, found)
         if default_caption and caption_column == "text" and "text" not in dataset.column_names:
             dataset = dataset.add_column(caption_column, [default_caption] * len(dataset))
         dataset = dataset.select_columns([image_column, caption_column])
@@ -1655,6 +1679,39 @@ def read_dataset(args, name, default_caption=None):
         ) from None
     check_places(dataset, name, args.cache_dir)
     return dataset
+
+
+def files_of(name):
+    """The files of a local dataset, a folder or a single file; which of them are pictures, and which are data files.
+    Raises `InputError`."""
+    if os.path.isfile(name):
+        if Path(name).suffix.lower() not in DATA_KINDS:
+            raise InputError(f"--dataset_name={name}: is no file that is read ({', '.join(DATA_KINDS)}); name another")
+        return [Path(name)], [], [Path(name)]
+    files = list_files(name) if os.path.isdir(name) else []
+    pictures = [path for path in files if is_image_file(path, name)]
+    data_files = [path for path in files if path.suffix.lower() in DATA_KINDS and path.name not in NO_DATA_NAMES]
+    return files, pictures, data_files if not pictures else [path for path in data_files if kind_of(path) != SHARDS]
+
+
+def columns_of(features, image_column, caption_column):
+    """The columns of image and captions in a dataset with these features; and, where that column holds JSON, the field
+    of it with the captions, or else None. Shards of WebDataset call their columns by the suffixes of files."""
+    if "__key__" not in features:
+        return image_column, caption_column, None
+    if image_column == "image" and image_column not in features:
+        images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+        image_column = images[0] if images else image_column
+    if caption_column in features:
+        return image_column, caption_column, None
+    if caption_column == "text" and "txt" in features:
+        return image_column, "txt", None
+    fields = features["json"] if isinstance(features.get("json"), dict) else ()
+    usual = (caption_column, "caption") if caption_column == "text" else (caption_column,)
+    for field in usual:
+        if field in fields:
+            return image_column, "json", field
+    return image_column, caption_column, None
 
 
 def is_picture_folder(name, files, pictures, data_files):
@@ -1686,11 +1743,19 @@ def load_train_split(args, name, saved, data_files, has_pictures):
         if "train" not in dataset:
             raise InputError(f"has no train split; name the folder of one of its splits, {', '.join(dataset)}")
         return dataset["train"]
-    where = {"split": "train", "cache_dir": args.cache_dir}
-    chosen = [path for path in data_files if not path.name.startswith("cache-")]
+    return datasets.load_dataset(**describe_source(args, name, data_files, has_pictures), split="train")
+
+
+def describe_source(args, name, data_files, has_pictures):
+    """What `datasets` has to be told to load a dataset, on the Hub or of local `data_files`. Raises `InputError`."""
+    config_name, where = args.dataset_config_name, {"cache_dir": args.cache_dir}
+    chosen = without_other_kinds([path for path in data_files if not path.name.startswith("cache-")])
     is_pattern = bool(data_files) and "[" in os.path.abspath(name)  # as `datasets` takes it
     num_configs = count_configs(name)
-    if is_pattern or (has_pictures and not num_configs) or len(chosen) < len(data_files):
+    if os.path.isfile(name) and config_name:
+        raise InputError("is a file, which has no configurations; drop --dataset_config_name")
+    are_chosen = is_pattern or len(chosen) < len(data_files) or os.path.isfile(name)
+    if are_chosen or (has_pictures and not num_configs):
         if config_name or num_configs > 1:
             told = "a bracket in the path, pictures or caches hide its configurations"
             raise InputError(f"{told}; rename it, move them away or drop --dataset_config_name")
@@ -1698,8 +1763,21 @@ def load_train_split(args, name, saved, data_files, has_pictures):
         kind = next(kind for kind in DATA_KINDS.values() if kind in [kind_of(path) for path in chosen])
         chosen = train_files([path for path in chosen if kind_of(path) == kind], name)
         lists = {"train": [glob.escape(os.path.abspath(path)) for path in chosen]}
-        return datasets.load_dataset(kind, data_files=lists, **where)
-    return datasets.load_dataset(name, config_name, token=args.hub_token, **where)
+        return {"path": kind, "data_files": lists, **where}
+    return {"path": name, "name": config_name, "token": args.hub_token, **where}
+
+
+def without_other_kinds(data_files):
+    """The data files, or of them the tar shards, if there are any, without the tables that tell of each. Raises
+    `InputError` for other files that hold images."""
+    shards = [path for path in data_files if kind_of(path) == SHARDS]
+    tables = {path.with_suffix("") for path in shards}
+    others = [path for path in data_files if path.suffix.lower() in (".parquet", ".arrow")]
+    foreign = [path for path in others if path.with_suffix("") not in tables]
+    if shards and foreign:
+        names = f"{shards[0].name}, and {foreign[0].name}"
+        raise InputError(f"holds tar shards, such as {names}; move the ones away that are not meant")
+    return shards or data_files
 
 
 def kind_of(path):
@@ -1747,7 +1825,9 @@ def with_whole_paths(dataset, name):
         is_file = image and image["bytes"] is None and image["path"] and not re.match(r"\w+://", image["path"])
         return {**image, "path": os.path.join(folder, image["path"])} if is_file else image
 
-    paths = [path for images in dataset.data.column("image").chunks for path in images.field("path").to_pylist()]
+    paths = []
+    for images in dataset.data.column("image").chunks:
+        paths += images.field("path").filter(images.field("bytes").is_null()).to_pylist()
     if not os.path.isdir(name) or all(path is None or os.path.isabs(path) for path in paths):
         return dataset
     return dataset.map(lambda row: {"image": whole(row["image"])}, keep_in_memory=True, load_from_cache_file=False)
@@ -2151,7 +2231,7 @@ def read_weights(run, folder):
 def write_state(accelerator, run, folder):
     """Writes the run's weights and state into the folder of a checkpoint, by all processes together."""
     if accelerator.is_fsdp2:
-        write_shards(run, folder / SHARDS)  # accelerate would pickle, and write frozen weights too
+        write_shards(run, folder / SHARDS_FOLDER)  # accelerate would pickle, and write frozen weights too
     elif uses_deepspeed():
         accelerator.save_state(folder, exclude_frozen_parameters=True)
     else:
@@ -2200,7 +2280,7 @@ def read_state(accelerator, run, folder):
     asked = [dict(group) for group in optimizer.param_groups]
     numbers, numbers_now = read_json(folder / STATE_FILE), numbers_of(run)
     if accelerator.is_fsdp2:
-        read_shards(run, folder / SHARDS)
+        read_shards(run, folder / SHARDS_FOLDER)
     elif uses_deepspeed():
         accelerator.load_state(folder, load_module_strict=False)
     else:
@@ -2499,7 +2579,7 @@ def add_subject_arguments(parser):
 
 def add_dataset_arguments(add):
     """Adds, to the group whose method `add` is, where a dataset is read from and which of its rows are used."""
-    add("--dataset_name", help="dataset on the Hub, or a local path that `datasets` can load")
+    add("--dataset_name", help="dataset on the Hub, or a local folder or file of parquet or WebDataset tar shards")
     add("--dataset_config_name", help="configuration of that dataset; needs --dataset_name")
     add("--image_column", default="image", help="column of its images; needs --dataset_name")
     add("--caption_column", default="text", help="column with a caption, or a list of them: one is drawn per epoch")
@@ -2634,7 +2714,7 @@ def add_optimization_arguments(parser):
     add(
         "--num_train_epochs",
         type=positive_int,
-        default=100,
+        default=NUM_TRAIN_EPOCHS,
         help="passes over the images, unless --max_train_steps [1, inf)",
     )
     add("--max_train_steps", type=positive_int, help="optimizer steps [1, inf)")
@@ -3927,7 +4007,7 @@ def kohya_header(args, name, unet, alpha, num_images, step):
         "modelspec.resolution": f"{side}x{side}",
         "modelspec.architecture": f"stable-diffusion-v{version}/lora",
     }
-    return {"format": "pt", **{key: str(value) for key, value in fields.items()}}
+    return {"format": "pt", **{key: str(value) for key, value in fields.items() if value is not None}}
 
 
 # ------------------------------------------------------------------------------------------------------------- subject
@@ -4865,19 +4945,24 @@ def new_result(output_dir):
 def print_plan(args, run, num_held_out, num_trained, about):
     """Says, before the first step, what will be done. `about` says what only a script knows: `trained` and `frozen`
     (which models), `devices` (how many share a pass), `images` (a remark), `optimizer` (its name), `warnings` (a
-    list), and maybe `precision` (of passes, if that is not the setting), `weights` (their precision, if not float32),
-    `result_bytes` (of the files that will be the result), `buckets` (lines on the sizes of images) and `cache` (a
-    text, or None)."""
+    list), and maybe `stream` (how images are read), `precision` (of passes, if that is not the setting), `weights`
+    (their precision, if not float32), `result_bytes` (of the files that will be the result), `buckets` (lines on the
+    sizes of images) and `cache` (a text, or None)."""
     counts, side, tracker = run.counts, args.resolution, chosen_tracker(args)
     first_step, precision = run.progress["global_step"], about.get("precision", run.settings["mixed_precision"])
     gigabytes = checkpoint_bytes(run) / 1e9
     buckets = about.get("buckets", ())
     shape = f"in buckets of the area of {side} x {side}" if buckets else f"at {side} x {side}"
-    images = f"{counts.num_images:,} to train on, {num_held_out:,} held out, {shape} pixels"
+    number, epochs = "streamed, their number is not known", ""
+    if counts.num_images is not None:
+        number = f"{counts.num_images:,} to train on"
+        epochs = f", {counts.last_step / counts.steps_per_epoch:,.1f} epochs"
+    images = f"{number}, {num_held_out:,} held out, {shape} pixels"
     passes = f"{args.train_batch_size} a pass x {args.gradient_accumulation_steps} passes x {about['devices']}"
     rows = {
         "images": "\n             ".join([images + about["images"], *buckets]),
-        "steps": f"{first_step:,} to {counts.last_step:,}, {counts.last_step / counts.steps_per_epoch:,.1f} epochs",
+        "stream": about.get("stream"),
+        "steps": f"{first_step:,} to {counts.last_step:,}{epochs}",
         "per step": f"{counts.samples_per_step:,} images: {passes}",
         "trained": f"{about['trained']}, {num_trained:,} parameters in {about.get('weights', 'float32')}, passes in "
         f"precision {precision!r}; frozen: {about['frozen']}",
@@ -4919,7 +5004,7 @@ def tell_cost(counts, device, num_samples, seconds, num_steps, now):
     """Prints what was measured of a step of `num_samples`, which took so many seconds: the time that the samples of
     `num_steps` steps take from `now` on, and the peak of the memory so far."""
     rate = num_samples / seconds
-    duration = datetime.timedelta(seconds=round(num_steps * counts.num_images / counts.steps_per_epoch / rate))
+    duration = datetime.timedelta(seconds=round(num_steps * mean_samples_per_step(counts) / rate))
     print(
         f"  time       {seconds:.3g} s per step, {rate:.4g} images/s; {num_steps:,} steps take {duration}, until "
         f"{now + duration:%Y-%m-%d %H:%M}"

@@ -35,6 +35,7 @@ Papers: LoRA (arXiv 2106.09685), rsLoRA (2312.03732), DoRA (2402.09353), latent 
 #   images         Decode images as a viewer shows them, and check every one before training
 #   models         Check and load the models of a Stable Diffusion pipeline
 #   entries        Entries of the cache: a file per encoded image or caption, named by a digest of what made it
+#   streaming      Train on a dataset that is read while training, shard by shard, and may be larger than the disk
 #   buckets        Aspect-ratio buckets: pictures keep about their shape, in sizes of about the same area
 #   lora_layouts   LoRA files in diffusers' and kohya's layouts: read, renamed, written; tensors keep their bits
 #   lora           Add adapters to models, go on from those in a file, and save what was trained
@@ -145,17 +146,20 @@ class InputError(ValueError):
 
 
 # A stream of random numbers each: what is drawn from one leaves the others as they are.
-SAMPLE = 0  # crop, flip, caption, timestep and noise of a sample, by epoch and index
+SAMPLE = 0  # crop, flip, caption, timestep and noise of a sample, by epoch and index, or epoch, shard and row
 ORDER = 1  # of an epoch
 DROPOUT = 2  # layers, by step and process
 SUBSET = 3  # the images that --max_train_samples leaves
 HELD_OUT = 4  # the images that are not trained on
+SHARDS_ORDER = 7  # of the shards of a stream, by epoch
+BUFFER = 8  # of rows that wait to be shuffled, by epoch, process and worker
 
 SWITCH = {"action": argparse.BooleanOptionalAction, "default": False}  # so that a config file can turn it off too
 SWITCH_ON = {**SWITCH, "default": True}
 
 # AdamW's own constants; another optimizer may not have them.
 ADAM_DEFAULTS = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 1e-2, "adam_epsilon": 1e-8}
+NUM_TRAIN_EPOCHS = 100
 OFFSET_NOISE = 0.1  # what --offset_noise means in diffusers' scripts
 
 # By group, the settings that a resume may change. They leave the result as it is, or what they lead to is compared in
@@ -167,7 +171,7 @@ DATASET_FREE_ON_RESUME = set(
     caption_column dataset_config_name dataset_name image_column max_train_samples skip_bad_images
     """.split()
 )
-DATA_FREE_ON_RESUME = {*DATASET_FREE_ON_RESUME, "train_data_dir"}
+DATA_FREE_ON_RESUME = {*DATASET_FREE_ON_RESUME, "shuffle_buffer_size", "streaming", "train_data_dir"}
 OPTIMIZATION_FREE_ON_RESUME = set(
     """
     gradient_accumulation_steps gradient_checkpointing max_nan_steps max_train_steps num_train_epochs train_batch_size
@@ -196,6 +200,7 @@ ADAPTERS_FIXED_ON_RESUME = {"lora_target", "rank", "train_text_encoder", "use_do
 
 # Flags that do nothing without another one.
 DATASET_REQUIRES = {"dataset_config_name": "dataset_name"}
+STREAM_REQUIRES = {"shuffle_buffer_size": "streaming"}
 BUCKETS_REQUIRES = {
     "bucket_max": "aspect_ratio_buckets",
     "bucket_min": "aspect_ratio_buckets",
@@ -251,7 +256,9 @@ class Cache:
 METADATA_NAMES = {"metadata.jsonl", "metadata.csv"}
 SAVED_NAMES = {"state.json", "dataset_dict.json"}  # that tell of `save_to_disk`
 NO_DATA_NAMES = {*METADATA_NAMES, *SAVED_NAMES, "config.json", "dataset_info.json", "dataset_infos.json"}
+SHARDS = "webdataset"  # tar files in which the files of a sample have a name in common
 DATA_KINDS = {  # of files that `datasets` loads, by what it calls them; those that hold images come first
+    ".tar": SHARDS,
     ".parquet": "parquet",
     ".arrow": "arrow",
     ".jsonl": "json",
@@ -327,16 +334,19 @@ class CaptionedImages(torch.utils.data.Dataset):
 
     def open(self, index, row, place, is_mirrored):
         """The image of a row, scaled and cropped. Raises `InputError`."""
+        with still_readable(name_of_row(row, index)):
+            return self.fit(index, row, place, is_mirrored)
+
+    def fit(self, index, row, place, is_mirrored):
+        """As `open`. Raises whatever a decoder stumbles over."""
         width, height = self.sizes[index].tolist()
         resample = Image.Resampling[self.image_interpolation_mode.upper()]
-        with still_readable(name_of_row(row, index)):
-            image = open_fitted(read_content(row["image"]), (width, height), resample, place)
+        image = open_fitted(read_content(row["image"]), (width, height), resample, place)
         return ImageOps.mirror(image) if is_mirrored else image
 
-    def __getitem__(self, item):
-        epoch, index, weight = item
-        draw = random_numbers(self.seed, SAMPLE, epoch, index)
-        row = self.rows[index]
+    def draw_sample(self, index, row, draw):
+        """What a sample of a row has beside pixels, by the numbers of `draw`; returns that and the place of the
+        crop."""
         place, is_mirrored, caption = self.choose(row, draw)
         timestep = draw.integers(self.num_timesteps)
         latent_shape = self.latent_shape(index)
@@ -345,9 +355,6 @@ class CaptionedImages(torch.utils.data.Dataset):
         noise = noise + self.noise_offset * draw.standard_normal((len(noise), 1, 1), np.float32)
         input_ids = self.tokenizer(caption, padding="max_length", truncation=True, return_tensors="np").input_ids[0]
         sample = {
-            "epoch": epoch,
-            "index": index,
-            "weight": np.float32(weight),
             "is_mirrored": is_mirrored,
             "input_ids": input_ids,
             "timestep": timestep,
@@ -355,6 +362,14 @@ class CaptionedImages(torch.utils.data.Dataset):
             "noise": noise,
             "added_noise": noise + self.input_perturbation * perturbation,
         }
+        return sample, place
+
+    def __getitem__(self, item):
+        epoch, index, weight = item
+        row = self.rows[index]
+        sample, place = self.draw_sample(index, row, random_numbers(self.seed, SAMPLE, epoch, index))
+        sample |= {"epoch": epoch, "index": index, "weight": np.float32(weight)}
+        is_mirrored, input_ids, latent_shape = sample["is_mirrored"], sample["input_ids"], sample["noise"].shape
         if self.reads_pixels:
             sample["pixel_values"] = np.array(self.open(index, row, place, is_mirrored)).transpose(2, 0, 1)
         if self.cache and self.cache.images:
@@ -370,14 +385,226 @@ class CaptionedImages(torch.utils.data.Dataset):
 class StepCounts:
     """How many samples and steps a run has."""
 
-    num_images: int
+    num_images: int | None  # None, as of what depends on it, where images are a stream
     samples_per_pass: int  # over all processes
     samples_per_step: int
-    steps_per_epoch: int
+    steps_per_epoch: int | None
     last_step: int
     # (num_images,), the number of each image's bucket: a step is of one. None if all are in the same.
     buckets: np.ndarray | None = dataclasses.field(default=None, compare=False)
     pixels: np.ndarray | None = dataclasses.field(default=None, compare=False)  # (num_images,), where they are known
+
+
+ROWS_AT_ONCE = 16  # that are read of a shard
+SHUFFLE_BUFFER_SIZE = 1000
+MOST_BAD_ROWS = 1000  # one after the other, before a run ends
+NUM_TOLD = 100  # samples that are left out, by name
+
+
+@dataclasses.dataclass
+class StreamRow:
+    """A row of a shard, undecoded."""
+
+    shard: int
+    index: int  # in the shard
+    image: dict  # bytes and path
+    captions: list
+
+
+@dataclasses.dataclass
+class StreamedImages(torch.utils.data.IterableDataset):
+    """Yields batches of samples as `CaptionedImages` makes them, each with epoch, shard and row in the place of an
+    index, and with `left_out`, a list of what could not be used. They have no end.
+
+    The rows of an epoch are divided among streams, one for each worker of each process. A stream takes `batch_size`
+    rows for each batch, good or bad, so that where it is after a step follows from the number of the step alone, and
+    no process has to know of another. The batches of a process come from its workers in turn.
+    """
+
+    source: datasets.IterableDataset  # undecoded
+    columns: tuple  # of `columns_of`: of image, of captions, the field of the latter
+    shard_names: list
+    num_held_out: dict  # of each shard, by number: so many of its first rows are not trained on
+    samples: CaptionedImages  # without rows: how samples are drawn and seen
+    batch_size: int
+    buffer_size: int  # rows that wait to be shuffled
+    rank: int = 0
+    num_ranks: int = 1
+    weight: float = 1.0  # of a batch in its step
+    first_batch: int = 0  # of this process
+    num_rows: dict = dataclasses.field(default_factory=dict)  # of shards that were read to their end, without held-out
+
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        number, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        # The first batch that this loader asks for is that of worker 0.
+        turn = (number + self.first_batch) % num_workers
+        num_batches = len(range(turn, self.first_batch, num_workers))
+        stream = self.rank * num_workers + turn
+        for samples, left_out in self.batches(stream, self.num_ranks * num_workers, num_batches):
+            yield {**torch.utils.data.default_collate(samples), "left_out": left_out}
+
+    def batches(self, stream, num_streams, num_batches=0, apply=map):
+        """Yields of each batch of a stream, from batch `num_batches` on, a list of its samples, and one of what could
+        not be used. `apply` maps a function over rows."""
+        rows = self.rows(stream, num_streams, num_batches * self.batch_size)
+        num_bad = 0  # one after the other
+        while True:
+            found = list(apply(self.try_sample, itertools.islice(rows, self.batch_size)))
+            left_out = [problem for _, problem in found if problem]
+            good = [sample for sample, problem in found if not problem]
+            num_bad = 0 if good else num_bad + len(found)
+            if num_bad >= MOST_BAD_ROWS:
+                raise InputError(f"{num_bad:,} rows one after the other cannot be used; mend them ({left_out[-1]})")
+            # Others carry the weight of those that are left out; where there are none, a picture without weight comes.
+            for sample in good:
+                sample["weight"] = np.float32(self.weight / len(good))
+            yield good or [found[0][0]], left_out
+
+    def rows(self, stream, num_streams, num_done):
+        """Yields (epoch, row) of a stream in its order, without the first `num_done`, which are read, where it takes
+        that, and not decoded. Raises `InputError` for a stream without a row."""
+        for epoch in itertools.count():
+            num_known = self.count_epoch(stream, num_streams, epoch)
+            if num_known is not None and num_known <= num_done:
+                num_done -= num_known
+                continue
+            number = 0
+            for number, row in enumerate(self.shuffled(stream, num_streams, epoch), 1):
+                if number > num_done:
+                    yield epoch, row
+            if not number:
+                raise InputError(
+                    f"--streaming=True: there are fewer images than workers of all processes, {num_streams}; use a "
+                    "smaller --dataloader_num_workers, or drop --streaming"
+                )
+            num_done = max(num_done - number, 0)
+
+    def shuffled(self, stream, num_streams, epoch):
+        """Yields the rows of a stream in an epoch, each once: `buffer_size` of them wait, of which one is drawn."""
+        draw = random_numbers(self.samples.seed, BUFFER, epoch, stream)
+        buffer = []
+        for row in self.share(stream, num_streams, epoch):
+            if len(buffer) < self.buffer_size:
+                buffer.append(row)
+                continue
+            place = int(draw.integers(self.buffer_size))
+            yield buffer[place]
+            buffer[place] = row
+        for place in draw.permutation(len(buffer)).tolist():
+            yield buffer[place]
+
+    def share(self, stream, num_streams, epoch):
+        """Yields the rows of an epoch that a stream reads, in the order of shards: whole shards, as many for each
+        stream, and of those that are left every `num_streams`-th row."""
+        whole, striped = self.divide(stream, num_streams, epoch)
+        for shard in whole:
+            yield from self.read_shard(shard)
+        for shard in striped:
+            yield from itertools.islice(self.read_shard(shard), (stream + shard) % num_streams, None, num_streams)
+
+    def divide(self, stream, num_streams, epoch):
+        """The shards of an epoch that a stream reads alone, and those that it shares with all others."""
+        num_shards = len(self.shard_names)
+        order = random_numbers(self.samples.seed, SHARDS_ORDER, epoch).permutation(num_shards).tolist()
+        num_whole = num_shards // num_streams * num_streams
+        return order[stream:num_whole:num_streams], order[num_whole:]
+
+    def count_epoch(self, stream, num_streams, epoch):
+        """How many rows a stream has in an epoch; None where not all of its shards were read to their end yet."""
+        whole, striped = self.divide(stream, num_streams, epoch)
+        if any(shard not in self.num_rows for shard in [*whole, *striped]):
+            return None
+        shared = [len(range((stream + shard) % num_streams, self.num_rows[shard], num_streams)) for shard in striped]
+        return sum(self.num_rows[shard] for shard in whole) + sum(shared)
+
+    def read_shard(self, shard):
+        """Yields the rows of a shard, but those that are held out. Raises `InputError` where it cannot be read."""
+        number = 0
+        for row in itertools.islice(self.read_rows(shard), self.num_held_out.get(shard, 0), None):
+            number += 1
+            yield row
+        self.num_rows[shard] = number
+
+    def read_rows(self, shard):
+        """Yields all rows of a shard. Raises `InputError` where it cannot be read."""
+        image_column, caption_column, field = self.columns
+        index = 0
+        # Not row by row: `datasets` would divide them among workers again.
+        batches = self.source.shard(len(self.shard_names), shard).iter(ROWS_AT_ONCE)
+        try:
+            for batch in batches:
+                for image, captions in zip(batch[image_column], batch[caption_column], strict=True):
+                    captions = captions and captions.get(field) if field else captions
+                    yield StreamRow(shard, index, image, captions)
+                    index += 1
+        except MemoryError:
+            raise
+        except Exception as error:  # of the network, the file, arrow
+            told = f"cannot be read beyond row {index} ({last_line(error)}); mend or remove it"
+            raise InputError(f"{self.shard_names[shard]}: {told}") from None
+
+    def try_sample(self, item):
+        """The sample of an (epoch, row), and what is wrong with that, or None. If something is, the sample is one
+        without weight, of a white picture."""
+        epoch, row = item
+        problem, captions = None, [""]
+        try:
+            captions = all_captions(with_names(row.captions, self.source.features[self.columns[1]])) or [""]
+            problem = None if captions != [""] else NO_CAPTION
+        except ValueError as error:
+            problem = str(error)
+        draw = random_numbers(self.samples.seed, SAMPLE, epoch, row.shard, row.index)
+        read = {"image": row.image, "captions": captions}
+        sample, place = self.samples.draw_sample(0, read, draw)
+        sample |= {"epoch": epoch, "shard": row.shard, "row": row.index, "weight": np.float32(0)}
+        width, height = self.samples.sizes[0].tolist()
+        sample["pixel_values"] = np.full((3, height, width), 255, np.uint8)
+        if not problem:
+            problem = self.add_pixels(sample, read, place)
+        return sample, f"{self.name_of(row)}: {problem}" if problem else None
+
+    def add_pixels(self, sample, row, place):
+        """Adds the pixels of a row to its sample, or returns what is wrong with them."""
+        if row["image"] and row["image"]["bytes"] is None:
+            return f"the row names a file ({row['image']['path']}), and does not hold the image"
+        try:
+            if min(Image.open(io.BytesIO(row["image"]["bytes"])).size) < MIN_SIDE:
+                return check_image(row["image"], {})[1][-1]
+            image = self.samples.fit(0, row, place, sample["is_mirrored"])
+        except MemoryError:  # which is not the image's fault
+            raise
+        except Exception as error:  # whatever a decoder stumbles over
+            return check_image(row["image"], {})[1][-1] or last_line(error)
+        sample["pixel_values"] = np.array(image).transpose(2, 0, 1)
+        return None
+
+    def name_of(self, row):
+        """What a row is called: its file in the shard, or its number."""
+        path = (row.image or {}).get("path")
+        return f"{self.shard_names[row.shard]}: {path or f'row {row.index}'}"
+
+
+@dataclasses.dataclass
+class LeftOut:
+    """What a process leaves out of a stream, and tells."""
+
+    problems: dict = dataclasses.field(default_factory=dict)  # lines of a name and what is wrong; None each
+
+    def note(self, problems):
+        """Tells the first lines at once, each once, and keeps all of them."""
+        for problem in problems:
+            if problem not in self.problems and len(self.problems) < NUM_TOLD:
+                print(f"\nLeft out: {problem}", file=sys.stderr, flush=True)
+            self.problems[problem] = None
+
+    def tell(self, told_as=""):
+        """Lists, at the end, what was left out."""
+        lines = list(self.problems)
+        if lines:
+            more = [f"and {len(lines) - NUM_TOLD:,} more"] if len(lines) > NUM_TOLD else []
+            told = f"{told_as}Left out of the stream, {len(lines):,} in all:"
+            print("\n  ".join([told, *lines[:NUM_TOLD], *more]), file=sys.stderr, flush=True)
 
 
 LARGEST_STEP = 64  # pixels, if no --bucket_step is given
@@ -434,7 +661,7 @@ class DeepSpeedAccelerator(Accelerator):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 
-SHARDS = "shards"  # a folder of a checkpoint, in the place of weights and optimizer
+SHARDS_FOLDER = "shards"  # a folder of a checkpoint, in the place of weights and optimizer
 AVERAGE = "ema."  # begins the names of averaged weights among shards
 
 DIGESTS_FILE = "digests.json"
@@ -595,6 +822,7 @@ REPLACED_FLAGS = {}
 REQUIRES = {
     **ADAPTERS_REQUIRES,
     **DATASET_REQUIRES,
+    **STREAM_REQUIRES,
     **BUCKETS_REQUIRES,
     **AVERAGE_REQUIRES,
     **MEMORY_REQUIRES,
@@ -618,6 +846,7 @@ FIXED_ON_RESUME = {
     "optimizer",
     "sharding",
     "state",
+    "stream",  # which would go on from somewhere else
 }  # the state would not fit
 
 
@@ -645,7 +874,7 @@ def check_args(args, problems=()):
     """Lists what is wrong with the flags, each with its value, what is accepted and the remedy. `problems` are those
     that were found before."""
     found = check_requirements(args, REQUIRES) + check_old_flags(args)
-    found += check_data(args, "train_data_dir")
+    found += check_data(args, "train_data_dir") + check_streaming(args)
     found += check_cache(args, args.train_text_encoder)
     found += check_optimization(args) + check_optimizer(args)
     found += check_hardware(args) + check_environment(args) + check_trackers(args) + check_validation(args)
@@ -659,8 +888,10 @@ def check_args(args, problems=()):
 def train(args, launcher):
     """Trains as `args` say, which have been checked; `launcher` is the process that started this one, or None."""
     accelerator = make_accelerator(args)
-    images, held_out, fingerprint = load_data(args, args.train_data_dir, fit=fit_of(args))
-    fingerprints = {"captioned_images": fingerprint}
+    images, held_out, fingerprint = load_images(args, fit=fit_of(args))
+    num_processes, num_workers = accelerator.num_processes, choose_num_workers(args.dataloader_num_workers)
+    stream = split_of_stream(args, num_processes, num_workers, args.train_batch_size)
+    fingerprints = {"captioned_images": fingerprint, "stream": stream}
     agree_on_data(accelerator, fingerprints)
     repo_id = None
     if not args.dry_run:
@@ -668,7 +899,7 @@ def train(args, launcher):
         start_trackers(args, accelerator)
     pipeline, models, noise_scheduler = load_models_with_adapters(args, accelerator)
     make_faster(args, pipeline.unet)
-    counts = count_steps(args, len(images), accelerator.num_processes, images.sizes)
+    counts = count_steps_of(args, images, num_processes)
     groups = group_parameters(args, models, peak_learning_rate(args, counts))
     weights, optimizer = prepare(accelerator, models, make_optimizer(args, groups), write_adapters, read_adapters_into)
     unet, text_encoder = weights.prepared["unet"], weights.prepared.get("text_encoder", pipeline.text_encoder)
@@ -687,6 +918,7 @@ def train(args, launcher):
         "frozen": "all else",
         "result_bytes": count_adapter_bytes(args, weights.parameters),
         "buckets": describe_buckets(args, images),
+        "stream": describe_stream(args, images, num_processes, num_workers),
         "cache": describe_cache(cache),
     }
     tell_plan(args, accelerator, run, len(held_out), about)
@@ -696,8 +928,8 @@ def train(args, launcher):
         with told_in_a_line(args, accelerator, "The encoding"):
             images, held_out = fill_cache(args, accelerator, pipeline, [images, held_out], cache)
         leave_device(pipeline, cache, prompts)
-    batches = batches_of(args, accelerator, run)
-    loader = make_loader(args, accelerator, images, batches)
+    left_out = LeftOut()
+    loader = load_batches(args, accelerator, run, images, left_out)
     work = Work(loader, training_loss, add_up_gradients)
     if args.dry_run:
         try_steps(args, accelerator, run, work)
@@ -712,10 +944,11 @@ def train(args, launcher):
     stop = Stop(launcher)
     with nothing_lost(args, accelerator, run, stop, functools.partial(write_state_alone, accelerator)):
         train_steps(args, accelerator, run, stop, work, look)
+        left_out.tell(name_of_process(accelerator))
         use_average(run)
         models = whole_models(weights)
         if accelerator.is_main_process:
-            files = save_model(args, models, len(images), counts.last_step)
+            files = save_model(args, models, counts.num_images, counts.last_step)
     if repo_id:
         push(args, repo_id, files, counts.last_step)
     end_training(accelerator)
@@ -1049,14 +1282,24 @@ def choose_num_workers(wanted):
 
 
 def make_loader(args, accelerator, samples, batches):
-    """Loads the samples of `batches`, lists of what `samples` takes."""
+    """Loads the samples of `batches`, lists of what `samples` takes; or the batches of a stream, for None."""
     return torch.utils.data.DataLoader(
         samples,
-        batch_sampler=batches,
+        **({"batch_size": None} if batches is None else {"batch_sampler": batches}),
         num_workers=choose_num_workers(args.dataloader_num_workers),
         pin_memory=accelerator.device.type != "cpu",
         worker_init_fn=ignore_signals,
     )
+
+
+def load_batches(args, accelerator, run, images, left_out):
+    """Loads this process's batches of images, which may be a stream, from the run's next step on. What cannot be used
+    of a stream is noted in `left_out`."""
+    if not args.streaming:
+        return make_loader(args, accelerator, images, batches_of(args, accelerator, run))
+    rank, num_ranks, step = accelerator.process_index, accelerator.num_processes, run.progress["global_step"]
+    stream = stream_from(images, args, rank, num_ranks, args.train_batch_size, step)
+    return without_left_out(make_loader(args, accelerator, stream, None), left_out)
 
 
 def train_steps(args, accelerator, run, stop, work, look):
@@ -1240,6 +1483,20 @@ def count_steps(args, num_images, num_processes, sizes=None):
     return StepCounts(num_images, samples_per_pass, samples_per_step, steps_per_epoch, last_step, buckets, pixels)
 
 
+def count_stream_steps(args, num_processes):
+    """Counts the samples of a step and the steps of a run whose images are a stream."""
+    samples_per_pass = args.train_batch_size * num_processes
+    samples_per_step = samples_per_pass * args.gradient_accumulation_steps
+    return StepCounts(None, samples_per_pass, samples_per_step, None, args.max_train_steps)
+
+
+def mean_samples_per_step(counts):
+    """How many samples a step has in the mean."""
+    if counts.num_images is None:
+        return counts.samples_per_step
+    return counts.num_images / counts.steps_per_epoch
+
+
 def number_buckets(sizes):
     """The number of each image's bucket (num_images,), by the order of their `sizes` (num_images, 2); None if all are
     in the same."""
@@ -1277,6 +1534,10 @@ def steps_from(counts, seed, first_step):
 
 def step_sizes(counts, seed, first_step):
     """Yields of each step from `first_step` on how many samples and how many forward passes it has."""
+    if counts.num_images is None:
+        of_each = (counts.samples_per_step, counts.samples_per_step // counts.samples_per_pass)
+        yield from itertools.repeat(of_each, counts.last_step - first_step)
+        return
     for _, samples in steps_from(counts, seed, first_step):
         yield len(samples), math.ceil(len(samples) / counts.samples_per_pass)
 
@@ -1582,9 +1843,7 @@ def all_captions(captions):
 def read_dataset(args, name, default_caption=None):
     """Loads the train split of a dataset, on the Hub or local, as columns `image` (undecoded) and `captions`; `args`
     name its columns and configuration. Raises `InputError`."""
-    files = list_files(name) if os.path.isdir(name) else []
-    pictures = [path for path in files if is_image_file(path, name)]
-    data_files = [path for path in files if path.suffix.lower() in DATA_KINDS and path.name not in NO_DATA_NAMES]
+    files, pictures, data_files = files_of(name)
     # A local folder of image files is not for `datasets`, which drops images without a caption in silence.
     if pictures and is_picture_folder(name, files, pictures, data_files):
         if (args.dataset_config_name, args.image_column) != (None, "image"):
@@ -1594,6 +1853,10 @@ def read_dataset(args, name, default_caption=None):
     try:
         saved = {path.parent for path in files if path.name in SAVED_NAMES}
         dataset = load_train_split(args, name, saved, data_files, has_pictures=bool(pictures))
+        image_column, caption_column, field = columns_of(dataset.features, image_column, caption_column)
+        if field:
+            found = [row and row.get(field) for row in dataset[caption_column]]
+            caption_column, dataset = field, dataset.select_columns([image_column]).add_column(field, found)
         if default_caption and caption_column == "text" and "text" not in dataset.column_names:
             dataset = dataset.add_column(caption_column, [default_caption] * len(dataset))
         dataset = dataset.select_columns([image_column, caption_column])
@@ -1607,6 +1870,39 @@ def read_dataset(args, name, default_caption=None):
         ) from None
     check_places(dataset, name, args.cache_dir)
     return dataset
+
+
+def files_of(name):
+    """The files of a local dataset, a folder or a single file; which of them are pictures, and which are data files.
+    Raises `InputError`."""
+    if os.path.isfile(name):
+        if Path(name).suffix.lower() not in DATA_KINDS:
+            raise InputError(f"--dataset_name={name}: is no file that is read ({', '.join(DATA_KINDS)}); name another")
+        return [Path(name)], [], [Path(name)]
+    files = list_files(name) if os.path.isdir(name) else []
+    pictures = [path for path in files if is_image_file(path, name)]
+    data_files = [path for path in files if path.suffix.lower() in DATA_KINDS and path.name not in NO_DATA_NAMES]
+    return files, pictures, data_files if not pictures else [path for path in data_files if kind_of(path) != SHARDS]
+
+
+def columns_of(features, image_column, caption_column):
+    """The columns of image and captions in a dataset with these features; and, where that column holds JSON, the field
+    of it with the captions, or else None. Shards of WebDataset call their columns by the suffixes of files."""
+    if "__key__" not in features:
+        return image_column, caption_column, None
+    if image_column == "image" and image_column not in features:
+        images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+        image_column = images[0] if images else image_column
+    if caption_column in features:
+        return image_column, caption_column, None
+    if caption_column == "text" and "txt" in features:
+        return image_column, "txt", None
+    fields = features["json"] if isinstance(features.get("json"), dict) else ()
+    usual = (caption_column, "caption") if caption_column == "text" else (caption_column,)
+    for field in usual:
+        if field in fields:
+            return image_column, "json", field
+    return image_column, caption_column, None
 
 
 def is_picture_folder(name, files, pictures, data_files):
@@ -1638,11 +1934,19 @@ def load_train_split(args, name, saved, data_files, has_pictures):
         if "train" not in dataset:
             raise InputError(f"has no train split; name the folder of one of its splits, {', '.join(dataset)}")
         return dataset["train"]
-    where = {"split": "train", "cache_dir": args.cache_dir}
-    chosen = [path for path in data_files if not path.name.startswith("cache-")]
+    return datasets.load_dataset(**describe_source(args, name, data_files, has_pictures), split="train")
+
+
+def describe_source(args, name, data_files, has_pictures):
+    """What `datasets` has to be told to load a dataset, on the Hub or of local `data_files`. Raises `InputError`."""
+    config_name, where = args.dataset_config_name, {"cache_dir": args.cache_dir}
+    chosen = without_other_kinds([path for path in data_files if not path.name.startswith("cache-")])
     is_pattern = bool(data_files) and "[" in os.path.abspath(name)  # as `datasets` takes it
     num_configs = count_configs(name)
-    if is_pattern or (has_pictures and not num_configs) or len(chosen) < len(data_files):
+    if os.path.isfile(name) and config_name:
+        raise InputError("is a file, which has no configurations; drop --dataset_config_name")
+    are_chosen = is_pattern or len(chosen) < len(data_files) or os.path.isfile(name)
+    if are_chosen or (has_pictures and not num_configs):
         if config_name or num_configs > 1:
             told = "a bracket in the path, pictures or caches hide its configurations"
             raise InputError(f"{told}; rename it, move them away or drop --dataset_config_name")
@@ -1650,8 +1954,21 @@ def load_train_split(args, name, saved, data_files, has_pictures):
         kind = next(kind for kind in DATA_KINDS.values() if kind in [kind_of(path) for path in chosen])
         chosen = train_files([path for path in chosen if kind_of(path) == kind], name)
         lists = {"train": [glob.escape(os.path.abspath(path)) for path in chosen]}
-        return datasets.load_dataset(kind, data_files=lists, **where)
-    return datasets.load_dataset(name, config_name, token=args.hub_token, **where)
+        return {"path": kind, "data_files": lists, **where}
+    return {"path": name, "name": config_name, "token": args.hub_token, **where}
+
+
+def without_other_kinds(data_files):
+    """The data files, or of them the tar shards, if there are any, without the tables that tell of each. Raises
+    `InputError` for other files that hold images."""
+    shards = [path for path in data_files if kind_of(path) == SHARDS]
+    tables = {path.with_suffix("") for path in shards}
+    others = [path for path in data_files if path.suffix.lower() in (".parquet", ".arrow")]
+    foreign = [path for path in others if path.with_suffix("") not in tables]
+    if shards and foreign:
+        names = f"{shards[0].name}, and {foreign[0].name}"
+        raise InputError(f"holds tar shards, such as {names}; move the ones away that are not meant")
+    return shards or data_files
 
 
 def kind_of(path):
@@ -1699,7 +2016,9 @@ def with_whole_paths(dataset, name):
         is_file = image and image["bytes"] is None and image["path"] and not re.match(r"\w+://", image["path"])
         return {**image, "path": os.path.join(folder, image["path"])} if is_file else image
 
-    paths = [path for images in dataset.data.column("image").chunks for path in images.field("path").to_pylist()]
+    paths = []
+    for images in dataset.data.column("image").chunks:
+        paths += images.field("path").filter(images.field("bytes").is_null()).to_pylist()
     if not os.path.isdir(name) or all(path is None or os.path.isabs(path) for path in paths):
         return dataset
     return dataset.map(lambda row: {"image": whole(row["image"])}, keep_in_memory=True, load_from_cache_file=False)
@@ -2103,7 +2422,7 @@ def read_weights(run, folder):
 def write_state(accelerator, run, folder):
     """Writes the run's weights and state into the folder of a checkpoint, by all processes together."""
     if accelerator.is_fsdp2:
-        write_shards(run, folder / SHARDS)  # accelerate would pickle, and write frozen weights too
+        write_shards(run, folder / SHARDS_FOLDER)  # accelerate would pickle, and write frozen weights too
     elif uses_deepspeed():
         accelerator.save_state(folder, exclude_frozen_parameters=True)
     else:
@@ -2152,7 +2471,7 @@ def read_state(accelerator, run, folder):
     asked = [dict(group) for group in optimizer.param_groups]
     numbers, numbers_now = read_json(folder / STATE_FILE), numbers_of(run)
     if accelerator.is_fsdp2:
-        read_shards(run, folder / SHARDS)
+        read_shards(run, folder / SHARDS_FOLDER)
     elif uses_deepspeed():
         accelerator.load_state(folder, load_module_strict=False)
     else:
@@ -2444,12 +2763,18 @@ def add_data_arguments(parser):
     add = parser.add_argument_group("data").add_argument
     add("--train_data_dir", help="folder of images with metadata.jsonl/.csv (file_name, text), or a .txt beside each")
     add_dataset_arguments(add)
+    add("--streaming", **SWITCH, help="read --dataset_name while training; needs that and --max_train_steps")
+    add(
+        "--shuffle_buffer_size",
+        type=positive_int,
+        help="images that wait, in each worker, to be drawn; 1000 if not given; needs --streaming [1, inf)",
+    )
     add_transform_arguments(add)
 
 
 def add_dataset_arguments(add):
     """Adds, to the group whose method `add` is, where a dataset is read from and which of its rows are used."""
-    add("--dataset_name", help="dataset on the Hub, or a local path that `datasets` can load")
+    add("--dataset_name", help="dataset on the Hub, or a local folder or file of parquet or WebDataset tar shards")
     add("--dataset_config_name", help="configuration of that dataset; needs --dataset_name")
     add("--image_column", default="image", help="column of its images; needs --dataset_name")
     add("--caption_column", default="text", help="column with a caption, or a list of them: one is drawn per epoch")
@@ -2556,7 +2881,7 @@ def add_optimization_arguments(parser):
     add(
         "--num_train_epochs",
         type=positive_int,
-        default=100,
+        default=NUM_TRAIN_EPOCHS,
         help="passes over the images, unless --max_train_steps [1, inf)",
     )
     add("--max_train_steps", type=positive_int, help="optimizer steps [1, inf)")
@@ -3477,6 +3802,215 @@ def read_whole_entry(path, shapes):
         raise InputError(f"{path}: {told}, which makes it anew") from None
 
 
+# ----------------------------------------------------------------------------------------------------------- streaming
+def check_streaming(args):
+    """Lists what a stream needs, and what there cannot be with one."""
+    if not args.streaming:
+        return []
+    problems, is_set = [], "cannot be with --streaming"
+    if not args.dataset_name:
+        problems.append("--streaming=True: reads a dataset; give --dataset_name, or drop this")
+    if not args.max_train_steps:
+        problems.append("--streaming=True: nobody knows how many images there are; give --max_train_steps")
+    if args.num_train_epochs != NUM_TRAIN_EPOCHS:
+        problems.append(f"--num_train_epochs={args.num_train_epochs}: {is_set}; use --max_train_steps instead")
+    if args.validation_epochs:
+        problems.append(f"--validation_epochs={args.validation_epochs}: {is_set}; use --validation_steps instead")
+    if args.max_train_samples:
+        told = "which would have to read all to draw some; name fewer files, or drop one"
+        problems.append(f"--max_train_samples={args.max_train_samples}: {is_set}, {told}")
+    for flag, why in {
+        "aspect_ratio_buckets": "which does not know the shapes of its images",
+        "cache_latents": "whose images do not stay",
+        "cache_text_embeddings": "whose captions do not stay",
+    }.items():
+        if getattr(args, flag, False):
+            problems.append(f"--{flag}=True: {is_set}, {why}; drop one")
+    return problems
+
+
+def load_images(args, fit=None):
+    """As `load_data`, or with --streaming its training images as a stream. Raises `InputError`."""
+    return load_stream(args) if args.streaming else load_data(args, args.train_data_dir, fit=fit)
+
+
+def load_stream(args):
+    """Opens --dataset_name as a stream and reads the first rows, which are held out; returns (stream, held-out images,
+    fingerprint of both), the fingerprint by names and sizes of files, since nobody reads all. Raises `InputError`."""
+    source, columns, files = open_source(args)
+    tokenizer = load_tokenizer(args)
+    latent_channels, pixels_per_latent = read_latent_layout(args)
+    samples = CaptionedImages(
+        rows=datasets.Dataset.from_dict({"image": [], "captions": []}),
+        contents=np.array([]),
+        sizes=np.full((1, 2), args.resolution),
+        tokenizer=tokenizer,
+        latent_channels=latent_channels,
+        pixels_per_latent=pixels_per_latent,
+        num_timesteps=read_num_timesteps(args),
+        seed=args.seed,
+        center_crop=args.center_crop,
+        random_flip=args.random_flip,
+        image_interpolation_mode=args.image_interpolation_mode,
+        caption_dropout=args.caption_dropout,
+        noise_offset=noise_offset_of(args),
+        input_perturbation=args.input_perturbation,
+    )
+    names = list(files)
+    if len(names) != source.num_shards:
+        names = [f"shard {number}" for number in range(source.num_shards)]
+    buffer_size = args.shuffle_buffer_size or SHUFFLE_BUFFER_SIZE
+    stream = StreamedImages(source, columns, names, {}, samples, args.train_batch_size, buffer_size)
+    first_rows = read_first_rows(args, stream)
+    stream.num_held_out = count_by_shard(first_rows)
+    fingerprint = json.dumps([files, columns, args.num_validation_samples])
+    return stream, hold_out(args, stream, first_rows), hashlib.sha256(fingerprint.encode()).hexdigest()
+
+
+def open_source(args):
+    """Opens --dataset_name; returns the undecoded stream of its train split, the columns as `columns_of` does, and
+    what tells of each file, by name. Raises `InputError`."""
+    name = args.dataset_name
+    files, pictures, data_files = files_of(name)
+    if pictures and is_picture_folder(name, files, pictures, data_files):
+        raise InputError(f"--dataset_name={name}: holds pictures, which are read without --streaming; drop that")
+    if any(path.name in SAVED_NAMES for path in files):
+        raise InputError(
+            f"--dataset_name={name}: save_to_disk wrote this, which is read without --streaming; drop that"
+        )
+    try:
+        told = describe_source(args, name, data_files, has_pictures=bool(pictures))
+        builder = datasets.load_dataset_builder(**told)
+        source = builder.as_streaming_dataset(split="train")
+        columns = columns_of(source.features or {}, args.image_column, args.caption_column)
+        if missing := [column for column in columns[:2] if column not in source.column_names]:
+            raise InputError(f"there is no column {missing[0]!r}, but {', '.join(source.column_names)}")
+        source = source.select_columns(list(columns[:2])).cast_column(columns[0], datasets.Image(decode=False))
+        return source, columns, tell_files(name, builder.config.data_files["train"])
+    except Exception as error:  # as many as there are kinds of files and places
+        raise InputError(
+            f"--dataset_name={name}: cannot be streamed; check it, --dataset_config_name, "
+            f"--image_column={args.image_column} and --caption_column={args.caption_column} ({last_line(error)})"
+        ) from None
+
+
+def tell_files(name, data_files):
+    """What is known of a dataset's files without reading them, by name: the size of a local one, else what the Hub
+    says."""
+    told = {}
+    folder = name if os.path.isdir(name) else os.path.dirname(name)
+    for path, origin in zip(data_files, data_files.origin_metadata, strict=True):
+        if os.path.exists(path):
+            told[os.path.relpath(path, folder)] = os.path.getsize(path)
+        else:
+            told[path.split("@", 1)[-1].split("/", 1)[-1]] = list(origin)
+    return told
+
+
+def read_first_rows(args, stream):
+    """The first rows, which are held out. Raises `InputError` if none is left, or if rows do not hold images."""
+    number = args.num_validation_samples
+    everything = itertools.chain.from_iterable(map(stream.read_rows, range(len(stream.shard_names))))
+    rows = list(itertools.islice(everything, number + 1))
+    if len(rows) <= number:
+        raise InputError(f"--num_validation_samples={number}: must leave some of {len(rows)} images")
+    image = rows[0].image or {}
+    if image.get("bytes") is None and image.get("path"):
+        raise InputError(
+            f"--dataset_name={args.dataset_name}: its rows name files ({image['path'][:80]}) instead of holding "
+            "images, and cannot be streamed; drop --streaming"
+        )
+    return rows[:number]
+
+
+def count_by_shard(rows):
+    """How many of the rows are of which shard."""
+    numbers = {}
+    for row in rows:
+        numbers[row.shard] = numbers.get(row.shard, 0) + 1
+    return numbers
+
+
+def hold_out(args, stream, rows):
+    """Those of the rows that can be used, as `CaptionedImages`."""
+    captions = []
+    for row in rows:
+        try:
+            captions.append(all_captions(with_names(row.captions, stream.source.features[stream.columns[1]])))
+        except ValueError:  # it is told with those that have none
+            captions.append([])
+    images = [{"bytes": (row.image or {}).get("bytes"), "path": stream.name_of(row)} for row in rows]
+    table = datasets.Dataset.from_dict(
+        {"image": images, "captions": captions},
+        datasets.Features(
+            {"image": datasets.Image(decode=False), "captions": datasets.List(datasets.Value("string"))}
+        ),
+    )
+    memory = path_of_findings(args.dataset_name, args.cache_dir)
+    checked = check_rows(table, memory, True, stream.samples.tokenizer, args.resolution)
+    held_out = dataclasses.replace(
+        stream.samples,
+        rows=checked.rows,
+        contents=checked.contents,
+        sizes=np.full((len(checked.rows), 2), args.resolution),
+        picture_sizes=checked.sizes,
+    )
+    return seen_alike(held_out)
+
+
+def with_names(captions, feature):
+    """The captions of a row, with their names in the place of numbers of classes."""
+    label = getattr(feature, "feature", feature)  # of a list of them
+    if not isinstance(label, datasets.ClassLabel):
+        return captions
+    names = dict(enumerate(label.names))  # a class that is not known has the number -1
+    return [names.get(number) for number in captions] if isinstance(captions, list) else names.get(captions)
+
+
+def count_steps_of(args, images, num_processes):
+    """Counts the samples of a step and the steps of a run, of images that may be a stream."""
+    if args.streaming:
+        return count_stream_steps(args, num_processes)
+    return count_steps(args, len(images), num_processes, images.sizes)
+
+
+def split_of_stream(args, num_processes, num_workers, batch_size):
+    """How a stream is divided and shuffled, which decides where it is after a step; None without one."""
+    if not args.streaming:
+        return None
+    passes = f"{batch_size} a pass x {args.gradient_accumulation_steps} passes"
+    buffer_size = args.shuffle_buffer_size or SHUFFLE_BUFFER_SIZE
+    return f"{passes} x {num_processes} processes x {num_workers or 1} workers, a buffer of {buffer_size} rows"
+
+
+def stream_from(images, args, rank, num_ranks, batch_size, step):
+    """The stream of a process, whose passes are of `batch_size`, from a step on."""
+    passes = args.gradient_accumulation_steps
+    return dataclasses.replace(
+        images,
+        batch_size=batch_size,
+        rank=rank,
+        num_ranks=num_ranks,
+        weight=1 / (passes * num_ranks),
+        first_batch=step * passes,
+    )
+
+
+def describe_stream(args, images, num_processes, num_workers):
+    """What the plan says of a stream; None without one."""
+    if not args.streaming:
+        return None
+    shards = f"{len(images.shard_names):,} shards for {num_processes} processes x {num_workers or 1} workers"
+    return f"{shards}, buffers of {images.buffer_size:,} rows; unusable images are left out"
+
+
+def without_left_out(batches, left_out):
+    """Yields batches, and notes in `left_out` what could not be used of each."""
+    for batch in batches:
+        left_out.note(batch.pop("left_out"))
+        yield batch
+
+
 # ------------------------------------------------------------------------------------------------------------- buckets
 def bucket_rule(args):
     """The rule that the flags give."""
@@ -3849,7 +4383,7 @@ def kohya_header(args, name, unet, alpha, num_images, step):
         "modelspec.resolution": f"{side}x{side}",
         "modelspec.architecture": f"stable-diffusion-v{version}/lora",
     }
-    return {"format": "pt", **{key: str(value) for key, value in fields.items()}}
+    return {"format": "pt", **{key: str(value) for key, value in fields.items() if value is not None}}
 
 
 # -------------------------------------------------------------------------------------------------------- optimization
@@ -4605,19 +5139,24 @@ def new_result(output_dir):
 def print_plan(args, run, num_held_out, num_trained, about):
     """Says, before the first step, what will be done. `about` says what only a script knows: `trained` and `frozen`
     (which models), `devices` (how many share a pass), `images` (a remark), `optimizer` (its name), `warnings` (a
-    list), and maybe `precision` (of passes, if that is not the setting), `weights` (their precision, if not float32),
-    `result_bytes` (of the files that will be the result), `buckets` (lines on the sizes of images) and `cache` (a
-    text, or None)."""
+    list), and maybe `stream` (how images are read), `precision` (of passes, if that is not the setting), `weights`
+    (their precision, if not float32), `result_bytes` (of the files that will be the result), `buckets` (lines on the
+    sizes of images) and `cache` (a text, or None)."""
     counts, side, tracker = run.counts, args.resolution, chosen_tracker(args)
     first_step, precision = run.progress["global_step"], about.get("precision", run.settings["mixed_precision"])
     gigabytes = checkpoint_bytes(run) / 1e9
     buckets = about.get("buckets", ())
     shape = f"in buckets of the area of {side} x {side}" if buckets else f"at {side} x {side}"
-    images = f"{counts.num_images:,} to train on, {num_held_out:,} held out, {shape} pixels"
+    number, epochs = "streamed, their number is not known", ""
+    if counts.num_images is not None:
+        number = f"{counts.num_images:,} to train on"
+        epochs = f", {counts.last_step / counts.steps_per_epoch:,.1f} epochs"
+    images = f"{number}, {num_held_out:,} held out, {shape} pixels"
     passes = f"{args.train_batch_size} a pass x {args.gradient_accumulation_steps} passes x {about['devices']}"
     rows = {
         "images": "\n             ".join([images + about["images"], *buckets]),
-        "steps": f"{first_step:,} to {counts.last_step:,}, {counts.last_step / counts.steps_per_epoch:,.1f} epochs",
+        "stream": about.get("stream"),
+        "steps": f"{first_step:,} to {counts.last_step:,}{epochs}",
         "per step": f"{counts.samples_per_step:,} images: {passes}",
         "trained": f"{about['trained']}, {num_trained:,} parameters in {about.get('weights', 'float32')}, passes in "
         f"precision {precision!r}; frozen: {about['frozen']}",
@@ -4659,7 +5198,7 @@ def tell_cost(counts, device, num_samples, seconds, num_steps, now):
     """Prints what was measured of a step of `num_samples`, which took so many seconds: the time that the samples of
     `num_steps` steps take from `now` on, and the peak of the memory so far."""
     rate = num_samples / seconds
-    duration = datetime.timedelta(seconds=round(num_steps * counts.num_images / counts.steps_per_epoch / rate))
+    duration = datetime.timedelta(seconds=round(num_steps * mean_samples_per_step(counts) / rate))
     print(
         f"  time       {seconds:.3g} s per step, {rate:.4g} images/s; {num_steps:,} steps take {duration}, until "
         f"{now + duration:%Y-%m-%d %H:%M}"

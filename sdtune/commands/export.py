@@ -25,7 +25,7 @@ from sdtune.lora_layouts import LORA_FILE
 from sdtune.models import DTYPES, config_source, load_base, make_noise_scheduler, quiet_libraries, read_models
 from sdtune.output import save_pipeline
 from sdtune.pipeline_folder import check_place
-from sdtune.sharding import AVERAGE, SHARDS, read_whole
+from sdtune.sharding import AVERAGE, SHARDS_FOLDER, read_whole
 from sdtune.states import STATE_FILE
 
 PROGRAM = "sdtune export"
@@ -61,14 +61,14 @@ def check_args(args):
 
 def holds(checkpoint, suffix):
     """Whether a checkpoint has weights with the suffix."""
-    if (checkpoint / SHARDS).is_dir():
+    if (checkpoint / SHARDS_FOLDER).is_dir():
         return not suffix or "ema" in read_json(checkpoint / STATE_FILE)
     return (checkpoint / f"unet{suffix}").is_dir() or (checkpoint / file_of_adapters(suffix)).is_file()
 
 
 def holds_adapters(checkpoint, suffix):
     """Whether the weights with the suffix are adapters."""
-    if (checkpoint / SHARDS).is_dir():
+    if (checkpoint / SHARDS_FOLDER).is_dir():
         settings, _ = read_settings(checkpoint)
         return "lora_target" in settings
     return (checkpoint / file_of_adapters(suffix)).is_file()
@@ -86,7 +86,7 @@ def export_shared_adapters(checkpoint, folder, suffix, precision):
     trained = {name: value for name, value in models["unet"].named_parameters() if value.requires_grad}
     values = {name: torch.empty(value.shape) for name, value in trained.items()}
     models["unet"].load_state_dict(values, strict=False, assign=True)
-    read_whole(models, checkpoint / SHARDS, AVERAGE if suffix else "")
+    read_whole(models, checkpoint / SHARDS_FOLDER, AVERAGE if suffix else "")
     folder.mkdir()
     save_lora(
         models, {name: value.to(DTYPES[precision]) for name, value in lora_weights(models).items()}, folder, LORA_FILE
@@ -95,7 +95,7 @@ def export_shared_adapters(checkpoint, folder, suffix, precision):
 
 def export_adapters(checkpoint, folder, suffix, precision):
     """Copies the adapters of a checkpoint into a folder."""
-    if (checkpoint / SHARDS).is_dir():
+    if (checkpoint / SHARDS_FOLDER).is_dir():
         export_shared_adapters(checkpoint, folder, suffix, precision)
         return
     with safe_open(checkpoint / file_of_adapters(suffix), "pt") as file:
@@ -119,8 +119,8 @@ def export_pipeline(args, checkpoint, folder, suffix):
     found = [path.name for path in checkpoint.iterdir() if path.is_dir()]
     trained = [name.removesuffix(suffix) for name in found if re.fullmatch(rf"(unet|text_encoder){suffix}", name)]
     try:
-        if SHARDS in found:
-            read_whole({"unet": pipeline.unet}, checkpoint / SHARDS, AVERAGE if suffix else "")
+        if SHARDS_FOLDER in found:
+            read_whole({"unet": pipeline.unet}, checkpoint / SHARDS_FOLDER, AVERAGE if suffix else "")
         read_models({name: getattr(pipeline, name) for name in trained}, checkpoint, suffix)
     except Exception as error:  # of the files, or of another architecture
         raise InputError(

@@ -9,17 +9,19 @@ from tqdm.auto import tqdm
 
 from sdtune.dataset import CaptionedImages, unopened
 from sdtune.flax.networks import apply_vae_encoder
+from sdtune.streaming import StreamedImages
 
 
 @dataclasses.dataclass
 class EncodedImages:
     """A set of images, of which what does not change is encoded."""
 
-    samples: CaptionedImages  # what a sample draws; not opened any more where the images are encoded
-    prompt_embeds: np.ndarray  # (captions, tokens, channels)
+    samples: CaptionedImages | StreamedImages  # what a sample draws; not opened any more where images are encoded
+    prompt_embeds: np.ndarray | None  # (captions, tokens, channels); None where captions are not known before
     row_of: dict  # of prompt_embeds, by the bytes of a caption's tokens
     moments: np.ndarray | None  # (images, views, 2 x 4, height / 8, width / 8); the second view is mirrored
     vae: Callable | None  # gives the moments of pixels in every step, where they are not encoded once
+    text_encoder: Callable | None = None  # gives the embeddings of tokens in every step, where there are none
 
 
 def stack(samples):
@@ -40,7 +42,9 @@ def encode_pixels(weights, pixel_values, config):
 def encode_once(images, vae, text_encoder, batch_size, pool):
     """Encodes all captions and, where the crop is the centre, the images, each with its mirror image if these are
     drawn; with random crops they are others in every epoch. `vae` and `text_encoder` take batches of `batch_size`;
-    the threads of `pool` load images."""
+    the threads of `pool` load images. Of a stream nothing is encoded before its step."""
+    if isinstance(images, StreamedImages):
+        return EncodedImages(images, None, {}, None, vae, text_encoder)
     prompt_embeds, row_of = encode_captions(images, text_encoder, batch_size)
     if not images.center_crop:
         return EncodedImages(images, prompt_embeds, row_of, moments=None, vae=vae)
@@ -91,9 +95,12 @@ def encode_rows(rows_of, num_rows, batch_size, compute, label):
 def look_up(encoded, batch, batch_size):
     """What a pass needs of a batch of samples, by name and padded by samples of weight 0: the moments of images,
     prompt_embeds, timestep, posterior_noise, noise, added_noise and weight."""
-    rows = [encoded.row_of[tokens.tobytes()] for tokens in batch["input_ids"]]
+    if encoded.text_encoder:
+        prompt_embeds = encoded.text_encoder(pad(batch["input_ids"], batch_size))[: len(batch["input_ids"])]
+    else:
+        prompt_embeds = encoded.prompt_embeds[[encoded.row_of[tokens.tobytes()] for tokens in batch["input_ids"]]]
     found = {
-        "prompt_embeds": encoded.prompt_embeds[rows],
+        "prompt_embeds": prompt_embeds,
         "timestep": batch["timestep"].astype(np.int32),
         "posterior_noise": batch["posterior_noise"],
         "noise": batch["noise"],
@@ -108,15 +115,13 @@ def look_up(encoded, batch, batch_size):
     return found
 
 
-def step_batches(encoded, counts, sizes, passes, batch_size, pool):
-    """Yields what each step needs, arrays (num_passes, images, ...), of `passes`, each a list of (epoch, index,
-    weight), of which `sizes` say how many a step has. The last step of an epoch, which may have fewer, gets passes of
-    weight 0."""
+def step_batches(encoded, counts, sizes, passes, batch_size):
+    """Yields what each step needs, arrays (num_passes, images, ...), of `passes`, each a list of samples, of which
+    `sizes` say how many a step has. The last step of an epoch, which may have fewer, gets passes of weight 0."""
     most_passes = counts.samples_per_step // counts.samples_per_pass
     for _, num_passes in sizes:
         found = []
         for _ in range(num_passes):
-            samples = list(pool.map(encoded.samples.__getitem__, next(passes)))
-            found.append(look_up(encoded, stack(samples), batch_size))
+            found.append(look_up(encoded, stack(next(passes)), batch_size))
         unweighted = {**found[0], "weight": np.zeros_like(found[0]["weight"])}
         yield stack(found + [unweighted] * (most_passes - len(found)))

@@ -30,6 +30,7 @@ from sdtune.optimization import make_average
 from sdtune.output import chosen_tracker, leave_token, log_losses, prepare_output, remove_token, sees_token
 from sdtune.plan import print_plan
 from sdtune.signals import is_asked, take_save_requests
+from sdtune.streaming import stream_from
 from sdtune.validation import LookGivenUp, steps_between_looks
 
 PATIENCE_WITH_FOLDERS = 15  # seconds after which what one host wrote has to be seen by the others
@@ -178,12 +179,13 @@ def precision_of_passes(args):
     return "bf16" if args.mixed_precision == "bf16" else "no"
 
 
-def tell_plan(args, run, num_held_out):
-    """Prints what will be done."""
+def tell_plan(args, run, num_held_out, stream):
+    """Prints what will be done; `stream` says how images are read, if they are a stream."""
     num_trained = sum(weight.size for weight in run.state["unet"].values())
     encoded = "once" if args.center_crop else "in every step; once with --center_crop"
     about = {
-        "images": f", encoded {encoded}",
+        "images": "" if stream else f", encoded {encoded}",
+        "stream": stream,
         "devices": f"{jax.device_count()} {jax.default_backend()} devices",
         "trained": "UNet",
         "frozen": "VAE, text encoder, in float16" if args.mixed_precision == "fp16" else "VAE, text encoder",
@@ -200,13 +202,26 @@ def start_output(args, run):
         prepare_output(run, args.overwrite_output_dir)
 
 
-def load_batches(args, run, encoded, batch_size, pool):
+def load_batches(args, run, encoded, batch_size, pool, left_out):
     """Yields this host's share of what each step needs, from the run's next step on; a pass has `batch_size` images
-    here."""
+    here. What cannot be used of a stream is noted in `left_out`."""
     counts, first_step = run.counts, run.progress["global_step"]
-    passes = micro_batches(counts, jax.process_count(), jax.process_index(), args.seed, first_step)
+    if args.streaming:
+        passes = stream_passes(args, run, encoded.samples, batch_size, pool, left_out)
+    else:
+        items = micro_batches(counts, jax.process_count(), jax.process_index(), args.seed, first_step)
+        passes = (list(pool.map(encoded.samples.__getitem__, items_of_pass)) for items_of_pass in items)
     sizes = step_sizes(counts, args.seed, first_step)
-    return step_batches(encoded, counts, sizes, passes, batch_size, pool)
+    return step_batches(encoded, counts, sizes, passes, batch_size)
+
+
+def stream_passes(args, run, images, batch_size, pool, left_out):
+    """Yields the samples of this host's passes of a stream, from the run's next step on."""
+    host, num_hosts = jax.process_index(), jax.process_count()
+    stream = stream_from(images, args, host, num_hosts, batch_size, run.progress["global_step"])
+    for samples, problems in stream.batches(host, num_hosts, stream.first_batch, pool.map):
+        left_out.note(problems)
+        yield samples
 
 
 def compile_step(args, mesh, training_loss, optimizer):

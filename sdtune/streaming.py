@@ -1,0 +1,452 @@
+"""Train on a dataset that is read while training, shard by shard, and may be larger than the disk."""
+
+import dataclasses
+import hashlib
+import io
+import itertools
+import json
+import os
+import sys
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+
+from sdtune.arguments import NUM_TRAIN_EPOCHS, noise_offset_of
+from sdtune.batches import count_steps, count_stream_steps
+from sdtune.dataset import (
+    SAVED_NAMES,
+    CaptionedImages,
+    all_captions,
+    check_rows,
+    columns_of,
+    describe_source,
+    files_of,
+    is_picture_folder,
+    load_data,
+    seen_alike,
+)
+from sdtune.errors import InputError, last_line
+from sdtune.images import MIN_SIDE, NO_CAPTION, check_image, path_of_findings
+from sdtune.models import load_tokenizer, read_latent_layout, read_num_timesteps
+from sdtune.randomness import BUFFER, SAMPLE, SHARDS_ORDER, random_numbers
+
+ROWS_AT_ONCE = 16  # that are read of a shard
+SHUFFLE_BUFFER_SIZE = 1000
+MOST_BAD_ROWS = 1000  # one after the other, before a run ends
+NUM_TOLD = 100  # samples that are left out, by name
+
+
+@dataclasses.dataclass
+class StreamRow:
+    """A row of a shard, undecoded."""
+
+    shard: int
+    index: int  # in the shard
+    image: dict  # bytes and path
+    captions: list
+
+
+@dataclasses.dataclass
+class StreamedImages(torch.utils.data.IterableDataset):
+    """Yields batches of samples as `CaptionedImages` makes them, each with epoch, shard and row in the place of an
+    index, and with `left_out`, a list of what could not be used. They have no end.
+
+    The rows of an epoch are divided among streams, one for each worker of each process. A stream takes `batch_size`
+    rows for each batch, good or bad, so that where it is after a step follows from the number of the step alone, and
+    no process has to know of another. The batches of a process come from its workers in turn.
+    """
+
+    source: datasets.IterableDataset  # undecoded
+    columns: tuple  # of `columns_of`: of image, of captions, the field of the latter
+    shard_names: list
+    num_held_out: dict  # of each shard, by number: so many of its first rows are not trained on
+    samples: CaptionedImages  # without rows: how samples are drawn and seen
+    batch_size: int
+    buffer_size: int  # rows that wait to be shuffled
+    rank: int = 0
+    num_ranks: int = 1
+    weight: float = 1.0  # of a batch in its step
+    first_batch: int = 0  # of this process
+    num_rows: dict = dataclasses.field(default_factory=dict)  # of shards that were read to their end, without held-out
+
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        number, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        # The first batch that this loader asks for is that of worker 0.
+        turn = (number + self.first_batch) % num_workers
+        num_batches = len(range(turn, self.first_batch, num_workers))
+        stream = self.rank * num_workers + turn
+        for samples, left_out in self.batches(stream, self.num_ranks * num_workers, num_batches):
+            yield {**torch.utils.data.default_collate(samples), "left_out": left_out}
+
+    def batches(self, stream, num_streams, num_batches=0, apply=map):
+        """Yields of each batch of a stream, from batch `num_batches` on, a list of its samples, and one of what could
+        not be used. `apply` maps a function over rows."""
+        rows = self.rows(stream, num_streams, num_batches * self.batch_size)
+        num_bad = 0  # one after the other
+        while True:
+            found = list(apply(self.try_sample, itertools.islice(rows, self.batch_size)))
+            left_out = [problem for _, problem in found if problem]
+            good = [sample for sample, problem in found if not problem]
+            num_bad = 0 if good else num_bad + len(found)
+            if num_bad >= MOST_BAD_ROWS:
+                raise InputError(f"{num_bad:,} rows one after the other cannot be used; mend them ({left_out[-1]})")
+            # Others carry the weight of those that are left out; where there are none, a picture without weight comes.
+            for sample in good:
+                sample["weight"] = np.float32(self.weight / len(good))
+            yield good or [found[0][0]], left_out
+
+    def rows(self, stream, num_streams, num_done):
+        """Yields (epoch, row) of a stream in its order, without the first `num_done`, which are read, where it takes
+        that, and not decoded. Raises `InputError` for a stream without a row."""
+        for epoch in itertools.count():
+            num_known = self.count_epoch(stream, num_streams, epoch)
+            if num_known is not None and num_known <= num_done:
+                num_done -= num_known
+                continue
+            number = 0
+            for number, row in enumerate(self.shuffled(stream, num_streams, epoch), 1):
+                if number > num_done:
+                    yield epoch, row
+            if not number:
+                raise InputError(
+                    f"--streaming=True: there are fewer images than workers of all processes, {num_streams}; use a "
+                    "smaller --dataloader_num_workers, or drop --streaming"
+                )
+            num_done = max(num_done - number, 0)
+
+    def shuffled(self, stream, num_streams, epoch):
+        """Yields the rows of a stream in an epoch, each once: `buffer_size` of them wait, of which one is drawn."""
+        draw = random_numbers(self.samples.seed, BUFFER, epoch, stream)
+        buffer = []
+        for row in self.share(stream, num_streams, epoch):
+            if len(buffer) < self.buffer_size:
+                buffer.append(row)
+                continue
+            place = int(draw.integers(self.buffer_size))
+            yield buffer[place]
+            buffer[place] = row
+        for place in draw.permutation(len(buffer)).tolist():
+            yield buffer[place]
+
+    def share(self, stream, num_streams, epoch):
+        """Yields the rows of an epoch that a stream reads, in the order of shards: whole shards, as many for each
+        stream, and of those that are left every `num_streams`-th row."""
+        whole, striped = self.divide(stream, num_streams, epoch)
+        for shard in whole:
+            yield from self.read_shard(shard)
+        for shard in striped:
+            yield from itertools.islice(self.read_shard(shard), (stream + shard) % num_streams, None, num_streams)
+
+    def divide(self, stream, num_streams, epoch):
+        """The shards of an epoch that a stream reads alone, and those that it shares with all others."""
+        num_shards = len(self.shard_names)
+        order = random_numbers(self.samples.seed, SHARDS_ORDER, epoch).permutation(num_shards).tolist()
+        num_whole = num_shards // num_streams * num_streams
+        return order[stream:num_whole:num_streams], order[num_whole:]
+
+    def count_epoch(self, stream, num_streams, epoch):
+        """How many rows a stream has in an epoch; None where not all of its shards were read to their end yet."""
+        whole, striped = self.divide(stream, num_streams, epoch)
+        if any(shard not in self.num_rows for shard in [*whole, *striped]):
+            return None
+        shared = [len(range((stream + shard) % num_streams, self.num_rows[shard], num_streams)) for shard in striped]
+        return sum(self.num_rows[shard] for shard in whole) + sum(shared)
+
+    def read_shard(self, shard):
+        """Yields the rows of a shard, but those that are held out. Raises `InputError` where it cannot be read."""
+        number = 0
+        for row in itertools.islice(self.read_rows(shard), self.num_held_out.get(shard, 0), None):
+            number += 1
+            yield row
+        self.num_rows[shard] = number
+
+    def read_rows(self, shard):
+        """Yields all rows of a shard. Raises `InputError` where it cannot be read."""
+        image_column, caption_column, field = self.columns
+        index = 0
+        # Not row by row: `datasets` would divide them among workers again.
+        batches = self.source.shard(len(self.shard_names), shard).iter(ROWS_AT_ONCE)
+        try:
+            for batch in batches:
+                for image, captions in zip(batch[image_column], batch[caption_column], strict=True):
+                    captions = captions and captions.get(field) if field else captions
+                    yield StreamRow(shard, index, image, captions)
+                    index += 1
+        except MemoryError:
+            raise
+        except Exception as error:  # of the network, the file, arrow
+            told = f"cannot be read beyond row {index} ({last_line(error)}); mend or remove it"
+            raise InputError(f"{self.shard_names[shard]}: {told}") from None
+
+    def try_sample(self, item):
+        """The sample of an (epoch, row), and what is wrong with that, or None. If something is, the sample is one
+        without weight, of a white picture."""
+        epoch, row = item
+        problem, captions = None, [""]
+        try:
+            captions = all_captions(with_names(row.captions, self.source.features[self.columns[1]])) or [""]
+            problem = None if captions != [""] else NO_CAPTION
+        except ValueError as error:
+            problem = str(error)
+        draw = random_numbers(self.samples.seed, SAMPLE, epoch, row.shard, row.index)
+        read = {"image": row.image, "captions": captions}
+        sample, place = self.samples.draw_sample(0, read, draw)
+        sample |= {"epoch": epoch, "shard": row.shard, "row": row.index, "weight": np.float32(0)}
+        width, height = self.samples.sizes[0].tolist()
+        sample["pixel_values"] = np.full((3, height, width), 255, np.uint8)
+        if not problem:
+            problem = self.add_pixels(sample, read, place)
+        return sample, f"{self.name_of(row)}: {problem}" if problem else None
+
+    def add_pixels(self, sample, row, place):
+        """Adds the pixels of a row to its sample, or returns what is wrong with them."""
+        if row["image"] and row["image"]["bytes"] is None:
+            return f"the row names a file ({row['image']['path']}), and does not hold the image"
+        try:
+            if min(Image.open(io.BytesIO(row["image"]["bytes"])).size) < MIN_SIDE:
+                return check_image(row["image"], {})[1][-1]
+            image = self.samples.fit(0, row, place, sample["is_mirrored"])
+        except MemoryError:  # which is not the image's fault
+            raise
+        except Exception as error:  # whatever a decoder stumbles over
+            return check_image(row["image"], {})[1][-1] or last_line(error)
+        sample["pixel_values"] = np.array(image).transpose(2, 0, 1)
+        return None
+
+    def name_of(self, row):
+        """What a row is called: its file in the shard, or its number."""
+        path = (row.image or {}).get("path")
+        return f"{self.shard_names[row.shard]}: {path or f'row {row.index}'}"
+
+
+@dataclasses.dataclass
+class LeftOut:
+    """What a process leaves out of a stream, and tells."""
+
+    problems: dict = dataclasses.field(default_factory=dict)  # lines of a name and what is wrong; None each
+
+    def note(self, problems):
+        """Tells the first lines at once, each once, and keeps all of them."""
+        for problem in problems:
+            if problem not in self.problems and len(self.problems) < NUM_TOLD:
+                print(f"\nLeft out: {problem}", file=sys.stderr, flush=True)
+            self.problems[problem] = None
+
+    def tell(self, told_as=""):
+        """Lists, at the end, what was left out."""
+        lines = list(self.problems)
+        if lines:
+            more = [f"and {len(lines) - NUM_TOLD:,} more"] if len(lines) > NUM_TOLD else []
+            told = f"{told_as}Left out of the stream, {len(lines):,} in all:"
+            print("\n  ".join([told, *lines[:NUM_TOLD], *more]), file=sys.stderr, flush=True)
+
+
+def check_streaming(args):
+    """Lists what a stream needs, and what there cannot be with one."""
+    if not args.streaming:
+        return []
+    problems, is_set = [], "cannot be with --streaming"
+    if not args.dataset_name:
+        problems.append("--streaming=True: reads a dataset; give --dataset_name, or drop this")
+    if not args.max_train_steps:
+        problems.append("--streaming=True: nobody knows how many images there are; give --max_train_steps")
+    if args.num_train_epochs != NUM_TRAIN_EPOCHS:
+        problems.append(f"--num_train_epochs={args.num_train_epochs}: {is_set}; use --max_train_steps instead")
+    if args.validation_epochs:
+        problems.append(f"--validation_epochs={args.validation_epochs}: {is_set}; use --validation_steps instead")
+    if args.max_train_samples:
+        told = "which would have to read all to draw some; name fewer files, or drop one"
+        problems.append(f"--max_train_samples={args.max_train_samples}: {is_set}, {told}")
+    for flag, why in {
+        "aspect_ratio_buckets": "which does not know the shapes of its images",
+        "cache_latents": "whose images do not stay",
+        "cache_text_embeddings": "whose captions do not stay",
+    }.items():
+        if getattr(args, flag, False):
+            problems.append(f"--{flag}=True: {is_set}, {why}; drop one")
+    return problems
+
+
+def load_images(args, fit=None):
+    """As `load_data`, or with --streaming its training images as a stream. Raises `InputError`."""
+    return load_stream(args) if args.streaming else load_data(args, args.train_data_dir, fit=fit)
+
+
+def load_stream(args):
+    """Opens --dataset_name as a stream and reads the first rows, which are held out; returns (stream, held-out images,
+    fingerprint of both), the fingerprint by names and sizes of files, since nobody reads all. Raises `InputError`."""
+    source, columns, files = open_source(args)
+    tokenizer = load_tokenizer(args)
+    latent_channels, pixels_per_latent = read_latent_layout(args)
+    samples = CaptionedImages(
+        rows=datasets.Dataset.from_dict({"image": [], "captions": []}),
+        contents=np.array([]),
+        sizes=np.full((1, 2), args.resolution),
+        tokenizer=tokenizer,
+        latent_channels=latent_channels,
+        pixels_per_latent=pixels_per_latent,
+        num_timesteps=read_num_timesteps(args),
+        seed=args.seed,
+        center_crop=args.center_crop,
+        random_flip=args.random_flip,
+        image_interpolation_mode=args.image_interpolation_mode,
+        caption_dropout=args.caption_dropout,
+        noise_offset=noise_offset_of(args),
+        input_perturbation=args.input_perturbation,
+    )
+    names = list(files)
+    if len(names) != source.num_shards:
+        names = [f"shard {number}" for number in range(source.num_shards)]
+    buffer_size = args.shuffle_buffer_size or SHUFFLE_BUFFER_SIZE
+    stream = StreamedImages(source, columns, names, {}, samples, args.train_batch_size, buffer_size)
+    first_rows = read_first_rows(args, stream)
+    stream.num_held_out = count_by_shard(first_rows)
+    fingerprint = json.dumps([files, columns, args.num_validation_samples])
+    return stream, hold_out(args, stream, first_rows), hashlib.sha256(fingerprint.encode()).hexdigest()
+
+
+def open_source(args):
+    """Opens --dataset_name; returns the undecoded stream of its train split, the columns as `columns_of` does, and
+    what tells of each file, by name. Raises `InputError`."""
+    name = args.dataset_name
+    files, pictures, data_files = files_of(name)
+    if pictures and is_picture_folder(name, files, pictures, data_files):
+        raise InputError(f"--dataset_name={name}: holds pictures, which are read without --streaming; drop that")
+    if any(path.name in SAVED_NAMES for path in files):
+        raise InputError(
+            f"--dataset_name={name}: save_to_disk wrote this, which is read without --streaming; drop that"
+        )
+    try:
+        told = describe_source(args, name, data_files, has_pictures=bool(pictures))
+        builder = datasets.load_dataset_builder(**told)
+        source = builder.as_streaming_dataset(split="train")
+        columns = columns_of(source.features or {}, args.image_column, args.caption_column)
+        if missing := [column for column in columns[:2] if column not in source.column_names]:
+            raise InputError(f"there is no column {missing[0]!r}, but {', '.join(source.column_names)}")
+        source = source.select_columns(list(columns[:2])).cast_column(columns[0], datasets.Image(decode=False))
+        return source, columns, tell_files(name, builder.config.data_files["train"])
+    except Exception as error:  # as many as there are kinds of files and places
+        raise InputError(
+            f"--dataset_name={name}: cannot be streamed; check it, --dataset_config_name, "
+            f"--image_column={args.image_column} and --caption_column={args.caption_column} ({last_line(error)})"
+        ) from None
+
+
+def tell_files(name, data_files):
+    """What is known of a dataset's files without reading them, by name: the size of a local one, else what the Hub
+    says."""
+    told = {}
+    folder = name if os.path.isdir(name) else os.path.dirname(name)
+    for path, origin in zip(data_files, data_files.origin_metadata, strict=True):
+        if os.path.exists(path):
+            told[os.path.relpath(path, folder)] = os.path.getsize(path)
+        else:
+            told[path.split("@", 1)[-1].split("/", 1)[-1]] = list(origin)
+    return told
+
+
+def read_first_rows(args, stream):
+    """The first rows, which are held out. Raises `InputError` if none is left, or if rows do not hold images."""
+    number = args.num_validation_samples
+    everything = itertools.chain.from_iterable(map(stream.read_rows, range(len(stream.shard_names))))
+    rows = list(itertools.islice(everything, number + 1))
+    if len(rows) <= number:
+        raise InputError(f"--num_validation_samples={number}: must leave some of {len(rows)} images")
+    image = rows[0].image or {}
+    if image.get("bytes") is None and image.get("path"):
+        raise InputError(
+            f"--dataset_name={args.dataset_name}: its rows name files ({image['path'][:80]}) instead of holding "
+            "images, and cannot be streamed; drop --streaming"
+        )
+    return rows[:number]
+
+
+def count_by_shard(rows):
+    """How many of the rows are of which shard."""
+    numbers = {}
+    for row in rows:
+        numbers[row.shard] = numbers.get(row.shard, 0) + 1
+    return numbers
+
+
+def hold_out(args, stream, rows):
+    """Those of the rows that can be used, as `CaptionedImages`."""
+    captions = []
+    for row in rows:
+        try:
+            captions.append(all_captions(with_names(row.captions, stream.source.features[stream.columns[1]])))
+        except ValueError:  # it is told with those that have none
+            captions.append([])
+    images = [{"bytes": (row.image or {}).get("bytes"), "path": stream.name_of(row)} for row in rows]
+    table = datasets.Dataset.from_dict(
+        {"image": images, "captions": captions},
+        datasets.Features(
+            {"image": datasets.Image(decode=False), "captions": datasets.List(datasets.Value("string"))}
+        ),
+    )
+    memory = path_of_findings(args.dataset_name, args.cache_dir)
+    checked = check_rows(table, memory, True, stream.samples.tokenizer, args.resolution)
+    held_out = dataclasses.replace(
+        stream.samples,
+        rows=checked.rows,
+        contents=checked.contents,
+        sizes=np.full((len(checked.rows), 2), args.resolution),
+        picture_sizes=checked.sizes,
+    )
+    return seen_alike(held_out)
+
+
+def with_names(captions, feature):
+    """The captions of a row, with their names in the place of numbers of classes."""
+    label = getattr(feature, "feature", feature)  # of a list of them
+    if not isinstance(label, datasets.ClassLabel):
+        return captions
+    names = dict(enumerate(label.names))  # a class that is not known has the number -1
+    return [names.get(number) for number in captions] if isinstance(captions, list) else names.get(captions)
+
+
+def count_steps_of(args, images, num_processes):
+    """Counts the samples of a step and the steps of a run, of images that may be a stream."""
+    if args.streaming:
+        return count_stream_steps(args, num_processes)
+    return count_steps(args, len(images), num_processes, images.sizes)
+
+
+def split_of_stream(args, num_processes, num_workers, batch_size):
+    """How a stream is divided and shuffled, which decides where it is after a step; None without one."""
+    if not args.streaming:
+        return None
+    passes = f"{batch_size} a pass x {args.gradient_accumulation_steps} passes"
+    buffer_size = args.shuffle_buffer_size or SHUFFLE_BUFFER_SIZE
+    return f"{passes} x {num_processes} processes x {num_workers or 1} workers, a buffer of {buffer_size} rows"
+
+
+def stream_from(images, args, rank, num_ranks, batch_size, step):
+    """The stream of a process, whose passes are of `batch_size`, from a step on."""
+    passes = args.gradient_accumulation_steps
+    return dataclasses.replace(
+        images,
+        batch_size=batch_size,
+        rank=rank,
+        num_ranks=num_ranks,
+        weight=1 / (passes * num_ranks),
+        first_batch=step * passes,
+    )
+
+
+def describe_stream(args, images, num_processes, num_workers):
+    """What the plan says of a stream; None without one."""
+    if not args.streaming:
+        return None
+    shards = f"{len(images.shard_names):,} shards for {num_processes} processes x {num_workers or 1} workers"
+    return f"{shards}, buffers of {images.buffer_size:,} rows; unusable images are left out"
+
+
+def without_left_out(batches, left_out):
+    """Yields batches, and notes in `left_out` what could not be used of each."""
+    for batch in batches:
+        left_out.note(batch.pop("left_out"))
+        yield batch
