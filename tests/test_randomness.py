@@ -7,6 +7,7 @@ from sdtune import randomness
 from sdtune.randomness import random_numbers
 
 STREAMS = {"SAMPLE": 0, "ORDER": 1, "DROPOUT": 2, "SUBSET": 3, "HELD_OUT": 4, "CLASS": 5, "ROUNDING": 6}
+STREAMS |= {"SHARDS_ORDER": 7, "BUFFER": 8}
 
 
 def test_streams_are_distinct_and_stay():

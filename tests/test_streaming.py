@@ -263,7 +263,7 @@ def test_bad_rows_are_left_out_and_named(open_stream, tmp_path, capsys):
     assert capsys.readouterr().err.count("Left out: ") == 4
     left_out.tell("Rank 1: ")
     assert re.match(
-        r"Rank 1: 4 images of the stream could not be used, and were left out:\n  [ab].tar: ", capsys.readouterr().err
+        r"Rank 1: Left out of the stream, 4 in all:\n  [ab].tar: ", capsys.readouterr().err
     )
 
 
@@ -496,7 +496,7 @@ def test_a_run_lists_what_it_left_out(fit, tmp_path, capsys):
     assert fit(tmp_path / "run", dataset_name=tmp_path / "bad", num_validation_samples=0) == 0
     error = capsys.readouterr().err
     assert error.count("\nLeft out: ") == 4
-    listed = error.split("4 images of the stream could not be used, and were left out:\n")[1]
+    listed = error.split("Left out of the stream, 4 in all:\n")[1]
     assert {line.strip().split(" (")[0] for line in listed.splitlines()[:4]} == told
     assert all(loss > 0 for loss in losses(tmp_path / "run"))
 
