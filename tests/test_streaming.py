@@ -262,9 +262,7 @@ def test_bad_rows_are_left_out_and_named(open_stream, tmp_path, capsys):
     assert lines == told
     assert capsys.readouterr().err.count("Left out: ") == 4
     left_out.tell("Rank 1: ")
-    assert re.match(
-        r"Rank 1: Left out of the stream, 4 in all:\n  [ab].tar: ", capsys.readouterr().err
-    )
+    assert re.match(r"Rank 1: Left out of the stream, 4 in all:\n  [ab].tar: ", capsys.readouterr().err)
 
 
 def test_a_pass_of_bad_rows_has_no_weight(open_stream, tmp_path):
