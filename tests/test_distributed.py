@@ -89,17 +89,8 @@ def copy_half(straight, folder):
 # ------------------------------------------------------------------------------------------------- one of several
 
 
-def run_by_torchrun(script, line, said):
-    """Trains in two processes as users start them; returns the launcher's exit status."""
-    return [end_of(start_launcher(script, line, said, "torchrun", nproc=2), seconds=240)]
-
-
-@pytest.mark.parametrize(
-    "num_images, accumulation, run_two",
-    [pytest.param(11, 1, run_by_torchrun, marks=pytest.mark.slow), (9, 2, run_copies)],
-    ids=["torchrun", "copies"],
-)
-def test_two_processes_equal_one(train_script, tiny_pipeline, tmp_path, num_images, accumulation, run_two):
+@pytest.mark.parametrize("num_images, accumulation", [(11, 1), (9, 2)])
+def test_two_processes_equal_one(train_script, tiny_pipeline, tmp_path, num_images, accumulation):
     """The last step of an epoch is short: of 11 images one process has 2 and the other 1; of 9 one has none. Without
     dropout layers: their numbers belong to a process."""
     data = write_image_folder(tmp_path / "images", num_images, (48, 40))
@@ -115,7 +106,7 @@ def test_two_processes_equal_one(train_script, tiny_pipeline, tmp_path, num_imag
         "lr_warmup_steps": 2,
     }
     one, two, resumed, said = (tmp_path / name for name in ("one", "two", "resumed", "said"))
-    statuses = run_two(train_script, words(tiny_pipeline, data, two, **settings, train_batch_size=2), said)
+    statuses = run_copies(train_script, words(tiny_pipeline, data, two, **settings, train_batch_size=2), said)
     assert not any(statuses), said.read_text()
     fit = functools.partial(train, train_script, tiny_pipeline, data, train_batch_size=4, **settings)
     assert fit(one) == 0
@@ -313,7 +304,8 @@ def start_machines(launcher, script, line, said):
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher, lost", [("torchrun", 0), ("accelerate", 1)])
 def test_the_loss_of_a_machine_ends_the_other_one(train_script, tiny_pipeline, images, tmp_path, launcher, lost):
-    """Within a minute, with a message and a checkpoint from which both go on to the bits of an uninterrupted run."""
+    """Within a minute, with a message and a checkpoint, from which both go on to the bits of a run without that, which
+    is one of copies: launchers change nothing in it."""
     folder, straight, said = tmp_path / "out", tmp_path / "straight", tmp_path / "said"
     line = words(tiny_pipeline, images, folder, **ENDLESS)
     launchers, ranks = start_machines(launcher, train_script, line, said), {}

@@ -21,7 +21,7 @@ port=$((20000 + SLURM_JOB_ID % 20000)) # two jobs may share a machine
 
 # --wait: a machine that has lost the others saves its state before Slurm ends it, too. A launcher that did not ignore
 # SIGUSR1 would be ended by it, where the processes that train write a checkpoint.
-srun --wait=300 --kill-on-bad-exit=0 env --ignore-signal=USR1,USR2 torchrun \
+srun --wait=300 --kill-on-bad-exit=0 bash -c 'trap "" USR1 USR2; exec torchrun "$@"' torchrun \
   --nnodes="$SLURM_JOB_NUM_NODES" --nproc_per_node=gpu \
   --rdzv_backend=c10d --rdzv_id="$SLURM_JOB_ID" --rdzv_endpoint="$address:$port" \
   examples/text_to_image/train_text_to_image.py \
