@@ -7,6 +7,7 @@ import torch
 import torch.distributed.checkpoint
 from accelerate.utils import disable_fsdp_ram_efficient_loading, parse_flag_from_env
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from sdtune.deepspeed import gather_for_good
@@ -56,6 +57,11 @@ def set_up_sharding(accelerator):
     disable_fsdp_ram_efficient_loading()
 
 
+def has_shared_passes(accelerator):
+    """Whether processes can only make passes together, since each of them has but a shard of the weights."""
+    return accelerator.is_fsdp2
+
+
 def skeleton_of(model):
     """A copy of a model, with its adapters, in which nothing but the weights is missing."""
     tensors = [*model.parameters(), *model.buffers()]
@@ -73,6 +79,15 @@ def held_here(parameters):
     parameters change."""
     with torch.no_grad():
         return [value.to_local() if isinstance(value, DTensor) else value for value in parameters]
+
+
+def forget_gathered(models):
+    """Frees what passes without a backward pass have gathered of models, by name: the next pass would use it, though
+    the shards have changed."""
+    for model in models.values():
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def whole_tensor(value):

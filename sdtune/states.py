@@ -22,7 +22,7 @@ from sdtune.deepspeed import gathered, is_partitioned, uses_deepspeed
 from sdtune.errors import InputError
 from sdtune.files import read_json
 from sdtune.optimization import PRODIGY_PROGRESS
-from sdtune.sharding import held_here, read_shards, write_shards
+from sdtune.sharding import forget_gathered, held_here, read_shards, write_shards
 
 OPTIMIZER_FILE = "optimizer.bin"  # as accelerate calls it
 SHARDS = "shards"  # a folder, in the place of weights and optimizer
@@ -42,6 +42,7 @@ def averaged(run):
         yield
     finally:
         ema.restore(parameters)
+        forget_gathered(run.weights.models)
 
 
 def use_average(run):
