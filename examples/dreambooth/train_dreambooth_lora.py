@@ -131,6 +131,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.cuda import is_bf16_supported, max_memory_reserved
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -1956,6 +1957,7 @@ def averaged(run):
         yield
     finally:
         ema.restore(parameters)
+        forget_gathered(run.weights.models)
 
 
 def use_average(run):
@@ -3122,6 +3124,9 @@ def quiet_libraries():
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+    if not torch.accelerator.is_available():
+        # Or DeepSpeed, which accelerate imports to save a model, wherever it is installed, says that it found no GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def config_source(args):
@@ -4388,6 +4393,11 @@ def set_up_sharding(accelerator):
     disable_fsdp_ram_efficient_loading()
 
 
+def has_shared_passes(accelerator):
+    """Whether processes can only make passes together, since each of them has but a shard of the weights."""
+    return accelerator.is_fsdp2
+
+
 def skeleton_of(model):
     """A copy of a model, with its adapters, in which nothing but the weights is missing."""
     tensors = [*model.parameters(), *model.buffers()]
@@ -4405,6 +4415,15 @@ def held_here(parameters):
     parameters change."""
     with torch.no_grad():
         return [value.to_local() if isinstance(value, DTensor) else value for value in parameters]
+
+
+def forget_gathered(models):
+    """Frees what passes without a backward pass have gathered of models, by name: the next pass would use it, though
+    the shards have changed."""
+    for model in models.values():
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def whole_tensor(value):
@@ -4898,12 +4917,25 @@ def push(args, repo_id, files, step):
 
 
 # ---------------------------------------------------------------------------------------------------------- validation
+def share_of(accelerator, number):
+    """Which of a number of things this process has to look at: every so many, but all of them where weights are shared
+    out, so that all processes make the same passes together."""
+    if has_shared_passes(accelerator):
+        return range(number)
+    return range(accelerator.process_index, number, accelerator.num_processes)
+
+
+def asked_together(accelerator, is_asked):
+    """Whether `is_asked()` says yes in some process; all of them have to call this."""
+    return accelerator.reduce(torch.tensor(float(is_asked()), device=accelerator.device), "sum").item() > 0
+
+
 @torch.no_grad()
 def encode_held_out(accelerator, vae, text_encoder, images, batch_size):
     """Encodes this process's share of held-out images, and their captions unless the text encoder is trained; not what
     comes out of a cache."""
     posteriors, input_ids, prompt_embeds = {}, {}, {}
-    mine = range(accelerator.process_index, len(images), accelerator.num_processes)
+    mine = share_of(accelerator, len(images))
     items = [(0, index, 1.0) for index in mine]
     batches = batches_of_one_size(items, images.sizes[mine], batch_size)
     for batch in torch.utils.data.DataLoader(images, batch_sampler=batches):
@@ -4963,7 +4995,8 @@ def held_out_losses(
         losses.index_add_(0, batch["index"], part_losses.cpu() / HELD_OUT_TIMESTEPS)
     accelerator.wait_for_everyone()  # patiently: they need not be done at the same time
     # One exchange for both, so that no process waits for one that was stopped.
-    *losses, stopped = accelerator.reduce(torch.cat([losses, stopped]).to(accelerator.device), "sum").tolist()
+    kind = "mean" if has_shared_passes(accelerator) else "sum"
+    *losses, stopped = accelerator.reduce(torch.cat([losses, stopped]).to(accelerator.device), kind).tolist()
     if stopped:
         raise LookGivenUp
     return torch.tensor(losses)
@@ -4998,7 +5031,7 @@ def draw_samples(args, accelerator, parts, prompts, is_asked):
         return tensors
 
     drawn, negative_prompt = [], args.validation_negative_prompt
-    mine = range(accelerator.process_index, len(prompts), accelerator.num_processes)
+    mine = share_of(accelerator, len(prompts))
     for start in range(0, len(mine), args.train_batch_size):
         if is_asked():
             break
@@ -5054,6 +5087,8 @@ def validate(args, accelerator, run, parts, held_out, prompts, is_asked):
         return None
     unet, vae, text_encoder = parts["unet"], parts["vae"], parts["text_encoder"]
     losses, images = None, None
+    if has_shared_passes(accelerator):
+        is_asked = functools.partial(asked_together, accelerator, is_asked)
     trained = torch.nn.ModuleList(part for part in (unet, text_encoder) if part.training).eval()
     try:
         with passing_alone(trained), averaged(run):

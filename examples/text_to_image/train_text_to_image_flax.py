@@ -34,6 +34,7 @@ share a batch; what is random in a sample depends on (seed, epoch, index of the 
 #   models              Check and load the models of a Stable Diffusion pipeline
 #   entries             Entries of the cache: a file per encoded image or caption, named by a digest of what made it
 #   optimization        The optimizer, its learning rate, and the average of the weights
+#   sharding            FSDP2: what is trained is shared out over processes, each of which holds a shard of each tensor
 #   digests             Digests of the files in a folder, by which a damaged one is found
 #   output              The folder of a run: whether it may be used, its log, the pipeline that results
 #   plan                The plan that a run prints before its first step
@@ -2696,6 +2697,9 @@ def quiet_libraries():
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+    if not torch.accelerator.is_available():
+        # Or DeepSpeed, which accelerate imports to save a model, wherever it is installed, says that it found no GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def config_source(args):
@@ -3001,6 +3005,12 @@ def make_average(args, parameters):
     average = EMAModel(parameters, decay=decay, use_ema_warmup=args.ema_warmup)
     average.shadow_params = [value.float() for value in average.shadow_params]  # of weights in bfloat16, too
     return average
+
+
+# ------------------------------------------------------------------------------------------------------------ sharding
+def has_shared_passes(accelerator):
+    """Whether processes can only make passes together, since each of them has but a shard of the weights."""
+    return accelerator.is_fsdp2
 
 
 # ------------------------------------------------------------------------------------------------------------- digests
@@ -3429,6 +3439,14 @@ def push(args, repo_id, files, step):
 
 
 # ---------------------------------------------------------------------------------------------------------- validation
+def share_of(accelerator, number):
+    """Which of a number of things this process has to look at: every so many, but all of them where weights are shared
+    out, so that all processes make the same passes together."""
+    if has_shared_passes(accelerator):
+        return range(number)
+    return range(accelerator.process_index, number, accelerator.num_processes)
+
+
 def log_held_out_losses(accelerator, run, losses):
     """Logs and prints the mean of held-out losses, and its gain over those before training, which the run's progress
     keeps, with the standard error of the paired difference."""
@@ -3458,7 +3476,7 @@ def draw_samples(args, accelerator, parts, prompts, is_asked):
         return tensors
 
     drawn, negative_prompt = [], args.validation_negative_prompt
-    mine = range(accelerator.process_index, len(prompts), accelerator.num_processes)
+    mine = share_of(accelerator, len(prompts))
     for start in range(0, len(mine), args.train_batch_size):
         if is_asked():
             break
