@@ -1,6 +1,7 @@
 """Check and load the models of a Stable Diffusion pipeline."""
 
 import contextlib
+import os
 import re
 from pathlib import Path
 
@@ -21,6 +22,9 @@ def quiet_libraries():
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+    if not torch.accelerator.is_available():
+        # Or DeepSpeed, which accelerate imports to save a model, wherever it is installed, says that it found no GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def config_source(args):

@@ -142,7 +142,8 @@ def test_dreambooth_trains_under_zero(tiny_pipeline, images, tmp_path):
     assert run_zero(3, script, line, said) == [0, 0], said.read_text()
     assert train(script, tiny_pipeline, None, tmp_path / "one", train_batch_size=2, **settings) == 0
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=LIKE_ONE)
-    assert largest_difference(unet(tmp_path / "two"), unet(tmp_path / "one")) < LIKE_ONE
+    # They move by 4e-4, but where a gradient is near 0 rounding decides how far Adam's first steps go.
+    assert largest_difference(unet(tmp_path / "two"), unet(tmp_path / "one")) < 1e-4
 
 
 @pytest.mark.slow
@@ -306,6 +307,13 @@ def test_what_goes_with_zero_is_not_refused(asked, monkeypatch):
 )
 def test_flags_that_do_not_go_with_zero_are_refused(asked, line, told):
     assert check_deepspeed(parse(*line)) == [told]
+
+
+@pytest.mark.parametrize("flag", ["full_bf16", "train_text_encoder"])
+def test_flags_of_some_scripts_are_refused_too(asked, flag):
+    args = parse()
+    setattr(args, flag, True)
+    assert check_deepspeed(args) == [f"--{flag}=True: does not go with DeepSpeed; drop this, or choose GPUs alone"]
 
 
 @pytest.mark.parametrize(
