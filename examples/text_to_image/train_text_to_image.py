@@ -3508,6 +3508,9 @@ def quiet_libraries():
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+    if not torch.accelerator.is_available():
+        # Or DeepSpeed, which accelerate imports to save a model, wherever it is installed, says that it found no GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def config_source(args):
