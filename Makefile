@@ -27,7 +27,7 @@ install: $(INSTALLED)  ## fill .venv, all but xFormers, by constraints.txt (othe
 $(INSTALLED): constraints.txt $(wildcard requirements*.txt) setup.cfg pyproject.toml
 	$(BIN)/python -c "" 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		--requirement requirements_flax.txt --editable ".[tools,trackers,dev]"
+		--requirement requirements_flax.txt --editable ".[tools,trackers,deepspeed,dev]"
 	@touch $@
 
 demo: $(INSTALLED) demo/creatures/metadata.jsonl  ## fine-tune the miniature on drawn creatures, show before and after

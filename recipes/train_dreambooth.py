@@ -55,7 +55,6 @@ from sdtune.arguments import (
 from sdtune.batches import count_steps
 from sdtune.buckets import check_buckets, describe_buckets, fit_of
 from sdtune.cache import check_cache, describe_cache, fill_cache, leave_device, plan_cache
-from sdtune.checkpoints import Weights, write_torch_state
 from sdtune.dataset import check_data, load_data
 from sdtune.diffusion import diffusion_losses, encode, encode_prompts
 from sdtune.failures import nothing_lost, told_in_a_line
@@ -93,7 +92,9 @@ from sdtune.output import (
     start_trackers,
 )
 from sdtune.script import run_launched_script
+from sdtune.sharding import whole_models
 from sdtune.signals import Stop
+from sdtune.states import use_average, write_state_alone
 from sdtune.subject import (
     check_subject,
     draw_class_images,
@@ -112,12 +113,12 @@ from sdtune.training import (
     make_accelerator,
     make_loader,
     make_state,
+    prepare,
     start_output,
     start_run,
     tell_plan,
     train_steps,
     try_steps,
-    use_average,
 )
 from sdtune.validation import check_validation, encode_held_out, prompts_of, validate
 
@@ -146,6 +147,7 @@ FIXED_ON_RESUME = {
     "full_bf16",
     "mixed_precision",
     "optimizer",
+    "sharding",
     "state",
     "train_text_encoder",
 }  # the checkpoint's state would not fit
@@ -236,8 +238,12 @@ def train(args, launcher):
     pipeline, models, noise_scheduler = load_models(args, accelerator)
     make_faster(args, pipeline.unet)
     parts = {**pipeline.components, "scheduler": noise_scheduler}
-    prepared = {name: accelerator.prepare(model) for name, model in models.items()}  # passes are autocast now
-    unet, text_encoder = prepared["unet"], prepared.get("text_encoder", pipeline.text_encoder)
+    counts = count_steps(args, len(images), accelerator.num_processes, images.sizes)
+    parameters = [parameter for model in models.values() for parameter in model.parameters()]
+    groups = [{"params": parameters, "lr": peak_learning_rate(args, counts)}]
+    optimizer = make_fused_optimizer(args, groups) if args.full_bf16 else make_optimizer(args, groups)
+    weights, optimizer = prepare(accelerator, models, optimizer, write_models, read_models)
+    unet, text_encoder = weights.prepared["unet"], weights.prepared.get("text_encoder", pipeline.text_encoder)
 
     def training_loss(batch):
         """The loss of each sample of a batch (batch,)."""
@@ -245,15 +251,9 @@ def train(args, launcher):
         prompt_embeds = encode_prompts(text_encoder, batch)
         return diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, batch, args.snr_gamma)
 
-    counts = count_steps(args, len(images), accelerator.num_processes, images.sizes)
-    learning_rate = peak_learning_rate(args, counts)
-    parameters = [parameter for model in models.values() for parameter in model.parameters()]
-    groups = [{"params": parameters, "lr": learning_rate}]
-    weights = Weights(models, parameters, write_models, read_models)
-    optimizer = make_fused_optimizer(args, groups) if args.full_bf16 else make_optimizer(args, groups)
-    state = make_state(args, accelerator, optimizer, counts.last_step)
+    state = make_state(args, accelerator, optimizer, weights, counts.last_step)
     if optimizer_of(args) == "adamw8bit":
-        keep_embeddings_whole(state["optimizer"], models.values())
+        keep_embeddings_whole(optimizer, models.values())
     run = start_run(args, accelerator, counts, state, fingerprints, weights, FREE_ON_RESUME, FIXED_ON_RESUME)
     if args.dry_run:
         class_images = stand_ins(class_images, images)
@@ -278,7 +278,7 @@ def train(args, launcher):
     batches = with_classes(batches, len(images), num_classes, args.prior_loss_weight, args.seed, counts.buckets)
     loader = make_loader(args, accelerator, samples, batches)
     make_gradients = update_in_backward if args.full_bf16 else add_up_gradients
-    work = Work(loader, list(prepared.values()), training_loss, make_gradients)
+    work = Work(loader, training_loss, make_gradients)
     if args.dry_run:
         try_steps(args, accelerator, run, work)
         end_training(accelerator)
@@ -289,10 +289,11 @@ def train(args, launcher):
         held_out = encode_held_out(accelerator, parts["vae"], parts["text_encoder"], held_out, args.train_batch_size)
     look = functools.partial(validate, args, accelerator, run, parts, held_out, prompts)
     stop = Stop(launcher)
-    with nothing_lost(args, accelerator, run, stop, write_torch_state):
+    with nothing_lost(args, accelerator, run, stop, functools.partial(write_state_alone, accelerator)):
         train_steps(args, accelerator, run, stop, work, look)
+        use_average(run)
+        models = whole_models(weights)
         if accelerator.is_main_process:
-            use_average(run)
             files = save_model(args, pipeline, models, noise_scheduler, prompts, counts.last_step)
     if repo_id:
         push(args, repo_id, files, counts.last_step)
@@ -301,6 +302,7 @@ def train(args, launcher):
 
 def save_model(args, pipeline, models, noise_scheduler, prompts, step):
     """Writes the pipeline and the model card; returns patterns that are the pipeline's files."""
+    pipeline.register_modules(**models)
     pipeline = with_whole_parts(args, pipeline, models)
     with new_result(args.output_dir) as folder:
         loader = "`StableDiffusionPipeline.from_pretrained(...)`"

@@ -58,7 +58,6 @@ from sdtune.arguments import (
 from sdtune.batches import count_steps
 from sdtune.buckets import check_buckets, describe_buckets, fit_of
 from sdtune.cache import check_cache, describe_cache, fill_cache, leave_device, plan_cache
-from sdtune.checkpoints import Weights, write_torch_state
 from sdtune.dataset import check_data, load_data
 from sdtune.diffusion import diffusion_losses, encode, encode_prompts
 from sdtune.failures import nothing_lost, told_in_a_line
@@ -78,7 +77,9 @@ from sdtune.models import check_model, make_faster
 from sdtune.optimization import check_optimization, check_optimizer, make_optimizer, peak_learning_rate
 from sdtune.output import check_output, check_trackers, end_training, new_result, start_trackers
 from sdtune.script import run_launched_script
+from sdtune.sharding import whole_models
 from sdtune.signals import Stop
+from sdtune.states import use_average, write_state_alone
 from sdtune.subject import (
     check_subject,
     draw_class_images,
@@ -97,12 +98,12 @@ from sdtune.training import (
     make_accelerator,
     make_loader,
     make_state,
+    prepare,
     start_output,
     start_run,
     tell_plan,
     train_steps,
     try_steps,
-    use_average,
 )
 from sdtune.validation import check_validation, encode_held_out, prompts_of, validate
 
@@ -132,6 +133,7 @@ FIXED_ON_RESUME = {
     "mixed_precision",
     "channels_last",
     "optimizer",
+    "sharding",
     "state",
 }  # the state would not fit
 
@@ -190,8 +192,10 @@ def train(args, launcher):
         start_trackers(args, accelerator)
     pipeline, models, noise_scheduler = load_models_with_adapters(args, accelerator)
     make_faster(args, pipeline.unet)
-    prepared = {name: accelerator.prepare(model) for name, model in models.items()}  # passes are autocast now
-    unet, text_encoder = prepared["unet"], prepared.get("text_encoder", pipeline.text_encoder)
+    counts = count_steps(args, len(images), accelerator.num_processes, images.sizes)
+    groups = group_parameters(args, models, peak_learning_rate(args, counts))
+    weights, optimizer = prepare(accelerator, models, make_optimizer(args, groups), write_adapters, read_adapters_into)
+    unet, text_encoder = weights.prepared["unet"], weights.prepared.get("text_encoder", pipeline.text_encoder)
 
     def training_loss(batch):
         """The loss of each sample of a batch (batch,)."""
@@ -199,13 +203,7 @@ def train(args, launcher):
         prompt_embeds = encode_prompts(text_encoder, batch)
         return diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, batch, args.snr_gamma)
 
-    counts = count_steps(args, len(images), accelerator.num_processes, images.sizes)
-    learning_rate = peak_learning_rate(args, counts)
-    groups = group_parameters(args, models, learning_rate)
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    weights = Weights(models, parameters, write_adapters, read_adapters_into)
-    optimizer = make_optimizer(args, groups)
-    state = make_state(args, accelerator, optimizer, counts.last_step)
+    state = make_state(args, accelerator, optimizer, weights, counts.last_step)
     run = start_run(args, accelerator, counts, state, fingerprints, weights, FREE_ON_RESUME, FIXED_ON_RESUME)
     if args.dry_run:
         class_images = stand_ins(class_images, images)
@@ -214,7 +212,7 @@ def train(args, launcher):
     about = {
         "trained": f"LoRA of rank {args.rank} on {args.lora_target} of {' and '.join(models)}",
         "frozen": "all else",
-        "result_bytes": count_adapter_bytes(args, parameters),
+        "result_bytes": count_adapter_bytes(args, weights.parameters),
         "buckets": describe_buckets(args, images),
         "cache": describe_cache(cache),
     }
@@ -229,7 +227,7 @@ def train(args, launcher):
     num_classes = len(class_images.checked.rows) if class_images.checked else 0
     batches = with_classes(batches, len(images), num_classes, args.prior_loss_weight, args.seed, counts.buckets)
     loader = make_loader(args, accelerator, samples, batches)
-    work = Work(loader, list(prepared.values()), training_loss, add_up_gradients)
+    work = Work(loader, training_loss, add_up_gradients)
     if args.dry_run:
         try_steps(args, accelerator, run, work)
         end_training(accelerator)
@@ -241,10 +239,11 @@ def train(args, launcher):
         held_out = encode_held_out(accelerator, parts["vae"], parts["text_encoder"], held_out, args.train_batch_size)
     look = functools.partial(validate, args, accelerator, run, parts, held_out, prompts)
     stop = Stop(launcher)
-    with nothing_lost(args, accelerator, run, stop, write_torch_state):
+    with nothing_lost(args, accelerator, run, stop, functools.partial(write_state_alone, accelerator)):
         train_steps(args, accelerator, run, stop, work, look)
+        use_average(run)
+        models = whole_models(weights)
         if accelerator.is_main_process:
-            use_average(run)
             files = save_model(args, models, prompts, len(images), counts.last_step)
     if repo_id:
         push(args, repo_id, files, counts.last_step)

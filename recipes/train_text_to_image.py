@@ -50,7 +50,6 @@ from sdtune.arguments import (
 )
 from sdtune.buckets import check_buckets, describe_buckets, fit_of
 from sdtune.cache import check_cache, describe_cache, fill_cache, leave_device, plan_cache
-from sdtune.checkpoints import Weights, write_torch_state
 from sdtune.dataset import check_data
 from sdtune.diffusion import diffusion_losses, encode, encode_prompts
 from sdtune.failures import name_of_process, nothing_lost, told_in_a_line
@@ -81,7 +80,9 @@ from sdtune.output import (
     start_trackers,
 )
 from sdtune.script import run_launched_script
+from sdtune.sharding import whole_models
 from sdtune.signals import Stop
+from sdtune.states import use_average, write_state_alone
 from sdtune.streaming import (
     LeftOut,
     check_streaming,
@@ -100,12 +101,12 @@ from sdtune.training import (
     load_batches,
     make_accelerator,
     make_state,
+    prepare,
     start_output,
     start_run,
     tell_plan,
     train_steps,
     try_steps,
-    use_average,
 )
 from sdtune.validation import check_validation, encode_held_out, prompts_of, validate
 
@@ -136,6 +137,7 @@ FIXED_ON_RESUME = {
     "mixed_precision",
     "channels_last",
     "optimizer",
+    "sharding",
     "state",
     "stream",  # which would go on from somewhere else
 }  # the checkpoint's state would not fit
@@ -193,8 +195,7 @@ def load_models(args, accelerator):
     for part in (pipeline.vae, pipeline.text_encoder):
         frozen(part, accelerator.device, weight_dtype)
     pipeline.unet.requires_grad_(True).train()
-    if args.full_bf16:
-        pipeline.unet.to(dtype=torch.bfloat16)
+    pipeline.unet.to(accelerator.device, torch.bfloat16 if args.full_bf16 else torch.float32)
     return pipeline, make_noise_scheduler(args, pipeline)
 
 
@@ -212,7 +213,11 @@ def train(args, launcher):
         start_trackers(args, accelerator)
     pipeline, noise_scheduler = load_models(args, accelerator)
     make_faster(args, pipeline.unet)
-    unet = accelerator.prepare(pipeline.unet)  # whose passes are autocast now
+    counts = count_steps_of(args, images, num_processes)
+    groups = [{"params": list(pipeline.unet.parameters()), "lr": peak_learning_rate(args, counts)}]
+    optimizer = make_fused_optimizer(args, groups) if args.full_bf16 else make_optimizer(args, groups)
+    weights, optimizer = prepare(accelerator, {"unet": pipeline.unet}, optimizer, write_models, read_models)
+    unet = weights.prepared["unet"]
 
     def training_loss(batch):
         """The loss of each sample of a batch (batch,)."""
@@ -220,13 +225,7 @@ def train(args, launcher):
         prompt_embeds = encode_prompts(pipeline.text_encoder, batch)
         return diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, batch, args.snr_gamma)
 
-    counts = count_steps_of(args, images, num_processes)
-    learning_rate = peak_learning_rate(args, counts)
-    parameters = list(pipeline.unet.parameters())
-    groups = [{"params": parameters, "lr": learning_rate}]
-    weights = Weights({"unet": pipeline.unet}, parameters, write_models, read_models)
-    optimizer = make_fused_optimizer(args, groups) if args.full_bf16 else make_optimizer(args, groups)
-    state = make_state(args, accelerator, optimizer, counts.last_step)
+    state = make_state(args, accelerator, optimizer, weights, counts.last_step)
     run = start_run(args, accelerator, counts, state, fingerprints, weights, FREE_ON_RESUME, FIXED_ON_RESUME)
     cache = plan_cache(args, accelerator, pipeline, [images, held_out])
     about = {
@@ -247,7 +246,7 @@ def train(args, launcher):
     left_out = LeftOut()
     loader = load_batches(args, accelerator, run, images, left_out)
     make_gradients = update_in_backward if args.full_bf16 else add_up_gradients
-    work = Work(loader, [unet], training_loss, make_gradients)
+    work = Work(loader, training_loss, make_gradients)
     if args.dry_run:
         try_steps(args, accelerator, run, work)
         end_training(accelerator)
@@ -259,20 +258,23 @@ def train(args, launcher):
         held_out = encode_held_out(accelerator, parts["vae"], parts["text_encoder"], held_out, args.train_batch_size)
     look = functools.partial(validate, args, accelerator, run, parts, held_out, prompts)
     stop = Stop(launcher)
-    with nothing_lost(args, accelerator, run, stop, write_torch_state):
+    with nothing_lost(args, accelerator, run, stop, functools.partial(write_state_alone, accelerator)):
         train_steps(args, accelerator, run, stop, work, look)
         left_out.tell(name_of_process(accelerator))
+        use_average(run)
+        models = whole_models(weights)
         if accelerator.is_main_process:
-            use_average(run)
-            files = save_model(args, pipeline, noise_scheduler, counts.last_step)
+            files = save_model(args, pipeline, models, noise_scheduler, counts.last_step)
     if repo_id:
         push(args, repo_id, files, counts.last_step)
     end_training(accelerator)
 
 
-def save_model(args, pipeline, noise_scheduler, step):
-    """Writes the pipeline and the model card; returns patterns that are the pipeline's files."""
-    pipeline = with_whole_parts(args, pipeline, {"unet"})
+def save_model(args, pipeline, models, noise_scheduler, step):
+    """Writes the pipeline with `models`, by name, and the model card; returns patterns that are the pipeline's
+    files."""
+    pipeline.register_modules(**models)
+    pipeline = with_whole_parts(args, pipeline, models)
     with new_result(args.output_dir) as folder:
         files = save_pipeline(args, folder, pipeline, noise_scheduler)
         loader = "`StableDiffusionPipeline.from_pretrained(...)`"

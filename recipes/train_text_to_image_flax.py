@@ -51,6 +51,7 @@ from sdtune.flax.networks import apply_text_encoder, apply_unet, check_networks
 from sdtune.flax.optimization import make_optimizer
 from sdtune.flax.training import (
     check_hosts,
+    check_shared_output,
     end_of_process,
     load_batches,
     make_accelerator,
@@ -194,6 +195,7 @@ def load_models(args):
 
 def train(args, mesh):
     """Trains as `args` say, which have been checked, on the devices of `mesh`."""
+    check_shared_output(args)
     is_first = jax.process_index() == 0
     images, held_out, fingerprint = load_images(args)
     accelerator = make_accelerator(args)

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -11,12 +10,11 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from sdtune.batches import StepCounts
+from sdtune.digests import find_damage, write_digests
 from sdtune.errors import InputError, last_line
 from sdtune.files import beside, copy_mode, read_json, sync, sync_folder
-from sdtune.optimization import PRODIGY_PROGRESS, peak_learning_rate
+from sdtune.optimization import peak_learning_rate
 
 AVERAGED = "_ema"  # ends the names of averaged weights in a checkpoint
 
@@ -26,9 +24,11 @@ class Weights:
     """The weights that are trained, and how they become files that people can load, and come back from them."""
 
     models: dict  # by name, that have them
+    prepared: dict  # by name, as accelerate prepared them for passes
     parameters: list  # of torch
     write: Callable  # (models, folder, suffix): writes into a folder, with a suffix to the names
     read: Callable  # (models, folder, suffix): reads what was written. Raises whatever a broken file leads to
+    skeletons: dict  # by name, models without weights, for those that are shared out over processes
 
 
 @dataclasses.dataclass
@@ -69,15 +69,60 @@ def list_checkpoints(output_dir):
     return sorted(whole, key=lambda path: int(numbered[path]))
 
 
-def find_checkpoint(output_dir, wanted):
-    """The checkpoint that `wanted` means: a folder in `output_dir`, a path, or the "latest"; None if there is none."""
+def find_checkpoint(output_dir, wanted, num_damaged=0):
+    """The checkpoint that `wanted` means: a folder in `output_dir`, a path, or the "latest" of those before the
+    `num_damaged` newest; None if there is none."""
     if wanted is None:
         return None
     if wanted == "latest":
         checkpoints = list_checkpoints(output_dir)
+        checkpoints = checkpoints[: len(checkpoints) - num_damaged]
         return checkpoints[-1] if checkpoints else None
     inside = Path(output_dir, wanted)
     return inside if inside.is_dir() else Path(wanted)
+
+
+def count_damaged(output_dir, wanted):
+    """How many of the newest checkpoints `latest` has to pass over, which are named: their files are not those that
+    were written. For one process alone, which reads them whole. Raises `InputError` if nothing else is left, and if a
+    damaged one was asked for by name."""
+    if wanted == "latest":
+        checkpoints = list_checkpoints(output_dir)[::-1]
+    else:
+        checkpoints = [checkpoint for checkpoint in [find_checkpoint(output_dir, wanted)] if checkpoint]
+    damages = {}
+    for checkpoint in checkpoints:
+        damage = find_damage(checkpoint)
+        if damage is None:
+            break
+        damages[checkpoint] = f"{checkpoint.name} is damaged ({damage})"
+    whole = checkpoints[len(damages) :]
+    if damages and not whole:
+        told = "\n  ".join(damages.values())
+        remedy = "name another one, or start anew in another --output_dir"
+        raise InputError(f"--resume_from_checkpoint={wanted}: {told}; {remedy}")
+    for told in damages.values():
+        print(f"{told}; {whole[0].name} is used instead.")
+    return len(damages)
+
+
+def find_newer(output_dir, checkpoint):
+    """The newest checkpoint of a run if it is newer than another one of it, and not damaged; None otherwise."""
+    newer = list_checkpoints(output_dir)
+    if checkpoint in newer:
+        newer = newer[newer.index(checkpoint) + 1 :]
+    return next((path for path in reversed(newer) if find_damage(path) is None), None)
+
+
+def set_aside_damaged(output_dir, step):
+    """Gives what is in the place of checkpoints after `step`, from which a run goes on, another name: it is damaged or
+    half there, and the run will write its own."""
+    for path in sorted(output_dir.glob("checkpoint-*")):
+        number = path.name.removeprefix("checkpoint-")
+        if number.isdigit() and int(number) > step:
+            names = (f"{path.name}.damaged{suffix}" for suffix in ["", *range(2, 1000)])
+            aside = next(path.with_name(name) for name in names if not path.with_name(name).exists())
+            print(f"{path.name} is renamed to {path.rename(aside).name}.")
 
 
 def checkpoint_of(run):
@@ -86,26 +131,48 @@ def checkpoint_of(run):
 
 
 def save_checkpoint(run, write_state, total_limit):
-    """Writes checkpoint-N beside its place, then renames it; only then do older ones beyond `total_limit` go, but not
-    the best one. `write_state(run, folder)` writes the run's weights and state. For one process alone. If it fails,
-    nothing of it stays behind. Raises whatever a full disk or the like leads to."""
-    final = checkpoint_of(run)
-    if (final / "progress.json").exists():  # a step broke just after a save
+    """Writes checkpoint-N, in which `write_state(run, folder)` writes the run's weights and state. For one process
+    alone. If it fails, nothing of it stays behind. Raises whatever a full disk or the like leads to."""
+    partial = begin_checkpoint(run)
+    if partial is None:
         return
+    with removed_on_failure(partial):
+        write_state(run, partial)
+        finish_checkpoint(run, partial, total_limit)
+
+
+def begin_checkpoint(run):
+    """Makes the folder of the checkpoint of the run's step, beside its place; None if the checkpoint is there, because
+    a step broke just after a save. For one process alone."""
+    final = checkpoint_of(run)
+    if (final / "progress.json").exists():
+        return None
     # Two processes, maybe of two machines, may save after a failure: the first one wins.
     partial = final.with_name(f"{final.name}.{socket.gethostname()}-{os.getpid()}.partial")
+    partial.mkdir()
+    return partial
+
+
+@contextlib.contextmanager
+def removed_on_failure(partial):
+    """Leaves nothing behind of a checkpoint that fails."""
     try:
-        partial.mkdir()
-        write_state(run, partial)
-        for name, content in (("args", run.settings), ("progress", run.progress)):
-            (partial / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        copy_mode(run.output_dir / "args.json", partial.rglob("*.safetensors"))
-        sync(partial)  # files before names, or a crash could leave a whole name with half a file
-        partial.rename(final)
-        sync_folder(run.output_dir)
+        yield
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def finish_checkpoint(run, partial, total_limit):
+    """Completes a checkpoint whose weights and state are written, and renames it; only then do older ones beyond
+    `total_limit` go, but not the best one. For one process alone."""
+    for name, content in (("args", run.settings), ("progress", run.progress)):
+        (partial / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    copy_mode(run.output_dir / "args.json", partial.rglob("*.safetensors"))
+    write_digests(partial)
+    sync(partial)  # files before names, or a crash could leave a whole name with half a file
+    partial.rename(checkpoint_of(run))
+    sync_folder(run.output_dir)
     remove_surplus(run.output_dir, total_limit)
 
 
@@ -127,65 +194,24 @@ def read_best(output_dir):
 def keep_best(run, held_out_loss, write_state, total_limit):
     """Keeps the checkpoint of the run's step, and writes it if it is not there, if its held-out loss is the lowest so
     far. For one process alone."""
-    best, step = read_best(run.output_dir), run.progress["global_step"]
-    is_worse = best and best["step"] != step and best["held_out_loss"] <= held_out_loss
-    if is_worse or not math.isfinite(held_out_loss):
-        return
-    save_checkpoint(run, write_state, None)
+    if is_best(run, held_out_loss):
+        save_checkpoint(run, write_state, None)
+        note_best(run, held_out_loss, total_limit)
+
+
+def is_best(run, held_out_loss):
+    """Whether a held-out loss is the lowest so far."""
+    best = read_best(run.output_dir)
+    is_worse = best and best["step"] != run.progress["global_step"] and best["held_out_loss"] <= held_out_loss
+    return math.isfinite(held_out_loss) and not is_worse
+
+
+def note_best(run, held_out_loss, total_limit):
+    """Notes that the checkpoint of the run's step is the best one, which makes another one surplus."""
     with beside(run.output_dir / "best.json") as path:
-        path.write_text(json.dumps({"step": step, "held_out_loss": held_out_loss}) + "\n", encoding="utf-8")
+        best = {"step": run.progress["global_step"], "held_out_loss": held_out_loss}
+        path.write_text(json.dumps(best) + "\n", encoding="utf-8")
     remove_surplus(run.output_dir, total_limit)
-
-
-@contextlib.contextmanager
-def averaged(run):
-    """Has the averaged weights, if there are any, in the models for a while."""
-    ema, parameters = run.state.get("ema"), run.weights.parameters
-    if not ema:
-        yield
-        return
-    ema.store(parameters)
-    try:
-        ema.copy_to(parameters)
-        yield
-    finally:
-        ema.restore(parameters)
-
-
-@contextlib.contextmanager
-def holding(parameters, values):
-    """Has parameters hold other tensors for a while, wherever and in whatever precision these are: to write them, or
-    to read into them."""
-    own = [parameter.data for parameter in parameters]
-    try:
-        for parameter, value in zip(parameters, values, strict=True):
-            parameter.data = value
-        yield
-    finally:
-        for parameter, value in zip(parameters, own, strict=True):
-            parameter.data = value
-
-
-def write_torch_state(run, folder):
-    """Writes the weights, averaged ones too, and the state of what was made by PyTorch into a checkpoint's folder."""
-    run.weights.write(run.weights.models, folder, "")
-    state = {name: part.state_dict() for name, part in run.state.items()}
-    if "ema" in state:
-        with holding(run.weights.parameters, run.state["ema"].shadow_params):
-            run.weights.write(run.weights.models, folder, AVERAGED)
-        del state["ema"]["shadow_params"]
-    torch.save(state, folder / "state.pt")
-
-
-def read_torch_state(run, folder):
-    """Reads what `write_torch_state` wrote: weights into the models, the average into the run's; returns the state, by
-    name, as tensors in the CPU's memory."""
-    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    if "ema" in run.state:
-        with holding(run.weights.parameters, run.state["ema"].shadow_params):
-            run.weights.read(run.weights.models, folder, AVERAGED)
-    run.weights.read(run.weights.models, folder, "")
-    return state
 
 
 def note_step(run, step, loss, is_finite):
@@ -251,22 +277,3 @@ def take_settings(run, checkpoint, free, fixed):
     before, progress = read_undamaged(checkpoint, read_settings)
     changed = compare_settings(run, checkpoint, before, free, fixed)
     take_progress(run, checkpoint, progress, changed)
-
-
-def resume(run, checkpoint, free, fixed):
-    """Loads a checkpoint into the run, made by PyTorch; `free` and `fixed` as in `compare_settings`. Raises
-    `InputError`."""
-    take_settings(run, checkpoint, free, fixed)
-    saved = read_undamaged(checkpoint, functools.partial(read_torch_state, run))
-    # Rates and decays are those asked for now, which are the checkpoint's unless they were changed.
-    asked = {"param_groups", "base_lrs", "decay", "use_ema_warmup"}
-    for name, part in run.state.items():
-        now = part.state_dict()
-        before = saved[name].get("param_groups", [])
-        saved[name].update({key: now[key] for key in now.keys() & asked})
-        for group, group_before in zip(now.get("param_groups", []), before, strict=True):
-            group.update({key: group_before[key] for key in group_before.keys() & PRODIGY_PROGRESS})
-        part.load_state_dict(saved[name])
-    optimizer, lr_scheduler = run.state["optimizer"], run.state["lr_scheduler"]
-    for group, factor in zip(optimizer.param_groups, lr_scheduler.lr_lambdas, strict=True):
-        group["lr"] = group["initial_lr"] * factor(lr_scheduler.last_epoch)

@@ -13,7 +13,7 @@ from diffusers.training_utils import free_memory
 from sdtune.checkpoints import checkpoint_of, list_checkpoints, save_checkpoint
 from sdtune.errors import InputError
 from sdtune.output import end_training
-from sdtune.signals import noted_signals
+from sdtune.signals import drop_lost_output, noted_signals
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # What libraries say instead: safetensors, torch, which hides the reason, and torch again.
@@ -35,6 +35,7 @@ def nothing_lost(args, accelerator, run, stop, write_state, end=sys.exit):
         try:
             yield
         except Exception as error:  # of the data, the disk, the memory, a library
+            drop_lost_output()  # which may be what failed
             reason, remedy = explain(args, error)
             told_as = name_of_process(accelerator)
             if not reason:

@@ -16,7 +16,15 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from sdtune.errors import last_line
 from sdtune.lora_layouts import LORA_FILE, published_names, split_weight_name, to_kohya
-from sdtune.models import DTYPES, config_source, enable_memory_savers, frozen, load_base, make_noise_scheduler
+from sdtune.models import (
+    DTYPES,
+    config_source,
+    enable_memory_savers,
+    frozen,
+    load_base,
+    make_noise_scheduler,
+    numel_of,
+)
 
 # Names of layers, of the UNet and of the text encoder.
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj"]
@@ -120,8 +128,10 @@ def load_models_with_adapters(args, accelerator):
     pipeline = load_base(args)
     weight_dtype = DTYPES[accelerator.mixed_precision]
     enable_memory_savers(args, pipeline.unet, accelerator.device, weight_dtype)
-    for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
+    for part in (pipeline.vae, pipeline.text_encoder):
         frozen(part, accelerator.device, weight_dtype)
+    # FSDP2 shares out the weights of a layer and of its adapters together, in one precision.
+    frozen(pipeline.unet, accelerator.device, torch.float32 if accelerator.is_fsdp2 else weight_dtype)
     models = {"unet": pipeline.unet}
     if args.train_text_encoder:
         models["text_encoder"] = pipeline.text_encoder
@@ -168,7 +178,7 @@ def read_lora(path):
 def count_adapter_bytes(args, parameters):
     """How many bytes the files take that `save_adapters` will write of such parameters."""
     num_files = 2 if args.output_kohya_format else 1
-    return num_files * sum(parameter.numel() for parameter in parameters) * DTYPES[args.save_precision].itemsize
+    return num_files * sum(map(numel_of, parameters)) * DTYPES[args.save_precision].itemsize
 
 
 def save_adapters(args, folder, models, num_images, step):

@@ -8,6 +8,7 @@ import diffusers
 import torch
 import transformers
 from diffusers.models.attention_processor import Attention, XFormersAttnProcessor
+from safetensors import safe_open
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTokenizer
 
 from sdtune.errors import InputError, last_line
@@ -263,6 +264,11 @@ def on_device(device, *models):
             model.to(place)
 
 
+def numel_of(parameter):
+    """How many numbers a parameter has, in all processes together: where DeepSpeed shares it out, it seems empty."""
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
 def is_of_base(model):
     """Whether a frozen model still is what the base has in float32: not cast, nor dropped."""
     return model.dtype == torch.float32 and model.device.type != "meta"
@@ -286,8 +292,19 @@ def write_models(models, folder, suffix=""):
             model.save_pretrained(folder / f"{name}{suffix}")
 
 
+@torch.no_grad()
 def read_models(models, folder, suffix=""):
-    """Reads what `write_models` wrote into models of the same shapes, in float32."""
+    """Reads what `write_models` wrote into models of the same shapes, tensor by tensor. Raises `ValueError` for
+    weights of another model."""
     for name, model in models.items():
-        saved = type(model).from_pretrained(folder / f"{name}{suffix}", dtype=torch.float32)
-        model.load_state_dict(saved.state_dict())
+        own, num_read = model.state_dict(), 0
+        for path in sorted(Path(folder, f"{name}{suffix}").glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                for key in file.keys():  # noqa: SIM118 (it is no dict)
+                    tensor, saved = own.get(key.removeprefix("text_model.")), file.get_tensor(key)
+                    if tensor is None or tensor.shape != saved.shape:
+                        raise ValueError(f"{path.parent.name} is of another model, or not whole")
+                    tensor.copy_(saved)
+                    num_read += 1
+        if num_read != len(own):
+            raise ValueError(f"{name}{suffix} is of another model, or not whole")

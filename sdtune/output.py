@@ -6,18 +6,20 @@ import os
 import re
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import diffusers
 from accelerate.tracking import get_available_trackers
 from filelock import FileLock, Timeout
 
-from sdtune.checkpoints import find_checkpoint
+from sdtune.checkpoints import find_checkpoint, find_newer, read_best, set_aside_damaged
 from sdtune.errors import InputError, last_line
 from sdtune.files import beside, copy_mode, existing_place, move_into, sync
-from sdtune.models import DTYPES, write_text_encoder
+from sdtune.models import DTYPES, numel_of, write_text_encoder
 
 LOCK_FILE = ".lock"
+TOKEN_FILE = ".token"  # what the first process leaves for the other machines to see, for a moment
 NEW_RESULT = ".result.partial"  # a folder beside which the old result stays until the new one is whole
 
 
@@ -26,7 +28,7 @@ def check_output(args, foreign_result):
     result of another kind of script, which would stay behind beside this one's."""
     problems, wanted = [], args.resume_from_checkpoint
     output = Path(args.output_dir).resolve()
-    checkpoint, newest = find_checkpoint(output, wanted), find_checkpoint(output, "latest")
+    checkpoint = find_checkpoint(output, wanted)
     existing = existing_place(output)
     is_usable = existing.is_dir() and os.access(existing, os.W_OK)
     is_used = is_usable and existing == output and is_taken(args)
@@ -42,8 +44,8 @@ def check_output(args, foreign_result):
         problems.append(f"--logging_dir={args.logging_dir}: is --output_dir itself; name a folder in it, such as logs")
     if wanted and args.overwrite_output_dir:
         problems.append("--overwrite_output_dir: contradicts --resume_from_checkpoint; drop one")
-    if is_own and newest and checkpoint.resolve() != newest.resolve():
-        problems.append(f"--resume_from_checkpoint={wanted}: {newest} is newer; use that, or another --output_dir")
+    if is_own and checkpoint and (newer := find_newer(output, checkpoint.resolve())):
+        problems.append(f"--resume_from_checkpoint={wanted}: {newer} is newer; use that, or another --output_dir")
     if not is_usable:
         told = f"{existing} is a file or cannot be written to; name another folder"
         problems.append(f"--output_dir={args.output_dir}: {told}")
@@ -71,7 +73,7 @@ def check_trackers(args):
 
 def is_taken(args):
     """Whether the output folder holds more than a lock, and logs of trackers, which get a folder of their own."""
-    others = {LOCK_FILE, *Path(args.logging_dir).parts[:1]}
+    others = {LOCK_FILE, TOKEN_FILE, *Path(args.logging_dir).parts[:1]}
     return any(path.name not in others for path in Path(args.output_dir).iterdir())
 
 
@@ -105,6 +107,33 @@ def locked_output(args):
             shutil.rmtree(output_dir, ignore_errors=True)
 
 
+def leave_token(output_dir, token):
+    """Leaves a token, a text, in the output folder for the other machines to see. Raises `InputError`."""
+    try:
+        Path(output_dir, TOKEN_FILE).write_text(token, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--output_dir={output_dir}: cannot be written to ({last_line(error)}); make room") from None
+
+
+def sees_token(output_dir, token, seconds):
+    """Whether the token that the first process left can be read here within so many seconds: what one machine writes
+    to a network file system others may see with a delay."""
+    deadline = time.monotonic() + seconds
+    while True:
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            if Path(output_dir, TOKEN_FILE).read_text(encoding="utf-8") == token:
+                return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.25)
+
+
+def remove_token(output_dir):
+    """Removes what `leave_token` left."""
+    with contextlib.suppress(OSError):
+        Path(output_dir, TOKEN_FILE).unlink()
+
+
 def chosen_tracker(args):
     """The name of accelerate's tracker to start: the one asked for, or all that are installed, else tensorboard where
     it is installed; None for no tracker."""
@@ -129,8 +158,11 @@ def prepare_output(run, overwrite):
         if re.fullmatch(unfinished, old.name) or (overwrite and re.fullmatch(old_folders, old.name)):
             shutil.rmtree(old)
     first_step = run.progress["global_step"]
-    if first_step and run.progress["base_losses"] is None:  # of other images, or of another objective
-        (output_dir / "best.json").unlink(missing_ok=True)
+    set_aside_damaged(output_dir, first_step)
+    best = read_best(output_dir)
+    # The loss may be of other images, or of another objective; or the checkpoint is damaged.
+    if best and first_step and (run.progress["base_losses"] is None or best["step"] > first_step):
+        (output_dir / "best.json").unlink()
     log = output_dir / "log.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() and first_step else []
     contents = {
@@ -222,7 +254,7 @@ def new_result(output_dir):
 
 def count_result_bytes(args, pipeline, with_text_encoder=True):
     """How many bytes the weights take that `save_pipeline` will write."""
-    numel = sum(value.numel() for model in (pipeline.unet, pipeline.vae) for value in model.parameters())
+    numel = sum(numel_of(value) for model in (pipeline.unet, pipeline.vae) for value in model.parameters())
     total = numel * DTYPES[args.save_precision].itemsize
     if with_text_encoder:
         total += 4 * sum(value.numel() for value in pipeline.text_encoder.parameters())

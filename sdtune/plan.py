@@ -11,6 +11,7 @@ from torch.cuda import is_bf16_supported, max_memory_reserved
 
 from sdtune.batches import mean_samples_per_step
 from sdtune.files import existing_place
+from sdtune.models import numel_of
 from sdtune.output import chosen_tracker
 
 
@@ -130,6 +131,11 @@ def warn_of_precision(accelerator):
 def checkpoint_bytes(run):
     """How many bytes the tensors of a checkpoint take, before the first step or later: weights, the optimizer's
     moments, the average."""
+    if (run.settings.get("sharding") or "").startswith(
+        "ZeRO"
+    ):  # weights, once more in float32 in the optimizer, and its two moments
+        total = sum(16 * numel_of(parameter) for parameter in run.weights.parameters)
+        return total + array_bytes(run.state["ema"].shadow_params if "ema" in run.state else [])
     total = array_bytes(run.weights.parameters) if run.weights else 0
     for name, part in run.state.items():
         if name == "optimizer" and hasattr(part, "param_groups"):  # whose moments are made in the first step

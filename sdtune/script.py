@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import re
+import signal
 import socket
 import sys
 
@@ -11,7 +12,7 @@ from sdtune.arguments import check_encoding, parse_flags
 from sdtune.errors import print_any_character, raise_problems, told_to_user
 from sdtune.models import quiet_libraries
 from sdtune.output import locked_output
-from sdtune.signals import find_launcher
+from sdtune.signals import ASK_TO_SAVE, answered_signals, find_launcher
 
 
 def run_launched_script(program, parser, argv, replaced_flags, check_args, train):
@@ -58,4 +59,5 @@ def run_script(program, parser, argv, replaced_flags, check_args, start, is_firs
             if not any(re.search(rf"{flag}\b", problem) for flag in refused):
                 problems.append(problem)
         raise_problems(problems)
-        start(args)
+        with answered_signals(dict.fromkeys(ASK_TO_SAVE, signal.SIG_IGN)):  # outside of steps nothing is to be saved
+            start(args)

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop, and the death of the launcher, which asks for the same."""
+"""Signals that ask a run to stop or to save, and the death of the launcher, which asks it to stop."""
 
 import contextlib
 import dataclasses
@@ -6,19 +6,34 @@ import functools
 import os
 import signal
 import threading
+import time
+
+# By their names, since Windows lacks some. SIGHUP: the terminal is gone. SIGUSR1, SIGUSR2: what clusters are told to
+# send some time before they end a job.
+ASK_TO_STOP = {"SIGTERM", "SIGINT", "SIGHUP"}
+ASK_TO_SAVE = {"SIGUSR1", "SIGUSR2"}
+SAME_REQUEST = 3.0  # seconds in which a signal may come twice: to a group, and handed on by the launcher in it
 
 
 @dataclasses.dataclass
 class Stop:
-    """What may ask a run to stop."""
+    """What may ask a run to stop, or to save and go on."""
 
     launcher: int | None  # number of the process that started this one
-    received: list = dataclasses.field(default_factory=list)  # signals
+    received: list = dataclasses.field(default_factory=list)  # signals that ask to stop
+    saves: list = dataclasses.field(default_factory=list)  # signals that ask for a checkpoint, not answered yet
 
 
 def is_asked(stop):
     """Whether the run is to stop: after a signal, or when the launcher is gone, to which alone a SIGTERM goes."""
     return bool(stop.received) or is_orphaned(stop.launcher)
+
+
+def take_save_requests(stop):
+    """Whether signals have asked for a checkpoint since the last call."""
+    number = len(stop.saves)
+    del stop.saves[:number]
+    return number > 0
 
 
 def find_launcher():
@@ -35,28 +50,86 @@ def is_orphaned(launcher):
 
 @contextlib.contextmanager
 def noted_signals(stop):
-    """Notes SIGTERM and SIGINT in `stop` instead of ending; afterwards they do what they did before. Outside the main
-    thread, which alone gets signals, all stays as it is."""
+    """Notes in `stop` the signals that ask to stop or to save, which by default end the process; an ignored SIGHUP
+    (nohup) stays ignored."""
+    actions = {
+        **dict.fromkeys(ASK_TO_STOP, functools.partial(note_signal, stop.received)),
+        **dict.fromkeys(ASK_TO_SAVE, functools.partial(note_save, stop.saves)),
+    }
+    number_of = signal.Signals.__members__
+    if "SIGHUP" in number_of and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        del actions["SIGHUP"]
+    with answered_signals(actions):
+        yield
+
+
+@contextlib.contextmanager
+def answered_signals(actions):
+    """Answers signals, by name, by other actions for a while; afterwards they do what they did before. Outside the
+    main thread, which alone gets signals, all stays as it is."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    on_signals(functools.partial(note_signal, stop.received))
+    before = {name: signal.getsignal(number) for name, number in known_signals(actions)}
+    for name, number in known_signals(actions):
+        signal.signal(number, actions[name])
     try:
         yield
     finally:
-        for number, action in before.items():
-            signal.signal(number, action)
+        for name, number in known_signals(before):
+            signal.signal(number, before[name])
 
 
-def on_signals(action, _=None):
-    """Answers SIGTERM and SIGINT by `action`; workers ignore them: the main process needs them to finish the step."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+def known_signals(names):
+    """Pairs of name and number of those signals that this system has."""
+    return [(name, number) for name, number in signal.Signals.__members__.items() if name in names]
+
+
+def on_signals(action, names=ASK_TO_STOP):
+    """Answers signals by `action`."""
+    for _, number in known_signals(names):
         signal.signal(number, action)
 
 
+def ignore_signals(_=None):
+    """Has a worker ignore what the main process answers, which needs its workers to finish the step."""
+    on_signals(signal.SIG_IGN, ASK_TO_STOP | ASK_TO_SAVE)
+
+
 def note_signal(received, number, _):
-    """Appends the signal to `received`; a second one ends the process at once."""
-    os.write(2, b"\nFinishing the step and writing a checkpoint; a second signal ends at once, without one.\n")
+    """Appends the signal to `received`; another one ends the process at once, but for what comes with the first."""
+    say("Finishing the step and writing a checkpoint; another signal, later, ends at once, without one.")
     received.append(number)
-    on_signals(signal.SIG_DFL)
+    on_signals(functools.partial(end_at_once, time.monotonic()))
+
+
+def end_at_once(since, number, _):
+    """Ends the process by the signal, unless it is one with that of the time `since`: of a Ctrl-C that a launcher
+    hands on to a process that has got it too."""
+    if time.monotonic() - since > SAME_REQUEST:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+
+def note_save(saves, number, _):
+    """Appends the signal to `saves`."""
+    say("A checkpoint follows at the end of a step, and the run goes on.")
+    saves.append(number)
+
+
+def say(text):
+    """Prints a line about a signal, where printing can be interrupted by it. What is printed from now on goes nowhere
+    if the terminal, or a program that reads it, has gone by the same signal: any print would fail."""
+    drop_lost_output()
+    os.write(2, f"{text}\n".encode())
+
+
+def drop_lost_output():
+    """Sends standard output and errors nowhere if nobody is there any more to read them."""
+    for descriptor in (1, 2):
+        try:
+            os.write(descriptor, b"\n")
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)

@@ -7,8 +7,8 @@ import datetime
 import functools
 import itertools
 import os
+import secrets
 import shutil
-import signal
 import socket
 import time
 from collections.abc import Callable
@@ -20,6 +20,7 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
+    broadcast_object_list,
     gather_object,
     get_int_from_env,
     parse_flag_from_env,
@@ -30,18 +31,19 @@ from tqdm.auto import tqdm
 
 from sdtune.batches import find_largest_step, micro_batches, step_sizes
 from sdtune.buckets import warn_of_short_steps
-from sdtune.checkpoints import (
-    find_checkpoint,
-    keep_best,
-    new_run,
-    note_step,
-    resume,
-    save_checkpoint,
-    write_torch_state,
+from sdtune.checkpoints import Weights, count_damaged, find_checkpoint, new_run, note_step
+from sdtune.deepspeed import (
+    check_deepspeed,
+    choose_backend,
+    make_deepspeed_accelerator,
+    name_of_zero,
+    set_up_engine,
+    step_by_engine,
+    uses_deepspeed,
 )
-from sdtune.errors import InputError
+from sdtune.errors import InputError, gathered, raise_problems
 from sdtune.failures import leave, told_in_a_line
-from sdtune.models import DTYPES
+from sdtune.models import DTYPES, numel_of
 from sdtune.optimization import (
     OPTIMIZERS,
     make_average,
@@ -50,10 +52,12 @@ from sdtune.optimization import (
     step_average,
     warn_of_rate,
 )
-from sdtune.output import chosen_tracker, log_losses, prepare_output
+from sdtune.output import chosen_tracker, leave_token, log_losses, prepare_output, remove_token, sees_token
 from sdtune.plan import print_plan, tell_cost, warn_of_precision
 from sdtune.randomness import DROPOUT, random_numbers
-from sdtune.signals import is_asked, on_signals
+from sdtune.sharding import check_sharding, held_here, set_up_sharding, skeleton_of, whole_tensor
+from sdtune.signals import ignore_signals, is_asked, take_save_requests
+from sdtune.states import keep_best_together, register_weights, resume, save_together
 from sdtune.streaming import stream_from, without_left_out
 from sdtune.validation import LookGivenUp, steps_between_looks
 
@@ -61,6 +65,7 @@ from sdtune.validation import LookGivenUp, steps_between_looks
 FREED_MEMORY_IS_KEPT = {-1: 2**31 - 1, -3: 2**30}  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, in bytes
 MINUTES = datetime.timedelta(minutes=10)  # for what all processes do at the same time
 A_DAY = datetime.timedelta(days=1)
+PATIENCE_WITH_FOLDERS = 15  # seconds after which what one machine wrote has to be seen by the others
 # Flags that may differ between machines: what they name is compared in their place, or has no effect on others.
 OWN_TO_A_MACHINE = set(
     """
@@ -75,8 +80,7 @@ class Work:
     """What the steps of a run are made of."""
 
     loader: torch.utils.data.DataLoader  # of this process's batches, from the run's next step on
-    models: list  # as accelerate prepared them, whose gradients processes share
-    training_loss: Callable  # (batch): the loss of each sample (batch,), through `models`
+    training_loss: Callable  # (batch): the loss of each sample (batch,), through the models that are trained
     make_gradients: Callable  # (args, accelerator, run, work, passes): a step's loss, and the norm of its gradient
 
 
@@ -116,10 +120,10 @@ def check_environment(args):
             f"ACCELERATE_DYNAMO_BACKEND={os.environ['ACCELERATE_DYNAMO_BACKEND']} (or accelerate's config): is not "
             "obeyed here; use no, and --compile"
         )
-    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+    for name in ("MEGATRON_LM", "PARALLELISM_CONFIG"):
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
             problems.append(f"accelerate's config asks for {name}, which cannot be used; choose GPUs alone")
-    return problems
+    return problems + check_sharding(args) + check_deepspeed(args)
 
 
 def make_accelerator(args):
@@ -127,17 +131,20 @@ def make_accelerator(args):
     in `wait_for_everyone`: there one of them draws, reads or saves alone. Raises `InputError`."""
     torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = args.allow_tf32  # of convolutions, for which torch's default is True
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
+    make = functools.partial(Accelerator, mixed_precision=args.mixed_precision)
+    if uses_deepspeed():
+        make = functools.partial(make_deepspeed_accelerator, args)
+    accelerator = make(
         log_with=chosen_tracker(args),
         project_dir=Path(args.output_dir, args.logging_dir),
         # The passes of a step are ours to count: accelerate would divide gradients by what its variable says.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=MINUTES),
+            InitProcessGroupKwargs(choose_backend(), timeout=MINUTES),
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # else every gradient is there twice
         ],
     )
+    set_up_sharding(accelerator)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     if accelerator.num_processes > 1:
@@ -145,6 +152,8 @@ def make_accelerator(args):
         accelerator.wait_for_everyone = functools.partial(torch.distributed.barrier, patient)
     flags = {name: value for name, value in vars(args).items() if name not in OWN_TO_A_MACHINE}
     check_agreement(accelerator, flags)
+    if accelerator.num_processes > 1 and not args.dry_run:  # which writes nothing
+        check_shared_output(accelerator, args.output_dir)
     return accelerator
 
 
@@ -175,19 +184,63 @@ def check_agreement(accelerator, values):
         raise InputError("\n  ".join([f"the processes do not agree; {remedy}", *differences]))
 
 
+def check_shared_output(accelerator, output_dir):
+    """Asks whether all processes see one output folder: a machine with a folder of its own would not find the
+    checkpoint to go on from, nor keep one where the others look for it. Raises `InputError` in all of them."""
+    token, problems = secrets.token_hex(16), []
+    if accelerator.is_main_process:
+        with gathered(problems):
+            leave_token(output_dir, token)
+    token, problems = broadcast_object_list([token, problems])  # the first process's, once it has left the token
+    raise_problems(problems)
+    here = {
+        "host": socket.gethostname(),
+        "folder": Path(output_dir).resolve(),
+        "sees": accelerator.is_main_process or sees_token(output_dir, token, PATIENCE_WITH_FOLDERS),
+    }
+    everywhere = gather_object([here])
+    if accelerator.is_main_process:
+        remove_token(output_dir)
+    first, blind = everywhere[0], [rank for rank, there in enumerate(everywhere) if not there["sees"]]
+    if blind:
+        there = everywhere[blind[0]]
+        raise InputError(
+            f"--output_dir={output_dir}: {len(blind)} of {len(everywhere)} processes do not see what rank 0 writes to "
+            f"{first['folder']} on {first['host']}, such as rank {blind[0]}, which looks into {there['folder']} on "
+            f"{there['host']}; name one folder that all machines share, by its whole path"
+        )
+
+
 def agree_on_data(accelerator, fingerprints):
     """Waits until all processes have read their images, and compares what they have. Raises `InputError`."""
     accelerator.wait_for_everyone()
     check_agreement(accelerator, fingerprints)
 
 
-def make_state(args, accelerator, optimizer, last_step):
+def prepare(accelerator, models, optimizer, write, read):
+    """Prepares models, by name, and their optimizer for the accelerator: their passes are autocast then. Returns the
+    weights that are trained, with `write` and `read` as `Weights` has them, and the optimizer."""
+    skeletons = {name: skeleton_of(model) for name, model in models.items()} if accelerator.is_fsdp2 else {}
+    # In one call: an optimizer has to get to know the shards of its weights.
+    given = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    *prepared, optimizer = accelerator.prepare(*models.values(), optimizer)
+    if accelerator.is_fsdp2:  # which autocasts nothing
+        for model in prepared:
+            model.forward = accelerator.autocast()(model.forward)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if uses_deepspeed():  # whose optimizer has other tensors
+        set_up_engine(*prepared)
+        parameters = given
+    prepared = dict(zip(models, prepared, strict=True))
+    return Weights(models, prepared, parameters, write, read, skeletons), optimizer
+
+
+def make_state(args, accelerator, optimizer, weights, last_step):
     """All that a checkpoint holds beside weights, by name: optimizer, lr_scheduler, maybe ema and scaler."""
     lr_scheduler = make_schedule(args, optimizer, last_step)
-    state = {"optimizer": accelerator.prepare(optimizer), "lr_scheduler": lr_scheduler}
+    state = {"optimizer": optimizer, "lr_scheduler": lr_scheduler}
     if args.use_ema:
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        state["ema"] = make_average(args, parameters)
+        state["ema"] = make_average(args, held_here(weights.parameters))
         if args.offload_ema:  # at once: the first step needs all memory that there is
             state["ema"].to("cpu")
     if accelerator.scaler is not None:
@@ -199,12 +252,27 @@ def start_run(args, accelerator, counts, state, fingerprints, weights, free, fix
     """A run at its start, or where the checkpoint to resume from ended, the same in all processes; `free` and `fixed`
     name settings that may and that cannot differ from the checkpoint's. Raises `InputError`."""
     masks = split_of_step(args, accelerator) if has_dropout(weights.models) else None
-    fingerprints = {**fingerprints, "dropout_masks": masks, "optimizer": optimizer_of(args)}
+    sharding = "FSDP2" if accelerator.is_fsdp2 else name_of_zero(accelerator)
+    fingerprints = {**fingerprints, "dropout_masks": masks, "optimizer": optimizer_of(args), "sharding": sharding}
     run = new_run(args, counts, state, accelerator.mixed_precision, fingerprints, weights)
-    if checkpoint := find_checkpoint(run.output_dir, args.resume_from_checkpoint):
-        resume(run, checkpoint, free, fixed)
+    register_weights(accelerator, run)
+    num_damaged = count_damaged_once(accelerator, run.output_dir, args.resume_from_checkpoint)
+    if checkpoint := find_checkpoint(run.output_dir, args.resume_from_checkpoint, num_damaged):
+        resume(accelerator, run, checkpoint, free, fixed)
     check_agreement(accelerator, {"global_step": run.progress["global_step"]})
     return run
+
+
+def count_damaged_once(accelerator, output_dir, wanted):
+    """What the first process finds by `count_damaged`, in all of them. Raises `InputError` in all of them."""
+    found, problems = 0, []
+    if accelerator.is_main_process:
+        with gathered(problems):
+            found = count_damaged(output_dir, wanted)
+    accelerator.wait_for_everyone()
+    found, problems = gather_object([(found, problems)])[0]
+    raise_problems(problems)
+    return found
 
 
 def has_dropout(models):
@@ -226,7 +294,7 @@ def tell_plan(args, accelerator, run, num_held_out, about):
     """Prints what will be done. `about` says what the script knows: which models are `trained`, which are `frozen`,
     `result_bytes`, `buckets` (lines on the sizes of images), and of the `cache` a text, or None, and warnings."""
     parameters, (about_cache, cache_warnings) = run.weights.parameters, about["cache"]
-    num_trained = sum(parameter.numel() for parameter in parameters)
+    num_trained = sum(numel_of(parameter) for parameter in parameters)
     warnings = warn_of_precision(accelerator) + warn_of_rate(args, run.settings["peak_learning_rate"])
     about = {
         **about,
@@ -278,7 +346,7 @@ def make_loader(args, accelerator, samples, batches):
         **({"batch_size": None} if batches is None else {"batch_sampler": batches}),
         num_workers=choose_num_workers(args.dataloader_num_workers),
         pin_memory=accelerator.device.type != "cpu",
-        worker_init_fn=functools.partial(on_signals, signal.SIG_IGN),
+        worker_init_fn=ignore_signals,
     )
 
 
@@ -316,7 +384,8 @@ def train_steps(args, accelerator, run, stop, work, look):
     for step in bar:
         started = time.perf_counter()
         num_samples, passes = next(steps)
-        loss, grad_norm, is_broken, stop_now = take_step(args, accelerator, run, work, passes, is_asked(stop))
+        requests = is_asked(stop), take_save_requests(stop)
+        loss, grad_norm, is_broken, (stop_now, save_now) = take_step(args, accelerator, run, work, passes, requests)
         seconds = time.perf_counter() - started
         done = run.progress["global_step"]
         if args.compile and step == first_step:
@@ -335,11 +404,10 @@ def train_steps(args, accelerator, run, stop, work, look):
                 log_losses(accelerator, run, lr_scheduler.get_last_lr()[0], norm, images_per_second)
 
         # Save and look
-        if stop_now or is_broken or done % args.checkpointing_steps == 0 or done == counts.last_step:
-            if accelerator.is_main_process and run.is_whole:
-                # After a broken step none is removed: the last good one may be an older one.
-                save_checkpoint(run, write_torch_state, None if is_broken else args.checkpoints_total_limit)
-            accelerator.wait_for_everyone()
+        is_due = is_broken or stop_now or save_now or done % args.checkpointing_steps == 0 or done == counts.last_step
+        if is_due and run.is_whole:
+            # After a broken step none is removed: the last good one may be an older one.
+            save_together(accelerator, run, None if is_broken else args.checkpoints_total_limit)
         if stop_now or is_broken:
             leave(accelerator, run, is_broken, stop.received)
         if done % validation_steps == 0 or done == counts.last_step:
@@ -354,7 +422,7 @@ def try_steps(args, accelerator, run, work):
         steps = passes_by_step(args, run, work.loader)
         for step_samples, passes in itertools.islice(steps, 2):
             started = time.perf_counter()
-            _, _, is_broken, _ = take_step(args, accelerator, run, work, passes, False)
+            _, _, is_broken, _ = take_step(args, accelerator, run, work, passes, [])
             if is_broken:
                 raise InputError("a loss or gradient that is not finite; use a lower --learning_rate or bf16")
             if accelerator.device.type != "cpu":
@@ -377,30 +445,31 @@ def passes_by_step(args, run, loader):
         yield num_samples, zip(itertools.islice(batches, num_passes), is_last, strict=True)
 
 
-def take_step(args, accelerator, run, work, passes, is_stop_asked):
+def take_step(args, accelerator, run, work, passes, requests):
     """Takes one optimizer step. Returns its loss; the norm of its gradient, or None if one of the two is not
-    finite; whether it was broken: one such step too many in a row, of which nothing is noted; and whether a stop is
-    asked for in some process."""
+    finite; whether it was broken: one such step too many in a row, of which nothing is noted; and which of `requests`
+    there are in some process."""
     optimizer, lr_scheduler, step = run.state["optimizer"], run.state["lr_scheduler"], run.progress["global_step"]
     # Dropout layers alone use torch's own generator.
     torch.manual_seed(random_numbers(args.seed, DROPOUT, step, accelerator.process_index).integers(2**32))
-    step_loss, grad_norm = work.make_gradients(args, accelerator, run, work, passes)
+    make_gradients = step_by_engine if uses_deepspeed() else work.make_gradients
+    step_loss, grad_norm = make_gradients(args, accelerator, run, work, passes)
 
     # Optimizer step, unless a loss or a gradient is not finite in some process.
-    loss, num_not_finite, stop_now = exchange(accelerator, step_loss, grad_norm, is_stop_asked)
+    loss, num_not_finite, *requests = exchange(accelerator, step_loss, grad_norm, requests)
     is_finite = num_not_finite == 0
     is_broken = not is_finite and run.progress["nan_steps"] >= max_nan_steps(args, accelerator)
     if not is_broken:
         run.is_whole = False
         if is_finite or accelerator.scaler is not None:  # which skips the step, and scales losses less from now on
-            optimizer.step()
+            optimizer.step()  # DeepSpeed's engine has done it
         optimizer.zero_grad()
         if is_finite:
             lr_scheduler.step()
-            update_average(args, run, run.weights.parameters)
+            update_average(args, run, held_here(run.weights.parameters))
         note_step(run, step, loss, is_finite)
         run.is_whole = True
-    return loss, grad_norm if is_finite else None, is_broken, stop_now
+    return loss, grad_norm if is_finite else None, is_broken, requests
 
 
 def add_up_gradients(args, accelerator, run, work, passes):
@@ -409,11 +478,12 @@ def add_up_gradients(args, accelerator, run, work, passes):
     step_loss = torch.zeros((), device=accelerator.device)
     for batch, is_last in passes:
         batch = send_to_device(batch, accelerator.device, non_blocking=True)
-        with without_sync(accelerator, [] if is_last else work.models):
+        with without_sync(accelerator, [] if is_last else run.weights.prepared.values()):
             loss = (work.training_loss(batch) * batch["weight"]).sum()
             accelerator.backward(loss * accelerator.num_processes)  # gradients are averaged over processes
         step_loss += loss.detach()
-    return step_loss, accelerator.clip_grad_norm_(run.weights.parameters, args.max_grad_norm)
+    grad_norm = accelerator.clip_grad_norm_(run.weights.parameters, args.max_grad_norm)
+    return step_loss, whole_tensor(grad_norm)
 
 
 def look_and_keep(args, accelerator, run, stop, look):
@@ -422,13 +492,10 @@ def look_and_keep(args, accelerator, run, stop, look):
     try:
         held_out_loss = look(functools.partial(is_asked, stop))
     except LookGivenUp:
-        if accelerator.is_main_process:
-            save_checkpoint(run, write_torch_state, args.checkpoints_total_limit)
-        accelerator.wait_for_everyone()
+        save_together(accelerator, run, args.checkpoints_total_limit)
         leave(accelerator, run, False, stop.received)
-    if args.keep_best and held_out_loss is not None and accelerator.is_main_process:
-        keep_best(run, held_out_loss, write_torch_state, args.checkpoints_total_limit)
-    accelerator.wait_for_everyone()
+    if args.keep_best and held_out_loss is not None:
+        keep_best_together(accelerator, run, held_out_loss, args.checkpoints_total_limit)
 
 
 def max_nan_steps(args, accelerator):
@@ -447,11 +514,11 @@ def without_sync(accelerator, models):
         yield
 
 
-def exchange(accelerator, loss, grad_norm, stop):
+def exchange(accelerator, loss, grad_norm, requests):
     """The step's one exchange between processes: the sum of their losses, and in how many of them loss or gradient is
-    not finite, and a stop is asked for."""
+    not finite, and there is each of `requests`."""
     not_finite = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
-    numbers = torch.stack([loss, not_finite.float(), torch.full_like(loss, stop)])
+    numbers = torch.stack([loss, not_finite.float(), *[torch.full_like(loss, asked) for asked in requests]])
     return accelerator.reduce(numbers, reduction="sum").tolist()
 
 
@@ -460,13 +527,3 @@ def update_average(args, run, parameters):
     ema = run.state.get("ema")
     if ema:
         step_average(ema, parameters, args.foreach_ema, args.offload_ema)
-
-
-def use_average(run):
-    """Puts the averaged weights, if there are any, into the models, in float32: those are the result, but no state to
-    go on from."""
-    run.is_whole = False
-    for parameter in run.weights.parameters:  # which may be in bfloat16, and lose what an average is for
-        parameter.data = parameter.data.float()
-    if "ema" in run.state:
-        run.state["ema"].copy_to(run.weights.parameters)

@@ -12,17 +12,32 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 
 from sdtune.batches import batches_of_one_size
-from sdtune.checkpoints import averaged
 from sdtune.dataset import CaptionedImages, unopened
+from sdtune.deepspeed import passing_alone
 from sdtune.diffusion import diffusion_losses, draw_latents, encode_posterior
 from sdtune.models import on_device
 from sdtune.output import tell_trackers, write_log
+from sdtune.sharding import has_shared_passes
+from sdtune.states import averaged
 
 HELD_OUT_TIMESTEPS = 4  # at which the loss of each held-out image is measured
 
 
 class LookGivenUp(Exception):
     """A look at the run was given up by all processes, since one was asked to stop."""
+
+
+def share_of(accelerator, number):
+    """Which of a number of things this process has to look at: every so many, but all of them where weights are shared
+    out, so that all processes make the same passes together."""
+    if has_shared_passes(accelerator):
+        return range(number)
+    return range(accelerator.process_index, number, accelerator.num_processes)
+
+
+def asked_together(accelerator, is_asked):
+    """Whether `is_asked()` says yes in some process; all of them have to call this."""
+    return accelerator.reduce(torch.tensor(float(is_asked()), device=accelerator.device), "sum").item() > 0
 
 
 @dataclasses.dataclass
@@ -41,7 +56,7 @@ def encode_held_out(accelerator, vae, text_encoder, images, batch_size):
     """Encodes this process's share of held-out images, and their captions unless the text encoder is trained; not what
     comes out of a cache."""
     posteriors, input_ids, prompt_embeds = {}, {}, {}
-    mine = range(accelerator.process_index, len(images), accelerator.num_processes)
+    mine = share_of(accelerator, len(images))
     items = [(0, index, 1.0) for index in mine]
     batches = batches_of_one_size(items, images.sizes[mine], batch_size)
     for batch in torch.utils.data.DataLoader(images, batch_sampler=batches):
@@ -101,7 +116,8 @@ def held_out_losses(
         losses.index_add_(0, batch["index"], part_losses.cpu() / HELD_OUT_TIMESTEPS)
     accelerator.wait_for_everyone()  # patiently: they need not be done at the same time
     # One exchange for both, so that no process waits for one that was stopped.
-    *losses, stopped = accelerator.reduce(torch.cat([losses, stopped]).to(accelerator.device), "sum").tolist()
+    kind = "mean" if has_shared_passes(accelerator) else "sum"
+    *losses, stopped = accelerator.reduce(torch.cat([losses, stopped]).to(accelerator.device), kind).tolist()
     if stopped:
         raise LookGivenUp
     return torch.tensor(losses)
@@ -136,7 +152,7 @@ def draw_samples(args, accelerator, parts, prompts, is_asked):
         return tensors
 
     drawn, negative_prompt = [], args.validation_negative_prompt
-    mine = range(accelerator.process_index, len(prompts), accelerator.num_processes)
+    mine = share_of(accelerator, len(prompts))
     for start in range(0, len(mine), args.train_batch_size):
         if is_asked():
             break
@@ -192,9 +208,11 @@ def validate(args, accelerator, run, parts, held_out, prompts, is_asked):
         return None
     unet, vae, text_encoder = parts["unet"], parts["vae"], parts["text_encoder"]
     losses, images = None, None
+    if has_shared_passes(accelerator):
+        is_asked = functools.partial(asked_together, accelerator, is_asked)
     trained = torch.nn.ModuleList(part for part in (unet, text_encoder) if part.training).eval()
     try:
-        with averaged(run):
+        with passing_alone(trained), averaged(run):
             if len(held_out.images):
                 losses = held_out_losses(
                     accelerator, unet, vae, text_encoder, parts["scheduler"], held_out, args.train_batch_size, is_asked

@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 
+import psutil
 import torch
 from running import command_for
 
@@ -63,20 +64,39 @@ def end_of(copy, seconds=120):
     return copy.exitcode
 
 
-def run_copies(script, words, said, number=2, seconds=240):
-    """Runs main() of a script in so many copies that share the work, as torchrun starts them on one machine; returns
-    their exit statuses."""
+def wait_for_end(process, seconds=120):
+    """Waits until a process has ended that is not this one's own; nobody may have asked for its exit status yet."""
+    deadline = time.monotonic() + seconds
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline, "it goes on"
+            time.sleep(0.01)
+
+
+def start_ranks(script, lines, files, num_local, **environment):
+    """Starts main() of a script in copies that share the work, as torchrun starts them with `num_local` on a machine:
+    each has a command line, and a file for what it says; returns the copies. `environment` is added to their
+    variables."""
     together = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": str(number),
-        "LOCAL_WORLD_SIZE": str(number),
+        "WORLD_SIZE": str(len(lines)),
+        "LOCAL_WORLD_SIZE": str(num_local),
         "TORCHELASTIC_RUN_ID": "none",
         "ACCELERATE_USE_CPU": "true",
+        **environment,
     }
-    copies = [
-        start_copy(script, words, said, **together, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(number)
-    ]
+    copies = []
+    for rank, (line, file) in enumerate(zip(lines, files, strict=True)):
+        numbers = {"RANK": str(rank), "LOCAL_RANK": str(rank % num_local)}
+        copies.append(start_copy(script, line, file, **together, **numbers))
+    return copies
+
+
+def run_copies(script, words, said, number=2, seconds=240, **environment):
+    """Runs main() of a script in so many copies that share the work, as torchrun starts them on one machine; returns
+    their exit statuses. `environment` is added to their variables."""
+    copies = start_ranks(script, [words] * number, [said] * number, number, **environment)
     deadline = time.monotonic() + seconds
     while any(copy.is_alive() for copy in copies):
         failed = [copy for copy in copies if copy.exitcode]
@@ -86,6 +106,14 @@ def run_copies(script, words, said, number=2, seconds=240):
                 copy.kill()
         time.sleep(0.01)
     return [copy.exitcode for copy in copies]
+
+
+def run_machines(script, lines, said):
+    """Runs main() of a script in copies with a command line each, as torchrun starts them on a machine each; returns
+    their exit statuses and what they said."""
+    files = [said.with_suffix(f".{rank}") for rank in range(len(lines))]
+    copies = start_ranks(script, lines, files, 1)
+    return [end_of(copy) for copy in copies], [file.read_text() for file in files]
 
 
 def free_port():

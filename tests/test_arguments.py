@@ -425,7 +425,7 @@ def test_xformers_is_asked_for_by_its_file(monkeypatch, has_gpu, has_xformers):
     assert check_hardware(parse()) == []
 
 
-@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+@pytest.mark.parametrize("name", ["MEGATRON_LM", "PARALLELISM_CONFIG"])
 def test_ways_of_accelerates_config_that_are_not_obeyed_are_refused(monkeypatch, name):
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
     assert check_environment(parse()) == [

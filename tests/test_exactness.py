@@ -1,6 +1,5 @@
-"""The same command gives the same bits, whatever interrupts it; processes share a batch and its losses stay."""
+"""The same command gives the same bits, whatever interrupts it."""
 
-import functools
 import json
 import os
 import random
@@ -11,7 +10,7 @@ import time
 import psutil
 import pytest
 import torch
-from copies import FORK, end_of, run_copies, start_copy, start_launcher
+from copies import FORK, end_of, start_copy, start_launcher, wait_for_end
 from diffusers import StableDiffusionPipeline
 from image_data import write_image_folder
 from PIL import Image
@@ -286,14 +285,6 @@ def test_process_ended_by_a_signal_is_resumed(train_script, base, images, fit, t
     assert read_log(folder) == read_log(straight)
 
 
-def wait_for_end(process, seconds=120):
-    """Waits until a process has ended that is not this one's own; nobody may have asked for its exit status yet."""
-    deadline = time.monotonic() + seconds
-    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline, "it goes on"
-        time.sleep(0.01)
-
-
 def launch(script, line, said):
     """Stands for a launcher, which starts the script and waits for it."""
     start_copy(script, line, said, ACCELERATE_MIXED_PRECISION="no").join()
@@ -350,7 +341,7 @@ def half_written(straight, folder):
     shutil.rmtree(folder / "checkpoint-8")
     for name in ("checkpoint-9", "checkpoint-9.partial"):
         shutil.copytree(folder / "checkpoint-4", folder / name)
-        (folder / name / "state.pt").write_bytes(b"half")
+        (folder / name / "optimizer.bin").write_bytes(b"half")
     (folder / "checkpoint-9" / "progress.json").unlink()
     return folder
 
@@ -381,48 +372,3 @@ def test_checkpoint_by_name_goes_on_in_another_folder(fit, straight, tmp_path):
 def test_latest_without_a_checkpoint_starts_from_the_beginning(fit, straight, tmp_path):
     assert fit(tmp_path, resume_from_checkpoint="latest") == 0
     assert_same_run(tmp_path, straight)
-
-
-# ------------------------------------------------------------------------------------------------------- two processes
-
-
-def run_by_torchrun(script, line, said):
-    """Trains in two processes as users start them; returns the launcher's exit status."""
-    return [end_of(start_launcher(script, line, said, "torchrun", nproc=2), seconds=240)]
-
-
-@pytest.mark.parametrize(
-    "num_images, accumulation, run_two",
-    [pytest.param(11, 1, run_by_torchrun, marks=pytest.mark.slow), (9, 2, run_copies)],
-    ids=["torchrun", "copies"],
-)
-def test_two_processes_equal_one(train_script, tiny_pipeline, tmp_path, num_images, accumulation, run_two):
-    """The last step of an epoch is short: of 11 images one process has 2 and the other 1; of 9 one has none. Without
-    dropout layers: their numbers belong to a process."""
-    data = write_image_folder(tmp_path / "images", num_images, (48, 40))
-    settings = {
-        "max_train_steps": 10,
-        "checkpointing_steps": 5,
-        "gradient_accumulation_steps": accumulation,
-        "use_ema": True,
-        "random_flip": True,
-        "caption_dropout": 0.3,
-        "lr_scheduler": "cosine",
-        "learning_rate": 1e-4,
-        "lr_warmup_steps": 2,
-    }
-    one, two, resumed, said = (tmp_path / name for name in ("one", "two", "resumed", "said"))
-    statuses = run_two(train_script, words(tiny_pipeline, data, two, **settings, train_batch_size=2), said)
-    assert not any(statuses), said.read_text()
-    fit = functools.partial(train, train_script, tiny_pipeline, data, train_batch_size=4, **settings)
-    assert fit(one) == 0
-    assert "x 2 ranks" in said.read_text()
-    assert said.read_text().count("Plan\n") == 1  # not once a process
-    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
-    assert [row["lr"] for row in read_log(two)] == [row["lr"] for row in read_log(one)]
-    assert len(losses(one)) == 10
-
-    # The checkpoint of two processes goes on in one.
-    assert fit(resumed, resume_from_checkpoint=two / "checkpoint-5") == 0
-    assert losses(resumed) == pytest.approx(losses(one)[5:], rel=1e-5)
-    assert [row["lr"] for row in read_log(resumed)] == [row["lr"] for row in read_log(one)][5:]

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker
 from conftest import load_script
-from copies import end_of, free_port, start_copy
+from copies import end_of, run_machines, start_copy
 from image_data import snapshot, write_image_folder
 from running import TRAIN_TEXT_TO_IMAGE_LORA
 from training import checkpoint_state, losses, parse, read_log, same, train, trains_into, unet, words
@@ -21,7 +21,7 @@ from training import checkpoint_state, losses, parse, read_log, same, train, tra
 from sdtune.diffusion import diffusion_losses
 from sdtune.errors import InputError
 from sdtune.failures import explain, is_disk_full, last_words
-from sdtune.output import locked_output, tell_trackers
+from sdtune.output import TOKEN_FILE, locked_output, tell_trackers
 from sdtune.training import check_environment, has_dropout, max_nan_steps
 
 
@@ -315,26 +315,10 @@ def test_a_locked_folder_that_stays_empty_is_removed(tmp_path):
 # -------------------------------------------------------------------------------------------------- processes agree
 
 
-def run_ranks(script, lines, said):
-    """Runs main() in two processes with a command line each; returns their statuses and what they said."""
-    together = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "ACCELERATE_USE_CPU": "true",
-    }
-    files = [said.with_suffix(f".{rank}") for rank in range(2)]
-    copies = [
-        start_copy(script, line, file, **together, RANK=str(rank))
-        for rank, (line, file) in enumerate(zip(lines, files, strict=True))
-    ]
-    return [end_of(copy) for copy in copies], [file.read_text() for file in files]
-
-
-def other_folder(line, tmp_path):
-    """A machine that does not see what the first one wrote."""
+def lagging_folder(line, tmp_path):
+    """A machine that sees what the first one writes, but not yet its checkpoints."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / TOKEN_FILE).symlink_to(tmp_path / "out" / TOKEN_FILE)
     return [*line, f"--output_dir={tmp_path / 'elsewhere'}"]
 
 
@@ -352,7 +336,7 @@ def other_rate(line, tmp_path):
 @pytest.mark.parametrize(
     "change, difference",
     [
-        (other_folder, "global_step: 2 on rank 0 ({host}), 0 on rank 1 ({host})"),
+        (lagging_folder, "global_step: 2 on rank 0 ({host}), 0 on rank 1 ({host})"),
         (other_images, "captioned_images: "),
         (other_rate, "learning_rate: 0.001 on rank 0 ({host}), 0.01 on rank 1 ({host})"),
     ],
@@ -363,7 +347,7 @@ def test_processes_that_do_not_agree_end(train_script, base_of, straight, tmp_pa
     for name in ("checkpoint-3", "checkpoint-4"):
         shutil.rmtree(folder / name)
     line = words(*base_of, folder, train_batch_size=1, resume_from_checkpoint="latest")
-    statuses, said = run_ranks(train_script, [line, change(line, tmp_path)], tmp_path / "said")
+    statuses, said = run_machines(train_script, [line, change(line, tmp_path)], tmp_path / "said")
     assert statuses == [2, 2], said
     for text in said:
         assert "the processes do not agree; all need the same flags, the same data and one --output_dir" in text
@@ -448,8 +432,8 @@ def test_the_scaler_is_told_of_a_skipped_step(train_script, fit, tmp_path, monke
     monkeypatch.setattr(Accelerator, "clip_grad_norm_", lambda self, parameters, norm: torch.tensor(1.0))
     make_state = train_script.make_state
 
-    def with_scaler(args, accelerator, groups, last_step):
-        state = make_state(args, accelerator, groups, last_step)
+    def with_scaler(args, accelerator, *others):
+        state = make_state(args, accelerator, *others)
         accelerator.scaler = Scaler()
         monkeypatch.setattr(state["optimizer"], "step", lambda: accelerator.scaler.step(None))
         return state

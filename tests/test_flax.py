@@ -37,7 +37,7 @@ from sdtune.checkpoints import Run
 from sdtune.errors import InputError
 from sdtune.flax.encoding import encode_once
 from sdtune.flax.networks import apply_text_encoder, apply_unet, apply_vae_encoder, check_networks
-from sdtune.flax.training import check_agreement
+from sdtune.flax.training import check_agreement, check_shared_output
 from sdtune.flax.validation import make_measure, validate
 from sdtune.flax.weights import arrays_of, read_flax, write_flax
 from sdtune.validation import LookGivenUp
@@ -941,6 +941,41 @@ def test_hosts_that_do_not_agree_end(monkeypatch):
         check_agreement(values)
     assert str(told.value).splitlines()[1:] == ["  global_step: 2 here"]
     assert "one --output_dir that they share" in str(told.value)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_hosts_that_share_no_output_folder_end(tmp_path, monkeypatch, index):
+    """Of three hosts the third one sees another folder; all are told, and nothing stays behind."""
+    seen = []
+
+    def allgather(mine):
+        seen.append(bool(mine))
+        return np.array([True, True, False])
+
+    monkeypatch.setattr("sdtune.flax.training.jax.process_count", lambda: 3)
+    monkeypatch.setattr("sdtune.flax.training.jax.process_index", lambda: index)
+    monkeypatch.setattr("sdtune.flax.training.multihost_utils.broadcast_one_to_all", lambda numbers: numbers * 0)
+    monkeypatch.setattr("sdtune.flax.training.multihost_utils.sync_global_devices", lambda name: None)
+    monkeypatch.setattr("sdtune.flax.training.multihost_utils.process_allgather", allgather)
+    if index:
+        (tmp_path / ".token").write_text("00" * 16)
+    args = SimpleNamespace(output_dir=str(tmp_path), dry_run=False)
+    with pytest.raises(InputError) as told:
+        check_shared_output(args)
+    assert str(told.value) == (
+        f"--output_dir={tmp_path}: what host 0 writes there is not seen by host 2; this is host {index}, "
+        f"{socket.gethostname()}, which looks into {tmp_path}; name one folder that all machines share, by its whole "
+        "path"
+    )
+    assert seen == [True]
+    assert (tmp_path / ".token").exists() == bool(index)  # the first host removes it
+    (tmp_path / ".token").write_text("another")
+    monkeypatch.setattr("sdtune.flax.training.PATIENCE_WITH_FOLDERS", 0)
+    if index:
+        with pytest.raises(InputError):
+            check_shared_output(args)
+        assert seen == [True, False]
+    check_shared_output(SimpleNamespace(output_dir=str(tmp_path / "none"), dry_run=True))
 
 
 def test_losses_fall_where_there_is_little_to_learn(fit, tmp_path):

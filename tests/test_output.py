@@ -65,7 +65,7 @@ def make_checkpoint(output_dir, step, is_whole=True):
     """A folder as a checkpoint's, and its path."""
     folder = output_dir / f"checkpoint-{step}"
     folder.mkdir(parents=True)
-    (folder / "state.pt").write_bytes(b"")
+    (folder / "optimizer.bin").write_bytes(b"")
     if is_whole:
         (folder / "progress.json").write_text(json.dumps({"global_step": step}))
     return folder

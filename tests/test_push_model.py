@@ -34,7 +34,7 @@ def push(fake_hub, monkeypatch):
 
 def clutter(folder):
     """Puts into a result what a run leaves beside it, and something of the user's own."""
-    for name in ("checkpoint-2/state.pt", "logs/events", ".env", "unet/.hidden", "notes.txt", "samples/grid.psd"):
+    for name in ("checkpoint-2/optimizer.bin", "logs/events", ".env", "unet/.hidden", "notes.txt", "samples/grid.psd"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("PASSWORD=1")
     settings = {"pretrained_model_name_or_path": "somebody/a-base", "train_data_dir": str(folder)}

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, GradientState
 from conftest import load_script
 from diffusers import StableDiffusionPipeline
@@ -29,6 +31,7 @@ from PIL import Image
 from running import REPO, TRAIN_TEXT_TO_IMAGE, environment, run_script
 from safetensors.torch import load_file
 from shards import write_shards
+from torch.distributed.run import get_args_parser as torchrun_parser
 
 FOLDERS = ("examples", "miniature", "sdtune", "recipes", "benchmarks")
 DOCUMENTS = [REPO / "README.md", REPO / "CONTRIBUTING.md"]
@@ -44,6 +47,8 @@ CUTS = {
     "num_class_images": 2,
     "logging_steps": 1,
 }
+# What starts a script in a command, with options of a launcher between.
+STARTS_A_TRAINING = re.compile(r"\b(?:launch|python|torchrun)(?:[ \\\n]+--\S+)*[ \\\n]+examples/\S+\.py")
 # Given to each of the miniature's scripts that has the flag.
 MINIATURE_CUTS = {"num_images": 16, "num_steps": 2, "batch_size": 4, "num_samples": 4, "num_inference_steps": 2}
 # Given to each command of sdtune that has the flag.
@@ -82,8 +87,12 @@ class Command:
 
     @property
     def kind(self):
-        """train, sdtune, miniature, benchmark, make or pip; None if no test runs it."""
+        """train, launch, cluster, sdtune, miniature, benchmark, make or pip; None if no test runs it."""
         match self.words:
+            case ("accelerate", "launch", option, *_) | ("torchrun", option, *_) if option.startswith("--"):
+                return "launch"
+            case ("sbatch", _) | ("kubectl", "apply", "-f", _) | ("gcloud", "compute", "tpus", "tpu-vm", "ssh", *_):
+                return "cluster"
             case ("accelerate", "launch", script, *_) | ("python", script, *_) if script.startswith("examples/"):
                 return "train"
             case ("python", script, *_) if script.startswith("miniature/"):
@@ -216,10 +225,11 @@ def test_every_block_is_run():
     assert not [str(command) for command in COMMANDS if command.kind is None or operators & set(command.words)]
     # Counted another way: what starts a training in the text is a command here.
     for document in DOCUMENTS:
-        launched = len(re.findall(r"(?:launch|python) examples/\S+\.py", document.read_text(encoding="utf-8")))
+        launched = len(re.findall(STARTS_A_TRAINING, document.read_text(encoding="utf-8")))
         place = f"{document.relative_to(REPO)}:"
         here = [command for command in COMMANDS if command.place.startswith(place)]
-        starts = [command for command in here if command.kind == "train" or "find-batch-size" in command.words]
+        starts = [command for command in here if command.kind in ("train", "launch")]
+        starts += [command for command in here if STARTS_A_TRAINING.search(" ".join(command.words[2:]))]
         assert launched == len(starts), document
     assert {"train", "make", "pip"} <= {command.kind for command in COMMANDS}
     given = {flag.partition("=")[0] for command in COMMANDS if command.kind == "train" for flag in command.flags}
@@ -387,6 +397,54 @@ def test_training_command(command, clone, modules, few_steps, fake_hub, monkeypa
         assert call_main(script, flags) == 0, capsys.readouterr().err
         check_result(args)
         assert snapshot(folder) == images
+
+
+def options_of(command):
+    """What a launcher makes of the words before the script: its settings, by name, and those of its file."""
+    at = command.words.index(command.script) + 1
+    if command.words[0] == "torchrun":
+        return vars(torchrun_parser().parse_args(command.words[1:at])), {}
+    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(command.words[2:at]))
+    return vars(args), yaml.safe_load(Path(args.config_file).read_text(encoding="utf-8"))
+
+
+@each("launch")
+def test_command_of_several_processes(command, clone, modules, capsys):
+    """The launcher takes its options, and one process trains as the script's flags say. test_distributed.py starts the
+    launchers with several processes, and as several machines."""
+    options, settings = options_of(command)
+    given = {word.partition("=")[0].lstrip("-") for word in command.words}
+    if command.words[0] == "torchrun":
+        assert options["nproc_per_node"] == "gpu"
+        assert options["nnodes"] == ("2" if "rdzv_endpoint" in given else "1:1")
+    else:
+        assert settings["num_processes"] > 1 or settings["distributed_type"] == "NO"
+        for name in ("num_processes", "num_machines", "rdzv_backend", "main_process_port", "gpu_ids"):
+            assert name in given or options[name] == settings.get(name, options[name]), name
+        assert options["use_fsdp"] == (settings["distributed_type"] == "FSDP")
+        assert options["multi_gpu"] == (settings["distributed_type"] == "MULTI_GPU")
+    script = modules(command.script)
+    flags = cut(script, command.flags)
+    assert call_main(script, flags) == 0, capsys.readouterr().err
+    check_result(parse(script, flags))
+
+
+@each("cluster")
+def test_command_of_a_cluster(command, clone, modules):
+    """What it hands over is there, or is a command whose flags the script takes; test_launch_files.py reads the files
+    of Slurm and Kubernetes."""
+    if command.words[0] != "gcloud":
+        assert (REPO / command.words[-1]).is_file()
+        return
+    (inner,) = (word.removeprefix("--command=") for word in command.words if word.startswith("--command="))
+    assert "--worker=all" in command.words
+    words = shlex.split(inner)
+    assert words[:3] == ["cd", "sd", "&&"]
+    for name in [word for word in words if word.startswith("requirements")]:
+        assert (REPO / name).is_file()
+    if words[3] == "python":
+        script = modules(words[4])
+        assert script.parse_flags(script.make_parser(), words[5:], {})[1] == []
 
 
 def check_dry_run(script, flags, clone, capsys):
@@ -685,7 +743,10 @@ def test_flags_named_in_the_text_exist(document, modules):
     root), and takes the value shown."""
     of_scripts = document.parent.name not in ("miniature", "commands")
     folders = [REPO / "examples"] if document.parent == REPO else [document.parent]
-    folders += [REPO / "examples"] if document.parent.name == "commands" else []
+    folders += [REPO / "examples"] if document.parent.name in ("commands", "accelerate") else []
+    of_launchers = {"--signal"}  # scancel's
+    if document.parent.name == "accelerate":
+        of_launchers |= {*launch_command_parser()._option_string_actions, *torchrun_parser()._option_string_actions}
     for span in inline_code(document):
         if span.startswith(("pip ", "hf ")):
             continue
@@ -694,7 +755,7 @@ def test_flags_named_in_the_text_exist(document, modules):
             scripts = [REPO / (script[1] if script else command_file(command[1]))]
         else:
             scripts = sorted(path for at in folders for path in at.rglob("*.py") if path.stem != "__init__")
-        known = {"--help", "--no-", "--flag"}
+        known = {"--help", "--no-", "--flag", *of_launchers}
         for path in scripts:
             known |= set(re.findall(r'"(--\w+)"', path.read_text(encoding="utf-8")))
             if "commands" in path.parts:
@@ -703,7 +764,8 @@ def test_flags_named_in_the_text_exist(document, modules):
         flags = re.findall(r"(?<!\S)--[a-z][\w-]*", span)
         assert not [flag for flag in flags if flag not in known], span
         for word in span.split():
-            if of_scripts and re.fullmatch(r"--\w+=[\w.]+", word) and "config" not in word:
+            is_flag = re.fullmatch(r"--\w+=[\w.]+", word) and word.partition("=")[0] not in of_launchers
+            if of_scripts and is_flag and "config" not in word:
                 assert any(takes(modules(path), word) for path in scripts), word
 
 

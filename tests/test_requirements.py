@@ -13,8 +13,8 @@ from packaging.utils import canonicalize_name
 from running import REPO, SCRIPTS
 
 FILES = sorted(path.name for path in REPO.glob("requirements*.txt"))
-EXTRAS = ("dev", "tools", "trackers", "xformers")
-MADE = ("", "_dev", "_flax", "_tools", "_trackers")  # of the files, those that `make` installs
+EXTRAS = ("deepspeed", "dev", "tools", "trackers", "xformers")
+MADE = ("", "_deepspeed", "_dev", "_flax", "_tools", "_trackers")  # of the files, those that `make` installs
 IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "pytest-xdist": "xdist"}  # where not the package's name
 NEVER_IMPORTED = {"pytest-xdist", "ruff", "tensorboard", "wandb"}  # but by libraries, or run
 every_file = pytest.mark.parametrize("name", FILES)
@@ -58,9 +58,10 @@ def python_files(*patterns):
 def test_training_requires_what_the_scripts_import_and_nothing_else():
     scripts = [path for path in SCRIPTS if not path.stem.endswith("_flax")]
     assert len(scripts) == 4
-    # xFormers is imported where its flag is given, which names its file.
-    assert imported(scripts) - importable("requirements_xformers.txt") == importable("requirements.txt")
-    assert importable("requirements_xformers.txt") == {"xformers"}
+    # These two are imported where they are asked for, and the file is named where they are missing.
+    asked_for = importable("requirements_xformers.txt", "requirements_deepspeed.txt")
+    assert asked_for == {"xformers", "deepspeed"}
+    assert imported(scripts) - asked_for == importable("requirements.txt")
 
 
 def test_training_in_jax_requires_jax_too():
@@ -71,7 +72,8 @@ def test_training_in_jax_requires_jax_too():
 
 def test_commands_require_what_they_import_beside():
     ours = imported(python_files("sdtune/*.py", "sdtune/commands/*.py"))
-    assert ours - importable("requirements.txt", "requirements_xformers.txt") == importable("requirements_tools.txt")
+    known = importable("requirements.txt", "requirements_xformers.txt", "requirements_deepspeed.txt")
+    assert ours - known == importable("requirements_tools.txt")
 
 
 def test_development_requires_what_tests_and_miniature_import_beside():

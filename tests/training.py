@@ -119,8 +119,12 @@ def checkpoint_state(folder):
     weights = {}
     for file in sorted(folder.rglob("*.safetensors")):
         weights[file.relative_to(folder).as_posix()] = load_file(file)
-    state = torch.load(folder / "state.pt", weights_only=True) if (folder / "state.pt").exists() else {}
-    return {**state, **weights, "progress": json.loads((folder / "progress.json").read_text())}
+    parts = ("progress", "state") if (folder / "optimizer.bin").exists() else ("progress",)  # a JAX run has arrays
+    numbers = {name: json.loads((folder / f"{name}.json").read_text()) for name in parts}
+    for file in ("optimizer.bin", "scaler.pt"):
+        if (folder / file).exists():
+            numbers[Path(file).stem] = torch.load(folder / file, weights_only=True)
+    return {**weights, **numbers.pop("state", {}), **numbers}
 
 
 def checkpoint_unet(folder):

@@ -19,8 +19,8 @@ from pathlib import Path
 # The modules of sdtune in the order of a script; each imports only from those before it.
 MODULES = """
     errors randomness files arguments metadata images models entries dataset batches streaming buckets lora_layouts
-    lora diffusion subject optimization full_bf16 checkpoints output plan model_card hub validation signals failures
-    script training cache
+    lora diffusion subject optimization full_bf16 deepspeed sharding digests checkpoints states output plan model_card
+    hub validation signals failures script training cache
     flax.networks flax.weights flax.encoding flax.diffusion flax.optimization flax.checkpoints flax.validation
     flax.training
     fonts inference clip measures pictures grids named_dataset uploads pipeline_folder single_file
@@ -28,7 +28,7 @@ MODULES = """
 # What a reader looks for comes before the other modules, which keep their order.
 READ_FIRST = """
     diffusion flax.diffusion flax.optimization training flax.training batches randomness dataset flax.encoding
-    checkpoints flax.checkpoints
+    checkpoints states flax.checkpoints
 """.split()
 # Whose versions a script names, if it imports them.
 TESTED = ["torch", "jax", "optax", "flax", "diffusers", "transformers", "accelerate", "datasets", "peft"]

@@ -11,18 +11,22 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
+from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sdtune.arguments import SWITCH, new_parser, parse_flags
 from sdtune.checkpoints import AVERAGED, read_settings
 from sdtune.errors import InputError, last_line, raise_problems, told_to_user
-from sdtune.files import beside
-from sdtune.lora import file_of_adapters
+from sdtune.files import beside, read_json
+from sdtune.lora import add_adapters, file_of_adapters, lora_weights, save_lora
 from sdtune.lora_layouts import LORA_FILE
-from sdtune.models import DTYPES, load_base, make_noise_scheduler, quiet_libraries, read_models
+from sdtune.models import DTYPES, config_source, load_base, make_noise_scheduler, quiet_libraries, read_models
 from sdtune.output import save_pipeline
 from sdtune.pipeline_folder import check_place
+from sdtune.sharding import AVERAGE, SHARDS_FOLDER, read_whole
+from sdtune.states import STATE_FILE
 
 PROGRAM = "sdtune export"
 SUFFIXES = {"averaged": AVERAGED, "trained": ""}
@@ -57,13 +61,45 @@ def check_args(args):
 
 def holds(checkpoint, suffix):
     """Whether a checkpoint has weights with the suffix."""
+    if (checkpoint / SHARDS_FOLDER).is_dir():
+        return not suffix or "ema" in read_json(checkpoint / STATE_FILE)
     return (checkpoint / f"unet{suffix}").is_dir() or (checkpoint / file_of_adapters(suffix)).is_file()
 
 
-def export_adapters(checkpoint, folder, suffix, dtype):
-    """Copies the adapters of a checkpoint into a folder, in `dtype`."""
+def holds_adapters(checkpoint, suffix):
+    """Whether the weights with the suffix are adapters."""
+    if (checkpoint / SHARDS_FOLDER).is_dir():
+        settings, _ = read_settings(checkpoint)
+        return "lora_target" in settings
+    return (checkpoint / file_of_adapters(suffix)).is_file()
+
+
+def export_shared_adapters(checkpoint, folder, suffix, precision):
+    """Puts together the adapters that processes under FSDP2 have written, and writes them into a folder."""
+    settings, _ = read_settings(checkpoint)
+    settings = SimpleNamespace(**{**settings, "save_precision": precision, "init_lora_weights": None})
+    source, where = config_source(settings)
+    with torch.device("meta"):
+        config = UNet2DConditionModel.load_config(source, subfolder="unet", **where)
+        models = {"unet": UNet2DConditionModel.from_config(config)}
+        add_adapters(settings, models)
+    trained = {name: value for name, value in models["unet"].named_parameters() if value.requires_grad}
+    values = {name: torch.empty(value.shape) for name, value in trained.items()}
+    models["unet"].load_state_dict(values, strict=False, assign=True)
+    read_whole(models, checkpoint / SHARDS_FOLDER, AVERAGE if suffix else "")
+    folder.mkdir()
+    save_lora(
+        models, {name: value.to(DTYPES[precision]) for name, value in lora_weights(models).items()}, folder, LORA_FILE
+    )
+
+
+def export_adapters(checkpoint, folder, suffix, precision):
+    """Copies the adapters of a checkpoint into a folder."""
+    if (checkpoint / SHARDS_FOLDER).is_dir():
+        export_shared_adapters(checkpoint, folder, suffix, precision)
+        return
     with safe_open(checkpoint / file_of_adapters(suffix), "pt") as file:
-        weights = {name: file.get_tensor(name).to(dtype) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+        weights = {name: file.get_tensor(name).to(DTYPES[precision]) for name in file.keys()}  # noqa: SIM118 (it is no dict)
         header = file.metadata()
     folder.mkdir()
     save_file(weights, folder / LORA_FILE, header)
@@ -83,6 +119,8 @@ def export_pipeline(args, checkpoint, folder, suffix):
     found = [path.name for path in checkpoint.iterdir() if path.is_dir()]
     trained = [name.removesuffix(suffix) for name in found if re.fullmatch(rf"(unet|text_encoder){suffix}", name)]
     try:
+        if SHARDS_FOLDER in found:
+            read_whole({"unet": pipeline.unet}, checkpoint / SHARDS_FOLDER, AVERAGE if suffix else "")
         read_models({name: getattr(pipeline, name) for name in trained}, checkpoint, suffix)
     except Exception as error:  # of the files, or of another architecture
         raise InputError(
@@ -101,8 +139,8 @@ def main(argv=None):
         weights = args.weights or ("averaged" if holds(checkpoint, AVERAGED) else "trained")
         suffix = SUFFIXES[weights]
         with beside(output) as unfinished:
-            if (checkpoint / file_of_adapters(suffix)).is_file():
-                export_adapters(checkpoint, unfinished, suffix, DTYPES[args.save_precision])
+            if holds_adapters(checkpoint, suffix):
+                export_adapters(checkpoint, unfinished, suffix, args.save_precision)
                 loader = f'pipe.load_lora_weights("{output}")'
             else:
                 export_pipeline(args, checkpoint, unfinished, suffix)

@@ -43,8 +43,8 @@ def train_step(state, batch, learning_rate, ema_decay, training_loss, optimizer,
     """One optimizer step over passes (num_passes, images, ...); `training_loss(weights, one_pass)` gives the loss of
     each sample. `state` has `unet` (weights), `optimizer` (moments) and maybe `ema` (weights).
 
-    Returns the new state, or the old one if loss or gradient is not finite, and [loss, gradient's norm, whether a host
-    has to stop].
+    Returns the new state, or the old one if loss or gradient is not finite, and [loss, gradient's norm, the
+    most that a host asks for].
     """
     # Forward and backward
     loss, grads = loss_and_gradient(training_loss, state["unet"], batch)
@@ -61,4 +61,4 @@ def train_step(state, batch, learning_rate, ema_decay, training_loss, optimizer,
     # Unless a loss or a gradient is not finite
     is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     after = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), after, state)
-    return after, jnp.stack([loss, grad_norm, batch["stop"].max()])
+    return after, jnp.stack([loss, grad_norm, batch["asked"].max()])

@@ -4,6 +4,8 @@ import functools
 import hashlib
 import math
 import os
+import secrets
+import socket
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,19 +20,20 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm.auto import tqdm
 
 from sdtune.batches import micro_batches, step_sizes
-from sdtune.checkpoints import find_checkpoint, keep_best, new_run, note_step, save_checkpoint
-from sdtune.errors import InputError, last_line
+from sdtune.checkpoints import count_damaged, find_checkpoint, keep_best, new_run, note_step, save_checkpoint
+from sdtune.errors import InputError, gathered, last_line, raise_problems
 from sdtune.failures import leave
 from sdtune.flax.checkpoints import resume
 from sdtune.flax.encoding import step_batches
 from sdtune.flax.optimization import learning_rate_of_step, train_step
 from sdtune.optimization import make_average
-from sdtune.output import chosen_tracker, log_losses, prepare_output
+from sdtune.output import chosen_tracker, leave_token, log_losses, prepare_output, remove_token, sees_token
 from sdtune.plan import print_plan
-from sdtune.signals import is_asked
+from sdtune.signals import is_asked, take_save_requests
 from sdtune.streaming import stream_from
 from sdtune.validation import LookGivenUp, steps_between_looks
 
+PATIENCE_WITH_FOLDERS = 15  # seconds after which what one host wrote has to be seen by the others
 # Flags that may differ between hosts: what they name is compared in their place, or has no effect on others.
 OWN_TO_A_HOST = set(
     """
@@ -82,6 +85,31 @@ def join_hosts(args):
         ) from None
 
 
+def check_shared_output(args):
+    """Asks whether all hosts see one output folder: one with a folder of its own would not find the checkpoint to go
+    on from. Raises `InputError` on all of them."""
+    if jax.process_count() == 1 or args.dry_run:  # which writes nothing
+        return
+    numbers = multihost_utils.broadcast_one_to_all(np.frombuffer(secrets.token_bytes(16), np.uint8))
+    token, is_first, problems = np.asarray(numbers).tobytes().hex(), jax.process_index() == 0, []
+    if is_first:
+        with gathered(problems):
+            leave_token(args.output_dir, token)
+    multihost_utils.sync_global_devices("token left")
+    sees = not problems if is_first else sees_token(args.output_dir, token, PATIENCE_WITH_FOLDERS)
+    everywhere = multihost_utils.process_allgather(np.array(sees)).reshape(-1)
+    if is_first:
+        remove_token(args.output_dir)
+    if not everywhere.all() and not problems:
+        blind = ", ".join(map(str, np.flatnonzero(~everywhere)))
+        problems = [
+            f"--output_dir={args.output_dir}: what host 0 writes there is not seen by host {blind}; this is host "
+            f"{jax.process_index()}, {socket.gethostname()}, which looks into {Path(args.output_dir).resolve()}; name "
+            "one folder that all machines share, by its whole path"
+        ]
+    raise_problems(problems)
+
+
 def end_of_process():
     """What ends this process after a failure. Of several hosts one that fails must not wait for the others, as JAX
     does at a regular end: they are in a program in which it takes no part any more."""
@@ -111,10 +139,23 @@ def start_run(args, counts, state, fingerprints, pipeline, free, fixed):
     """A run at its start, or where the checkpoint to resume from ended, the same on all hosts; `free` and `fixed` name
     settings that may and that cannot differ from the checkpoint's. Raises `InputError`."""
     run = new_run(args, counts, state, args.mixed_precision or "no", fingerprints)
-    if checkpoint := find_checkpoint(run.output_dir, args.resume_from_checkpoint):
+    num_damaged = count_damaged_once(run.output_dir, args.resume_from_checkpoint)
+    if checkpoint := find_checkpoint(run.output_dir, args.resume_from_checkpoint, num_damaged):
         resume(pipeline, run, checkpoint, free, fixed)
     check_agreement({"global_step": run.progress["global_step"], **fingerprints})
     return run
+
+
+def count_damaged_once(output_dir, wanted):
+    """What the first host finds by `count_damaged`, on all of them. Raises `InputError` on all of them."""
+    found, problems = 0, []
+    if jax.process_index() == 0:
+        with gathered(problems):
+            found = count_damaged(output_dir, wanted)
+    found = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if problems else found)))
+    if found < 0:
+        raise_problems(problems or ["--resume_from_checkpoint: damaged, as the first host says; name another one"])
+    return found
 
 
 def check_agreement(values):
@@ -225,15 +266,16 @@ def train_steps(args, accelerator, run, write_state, stop, mesh, batches, traini
         upcoming = reader.submit(next, batches, None)
 
         # Forward, backward and optimizer step on the devices, unless a loss or a gradient is not finite.
-        batch["stop"] = np.full_like(batch["weight"], is_asked(stop))  # which is how the hosts tell each other
+        asked = max(2 * is_asked(stop), take_save_requests(stop))  # 1 for a checkpoint, 2 for a stop
+        batch["asked"] = np.full_like(batch["weight"], asked)  # which is how the hosts tell each other
         arrays = {name: jax.make_array_from_process_local_data(split, array) for name, array in batch.items()}
         learning_rate, ema_decay = np.float32(learning_rate_of(step)), np.float32(average.get_decay(step + 1))
         run.is_whole = False  # the program writes over the state
         run.state, outcome = step_program(run.state, arrays, learning_rate, ema_decay)
-        loss, grad_norm, stop_now = np.asarray(outcome).tolist()
+        loss, grad_norm, asked = np.asarray(outcome).tolist()
         is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
         is_broken = not is_finite and run.progress["nan_steps"] >= (args.max_nan_steps or 0)
-        stop_now = bool(stop_now) or (is_asked(stop) and jax.process_count() == 1)
+        stop_now = asked == 2 or (is_asked(stop) and jax.process_count() == 1)
         if not is_broken:
             note_step(run, step, loss, is_finite)
         run.is_whole = True
@@ -248,7 +290,7 @@ def train_steps(args, accelerator, run, write_state, stop, mesh, batches, traini
                 log_losses(accelerator, run, learning_rate_of(done), norm, images_per_second)
 
         # Save and look
-        if stop_now or is_broken or done % args.checkpointing_steps == 0 or done == counts.last_step:
+        if asked or stop_now or is_broken or done % args.checkpointing_steps == 0 or done == counts.last_step:
             if is_first:
                 # After a broken step none is removed: the last good one may be an older one.
                 save_checkpoint(run, write_state, None if is_broken else args.checkpoints_total_limit)
