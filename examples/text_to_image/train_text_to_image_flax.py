@@ -35,12 +35,14 @@ share a batch; what is random in a sample depends on (seed, epoch, index of the 
 #   entries             Entries of the cache: a file per encoded image or caption, named by a digest of what made it
 #   streaming           Train on a dataset that is read while training, shard by shard, and may be larger than the disk
 #   optimization        The optimizer, its learning rate, and the average of the weights
+#   sharding            FSDP2: what is trained is shared out over processes, each of which holds a shard of each tensor
+#   digests             Digests of the files in a folder, by which a damaged one is found
 #   output              The folder of a run: whether it may be used, its log, the pipeline that results
 #   plan                The plan that a run prints before its first step
 #   model_card          The model card, README.md of a result
 #   hub                 The upload of a result to the Hub
 #   validation          Look at a run: draw samples, and measure the loss on images that are not trained on
-#   signals             Signals that ask a run to stop, and the death of the launcher, which asks for the same
+#   signals             Signals that ask a run to stop or to save, and the death of the launcher, which asks it to stop
 #   failures            What ends a run too early: it is told in a line, and nothing is lost that can be written
 #   script              Run a script: read its flags, tell what is wrong with them, train
 #   flax.networks       The networks of Stable Diffusion in JAX, as pure functions of the weights of PyTorch's modules
@@ -67,6 +69,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -569,6 +572,8 @@ class LeftOut:
 
 POLYNOMIAL_END = 1e-7  # the rate at which diffusers' polynomial schedule ends
 
+DIGESTS_FILE = "digests.json"
+
 AVERAGED = "_ema"  # ends the names of averaged weights in a checkpoint
 
 
@@ -577,9 +582,11 @@ class Weights:
     """The weights that are trained, and how they become files that people can load, and come back from them."""
 
     models: dict  # by name, that have them
+    prepared: dict  # by name, as accelerate prepared them for passes
     parameters: list  # of torch
     write: Callable  # (models, folder, suffix): writes into a folder, with a suffix to the names
     read: Callable  # (models, folder, suffix): reads what was written. Raises whatever a broken file leads to
+    skeletons: dict  # by name, models without weights, for those that are shared out over processes
 
 
 @dataclasses.dataclass
@@ -597,6 +604,7 @@ class Run:
 
 
 LOCK_FILE = ".lock"
+TOKEN_FILE = ".token"  # what the first process leaves for the other machines to see, for a moment
 NEW_RESULT = ".result.partial"  # a folder beside which the old result stays until the new one is whole
 
 # Places, secrets and how it was started.
@@ -609,12 +617,20 @@ class LookGivenUp(Exception):
     """A look at the run was given up by all processes, since one was asked to stop."""
 
 
+# By their names, since Windows lacks some. SIGHUP: the terminal is gone. SIGUSR1, SIGUSR2: what clusters are told to
+# send some time before they end a job.
+ASK_TO_STOP = {"SIGTERM", "SIGINT", "SIGHUP"}
+ASK_TO_SAVE = {"SIGUSR1", "SIGUSR2"}
+SAME_REQUEST = 3.0  # seconds in which a signal may come twice: to a group, and handed on by the launcher in it
+
+
 @dataclasses.dataclass
 class Stop:
-    """What may ask a run to stop."""
+    """What may ask a run to stop, or to save and go on."""
 
     launcher: int | None  # number of the process that started this one
-    received: list = dataclasses.field(default_factory=list)  # signals
+    received: list = dataclasses.field(default_factory=list)  # signals that ask to stop
+    saves: list = dataclasses.field(default_factory=list)  # signals that ask for a checkpoint, not answered yet
 
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -690,6 +706,7 @@ class EncodedImages:
 
 WEIGHTS = {"unet", "ema"}  # parts of the state that are weights of the UNet
 
+PATIENCE_WITH_FOLDERS = 15  # seconds after which what one host wrote has to be seen by the others
 # Flags that may differ between hosts: what they name is compared in their place, or has no effect on others.
 OWN_TO_A_HOST = set(
     """
@@ -796,6 +813,7 @@ def load_models(args):
 
 def train(args, mesh):
     """Trains as `args` say, which have been checked, on the devices of `mesh`."""
+    check_shared_output(args)
     is_first = jax.process_index() == 0
     images, held_out, fingerprint = load_images(args)
     accelerator = make_accelerator(args)
@@ -953,8 +971,8 @@ def train_step(state, batch, learning_rate, ema_decay, training_loss, optimizer,
     """One optimizer step over passes (num_passes, images, ...); `training_loss(weights, one_pass)` gives the loss of
     each sample. `state` has `unet` (weights), `optimizer` (moments) and maybe `ema` (weights).
 
-    Returns the new state, or the old one if loss or gradient is not finite, and [loss, gradient's norm, whether a host
-    has to stop].
+    Returns the new state, or the old one if loss or gradient is not finite, and [loss, gradient's norm, the
+    most that a host asks for].
     """
     # Forward and backward
     loss, grads = loss_and_gradient(training_loss, state["unet"], batch)
@@ -971,7 +989,7 @@ def train_step(state, batch, learning_rate, ema_decay, training_loss, optimizer,
     # Unless a loss or a gradient is not finite
     is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     after = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), after, state)
-    return after, jnp.stack([loss, grad_norm, batch["stop"].max()])
+    return after, jnp.stack([loss, grad_norm, batch["asked"].max()])
 
 
 # ------------------------------------------------------------------------------------------------------- flax.training
@@ -1017,6 +1035,31 @@ def join_hosts(args):
         ) from None
 
 
+def check_shared_output(args):
+    """Asks whether all hosts see one output folder: one with a folder of its own would not find the checkpoint to go
+    on from. Raises `InputError` on all of them."""
+    if jax.process_count() == 1 or args.dry_run:  # which writes nothing
+        return
+    numbers = multihost_utils.broadcast_one_to_all(np.frombuffer(secrets.token_bytes(16), np.uint8))
+    token, is_first, problems = np.asarray(numbers).tobytes().hex(), jax.process_index() == 0, []
+    if is_first:
+        with gathered(problems):
+            leave_token(args.output_dir, token)
+    multihost_utils.sync_global_devices("token left")
+    sees = not problems if is_first else sees_token(args.output_dir, token, PATIENCE_WITH_FOLDERS)
+    everywhere = multihost_utils.process_allgather(np.array(sees)).reshape(-1)
+    if is_first:
+        remove_token(args.output_dir)
+    if not everywhere.all() and not problems:
+        blind = ", ".join(map(str, np.flatnonzero(~everywhere)))
+        problems = [
+            f"--output_dir={args.output_dir}: what host 0 writes there is not seen by host {blind}; this is host "
+            f"{jax.process_index()}, {socket.gethostname()}, which looks into {Path(args.output_dir).resolve()}; name "
+            "one folder that all machines share, by its whole path"
+        ]
+    raise_problems(problems)
+
+
 def end_of_process():
     """What ends this process after a failure. Of several hosts one that fails must not wait for the others, as JAX
     does at a regular end: they are in a program in which it takes no part any more."""
@@ -1046,10 +1089,23 @@ def start_run(args, counts, state, fingerprints, pipeline, free, fixed):
     """A run at its start, or where the checkpoint to resume from ended, the same on all hosts; `free` and `fixed` name
     settings that may and that cannot differ from the checkpoint's. Raises `InputError`."""
     run = new_run(args, counts, state, args.mixed_precision or "no", fingerprints)
-    if checkpoint := find_checkpoint(run.output_dir, args.resume_from_checkpoint):
+    num_damaged = count_damaged_once(run.output_dir, args.resume_from_checkpoint)
+    if checkpoint := find_checkpoint(run.output_dir, args.resume_from_checkpoint, num_damaged):
         resume(pipeline, run, checkpoint, free, fixed)
     check_agreement({"global_step": run.progress["global_step"], **fingerprints})
     return run
+
+
+def count_damaged_once(output_dir, wanted):
+    """What the first host finds by `count_damaged`, on all of them. Raises `InputError` on all of them."""
+    found, problems = 0, []
+    if jax.process_index() == 0:
+        with gathered(problems):
+            found = count_damaged(output_dir, wanted)
+    found = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if problems else found)))
+    if found < 0:
+        raise_problems(problems or ["--resume_from_checkpoint: damaged, as the first host says; name another one"])
+    return found
 
 
 def check_agreement(values):
@@ -1160,15 +1216,16 @@ def train_steps(args, accelerator, run, write_state, stop, mesh, batches, traini
         upcoming = reader.submit(next, batches, None)
 
         # Forward, backward and optimizer step on the devices, unless a loss or a gradient is not finite.
-        batch["stop"] = np.full_like(batch["weight"], is_asked(stop))  # which is how the hosts tell each other
+        asked = max(2 * is_asked(stop), take_save_requests(stop))  # 1 for a checkpoint, 2 for a stop
+        batch["asked"] = np.full_like(batch["weight"], asked)  # which is how the hosts tell each other
         arrays = {name: jax.make_array_from_process_local_data(split, array) for name, array in batch.items()}
         learning_rate, ema_decay = np.float32(learning_rate_of(step)), np.float32(average.get_decay(step + 1))
         run.is_whole = False  # the program writes over the state
         run.state, outcome = step_program(run.state, arrays, learning_rate, ema_decay)
-        loss, grad_norm, stop_now = np.asarray(outcome).tolist()
+        loss, grad_norm, asked = np.asarray(outcome).tolist()
         is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
         is_broken = not is_finite and run.progress["nan_steps"] >= (args.max_nan_steps or 0)
-        stop_now = bool(stop_now) or (is_asked(stop) and jax.process_count() == 1)
+        stop_now = asked == 2 or (is_asked(stop) and jax.process_count() == 1)
         if not is_broken:
             note_step(run, step, loss, is_finite)
         run.is_whole = True
@@ -1183,7 +1240,7 @@ def train_steps(args, accelerator, run, write_state, stop, mesh, batches, traini
                 log_losses(accelerator, run, learning_rate_of(done), norm, images_per_second)
 
         # Save and look
-        if stop_now or is_broken or done % args.checkpointing_steps == 0 or done == counts.last_step:
+        if asked or stop_now or is_broken or done % args.checkpointing_steps == 0 or done == counts.last_step:
             if is_first:
                 # After a broken step none is removed: the last good one may be an older one.
                 save_checkpoint(run, write_state, None if is_broken else args.checkpoints_total_limit)
@@ -1929,15 +1986,60 @@ def list_checkpoints(output_dir):
     return sorted(whole, key=lambda path: int(numbered[path]))
 
 
-def find_checkpoint(output_dir, wanted):
-    """The checkpoint that `wanted` means: a folder in `output_dir`, a path, or the "latest"; None if there is none."""
+def find_checkpoint(output_dir, wanted, num_damaged=0):
+    """The checkpoint that `wanted` means: a folder in `output_dir`, a path, or the "latest" of those before the
+    `num_damaged` newest; None if there is none."""
     if wanted is None:
         return None
     if wanted == "latest":
         checkpoints = list_checkpoints(output_dir)
+        checkpoints = checkpoints[: len(checkpoints) - num_damaged]
         return checkpoints[-1] if checkpoints else None
     inside = Path(output_dir, wanted)
     return inside if inside.is_dir() else Path(wanted)
+
+
+def count_damaged(output_dir, wanted):
+    """How many of the newest checkpoints `latest` has to pass over, which are named: their files are not those that
+    were written. For one process alone, which reads them whole. Raises `InputError` if nothing else is left, and if a
+    damaged one was asked for by name."""
+    if wanted == "latest":
+        checkpoints = list_checkpoints(output_dir)[::-1]
+    else:
+        checkpoints = [checkpoint for checkpoint in [find_checkpoint(output_dir, wanted)] if checkpoint]
+    damages = {}
+    for checkpoint in checkpoints:
+        damage = find_damage(checkpoint)
+        if damage is None:
+            break
+        damages[checkpoint] = f"{checkpoint.name} is damaged ({damage})"
+    whole = checkpoints[len(damages) :]
+    if damages and not whole:
+        told = "\n  ".join(damages.values())
+        remedy = "name another one, or start anew in another --output_dir"
+        raise InputError(f"--resume_from_checkpoint={wanted}: {told}; {remedy}")
+    for told in damages.values():
+        print(f"{told}; {whole[0].name} is used instead.")
+    return len(damages)
+
+
+def find_newer(output_dir, checkpoint):
+    """The newest checkpoint of a run if it is newer than another one of it, and not damaged; None otherwise."""
+    newer = list_checkpoints(output_dir)
+    if checkpoint in newer:
+        newer = newer[newer.index(checkpoint) + 1 :]
+    return next((path for path in reversed(newer) if find_damage(path) is None), None)
+
+
+def set_aside_damaged(output_dir, step):
+    """Gives what is in the place of checkpoints after `step`, from which a run goes on, another name: it is damaged or
+    half there, and the run will write its own."""
+    for path in sorted(output_dir.glob("checkpoint-*")):
+        number = path.name.removeprefix("checkpoint-")
+        if number.isdigit() and int(number) > step:
+            names = (f"{path.name}.damaged{suffix}" for suffix in ["", *range(2, 1000)])
+            aside = next(path.with_name(name) for name in names if not path.with_name(name).exists())
+            print(f"{path.name} is renamed to {path.rename(aside).name}.")
 
 
 def checkpoint_of(run):
@@ -1946,26 +2048,48 @@ def checkpoint_of(run):
 
 
 def save_checkpoint(run, write_state, total_limit):
-    """Writes checkpoint-N beside its place, then renames it; only then do older ones beyond `total_limit` go, but not
-    the best one. `write_state(run, folder)` writes the run's weights and state. For one process alone. If it fails,
-    nothing of it stays behind. Raises whatever a full disk or the like leads to."""
-    final = checkpoint_of(run)
-    if (final / "progress.json").exists():  # a step broke just after a save
+    """Writes checkpoint-N, in which `write_state(run, folder)` writes the run's weights and state. For one process
+    alone. If it fails, nothing of it stays behind. Raises whatever a full disk or the like leads to."""
+    partial = begin_checkpoint(run)
+    if partial is None:
         return
+    with removed_on_failure(partial):
+        write_state(run, partial)
+        finish_checkpoint(run, partial, total_limit)
+
+
+def begin_checkpoint(run):
+    """Makes the folder of the checkpoint of the run's step, beside its place; None if the checkpoint is there, because
+    a step broke just after a save. For one process alone."""
+    final = checkpoint_of(run)
+    if (final / "progress.json").exists():
+        return None
     # Two processes, maybe of two machines, may save after a failure: the first one wins.
     partial = final.with_name(f"{final.name}.{socket.gethostname()}-{os.getpid()}.partial")
+    partial.mkdir()
+    return partial
+
+
+@contextlib.contextmanager
+def removed_on_failure(partial):
+    """Leaves nothing behind of a checkpoint that fails."""
     try:
-        partial.mkdir()
-        write_state(run, partial)
-        for name, content in (("args", run.settings), ("progress", run.progress)):
-            (partial / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        copy_mode(run.output_dir / "args.json", partial.rglob("*.safetensors"))
-        sync(partial)  # files before names, or a crash could leave a whole name with half a file
-        partial.rename(final)
-        sync_folder(run.output_dir)
+        yield
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def finish_checkpoint(run, partial, total_limit):
+    """Completes a checkpoint whose weights and state are written, and renames it; only then do older ones beyond
+    `total_limit` go, but not the best one. For one process alone."""
+    for name, content in (("args", run.settings), ("progress", run.progress)):
+        (partial / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    copy_mode(run.output_dir / "args.json", partial.rglob("*.safetensors"))
+    write_digests(partial)
+    sync(partial)  # files before names, or a crash could leave a whole name with half a file
+    partial.rename(checkpoint_of(run))
+    sync_folder(run.output_dir)
     remove_surplus(run.output_dir, total_limit)
 
 
@@ -1987,13 +2111,23 @@ def read_best(output_dir):
 def keep_best(run, held_out_loss, write_state, total_limit):
     """Keeps the checkpoint of the run's step, and writes it if it is not there, if its held-out loss is the lowest so
     far. For one process alone."""
-    best, step = read_best(run.output_dir), run.progress["global_step"]
-    is_worse = best and best["step"] != step and best["held_out_loss"] <= held_out_loss
-    if is_worse or not math.isfinite(held_out_loss):
-        return
-    save_checkpoint(run, write_state, None)
+    if is_best(run, held_out_loss):
+        save_checkpoint(run, write_state, None)
+        note_best(run, held_out_loss, total_limit)
+
+
+def is_best(run, held_out_loss):
+    """Whether a held-out loss is the lowest so far."""
+    best = read_best(run.output_dir)
+    is_worse = best and best["step"] != run.progress["global_step"] and best["held_out_loss"] <= held_out_loss
+    return math.isfinite(held_out_loss) and not is_worse
+
+
+def note_best(run, held_out_loss, total_limit):
+    """Notes that the checkpoint of the run's step is the best one, which makes another one surplus."""
     with beside(run.output_dir / "best.json") as path:
-        path.write_text(json.dumps({"step": step, "held_out_loss": held_out_loss}) + "\n", encoding="utf-8")
+        best = {"step": run.progress["global_step"], "held_out_loss": held_out_loss}
+        path.write_text(json.dumps(best) + "\n", encoding="utf-8")
     remove_surplus(run.output_dir, total_limit)
 
 
@@ -2134,6 +2268,15 @@ def raise_problems(problems):
 
 
 @contextlib.contextmanager
+def gathered(problems):
+    """Adds the message of an `InputError` to a list, instead of raising it."""
+    try:
+        yield
+    except InputError as error:
+        problems.append(str(error))
+
+
+@contextlib.contextmanager
 def told_to_user(program, speaks=True, errors=InputError, stopped=None, patience=0):
     """Ends the process with status 2 and the message after an `InputError`, or the class or classes `errors`; after
     Ctrl-C with the status of SIGINT and the line `stopped`. Of several processes only the one that `speaks` prints
@@ -2236,6 +2379,11 @@ def copy_mode(source, files):
     """Gives files, which safetensors makes for their owner alone, the permissions of another file."""
     for path in files:
         shutil.copymode(source, path)
+
+
+def name_in(folder, path):
+    """What metadata and the Hub call a file: its path below the folder, with slashes."""
+    return Path(os.path.relpath(path, folder)).as_posix()
 
 
 # ----------------------------------------------------------------------------------------------------------- arguments
@@ -3159,6 +3307,11 @@ def make_noise_scheduler(args, pipeline):
     return diffusers.DDPMScheduler.from_config(pipeline.scheduler.config, **changes)
 
 
+def numel_of(parameter):
+    """How many numbers a parameter has, in all processes together: where DeepSpeed shares it out, it seems empty."""
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
 def write_models(models, folder, suffix=""):
     """Writes models, by name, each into a folder of that name and suffix from which `from_pretrained` loads it."""
     for name, model in models.items():
@@ -3169,11 +3322,22 @@ def write_models(models, folder, suffix=""):
             model.save_pretrained(folder / f"{name}{suffix}")
 
 
+@torch.no_grad()
 def read_models(models, folder, suffix=""):
-    """Reads what `write_models` wrote into models of the same shapes, in float32."""
+    """Reads what `write_models` wrote into models of the same shapes, tensor by tensor. Raises `ValueError` for
+    weights of another model."""
     for name, model in models.items():
-        saved = type(model).from_pretrained(folder / f"{name}{suffix}", dtype=torch.float32)
-        model.load_state_dict(saved.state_dict())
+        own, num_read = model.state_dict(), 0
+        for path in sorted(Path(folder, f"{name}{suffix}").glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                for key in file.keys():  # noqa: SIM118 (it is no dict)
+                    tensor, saved = own.get(key.removeprefix("text_model.")), file.get_tensor(key)
+                    if tensor is None or tensor.shape != saved.shape:
+                        raise ValueError(f"{path.parent.name} is of another model, or not whole")
+                    tensor.copy_(saved)
+                    num_read += 1
+        if num_read != len(own):
+            raise ValueError(f"{name}{suffix} is of another model, or not whole")
 
 
 # ------------------------------------------------------------------------------------------------------------- entries
@@ -3479,13 +3643,57 @@ def make_average(args, parameters):
     return average
 
 
+# ------------------------------------------------------------------------------------------------------------ sharding
+def has_shared_passes(accelerator):
+    """Whether processes can only make passes together, since each of them has but a shard of the weights."""
+    return accelerator.is_fsdp2
+
+
+# ------------------------------------------------------------------------------------------------------------- digests
+def write_digests(folder):
+    """Writes digests.json into a folder: for all files in it, by their paths below it, their bytes and SHA-256."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / DIGESTS_FILE]
+    with ThreadPoolExecutor(4) as pool:  # hashing leaves Python's lock to others
+        sums = list(pool.map(sha256_of, paths))
+    digests = {name_in(folder, path): [path.stat().st_size, sha256] for path, sha256 in zip(paths, sums)}
+    (folder / DIGESTS_FILE).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
+
+
+def find_damage(folder):
+    """What is wrong with the first file of a folder that is missing, or of another size or content than digests.json
+    says; None for a folder that is whole, or has no digests: an older version wrote none."""
+    if not (folder / DIGESTS_FILE).exists():
+        return None
+    try:
+        digests = {name: (size, sha256) for name, (size, sha256) in read_json(folder / DIGESTS_FILE).items()}
+    except (InputError, ValueError, TypeError):
+        return f"{DIGESTS_FILE} cannot be read"
+    for name, (size, _) in digests.items():  # first what costs nothing
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if (folder / name).stat().st_size != size:
+            return f"{name} has {(folder / name).stat().st_size} bytes instead of {size}"
+    with ThreadPoolExecutor(4) as pool:
+        sums = list(pool.map(sha256_of, [folder / name for name in digests]))
+    for (name, (_, sha256)), found in zip(digests.items(), sums):
+        if found != sha256:
+            return f"the content of {name} has changed since it was written"
+    return None
+
+
+def sha256_of(path):
+    """The SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 # -------------------------------------------------------------------------------------------------------------- output
 def check_output(args, foreign_result):
     """Lists what is wrong with the output folder and the checkpoint to resume from. The file `foreign_result` marks a
     result of another kind of script, which would stay behind beside this one's."""
     problems, wanted = [], args.resume_from_checkpoint
     output = Path(args.output_dir).resolve()
-    checkpoint, newest = find_checkpoint(output, wanted), find_checkpoint(output, "latest")
+    checkpoint = find_checkpoint(output, wanted)
     existing = existing_place(output)
     is_usable = existing.is_dir() and os.access(existing, os.W_OK)
     is_used = is_usable and existing == output and is_taken(args)
@@ -3501,8 +3709,8 @@ def check_output(args, foreign_result):
         problems.append(f"--logging_dir={args.logging_dir}: is --output_dir itself; name a folder in it, such as logs")
     if wanted and args.overwrite_output_dir:
         problems.append("--overwrite_output_dir: contradicts --resume_from_checkpoint; drop one")
-    if is_own and newest and checkpoint.resolve() != newest.resolve():
-        problems.append(f"--resume_from_checkpoint={wanted}: {newest} is newer; use that, or another --output_dir")
+    if is_own and checkpoint and (newer := find_newer(output, checkpoint.resolve())):
+        problems.append(f"--resume_from_checkpoint={wanted}: {newer} is newer; use that, or another --output_dir")
     if not is_usable:
         told = f"{existing} is a file or cannot be written to; name another folder"
         problems.append(f"--output_dir={args.output_dir}: {told}")
@@ -3530,7 +3738,7 @@ def check_trackers(args):
 
 def is_taken(args):
     """Whether the output folder holds more than a lock, and logs of trackers, which get a folder of their own."""
-    others = {LOCK_FILE, *Path(args.logging_dir).parts[:1]}
+    others = {LOCK_FILE, TOKEN_FILE, *Path(args.logging_dir).parts[:1]}
     return any(path.name not in others for path in Path(args.output_dir).iterdir())
 
 
@@ -3564,6 +3772,33 @@ def locked_output(args):
             shutil.rmtree(output_dir, ignore_errors=True)
 
 
+def leave_token(output_dir, token):
+    """Leaves a token, a text, in the output folder for the other machines to see. Raises `InputError`."""
+    try:
+        Path(output_dir, TOKEN_FILE).write_text(token, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--output_dir={output_dir}: cannot be written to ({last_line(error)}); make room") from None
+
+
+def sees_token(output_dir, token, seconds):
+    """Whether the token that the first process left can be read here within so many seconds: what one machine writes
+    to a network file system others may see with a delay."""
+    deadline = time.monotonic() + seconds
+    while True:
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            if Path(output_dir, TOKEN_FILE).read_text(encoding="utf-8") == token:
+                return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.25)
+
+
+def remove_token(output_dir):
+    """Removes what `leave_token` left."""
+    with contextlib.suppress(OSError):
+        Path(output_dir, TOKEN_FILE).unlink()
+
+
 def chosen_tracker(args):
     """The name of accelerate's tracker to start: the one asked for, or all that are installed, else tensorboard where
     it is installed; None for no tracker."""
@@ -3588,8 +3823,11 @@ def prepare_output(run, overwrite):
         if re.fullmatch(unfinished, old.name) or (overwrite and re.fullmatch(old_folders, old.name)):
             shutil.rmtree(old)
     first_step = run.progress["global_step"]
-    if first_step and run.progress["base_losses"] is None:  # of other images, or of another objective
-        (output_dir / "best.json").unlink(missing_ok=True)
+    set_aside_damaged(output_dir, first_step)
+    best = read_best(output_dir)
+    # The loss may be of other images, or of another objective; or the checkpoint is damaged.
+    if best and first_step and (run.progress["base_losses"] is None or best["step"] > first_step):
+        (output_dir / "best.json").unlink()
     log = output_dir / "log.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() and first_step else []
     contents = {
@@ -3780,6 +4018,11 @@ def warn_of_warm_up(args, counts):
 def checkpoint_bytes(run):
     """How many bytes the tensors of a checkpoint take, before the first step or later: weights, the optimizer's
     moments, the average."""
+    if (run.settings.get("sharding") or "").startswith(
+        "ZeRO"
+    ):  # weights, once more in float32 in the optimizer, and its two moments
+        total = sum(16 * numel_of(parameter) for parameter in run.weights.parameters)
+        return total + array_bytes(run.state["ema"].shadow_params if "ema" in run.state else [])
     total = array_bytes(run.weights.parameters) if run.weights else 0
     for name, part in run.state.items():
         if name == "optimizer" and hasattr(part, "param_groups"):  # whose moments are made in the first step
@@ -3889,6 +4132,14 @@ def push(args, repo_id, files, step):
 
 
 # ---------------------------------------------------------------------------------------------------------- validation
+def share_of(accelerator, number):
+    """Which of a number of things this process has to look at: every so many, but all of them where weights are shared
+    out, so that all processes make the same passes together."""
+    if has_shared_passes(accelerator):
+        return range(number)
+    return range(accelerator.process_index, number, accelerator.num_processes)
+
+
 def log_held_out_losses(accelerator, run, losses):
     """Logs and prints the mean of held-out losses, and its gain over those before training, which the run's progress
     keeps, with the standard error of the paired difference."""
@@ -3918,7 +4169,7 @@ def draw_samples(args, accelerator, parts, prompts, is_asked):
         return tensors
 
     drawn, negative_prompt = [], args.validation_negative_prompt
-    mine = range(accelerator.process_index, len(prompts), accelerator.num_processes)
+    mine = share_of(accelerator, len(prompts))
     for start in range(0, len(mine), args.train_batch_size):
         if is_asked():
             break
@@ -4024,6 +4275,13 @@ def is_asked(stop):
     return bool(stop.received) or is_orphaned(stop.launcher)
 
 
+def take_save_requests(stop):
+    """Whether signals have asked for a checkpoint since the last call."""
+    number = len(stop.saves)
+    del stop.saves[:number]
+    return number > 0
+
+
 def is_orphaned(launcher):
     """Whether the launcher is gone: then this process has another parent."""
     return launcher is not None and os.getppid() != launcher
@@ -4031,31 +4289,84 @@ def is_orphaned(launcher):
 
 @contextlib.contextmanager
 def noted_signals(stop):
-    """Notes SIGTERM and SIGINT in `stop` instead of ending; afterwards they do what they did before. Outside the main
-    thread, which alone gets signals, all stays as it is."""
+    """Notes in `stop` the signals that ask to stop or to save, which by default end the process; an ignored SIGHUP
+    (nohup) stays ignored."""
+    actions = {
+        **dict.fromkeys(ASK_TO_STOP, functools.partial(note_signal, stop.received)),
+        **dict.fromkeys(ASK_TO_SAVE, functools.partial(note_save, stop.saves)),
+    }
+    number_of = signal.Signals.__members__
+    if "SIGHUP" in number_of and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        del actions["SIGHUP"]
+    with answered_signals(actions):
+        yield
+
+
+@contextlib.contextmanager
+def answered_signals(actions):
+    """Answers signals, by name, by other actions for a while; afterwards they do what they did before. Outside the
+    main thread, which alone gets signals, all stays as it is."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    on_signals(functools.partial(note_signal, stop.received))
+    before = {name: signal.getsignal(number) for name, number in known_signals(actions)}
+    for name, number in known_signals(actions):
+        signal.signal(number, actions[name])
     try:
         yield
     finally:
-        for number, action in before.items():
-            signal.signal(number, action)
+        for name, number in known_signals(before):
+            signal.signal(number, before[name])
 
 
-def on_signals(action, _=None):
-    """Answers SIGTERM and SIGINT by `action`; workers ignore them: the main process needs them to finish the step."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+def known_signals(names):
+    """Pairs of name and number of those signals that this system has."""
+    return [(name, number) for name, number in signal.Signals.__members__.items() if name in names]
+
+
+def on_signals(action, names=ASK_TO_STOP):
+    """Answers signals by `action`."""
+    for _, number in known_signals(names):
         signal.signal(number, action)
 
 
 def note_signal(received, number, _):
-    """Appends the signal to `received`; a second one ends the process at once."""
-    os.write(2, b"\nFinishing the step and writing a checkpoint; a second signal ends at once, without one.\n")
+    """Appends the signal to `received`; another one ends the process at once, but for what comes with the first."""
+    say("Finishing the step and writing a checkpoint; another signal, later, ends at once, without one.")
     received.append(number)
-    on_signals(signal.SIG_DFL)
+    on_signals(functools.partial(end_at_once, time.monotonic()))
+
+
+def end_at_once(since, number, _):
+    """Ends the process by the signal, unless it is one with that of the time `since`: of a Ctrl-C that a launcher
+    hands on to a process that has got it too."""
+    if time.monotonic() - since > SAME_REQUEST:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+
+def note_save(saves, number, _):
+    """Appends the signal to `saves`."""
+    say("A checkpoint follows at the end of a step, and the run goes on.")
+    saves.append(number)
+
+
+def say(text):
+    """Prints a line about a signal, where printing can be interrupted by it. What is printed from now on goes nowhere
+    if the terminal, or a program that reads it, has gone by the same signal: any print would fail."""
+    drop_lost_output()
+    os.write(2, f"{text}\n".encode())
+
+
+def drop_lost_output():
+    """Sends standard output and errors nowhere if nobody is there any more to read them."""
+    for descriptor in (1, 2):
+        try:
+            os.write(descriptor, b"\n")
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)
 
 
 # ------------------------------------------------------------------------------------------------------------ failures
@@ -4068,6 +4379,7 @@ def nothing_lost(args, accelerator, run, stop, write_state, end=sys.exit):
         try:
             yield
         except Exception as error:  # of the data, the disk, the memory, a library
+            drop_lost_output()  # which may be what failed
             reason, remedy = explain(args, error)
             told_as = name_of_process(accelerator)
             if not reason:
@@ -4199,7 +4511,8 @@ def run_script(program, parser, argv, replaced_flags, check_args, start, is_firs
             if not any(re.search(rf"{flag}\b", problem) for flag in refused):
                 problems.append(problem)
         raise_problems(problems)
-        start(args)
+        with answered_signals(dict.fromkeys(ASK_TO_SAVE, signal.SIG_IGN)):  # outside of steps nothing is to be saved
+            start(args)
 
 
 # ------------------------------------------------------------------------------------------------------- flax.networks

@@ -27,6 +27,7 @@ Papers: LoRA (arXiv 2106.09685), rsLoRA (2312.03732), DoRA (2402.09353), latent 
 #   randomness     Random numbers as a pure function of the seed and of what they are for
 #   dataset        Read captioned images from a folder or the Hub, check them, make samples to train on
 #   checkpoints    Write checkpoints that are whole or not there, find them, and go on from one
+#   states         The state of a run in PyTorch, of which every process writes its part and reads it back
 #   errors         Mistakes of the user's: how they are gathered, told and end the process
 #   files          Files: read, written beside their place and renamed when complete, with permissions
 #   arguments      The flags that several scripts share, their types, and `--config`
@@ -39,12 +40,15 @@ Papers: LoRA (arXiv 2106.09685), rsLoRA (2312.03732), DoRA (2402.09353), latent 
 #   lora_layouts   LoRA files in diffusers' and kohya's layouts: read, renamed, written; tensors keep their bits
 #   lora           Add adapters to models, go on from those in a file, and save what was trained
 #   optimization   The optimizer, its learning rate, and the average of the weights
+#   deepspeed      DeepSpeed's ZeRO: processes share out gradients, the optimizer's state, in stage 3 weights
+#   sharding       FSDP2: what is trained is shared out over processes, each of which holds a shard of each tensor
+#   digests        Digests of the files in a folder, by which a damaged one is found
 #   output         The folder of a run: whether it may be used, its log, the pipeline that results
 #   plan           The plan that a run prints before its first step
 #   model_card     The model card, README.md of a result
 #   hub            The upload of a result to the Hub
 #   validation     Look at a run: draw samples, and measure the loss on images that are not trained on
-#   signals        Signals that ask a run to stop, and the death of the launcher, which asks for the same
+#   signals        Signals that ask a run to stop or to save, and the death of the launcher, which asks it to stop
 #   failures       What ends a run too early: it is told in a line, and nothing is lost that can be written
 #   script         Run a script: read its flags, tell what is wrong with them, train
 #   cache          Encode images and captions once, into a cache on disk that later runs share
@@ -56,6 +60,7 @@ gc.disable()
 
 import argparse
 import contextlib
+import copy
 import csv
 import ctypes
 import dataclasses
@@ -67,10 +72,12 @@ import hashlib
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import pkgutil
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -79,6 +86,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -90,15 +98,19 @@ import numpy as np
 import peft
 import safetensors.numpy
 import torch
+import torch.distributed.checkpoint
 import torch.nn.functional as F
 import transformers
 import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
+    DeepSpeedPlugin,
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
+    broadcast_object_list,
+    disable_fsdp_ram_efficient_loading,
     gather_object,
     get_int_from_env,
     is_cuda_available,
@@ -118,8 +130,12 @@ from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.cuda import is_bf16_supported, max_memory_reserved
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers.integrations import unset_hf_deepspeed_config
 
 gc.freeze()  # nor is it looked through later
 gc.enable()
@@ -633,6 +649,30 @@ PRODIGY_PROGRESS = {"d", "d_max", "d_hat", "d_numerator", "d_denom", "k"}
 POLYNOMIAL_END = 1e-7  # the rate at which diffusers' polynomial schedule ends
 AVERAGED_AT_ONCE = 2**24  # weights whose average is updated at once: 64 MB of differences
 
+
+class DeepSpeedAccelerator(Accelerator):
+    """Accelerate's for DeepSpeed, which keeps weights in float32 and autocasts their passes. Told of bf16 itself,
+    accelerate would have DeepSpeed train weights that are rounded to it."""
+
+    def __init__(self, precision, **options):
+        self.precision = precision
+        super().__init__(mixed_precision="no", **options)
+
+    @property
+    def mixed_precision(self):
+        """That of passes."""
+        return self.precision
+
+    def autocast(self, autocast_handler=None):
+        """A context in which passes are in that precision."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+
+SHARDS_FOLDER = "shards"  # a folder of a checkpoint, in the place of weights and optimizer
+AVERAGE = "ema."  # begins the names of averaged weights among shards
+
+DIGESTS_FILE = "digests.json"
+
 AVERAGED = "_ema"  # ends the names of averaged weights in a checkpoint
 
 
@@ -641,9 +681,11 @@ class Weights:
     """The weights that are trained, and how they become files that people can load, and come back from them."""
 
     models: dict  # by name, that have them
+    prepared: dict  # by name, as accelerate prepared them for passes
     parameters: list  # of torch
     write: Callable  # (models, folder, suffix): writes into a folder, with a suffix to the names
     read: Callable  # (models, folder, suffix): reads what was written. Raises whatever a broken file leads to
+    skeletons: dict  # by name, models without weights, for those that are shared out over processes
 
 
 @dataclasses.dataclass
@@ -660,7 +702,11 @@ class Run:
     is_whole: bool = True  # weights and state belong together; not so in the middle of an optimizer step
 
 
+OPTIMIZER_FILE = "optimizer.bin"  # as accelerate calls it
+STATE_FILE = "state.json"
+
 LOCK_FILE = ".lock"
+TOKEN_FILE = ".token"  # what the first process leaves for the other machines to see, for a moment
 NEW_RESULT = ".result.partial"  # a folder beside which the old result stays until the new one is whole
 
 # Places, secrets and how it was started.
@@ -684,12 +730,20 @@ class HeldOut:
     prompt_embeds: dict | None  # (tokens, channels); None where the text encoder is trained
 
 
+# By their names, since Windows lacks some. SIGHUP: the terminal is gone. SIGUSR1, SIGUSR2: what clusters are told to
+# send some time before they end a job.
+ASK_TO_STOP = {"SIGTERM", "SIGINT", "SIGHUP"}
+ASK_TO_SAVE = {"SIGUSR1", "SIGUSR2"}
+SAME_REQUEST = 3.0  # seconds in which a signal may come twice: to a group, and handed on by the launcher in it
+
+
 @dataclasses.dataclass
 class Stop:
-    """What may ask a run to stop."""
+    """What may ask a run to stop, or to save and go on."""
 
     launcher: int | None  # number of the process that started this one
-    received: list = dataclasses.field(default_factory=list)  # signals
+    received: list = dataclasses.field(default_factory=list)  # signals that ask to stop
+    saves: list = dataclasses.field(default_factory=list)  # signals that ask for a checkpoint, not answered yet
 
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -706,6 +760,7 @@ LOST_PEER_TEXT = re.compile(r"Connection (closed|reset) by (peer|remote)|remote 
 FREED_MEMORY_IS_KEPT = {-1: 2**31 - 1, -3: 2**30}  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, in bytes
 MINUTES = datetime.timedelta(minutes=10)  # for what all processes do at the same time
 A_DAY = datetime.timedelta(days=1)
+PATIENCE_WITH_FOLDERS = 15  # seconds after which what one machine wrote has to be seen by the others
 # Flags that may differ between machines: what they name is compared in their place, or has no effect on others.
 OWN_TO_A_MACHINE = set(
     """
@@ -720,8 +775,7 @@ class Work:
     """What the steps of a run are made of."""
 
     loader: torch.utils.data.DataLoader  # of this process's batches, from the run's next step on
-    models: list  # as accelerate prepared them, whose gradients processes share
-    training_loss: Callable  # (batch): the loss of each sample (batch,), through `models`
+    training_loss: Callable  # (batch): the loss of each sample (batch,), through the models that are trained
     make_gradients: Callable  # (args, accelerator, run, work, passes): a step's loss, and the norm of its gradient
 
 
@@ -797,6 +851,7 @@ FIXED_ON_RESUME = {
     "mixed_precision",
     "channels_last",
     "optimizer",
+    "sharding",
     "state",
     "stream",  # which would go on from somewhere else
 }  # the state would not fit
@@ -851,8 +906,10 @@ def train(args, launcher):
         start_trackers(args, accelerator)
     pipeline, models, noise_scheduler = load_models_with_adapters(args, accelerator)
     make_faster(args, pipeline.unet)
-    prepared = {name: accelerator.prepare(model) for name, model in models.items()}  # passes are autocast now
-    unet, text_encoder = prepared["unet"], prepared.get("text_encoder", pipeline.text_encoder)
+    counts = count_steps_of(args, images, num_processes)
+    groups = group_parameters(args, models, peak_learning_rate(args, counts))
+    weights, optimizer = prepare(accelerator, models, make_optimizer(args, groups), write_adapters, read_adapters_into)
+    unet, text_encoder = weights.prepared["unet"], weights.prepared.get("text_encoder", pipeline.text_encoder)
 
     def training_loss(batch):
         """The loss of each sample of a batch (batch,)."""
@@ -860,19 +917,13 @@ def train(args, launcher):
         prompt_embeds = encode_prompts(text_encoder, batch)
         return diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, batch, args.snr_gamma)
 
-    counts = count_steps_of(args, images, num_processes)
-    learning_rate = peak_learning_rate(args, counts)
-    groups = group_parameters(args, models, learning_rate)
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    weights = Weights(models, parameters, write_adapters, read_adapters_into)
-    optimizer = make_optimizer(args, groups)
-    state = make_state(args, accelerator, optimizer, counts.last_step)
+    state = make_state(args, accelerator, optimizer, weights, counts.last_step)
     run = start_run(args, accelerator, counts, state, fingerprints, weights, FREE_ON_RESUME, FIXED_ON_RESUME)
     cache = plan_cache(args, accelerator, pipeline, [images, held_out])
     about = {
         "trained": f"LoRA of rank {args.rank} on {args.lora_target} of {' and '.join(models)}",
         "frozen": "all else",
-        "result_bytes": count_adapter_bytes(args, parameters),
+        "result_bytes": count_adapter_bytes(args, weights.parameters),
         "buckets": describe_buckets(args, images),
         "stream": describe_stream(args, images, num_processes, num_workers),
         "cache": describe_cache(cache),
@@ -886,7 +937,7 @@ def train(args, launcher):
         leave_device(pipeline, cache, prompts)
     left_out = LeftOut()
     loader = load_batches(args, accelerator, run, images, left_out)
-    work = Work(loader, list(prepared.values()), training_loss, add_up_gradients)
+    work = Work(loader, training_loss, add_up_gradients)
     if args.dry_run:
         try_steps(args, accelerator, run, work)
         end_training(accelerator)
@@ -898,11 +949,12 @@ def train(args, launcher):
         held_out = encode_held_out(accelerator, parts["vae"], parts["text_encoder"], held_out, args.train_batch_size)
     look = functools.partial(validate, args, accelerator, run, parts, held_out, prompts)
     stop = Stop(launcher)
-    with nothing_lost(args, accelerator, run, stop, write_torch_state):
+    with nothing_lost(args, accelerator, run, stop, functools.partial(write_state_alone, accelerator)):
         train_steps(args, accelerator, run, stop, work, look)
         left_out.tell(name_of_process(accelerator))
+        use_average(run)
+        models = whole_models(weights)
         if accelerator.is_main_process:
-            use_average(run)
             files = save_model(args, models, counts.num_images, counts.last_step)
     if repo_id:
         push(args, repo_id, files, counts.last_step)
@@ -1017,10 +1069,10 @@ def check_environment(args):
             f"ACCELERATE_DYNAMO_BACKEND={os.environ['ACCELERATE_DYNAMO_BACKEND']} (or accelerate's config): is not "
             "obeyed here; use no, and --compile"
         )
-    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+    for name in ("MEGATRON_LM", "PARALLELISM_CONFIG"):
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
             problems.append(f"accelerate's config asks for {name}, which cannot be used; choose GPUs alone")
-    return problems
+    return problems + check_sharding(args) + check_deepspeed(args)
 
 
 def make_accelerator(args):
@@ -1028,17 +1080,20 @@ def make_accelerator(args):
     in `wait_for_everyone`: there one of them draws, reads or saves alone. Raises `InputError`."""
     torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = args.allow_tf32  # of convolutions, for which torch's default is True
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
+    make = functools.partial(Accelerator, mixed_precision=args.mixed_precision)
+    if uses_deepspeed():
+        make = functools.partial(make_deepspeed_accelerator, args)
+    accelerator = make(
         log_with=chosen_tracker(args),
         project_dir=Path(args.output_dir, args.logging_dir),
         # The passes of a step are ours to count: accelerate would divide gradients by what its variable says.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=MINUTES),
+            InitProcessGroupKwargs(choose_backend(), timeout=MINUTES),
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # else every gradient is there twice
         ],
     )
+    set_up_sharding(accelerator)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     if accelerator.num_processes > 1:
@@ -1046,6 +1101,8 @@ def make_accelerator(args):
         accelerator.wait_for_everyone = functools.partial(torch.distributed.barrier, patient)
     flags = {name: value for name, value in vars(args).items() if name not in OWN_TO_A_MACHINE}
     check_agreement(accelerator, flags)
+    if accelerator.num_processes > 1 and not args.dry_run:  # which writes nothing
+        check_shared_output(accelerator, args.output_dir)
     return accelerator
 
 
@@ -1076,19 +1133,63 @@ def check_agreement(accelerator, values):
         raise InputError("\n  ".join([f"the processes do not agree; {remedy}", *differences]))
 
 
+def check_shared_output(accelerator, output_dir):
+    """Asks whether all processes see one output folder: a machine with a folder of its own would not find the
+    checkpoint to go on from, nor keep one where the others look for it. Raises `InputError` in all of them."""
+    token, problems = secrets.token_hex(16), []
+    if accelerator.is_main_process:
+        with gathered(problems):
+            leave_token(output_dir, token)
+    token, problems = broadcast_object_list([token, problems])  # the first process's, once it has left the token
+    raise_problems(problems)
+    here = {
+        "host": socket.gethostname(),
+        "folder": Path(output_dir).resolve(),
+        "sees": accelerator.is_main_process or sees_token(output_dir, token, PATIENCE_WITH_FOLDERS),
+    }
+    everywhere = gather_object([here])
+    if accelerator.is_main_process:
+        remove_token(output_dir)
+    first, blind = everywhere[0], [rank for rank, there in enumerate(everywhere) if not there["sees"]]
+    if blind:
+        there = everywhere[blind[0]]
+        raise InputError(
+            f"--output_dir={output_dir}: {len(blind)} of {len(everywhere)} processes do not see what rank 0 writes to "
+            f"{first['folder']} on {first['host']}, such as rank {blind[0]}, which looks into {there['folder']} on "
+            f"{there['host']}; name one folder that all machines share, by its whole path"
+        )
+
+
 def agree_on_data(accelerator, fingerprints):
     """Waits until all processes have read their images, and compares what they have. Raises `InputError`."""
     accelerator.wait_for_everyone()
     check_agreement(accelerator, fingerprints)
 
 
-def make_state(args, accelerator, optimizer, last_step):
+def prepare(accelerator, models, optimizer, write, read):
+    """Prepares models, by name, and their optimizer for the accelerator: their passes are autocast then. Returns the
+    weights that are trained, with `write` and `read` as `Weights` has them, and the optimizer."""
+    skeletons = {name: skeleton_of(model) for name, model in models.items()} if accelerator.is_fsdp2 else {}
+    # In one call: an optimizer has to get to know the shards of its weights.
+    given = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    *prepared, optimizer = accelerator.prepare(*models.values(), optimizer)
+    if accelerator.is_fsdp2:  # which autocasts nothing
+        for model in prepared:
+            model.forward = accelerator.autocast()(model.forward)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if uses_deepspeed():  # whose optimizer has other tensors
+        set_up_engine(*prepared)
+        parameters = given
+    prepared = dict(zip(models, prepared, strict=True))
+    return Weights(models, prepared, parameters, write, read, skeletons), optimizer
+
+
+def make_state(args, accelerator, optimizer, weights, last_step):
     """All that a checkpoint holds beside weights, by name: optimizer, lr_scheduler, maybe ema and scaler."""
     lr_scheduler = make_schedule(args, optimizer, last_step)
-    state = {"optimizer": accelerator.prepare(optimizer), "lr_scheduler": lr_scheduler}
+    state = {"optimizer": optimizer, "lr_scheduler": lr_scheduler}
     if args.use_ema:
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        state["ema"] = make_average(args, parameters)
+        state["ema"] = make_average(args, held_here(weights.parameters))
         if args.offload_ema:  # at once: the first step needs all memory that there is
             state["ema"].to("cpu")
     if accelerator.scaler is not None:
@@ -1100,12 +1201,27 @@ def start_run(args, accelerator, counts, state, fingerprints, weights, free, fix
     """A run at its start, or where the checkpoint to resume from ended, the same in all processes; `free` and `fixed`
     name settings that may and that cannot differ from the checkpoint's. Raises `InputError`."""
     masks = split_of_step(args, accelerator) if has_dropout(weights.models) else None
-    fingerprints = {**fingerprints, "dropout_masks": masks, "optimizer": optimizer_of(args)}
+    sharding = "FSDP2" if accelerator.is_fsdp2 else name_of_zero(accelerator)
+    fingerprints = {**fingerprints, "dropout_masks": masks, "optimizer": optimizer_of(args), "sharding": sharding}
     run = new_run(args, counts, state, accelerator.mixed_precision, fingerprints, weights)
-    if checkpoint := find_checkpoint(run.output_dir, args.resume_from_checkpoint):
-        resume(run, checkpoint, free, fixed)
+    register_weights(accelerator, run)
+    num_damaged = count_damaged_once(accelerator, run.output_dir, args.resume_from_checkpoint)
+    if checkpoint := find_checkpoint(run.output_dir, args.resume_from_checkpoint, num_damaged):
+        resume(accelerator, run, checkpoint, free, fixed)
     check_agreement(accelerator, {"global_step": run.progress["global_step"]})
     return run
+
+
+def count_damaged_once(accelerator, output_dir, wanted):
+    """What the first process finds by `count_damaged`, in all of them. Raises `InputError` in all of them."""
+    found, problems = 0, []
+    if accelerator.is_main_process:
+        with gathered(problems):
+            found = count_damaged(output_dir, wanted)
+    accelerator.wait_for_everyone()
+    found, problems = gather_object([(found, problems)])[0]
+    raise_problems(problems)
+    return found
 
 
 def has_dropout(models):
@@ -1127,7 +1243,7 @@ def tell_plan(args, accelerator, run, num_held_out, about):
     """Prints what will be done. `about` says what the script knows: which models are `trained`, which are `frozen`,
     `result_bytes`, `buckets` (lines on the sizes of images), and of the `cache` a text, or None, and warnings."""
     parameters, (about_cache, cache_warnings) = run.weights.parameters, about["cache"]
-    num_trained = sum(parameter.numel() for parameter in parameters)
+    num_trained = sum(numel_of(parameter) for parameter in parameters)
     warnings = warn_of_precision(accelerator) + warn_of_rate(args, run.settings["peak_learning_rate"])
     about = {
         **about,
@@ -1179,7 +1295,7 @@ def make_loader(args, accelerator, samples, batches):
         **({"batch_size": None} if batches is None else {"batch_sampler": batches}),
         num_workers=choose_num_workers(args.dataloader_num_workers),
         pin_memory=accelerator.device.type != "cpu",
-        worker_init_fn=functools.partial(on_signals, signal.SIG_IGN),
+        worker_init_fn=ignore_signals,
     )
 
 
@@ -1217,7 +1333,8 @@ def train_steps(args, accelerator, run, stop, work, look):
     for step in bar:
         started = time.perf_counter()
         num_samples, passes = next(steps)
-        loss, grad_norm, is_broken, stop_now = take_step(args, accelerator, run, work, passes, is_asked(stop))
+        requests = is_asked(stop), take_save_requests(stop)
+        loss, grad_norm, is_broken, (stop_now, save_now) = take_step(args, accelerator, run, work, passes, requests)
         seconds = time.perf_counter() - started
         done = run.progress["global_step"]
         if args.compile and step == first_step:
@@ -1236,11 +1353,10 @@ def train_steps(args, accelerator, run, stop, work, look):
                 log_losses(accelerator, run, lr_scheduler.get_last_lr()[0], norm, images_per_second)
 
         # Save and look
-        if stop_now or is_broken or done % args.checkpointing_steps == 0 or done == counts.last_step:
-            if accelerator.is_main_process and run.is_whole:
-                # After a broken step none is removed: the last good one may be an older one.
-                save_checkpoint(run, write_torch_state, None if is_broken else args.checkpoints_total_limit)
-            accelerator.wait_for_everyone()
+        is_due = is_broken or stop_now or save_now or done % args.checkpointing_steps == 0 or done == counts.last_step
+        if is_due and run.is_whole:
+            # After a broken step none is removed: the last good one may be an older one.
+            save_together(accelerator, run, None if is_broken else args.checkpoints_total_limit)
         if stop_now or is_broken:
             leave(accelerator, run, is_broken, stop.received)
         if done % validation_steps == 0 or done == counts.last_step:
@@ -1255,7 +1371,7 @@ def try_steps(args, accelerator, run, work):
         steps = passes_by_step(args, run, work.loader)
         for step_samples, passes in itertools.islice(steps, 2):
             started = time.perf_counter()
-            _, _, is_broken, _ = take_step(args, accelerator, run, work, passes, False)
+            _, _, is_broken, _ = take_step(args, accelerator, run, work, passes, [])
             if is_broken:
                 raise InputError("a loss or gradient that is not finite; use a lower --learning_rate or bf16")
             if accelerator.device.type != "cpu":
@@ -1278,30 +1394,31 @@ def passes_by_step(args, run, loader):
         yield num_samples, zip(itertools.islice(batches, num_passes), is_last, strict=True)
 
 
-def take_step(args, accelerator, run, work, passes, is_stop_asked):
+def take_step(args, accelerator, run, work, passes, requests):
     """Takes one optimizer step. Returns its loss; the norm of its gradient, or None if one of the two is not
-    finite; whether it was broken: one such step too many in a row, of which nothing is noted; and whether a stop is
-    asked for in some process."""
+    finite; whether it was broken: one such step too many in a row, of which nothing is noted; and which of `requests`
+    there are in some process."""
     optimizer, lr_scheduler, step = run.state["optimizer"], run.state["lr_scheduler"], run.progress["global_step"]
     # Dropout layers alone use torch's own generator.
     torch.manual_seed(random_numbers(args.seed, DROPOUT, step, accelerator.process_index).integers(2**32))
-    step_loss, grad_norm = work.make_gradients(args, accelerator, run, work, passes)
+    make_gradients = step_by_engine if uses_deepspeed() else work.make_gradients
+    step_loss, grad_norm = make_gradients(args, accelerator, run, work, passes)
 
     # Optimizer step, unless a loss or a gradient is not finite in some process.
-    loss, num_not_finite, stop_now = exchange(accelerator, step_loss, grad_norm, is_stop_asked)
+    loss, num_not_finite, *requests = exchange(accelerator, step_loss, grad_norm, requests)
     is_finite = num_not_finite == 0
     is_broken = not is_finite and run.progress["nan_steps"] >= max_nan_steps(args, accelerator)
     if not is_broken:
         run.is_whole = False
         if is_finite or accelerator.scaler is not None:  # which skips the step, and scales losses less from now on
-            optimizer.step()
+            optimizer.step()  # DeepSpeed's engine has done it
         optimizer.zero_grad()
         if is_finite:
             lr_scheduler.step()
-            update_average(args, run, run.weights.parameters)
+            update_average(args, run, held_here(run.weights.parameters))
         note_step(run, step, loss, is_finite)
         run.is_whole = True
-    return loss, grad_norm if is_finite else None, is_broken, stop_now
+    return loss, grad_norm if is_finite else None, is_broken, requests
 
 
 def add_up_gradients(args, accelerator, run, work, passes):
@@ -1310,11 +1427,12 @@ def add_up_gradients(args, accelerator, run, work, passes):
     step_loss = torch.zeros((), device=accelerator.device)
     for batch, is_last in passes:
         batch = send_to_device(batch, accelerator.device, non_blocking=True)
-        with without_sync(accelerator, [] if is_last else work.models):
+        with without_sync(accelerator, [] if is_last else run.weights.prepared.values()):
             loss = (work.training_loss(batch) * batch["weight"]).sum()
             accelerator.backward(loss * accelerator.num_processes)  # gradients are averaged over processes
         step_loss += loss.detach()
-    return step_loss, accelerator.clip_grad_norm_(run.weights.parameters, args.max_grad_norm)
+    grad_norm = accelerator.clip_grad_norm_(run.weights.parameters, args.max_grad_norm)
+    return step_loss, whole_tensor(grad_norm)
 
 
 def look_and_keep(args, accelerator, run, stop, look):
@@ -1323,13 +1441,10 @@ def look_and_keep(args, accelerator, run, stop, look):
     try:
         held_out_loss = look(functools.partial(is_asked, stop))
     except LookGivenUp:
-        if accelerator.is_main_process:
-            save_checkpoint(run, write_torch_state, args.checkpoints_total_limit)
-        accelerator.wait_for_everyone()
+        save_together(accelerator, run, args.checkpoints_total_limit)
         leave(accelerator, run, False, stop.received)
-    if args.keep_best and held_out_loss is not None and accelerator.is_main_process:
-        keep_best(run, held_out_loss, write_torch_state, args.checkpoints_total_limit)
-    accelerator.wait_for_everyone()
+    if args.keep_best and held_out_loss is not None:
+        keep_best_together(accelerator, run, held_out_loss, args.checkpoints_total_limit)
 
 
 def max_nan_steps(args, accelerator):
@@ -1348,11 +1463,11 @@ def without_sync(accelerator, models):
         yield
 
 
-def exchange(accelerator, loss, grad_norm, stop):
+def exchange(accelerator, loss, grad_norm, requests):
     """The step's one exchange between processes: the sum of their losses, and in how many of them loss or gradient is
-    not finite, and a stop is asked for."""
+    not finite, and there is each of `requests`."""
     not_finite = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
-    numbers = torch.stack([loss, not_finite.float(), torch.full_like(loss, stop)])
+    numbers = torch.stack([loss, not_finite.float(), *[torch.full_like(loss, asked) for asked in requests]])
     return accelerator.reduce(numbers, reduction="sum").tolist()
 
 
@@ -1361,16 +1476,6 @@ def update_average(args, run, parameters):
     ema = run.state.get("ema")
     if ema:
         step_average(ema, parameters, args.foreach_ema, args.offload_ema)
-
-
-def use_average(run):
-    """Puts the averaged weights, if there are any, into the models, in float32: those are the result, but no state to
-    go on from."""
-    run.is_whole = False
-    for parameter in run.weights.parameters:  # which may be in bfloat16, and lose what an average is for
-        parameter.data = parameter.data.float()
-    if "ema" in run.state:
-        run.state["ema"].copy_to(run.weights.parameters)
 
 
 # ------------------------------------------------------------------------------------------------------------- batches
@@ -2017,15 +2122,60 @@ def list_checkpoints(output_dir):
     return sorted(whole, key=lambda path: int(numbered[path]))
 
 
-def find_checkpoint(output_dir, wanted):
-    """The checkpoint that `wanted` means: a folder in `output_dir`, a path, or the "latest"; None if there is none."""
+def find_checkpoint(output_dir, wanted, num_damaged=0):
+    """The checkpoint that `wanted` means: a folder in `output_dir`, a path, or the "latest" of those before the
+    `num_damaged` newest; None if there is none."""
     if wanted is None:
         return None
     if wanted == "latest":
         checkpoints = list_checkpoints(output_dir)
+        checkpoints = checkpoints[: len(checkpoints) - num_damaged]
         return checkpoints[-1] if checkpoints else None
     inside = Path(output_dir, wanted)
     return inside if inside.is_dir() else Path(wanted)
+
+
+def count_damaged(output_dir, wanted):
+    """How many of the newest checkpoints `latest` has to pass over, which are named: their files are not those that
+    were written. For one process alone, which reads them whole. Raises `InputError` if nothing else is left, and if a
+    damaged one was asked for by name."""
+    if wanted == "latest":
+        checkpoints = list_checkpoints(output_dir)[::-1]
+    else:
+        checkpoints = [checkpoint for checkpoint in [find_checkpoint(output_dir, wanted)] if checkpoint]
+    damages = {}
+    for checkpoint in checkpoints:
+        damage = find_damage(checkpoint)
+        if damage is None:
+            break
+        damages[checkpoint] = f"{checkpoint.name} is damaged ({damage})"
+    whole = checkpoints[len(damages) :]
+    if damages and not whole:
+        told = "\n  ".join(damages.values())
+        remedy = "name another one, or start anew in another --output_dir"
+        raise InputError(f"--resume_from_checkpoint={wanted}: {told}; {remedy}")
+    for told in damages.values():
+        print(f"{told}; {whole[0].name} is used instead.")
+    return len(damages)
+
+
+def find_newer(output_dir, checkpoint):
+    """The newest checkpoint of a run if it is newer than another one of it, and not damaged; None otherwise."""
+    newer = list_checkpoints(output_dir)
+    if checkpoint in newer:
+        newer = newer[newer.index(checkpoint) + 1 :]
+    return next((path for path in reversed(newer) if find_damage(path) is None), None)
+
+
+def set_aside_damaged(output_dir, step):
+    """Gives what is in the place of checkpoints after `step`, from which a run goes on, another name: it is damaged or
+    half there, and the run will write its own."""
+    for path in sorted(output_dir.glob("checkpoint-*")):
+        number = path.name.removeprefix("checkpoint-")
+        if number.isdigit() and int(number) > step:
+            names = (f"{path.name}.damaged{suffix}" for suffix in ["", *range(2, 1000)])
+            aside = next(path.with_name(name) for name in names if not path.with_name(name).exists())
+            print(f"{path.name} is renamed to {path.rename(aside).name}.")
 
 
 def checkpoint_of(run):
@@ -2034,26 +2184,48 @@ def checkpoint_of(run):
 
 
 def save_checkpoint(run, write_state, total_limit):
-    """Writes checkpoint-N beside its place, then renames it; only then do older ones beyond `total_limit` go, but not
-    the best one. `write_state(run, folder)` writes the run's weights and state. For one process alone. If it fails,
-    nothing of it stays behind. Raises whatever a full disk or the like leads to."""
-    final = checkpoint_of(run)
-    if (final / "progress.json").exists():  # a step broke just after a save
+    """Writes checkpoint-N, in which `write_state(run, folder)` writes the run's weights and state. For one process
+    alone. If it fails, nothing of it stays behind. Raises whatever a full disk or the like leads to."""
+    partial = begin_checkpoint(run)
+    if partial is None:
         return
+    with removed_on_failure(partial):
+        write_state(run, partial)
+        finish_checkpoint(run, partial, total_limit)
+
+
+def begin_checkpoint(run):
+    """Makes the folder of the checkpoint of the run's step, beside its place; None if the checkpoint is there, because
+    a step broke just after a save. For one process alone."""
+    final = checkpoint_of(run)
+    if (final / "progress.json").exists():
+        return None
     # Two processes, maybe of two machines, may save after a failure: the first one wins.
     partial = final.with_name(f"{final.name}.{socket.gethostname()}-{os.getpid()}.partial")
+    partial.mkdir()
+    return partial
+
+
+@contextlib.contextmanager
+def removed_on_failure(partial):
+    """Leaves nothing behind of a checkpoint that fails."""
     try:
-        partial.mkdir()
-        write_state(run, partial)
-        for name, content in (("args", run.settings), ("progress", run.progress)):
-            (partial / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        copy_mode(run.output_dir / "args.json", partial.rglob("*.safetensors"))
-        sync(partial)  # files before names, or a crash could leave a whole name with half a file
-        partial.rename(final)
-        sync_folder(run.output_dir)
+        yield
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def finish_checkpoint(run, partial, total_limit):
+    """Completes a checkpoint whose weights and state are written, and renames it; only then do older ones beyond
+    `total_limit` go, but not the best one. For one process alone."""
+    for name, content in (("args", run.settings), ("progress", run.progress)):
+        (partial / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    copy_mode(run.output_dir / "args.json", partial.rglob("*.safetensors"))
+    write_digests(partial)
+    sync(partial)  # files before names, or a crash could leave a whole name with half a file
+    partial.rename(checkpoint_of(run))
+    sync_folder(run.output_dir)
     remove_surplus(run.output_dir, total_limit)
 
 
@@ -2072,68 +2244,19 @@ def read_best(output_dir):
     return read_json(path) if path.is_file() else None
 
 
-def keep_best(run, held_out_loss, write_state, total_limit):
-    """Keeps the checkpoint of the run's step, and writes it if it is not there, if its held-out loss is the lowest so
-    far. For one process alone."""
-    best, step = read_best(run.output_dir), run.progress["global_step"]
-    is_worse = best and best["step"] != step and best["held_out_loss"] <= held_out_loss
-    if is_worse or not math.isfinite(held_out_loss):
-        return
-    save_checkpoint(run, write_state, None)
+def is_best(run, held_out_loss):
+    """Whether a held-out loss is the lowest so far."""
+    best = read_best(run.output_dir)
+    is_worse = best and best["step"] != run.progress["global_step"] and best["held_out_loss"] <= held_out_loss
+    return math.isfinite(held_out_loss) and not is_worse
+
+
+def note_best(run, held_out_loss, total_limit):
+    """Notes that the checkpoint of the run's step is the best one, which makes another one surplus."""
     with beside(run.output_dir / "best.json") as path:
-        path.write_text(json.dumps({"step": step, "held_out_loss": held_out_loss}) + "\n", encoding="utf-8")
+        best = {"step": run.progress["global_step"], "held_out_loss": held_out_loss}
+        path.write_text(json.dumps(best) + "\n", encoding="utf-8")
     remove_surplus(run.output_dir, total_limit)
-
-
-@contextlib.contextmanager
-def averaged(run):
-    """Has the averaged weights, if there are any, in the models for a while."""
-    ema, parameters = run.state.get("ema"), run.weights.parameters
-    if not ema:
-        yield
-        return
-    ema.store(parameters)
-    try:
-        ema.copy_to(parameters)
-        yield
-    finally:
-        ema.restore(parameters)
-
-
-@contextlib.contextmanager
-def holding(parameters, values):
-    """Has parameters hold other tensors for a while, wherever and in whatever precision these are: to write them, or
-    to read into them."""
-    own = [parameter.data for parameter in parameters]
-    try:
-        for parameter, value in zip(parameters, values, strict=True):
-            parameter.data = value
-        yield
-    finally:
-        for parameter, value in zip(parameters, own, strict=True):
-            parameter.data = value
-
-
-def write_torch_state(run, folder):
-    """Writes the weights, averaged ones too, and the state of what was made by PyTorch into a checkpoint's folder."""
-    run.weights.write(run.weights.models, folder, "")
-    state = {name: part.state_dict() for name, part in run.state.items()}
-    if "ema" in state:
-        with holding(run.weights.parameters, run.state["ema"].shadow_params):
-            run.weights.write(run.weights.models, folder, AVERAGED)
-        del state["ema"]["shadow_params"]
-    torch.save(state, folder / "state.pt")
-
-
-def read_torch_state(run, folder):
-    """Reads what `write_torch_state` wrote: weights into the models, the average into the run's; returns the state, by
-    name, as tensors in the CPU's memory."""
-    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    if "ema" in run.state:
-        with holding(run.weights.parameters, run.state["ema"].shadow_params):
-            run.weights.read(run.weights.models, folder, AVERAGED)
-    run.weights.read(run.weights.models, folder, "")
-    return state
 
 
 def note_step(run, step, loss, is_finite):
@@ -2201,23 +2324,184 @@ def take_settings(run, checkpoint, free, fixed):
     take_progress(run, checkpoint, progress, changed)
 
 
-def resume(run, checkpoint, free, fixed):
-    """Loads a checkpoint into the run, made by PyTorch; `free` and `fixed` as in `compare_settings`. Raises
+# -------------------------------------------------------------------------------------------------------------- states
+@contextlib.contextmanager
+def averaged(run):
+    """Has the averaged weights, if there are any, in the models for a while."""
+    ema, parameters = run.state.get("ema"), held_here(run.weights.parameters)
+    if not ema:
+        yield
+        return
+    ema.store(parameters)
+    try:
+        ema.copy_to(parameters)
+        yield
+    finally:
+        ema.restore(parameters)
+        forget_gathered(run.weights.models)
+
+
+def use_average(run):
+    """Puts the averaged weights, if there are any, into the models, in float32: those are the result, but no state to
+    go on from."""
+    run.is_whole = False
+    for parameter in run.weights.parameters:
+        if parameter.dtype != torch.float32:  # in bfloat16 they would lose what an average is for
+            parameter.data = parameter.data.float()
+    if "ema" in run.state:
+        run.state["ema"].copy_to(held_here(run.weights.parameters))
+
+
+@contextlib.contextmanager
+def holding(parameters, values):
+    """Has parameters hold other tensors for a while, wherever and in whatever precision these are: to write them, or
+    to read into them."""
+    own = [parameter.data for parameter in parameters]
+    try:
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.data = value
+        yield
+    finally:
+        for parameter, value in zip(parameters, own, strict=True):
+            parameter.data = value
+
+
+def save_together(accelerator, run, total_limit):
+    """Writes the checkpoint of the run's step, by all processes together."""
+    [partial] = broadcast_object_list([begin_checkpoint(run) if accelerator.is_main_process else None])
+    if partial is None:
+        return
+    with removed_on_failure(partial):
+        write_state(accelerator, run, partial)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            finish_checkpoint(run, partial, total_limit)
+        accelerator.wait_for_everyone()
+
+
+def keep_best_together(accelerator, run, held_out_loss, total_limit):
+    """Keeps the checkpoint of the run's step, by all processes together, if its held-out loss is the lowest so far."""
+    [is_kept] = broadcast_object_list([accelerator.is_main_process and is_best(run, held_out_loss)])
+    if is_kept:
+        save_together(accelerator, run, None)
+        if accelerator.is_main_process:
+            note_best(run, held_out_loss, total_limit)
+
+
+def register_weights(accelerator, run):
+    """Has accelerate's checkpoints hold the weights that are trained, as files that people can load, in the place of
+    those of the models that it prepared, which would be the whole base."""
+    accelerator.register_save_state_pre_hook(functools.partial(replace_saved_weights, accelerator, run))
+    accelerator.register_load_state_pre_hook(functools.partial(replace_loaded_weights, run))
+
+
+def replace_saved_weights(accelerator, run, _, weights, folder):
+    """Writes a run's weights into the folder of a checkpoint, instead of what accelerate would write."""
+    weights.clear()
+    with held_whole(run.weights.parameters):
+        if accelerator.is_main_process:
+            write_weights(run, Path(folder))
+
+
+def replace_loaded_weights(run, models, folder):
+    """Reads a run's weights from the folder of a checkpoint, instead of what accelerate would read."""
+    models.clear()
+    if not is_partitioned(run.weights.parameters[0]):  # else DeepSpeed has read them
+        read_weights(run, Path(folder))
+
+
+def write_weights(run, folder):
+    """Writes a run's weights, averaged ones too, into a folder."""
+    weights = run.weights
+    weights.write(weights.models, folder, "")
+    if "ema" in run.state:
+        with holding(weights.parameters, run.state["ema"].shadow_params):
+            weights.write(weights.models, folder, AVERAGED)
+
+
+def read_weights(run, folder):
+    """Reads what `write_weights` wrote: weights into the models, the average into the run's."""
+    weights = run.weights
+    if "ema" in run.state:
+        with holding(weights.parameters, run.state["ema"].shadow_params):
+            weights.read(weights.models, folder, AVERAGED)
+    weights.read(weights.models, folder, "")
+
+
+def write_state(accelerator, run, folder):
+    """Writes the run's weights and state into the folder of a checkpoint, by all processes together."""
+    if accelerator.is_fsdp2:
+        write_shards(run, folder / SHARDS_FOLDER)  # accelerate would pickle, and write frozen weights too
+    elif uses_deepspeed():
+        accelerator.save_state(folder, exclude_frozen_parameters=True)
+    else:
+        accelerator.save_state(folder)
+    if accelerator.is_main_process:
+        write_numbers(run, folder)
+
+
+def write_state_alone(accelerator, run, folder):
+    """Writes the run's weights and state into the folder of a checkpoint, by this process alone. Raises `InputError`
+    if it does not have all of them."""
+    if accelerator.is_fsdp2 or uses_deepspeed():
+        raise InputError("no process has all of the state")
+    accelerator.save_state(folder)  # by any process but the first one only what each process has of its own
+    if not accelerator.is_main_process:
+        write_weights(run, folder)
+        torch.save(run.state["optimizer"].state_dict(), folder / OPTIMIZER_FILE)
+    write_numbers(run, folder)
+
+
+def write_numbers(run, folder):
+    """Writes those parts of the state that are a few numbers."""
+    parts = numbers_of(run)
+    (folder / STATE_FILE).write_text(json.dumps(parts, indent=2) + "\n", encoding="utf-8")
+
+
+def numbers_of(run):
+    """The parts of a run's state that are a few numbers, by name: of the schedule, and of the average."""
+    parts = {name: run.state[name].state_dict() for name in ("lr_scheduler", "ema") if name in run.state}
+    for part in parts.values():
+        part.pop("shadow_params", None)
+    return parts
+
+
+def resume(accelerator, run, checkpoint, free, fixed):
+    """Loads a checkpoint into the run, by all processes together; `free` and `fixed` as in `compare_settings`. Raises
     `InputError`."""
     take_settings(run, checkpoint, free, fixed)
-    saved = read_undamaged(checkpoint, functools.partial(read_torch_state, run))
-    # Rates and decays are those asked for now, which are the checkpoint's unless they were changed.
-    asked = {"param_groups", "base_lrs", "decay", "use_ema_warmup"}
-    for name, part in run.state.items():
-        now = part.state_dict()
-        before = saved[name].get("param_groups", [])
-        saved[name].update({key: now[key] for key in now.keys() & asked})
-        for group, group_before in zip(now.get("param_groups", []), before, strict=True):
-            group.update({key: group_before[key] for key in group_before.keys() & PRODIGY_PROGRESS})
-        part.load_state_dict(saved[name])
+    read_undamaged(checkpoint, functools.partial(read_state, accelerator, run))
+
+
+def read_state(accelerator, run, folder):
+    """Reads what `write_state` wrote. Rates and decays stay those asked for now, which are the checkpoint's unless
+    they were changed."""
     optimizer, lr_scheduler = run.state["optimizer"], run.state["lr_scheduler"]
+    asked = [dict(group) for group in optimizer.param_groups]
+    numbers, numbers_now = read_json(folder / STATE_FILE), numbers_of(run)
+    if accelerator.is_fsdp2:
+        read_shards(run, folder / SHARDS_FOLDER)
+    elif uses_deepspeed():
+        accelerator.load_state(folder, load_module_strict=False)
+    else:
+        accelerator.load_state(folder, load_kwargs={"mmap": True})  # tensor by tensor, not all of them at once
+        own_tensors(optimizer)
+    for group, group_asked in zip(optimizer.param_groups, asked, strict=True):
+        kept = group_asked.keys() - {"params", *PRODIGY_PROGRESS}
+        group.update({name: group_asked[name] for name in kept})
+    for name, part in numbers.items():
+        part.update({key: numbers_now[name][key] for key in part.keys() & {"base_lrs", "decay", "use_ema_warmup"}})
+        run.state[name].load_state_dict(part)
     for group, factor in zip(optimizer.param_groups, lr_scheduler.lr_lambdas, strict=True):
         group["lr"] = group["initial_lr"] * factor(lr_scheduler.last_epoch)
+
+
+def own_tensors(optimizer):
+    """Has an optimizer's tensors in the CPU's memory be its own, and not parts of the file that they came from."""
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if torch.is_tensor(value) and value.device.type == "cpu":
+                state[name] = value.clone()
 
 
 # -------------------------------------------------------------------------------------------------------------- errors
@@ -2247,6 +2531,15 @@ def raise_problems(problems):
         raise InputError(problems[0])
     if problems:
         raise InputError("\n  ".join(["", *problems]))
+
+
+@contextlib.contextmanager
+def gathered(problems):
+    """Adds the message of an `InputError` to a list, instead of raising it."""
+    try:
+        yield
+    except InputError as error:
+        problems.append(str(error))
 
 
 @contextlib.contextmanager
@@ -2352,6 +2645,11 @@ def copy_mode(source, files):
     """Gives files, which safetensors makes for their owner alone, the permissions of another file."""
     for path in files:
         shutil.copymode(source, path)
+
+
+def name_in(folder, path):
+    """What metadata and the Hub call a file: its path below the folder, with slashes."""
+    return Path(os.path.relpath(path, folder)).as_posix()
 
 
 # ----------------------------------------------------------------------------------------------------------- arguments
@@ -3418,6 +3716,11 @@ def on_device(device, *models):
             model.to(place)
 
 
+def numel_of(parameter):
+    """How many numbers a parameter has, in all processes together: where DeepSpeed shares it out, it seems empty."""
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
 # ------------------------------------------------------------------------------------------------------------- entries
 def digest_of(*values):
     """A SHA-256 of values that JSON can write."""
@@ -3963,8 +4266,10 @@ def load_models_with_adapters(args, accelerator):
     pipeline = load_base(args)
     weight_dtype = DTYPES[accelerator.mixed_precision]
     enable_memory_savers(args, pipeline.unet, accelerator.device, weight_dtype)
-    for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
+    for part in (pipeline.vae, pipeline.text_encoder):
         frozen(part, accelerator.device, weight_dtype)
+    # FSDP2 shares out the weights of a layer and of its adapters together, in one precision.
+    frozen(pipeline.unet, accelerator.device, torch.float32 if accelerator.is_fsdp2 else weight_dtype)
     models = {"unet": pipeline.unet}
     if args.train_text_encoder:
         models["text_encoder"] = pipeline.text_encoder
@@ -4011,7 +4316,7 @@ def read_lora(path):
 def count_adapter_bytes(args, parameters):
     """How many bytes the files take that `save_adapters` will write of such parameters."""
     num_files = 2 if args.output_kohya_format else 1
-    return num_files * sum(parameter.numel() for parameter in parameters) * DTYPES[args.save_precision].itemsize
+    return num_files * sum(map(numel_of, parameters)) * DTYPES[args.save_precision].itemsize
 
 
 def save_adapters(args, folder, models, num_images, step):
@@ -4252,13 +4557,370 @@ def update_on_cpu(averages, parameters, rate):
         average.sub_(difference)
 
 
+# ----------------------------------------------------------------------------------------------------------- deepspeed
+def uses_deepspeed():
+    """Whether accelerate's config asks for DeepSpeed."""
+    return parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+
+
+def asked_of_deepspeed(name, default):
+    """What accelerate's config says of DeepSpeed, as a text in small letters."""
+    return os.environ.get(f"ACCELERATE_DEEPSPEED_{name}", default).lower()
+
+
+def check_deepspeed(args):
+    """Lists what cannot go with DeepSpeed, if accelerate's config asks for that."""
+    if not uses_deepspeed():
+        return []
+    asked = "accelerate's config asks for DeepSpeed"
+    if not is_installed("deepspeed"):
+        return [f"{asked}, which is not installed; run `pip install -r requirements_deepspeed.txt`"]
+    problems, stage = check_deepspeed_config(args, asked), asked_of_deepspeed("ZERO_STAGE", "2")
+    if args.mixed_precision == "fp16" or os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
+        problems.append("--mixed_precision=fp16 (or accelerate's config): does not go with DeepSpeed; use bf16")
+    if optimizer_of(args) != "adamw":  # others have to see a weight as a whole, or all weights
+        given = "--use_8bit_adam=True" if args.use_8bit_adam else f"--optimizer={args.optimizer}"
+        problems.append(f"{given}: does not go with DeepSpeed; use --optimizer=adamw, or choose GPUs alone")
+    for flag in ("channels_last", "compile", "full_bf16", "train_text_encoder"):
+        if getattr(args, flag, False):
+            problems.append(f"--{flag}=True: does not go with DeepSpeed; drop this, or choose GPUs alone")
+    if stage == "3" and args.use_ema:
+        problems.append("--use_ema=True: does not go with ZeRO-3; use zero_stage: 2, or drop this")
+    return problems
+
+
+def check_deepspeed_config(args, asked):
+    """Lists what accelerate's config says of DeepSpeed that cannot be obeyed."""
+    problems, stage = [], asked_of_deepspeed("ZERO_STAGE", "2")
+    if stage not in ("2", "3"):
+        problems.append(f"{asked} with zero_stage: {stage}; use 2 or 3")
+    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if file != "none":
+        remedy = "give zero_stage and the like in accelerate's config itself"
+        problems.append(f"{asked} with deepspeed_config_file: {file}, which is not read; {remedy}")
+    for part in ("optimizer", "param"):
+        place = asked_of_deepspeed(f"OFFLOAD_{part.upper()}_DEVICE", "none")
+        if place not in ("none", "cpu"):
+            problems.append(f"{asked} with offload_{part}_device: {place}, which is not obeyed; use cpu or none")
+    if stage == "2" and asked_of_deepspeed("OFFLOAD_PARAM_DEVICE", "none") == "cpu":
+        problems.append(f"{asked} with offload_param_device: cpu, which needs zero_stage: 3; use that, or none")
+    clipping = os.environ.get("ACCELERATE_GRADIENT_CLIPPING", "auto").lower()
+    if clipping != "auto" and float(clipping) != args.max_grad_norm:
+        problems.append(f"{asked} with gradient_clipping: {clipping}; give --max_grad_norm={clipping} to this script")
+    if parse_flag_from_env("ACCELERATE_USE_CPU"):
+        problems.append(f"{asked} and for CPUs, which excludes that; drop use_cpu: without GPUs it takes CPUs")
+    elif "LOCAL_RANK" not in os.environ:
+        problems.append(f"{asked}, which needs a launcher; start this script by accelerate launch or torchrun")
+    return problems
+
+
+def choose_backend():
+    """By what processes send each other tensors: accelerate's default, but DeepSpeed has to be told of CPUs."""
+    return "gloo" if uses_deepspeed() and not torch.accelerator.is_available() else "nccl"
+
+
+def make_deepspeed_accelerator(args, **options):
+    """The accelerator for DeepSpeed, with other options of accelerate's."""
+    if not torch.accelerator.is_available():
+        import deepspeed.ops
+
+        # Or it would compile a sum over processes in shared memory, which takes a minute and a compiler.
+        deepspeed.ops.__compatible_ops__ = {}
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of old names, each time
+    precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    plugin = DeepSpeedPlugin(
+        gradient_accumulation_steps=1,  # passes are counted here
+        gradient_clipping=args.max_grad_norm,
+        zero3_init_flag=False,  # which would leave frozen models without weights, too
+    )
+    config = plugin.deepspeed_config
+    config["train_micro_batch_size_per_gpu"] = args.train_batch_size
+    config["zero_force_ds_cpu_optimizer"] = False  # PyTorch's is as quick, and needs no compiler
+    if precision == "bf16":
+        # No layers whose gradients would be summed in bfloat16.
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    accelerator = DeepSpeedAccelerator(precision, deepspeed_plugin=plugin, **options)
+    unset_hf_deepspeed_config()  # by which transformers would load models without weights
+    return accelerator
+
+
+def name_of_zero(accelerator):
+    """What the state in a checkpoint can be read by again: a stage of ZeRO and a number of processes. None without
+    DeepSpeed."""
+    if not uses_deepspeed():
+        return None
+    return f"ZeRO-{accelerator.deepspeed_plugin.zero_stage} of {accelerator.num_processes} processes"
+
+
+def set_up_engine(engine):
+    """Has checkpoints of DeepSpeed's engine hold no weights but those that its optimizer keeps, and run nothing."""
+    engine.module_state_dict = no_weights
+    engine.checkpoint_engine.load = load_tensors
+
+
+def no_weights(**_):
+    """The weights in DeepSpeed's own file: those that are trained are in others, and the base is in none."""
+    return {}
+
+
+def load_tensors(path, map_location=None):
+    """Loads a file of a checkpoint, which may be anybody's: DeepSpeed would run what is pickled in it. Raises
+    `pickle.UnpicklingError` for other objects than those of its own that it writes."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+        return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def step_by_engine(args, accelerator, run, work, passes):
+    """Forward, backward and the optimizer's step: the passes of a step add up their gradients in DeepSpeed's engine,
+    which averages them over processes, clips them and changes the weights, unless a loss or a gradient is not finite
+    in some process. Returns the step's loss in this process, and the norm of its gradient."""
+    (engine,) = run.weights.prepared.values()
+    engine.optimizer.clip_grad = args.max_grad_norm  # a checkpoint brings its own
+    step_loss = torch.zeros((), device=accelerator.device)
+    for batch, is_last in passes:
+        batch = send_to_device(batch, accelerator.device, non_blocking=True)
+        engine.set_gradient_accumulation_boundary(is_last)
+        loss = (work.training_loss(batch) * batch["weight"]).sum()
+        # The engine looks at gradients alone, which may be finite where a loss is not.
+        factor = torch.where(torch.isfinite(loss.detach()), float(accelerator.num_processes), math.nan)
+        engine.backward(loss * factor, scale_wrt_gas=False)  # gradients are averaged over processes
+        step_loss += loss.detach()
+    run.is_whole = False
+    engine.step()
+    run.is_whole = not engine.was_step_applied()
+    return step_loss, torch.as_tensor(engine.get_global_grad_norm(), dtype=torch.float32, device=accelerator.device)
+
+
+def is_partitioned(parameter):
+    """Whether a parameter is shared out over processes by ZeRO-3, and empty between its passes."""
+    return hasattr(parameter, "ds_id")
+
+
+@contextlib.contextmanager
+def held_whole(parameters):
+    """Has parameters that ZeRO-3 shares out be whole for a while, in all processes, which have to call this together.
+    What is changed in them is lost."""
+    partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]
+    if not partitioned:
+        yield
+        return
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters(partitioned):
+        yield
+
+
+@contextlib.contextmanager
+def passing_alone(model):
+    """Has a model that ZeRO-3 shares out be whole for a while, in all processes, which have to call this together; in
+    between each does passes without gradients that wait for no other process, as many as it likes."""
+    modules = list(model.modules()) if any(map(is_partitioned, model.parameters())) else []
+    # DeepSpeed's, which gather the weights of a module before its pass, and give them away after it.
+    hooks = [(module, module._forward_pre_hooks, module._forward_hooks) for module in modules]
+    with held_whole(model.parameters()):
+        try:
+            for module in modules:
+                module._forward_pre_hooks, module._forward_hooks = {}, {}
+            yield
+        finally:
+            for module, before, after in hooks:
+                module._forward_pre_hooks, module._forward_hooks = before, after
+
+
+def gather_for_good(parameters):
+    """Has parameters that ZeRO-3 shares out be whole from now on, in all processes, which have to call this
+    together: at the end of a run."""
+    partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]
+    if partitioned:
+        partitioned[0].all_gather(param_list=partitioned)
+
+
+# ------------------------------------------------------------------------------------------------------------ sharding
+def check_sharding(args):
+    """Lists what cannot go with FSDP, if accelerate's config asks for that."""
+    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return []
+    problems, asked = [], "accelerate's config asks for FSDP"
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        problems.append(f"{asked} {os.environ.get('FSDP_VERSION', 1)}, which is not obeyed; use fsdp_version: 2")
+    if not hasattr(torch.distributed.checkpoint, "HuggingFaceStorageWriter"):
+        problems.append(f"{asked}, which needs torch 2.8 or newer, not {torch.__version__}; install that")
+    if parse_flag_from_env("FSDP_OFFLOAD_PARAMS"):
+        problems.append(f"{asked} with fsdp_offload_params, which is not obeyed; use false, and more processes")
+    if parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING"):
+        remedy = "use false, and --gradient_checkpointing"
+        problems.append(f"{asked} with fsdp_activation_checkpointing, which is not obeyed; {remedy}")
+    kind = os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")
+    if kind != "SHARDED_STATE_DICT":
+        problems.append(f"{asked} with fsdp_state_dict_type: {kind}; use SHARDED_STATE_DICT")
+    precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision == "fp16":
+        problems.append("--mixed_precision=fp16 (or accelerate's config): does not go with FSDP; use bf16")
+    if optimizer_of(args) != "adamw":
+        given = "--use_8bit_adam=True" if args.use_8bit_adam else f"--optimizer={args.optimizer}"
+        problems.append(f"{given}: does not go with FSDP; use --optimizer=adamw")
+    for flag in ("channels_last", "compile", "full_bf16", "offload_ema", "train_text_encoder"):
+        if getattr(args, flag, False):
+            problems.append(f"--{flag}=True: does not go with FSDP; drop this, or choose GPUs alone")
+    return problems
+
+
+def set_up_sharding(accelerator):
+    """Has accelerate share out the weights in float32, if its config asks for FSDP: passes are autocast as they are
+    elsewhere, and gradients are added up in float32. Raises `InputError` where it does not share them out."""
+    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return
+    if not accelerator.is_fsdp2:
+        raise InputError("accelerate's config asks for FSDP, which needs GPUs; choose CPUs alone")
+    accelerator.state.fsdp_plugin.mixed_precision_policy = None
+    # Else transformers leaves models empty in all processes but one, frozen ones too, which are not shared out.
+    accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
+    disable_fsdp_ram_efficient_loading()
+
+
+def has_shared_passes(accelerator):
+    """Whether processes can only make passes together, since each of them has but a shard of the weights."""
+    return accelerator.is_fsdp2
+
+
+def skeleton_of(model):
+    """A copy of a model, with its adapters, in which nothing but the weights is missing."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): empty_like(tensor) for tensor in tensors})
+
+
+def empty_like(tensor):
+    """A tensor, or a parameter, without storage."""
+    empty = tensor.detach().to("meta")
+    return torch.nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else empty
+
+
+def held_here(parameters):
+    """What this process holds of parameters: a shard of each that is shared out, else all of it. Changed in place, the
+    parameters change."""
+    with torch.no_grad():
+        return [value.to_local() if isinstance(value, DTensor) else value for value in parameters]
+
+
+def forget_gathered(models):
+    """Frees what passes without a backward pass have gathered of models, by name: the next pass would use it, though
+    the shards have changed."""
+    for model in models.values():
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def whole_tensor(value):
+    """A tensor that may be shared out, as all processes have it together."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def whole_models(weights):
+    """The models that are trained, by name, with whole weights, in the first process. All processes have to call
+    this: what is shared out is gathered, of FSDP2 in the CPU's memory."""
+    for name, skeleton in weights.skeletons.items():
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        values = get_model_state_dict(weights.models[name], options=options)  # of other processes it has nothing
+        skeleton.load_state_dict(values, strict=False, assign=True)
+    gather_for_good(weights.parameters)
+    return weights.skeletons or weights.models
+
+
+def write_shards(run, folder):
+    """Writes what this process holds of the run's weights, average and moments, in safetensors."""
+    writer = torch.distributed.checkpoint.HuggingFaceStorageWriter(folder, save_distributed=True)
+    torch.distributed.checkpoint.save(shared_tensors(run), storage_writer=writer)
+
+
+def read_shards(run, folder):
+    """Reads what `write_shards` wrote, as any number of processes, into the run's weights, average and moments."""
+    reader = torch.distributed.checkpoint.HuggingFaceStorageReader(folder)
+    torch.distributed.checkpoint.load(shared_tensors(run), storage_reader=reader)
+
+
+def shared_tensors(run):
+    """The tensors of a run that are shared out, by name: what changes in them changes the run."""
+    options = StateDictOptions(flatten_optimizer_state_dict=True, ignore_frozen_params=True)
+    tensors = {}
+    for name, model in run.weights.models.items():
+        weights = get_model_state_dict(model, options=options)
+        moments = get_optimizer_state_dict(model, run.state["optimizer"], options=options)
+        tensors |= {f"{name}.{key}": value for key, value in weights.items()}
+        tensors |= {f"optimizer.{name}.{key}": moment for key, moment in moments.items() if torch.is_tensor(moment)}
+    if "ema" in run.state:
+        own = trained_tensors(run.weights.models).items()
+        for (name, parameter), shard in zip(own, run.state["ema"].shadow_params, strict=True):
+            tensors[AVERAGE + name] = shared_like(parameter, shard)
+    return tensors
+
+
+def trained_tensors(models):
+    """The parameters of models, by name, that are trained, by their names with the model's."""
+    return {
+        f"{name}.{key}": parameter
+        for name, model in models.items()
+        for key, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def shared_like(parameter, shard):
+    """A tensor that is shared out as a parameter is, of which this process holds `shard`."""
+    layout = {"shape": parameter.shape, "stride": parameter.stride(), "run_check": False}
+    return DTensor.from_local(shard, parameter.device_mesh, parameter.placements, **layout)
+
+
+# ------------------------------------------------------------------------------------------------------------- digests
+def write_digests(folder):
+    """Writes digests.json into a folder: for all files in it, by their paths below it, their bytes and SHA-256."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / DIGESTS_FILE]
+    with ThreadPoolExecutor(4) as pool:  # hashing leaves Python's lock to others
+        sums = list(pool.map(sha256_of, paths))
+    digests = {name_in(folder, path): [path.stat().st_size, sha256] for path, sha256 in zip(paths, sums)}
+    (folder / DIGESTS_FILE).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
+
+
+def find_damage(folder):
+    """What is wrong with the first file of a folder that is missing, or of another size or content than digests.json
+    says; None for a folder that is whole, or has no digests: an older version wrote none."""
+    if not (folder / DIGESTS_FILE).exists():
+        return None
+    try:
+        digests = {name: (size, sha256) for name, (size, sha256) in read_json(folder / DIGESTS_FILE).items()}
+    except (InputError, ValueError, TypeError):
+        return f"{DIGESTS_FILE} cannot be read"
+    for name, (size, _) in digests.items():  # first what costs nothing
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if (folder / name).stat().st_size != size:
+            return f"{name} has {(folder / name).stat().st_size} bytes instead of {size}"
+    with ThreadPoolExecutor(4) as pool:
+        sums = list(pool.map(sha256_of, [folder / name for name in digests]))
+    for (name, (_, sha256)), found in zip(digests.items(), sums):
+        if found != sha256:
+            return f"the content of {name} has changed since it was written"
+    return None
+
+
+def sha256_of(path):
+    """The SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 # -------------------------------------------------------------------------------------------------------------- output
 def check_output(args, foreign_result):
     """Lists what is wrong with the output folder and the checkpoint to resume from. The file `foreign_result` marks a
     result of another kind of script, which would stay behind beside this one's."""
     problems, wanted = [], args.resume_from_checkpoint
     output = Path(args.output_dir).resolve()
-    checkpoint, newest = find_checkpoint(output, wanted), find_checkpoint(output, "latest")
+    checkpoint = find_checkpoint(output, wanted)
     existing = existing_place(output)
     is_usable = existing.is_dir() and os.access(existing, os.W_OK)
     is_used = is_usable and existing == output and is_taken(args)
@@ -4274,8 +4936,8 @@ def check_output(args, foreign_result):
         problems.append(f"--logging_dir={args.logging_dir}: is --output_dir itself; name a folder in it, such as logs")
     if wanted and args.overwrite_output_dir:
         problems.append("--overwrite_output_dir: contradicts --resume_from_checkpoint; drop one")
-    if is_own and newest and checkpoint.resolve() != newest.resolve():
-        problems.append(f"--resume_from_checkpoint={wanted}: {newest} is newer; use that, or another --output_dir")
+    if is_own and checkpoint and (newer := find_newer(output, checkpoint.resolve())):
+        problems.append(f"--resume_from_checkpoint={wanted}: {newer} is newer; use that, or another --output_dir")
     if not is_usable:
         told = f"{existing} is a file or cannot be written to; name another folder"
         problems.append(f"--output_dir={args.output_dir}: {told}")
@@ -4303,7 +4965,7 @@ def check_trackers(args):
 
 def is_taken(args):
     """Whether the output folder holds more than a lock, and logs of trackers, which get a folder of their own."""
-    others = {LOCK_FILE, *Path(args.logging_dir).parts[:1]}
+    others = {LOCK_FILE, TOKEN_FILE, *Path(args.logging_dir).parts[:1]}
     return any(path.name not in others for path in Path(args.output_dir).iterdir())
 
 
@@ -4337,6 +4999,33 @@ def locked_output(args):
             shutil.rmtree(output_dir, ignore_errors=True)
 
 
+def leave_token(output_dir, token):
+    """Leaves a token, a text, in the output folder for the other machines to see. Raises `InputError`."""
+    try:
+        Path(output_dir, TOKEN_FILE).write_text(token, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--output_dir={output_dir}: cannot be written to ({last_line(error)}); make room") from None
+
+
+def sees_token(output_dir, token, seconds):
+    """Whether the token that the first process left can be read here within so many seconds: what one machine writes
+    to a network file system others may see with a delay."""
+    deadline = time.monotonic() + seconds
+    while True:
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            if Path(output_dir, TOKEN_FILE).read_text(encoding="utf-8") == token:
+                return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.25)
+
+
+def remove_token(output_dir):
+    """Removes what `leave_token` left."""
+    with contextlib.suppress(OSError):
+        Path(output_dir, TOKEN_FILE).unlink()
+
+
 def chosen_tracker(args):
     """The name of accelerate's tracker to start: the one asked for, or all that are installed, else tensorboard where
     it is installed; None for no tracker."""
@@ -4361,8 +5050,11 @@ def prepare_output(run, overwrite):
         if re.fullmatch(unfinished, old.name) or (overwrite and re.fullmatch(old_folders, old.name)):
             shutil.rmtree(old)
     first_step = run.progress["global_step"]
-    if first_step and run.progress["base_losses"] is None:  # of other images, or of another objective
-        (output_dir / "best.json").unlink(missing_ok=True)
+    set_aside_damaged(output_dir, first_step)
+    best = read_best(output_dir)
+    # The loss may be of other images, or of another objective; or the checkpoint is damaged.
+    if best and first_step and (run.progress["base_losses"] is None or best["step"] > first_step):
+        (output_dir / "best.json").unlink()
     log = output_dir / "log.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() and first_step else []
     contents = {
@@ -4569,6 +5261,11 @@ def warn_of_precision(accelerator):
 def checkpoint_bytes(run):
     """How many bytes the tensors of a checkpoint take, before the first step or later: weights, the optimizer's
     moments, the average."""
+    if (run.settings.get("sharding") or "").startswith(
+        "ZeRO"
+    ):  # weights, once more in float32 in the optimizer, and its two moments
+        total = sum(16 * numel_of(parameter) for parameter in run.weights.parameters)
+        return total + array_bytes(run.state["ema"].shadow_params if "ema" in run.state else [])
     total = array_bytes(run.weights.parameters) if run.weights else 0
     for name, part in run.state.items():
         if name == "optimizer" and hasattr(part, "param_groups"):  # whose moments are made in the first step
@@ -4678,12 +5375,25 @@ def push(args, repo_id, files, step):
 
 
 # ---------------------------------------------------------------------------------------------------------- validation
+def share_of(accelerator, number):
+    """Which of a number of things this process has to look at: every so many, but all of them where weights are shared
+    out, so that all processes make the same passes together."""
+    if has_shared_passes(accelerator):
+        return range(number)
+    return range(accelerator.process_index, number, accelerator.num_processes)
+
+
+def asked_together(accelerator, is_asked):
+    """Whether `is_asked()` says yes in some process; all of them have to call this."""
+    return accelerator.reduce(torch.tensor(float(is_asked()), device=accelerator.device), "sum").item() > 0
+
+
 @torch.no_grad()
 def encode_held_out(accelerator, vae, text_encoder, images, batch_size):
     """Encodes this process's share of held-out images, and their captions unless the text encoder is trained; not what
     comes out of a cache."""
     posteriors, input_ids, prompt_embeds = {}, {}, {}
-    mine = range(accelerator.process_index, len(images), accelerator.num_processes)
+    mine = share_of(accelerator, len(images))
     items = [(0, index, 1.0) for index in mine]
     batches = batches_of_one_size(items, images.sizes[mine], batch_size)
     for batch in torch.utils.data.DataLoader(images, batch_sampler=batches):
@@ -4743,7 +5453,8 @@ def held_out_losses(
         losses.index_add_(0, batch["index"], part_losses.cpu() / HELD_OUT_TIMESTEPS)
     accelerator.wait_for_everyone()  # patiently: they need not be done at the same time
     # One exchange for both, so that no process waits for one that was stopped.
-    *losses, stopped = accelerator.reduce(torch.cat([losses, stopped]).to(accelerator.device), "sum").tolist()
+    kind = "mean" if has_shared_passes(accelerator) else "sum"
+    *losses, stopped = accelerator.reduce(torch.cat([losses, stopped]).to(accelerator.device), kind).tolist()
     if stopped:
         raise LookGivenUp
     return torch.tensor(losses)
@@ -4778,7 +5489,7 @@ def draw_samples(args, accelerator, parts, prompts, is_asked):
         return tensors
 
     drawn, negative_prompt = [], args.validation_negative_prompt
-    mine = range(accelerator.process_index, len(prompts), accelerator.num_processes)
+    mine = share_of(accelerator, len(prompts))
     for start in range(0, len(mine), args.train_batch_size):
         if is_asked():
             break
@@ -4834,9 +5545,11 @@ def validate(args, accelerator, run, parts, held_out, prompts, is_asked):
         return None
     unet, vae, text_encoder = parts["unet"], parts["vae"], parts["text_encoder"]
     losses, images = None, None
+    if has_shared_passes(accelerator):
+        is_asked = functools.partial(asked_together, accelerator, is_asked)
     trained = torch.nn.ModuleList(part for part in (unet, text_encoder) if part.training).eval()
     try:
-        with averaged(run):
+        with passing_alone(trained), averaged(run):
             if len(held_out.images):
                 losses = held_out_losses(
                     accelerator, unet, vae, text_encoder, parts["scheduler"], held_out, args.train_batch_size, is_asked
@@ -4916,6 +5629,13 @@ def is_asked(stop):
     return bool(stop.received) or is_orphaned(stop.launcher)
 
 
+def take_save_requests(stop):
+    """Whether signals have asked for a checkpoint since the last call."""
+    number = len(stop.saves)
+    del stop.saves[:number]
+    return number > 0
+
+
 def find_launcher():
     """The process number of the launcher that started this process, or None without one; to be asked before accelerate
     sets variables of its own."""
@@ -4930,31 +5650,89 @@ def is_orphaned(launcher):
 
 @contextlib.contextmanager
 def noted_signals(stop):
-    """Notes SIGTERM and SIGINT in `stop` instead of ending; afterwards they do what they did before. Outside the main
-    thread, which alone gets signals, all stays as it is."""
+    """Notes in `stop` the signals that ask to stop or to save, which by default end the process; an ignored SIGHUP
+    (nohup) stays ignored."""
+    actions = {
+        **dict.fromkeys(ASK_TO_STOP, functools.partial(note_signal, stop.received)),
+        **dict.fromkeys(ASK_TO_SAVE, functools.partial(note_save, stop.saves)),
+    }
+    number_of = signal.Signals.__members__
+    if "SIGHUP" in number_of and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        del actions["SIGHUP"]
+    with answered_signals(actions):
+        yield
+
+
+@contextlib.contextmanager
+def answered_signals(actions):
+    """Answers signals, by name, by other actions for a while; afterwards they do what they did before. Outside the
+    main thread, which alone gets signals, all stays as it is."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    on_signals(functools.partial(note_signal, stop.received))
+    before = {name: signal.getsignal(number) for name, number in known_signals(actions)}
+    for name, number in known_signals(actions):
+        signal.signal(number, actions[name])
     try:
         yield
     finally:
-        for number, action in before.items():
-            signal.signal(number, action)
+        for name, number in known_signals(before):
+            signal.signal(number, before[name])
 
 
-def on_signals(action, _=None):
-    """Answers SIGTERM and SIGINT by `action`; workers ignore them: the main process needs them to finish the step."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+def known_signals(names):
+    """Pairs of name and number of those signals that this system has."""
+    return [(name, number) for name, number in signal.Signals.__members__.items() if name in names]
+
+
+def on_signals(action, names=ASK_TO_STOP):
+    """Answers signals by `action`."""
+    for _, number in known_signals(names):
         signal.signal(number, action)
 
 
+def ignore_signals(_=None):
+    """Has a worker ignore what the main process answers, which needs its workers to finish the step."""
+    on_signals(signal.SIG_IGN, ASK_TO_STOP | ASK_TO_SAVE)
+
+
 def note_signal(received, number, _):
-    """Appends the signal to `received`; a second one ends the process at once."""
-    os.write(2, b"\nFinishing the step and writing a checkpoint; a second signal ends at once, without one.\n")
+    """Appends the signal to `received`; another one ends the process at once, but for what comes with the first."""
+    say("Finishing the step and writing a checkpoint; another signal, later, ends at once, without one.")
     received.append(number)
-    on_signals(signal.SIG_DFL)
+    on_signals(functools.partial(end_at_once, time.monotonic()))
+
+
+def end_at_once(since, number, _):
+    """Ends the process by the signal, unless it is one with that of the time `since`: of a Ctrl-C that a launcher
+    hands on to a process that has got it too."""
+    if time.monotonic() - since > SAME_REQUEST:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+
+def note_save(saves, number, _):
+    """Appends the signal to `saves`."""
+    say("A checkpoint follows at the end of a step, and the run goes on.")
+    saves.append(number)
+
+
+def say(text):
+    """Prints a line about a signal, where printing can be interrupted by it. What is printed from now on goes nowhere
+    if the terminal, or a program that reads it, has gone by the same signal: any print would fail."""
+    drop_lost_output()
+    os.write(2, f"{text}\n".encode())
+
+
+def drop_lost_output():
+    """Sends standard output and errors nowhere if nobody is there any more to read them."""
+    for descriptor in (1, 2):
+        try:
+            os.write(descriptor, b"\n")
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)
 
 
 # ------------------------------------------------------------------------------------------------------------ failures
@@ -4967,6 +5745,7 @@ def nothing_lost(args, accelerator, run, stop, write_state, end=sys.exit):
         try:
             yield
         except Exception as error:  # of the data, the disk, the memory, a library
+            drop_lost_output()  # which may be what failed
             reason, remedy = explain(args, error)
             told_as = name_of_process(accelerator)
             if not reason:
@@ -5137,7 +5916,8 @@ def run_script(program, parser, argv, replaced_flags, check_args, start, is_firs
             if not any(re.search(rf"{flag}\b", problem) for flag in refused):
                 problems.append(problem)
         raise_problems(problems)
-        start(args)
+        with answered_signals(dict.fromkeys(ASK_TO_SAVE, signal.SIG_IGN)):  # outside of steps nothing is to be saved
+            start(args)
 
 
 # --------------------------------------------------------------------------------------------------------------- cache
