@@ -356,6 +356,8 @@ def load_batches(args, accelerator, run, images, left_out):
     if not args.streaming:
         return make_loader(args, accelerator, images, batches_of(args, accelerator, run))
     rank, num_ranks, step = accelerator.process_index, accelerator.num_processes, run.progress["global_step"]
+    if step:
+        accelerator.print(f"The stream is read again, and not decoded, up to step {step:,}.", flush=True)
     stream = stream_from(images, args, rank, num_ranks, args.train_batch_size, step)
     return without_left_out(make_loader(args, accelerator, stream, None), left_out)
 

@@ -11,11 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import load_script
 from copies import end_of, run_copies, start_copy
 from fake_hub import USER
 from image_data import caption_of, encoded, make_image
 from PIL import Image
 from reach_hub import reaching
+from running import TRAIN_TEXT_TO_IMAGE_LORA
+from safetensors import safe_open
+from safetensors.torch import load_file
 from shards import make_rows, write_parquet, write_shards, write_tar
 from training import checkpoint_state, losses, parse, same, train, trains_into, unet, words
 
@@ -258,11 +262,25 @@ def test_bad_rows_are_left_out_and_named(open_stream, tmp_path, capsys):
         assert len(good) + len(problems) == 3
         keys += [(sample["epoch"], sample["shard"], sample["row"]) for sample in good]
     assert len(keys) == len(set(keys)) == 16
-    lines = {problem.split(" (")[0] for problem in left_out.problems}
+    lines = {problem.split(" (")[0] for problem in left_out.told}
     assert lines == told
     assert capsys.readouterr().err.count("Left out: ") == 4
     left_out.tell("Rank 1: ")
-    assert re.match(r"Rank 1: Left out of the stream, 4 in all:\n  [ab].tar: ", capsys.readouterr().err)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:2] == ["", "Rank 1: Left out of the stream, 8 times in all epochs:"]
+    assert {line.strip().split(" (")[0] for line in lines[2:]} == told
+
+
+def test_a_hundred_of_those_left_out_are_named(capsys):
+    left_out = LeftOut()
+    left_out.tell()
+    assert capsys.readouterr().err == ""
+    left_out.note([f"a.tar: {number}.png: no image" for number in range(130)])
+    assert capsys.readouterr().err.count("\nLeft out: a.tar: ") == 100
+    left_out.tell()
+    told = capsys.readouterr().err
+    assert told.startswith("\nLeft out of the stream, 130 times in all epochs:\n  a.tar: 0.png: no image\n")
+    assert told.endswith("  a.tar: 99.png: no image\n  and others\n")
 
 
 def test_a_pass_of_bad_rows_has_no_weight(open_stream, tmp_path):
@@ -427,6 +445,7 @@ def test_a_run_that_was_stopped_ends_in_the_same_bits(fit, tmp_path, capsys):
     assert "steps      0 to 8\n" in told
     assert fit(tmp_path / "parts", max_train_steps=3) == 0
     assert fit(tmp_path / "parts", max_train_steps=5, resume_from_checkpoint="latest") == 0
+    assert "The stream is read again, and not decoded, up to step 3.\n" in capsys.readouterr().out
     assert fit(tmp_path / "parts", resume_from_checkpoint="latest", dataloader_num_workers=1) == 0
     assert same(unet(tmp_path / "parts"), unet(tmp_path / "whole"))
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
@@ -494,9 +513,26 @@ def test_a_run_lists_what_it_left_out(fit, tmp_path, capsys):
     assert fit(tmp_path / "run", dataset_name=tmp_path / "bad", num_validation_samples=0) == 0
     error = capsys.readouterr().err
     assert error.count("\nLeft out: ") == 4
-    listed = error.split("Left out of the stream, 4 in all:\n")[1]
+    listed = re.split(r"Left out of the stream, \d+ times in all epochs:\n", error)[1]
     assert {line.strip().split(" (")[0] for line in listed.splitlines()[:4]} == told
     assert all(loss > 0 for loss in losses(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_adapters_are_trained_on_a_stream(tiny_pipeline, settings, tmp_path, kind):
+    """Stopped and not; their file does not say how many images there were, which nobody knows."""
+    script = load_script(TRAIN_TEXT_TO_IMAGE_LORA)
+    folder = write_shards(tmp_path / "more", kind, [7, 6])
+    settings |= {"dataset_name": folder, "use_ema": None, "output_kohya_format": True, "max_train_steps": 5}
+    fit = trains_into(script, tiny_pipeline, None)
+    assert fit(tmp_path / "whole", **settings) == 0
+    assert fit(tmp_path / "parts", **{**settings, "max_train_steps": 3}) == 0
+    assert fit(tmp_path / "parts", resume_from_checkpoint="latest", **settings) == 0
+    name = "pytorch_lora_weights.safetensors"
+    assert same(load_file(tmp_path / "parts" / name), load_file(tmp_path / "whole" / name))
+    with safe_open(tmp_path / "whole" / "whole.safetensors", "pt") as file:
+        assert "ss_num_train_images" not in file.metadata()
+        assert file.metadata()["ss_steps"] == "5"
 
 
 def run_ranks(script, base, output_dir, settings, said, **more):

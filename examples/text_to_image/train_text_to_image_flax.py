@@ -545,22 +545,29 @@ class StreamedImages(torch.utils.data.IterableDataset):
 class LeftOut:
     """What a process leaves out of a stream, and tells."""
 
-    problems: dict = dataclasses.field(default_factory=dict)  # lines of a name and what is wrong; None each
+    number: int = 0  # of times, in all epochs
+    told: dict = dataclasses.field(default_factory=dict)  # the first lines of a name and what is wrong; None each
+    are_more: bool = False
 
     def note(self, problems):
-        """Tells the first lines at once, each once, and keeps all of them."""
+        """Counts lines, and tells the first ones at once, each once."""
         for problem in problems:
-            if problem not in self.problems and len(self.problems) < NUM_TOLD:
-                print(f"\nLeft out: {problem}", file=sys.stderr, flush=True)
-            self.problems[problem] = None
+            self.number += 1
+            if problem in self.told:
+                continue
+            if len(self.told) == NUM_TOLD:
+                self.are_more = True
+                continue
+            self.told[problem] = None
+            print(f"\nLeft out: {problem}", file=sys.stderr, flush=True)
 
     def tell(self, told_as=""):
         """Lists, at the end, what was left out."""
-        lines = list(self.problems)
-        if lines:
-            more = [f"and {len(lines) - NUM_TOLD:,} more"] if len(lines) > NUM_TOLD else []
-            told = f"{told_as}Left out of the stream, {len(lines):,} in all:"
-            print("\n  ".join([told, *lines[:NUM_TOLD], *more]), file=sys.stderr, flush=True)
+        if self.number:
+            more = ["and others"] if self.are_more else []
+            times = f"{self.number:,} times" if self.number > 1 else "once"
+            head = f"\n{told_as}Left out of the stream, {times} in all epochs:"
+            print("\n  ".join([head, *self.told, *more]), file=sys.stderr, flush=True)
 
 
 POLYNOMIAL_END = 1e-7  # the rate at which diffusers' polynomial schedule ends
