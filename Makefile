@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-lora demo-dreambooth demo-flax test scripts check clean
+.PHONY: help install demo demo-lora demo-dreambooth demo-flax test torture scripts check clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -64,6 +64,10 @@ demo/creatures/metadata.jsonl: miniature/render.py | $(INSTALLED)
 
 test: $(INSTALLED)  ## run all tests, offline and on the CPU; PYTEST_ARGS="-k resume" picks some
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+torture: $(INSTALLED)  ## kill, fill and damage runs of every script, for half an hour; `make test` does some of it
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal --torture \
+		$(PYTEST_ARGS) tests/torture
 
 scripts: $(INSTALLED)  ## build the scripts in examples/ from recipes/ and sdtune/
 	$(BIN)/python tools/build_scripts.py

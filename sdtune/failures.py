@@ -7,12 +7,13 @@ import signal
 import socket
 import sys
 import traceback
+from pathlib import Path
 
 from diffusers.training_utils import free_memory
 
 from sdtune.checkpoints import checkpoint_of, list_checkpoints, save_checkpoint
 from sdtune.errors import InputError
-from sdtune.output import end_training
+from sdtune.output import end_training, restore_output
 from sdtune.signals import drop_lost_output, noted_signals
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -83,9 +84,18 @@ def explain(args, error):
         return "a full disk", ". Make room first"
     if isinstance(error, MemoryError) or OUT_OF_MEMORY_TEXT.search(str(error)):
         return f"a lack of memory ({last_words(error)})", f". Use {memory_flags(args)}"
+    if not Path(args.output_dir).is_dir():
+        return f"the loss of {args.output_dir}, which was removed meanwhile", ""
+    if isinstance(error, OSError) and is_below(args.output_dir, error.filename):
+        return f"a file that cannot be written ({last_words(error)})", ". Make --output_dir writable first"
     if LOST_PEER_TEXT.search(str(error)):
         return f"the end of another process ({last_words(error)})", ""
     return "", ""
+
+
+def is_below(folder, path):
+    """Whether a path, which an exception may lack, is one in a folder."""
+    return isinstance(path, str | Path) and Path(folder).absolute() in Path(path).absolute().parents
 
 
 def is_disk_full(error):
@@ -129,6 +139,7 @@ def save_what_is_whole(run, write_state):
     if run.is_whole:
         try:
             free_memory()
+            restore_output(run)
             save_checkpoint(run, write_state, None)
         except Exception as error:  # the disk may be what is full, or another process was first
             why = last_words(error)

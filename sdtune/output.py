@@ -20,6 +20,7 @@ from sdtune.models import DTYPES, numel_of, write_text_encoder
 
 LOCK_FILE = ".lock"
 TOKEN_FILE = ".token"  # what the first process leaves for the other machines to see, for a moment
+HALF_FILE = re.compile(r"\.(args\.json|log\.jsonl|best\.json)\..+\.new")  # what a kill leaves of one
 NEW_RESULT = ".result.partial"  # a folder beside which the old result stays until the new one is whole
 
 
@@ -72,9 +73,11 @@ def check_trackers(args):
 
 
 def is_taken(args):
-    """Whether the output folder holds more than a lock, and logs of trackers, which get a folder of their own."""
+    """Whether the output folder holds more than a lock, logs of trackers, which get a folder of their own, and what a
+    kill at the start left."""
     others = {LOCK_FILE, TOKEN_FILE, *Path(args.logging_dir).parts[:1]}
-    return any(path.name not in others for path in Path(args.output_dir).iterdir())
+    names = {path.name for path in Path(args.output_dir).iterdir()} - others
+    return any(not HALF_FILE.fullmatch(name) for name in names)
 
 
 @contextlib.contextmanager
@@ -157,6 +160,8 @@ def prepare_output(run, overwrite):
     for old in list(output_dir.iterdir()):
         if re.fullmatch(unfinished, old.name) or (overwrite and re.fullmatch(old_folders, old.name)):
             shutil.rmtree(old)
+        if HALF_FILE.fullmatch(old.name):
+            old.unlink()
     first_step = run.progress["global_step"]
     set_aside_damaged(output_dir, first_step)
     best = read_best(output_dir)
@@ -175,6 +180,14 @@ def prepare_output(run, overwrite):
                 path.write_text(content, encoding="utf-8")
     except OSError as error:
         raise InputError(f"--output_dir={output_dir}: cannot be written to ({last_line(error)}); make room") from None
+
+
+def restore_output(run):
+    """Makes the output folder anew, with what a checkpoint needs there, if somebody has removed it meanwhile."""
+    settings = run.output_dir / "args.json"
+    if not settings.exists():
+        run.output_dir.mkdir(parents=True, exist_ok=True)
+        settings.write_text(json.dumps(run.settings, indent=2) + "\n", encoding="utf-8")
 
 
 def was_before(line, first_step):

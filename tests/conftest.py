@@ -44,6 +44,19 @@ from fake_hub import FakeHub
 from image_data import write_image_folder, write_messy_folder
 from running import REPO, TRAIN_TEXT_TO_IMAGE
 
+
+def pytest_addoption(parser):
+    parser.addoption("--torture", action="store_true", help="run tests/torture at full length, as `make torture` does")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out what is marked `torture`, unless it is asked for."""
+    if not config.getoption("--torture"):
+        long = [item for item in items if item.get_closest_marker("torture")]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
+
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 

@@ -31,6 +31,16 @@ def test_a_folder_in_use_is_not_written_over(tmp_path):
     assert problems(tmp_path, "--overwrite_output_dir") == ""
 
 
+def test_what_a_kill_at_the_start_leaves_is_no_run(tmp_path):
+    """It has to be possible to start again by the same command."""
+    for name in (".lock", ".args.json.host-12.new", ".log.jsonl.host-12.new"):
+        (tmp_path / name).write_text("{")
+    assert problems(tmp_path) == ""
+    assert problems(tmp_path, "--resume_from_checkpoint=latest") == ""
+    (tmp_path / ".args.json.swp").write_text("")  # somebody's own
+    assert "is in use" in problems(tmp_path)
+
+
 def test_an_empty_folder_may_be_there_but_not_a_file(tmp_path):
     assert problems(tmp_path) == ""
     assert problems(tmp_path / "new" / "folder") == ""

@@ -707,6 +707,7 @@ STATE_FILE = "state.json"
 
 LOCK_FILE = ".lock"
 TOKEN_FILE = ".token"  # what the first process leaves for the other machines to see, for a moment
+HALF_FILE = re.compile(r"\.(args\.json|log\.jsonl|best\.json)\..+\.new")  # what a kill leaves of one
 NEW_RESULT = ".result.partial"  # a folder beside which the old result stays until the new one is whole
 
 # Places, secrets and how it was started.
@@ -4967,9 +4968,11 @@ def check_trackers(args):
 
 
 def is_taken(args):
-    """Whether the output folder holds more than a lock, and logs of trackers, which get a folder of their own."""
+    """Whether the output folder holds more than a lock, logs of trackers, which get a folder of their own, and what a
+    kill at the start left."""
     others = {LOCK_FILE, TOKEN_FILE, *Path(args.logging_dir).parts[:1]}
-    return any(path.name not in others for path in Path(args.output_dir).iterdir())
+    names = {path.name for path in Path(args.output_dir).iterdir()} - others
+    return any(not HALF_FILE.fullmatch(name) for name in names)
 
 
 @contextlib.contextmanager
@@ -5052,6 +5055,8 @@ def prepare_output(run, overwrite):
     for old in list(output_dir.iterdir()):
         if re.fullmatch(unfinished, old.name) or (overwrite and re.fullmatch(old_folders, old.name)):
             shutil.rmtree(old)
+        if HALF_FILE.fullmatch(old.name):
+            old.unlink()
     first_step = run.progress["global_step"]
     set_aside_damaged(output_dir, first_step)
     best = read_best(output_dir)
@@ -5070,6 +5075,14 @@ def prepare_output(run, overwrite):
                 path.write_text(content, encoding="utf-8")
     except OSError as error:
         raise InputError(f"--output_dir={output_dir}: cannot be written to ({last_line(error)}); make room") from None
+
+
+def restore_output(run):
+    """Makes the output folder anew, with what a checkpoint needs there, if somebody has removed it meanwhile."""
+    settings = run.output_dir / "args.json"
+    if not settings.exists():
+        run.output_dir.mkdir(parents=True, exist_ok=True)
+        settings.write_text(json.dumps(run.settings, indent=2) + "\n", encoding="utf-8")
 
 
 def was_before(line, first_step):
@@ -5796,9 +5809,18 @@ def explain(args, error):
         return "a full disk", ". Make room first"
     if isinstance(error, MemoryError) or OUT_OF_MEMORY_TEXT.search(str(error)):
         return f"a lack of memory ({last_words(error)})", f". Use {memory_flags(args)}"
+    if not Path(args.output_dir).is_dir():
+        return f"the loss of {args.output_dir}, which was removed meanwhile", ""
+    if isinstance(error, OSError) and is_below(args.output_dir, error.filename):
+        return f"a file that cannot be written ({last_words(error)})", ". Make --output_dir writable first"
     if LOST_PEER_TEXT.search(str(error)):
         return f"the end of another process ({last_words(error)})", ""
     return "", ""
+
+
+def is_below(folder, path):
+    """Whether a path, which an exception may lack, is one in a folder."""
+    return isinstance(path, str | Path) and Path(folder).absolute() in Path(path).absolute().parents
 
 
 def is_disk_full(error):
@@ -5842,6 +5864,7 @@ def save_what_is_whole(run, write_state):
     if run.is_whole:
         try:
             free_memory()
+            restore_output(run)
             save_checkpoint(run, write_state, None)
         except Exception as error:  # the disk may be what is full, or another process was first
             why = last_words(error)
