@@ -2,9 +2,16 @@
 
 import contextlib
 import io
+import os
+import re
+import shutil
 import signal
 import sys
+import textwrap
 import time
+
+MAX_LINES = 12  # of a message
+SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "COMET_API_KEY")  # in the environment
 
 
 class InputError(ValueError):
@@ -23,6 +30,46 @@ def is_utf8(text):
     """Whether a text can be written as UTF-8: Python reads other bytes of a command line, and in a locale that is not
     UTF-8 every letter that is not English, as surrogates, which neither a tokenizer nor a file takes."""
     return text == text.encode("utf-8", "replace").decode("utf-8")
+
+
+def printable(text):
+    """A text without signs that move or colour what a terminal shows: of somebody else's files, names and captions."""
+    return "".join(sign if sign.isprintable() or sign in "\n\u00a0\u3000" else repr(sign)[1:-1] for sign in text)
+
+
+def in_one_line(name):
+    """As `printable`, for a name that may hold line ends."""
+    return printable(str(name)).replace("\n", "\\n")
+
+
+def without_secrets(text):
+    """A text with stars in the place of tokens: those of the environment, and what looks like one of the Hub's."""
+    for name in SECRETS:
+        value = os.environ.get(name, "").strip()
+        if len(value) >= 8:  # anything shorter is none, and may be a word
+            text = text.replace(value, "***")
+    return re.sub(r"\bhf_[A-Za-z0-9]{20,}", "hf_***", text)
+
+
+def fitted(text):
+    """A message as it is shown: in lines as wide as the terminal, or of 100 columns where there is none, at most 12 of
+    them; of a list that is longer the end is cut. Nothing in it is a secret, or moves what a terminal shows."""
+    width = shutil.get_terminal_size((100, 24)).columns
+    parts = []  # lines of each line
+    for line in printable(without_secrets(text)).split("\n"):
+        margin = line[: len(line) - len(line.lstrip())] + "  "
+        parts.append(
+            textwrap.wrap(line, width, subsequent_indent=margin, break_long_words=False, break_on_hyphens=False)
+            or [""]
+        )
+    end = [] if len(parts) == 1 or parts[-1][0].startswith(" ") else [parts.pop()]  # the remedy for all of a list
+    num_cut = 0
+    while len(parts) > 1 and sum(map(len, parts + end)) + bool(num_cut) > MAX_LINES:
+        parts.pop()
+        num_cut += 1
+    cut = [[f"  and {num_cut} more"]] if num_cut else []
+    lines = [line for part in parts + cut + end for line in part]
+    return "\n".join(lines if len(lines) <= MAX_LINES else [*lines[: MAX_LINES - 1], "  ..."])
 
 
 def last_line(error):
@@ -58,7 +105,7 @@ def told_to_user(program, speaks=True, errors=InputError, stopped=None, patience
             yield
     except errors as error:
         time.sleep(patience)
-        print(f"{program}: {error}", file=sys.stderr)
+        print(fitted(f"{program}: {error}"), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         if speaks:

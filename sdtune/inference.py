@@ -9,7 +9,7 @@ import diffusers
 import torch
 from safetensors import SafetensorError, safe_open
 
-from sdtune.arguments import parse_words, read_config, setting_words
+from sdtune.arguments import check_keys, parse_words, read_config, setting_words
 from sdtune.errors import InputError, is_utf8, last_line
 from sdtune.files import existing_place
 from sdtune.lora_layouts import LORA_FILE
@@ -54,19 +54,21 @@ def parse_with_config(parser, argv, other_keys, aliases):
     given, problems = parse_words(parser, argv)
     if not given.config:
         return given, problems
-    words = words_of_config(parser, given, other_keys, aliases)
+    words, recipe_problems = words_of_config(parser, given, other_keys, aliases)
     # In two passes: a list in the recipe would take MODEL as its last item.
-    recipe, recipe_problems = parse_words(parser, words)
+    recipe, more_problems = parse_words(parser, words)
     if recipe.model:
-        parser.error(f"--config={given.config}: {recipe.model} stands in a list where one value is taken")
+        told = f"{recipe.model} stands in a list where one value is taken; use one"
+        more_problems.append(f"--config={given.config}: {told}")
+        recipe.model = None
     args, _ = parse_words(parser, argv, recipe)
-    return args, recipe_problems + problems
+    return args, recipe_problems + more_problems + problems
 
 
 def words_of_config(parser, given, other_keys, aliases):
-    """The words of a command line that say what the recipe in `given.config` says, but for what `given`, the flags of
-    the command line, replaces. Ends with status 2 for keys that are no flags."""
-    recipe = read_config(parser, given.config, {"evaluation"})
+    """Returns (the words of a command line that say what the recipe in `given.config` says, but for what `given`, the
+    flags of the command line, replaces, what is wrong with the recipe)."""
+    recipe, problems = read_config(given.config, {"evaluation"})
     settings = dict(recipe.get("evaluation", recipe))
     for name, flag in aliases.items():
         if name in settings:
@@ -76,20 +78,16 @@ def words_of_config(parser, given, other_keys, aliases):
     defaults = vars(parser.parse_args([]))
     left_aside = set(other_keys) if "evaluation" in recipe else set()
     known = defaults.keys() - {"config", "model", "dataset"}
-    if unknown := sorted(map(str, settings.keys() - known - left_aside)):
-        parser.error(
-            f"--config={given.config}: unknown key {', '.join(unknown)}; keys are the flags of --help "
-            "without dashes, in a training recipe under `evaluation:`"
-        )
+    problems += check_keys(given.config, settings, known, left_aside)
     if given.prompts or given.prompts_file:
         left_aside |= {"prompts", "prompts_file"}
     if given.lora:  # which would be appended to
         left_aside.add("lora")
 
-    settings = {key: value for key, value in settings.items() if key not in left_aside}
+    settings = {key: value for key, value in settings.items() if key in known - left_aside}
     loras = settings.pop("lora", None) or []
     loras = loras if isinstance(loras, list) else [loras]
-    return [*setting_words(settings, defaults), *[f"--lora={lora}" for lora in loras]]
+    return [*setting_words(settings, defaults), *[f"--lora={lora}" for lora in loras]], problems
 
 
 def read_prompts(prompts, prompts_file):

@@ -77,6 +77,7 @@ def train_script():
 def clean_process():
     """Undoes what a script's main() leaves in the process, as if every test ran in a process of its own."""
     environment = dict(os.environ)
+    os.environ["COLUMNS"] = "10000"  # lines of messages as they were written; test_messages.py is on where they end
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     folder = os.getcwd()
     yield
