@@ -29,7 +29,7 @@ MODEL_FREE_ON_RESUME = {"cache_dir"}
 ADAPTERS_FREE_ON_RESUME = {"init_lora_weights", "kohya_file_name", "output_kohya_format"}
 DATASET_FREE_ON_RESUME = set(
     """
-    caption_column dataset_config_name dataset_name image_column max_train_samples skip_bad_images
+    caption_column dataset_config_name dataset_name follow_symlinks image_column max_train_samples skip_bad_images
     """.split()
 )
 DATA_FREE_ON_RESUME = {*DATASET_FREE_ON_RESUME, "train_data_dir"}
@@ -300,6 +300,7 @@ def add_dataset_arguments(add):
     add("--caption_column", default="text", help="column with a caption, or a list of them: one is drawn per epoch")
     add("--max_train_samples", type=positive_int, help="use so many images, drawn by the seed [1, inf)")
     add("--skip_bad_images", **SWITCH, help="go on without images that cannot be used, instead of stopping")
+    add("--follow_symlinks", **SWITCH, help="read what links in the folder lead to elsewhere, too")
 
 
 def add_transform_arguments(add):
@@ -599,9 +600,11 @@ def parse_flags(parser, argv, replaced_flags):
 
     Returns (args, what is wrong with them): a flag with a wrong value, or that does not exist, is told and left at its
     default, so that the checks that follow can tell the rest. `replaced_flags` maps flags of other scripts to a
-    remedy. `~` is expanded.
+    remedy. `~` is expanded. From then on the process does not know its token by `sys.argv`, which trackers record.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv is None:
+        argv = sys.argv[1:]
+        sys.argv[1:] = with_hidden_tokens(argv)
     args, problems = None, []
     if config := config_of(argv):
         # In two passes: a list in the file would take the first word of the command line as its last item.
@@ -610,6 +613,19 @@ def parse_flags(parser, argv, replaced_flags):
         problems += more_problems
     args, more_problems = parse_words(parser, argv, args, replaced_flags)
     return args, problems + more_problems
+
+
+def with_hidden_tokens(words):
+    """The words of a command line, with stars in the place of the values of --hub_token."""
+    hidden, is_token = [], False
+    for word in words:
+        if is_token:
+            word = "***"
+        elif word.startswith("--hub_token="):
+            word = "--hub_token=***"
+        is_token = word == "--hub_token"
+        hidden.append(word)
+    return hidden
 
 
 def config_of(argv):

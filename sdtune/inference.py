@@ -13,6 +13,7 @@ from sdtune.arguments import check_keys, parse_words, read_config, setting_words
 from sdtune.errors import InputError, is_utf8, last_line
 from sdtune.files import existing_place
 from sdtune.lora_layouts import LORA_FILE
+from sdtune.models import foreign_code, reason_of
 
 # The section `evaluation:` of a recipe is for two commands. These are the flags that one of them alone has.
 GENERATE_KEYS = {"height", "negative_prompt", "scheduler", "seeds", "width"}
@@ -21,6 +22,7 @@ EVALUATE_KEYS = {
     "caption_column",
     "clip_model",
     "dataset_config_name",
+    "follow_symlinks",
     "hub_token",
     "image_column",
     "instance_prompt",
@@ -159,6 +161,8 @@ def read_configs(flag, source):
     if foreign := {"text_encoder_2", "transformer"} & parts.keys():
         remedy = "use a Stable Diffusion 1 or 2"
         raise InputError(f"{name}: has a {min(foreign)} (SDXL, SD 3 or the like); {remedy}")
+    if strange := foreign_code(parts):
+        raise InputError(f"{name}: {strange}")
     return vae, scheduler
 
 
@@ -184,7 +188,7 @@ def load_pipeline(source, loras, dtype, device, **parts):
     try:
         pipeline = diffusers.StableDiffusionPipeline.from_pretrained(source, dtype=dtype, **parts)
     except Exception as error:  # every format has its own way of being broken
-        raise InputError(f"{source}: cannot be loaded ({last_line(error)})") from None
+        raise InputError(f"{source}: cannot be loaded ({reason_of(error)})") from None
     names = [f"lora_{number}" for number in range(len(loras))]
     for name, (path, _) in zip(names, loras):
         load_lora(pipeline, path, name, source)

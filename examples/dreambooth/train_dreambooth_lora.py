@@ -76,6 +76,7 @@ import re
 import shutil
 import signal
 import socket
+import stat
 import struct
 import sys
 import textwrap
@@ -158,7 +159,7 @@ MODEL_FREE_ON_RESUME = {"cache_dir"}
 ADAPTERS_FREE_ON_RESUME = {"init_lora_weights", "kohya_file_name", "output_kohya_format"}
 DATASET_FREE_ON_RESUME = set(
     """
-    caption_column dataset_config_name dataset_name image_column max_train_samples skip_bad_images
+    caption_column dataset_config_name dataset_name follow_symlinks image_column max_train_samples skip_bad_images
     """.split()
 )
 SUBJECT_FREE_ON_RESUME = {*DATASET_FREE_ON_RESUME, "instance_data_dir"}
@@ -230,6 +231,8 @@ TIFF_TEXT = {269, 270, 271, 272, 285, 305, 306, 315, 316, 330}  # names, dates, 
 TIFF_KINDS = {34665: EXIF, 34853: EXIF, 34675: PROFILE}
 
 IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+# What is looked for in a file, whatever its suffix. Pillow knows more, and runs Ghostscript for some.
+FORMATS = ["AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP"]
 NO_CAPTION = "has no caption, in metadata or a .txt beside it"
 MIN_SIDE = 16  # pixels; anything smaller is an icon or a broken file
 LISTINGS = "listings"  # the place, in what is remembered, of the keys of datasets that hold their images
@@ -243,6 +246,7 @@ ORIENTATIONS = {
     8: Image.Transpose.ROTATE_90,
 }
 
+LIBRARIES = (None, "diffusers", "transformers", "stable_diffusion")  # of a pipeline's parts; the last is diffusers'
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 ENTRY_FORMAT = 1  # to be raised where what an entry holds, or how an image is decoded, changes
@@ -1363,7 +1367,7 @@ def read_rows(args, folder, default_caption):
     """Reads a folder, or else --dataset_name, as columns `image` (undecoded) and `captions` (a list that is empty
     where there is none). Raises `InputError`."""
     if folder:
-        rows = read_folder(folder, args.caption_column)
+        rows = read_folder(folder, args.caption_column, follows_links=args.follow_symlinks)
     else:
         rows = read_dataset(args, args.dataset_name, default_caption)
     captions = []
@@ -1389,29 +1393,36 @@ def split_rows(num_rows, num_held_out):
     return np.sort(order[num_held_out:]), np.sort(order[:num_held_out])
 
 
-def read_folder(folder, caption_column, takes_train=False):
+def read_folder(folder, caption_column, takes_train=False, follows_links=False):
     """Reads a folder into rows of `image` and `captions`, from metadata.jsonl or .csv or a .txt beside the image. What
     is missing gives a row too, so that the check names it. With `takes_train` a folder of that name in it is read
-    alone. Raises `InputError` for what cannot be read as text."""
+    alone. Raises `InputError` for what cannot be read as text, and unless it `follows_links` for links that lead out
+    of the folder."""
     folder = Path(os.path.abspath(folder))
     files = list_files(folder)
     captions = {path: [] for path in files if is_image_file(path, folder)}
     metadata = [path for path in files if path.name in METADATA_NAMES]
     if not captions:
-        raise InputError(f"the folder {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}); name another")
+        told = f"the folder {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}); name another"
+        tables = [path.name for path in files if path.suffix.lower() in (".parquet", ".arrow")]
+        raise InputError(f"{told}, or its {in_one_line(tables[0])} by --dataset_name={folder}" if tables else told)
+    texts = {image.with_suffix(".txt") for image in captions}
+    check_links(
+        [path for path in files if path in captions or path in metadata or path in texts], folder, follows_links
+    )
     columns = set()
     for path in metadata:
-        for row in read_metadata(path, caption_column, folder):
+        for row in read_metadata(path, caption_column, folder, follows_links):
             captions.setdefault(row["file"], []).extend(row["captions"])
             columns |= row["columns"]
     if metadata and caption_column not in columns:
         raise InputError(f"{metadata[0]}: has no {caption_column!r} but {sorted(columns)}; set --caption_column")
     for image in [image for image, found in captions.items() if not found]:
         captions[image] += read_caption_beside(image)
-    warn_of_links([*captions, *(path for path in files if path.suffix == ".txt")], metadata, folder)
     known = {*captions, *metadata}
     if aside := [path.name for path in files if path not in known and path.suffix != ".txt"]:
-        print(f"Left aside in {folder}: {len(aside)} files of other kinds, such as {', '.join(aside[:5])}.")
+        some = in_one_line(", ".join(aside[:5]))
+        print(f"Left aside in {folder}: {len(aside)} files of other kinds, such as {some}.")
     captions = {image: captions[image] for image in of_split(captions, folder, takes_train)}
     names = [str(path) for path in captions]
     if odd := [name for name in names if not is_utf8(name)]:
@@ -1420,14 +1431,42 @@ def read_folder(folder, caption_column, takes_train=False):
     return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image(decode=False))
 
 
-def warn_of_links(files, metadata, folder):
-    """Warns of pictures and captions that are links out of the folder: their owner may have made them on purpose, but
-    somebody else's dataset could have private files trained on by them."""
-    places = (folder, *(Path(os.path.realpath(path)).parent for path in metadata))
-    warn(
-        "pictures or captions are links that lead out of the folder, and are used",
-        [str(path) for path in files if path.is_symlink() and not is_inside(path, places)],
-    )
+def check_links(files, folder, follows_links):
+    """Warns of files that are links out of the folder, if it `follows_links`: their owner may have made them on
+    purpose. Raises `InputError` otherwise: somebody else's dataset could have private files trained on by them."""
+    places, parents = places_of(folder), {}
+    links = [str(path) for path in files if path.is_symlink() and not is_inside(path, places, parents)]
+    if follows_links:
+        warn("pictures, captions or data files are links that lead out of the folder, and are used", links)
+    elif links:
+        some = "\n  ".join(["", *map(in_one_line, links[:5])])
+        raise InputError(
+            f"{folder}: {len(links)} files in it are links that lead out of it, such as{some}\n"
+            "Copy what they lead to, or add --follow_symlinks if you trust whoever made them."
+        )
+
+
+def places_of(folder):
+    """The folders, links resolved, in which the files of a dataset's folder may lie: itself, and in the Hub's cache,
+    where a snapshot is all links, the common place of the contents of that dataset."""
+    real = Path(os.path.realpath(folder))
+    places = [str(real)]
+    for place in (real, *real.parents):
+        blobs = place.parent.parent / "blobs"
+        if place.parent.name == "snapshots" and blobs.is_dir() and not blobs.is_symlink():
+            places.append(str(blobs))
+    return places
+
+
+def is_inside(path, places, parents):
+    """Whether a path lies in one of the `places`, links resolved; `parents` remembers those of folders."""
+    folder, name = os.path.split(os.path.abspath(path))
+    if folder not in parents:
+        parents[folder] = os.path.realpath(folder)
+    real = os.path.join(parents[folder], name)
+    if os.path.islink(real):
+        real = os.path.realpath(real)
+    return any(Path(real).is_relative_to(place) for place in places)
 
 
 def of_split(images, folder, takes_train):
@@ -1464,10 +1503,12 @@ def list_files(folder):
     return sorted(files)
 
 
-def read_metadata(path, caption_column, folder):
+def read_metadata(path, caption_column, folder, follows_links=False):
     """Yields of each row of a metadata.jsonl or .csv in `folder` the image's absolute path, its captions, the columns'
     names and the row itself, as `file`, `captions`, `columns` and `row`. Raises `InputError`, which names the row."""
-    number = 1
+    number, places, parents = 1, places_of(folder), {}
+    if not path.is_file():  # but a broken link, or a pipe, for which a reader would wait
+        raise InputError(f"{path}: is no regular file; remove it")
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".jsonl":  # lines end by a line feed alone: JSON may hold other line ends
@@ -1475,7 +1516,7 @@ def read_metadata(path, caption_column, folder):
         else:
             rows = csv.DictReader(io.StringIO(text), strict=True)
         for row in rows:
-            file = locate(row["file_name"], path, folder)
+            file = locate(row["file_name"], path, folder, follows_links, places, parents)
             captions = all_captions(row.get(caption_column))
             if None in row:
                 raise ValueError("too many cells: put captions with commas in quotes")
@@ -1483,29 +1524,26 @@ def read_metadata(path, caption_column, folder):
             number += 1
     except InputError as error:
         raise InputError(f"{path}: row {number}: {error}") from None
-    except (ValueError, TypeError, KeyError, AttributeError, csv.Error) as error:
-        raise InputError(f"{path}: row {number} is not a file_name and a caption in UTF-8 ({error!r})") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, csv.Error) as error:
+        told = f"row {number} is not a file_name and a caption in UTF-8 ({error!r}); mend it"
+        raise InputError(f"{path}: {told}") from None
 
 
-def locate(file_name, metadata, folder):
-    """The absolute path of a file that a file of metadata names. Raises `InputError` for one that is not in the
-    folder: somebody else's dataset could have private pictures trained on, and shown to others."""
+def locate(file_name, metadata, folder, follows_links, places, parents):
+    """The absolute path of a file that a file of metadata names. Raises `InputError` for one that is not in one of the
+    `places`: somebody else's dataset could have private pictures trained on, and shown to others."""
     file = Path(os.path.abspath(metadata.parent / file_name))
     is_foreign = os.name != "nt" and PureWindowsPath(file_name).is_absolute()
-    # In the Hub's cache the files of a dataset, its metadata too, are links to a common place.
-    if is_foreign or not is_inside(file, (folder, Path(os.path.realpath(metadata)).parent)):
-        raise InputError(f"the file_name {file_name!r} leads out of {folder}; copy the image into that")
+    is_below = file.is_relative_to(folder)
+    if is_foreign or not (is_inside(file, places, parents) or (is_below and follows_links)):
+        told = f"the file_name {file_name!r} leads out of {folder}"
+        remedy = ", by a link; copy the image, or add --follow_symlinks" if is_below else "; copy the image into that"
+        raise InputError(told + ("; copy the image into that" if is_foreign else remedy))
     if "\\" in file_name and not file.exists():
         slashes = file_name.replace("\\", "/")
         if (metadata.parent / slashes).exists():
             raise InputError(f"the file_name {file_name!r} names no file; write it with slashes, {slashes!r}")
     return file
-
-
-def is_inside(path, folders):
-    """Whether a path lies in one of the folders, links resolved."""
-    real = Path(os.path.realpath(path))
-    return any(real.is_relative_to(os.path.realpath(folder)) for folder in folders)
 
 
 def read_caption_beside(image):
@@ -1539,10 +1577,14 @@ def read_dataset(args, name, default_caption=None):
     if pictures and is_picture_folder(name, files, pictures, data_files):
         if (args.dataset_config_name, args.image_column) != (None, "image"):
             raise InputError(f"--dataset_name={name}: holds images; drop --dataset_config_name and --image_column")
-        return read_folder(name, args.caption_column, takes_train=True)
+        return read_folder(name, args.caption_column, takes_train=True, follows_links=args.follow_symlinks)
+    saved = [path for path in files if path.name in SAVED_NAMES]
+    check_links([*data_files, *saved], name, args.follow_symlinks)
+    if odd := [path for path in [*data_files, *saved] if not path.is_file()]:  # for a pipe a reader would wait
+        raise InputError(f"{in_one_line(odd[0])}: is no regular file; remove it")
     image_column, caption_column = args.image_column, args.caption_column
     try:
-        saved = {path.parent for path in files if path.name in SAVED_NAMES}
+        saved = {path.parent for path in saved}
         dataset = load_train_split(args, name, saved, data_files, has_pictures=bool(pictures))
         if default_caption and caption_column == "text" and "text" not in dataset.column_names:
             dataset = dataset.add_column(caption_column, [default_caption] * len(dataset))
@@ -1555,7 +1597,7 @@ def read_dataset(args, name, default_caption=None):
             f"--dataset_name={name}: cannot be loaded; check it, --dataset_config_name, --image_column={image_column} "
             f"and --caption_column={caption_column} ({last_line(error)})"
         ) from None
-    check_places(dataset, name, args.cache_dir)
+    check_places(dataset, name, args.cache_dir, args.follow_symlinks)
     return dataset
 
 
@@ -1582,6 +1624,7 @@ def load_train_split(args, name, saved, data_files, has_pictures):
     if saved and (config_name or Path(name) not in saved):
         raise InputError("was written by save_to_disk: name the folder that was, without a configuration")
     if saved:  # caches of later work lie in the same folders
+        check_saved(saved)
         dataset = datasets.load_from_disk(name)
         if not isinstance(dataset, datasets.DatasetDict):
             return dataset
@@ -1601,7 +1644,33 @@ def load_train_split(args, name, saved, data_files, has_pictures):
         chosen = train_files([path for path in chosen if kind_of(path) == kind], name)
         lists = {"train": [glob.escape(os.path.abspath(path)) for path in chosen]}
         return datasets.load_dataset(kind, data_files=lists, **where)
+    check_sources(args, name, config_name)
     return datasets.load_dataset(name, config_name, token=args.hub_token, **where)
+
+
+def check_saved(folders):
+    """Raises `InputError` if what `save_to_disk` wrote into folders names files that lie elsewhere."""
+    for folder in folders:
+        path = folder / "state.json"
+        rows = read_json(path).get("_data_files", []) if path.is_file() else []
+        for row in rows:
+            if os.path.basename(row["filename"]) != row["filename"]:
+                raise InputError(f"its state.json names the file {row['filename']!r}, which leads out of {folder}")
+
+
+def check_sources(args, name, config_name):
+    """Raises `InputError` if the card of a dataset names data that lies elsewhere, on this machine or on another."""
+    builder = datasets.load_dataset_builder(name, config_name, token=args.hub_token, cache_dir=args.cache_dir)
+    places, parents = places_of(name), {}
+    for file in itertools.chain.from_iterable((builder.config.data_files or {}).values()):
+        if not os.path.isdir(name):
+            is_own = str(file).startswith(f"hf://datasets/{name}@")
+        else:
+            path = Path(os.path.abspath(str(file)))
+            is_linked = args.follow_symlinks and path.is_relative_to(os.path.abspath(name))
+            is_own = "://" not in str(file) and (is_linked or is_inside(path, places, parents))
+        if not is_own:
+            raise InputError(f"its card names the file {str(file)!r}, which leads out of it")
 
 
 def kind_of(path):
@@ -1655,11 +1724,12 @@ def with_whole_paths(dataset, name):
     return dataset.map(lambda row: {"image": whole(row["image"])}, keep_in_memory=True, load_from_cache_file=False)
 
 
-def check_places(dataset, name, cache_dir):
+def check_places(dataset, name, cache_dir, follows_links=False):
     """Raises `InputError` for an image that the dataset does not hold, and that lies neither in its folder nor where
     `datasets` puts what it downloads, or that is an address."""
-    caches = (cache_dir or datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)
-    folders = [name, *caches] if os.path.isdir(name) else caches
+    places = [cache_dir or datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE]
+    places = [*map(os.path.realpath, places), *(places_of(name) if os.path.isdir(name) else [])]
+    folder, parents = os.path.abspath(name), {}
     start = 0
     for images in dataset.data.column("image").chunks:
         lacks_content = images.field("bytes").is_null().to_numpy(zero_copy_only=False)
@@ -1668,7 +1738,8 @@ def check_places(dataset, name, cache_dir):
             row = f"--dataset_name={name}: row {start + index}: the image"
             if path and re.match(r"\w+://", path):
                 raise InputError(f"{row} is an address ({path[:80]}); download the images first, into a folder")
-            if path and not is_inside(path, folders):
+            is_linked = follows_links and path and Path(os.path.abspath(path)).is_relative_to(folder)
+            if path and not is_linked and not is_inside(path, places, parents):
                 raise InputError(f"{row} {path!r} leads out of the dataset; copy it into a folder with metadata.jsonl")
         start += len(images)
 
@@ -1710,13 +1781,15 @@ def name_of(rows, index):
 
 def name_of_row(row, index):
     """What a row is called: the path of its image, or its number where a dataset holds the image itself."""
-    return (row["image"] or {}).get("path") or f"row {index}"
+    path = (row["image"] or {}).get("path")
+    return in_one_line(path) if path else f"row {index}"
 
 
 def warn(what, found, number=None):
     """Warns of what was found, by number, that of `found` if none is given, and the first five."""
     if found:
-        print("\n  ".join([f"Warning: {number or len(found)} {what}, such as", *found[:5]]))
+        some = map(in_one_line, found[:5])  # names and captions of others
+        print("\n  ".join([f"Warning: {number or len(found)} {what}, such as", *some]))
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
@@ -1900,12 +1973,12 @@ def compare_settings(run, checkpoint, before, free, fixed):
         if name not in free and not is_new and before.get(name) != value:
             changed[name] = f"{name}: {before.get(name)} there, {value} now"
     cannot_change = changed.keys() & fixed
-    remedy = "use those" if cannot_change else "use those, or add --allow_changed_resume"
-    told = "\n  ".join([f"{checkpoint} was made under other settings; {remedy}", *changed.values()])
+    told = f"{checkpoint} was made under other settings"
     if cannot_change or (changed and not settings["allow_changed_resume"]):
-        raise InputError(f"--resume_from_checkpoint: {told}")
+        remedy = "use those" if cannot_change else "use those, or add --allow_changed_resume"
+        raise InputError("\n  ".join([f"--resume_from_checkpoint: {told}; {remedy}", *changed.values()]))
     if changed:
-        print(told)
+        print("\n  ".join([f"{told}; from here on those of now hold (--allow_changed_resume)", *changed.values()]))
     return changed.keys()
 
 
@@ -1965,6 +2038,11 @@ def is_utf8(text):
 def printable(text):
     """A text without signs that move or colour what a terminal shows: of somebody else's files, names and captions."""
     return "".join(sign if sign.isprintable() or sign in "\n\u00a0\u3000" else repr(sign)[1:-1] for sign in text)
+
+
+def in_one_line(name):
+    """As `printable`, for a name that may hold line ends."""
+    return printable(str(name)).replace("\n", "\\n")
 
 
 def without_secrets(text):
@@ -2309,6 +2387,7 @@ def add_dataset_arguments(add):
     add("--caption_column", default="text", help="column with a caption, or a list of them: one is drawn per epoch")
     add("--max_train_samples", type=positive_int, help="use so many images, drawn by the seed [1, inf)")
     add("--skip_bad_images", **SWITCH, help="go on without images that cannot be used, instead of stopping")
+    add("--follow_symlinks", **SWITCH, help="read what links in the folder lead to elsewhere, too")
 
 
 def add_transform_arguments(add):
@@ -2608,9 +2687,11 @@ def parse_flags(parser, argv, replaced_flags):
 
     Returns (args, what is wrong with them): a flag with a wrong value, or that does not exist, is told and left at its
     default, so that the checks that follow can tell the rest. `replaced_flags` maps flags of other scripts to a
-    remedy. `~` is expanded.
+    remedy. `~` is expanded. From then on the process does not know its token by `sys.argv`, which trackers record.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv is None:
+        argv = sys.argv[1:]
+        sys.argv[1:] = with_hidden_tokens(argv)
     args, problems = None, []
     if config := config_of(argv):
         # In two passes: a list in the file would take the first word of the command line as its last item.
@@ -2619,6 +2700,19 @@ def parse_flags(parser, argv, replaced_flags):
         problems += more_problems
     args, more_problems = parse_words(parser, argv, args, replaced_flags)
     return args, problems + more_problems
+
+
+def with_hidden_tokens(words):
+    """The words of a command line, with stars in the place of the values of --hub_token."""
+    hidden, is_token = [], False
+    for word in words:
+        if is_token:
+            word = "***"
+        elif word.startswith("--hub_token="):
+            word = "--hub_token=***"
+        is_token = word == "--hub_token"
+        hidden.append(word)
+    return hidden
 
 
 def config_of(argv):
@@ -3005,7 +3099,8 @@ def load_pixels(encoded, enough):
 
 def decode_file(encoded, enough):
     """Opens a file and decodes it to the end; a JPEG in reduced size, if no side is then below `enough` pixels."""
-    image = Image.open(io.BytesIO(encoded))
+    Image.init()
+    image = Image.open(io.BytesIO(encoded), formats=[name for name in FORMATS if name in Image.OPEN])
     width, height = image.size
     for scale in (8, 4, 2):
         # Only where it divides both sides do the edges stay where they are.
@@ -3051,6 +3146,8 @@ def check_image(image, known):
             key = hashlib.sha256(encoded).hexdigest()
         else:
             status = os.stat(image["path"])
+            if not stat.S_ISREG(status.st_mode):  # a reader of a pipe would wait for ever
+                return None, ["", 0, 0, "is no regular file; remove it"]
             key = f"{os.path.abspath(image['path'])}|{status.st_size}|{status.st_mtime_ns}"
         if key in known:
             return key, known[key]
@@ -3125,7 +3222,7 @@ def leave_out(bad, num_images, may_leave_out, remedy=""):
     with these, and one more `remedy`, unless images may be left out."""
     if not bad:
         return
-    unusable = "\n  ".join([f"{len(bad)} of {num_images} images are unusable:", *bad[:100]])
+    unusable = "\n  ".join([f"{len(bad)} of {num_images} images are unusable:", *map(printable, bad[:100])])
     if not may_leave_out:
         raise InputError(f"{unusable}\nMend or remove them, or add --skip_bad_images{remedy}.")
     print(f"Left out (--skip_bad_images): {unusable}")
@@ -3168,6 +3265,8 @@ def check_model(args):
         if foreign := {"text_encoder_2", "transformer"} & parts.keys():
             remedy = "use a Stable Diffusion 1.x or 2.x model"
             return [*problems, f"{name}: has a {min(foreign)} (SDXL, SD 3 or the like); {remedy}"]
+        if strange := foreign_code(parts):
+            return [*problems, f"{name}: {strange}"]
         unet = diffusers.UNet2DConditionModel.load_config(source, subfolder="unet", **where)
         vae = diffusers.AutoencoderKL.load_config(source, subfolder="vae", **where)
         scheduler = diffusers.DDPMScheduler.load_config(source, subfolder="scheduler", **where)
@@ -3207,6 +3306,18 @@ def check_model(args):
     return problems
 
 
+def foreign_code(parts):
+    """What is wrong with a pipeline's model_index.json that names classes of others, which are not run, or None."""
+    kind = parts.get("_class_name", "")
+    if not isinstance(kind, str):
+        return f"its model_index.json names code of its own, {kind}, which is not run; use another model"
+    for part, entry in parts.items():
+        if not part.startswith("_") and isinstance(entry, list | tuple) and entry and entry[0] not in LIBRARIES:
+            told = f"its {part} is of {'.'.join(map(str, entry))}, code that is not run"
+            return f"{told}; use a model whose parts are of diffusers and transformers"
+    return None
+
+
 def only_variant(folder):
     """The variant, such as fp16, in the names of a pipeline folder's UNet, if there are no weights without one."""
     pattern = r"diffusion_pytorch_model[-\w]*(?:\.(\w+))?\.(?:safetensors|bin|msgpack)"  # the dash is of parts
@@ -3224,7 +3335,8 @@ def load_tokenizer(args):
     """The tokenizer, the base's or that of --tokenizer_name, which cuts captions where the text encoder has to."""
     source, where = config_source(args)
     if args.tokenizer_name:
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name, cache_dir=args.cache_dir)
+        where = {"trust_remote_code": False, "cache_dir": args.cache_dir}  # else transformers asks in the terminal
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name, **where)
     else:
         tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)
     text_config = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where)
@@ -3249,7 +3361,9 @@ def check_tokenizer(args, text_config):
     name = f"--tokenizer_name={args.tokenizer_name}"
     try:
         highest = max(
-            AutoTokenizer.from_pretrained(args.tokenizer_name, cache_dir=args.cache_dir).get_vocab().values()
+            AutoTokenizer.from_pretrained(args.tokenizer_name, trust_remote_code=False, cache_dir=args.cache_dir)
+            .get_vocab()
+            .values()
         )
     except Exception as error:  # every format has its own way of being broken
         told = "no folder of a tokenizer, no name of one on the Hub, or no connection"
@@ -3284,13 +3398,34 @@ def load_base(args, **given):
     where |= {**parts_instead(args), **given}
     options = {**where, "dtype": torch.float32, "variant": args.variant, "safety_checker": None}
     try:
+        source, place = config_source(args)
+        refuse_foreign_code(source, **place)
         if args.single_file_config:  # a .ckpt is read as weights only
             return diffusers.StableDiffusionPipeline.from_single_file(
                 base, config=args.single_file_config, dtype=torch.float32, safety_checker=None, **where
             )
         return diffusers.StableDiffusionPipeline.from_pretrained(base, **options)
     except Exception as error:  # every format has its own way of being broken
-        raise InputError(f"{base}: cannot be loaded ({last_line(error)})") from None
+        if list(Path(base).glob("unet/*.msgpack")) and not list(Path(base).glob("unet/*.[sb]*")):
+            told = "has Flax weights alone; use train_text_to_image_flax.py, whose result has PyTorch's too"
+            raise InputError(f"{base}: {told}") from None
+        raise InputError(f"{base}: cannot be loaded ({reason_of(error)}); mend it, or use another") from None
+
+
+def refuse_foreign_code(base, **where):
+    """Raises `InputError` for a pipeline with classes of others, modules of which diffusers would import."""
+    if strange := foreign_code(diffusers.StableDiffusionPipeline.load_config(base, **where)):
+        raise InputError(strange)
+
+
+def reason_of(error):
+    """Why weights cannot be loaded, in a line."""
+    cause = error
+    while cause is not None:
+        if type(cause).__name__ == "UnpicklingError":
+            return "a file holds more than weights, maybe code, which is not run; get it as .safetensors"
+        cause = cause.__cause__ or cause.__context__
+    return last_line(error)
 
 
 def enable_memory_savers(args, unet, device, dtype):
@@ -3906,8 +4041,10 @@ def record_of(args):
 
 def read_record(path):
     """What drew an image, as it records that; nothing for a photo."""
+    if not path.is_file():  # for a pipe a reader would wait
+        return {}
     with contextlib.suppress(Exception):  # a broken image is for the check of images
-        with Image.open(path) as image:
+        with Image.open(path, formats=["PNG"]) as image:
             return dict(json.loads(image.info[CLASS_RECORD]))
     return {}
 
@@ -4205,7 +4342,18 @@ def check_output(args, foreign_result):
             f"--output_dir={args.output_dir}: is in use; name another, go on with its run by "
             "--resume_from_checkpoint=latest, or, if of this kind, use --overwrite_output_dir"
         )
+    kind = kind_of_checkpoint(checkpoint) if checkpoint else None
+    if kind not in (None, "LoRA adapters" if foreign_result == "model_index.json" else "whole models"):
+        remedy = "use the script that wrote it, or another checkpoint"
+        problems.append(f"--resume_from_checkpoint={wanted}: holds {kind}, which this script does not train; {remedy}")
     return problems
+
+
+def kind_of_checkpoint(checkpoint):
+    """What a checkpoint holds, or None where it holds neither."""
+    if (checkpoint / "pytorch_lora_weights.safetensors").is_file():
+        return "LoRA adapters"
+    return "whole models" if (checkpoint / "unet").is_dir() else None
 
 
 def check_trackers(args):
@@ -4310,10 +4458,11 @@ def start_trackers(args, accelerator):
     try:
         accelerator.init_trackers(args.tracker_project_name, config)
     except Exception as error:  # each has its own way to say that nobody is logged in
-        raise InputError(
-            f"--report_to={args.report_to}: does not start ({last_line(error)}); log in to it (wandb login), work "
-            "offline (WANDB_MODE=offline), or use --report_to=none"
-        ) from None
+        remedy = "set it up as it asks for"
+        if args.report_to == "wandb":
+            remedy = "log in to it (wandb login), work offline (WANDB_MODE=offline)"
+        told = f"does not start ({last_line(error)}); {remedy}, or use --report_to=none"
+        raise InputError(f"--report_to={args.report_to}: {told}") from None
 
 
 def tell_trackers(accelerator, tell):
@@ -4888,7 +5037,8 @@ def nothing_lost(args, accelerator, run, stop, write_state, end=sys.exit):
             traceback.clear_frames(error.__traceback__)  # which hold what the step computed
             kept = save_what_is_whole(run, write_state)
             step = run.progress["global_step"]
-            print(f"\n{told_as}Stopped after step {step} by {reason}. {kept}{remedy}", file=sys.stderr, flush=True)
+            told = fitted(f"{told_as}Stopped after step {step} by {reason}. {kept}{remedy}")
+            print(f"\n{told}", file=sys.stderr, flush=True)
             end(1)
 
 
@@ -4908,7 +5058,8 @@ def told_in_a_line(args, accelerator, what):
             traceback.print_exception(error)
             reason = last_words(error)
         told_as = name_of_process(accelerator)
-        print(f"\n{told_as}{what} was stopped by {reason}{remedy}", file=sys.stderr, flush=True)
+        told = fitted(f"{told_as}{what} was stopped by {reason}{remedy}")
+        print(f"\n{told}", file=sys.stderr, flush=True)
         sys.exit(1)
 
 
@@ -4999,7 +5150,7 @@ def leave(accelerator, run, broken, received):
         kept = save_what_is_whole(run, None)
     if not list_checkpoints(run.output_dir):
         kept, remedy = "There is no checkpoint", "; use a lower --learning_rate"
-    accelerator.print(f"Stopped by {why}. {kept}{remedy}", file=sys.stderr)
+    accelerator.print(fitted(f"Stopped by {why}. {kept}{remedy}"), file=sys.stderr)
     # Another process, or the launcher, may have got the signal: SIGTERM, then.
     number = received[0] if received else signal.SIGTERM
     sys.exit(1 if broken else 128 + number)

@@ -32,6 +32,7 @@ from sdtune.lora_layouts import (
     write_diffusers,
     write_kohya,
 )
+from sdtune.models import reason_of, refuse_foreign_code
 from sdtune.pipeline_folder import check_place
 
 PROGRAM = "sdtune convert-lora"
@@ -100,9 +101,10 @@ def merge(weights, alphas, base, output, scale):
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     try:
+        refuse_foreign_code(base)
         pipeline = diffusers.StableDiffusionPipeline.from_pretrained(base, dtype=torch.float32, local_files_only=True)
     except Exception as error:  # of the files, their formats or their parts
-        raise InputError(f"--merge={base}: cannot be loaded ({last_line(error)})") from None
+        raise InputError(f"--merge={base}: cannot be loaded ({reason_of(error)})") from None
     check_fit(weights, alphas, base, pipeline)
     models = models_of(alphas)
     for name in models:

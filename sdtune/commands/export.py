@@ -79,7 +79,10 @@ def export_pipeline(args, checkpoint, folder, suffix):
     try:
         pipeline = load_base(settings)
     except InputError as error:
-        raise InputError(f"{error}; name the run's base, with PyTorch weights, by --base") from None
+        base, told = settings.pretrained_model_name_or_path, error
+        if not Path(base).exists():  # the Hub's cache is not to blame: the run may have begun in another folder
+            told = f"{base}: is no folder seen from here, nor a model that the Hub or its cache has"
+        raise InputError(f"{told}; name the run's base, with PyTorch weights, by --base") from None
     found = [path.name for path in checkpoint.iterdir() if path.is_dir()]
     trained = [name.removesuffix(suffix) for name in found if re.fullmatch(rf"(unet|text_encoder){suffix}", name)]
     try:
