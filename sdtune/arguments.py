@@ -757,12 +757,14 @@ def read_config(path, sections):
     wrong with it)."""
     try:
         recipe = yaml.safe_load(Path(os.path.expanduser(path)).read_text("utf-8")) or {}
+        if not isinstance(recipe, dict):
+            raise TypeError("it holds something else")
         for section in sections & recipe.keys():
             recipe[section] = recipe[section] or {}
-        if not all(isinstance(part, dict) for part in [recipe, *(recipe[name] for name in sections & recipe.keys())]):
-            raise TypeError("it holds something else")
+        if not all(isinstance(recipe[name], dict) for name in sections & recipe.keys()):
+            raise TypeError("a section holds something else")
         return recipe, []
-    except (OSError, ValueError, yaml.YAMLError, AttributeError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, yaml.YAMLError, TypeError, RecursionError) as error:
         told = " ".join(str(error).split())[:300]
         return {}, [f"--config={path}: is no YAML file of flags ({told}); write `flag: value`, a line each"]
 

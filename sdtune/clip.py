@@ -27,7 +27,7 @@ def check_clip(source):
         CLIPTokenizer.from_pretrained(source)
         CLIPImageProcessorPil.from_pretrained(source)
     except (OSError, ValueError) as error:
-        told = f"no whole CLIP, no name of one on the Hub, or no connection ({last_line(error)})"
+        told = f"no whole CLIP, no name of one on the Hub, or no connection ({last_line(error)}); name another"
         return [f"--clip_model={source}: {told}"]
     return []
 

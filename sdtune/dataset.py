@@ -166,7 +166,7 @@ def check_data(args, folder_flag):
             f"--image_column={args.image_column}: does nothing without --dataset_name; add that or drop this"
         )
     if folder and not os.path.isdir(folder):
-        problems.append(f"--{folder_flag}={folder}: does not exist, or is no folder")
+        problems.append(f"--{folder_flag}={folder}: does not exist, or is no folder; name one")
     if source and Path(args.output_dir).resolve().is_relative_to(Path(source).resolve()):
         problems.append(
             f"--output_dir={args.output_dir}: lies in the folder of the images, or below its name; put it elsewhere"
@@ -269,7 +269,7 @@ def choose_rows(rows, max_samples, seed):
 def split_rows(num_rows, num_held_out):
     """The indices of the rows to train on and of those held out, which no seed changes. Raises `InputError`."""
     if num_held_out >= num_rows:
-        raise InputError(f"--num_validation_samples={num_held_out}: must leave some of {num_rows} images")
+        raise InputError(f"--num_validation_samples={num_held_out}: must leave some of {num_rows} images; use fewer")
     order = np.random.default_rng(HELD_OUT).permutation(num_rows)
     return np.sort(order[num_held_out:]), np.sort(order[:num_held_out])
 

@@ -57,11 +57,10 @@ def fitted(text):
     width = shutil.get_terminal_size((100, 24)).columns
     parts = []  # lines of each line
     for line in printable(without_secrets(text)).split("\n"):
-        margin = line[: len(line) - len(line.lstrip())] + "  "
-        parts.append(
-            textwrap.wrap(line, width, subsequent_indent=margin, break_long_words=False, break_on_hyphens=False)
-            or [""]
-        )
+        own = line[: len(line) - len(line.lstrip())]
+        margins = {"initial_indent": own, "subsequent_indent": max(own + "  ", "    ")}
+        words = {"break_long_words": False, "break_on_hyphens": False}  # paths and flags
+        parts.append(textwrap.wrap(line.lstrip(), width, **margins, **words) or [""])
     end = [] if len(parts) == 1 or parts[-1][0].startswith(" ") else [parts.pop()]  # the remedy for all of a list
     num_cut = 0
     while len(parts) > 1 and sum(map(len, parts + end)) + bool(num_cut) > MAX_LINES:

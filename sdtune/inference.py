@@ -9,7 +9,7 @@ import diffusers
 import torch
 from safetensors import SafetensorError, safe_open
 
-from sdtune.arguments import check_keys, parse_words, read_config, setting_words
+from sdtune.arguments import check_keys, parse_words, path_name, read_config, setting_words
 from sdtune.errors import InputError, is_utf8, last_line
 from sdtune.files import existing_place
 from sdtune.lora_layouts import LORA_FILE
@@ -38,7 +38,13 @@ EVALUATE_KEYS = {
 def add_inference_arguments(parser):
     """Adds which models draw, with which LoRAs, the font of labels, and the recipe."""
     add = parser.add_argument
-    add("model", nargs="?", metavar="MODEL", help="pipeline folder or Hub id of a Stable Diffusion 1 or 2")
+    add(
+        "model",
+        nargs="?",
+        type=path_name,
+        metavar="MODEL",
+        help="pipeline folder or Hub id of a Stable Diffusion 1 or 2",
+    )
     add("--base", help="model to compare with, such as the one that it was trained from; gets no LoRA")
     add("--lora", action="append", metavar="PATH[:SCALE]", help="LoRA file or folder for MODEL; may be given again")
     add("--font", metavar="FILE.ttf", help="font of the labels; default: DejaVu Sans, Arial or Pillow's own")
@@ -157,6 +163,7 @@ def read_configs(flag, source):
         scheduler = diffusers.DDPMScheduler.load_config(source, subfolder="scheduler")
     except (OSError, ValueError) as error:
         told = f"no whole pipeline, no name of one on the Hub, or no connection ({last_line(error)})"
+        told += "; name one that is whole"
         raise InputError(f"{name}: {told}") from None
     if foreign := {"text_encoder_2", "transformer"} & parts.keys():
         remedy = "use a Stable Diffusion 1 or 2"

@@ -43,8 +43,11 @@ def check_model(args):
         problems.append(f"--variant={args.variant}: does nothing with a single file; drop this")
     if not source or (single_file and not Path(source).is_file()):
         return [*problems, f"{name}: there is no such file; name a pipeline folder, a Hub id or a file"]
-    if single_file != bool(args.single_file_config):
-        return [*problems, f"{name}: a single file, and only that, needs --single_file_config (see --help)"]
+    if single_file and not args.single_file_config:
+        return [*problems, f"{name}: a single file needs --single_file_config (see --help); add that"]
+    if args.single_file_config and not single_file:
+        told = "is for a single file alone"
+        return [*problems, f"--single_file_config={args.single_file_config}: {told}; drop this, or name one as model"]
 
     source, where = config_source(args)
     try:
@@ -64,6 +67,7 @@ def check_model(args):
             raise OSError("its tokenizer knows no words")  # nor does transformers' for a folder without one
     except (OSError, ValueError) as error:
         told = f"no whole pipeline, no name of one on the Hub, or no connection ({last_line(error)})"
+        told += "; name one that is whole"
         return [*problems, f"{source}: {told}"]
 
     problems += check_tokenizer(args, text_config)
@@ -154,7 +158,7 @@ def check_tokenizer(args, text_config):
         )
     except Exception as error:  # every format has its own way of being broken
         told = "no folder of a tokenizer, no name of one on the Hub, or no connection"
-        return [*problems, f"{name}: {told} ({last_line(error)})"]
+        return [*problems, f"{name}: {told} ({last_line(error)}); name another"]
     if highest >= text_config.vocab_size:
         told = (
             f"has {highest + 1:,} tokens, the text encoder knows {text_config.vocab_size:,}; use the one that it had"

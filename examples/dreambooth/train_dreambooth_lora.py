@@ -1285,7 +1285,7 @@ def check_data(args, folder_flag):
             f"--image_column={args.image_column}: does nothing without --dataset_name; add that or drop this"
         )
     if folder and not os.path.isdir(folder):
-        problems.append(f"--{folder_flag}={folder}: does not exist, or is no folder")
+        problems.append(f"--{folder_flag}={folder}: does not exist, or is no folder; name one")
     if source and Path(args.output_dir).resolve().is_relative_to(Path(source).resolve()):
         problems.append(
             f"--output_dir={args.output_dir}: lies in the folder of the images, or below its name; put it elsewhere"
@@ -1388,7 +1388,7 @@ def choose_rows(rows, max_samples, seed):
 def split_rows(num_rows, num_held_out):
     """The indices of the rows to train on and of those held out, which no seed changes. Raises `InputError`."""
     if num_held_out >= num_rows:
-        raise InputError(f"--num_validation_samples={num_held_out}: must leave some of {num_rows} images")
+        raise InputError(f"--num_validation_samples={num_held_out}: must leave some of {num_rows} images; use fewer")
     order = np.random.default_rng(HELD_OUT).permutation(num_rows)
     return np.sort(order[num_held_out:]), np.sort(order[:num_held_out])
 
@@ -2060,11 +2060,10 @@ def fitted(text):
     width = shutil.get_terminal_size((100, 24)).columns
     parts = []  # lines of each line
     for line in printable(without_secrets(text)).split("\n"):
-        margin = line[: len(line) - len(line.lstrip())] + "  "
-        parts.append(
-            textwrap.wrap(line, width, subsequent_indent=margin, break_long_words=False, break_on_hyphens=False)
-            or [""]
-        )
+        own = line[: len(line) - len(line.lstrip())]
+        margins = {"initial_indent": own, "subsequent_indent": max(own + "  ", "    ")}
+        words = {"break_long_words": False, "break_on_hyphens": False}  # paths and flags
+        parts.append(textwrap.wrap(line.lstrip(), width, **margins, **words) or [""])
     end = [] if len(parts) == 1 or parts[-1][0].startswith(" ") else [parts.pop()]  # the remedy for all of a list
     num_cut = 0
     while len(parts) > 1 and sum(map(len, parts + end)) + bool(num_cut) > MAX_LINES:
@@ -2844,12 +2843,14 @@ def read_config(path, sections):
     wrong with it)."""
     try:
         recipe = yaml.safe_load(Path(os.path.expanduser(path)).read_text("utf-8")) or {}
+        if not isinstance(recipe, dict):
+            raise TypeError("it holds something else")
         for section in sections & recipe.keys():
             recipe[section] = recipe[section] or {}
-        if not all(isinstance(part, dict) for part in [recipe, *(recipe[name] for name in sections & recipe.keys())]):
-            raise TypeError("it holds something else")
+        if not all(isinstance(recipe[name], dict) for name in sections & recipe.keys()):
+            raise TypeError("a section holds something else")
         return recipe, []
-    except (OSError, ValueError, yaml.YAMLError, AttributeError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, yaml.YAMLError, TypeError, RecursionError) as error:
         told = " ".join(str(error).split())[:300]
         return {}, [f"--config={path}: is no YAML file of flags ({told}); write `flag: value`, a line each"]
 
@@ -3256,8 +3257,11 @@ def check_model(args):
         problems.append(f"--variant={args.variant}: does nothing with a single file; drop this")
     if not source or (single_file and not Path(source).is_file()):
         return [*problems, f"{name}: there is no such file; name a pipeline folder, a Hub id or a file"]
-    if single_file != bool(args.single_file_config):
-        return [*problems, f"{name}: a single file, and only that, needs --single_file_config (see --help)"]
+    if single_file and not args.single_file_config:
+        return [*problems, f"{name}: a single file needs --single_file_config (see --help); add that"]
+    if args.single_file_config and not single_file:
+        told = "is for a single file alone"
+        return [*problems, f"--single_file_config={args.single_file_config}: {told}; drop this, or name one as model"]
 
     source, where = config_source(args)
     try:
@@ -3277,6 +3281,7 @@ def check_model(args):
             raise OSError("its tokenizer knows no words")  # nor does transformers' for a folder without one
     except (OSError, ValueError) as error:
         told = f"no whole pipeline, no name of one on the Hub, or no connection ({last_line(error)})"
+        told += "; name one that is whole"
         return [*problems, f"{source}: {told}"]
 
     problems += check_tokenizer(args, text_config)
@@ -3367,7 +3372,7 @@ def check_tokenizer(args, text_config):
         )
     except Exception as error:  # every format has its own way of being broken
         told = "no folder of a tokenizer, no name of one on the Hub, or no connection"
-        return [*problems, f"{name}: {told} ({last_line(error)})"]
+        return [*problems, f"{name}: {told} ({last_line(error)}); name another"]
     if highest >= text_config.vocab_size:
         told = (
             f"has {highest + 1:,} tokens, the text encoder knows {text_config.vocab_size:,}; use the one that it had"

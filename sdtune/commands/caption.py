@@ -99,11 +99,13 @@ def check_args(args):
             args.model, trust_remote_code=False, revision=args.revision, cache_dir=args.cache_dir
         )
     except (OSError, ValueError) as error:
-        told = f"no model's folder, no name of one on the Hub, or no connection ({last_line(error)})"
+        told = f"no model's folder, no name of one on the Hub, or no connection ({last_line(error)}); name another"
         problems.append(f"--model={args.model}: {told}")
     else:
         if type(config) not in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-            problems.append(f"--model={args.model}: is a {config.model_type}, no image-to-text model such as BLIP")
+            problems.append(
+                f"--model={args.model}: is a {config.model_type}, no image-to-text model such as BLIP; name one"
+            )
     return problems
 
 

@@ -18,7 +18,7 @@ import peft
 import torch
 from safetensors import SafetensorError
 
-from sdtune.arguments import SWITCH, checked, new_parser, parse_flags
+from sdtune.arguments import SWITCH, checked, new_parser, parse_flags, path_name
 from sdtune.errors import InputError, last_line, raise_problems, told_to_user
 from sdtune.files import beside
 from sdtune.lora_layouts import (
@@ -47,8 +47,13 @@ def make_parser():
     """The command's flags."""
     parser = new_parser(__doc__, f"{PROGRAM} INPUT OUTPUT (--to LAYOUT | --merge BASE) [flags]")
     add = parser.add_argument
-    add("input", nargs="?", help=f"LoRA file in either layout, or folder with {LORA_FILE}")
-    add("output", nargs="?", help=".safetensors file to write; with --merge, folder of the merged model")
+    add("input", nargs="?", type=path_name, help=f"LoRA file in either layout, or folder with {LORA_FILE}")
+    add(
+        "output",
+        nargs="?",
+        type=path_name,
+        help=".safetensors file to write; with --merge, folder of the merged model",
+    )
     add("--to", choices=["diffusers", "kohya"], help="layout to convert to")
     add("--merge", metavar="BASE", help="pipeline folder to merge into; the result is float32")
     add("--scale", type=finite_float, help="strength of the adapter in a merge; 1.0 if not given")

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from sdtune.arguments import SWITCH, new_parser, parse_flags
+from sdtune.arguments import SWITCH, new_parser, parse_flags, path_name
 from sdtune.checkpoints import AVERAGED, read_settings
 from sdtune.errors import InputError, last_line, raise_problems, told_to_user
 from sdtune.files import beside
@@ -32,8 +32,8 @@ def make_parser():
     """The command's flags."""
     parser = new_parser(__doc__, f"{PROGRAM} CHECKPOINT OUTPUT [flags]")
     add = parser.add_argument
-    add("checkpoint", nargs="?", help="folder checkpoint-N of a run")
-    add("output", nargs="?", help="folder to write")
+    add("checkpoint", nargs="?", type=path_name, help="folder checkpoint-N of a run")
+    add("output", nargs="?", type=path_name, help="folder to write")
     add("--weights", choices=list(SUFFIXES), help="which of them; default: averaged if the run has them, else trained")
     add("--base", help="the base of the run, a pipeline folder or Hub id, if it is not where it was")
     add("--save_precision", default="no", choices=list(DTYPES), help="half precision of what is saved, or no")

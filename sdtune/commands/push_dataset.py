@@ -20,7 +20,7 @@ from datasets.data_files import DEFAULT_PATTERNS_ALL, get_data_patterns
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from huggingface_hub import CommitOperationAdd, DatasetCard, DatasetCardData, HfApi
 
-from sdtune.arguments import SWITCH, new_parser, parse_flags
+from sdtune.arguments import SWITCH, new_parser, parse_flags, path_name
 from sdtune.dataset import METADATA_NAMES, all_captions, list_files, read_folder, read_metadata
 from sdtune.errors import InputError, last_line, raise_problems, told_to_user
 from sdtune.files import name_in
@@ -37,7 +37,9 @@ CONFIGS = [{"config_name": "default", "data_files": [{"split": "train", "path": 
 def make_parser():
     """The flags of the command."""
     parser = new_parser(__doc__, "sdtune push-dataset FOLDER REPO_ID [flags]")
-    parser.add_argument("folder", nargs="?", help="folder of images with metadata.jsonl/.csv, or a .txt beside each")
+    parser.add_argument(
+        "folder", nargs="?", type=path_name, help="folder of images with metadata.jsonl/.csv, or a .txt beside each"
+    )
     parser.add_argument("repo_id", nargs="?", help="dataset on the Hub to make or add to: your_name/its_name")
     add = parser.add_argument_group("data").add_argument
     add("--caption_column", default="text", help="column of the captions, in the folder's metadata and on the Hub")

@@ -16,7 +16,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData
 from safetensors import SafetensorError, safe_open
 
-from sdtune.arguments import new_parser, parse_flags
+from sdtune.arguments import new_parser, parse_flags, path_name
 from sdtune.errors import InputError, last_line, raise_problems, told_to_user
 from sdtune.files import read_json
 from sdtune.uploads import CARD, add_upload_arguments, check_upload, make_repo, silence_hub, told_if_upload_fails
@@ -29,7 +29,7 @@ INDEX = "model_index.json"
 def make_parser():
     """The flags of the command."""
     parser = new_parser(__doc__, "sdtune push-model FOLDER REPO_ID [flags]")
-    parser.add_argument("folder", nargs="?", help="pipeline folder, or folder with LoRA weights")
+    parser.add_argument("folder", nargs="?", type=path_name, help="pipeline folder, or folder with LoRA weights")
     parser.add_argument("repo_id", nargs="?", help="model on the Hub to make or replace: your_name/its_name")
     add_upload_arguments(parser, "model")
     return parser
@@ -57,7 +57,9 @@ def lora_files(folder):
         if any("lora" in tensor for tensor in tensors_of(path)):
             names.append(path.name)
     if not names:
-        raise InputError(f"{folder}: holds neither a pipeline with {INDEX} nor LoRA weights in .safetensors files")
+        raise InputError(
+            f"{folder}: holds neither a pipeline with {INDEX} nor LoRA weights in .safetensors files; name another"
+        )
     return names
 
 
