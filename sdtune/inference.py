@@ -13,7 +13,7 @@ from sdtune.arguments import check_keys, parse_words, path_name, read_config, se
 from sdtune.errors import InputError, is_utf8, last_line
 from sdtune.files import existing_place
 from sdtune.lora_layouts import LORA_FILE
-from sdtune.models import foreign_code, reason_of
+from sdtune.models import foreign_code, reason_of, refuse_foreign_code
 
 # The section `evaluation:` of a recipe is for two commands. These are the flags that one of them alone has.
 GENERATE_KEYS = {"height", "negative_prompt", "scheduler", "seeds", "width"}
@@ -193,6 +193,7 @@ def load_pipeline(source, loras, dtype, device, **parts):
     """Loads a pipeline, with `parts` instead of its own, and LoRAs, [(file, scale)], onto the device. Raises
     `InputError`."""
     try:
+        refuse_foreign_code(source)
         pipeline = diffusers.StableDiffusionPipeline.from_pretrained(source, dtype=dtype, **parts)
     except Exception as error:  # every format has its own way of being broken
         raise InputError(f"{source}: cannot be loaded ({reason_of(error)})") from None

@@ -188,6 +188,26 @@ def test_classes_of_others_in_a_model_are_refused_by_name(model, tmp_path, marke
     assert "my_module" not in sys.modules
 
 
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_attention_of_others_is_refused_by_name(model, tiny_captioner, image_folder, tmp_path, capsys, key):
+    """transformers would fetch it from the Hub, and run it."""
+    path = model / "text_encoder" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: "evil/kernel"}))
+    told = f"its text_encoder asks for code on the Hub, evil/kernel, as {key}, which is not run"
+    args = parse(f"--pretrained_model_name_or_path={model}", "--resolution=32")
+    (problem,) = check_model(args)
+    assert problem.startswith(f"--pretrained_model_name_or_path={model}: {told}")
+    for load in (lambda: load_base(args), lambda: inference.load_pipeline(str(model), [], torch.float32, "cpu")):
+        with pytest.raises(InputError) as caught:
+            load()
+        assert told in str(caught.value)
+    captioner = Path(shutil.copytree(tiny_captioner, tmp_path / "captioner"))
+    config = json.loads((captioner / "config.json").read_text())
+    (captioner / "config.json").write_text(json.dumps({**config, key: "evil/kernel"}))
+    assert status_of(caption.main, image_folder(1), "--model", captioner, "--overwrite") == 2
+    assert "asks for code on the Hub, evil/kernel" in capsys.readouterr().err
+
+
 def test_no_library_is_told_to_trust_code(repo):
     """transformers asks in the terminal where it is not told, and diffusers takes no for an answer."""
     sources = [*repo.glob("sdtune/**/*.py"), *repo.glob("recipes/*.py"), *repo.glob("examples/*/*.py")]
@@ -705,6 +725,8 @@ def test_what_a_run_writes_has_the_permissions_that_umask_asks_for(
         "center_crop": True,
         "output_kohya_format": "lora" in path.stem,
     }
+    if path == TRAIN_TEXT_TO_IMAGE_FLAX:  # it compiles for a minute to draw samples, and writes them as the others do
+        del settings["validation_prompts"], settings["validation_num_inference_steps"]
     flags = vars(script.make_parser().parse_args([]))
     settings = {flag: value for flag, value in settings.items() if flag in flags}
     if "dreambooth" in path.stem:
@@ -721,7 +743,8 @@ def test_what_a_run_writes_has_the_permissions_that_umask_asks_for(
             if stat.S_IMODE(file.stat().st_mode) != kind & ~umask:
                 found[str(file.relative_to(tmp_path))] = oct(file.stat().st_mode)
     names = {file.suffix for file in (tmp_path / "out").rglob("*")}
-    assert {".safetensors", ".png", ".json", ".jsonl", ".md"} <= names
+    assert {".safetensors", ".json", ".jsonl", ".md"} <= names
+    assert ".png" in names or path == TRAIN_TEXT_TO_IMAGE_FLAX
     assert list((tmp_path / "cache").rglob("*.safetensors")) or "cache_latents" not in flags
     assert found == {}
 

@@ -3193,8 +3193,11 @@ def check_model(args):
         vae = diffusers.AutoencoderKL.load_config(source, subfolder="vae", **where)
         scheduler = diffusers.DDPMScheduler.load_config(source, subfolder="scheduler", **where)
         text_config = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where)
-        if not CLIPTextConfig.get_config_dict(source, subfolder="text_encoder", **where)[0]:
+        text_settings = CLIPTextConfig.get_config_dict(source, subfolder="text_encoder", **where)[0]
+        if not text_settings:
             raise OSError("it has no text encoder")  # for which transformers would take a default
+        if strange := foreign_kernel(text_settings):
+            return [*problems, f"{name}: its text_encoder {strange}"]
         if len(CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)) < 3:
             raise OSError("its tokenizer knows no words")  # nor does transformers' for a folder without one
     except (OSError, ValueError) as error:
@@ -3335,10 +3338,24 @@ def load_base(args, **given):
         raise InputError(f"{base}: cannot be loaded ({reason_of(error)}); mend it, or use another") from None
 
 
+def foreign_kernel(config):
+    """What is wrong with a config of transformers that names code on the Hub for its attention, which is fetched and
+    run where `kernels` is installed, or None."""
+    for key, value in config.items():
+        if isinstance(value, dict) and (strange := foreign_kernel(value)):
+            return strange
+        if str(key).endswith("_implementation") and re.search(r"[/:]", str(value)):
+            return f"asks for code on the Hub, {value}, as {key}, which is not run; remove that from its config.json"
+    return None
+
+
 def refuse_foreign_code(base, **where):
-    """Raises `InputError` for a pipeline with classes of others, modules of which diffusers would import."""
+    """Raises `InputError` for a pipeline with classes of others, modules of which diffusers would import, or with a
+    text encoder whose attention is code on the Hub."""
     if strange := foreign_code(diffusers.StableDiffusionPipeline.load_config(base, **where)):
         raise InputError(strange)
+    if strange := foreign_kernel(CLIPTextConfig.get_config_dict(base, subfolder="text_encoder", **where)[0]):
+        raise InputError(f"its text_encoder {strange}")
 
 
 def reason_of(error):

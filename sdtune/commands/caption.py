@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from sdtune.arguments import SWITCH, new_parser, parse_flags, path_name, positive_int
 from sdtune.dataset import METADATA_NAMES, check_links, list_files, read_metadata
-from sdtune.errors import InputError, last_line, raise_problems, told_to_user
+from sdtune.errors import InputError, in_one_line, last_line, raise_problems, told_to_user
 from sdtune.files import beside, name_in
 from sdtune.images import (
     IMAGE_SUFFIXES,
@@ -31,7 +31,7 @@ from sdtune.images import (
     read_image,
     still_readable,
 )
-from sdtune.models import DTYPES
+from sdtune.models import DTYPES, foreign_kernel
 
 PROGRAM = "sdtune caption"
 JOURNAL = ".caption_images.jsonl"
@@ -102,6 +102,8 @@ def check_args(args):
         told = f"no model's folder, no name of one on the Hub, or no connection ({last_line(error)}); name another"
         problems.append(f"--model={args.model}: {told}")
     else:
+        if strange := foreign_kernel(config.to_dict() | {"_attn_implementation": config._attn_implementation}):
+            problems.append(f"--model={args.model}: {strange}")
         if type(config) not in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
             problems.append(
                 f"--model={args.model}: is a {config.model_type}, no image-to-text model such as BLIP; name one"
@@ -328,14 +330,14 @@ def caption_folder(args):
         if todo:
             for batch in captions_by_name(args, folder, todo[:5], load_models(args)):
                 for name, text in batch.items():
-                    print(f"  {name}: {text}")
+                    print(f"  {in_one_line(name)}: {in_one_line(text)}")
         return
     if todo:
         caption_all(args, folder, todo, made, settings)
     elif made:
         write_captions(folder, made, args.caption_column, args.format)
     (folder / JOURNAL).unlink(missing_ok=True)
-    silent = [str(path) for path in todo if name_in(folder, path) not in made]
+    silent = [in_one_line(path) for path in todo if name_in(folder, path) not in made]
     if silent:
         print("\n  ".join([f"Warning: the model says nothing of {len(silent)} images, such as", *silent[:5]]))
     print(f"Captioned {len(made)} images in {folder}.")

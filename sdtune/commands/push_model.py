@@ -17,7 +17,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData
 from safetensors import SafetensorError, safe_open
 
 from sdtune.arguments import new_parser, parse_flags, path_name
-from sdtune.errors import InputError, last_line, raise_problems, told_to_user
+from sdtune.errors import InputError, in_one_line, last_line, raise_problems, told_to_user
 from sdtune.files import read_json
 from sdtune.uploads import CARD, add_upload_arguments, check_upload, make_repo, silence_hub, told_if_upload_fails
 
@@ -164,6 +164,7 @@ def main(argv=None):
         sent = {name.split("/")[0] for name in names}
         left = sorted(path.name for path in folder.iterdir() if path.name not in sent)
         does, kind = "Would send" if args.dry_run else "Sending", "LoRA weights" if is_lora else "a pipeline"
-        print(f"{does} {kind}: {', '.join(names)}\nNot sent: {', '.join(left) or 'nothing'}")
+        sent, left = in_one_line(", ".join(names)), in_one_line(", ".join(left)) or "nothing"
+        print(f"{does} {kind}: {sent}\nNot sent: {left}")
         if not args.dry_run:
             push_files(args, folder, names, is_lora)
