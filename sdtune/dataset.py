@@ -37,6 +37,7 @@ from sdtune.images import (
 from sdtune.models import load_tokenizer, read_latent_layout, read_num_timesteps
 from sdtune.randomness import HELD_OUT, SAMPLE, SUBSET, random_numbers
 
+MAX_CAPTION_BYTES = 2**20  # of a .txt; a tokenizer takes a few hundred
 METADATA_NAMES = {"metadata.jsonl", "metadata.csv"}
 SAVED_NAMES = {"state.json", "dataset_dict.json"}  # that tell of `save_to_disk`
 NO_DATA_NAMES = {*METADATA_NAMES, *SAVED_NAMES, "config.json", "dataset_info.json", "dataset_infos.json"}
@@ -430,6 +431,8 @@ def locate(file_name, metadata, folder, follows_links, places, parents):
 def read_caption_beside(image):
     """The caption in the .txt beside an image, as a list that is empty if there is none. Raises `InputError`."""
     beside = image.with_suffix(".txt")
+    if beside.is_file() and beside.stat().st_size > MAX_CAPTION_BYTES:
+        raise InputError(f"{beside}: has {beside.stat().st_size:,} bytes, which is no caption; shorten or remove it")
     try:
         return [beside.read_text("utf-8-sig").strip()] if beside.is_file() else []
     except (OSError, UnicodeDecodeError) as error:

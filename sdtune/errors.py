@@ -77,6 +77,15 @@ def last_line(error):
     return lines[-1][:200]
 
 
+def remedy_for(error):
+    """What is to be done about what the system says of a file; "" for an `InputError`, which says that itself."""
+    if isinstance(error, InputError):
+        return ""
+    if re.search(r"No space left|File too large|quota exceeded", str(error), re.IGNORECASE):
+        return "; make room"
+    return "; check that path, and that you may use it" if isinstance(error, OSError) else ""
+
+
 def raise_problems(problems):
     """Raises one `InputError` that lists all problems, if there are any."""
     if len(problems) == 1:
@@ -104,7 +113,7 @@ def told_to_user(program, speaks=True, errors=InputError, stopped=None, patience
             yield
     except errors as error:
         time.sleep(patience)
-        print(fitted(f"{program}: {error}"), file=sys.stderr)
+        print(fitted(f"{program}: {error}{remedy_for(error)}"), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         if speaks:

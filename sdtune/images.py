@@ -24,6 +24,7 @@ IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".p
 # What is looked for in a file, whatever its suffix. Pillow knows more, and runs Ghostscript for some.
 FORMATS = ["AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP"]
 NO_CAPTION = "has no caption, in metadata or a .txt beside it"
+MAX_FILE_BYTES = 2**32  # of 16-bit pixels as many as are opened have a third
 MIN_SIDE = 16  # pixels; anything smaller is an icon or a broken file
 LISTINGS = "listings"  # the place, in what is remembered, of the keys of datasets that hold their images
 ORIENTATIONS = {
@@ -163,6 +164,8 @@ def check_image(image, known):
             status = os.stat(image["path"])
             if not stat.S_ISREG(status.st_mode):  # a reader of a pipe would wait for ever
                 return None, ["", 0, 0, "is no regular file; remove it"]
+            if status.st_size > MAX_FILE_BYTES:  # which may have a hole, and take no place on the disk
+                return None, ["", 0, 0, f"{status.st_size:,} bytes, more than any picture that is opened; shrink it"]
             key = f"{os.path.abspath(image['path'])}|{status.st_size}|{status.st_mtime_ns}"
         if key in known:
             return key, known[key]

@@ -532,6 +532,20 @@ def test_wrong_words_of_commands(case, tiny_pipeline, images, tmp_path, capsys):
     check_message(said, [*places.values(), LONG])
 
 
+def test_a_disk_that_is_full_while_a_command_writes(tiny_pipeline, tmp_path, capsys):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, hard))
+    try:
+        status = status_of(sdtune.main, "convert", tiny_pipeline, tmp_path / "one.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    said = capsys.readouterr().err
+    assert status == 2
+    assert said.endswith("; make room\n")
+    check_message(said, [tmp_path])
+    assert list(tmp_path.iterdir()) == []
+
+
 # ---------------------------------------------------------------------------------------------------- how they fit
 
 

@@ -423,6 +423,20 @@ def test_pipes_and_sockets_are_named_and_not_waited_for(image_folder, tmp_path, 
     assert findings["pipe.png"][3] == ("is no regular file; remove it" if kind == "png" else "")
 
 
+def test_files_with_holes_are_named_and_not_read(image_folder, tmp_path):
+    """They take no place on a disk, and all memory."""
+    folder = image_folder(2)
+    with (folder / "huge.png").open("wb") as file:
+        file.truncate(2**40)
+    rows = read_folder(folder, "text")
+    problems = [found[3] for found in check_images(rows, tmp_path / "checked.json")]
+    assert problems == ["", "", "1,099,511,627,776 bytes, more than any picture that is opened; shrink it"]
+    with (folder / "huge.txt").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(InputError, match=r"huge.txt: has 1,099,511,627,776 bytes, which is no caption; shorten"):
+        read_folder(folder, "text")
+
+
 @pytest.mark.parametrize("command", ["caption", "push_dataset", "check", "show"])
 def test_links_out_of_a_folder_are_refused_by_every_command(command, image_folder, tmp_path, tiny_captioner, capsys):
     folder, secret = image_folder(2), tmp_path / "secret.png"

@@ -214,6 +214,7 @@ IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".p
 # What is looked for in a file, whatever its suffix. Pillow knows more, and runs Ghostscript for some.
 FORMATS = ["AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP"]
 NO_CAPTION = "has no caption, in metadata or a .txt beside it"
+MAX_FILE_BYTES = 2**32  # of 16-bit pixels as many as are opened have a third
 MIN_SIDE = 16  # pixels; anything smaller is an icon or a broken file
 LISTINGS = "listings"  # the place, in what is remembered, of the keys of datasets that hold their images
 ORIENTATIONS = {
@@ -243,6 +244,7 @@ class Cache:
     prompt_channels: int  # of the embeddings
 
 
+MAX_CAPTION_BYTES = 2**20  # of a .txt; a tokenizer takes a few hundred
 METADATA_NAMES = {"metadata.jsonl", "metadata.csv"}
 SAVED_NAMES = {"state.json", "dataset_dict.json"}  # that tell of `save_to_disk`
 NO_DATA_NAMES = {*METADATA_NAMES, *SAVED_NAMES, "config.json", "dataset_info.json", "dataset_infos.json"}
@@ -1501,6 +1503,8 @@ def locate(file_name, metadata, folder, follows_links, places, parents):
 def read_caption_beside(image):
     """The caption in the .txt beside an image, as a list that is empty if there is none. Raises `InputError`."""
     beside = image.with_suffix(".txt")
+    if beside.is_file() and beside.stat().st_size > MAX_CAPTION_BYTES:
+        raise InputError(f"{beside}: has {beside.stat().st_size:,} bytes, which is no caption; shorten or remove it")
     try:
         return [beside.read_text("utf-8-sig").strip()] if beside.is_file() else []
     except (OSError, UnicodeDecodeError) as error:
@@ -2032,6 +2036,15 @@ def last_line(error):
     return lines[-1][:200]
 
 
+def remedy_for(error):
+    """What is to be done about what the system says of a file; "" for an `InputError`, which says that itself."""
+    if isinstance(error, InputError):
+        return ""
+    if re.search(r"No space left|File too large|quota exceeded", str(error), re.IGNORECASE):
+        return "; make room"
+    return "; check that path, and that you may use it" if isinstance(error, OSError) else ""
+
+
 def raise_problems(problems):
     """Raises one `InputError` that lists all problems, if there are any."""
     if len(problems) == 1:
@@ -2050,7 +2063,7 @@ def told_to_user(program, speaks=True, errors=InputError, stopped=None, patience
             yield
     except errors as error:
         time.sleep(patience)
-        print(fitted(f"{program}: {error}"), file=sys.stderr)
+        print(fitted(f"{program}: {error}{remedy_for(error)}"), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         if speaks:
@@ -3067,6 +3080,8 @@ def check_image(image, known):
             status = os.stat(image["path"])
             if not stat.S_ISREG(status.st_mode):  # a reader of a pipe would wait for ever
                 return None, ["", 0, 0, "is no regular file; remove it"]
+            if status.st_size > MAX_FILE_BYTES:  # which may have a hole, and take no place on the disk
+                return None, ["", 0, 0, f"{status.st_size:,} bytes, more than any picture that is opened; shrink it"]
             key = f"{os.path.abspath(image['path'])}|{status.st_size}|{status.st_mtime_ns}"
         if key in known:
             return key, known[key]
