@@ -73,11 +73,24 @@ def train_script():
     return load_script(TRAIN_TEXT_TO_IMAGE)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Has messages come in lines as they were written; tests/test_messages.py is on where they end. Not a fixture: pytest
+    itself writes as wide, before fixtures end."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = str(getattr(item.module, "COLUMNS", 10_000))
+    try:
+        return (yield)
+    finally:
+        os.environ.pop("COLUMNS", None)
+        if before is not None:
+            os.environ["COLUMNS"] = before
+
+
 @pytest.fixture(autouse=True)
 def clean_process():
     """Undoes what a script's main() leaves in the process, as if every test ran in a process of its own."""
     environment = dict(os.environ)
-    os.environ["COLUMNS"] = "10000"  # lines of messages as they were written; test_messages.py is on where they end
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     folder = os.getcwd()
     yield

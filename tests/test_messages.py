@@ -18,7 +18,7 @@ from sdtune import __main__ as sdtune
 from sdtune.errors import InputError, fitted, raise_problems
 from sdtune.images import leave_out
 
-MAX_LINES, MAX_COLUMNS = 12, 100
+MAX_LINES, COLUMNS = 12, 100  # the second one is what conftest.py sets
 # How a remedy begins, behind a semicolon, a full stop, a comma or an "or"; or what is accepted.
 VERBS = """
     accelerate add adds check choose convert copy download drop end export follow get give go grant install leave log
@@ -31,11 +31,6 @@ REMEDY = re.compile(
 )
 LONG = 300 * "n"
 every_script = pytest.mark.parametrize("path", SCRIPTS, ids=[path.stem for path in SCRIPTS])
-
-
-@pytest.fixture(autouse=True)
-def usual_width(monkeypatch, clean_process):
-    monkeypatch.setenv("COLUMNS", str(MAX_COLUMNS))
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +53,7 @@ def check_message(said, values=()):
         for value in sorted(map(str, values), key=len, reverse=True):
             line = line.replace(value, "")
         is_one_word = len(line.split()) == 1  # a path, which is not cut
-        assert len(line) <= MAX_COLUMNS or is_one_word or re.search(r"\S{60}", line), line
+        assert len(line) <= COLUMNS or is_one_word or re.search(r"\S{60}", line), line
     told = re.sub(r"\n {4,}", " ", said.strip("\n"))  # lines that were broken
     first, *rest = told.split("\n")
     if re.fullmatch(r"\S+( [\w-]+)?:", first):  # a list of mistakes
@@ -486,7 +481,7 @@ def test_a_full_disk(limit, path, scripts, tiny_pipeline, images, tmp_path, capf
 
 # ---------------------------------------------------------------------------------------------------- commands
 
-COMMANDS = {  # the words behind `sdtune`, with the places of a model, images and an empty folder, and what is named
+MISTAKES = {  # the words behind `sdtune`, with the places of a model, images and an empty folder, and what is named
     "no_such": (["chekc"], "there is no command 'chekc'; did you mean check?"),
     "check": (["check"], "no dataset is given; name a folder"),
     "check_gone": (["check", "{empty}/gone"], "DATASET={empty}/gone: cannot be loaded; check it"),
@@ -519,9 +514,9 @@ COMMANDS = {  # the words behind `sdtune`, with the places of a model, images an
 }
 
 
-@pytest.mark.parametrize("case", COMMANDS)
+@pytest.mark.parametrize("case", MISTAKES)
 def test_wrong_words_of_commands(case, tiny_pipeline, images, tmp_path, capsys):
-    argv, told = COMMANDS[case]
+    argv, told = MISTAKES[case]
     (tmp_path / "empty").mkdir()
     places = {"model": tiny_pipeline, "images": images, "empty": tmp_path / "empty"}
     assert status_of(sdtune.main, *[word.format(**places) for word in argv]) == 2
