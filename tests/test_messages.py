@@ -56,7 +56,7 @@ def check_message(said, values=()):
         assert len(line) <= COLUMNS or is_one_word or re.search(r"\S{60}", line), line
     told = re.sub(r"\n {4,}", " ", said.strip("\n"))  # lines that were broken
     first, *rest = told.split("\n")
-    if re.fullmatch(r"\S+( [\w-]+)?:", first):  # a list of mistakes
+    if re.fullmatch(r"\S+( [\w-]+)?: ", first):  # a list of mistakes
         for mistake in rest:
             assert REMEDY.search(mistake) or mistake.startswith("  and "), mistake
     else:
@@ -570,4 +570,4 @@ def test_many_mistakes_are_cut_too():
     with pytest.raises(InputError) as caught:
         raise_problems([f"--flag_{number}: is wrong; drop it" for number in range(20)])
     lines = fitted(f"train.py: {caught.value}").split("\n")
-    assert lines == ["train.py:", *[f"  --flag_{number}: is wrong; drop it" for number in range(10)], "  and 10 more"]
+    assert lines == ["train.py: ", *[f"  --flag_{number}: is wrong; drop it" for number in range(10)], "  and 10 more"]

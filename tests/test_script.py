@@ -69,7 +69,7 @@ def test_all_mistakes_are_told_and_nothing_is_trained(capsys):
     status, trained = run(lambda args, problems: ["--port: is taken"], ["--rank=0", "--num_hosts=x"])
     assert (status, trained) == (2, [])
     assert capsys.readouterr().err == (
-        "train.py:\n"
+        "train.py: \n"
         "  --rank: must be a whole number in [1, inf), not '0'\n"
         "  --num_hosts: must be a whole number in [1, inf), not 'x'\n"
         "  --port: is taken\n"

@@ -2019,7 +2019,9 @@ def fitted(text):
         own = line[: len(line) - len(line.lstrip())]
         margins = {"initial_indent": own, "subsequent_indent": max(own + "  ", "    ")}
         words = {"break_long_words": False, "break_on_hyphens": False}  # paths and flags
-        parts.append(textwrap.wrap(line.lstrip(), width, **margins, **words) or [""])
+        part = textwrap.wrap(line.lstrip(), width, **margins, **words) or [""]
+        part[-1] += line[len(line.rstrip()) :]  # of a program's name, before a list
+        parts.append(part)
     end = [] if len(parts) == 1 or parts[-1][0].startswith(" ") else [parts.pop()]  # the remedy for all of a list
     num_cut = 0
     while len(parts) > 1 and sum(map(len, parts + end)) + bool(num_cut) > MAX_LINES:
