@@ -1,5 +1,6 @@
 """The `sdtune` command: what comes before and after a training."""
 
+import difflib
 import importlib
 import sys
 
@@ -48,7 +49,9 @@ def main(argv=None):
         print(overview())
         return 0
     if name:
-        print(f"sdtune: there is no command {name!r}", file=sys.stderr)
+        meant = difflib.get_close_matches(name, COMMANDS, 1)
+        remedy = f"; did you mean {meant[0]}?" if meant else ""
+        print(f"sdtune: there is no command {name!r}{remedy}", file=sys.stderr)
     print(overview(), file=sys.stderr)
     return 2
 

@@ -1,12 +1,15 @@
 """The flags that several scripts share, their types, and `--config`."""
 
 import argparse
+import difflib
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
 import yaml
+from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 
 from sdtune.errors import is_utf8
@@ -18,6 +21,8 @@ SWITCH_ON = {**SWITCH, "default": True}
 ADAM_DEFAULTS = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 1e-2, "adam_epsilon": 1e-8}
 NUM_TRAIN_EPOCHS = 100
 OFFSET_NOISE = 0.1  # what --offset_noise means in diffusers' scripts
+MAX_NAME_BYTES = 255  # of a file or folder, on all usual file systems
+MAX_PATH_BYTES = 3000  # which leaves room for what is made below it
 
 # By group, the settings that a resume may change. They leave the result as it is, or what they lead to is compared in
 # their place: a digest of the images, the samples of a step, the steps of the schedule. Any other has to be as it was.
@@ -25,7 +30,7 @@ MODEL_FREE_ON_RESUME = {"cache_dir"}
 ADAPTERS_FREE_ON_RESUME = {"init_lora_weights", "kohya_file_name", "output_kohya_format"}
 DATASET_FREE_ON_RESUME = set(
     """
-    caption_column dataset_config_name dataset_name image_column max_train_samples skip_bad_images
+    caption_column dataset_config_name dataset_name follow_symlinks image_column max_train_samples skip_bad_images
     """.split()
 )
 DATA_FREE_ON_RESUME = {*DATASET_FREE_ON_RESUME, "shuffle_buffer_size", "streaming", "train_data_dir"}
@@ -155,6 +160,37 @@ def random_seed(text):
     return checked(text, int, lambda number: 0 <= number <= 9e18, "a whole number in [0, 9e18]")
 
 
+def path_name(text):
+    """A path, or a name of the Hub or a tracker, that a file system takes."""
+    names = re.split(r"[/\\]", text)
+    if "\0" in text or max(num_bytes(name) for name in names) > MAX_NAME_BYTES or num_bytes(text) > MAX_PATH_BYTES:
+        told = f"holds a zero, or names of more than {MAX_NAME_BYTES} bytes ({MAX_PATH_BYTES:,} in all)"
+        raise argparse.ArgumentTypeError(f"{told}; use a shorter one, not {text[:40]!r}...")
+    return text
+
+
+def num_bytes(text):
+    """The length of a text in UTF-8."""
+    return len(text.encode("utf-8", "replace"))
+
+
+def repo_name(text):
+    """The name of a repository of the Hub, maybe with its owner's."""
+    try:
+        validate_repo_id(text)
+    except ValueError:
+        told = f"must be a name or owner/name of at most 96 letters, digits and -_., not {text[:40]!r}"
+        raise argparse.ArgumentTypeError(told) from None
+    return text
+
+
+def secret_token(text):
+    """A token, which is never shown: a header that holds other letters would be, in an error."""
+    if not re.fullmatch(r"[!-~]+", text):
+        raise argparse.ArgumentTypeError("is empty, or holds spaces or other letters than ASCII's; copy it once more")
+    return text
+
+
 def new_parser(description, usage):
     """A parser that takes no shortened flags, and leaves it to `parse_flags` to tell what is wrong."""
     return argparse.ArgumentParser(
@@ -169,17 +205,33 @@ def new_parser(description, usage):
 def add_model_arguments(parser):
     """Adds which base model is read, and from where."""
     add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", help="pipeline folder, Hub id, or original .ckpt/.safetensors file")
+    add(
+        "--pretrained_model_name_or_path",
+        type=path_name,
+        help="pipeline folder, Hub id, or original .ckpt/.safetensors file",
+    )
     add("--revision", help="branch, tag or commit of the model on the Hub")
     add("--variant", help="variant of the weight files, such as fp16")
-    add("--single_file_config", help="pipeline folder or Hub id with the configs for a single-file model")
-    add("--tokenizer_name", help="folder or Hub id of a tokenizer to use, and save, instead of the model's")
+    add(
+        "--single_file_config",
+        type=path_name,
+        help="pipeline folder or Hub id with the configs for a single-file model",
+    )
+    add(
+        "--tokenizer_name",
+        type=path_name,
+        help="folder or Hub id of a tokenizer to use, and save, instead of the model's",
+    )
     add(
         "--tokenizer_max_length",
         type=positive_int,
         help="tokens of a caption; default: what the text encoder takes, which is the most [1, inf)",
     )
-    add("--cache_dir", help="where downloads and remembered checks go, instead of the Hugging Face cache")
+    add(
+        "--cache_dir",
+        type=path_name,
+        help="where downloads and remembered checks go, instead of the Hugging Face cache",
+    )
 
 
 def add_adapter_arguments(parser, targets):
@@ -202,15 +254,28 @@ def add_adapter_arguments(parser, targets):
         type=positive_float,
         help="default: --learning_rate; needs --train_text_encoder (0, inf)",
     )
-    add("--init_lora_weights", metavar="PATH", help="go on from such a file of this script, or its folder")
+    add(
+        "--init_lora_weights",
+        type=path_name,
+        metavar="PATH",
+        help="go on from such a file of this script, or its folder",
+    )
     add("--output_kohya_format", **SWITCH, help="write the adapter as A1111, Forge and ComfyUI read it too")
-    add("--kohya_file_name", help="name of that file; default: that of --output_dir; needs --output_kohya_format")
+    add(
+        "--kohya_file_name",
+        type=path_name,
+        help="name of that file; default: that of --output_dir; needs --output_kohya_format",
+    )
 
 
 def add_data_arguments(parser):
     """Adds the captioned images to train on, and what is done to them."""
     add = parser.add_argument_group("data").add_argument
-    add("--train_data_dir", help="folder of images with metadata.jsonl/.csv (file_name, text), or a .txt beside each")
+    add(
+        "--train_data_dir",
+        type=path_name,
+        help="folder of images with metadata.jsonl/.csv (file_name, text), or a .txt beside each",
+    )
     add_dataset_arguments(add)
     add("--streaming", **SWITCH, help="read --dataset_name while training; needs that and --max_train_steps")
     add(
@@ -224,7 +289,11 @@ def add_data_arguments(parser):
 def add_subject_arguments(parser):
     """Adds the photos of a subject to train on, and what is done to them."""
     add = parser.add_argument_group("data").add_argument
-    add("--instance_data_dir", help="folder of the subject's photos, maybe with captions as for text-to-image")
+    add(
+        "--instance_data_dir",
+        type=path_name,
+        help="folder of the subject's photos, maybe with captions as for text-to-image",
+    )
     add("--instance_prompt", help="caption of photos that have none, with a rare word: a photo of sks dog")
     add("--repeats", type=positive_int, default=1, help="times that each photo counts in an epoch [1, inf)")
     add_dataset_arguments(add)
@@ -233,12 +302,17 @@ def add_subject_arguments(parser):
 
 def add_dataset_arguments(add):
     """Adds, to the group whose method `add` is, where a dataset is read from and which of its rows are used."""
-    add("--dataset_name", help="dataset on the Hub, or a local folder or file of parquet or WebDataset tar shards")
+    add(
+        "--dataset_name",
+        type=path_name,
+        help="dataset on the Hub, or a local folder or file of parquet or WebDataset tar shards",
+    )
     add("--dataset_config_name", help="configuration of that dataset; needs --dataset_name")
     add("--image_column", default="image", help="column of its images; needs --dataset_name")
     add("--caption_column", default="text", help="column with a caption, or a list of them: one is drawn per epoch")
     add("--max_train_samples", type=positive_int, help="use so many images, drawn by the seed [1, inf)")
     add("--skip_bad_images", **SWITCH, help="go on without images that cannot be used, instead of stopping")
+    add("--follow_symlinks", **SWITCH, help="read what links in the folder lead to elsewhere, too")
 
 
 def add_transform_arguments(add):
@@ -285,7 +359,11 @@ def add_class_arguments(parser):
     """Adds the images of the subject's class, for prior preservation."""
     add = parser.add_argument_group("prior preservation").add_argument
     add("--with_prior_preservation", **SWITCH, help="train on images of the class too, so that it stays as it was")
-    add("--class_data_dir", help="their folder; the base draws what is missing; needs --with_prior_preservation")
+    add(
+        "--class_data_dir",
+        type=path_name,
+        help="their folder; the base draws what is missing; needs --with_prior_preservation",
+    )
     add("--class_prompt", help="their caption: a photo of a dog; needs --with_prior_preservation")
     add(
         "--num_class_images",
@@ -436,7 +514,7 @@ def add_cache_arguments(parser):
 def add_output_arguments(parser):
     """Adds where results, checkpoints and logs go."""
     add = parser.add_argument_group("output").add_argument
-    add("--output_dir", help="where everything is written")
+    add("--output_dir", type=path_name, help="where everything is written")
     add("--overwrite_output_dir", **SWITCH, help="write over the run in --output_dir and remove its checkpoints")
     add(
         "--save_precision", default="no", choices=["no", "fp16", "bf16"], help="half precision of what is saved, or no"
@@ -446,15 +524,28 @@ def add_output_arguments(parser):
     )
     add("--checkpoints_total_limit", type=positive_int, help="keep only so many checkpoints, the newest [1, inf)")
     add("--keep_best", **SWITCH, help="keep that with the lowest held-out loss too; needs --num_validation_samples")
-    add("--resume_from_checkpoint", metavar="PATH|latest", help="go on from a checkpoint, if there is a latest")
+    add(
+        "--resume_from_checkpoint",
+        type=path_name,
+        metavar="PATH|latest",
+        help="go on from a checkpoint, if there is a latest",
+    )
     add("--allow_changed_resume", **SWITCH, help="though the result will change; needs --resume_from_checkpoint")
     add("--report_to", help="tracker of accelerate's (wandb, ...), all or none; default: tensorboard, if installed")
-    add("--tracker_project_name", default="text2image-fine-tune", help="project name in the tracker")
-    add("--logging_dir", default="logs", help="folder for the tracker's files, in --output_dir")
+    add("--tracker_project_name", type=path_name, default="text2image-fine-tune", help="project name in the tracker")
+    add("--logging_dir", type=path_name, default="logs", help="folder for the tracker's files, in --output_dir")
     add("--logging_steps", type=positive_int, default=10, help="log the mean loss every so many steps [1, inf)")
     add("--push_to_hub", **SWITCH, help="upload the result to the Hub")
-    add("--hub_model_id", help="repository to upload to; default: the name of --output_dir; needs --push_to_hub")
-    add("--hub_token", help="token for dataset and upload; default: the one that `hf auth login` stored")
+    add(
+        "--hub_model_id",
+        type=repo_name,
+        help="repository to upload to; default: the name of --output_dir; needs --push_to_hub",
+    )
+    add(
+        "--hub_token",
+        type=secret_token,
+        help="token for dataset and upload; default: the one that `hf auth login` stored",
+    )
     add("--hub_private_repo", **SWITCH, help="make the repository private; needs --push_to_hub")
 
 
@@ -500,7 +591,12 @@ def add_run_arguments(parser):
     """Adds seed, configuration file and trial."""
     add = parser.add_argument_group("run").add_argument
     add("--seed", type=random_seed, default=0, help="seed of everything that is drawn at random [0, 9e18]")
-    add("--config", metavar="FILE.yaml", help="flags by name, maybe under `training:`; the command line wins")
+    add(
+        "--config",
+        type=path_name,
+        metavar="FILE.yaml",
+        help="flags by name, maybe under `training:`; the command line wins",
+    )
     add("--dry_run", **SWITCH, help="check everything, print the plan and stop")
     add(
         "--local_rank",
@@ -514,25 +610,44 @@ def add_run_arguments(parser):
 def parse_flags(parser, argv, replaced_flags):
     """Parses `argv`, or the command line, after the flags in its `--config`, so that argparse checks both.
 
-    Returns (args, what is wrong with them): a flag with a wrong value is told and left at its default, so that the
-    checks that follow can tell the rest. `replaced_flags` maps flags of other scripts to a remedy. `~` is expanded.
-    Ends with status 2 and the usage for flags that do not exist.
+    Returns (args, what is wrong with them): a flag with a wrong value, or that does not exist, is told and left at its
+    default, so that the checks that follow can tell the rest. `replaced_flags` maps flags of other scripts to a
+    remedy. `~` is expanded. From then on the process does not know its token by `sys.argv`, which trackers record.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
-    flags = [word.split("=")[0] for word in argv]
-    if replaced := [flag for flag in flags if flag in replaced_flags]:
-        parser.error(f"{replaced[0]} is not taken: {replaced_flags[replaced[0]]}")
-    config_only = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage=parser.usage)
-    config_only.add_argument("--config")
-    config = config_only.parse_known_args(argv)[0].config
-    defaults = vars(parser.parse_args([]))
-    if not config:
-        return parse_words(parser, argv)
-    # In two passes: a list in the file would take the first word of the command line as its last item.
-    words = config_words(parser, config, defaults, {"training"}, {"evaluation"})
-    args, problems = parse_words(parser, words)
-    args, more_problems = parse_words(parser, argv, args)
+    if argv is None:
+        argv = sys.argv[1:]
+        sys.argv[1:] = with_hidden_tokens(argv)
+    args, problems = None, []
+    if config := config_of(argv):
+        # In two passes: a list in the file would take the first word of the command line as its last item.
+        words, problems = config_words(parser, config, vars(parser.parse_args([])), {"training"}, {"evaluation"})
+        args, more_problems = parse_words(parser, words)
+        problems += more_problems
+    args, more_problems = parse_words(parser, argv, args, replaced_flags)
     return args, problems + more_problems
+
+
+def with_hidden_tokens(words):
+    """The words of a command line, with stars in the place of the values of --hub_token."""
+    hidden, is_token = [], False
+    for word in words:
+        if is_token:
+            word = "***"
+        elif word.startswith("--hub_token="):
+            word = "--hub_token=***"
+        is_token = word == "--hub_token"
+        hidden.append(word)
+    return hidden
+
+
+def config_of(argv):
+    """The file that `--config` names in the words of a command line, or None."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config", type=path_name)
+    try:
+        return parser.parse_known_args(argv)[0].config
+    except argparse.ArgumentError:  # which is told where all flags are parsed
+        return None
 
 
 def check_encoding(args):
@@ -545,50 +660,125 @@ def check_encoding(args):
     return problems
 
 
-def parse_words(parser, words, args=None):
+def parse_words(parser, words, args=None, replaced_flags=None):
     """Parses the words of a command line, over what `args` hold already; returns (args, what is wrong with the words).
-    A flag with a wrong value is told and left out. `~` is expanded. Ends with status 2 for flags that do not exist."""
-    problems = []
+    A flag with a wrong value, or that does not exist, is told and left out, as is one of `replaced_flags`, with its
+    remedy. `~` is expanded."""
+    words, problems = without_unknown(parser, words, replaced_flags or {})
     while True:  # argparse ends at the first wrong value
         try:
-            parsed = parser.parse_args(words, argparse.Namespace(**vars(args)) if args else None)
+            parsed, surplus = parser.parse_known_args(words, argparse.Namespace(**vars(args)) if args else None)
             break
         except argparse.ArgumentError as error:
-            problems.append(f"{error.argument_name}: {error.message}")
+            problems.append(f"{error.argument_name}: {told_of_value(error)}")
             flag = flag_named(parser, error.argument_name)
-            if flag is None:
-                parser.error(str(error))
+            if flag is None:  # a word without a flag
+                parsed, surplus = parser.parse_known_args([], args)
+                break
             words = without_flag(words, flag)
+    for word in surplus:
+        problems.append(f"{word!r}: is no flag, nor the value of one; drop it, or put quotes around words with spaces")
     expanded = {
         name: os.path.expanduser(value) if isinstance(value, str) else value for name, value in vars(parsed).items()
     }
     return argparse.Namespace(**expanded), problems
 
 
+def told_of_value(error):
+    """What argparse says of a flag's value, with the remedy."""
+    if error.message.startswith("expected"):
+        return "lacks its value; give one behind it, such as FLAG=VALUE"
+    if error.message.startswith("ignored explicit argument"):
+        return f"takes no value; use {error.argument_name.replace('/', ' or ')}"
+    return error.message
+
+
+def without_unknown(parser, words, replaced_flags):
+    """Returns (the words of a command line without flags that do not exist and their values, a line on each)."""
+    flags = {name: action for action in parser._actions for name in action.option_strings}
+    has_positionals = any(not action.option_strings for action in parser._actions)
+    kept, problems, num_values = [], [], 0  # how many values are still to be left out
+    for number, word in enumerate(words):
+        if word == "--":
+            return kept + words[number:], problems
+        name, joined, _ = word.partition("=")
+        if not re.fullmatch(r"--?[A-Za-z][^\s]*", name):
+            if num_values:
+                num_values -= 1
+            else:
+                kept.append(word)
+        elif name in flags:
+            num_values = 0
+            kept.append(word)
+        else:
+            meant = nearest(name, flags)
+            if name in replaced_flags:
+                problems.append(f"{name} is not taken: {replaced_flags[name]}")
+            elif meant:
+                problems.append(f"{name}: is no flag; did you mean {meant}?")
+            else:
+                problems.append(f"{name}: is no flag; --help lists all, drop this")
+            num_values = 0 if joined else num_values_of(flags[meant]) if meant else int(not has_positionals)
+    return kept, problems
+
+
+def num_values_of(flag):
+    """How many words behind it are a flag's values, of an action of argparse."""
+    if flag.nargs == 0:
+        return 0
+    return 1 if flag.nargs is None else math.inf
+
+
+def nearest(name, names):
+    """The one of `names` that somebody who wrote `name` most likely means, or None: a longer one, or one like it."""
+    plain = {known.strip("-").replace("-", "_").lower(): known for known in names}
+    wanted = name.strip("-").replace("-", "_").lower()
+    longer = sorted((known for known in plain if wanted and known.startswith(wanted)), key=len)
+    alike = longer[:1] or difflib.get_close_matches(wanted, plain, 1, 0.7)
+    return plain[alike[0]] if alike else None
+
+
 def config_words(parser, path, defaults, sections, other_sections):
-    """The words of a command line that say what the YAML file at `path` says: flags by name, at top level or in one of
-    `sections`. `other_sections` are for other programs. Ends with status 2 for what is none."""
-    recipe = read_config(parser, path, sections)
+    """Returns (the words of a command line that say what the YAML file at `path` says, what is wrong with it): it has
+    flags by name, at top level or in one of `sections`. `other_sections` are for other programs."""
+    recipe, problems = read_config(path, sections)
     for section in sections & recipe.keys():
         recipe |= recipe.pop(section)
     known = defaults.keys() - {"config"}
-    if unknown := sorted(map(str, recipe.keys() - known - other_sections)):
-        parser.error(f"--config={path}: unknown key {', '.join(unknown)}; keys are the flags of --help without dashes")
-    return setting_words({key: value for key, value in recipe.items() if key in known}, defaults)
+    problems += check_keys(path, recipe, known, other_sections)
+    return setting_words({key: value for key, value in recipe.items() if key in known}, defaults), problems
 
 
-def read_config(parser, path, sections):
-    """What the YAML file at `path` says, as a dictionary, as are those of `sections` that it has. Ends with status 2
-    for what is none."""
+def check_keys(path, recipe, known, others):
+    """Lists what is wrong with the keys and values of a YAML file's dictionary; `known` are the keys of flags."""
+    problems = []
+    for key in sorted(map(str, recipe.keys() - known - others)):
+        meant = nearest(key, known)
+        remedy = f"did you mean {meant}?" if meant else "drop it; keys are the flags of --help without dashes"
+        problems.append(f"--config={path}: unknown key {key}; {remedy}")
+    for key in list(recipe.keys() & known):
+        values = recipe[key] if isinstance(recipe[key], list) else [recipe[key]]
+        if any(isinstance(value, dict | list | bytes) for value in values):
+            problems.append(f"--{key}: is no single value, nor a list of them, in {path}; give it one")
+            del recipe[key]
+    return problems
+
+
+def read_config(path, sections):
+    """Returns (what the YAML file at `path` says, as a dictionary, as are those of `sections` that it has, what is
+    wrong with it)."""
     try:
         recipe = yaml.safe_load(Path(os.path.expanduser(path)).read_text("utf-8")) or {}
+        if not isinstance(recipe, dict):
+            raise TypeError("it holds something else")
         for section in sections & recipe.keys():
             recipe[section] = recipe[section] or {}
-        if not all(isinstance(part, dict) for part in [recipe, *(recipe[name] for name in sections & recipe.keys())]):
-            raise TypeError("give `flag: value`, a line each")
-    except (OSError, ValueError, yaml.YAMLError, AttributeError, TypeError) as error:
-        parser.error(f"--config={path}: is no YAML file of flags ({' '.join(str(error).split())})")
-    return recipe
+        if not all(isinstance(recipe[name], dict) for name in sections & recipe.keys()):
+            raise TypeError("a section holds something else")
+        return recipe, []
+    except (OSError, ValueError, yaml.YAMLError, TypeError, RecursionError) as error:
+        told = " ".join(str(error).split())[:300]
+        return {}, [f"--config={path}: is no YAML file of flags ({told}); write `flag: value`, a line each"]
 
 
 def setting_words(settings, defaults):
@@ -622,7 +812,7 @@ def without_flag(words, flag):
     for word in words:
         name, joined, _ = word.partition("=")
         if name in flag.option_strings:
-            num_values = 0 if joined or flag.nargs == 0 else 1 if flag.nargs is None else math.inf
+            num_values = 0 if joined else num_values_of(flag)
         elif word.startswith("--"):
             num_values = 0
             kept.append(word)

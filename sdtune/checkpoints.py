@@ -251,12 +251,12 @@ def compare_settings(run, checkpoint, before, free, fixed):
         if name not in free and not is_new and before.get(name) != value:
             changed[name] = f"{name}: {before.get(name)} there, {value} now"
     cannot_change = changed.keys() & fixed
-    remedy = "use those" if cannot_change else "use those, or add --allow_changed_resume"
-    told = "\n  ".join([f"{checkpoint} was made under other settings; {remedy}", *changed.values()])
+    told = f"{checkpoint} was made under other settings"
     if cannot_change or (changed and not settings["allow_changed_resume"]):
-        raise InputError(f"--resume_from_checkpoint: {told}")
+        remedy = "use those" if cannot_change else "use those, or add --allow_changed_resume"
+        raise InputError("\n  ".join([f"--resume_from_checkpoint: {told}; {remedy}", *changed.values()]))
     if changed:
-        print(told)
+        print("\n  ".join([f"{told}; from here on those of now hold (--allow_changed_resume)", *changed.values()]))
     return changed.keys()
 
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from sdtune.errors import InputError, last_line
+from sdtune.models import foreign_kernel
 
 PATCHES = 8  # patch features are averaged down to so many a side: enough to tell a copy, and small enough to compare
 
@@ -23,11 +24,13 @@ class Clip:
 def check_clip(source):
     """Lists whether a folder or Hub id is no CLIP; reads no weights."""
     try:
+        if strange := foreign_kernel(CLIPConfig.get_config_dict(source)[0]):
+            return [f"--clip_model={source}: {strange}"]
         CLIPConfig.from_pretrained(source)
         CLIPTokenizer.from_pretrained(source)
         CLIPImageProcessorPil.from_pretrained(source)
     except (OSError, ValueError) as error:
-        told = f"no whole CLIP, no name of one on the Hub, or no connection ({last_line(error)})"
+        told = f"no whole CLIP, no name of one on the Hub, or no connection ({last_line(error)}); name another"
         return [f"--clip_model={source}: {told}"]
     return []
 

@@ -5,6 +5,7 @@ import dataclasses
 import glob
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -20,7 +21,8 @@ from transformers import CLIPTokenizer
 
 from sdtune.arguments import noise_offset_of
 from sdtune.entries import Cache, path_of_caption, path_of_image, read_whole_entry
-from sdtune.errors import InputError, is_utf8, last_line
+from sdtune.errors import InputError, in_one_line, is_utf8, last_line
+from sdtune.files import read_json
 from sdtune.images import (
     IMAGE_SUFFIXES,
     NO_CAPTION,
@@ -35,6 +37,7 @@ from sdtune.images import (
 from sdtune.models import load_tokenizer, read_latent_layout, read_num_timesteps
 from sdtune.randomness import HELD_OUT, SAMPLE, SUBSET, random_numbers
 
+MAX_CAPTION_BYTES = 2**20  # of a .txt; a tokenizer takes a few hundred
 METADATA_NAMES = {"metadata.jsonl", "metadata.csv"}
 SAVED_NAMES = {"state.json", "dataset_dict.json"}  # that tell of `save_to_disk`
 NO_DATA_NAMES = {*METADATA_NAMES, *SAVED_NAMES, "config.json", "dataset_info.json", "dataset_infos.json"}
@@ -174,7 +177,7 @@ def check_data(args, folder_flag):
             f"--image_column={args.image_column}: does nothing without --dataset_name; add that or drop this"
         )
     if folder and not os.path.isdir(folder):
-        problems.append(f"--{folder_flag}={folder}: does not exist, or is no folder")
+        problems.append(f"--{folder_flag}={folder}: does not exist, or is no folder; name one")
     if source and Path(args.output_dir).resolve().is_relative_to(Path(source).resolve()):
         problems.append(
             f"--output_dir={args.output_dir}: lies in the folder of the images, or below its name; put it elsewhere"
@@ -256,7 +259,7 @@ def read_rows(args, folder, default_caption):
     """Reads a folder, or else --dataset_name, as columns `image` (undecoded) and `captions` (a list that is empty
     where there is none). Raises `InputError`."""
     if folder:
-        rows = read_folder(folder, args.caption_column)
+        rows = read_folder(folder, args.caption_column, follows_links=args.follow_symlinks)
     else:
         rows = read_dataset(args, args.dataset_name, default_caption)
     captions = []
@@ -277,34 +280,41 @@ def choose_rows(rows, max_samples, seed):
 def split_rows(num_rows, num_held_out):
     """The indices of the rows to train on and of those held out, which no seed changes. Raises `InputError`."""
     if num_held_out >= num_rows:
-        raise InputError(f"--num_validation_samples={num_held_out}: must leave some of {num_rows} images")
+        raise InputError(f"--num_validation_samples={num_held_out}: must leave some of {num_rows} images; use fewer")
     order = np.random.default_rng(HELD_OUT).permutation(num_rows)
     return np.sort(order[num_held_out:]), np.sort(order[:num_held_out])
 
 
-def read_folder(folder, caption_column, takes_train=False):
+def read_folder(folder, caption_column, takes_train=False, follows_links=False):
     """Reads a folder into rows of `image` and `captions`, from metadata.jsonl or .csv or a .txt beside the image. What
     is missing gives a row too, so that the check names it. With `takes_train` a folder of that name in it is read
-    alone. Raises `InputError` for what cannot be read as text."""
+    alone. Raises `InputError` for what cannot be read as text, and unless it `follows_links` for links that lead out
+    of the folder."""
     folder = Path(os.path.abspath(folder))
     files = list_files(folder)
     captions = {path: [] for path in files if is_image_file(path, folder)}
     metadata = [path for path in files if path.name in METADATA_NAMES]
     if not captions:
-        raise InputError(f"the folder {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}); name another")
+        told = f"the folder {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}); name another"
+        tables = [path.name for path in files if path.suffix.lower() in (".parquet", ".arrow")]
+        raise InputError(f"{told}, or its {in_one_line(tables[0])} by --dataset_name={folder}" if tables else told)
+    texts = {image.with_suffix(".txt") for image in captions}
+    check_links(
+        [path for path in files if path in captions or path in metadata or path in texts], folder, follows_links
+    )
     columns = set()
     for path in metadata:
-        for row in read_metadata(path, caption_column, folder):
+        for row in read_metadata(path, caption_column, folder, follows_links):
             captions.setdefault(row["file"], []).extend(row["captions"])
             columns |= row["columns"]
     if metadata and caption_column not in columns:
         raise InputError(f"{metadata[0]}: has no {caption_column!r} but {sorted(columns)}; set --caption_column")
     for image in [image for image, found in captions.items() if not found]:
         captions[image] += read_caption_beside(image)
-    warn_of_links([*captions, *(path for path in files if path.suffix == ".txt")], metadata, folder)
     known = {*captions, *metadata}
     if aside := [path.name for path in files if path not in known and path.suffix != ".txt"]:
-        print(f"Left aside in {folder}: {len(aside)} files of other kinds, such as {', '.join(aside[:5])}.")
+        some = in_one_line(", ".join(aside[:5]))
+        print(f"Left aside in {folder}: {len(aside)} files of other kinds, such as {some}.")
     captions = {image: captions[image] for image in of_split(captions, folder, takes_train)}
     names = [str(path) for path in captions]
     if odd := [name for name in names if not is_utf8(name)]:
@@ -313,14 +323,50 @@ def read_folder(folder, caption_column, takes_train=False):
     return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image(decode=False))
 
 
-def warn_of_links(files, metadata, folder):
-    """Warns of pictures and captions that are links out of the folder: their owner may have made them on purpose, but
-    somebody else's dataset could have private files trained on by them."""
-    places = (folder, *(Path(os.path.realpath(path)).parent for path in metadata))
-    warn(
-        "pictures or captions are links that lead out of the folder, and are used",
-        [str(path) for path in files if path.is_symlink() and not is_inside(path, places)],
-    )
+def check_links(files, folder, follows_links):
+    """Warns of files that are links out of the folder, if it `follows_links`: their owner may have made them on
+    purpose. Raises `InputError` otherwise: somebody else's dataset could have private files trained on by them."""
+    places, parents = places_of(folder), {}
+    links = [str(path) for path in files if path.is_symlink() and not is_inside(path, places, parents)]
+    if follows_links:
+        warn("pictures, captions or data files are links that lead out of the folder, and are used", links)
+    elif links:
+        some = "\n  ".join(["", *map(in_one_line, links[:5])])
+        raise InputError(
+            f"{folder}: {len(links)} files in it are links that lead out of it, such as{some}\n"
+            "Copy what they lead to, or add --follow_symlinks if you trust whoever made them."
+        )
+
+
+def check_data_files(data_files, folder, follows_links):
+    """Raises `InputError` if data files in a folder lead out of it, but for those that are followed, or are no files:
+    for a pipe a reader would wait."""
+    check_links(data_files, folder, follows_links)
+    if odd := [path for path in data_files if not path.is_file()]:
+        raise InputError(f"{in_one_line(odd[0])}: is no regular file; remove it")
+
+
+def places_of(folder):
+    """The folders, links resolved, in which the files of a dataset's folder may lie: itself, and in the Hub's cache,
+    where a snapshot is all links, the common place of the contents of that dataset."""
+    real = Path(os.path.realpath(folder))
+    places = [str(real)]
+    for place in (real, *real.parents):
+        blobs = place.parent.parent / "blobs"
+        if place.parent.name == "snapshots" and blobs.is_dir() and not blobs.is_symlink():
+            places.append(str(blobs))
+    return places
+
+
+def is_inside(path, places, parents):
+    """Whether a path lies in one of the `places`, links resolved; `parents` remembers those of folders."""
+    folder, name = os.path.split(os.path.abspath(path))
+    if folder not in parents:
+        parents[folder] = os.path.realpath(folder)
+    real = os.path.join(parents[folder], name)
+    if os.path.islink(real):
+        real = os.path.realpath(real)
+    return any(Path(real).is_relative_to(place) for place in places)
 
 
 def of_split(images, folder, takes_train):
@@ -357,10 +403,12 @@ def list_files(folder):
     return sorted(files)
 
 
-def read_metadata(path, caption_column, folder):
+def read_metadata(path, caption_column, folder, follows_links=False):
     """Yields of each row of a metadata.jsonl or .csv in `folder` the image's absolute path, its captions, the columns'
     names and the row itself, as `file`, `captions`, `columns` and `row`. Raises `InputError`, which names the row."""
-    number = 1
+    number, places, parents = 1, places_of(folder), {}
+    if not path.is_file():  # but a broken link, or a pipe, for which a reader would wait
+        raise InputError(f"{path}: is no regular file; remove it")
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".jsonl":  # lines end by a line feed alone: JSON may hold other line ends
@@ -368,7 +416,7 @@ def read_metadata(path, caption_column, folder):
         else:
             rows = csv.DictReader(io.StringIO(text), strict=True)
         for row in rows:
-            file = locate(row["file_name"], path, folder)
+            file = locate(row["file_name"], path, folder, follows_links, places, parents)
             captions = all_captions(row.get(caption_column))
             if None in row:
                 raise ValueError("too many cells: put captions with commas in quotes")
@@ -376,18 +424,21 @@ def read_metadata(path, caption_column, folder):
             number += 1
     except InputError as error:
         raise InputError(f"{path}: row {number}: {error}") from None
-    except (ValueError, TypeError, KeyError, AttributeError, csv.Error) as error:
-        raise InputError(f"{path}: row {number} is not a file_name and a caption in UTF-8 ({error!r})") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, csv.Error) as error:
+        told = f"row {number} is not a file_name and a caption in UTF-8 ({error!r}); mend it"
+        raise InputError(f"{path}: {told}") from None
 
 
-def locate(file_name, metadata, folder):
-    """The absolute path of a file that a file of metadata names. Raises `InputError` for one that is not in the
-    folder: somebody else's dataset could have private pictures trained on, and shown to others."""
+def locate(file_name, metadata, folder, follows_links, places, parents):
+    """The absolute path of a file that a file of metadata names. Raises `InputError` for one that is not in one of the
+    `places`: somebody else's dataset could have private pictures trained on, and shown to others."""
     file = Path(os.path.abspath(metadata.parent / file_name))
     is_foreign = os.name != "nt" and PureWindowsPath(file_name).is_absolute()
-    # In the Hub's cache the files of a dataset, its metadata too, are links to a common place.
-    if is_foreign or not is_inside(file, (folder, Path(os.path.realpath(metadata)).parent)):
-        raise InputError(f"the file_name {file_name!r} leads out of {folder}; copy the image into that")
+    is_below = file.is_relative_to(folder)
+    if is_foreign or not (is_inside(file, places, parents) or (is_below and follows_links)):
+        told = f"the file_name {file_name!r} leads out of {folder}"
+        remedy = ", by a link; copy the image, or add --follow_symlinks" if is_below else "; copy the image into that"
+        raise InputError(told + ("; copy the image into that" if is_foreign else remedy))
     if "\\" in file_name and not file.exists():
         slashes = file_name.replace("\\", "/")
         if (metadata.parent / slashes).exists():
@@ -395,15 +446,11 @@ def locate(file_name, metadata, folder):
     return file
 
 
-def is_inside(path, folders):
-    """Whether a path lies in one of the folders, links resolved."""
-    real = Path(os.path.realpath(path))
-    return any(real.is_relative_to(os.path.realpath(folder)) for folder in folders)
-
-
 def read_caption_beside(image):
     """The caption in the .txt beside an image, as a list that is empty if there is none. Raises `InputError`."""
     beside = image.with_suffix(".txt")
+    if beside.is_file() and beside.stat().st_size > MAX_CAPTION_BYTES:
+        raise InputError(f"{beside}: has {beside.stat().st_size:,} bytes, which is no caption; shorten or remove it")
     try:
         return [beside.read_text("utf-8-sig").strip()] if beside.is_file() else []
     except (OSError, UnicodeDecodeError) as error:
@@ -430,10 +477,12 @@ def read_dataset(args, name, default_caption=None):
     if pictures and is_picture_folder(name, files, pictures, data_files):
         if (args.dataset_config_name, args.image_column) != (None, "image"):
             raise InputError(f"--dataset_name={name}: holds images; drop --dataset_config_name and --image_column")
-        return read_folder(name, args.caption_column, takes_train=True)
+        return read_folder(name, args.caption_column, takes_train=True, follows_links=args.follow_symlinks)
+    saved = [path for path in files if path.name in SAVED_NAMES]
+    check_data_files([*data_files, *saved], name, args.follow_symlinks)
     image_column, caption_column = args.image_column, args.caption_column
     try:
-        saved = {path.parent for path in files if path.name in SAVED_NAMES}
+        saved = {path.parent for path in saved}
         dataset = load_train_split(args, name, saved, data_files, has_pictures=bool(pictures))
         image_column, caption_column, field = columns_of(dataset.features, image_column, caption_column)
         if field:
@@ -450,7 +499,7 @@ def read_dataset(args, name, default_caption=None):
             f"--dataset_name={name}: cannot be loaded; check it, --dataset_config_name, --image_column={image_column} "
             f"and --caption_column={caption_column} ({last_line(error)})"
         ) from None
-    check_places(dataset, name, args.cache_dir)
+    check_places(dataset, name, args.cache_dir, args.follow_symlinks)
     return dataset
 
 
@@ -510,6 +559,7 @@ def load_train_split(args, name, saved, data_files, has_pictures):
     if saved and (config_name or Path(name) not in saved):
         raise InputError("was written by save_to_disk: name the folder that was, without a configuration")
     if saved:  # caches of later work lie in the same folders
+        check_saved(saved)
         dataset = datasets.load_from_disk(name)
         if not isinstance(dataset, datasets.DatasetDict):
             return dataset
@@ -537,6 +587,7 @@ def describe_source(args, name, data_files, has_pictures):
         chosen = train_files([path for path in chosen if kind_of(path) == kind], name)
         lists = {"train": [glob.escape(os.path.abspath(path)) for path in chosen]}
         return {"path": kind, "data_files": lists, **where}
+    check_sources(args, name, config_name)
     return {"path": name, "name": config_name, "token": args.hub_token, **where}
 
 
@@ -551,6 +602,31 @@ def without_other_kinds(data_files):
         names = f"{shards[0].name}, and {foreign[0].name}"
         raise InputError(f"holds tar shards, such as {names}; move the ones away that are not meant")
     return shards or data_files
+
+
+def check_saved(folders):
+    """Raises `InputError` if what `save_to_disk` wrote into folders names files that lie elsewhere."""
+    for folder in folders:
+        path = folder / "state.json"
+        rows = read_json(path).get("_data_files", []) if path.is_file() else []
+        for row in rows:
+            if os.path.basename(row["filename"]) != row["filename"]:
+                raise InputError(f"its state.json names the file {row['filename']!r}, which leads out of {folder}")
+
+
+def check_sources(args, name, config_name):
+    """Raises `InputError` if the card of a dataset names data that lies elsewhere, on this machine or on another."""
+    builder = datasets.load_dataset_builder(name, config_name, token=args.hub_token, cache_dir=args.cache_dir)
+    places, parents = places_of(name), {}
+    for file in itertools.chain.from_iterable((builder.config.data_files or {}).values()):
+        if not os.path.isdir(name):
+            is_own = str(file).startswith(f"hf://datasets/{name}@")
+        else:
+            path = Path(os.path.abspath(str(file)))
+            is_linked = args.follow_symlinks and path.is_relative_to(os.path.abspath(name))
+            is_own = "://" not in str(file) and (is_linked or is_inside(path, places, parents))
+        if not is_own:
+            raise InputError(f"its card names the file {str(file)!r}, which leads out of it")
 
 
 def kind_of(path):
@@ -606,11 +682,12 @@ def with_whole_paths(dataset, name):
     return dataset.map(lambda row: {"image": whole(row["image"])}, keep_in_memory=True, load_from_cache_file=False)
 
 
-def check_places(dataset, name, cache_dir):
+def check_places(dataset, name, cache_dir, follows_links=False):
     """Raises `InputError` for an image that the dataset does not hold, and that lies neither in its folder nor where
     `datasets` puts what it downloads, or that is an address."""
-    caches = (cache_dir or datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)
-    folders = [name, *caches] if os.path.isdir(name) else caches
+    places = [cache_dir or datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE]
+    places = [*map(os.path.realpath, places), *(places_of(name) if os.path.isdir(name) else [])]
+    folder, parents = os.path.abspath(name), {}
     start = 0
     for images in dataset.data.column("image").chunks:
         lacks_content = images.field("bytes").is_null().to_numpy(zero_copy_only=False)
@@ -619,7 +696,8 @@ def check_places(dataset, name, cache_dir):
             row = f"--dataset_name={name}: row {start + index}: the image"
             if path and re.match(r"\w+://", path):
                 raise InputError(f"{row} is an address ({path[:80]}); download the images first, into a folder")
-            if path and not is_inside(path, folders):
+            is_linked = follows_links and path and Path(os.path.abspath(path)).is_relative_to(folder)
+            if path and not is_linked and not is_inside(path, places, parents):
                 raise InputError(f"{row} {path!r} leads out of the dataset; copy it into a folder with metadata.jsonl")
         start += len(images)
 
@@ -661,10 +739,12 @@ def name_of(rows, index):
 
 def name_of_row(row, index):
     """What a row is called: the path of its image, or its number where a dataset holds the image itself."""
-    return (row["image"] or {}).get("path") or f"row {index}"
+    path = (row["image"] or {}).get("path")
+    return in_one_line(path) if path else f"row {index}"
 
 
 def warn(what, found, number=None):
     """Warns of what was found, by number, that of `found` if none is given, and the first five."""
     if found:
-        print("\n  ".join([f"Warning: {number or len(found)} {what}, such as", *found[:5]]))
+        some = map(in_one_line, found[:5])  # names and captions of others
+        print("\n  ".join([f"Warning: {number or len(found)} {what}, such as", *some]))

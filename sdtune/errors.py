@@ -2,9 +2,16 @@
 
 import contextlib
 import io
+import os
+import re
+import shutil
 import signal
 import sys
+import textwrap
 import time
+
+MAX_LINES = 12  # of a message
+SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "COMET_API_KEY")  # in the environment
 
 
 class InputError(ValueError):
@@ -25,10 +32,60 @@ def is_utf8(text):
     return text == text.encode("utf-8", "replace").decode("utf-8")
 
 
+def printable(text):
+    """A text without signs that move or colour what a terminal shows: of somebody else's files, names and captions."""
+    return "".join(sign if sign.isprintable() or sign in "\n\u00a0\u3000" else repr(sign)[1:-1] for sign in text)
+
+
+def in_one_line(name):
+    """As `printable`, for a name that may hold line ends."""
+    return printable(str(name)).replace("\n", "\\n")
+
+
+def without_secrets(text):
+    """A text with stars in the place of tokens: those of the environment, and what looks like one of the Hub's."""
+    for name in SECRETS:
+        value = os.environ.get(name, "").strip()
+        if len(value) >= 8:  # anything shorter is none, and may be a word
+            text = text.replace(value, "***")
+    return re.sub(r"\bhf_[A-Za-z0-9]{20,}", "hf_***", text)
+
+
+def fitted(text):
+    """A message as it is shown: in lines as wide as the terminal, or of 100 columns where there is none, at most 12 of
+    them; of a list that is longer the end is cut. Nothing in it is a secret, or moves what a terminal shows."""
+    width = shutil.get_terminal_size((100, 24)).columns
+    parts = []  # lines of each line
+    for line in printable(without_secrets(text)).split("\n"):
+        own = line[: len(line) - len(line.lstrip())]
+        margins = {"initial_indent": own, "subsequent_indent": max(own + "  ", "    ")}
+        words = {"break_long_words": False, "break_on_hyphens": False}  # paths and flags
+        part = textwrap.wrap(line.lstrip(), width, **margins, **words) or [""]
+        part[-1] += line[len(line.rstrip()) :]  # of a program's name, before a list
+        parts.append(part)
+    end = [] if len(parts) == 1 or parts[-1][0].startswith(" ") else [parts.pop()]  # the remedy for all of a list
+    num_cut = 0
+    while len(parts) > 1 and sum(map(len, parts + end)) + bool(num_cut) > MAX_LINES:
+        parts.pop()
+        num_cut += 1
+    cut = [[f"  and {num_cut} more"]] if num_cut else []
+    lines = [line for part in parts + cut + end for line in part]
+    return "\n".join(lines if len(lines) <= MAX_LINES else [*lines[: MAX_LINES - 1], "  ..."])
+
+
 def last_line(error):
     """The last line of an exception's text, for a message of one line."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[-1][:200]
+
+
+def remedy_for(error):
+    """What is to be done about what the system says of a file; "" for an `InputError`, which says that itself."""
+    if isinstance(error, InputError):
+        return ""
+    if re.search(r"No space left|File too large|quota exceeded", str(error), re.IGNORECASE):
+        return "; make room"
+    return "; check that path, and that you may use it" if isinstance(error, OSError) else ""
 
 
 def raise_problems(problems):
@@ -58,7 +115,7 @@ def told_to_user(program, speaks=True, errors=InputError, stopped=None, patience
             yield
     except errors as error:
         time.sleep(patience)
-        print(f"{program}: {error}", file=sys.stderr)
+        print(fitted(f"{program}: {error}{remedy_for(error)}"), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         if speaks:

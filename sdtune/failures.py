@@ -12,7 +12,7 @@ from pathlib import Path
 from diffusers.training_utils import free_memory
 
 from sdtune.checkpoints import checkpoint_of, list_checkpoints, save_checkpoint
-from sdtune.errors import InputError
+from sdtune.errors import InputError, fitted
 from sdtune.output import end_training, restore_output
 from sdtune.signals import drop_lost_output, noted_signals
 
@@ -45,7 +45,8 @@ def nothing_lost(args, accelerator, run, stop, write_state, end=sys.exit):
             traceback.clear_frames(error.__traceback__)  # which hold what the step computed
             kept = save_what_is_whole(run, write_state)
             step = run.progress["global_step"]
-            print(f"\n{told_as}Stopped after step {step} by {reason}. {kept}{remedy}", file=sys.stderr, flush=True)
+            told = fitted(f"{told_as}Stopped after step {step} by {reason}. {kept}{remedy}")
+            print(f"\n{told}", file=sys.stderr, flush=True)
             end(1)
 
 
@@ -65,7 +66,8 @@ def told_in_a_line(args, accelerator, what):
             traceback.print_exception(error)
             reason = last_words(error)
         told_as = name_of_process(accelerator)
-        print(f"\n{told_as}{what} was stopped by {reason}{remedy}", file=sys.stderr, flush=True)
+        told = fitted(f"{told_as}{what} was stopped by {reason}{remedy}")
+        print(f"\n{told}", file=sys.stderr, flush=True)
         sys.exit(1)
 
 
@@ -166,7 +168,7 @@ def leave(accelerator, run, broken, received):
         kept = save_what_is_whole(run, None)
     if not list_checkpoints(run.output_dir):
         kept, remedy = "There is no checkpoint", "; use a lower --learning_rate"
-    accelerator.print(f"Stopped by {why}. {kept}{remedy}", file=sys.stderr)
+    accelerator.print(fitted(f"Stopped by {why}. {kept}{remedy}"), file=sys.stderr)
     # Another process, or the launcher, may have got the signal: SIGTERM, then.
     number = received[0] if received else signal.SIGTERM
     sys.exit(1 if broken else 128 + number)

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,12 +16,15 @@ from filelock import FileLock
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 
-from sdtune.errors import InputError, last_line
+from sdtune.errors import InputError, last_line, printable
 from sdtune.files import beside
 from sdtune.metadata import EXIF, PROFILE, TEXT, without_metadata
 
 IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+# What is looked for in a file, whatever its suffix. Pillow knows more, and runs Ghostscript for some.
+FORMATS = ["AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP"]
 NO_CAPTION = "has no caption, in metadata or a .txt beside it"
+MAX_FILE_BYTES = 2**32  # of 16-bit pixels as many as are opened have a third
 MIN_SIDE = 16  # pixels; anything smaller is an icon or a broken file
 LISTINGS = "listings"  # the place, in what is remembered, of the keys of datasets that hold their images
 ORIENTATIONS = {
@@ -106,7 +110,8 @@ def load_pixels(encoded, enough):
 
 def decode_file(encoded, enough):
     """Opens a file and decodes it to the end; a JPEG in reduced size, if no side is then below `enough` pixels."""
-    image = Image.open(io.BytesIO(encoded))
+    Image.init()
+    image = Image.open(io.BytesIO(encoded), formats=[name for name in FORMATS if name in Image.OPEN])
     width, height = image.size
     for scale in (8, 4, 2):
         # Only where it divides both sides do the edges stay where they are.
@@ -157,6 +162,10 @@ def check_image(image, known):
             key = hashlib.sha256(encoded).hexdigest()
         else:
             status = os.stat(image["path"])
+            if not stat.S_ISREG(status.st_mode):  # a reader of a pipe would wait for ever
+                return None, ["", 0, 0, "is no regular file; remove it"]
+            if status.st_size > MAX_FILE_BYTES:  # which may have a hole, and take no place on the disk
+                return None, ["", 0, 0, f"{status.st_size:,} bytes, more than any picture that is opened; shrink it"]
             key = f"{os.path.abspath(image['path'])}|{status.st_size}|{status.st_mtime_ns}"
         if key in known:
             return key, known[key]
@@ -231,7 +240,7 @@ def leave_out(bad, num_images, may_leave_out, remedy=""):
     with these, and one more `remedy`, unless images may be left out."""
     if not bad:
         return
-    unusable = "\n  ".join([f"{len(bad)} of {num_images} images are unusable:", *bad[:100]])
+    unusable = "\n  ".join([f"{len(bad)} of {num_images} images are unusable:", *map(printable, bad[:100])])
     if not may_leave_out:
         raise InputError(f"{unusable}\nMend or remove them, or add --skip_bad_images{remedy}.")
     print(f"Left out (--skip_bad_images): {unusable}")

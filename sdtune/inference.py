@@ -9,10 +9,11 @@ import diffusers
 import torch
 from safetensors import SafetensorError, safe_open
 
-from sdtune.arguments import parse_words, read_config, setting_words
+from sdtune.arguments import check_keys, parse_words, path_name, read_config, setting_words
 from sdtune.errors import InputError, is_utf8, last_line
 from sdtune.files import existing_place
 from sdtune.lora_layouts import LORA_FILE
+from sdtune.models import foreign_code, reason_of, refuse_foreign_code
 
 # The section `evaluation:` of a recipe is for two commands. These are the flags that one of them alone has.
 GENERATE_KEYS = {"height", "negative_prompt", "scheduler", "seeds", "width"}
@@ -21,6 +22,7 @@ EVALUATE_KEYS = {
     "caption_column",
     "clip_model",
     "dataset_config_name",
+    "follow_symlinks",
     "hub_token",
     "image_column",
     "instance_prompt",
@@ -36,7 +38,13 @@ EVALUATE_KEYS = {
 def add_inference_arguments(parser):
     """Adds which models draw, with which LoRAs, the font of labels, and the recipe."""
     add = parser.add_argument
-    add("model", nargs="?", metavar="MODEL", help="pipeline folder or Hub id of a Stable Diffusion 1 or 2")
+    add(
+        "model",
+        nargs="?",
+        type=path_name,
+        metavar="MODEL",
+        help="pipeline folder or Hub id of a Stable Diffusion 1 or 2",
+    )
     add("--base", help="model to compare with, such as the one that it was trained from; gets no LoRA")
     add("--lora", action="append", metavar="PATH[:SCALE]", help="LoRA file or folder for MODEL; may be given again")
     add("--font", metavar="FILE.ttf", help="font of the labels; default: DejaVu Sans, Arial or Pillow's own")
@@ -54,19 +62,21 @@ def parse_with_config(parser, argv, other_keys, aliases):
     given, problems = parse_words(parser, argv)
     if not given.config:
         return given, problems
-    words = words_of_config(parser, given, other_keys, aliases)
+    words, recipe_problems = words_of_config(parser, given, other_keys, aliases)
     # In two passes: a list in the recipe would take MODEL as its last item.
-    recipe, recipe_problems = parse_words(parser, words)
+    recipe, more_problems = parse_words(parser, words)
     if recipe.model:
-        parser.error(f"--config={given.config}: {recipe.model} stands in a list where one value is taken")
+        told = f"{recipe.model} stands in a list where one value is taken; use one"
+        more_problems.append(f"--config={given.config}: {told}")
+        recipe.model = None
     args, _ = parse_words(parser, argv, recipe)
-    return args, recipe_problems + problems
+    return args, recipe_problems + more_problems + problems
 
 
 def words_of_config(parser, given, other_keys, aliases):
-    """The words of a command line that say what the recipe in `given.config` says, but for what `given`, the flags of
-    the command line, replaces. Ends with status 2 for keys that are no flags."""
-    recipe = read_config(parser, given.config, {"evaluation"})
+    """Returns (the words of a command line that say what the recipe in `given.config` says, but for what `given`, the
+    flags of the command line, replaces, what is wrong with the recipe)."""
+    recipe, problems = read_config(given.config, {"evaluation"})
     settings = dict(recipe.get("evaluation", recipe))
     for name, flag in aliases.items():
         if name in settings:
@@ -76,20 +86,16 @@ def words_of_config(parser, given, other_keys, aliases):
     defaults = vars(parser.parse_args([]))
     left_aside = set(other_keys) if "evaluation" in recipe else set()
     known = defaults.keys() - {"config", "model", "dataset"}
-    if unknown := sorted(map(str, settings.keys() - known - left_aside)):
-        parser.error(
-            f"--config={given.config}: unknown key {', '.join(unknown)}; keys are the flags of --help "
-            "without dashes, in a training recipe under `evaluation:`"
-        )
+    problems += check_keys(given.config, settings, known, left_aside)
     if given.prompts or given.prompts_file:
         left_aside |= {"prompts", "prompts_file"}
     if given.lora:  # which would be appended to
         left_aside.add("lora")
 
-    settings = {key: value for key, value in settings.items() if key not in left_aside}
+    settings = {key: value for key, value in settings.items() if key in known - left_aside}
     loras = settings.pop("lora", None) or []
     loras = loras if isinstance(loras, list) else [loras]
-    return [*setting_words(settings, defaults), *[f"--lora={lora}" for lora in loras]]
+    return [*setting_words(settings, defaults), *[f"--lora={lora}" for lora in loras]], problems
 
 
 def read_prompts(prompts, prompts_file):
@@ -157,10 +163,13 @@ def read_configs(flag, source):
         scheduler = diffusers.DDPMScheduler.load_config(source, subfolder="scheduler")
     except (OSError, ValueError) as error:
         told = f"no whole pipeline, no name of one on the Hub, or no connection ({last_line(error)})"
+        told += "; name one that is whole"
         raise InputError(f"{name}: {told}") from None
     if foreign := {"text_encoder_2", "transformer"} & parts.keys():
         remedy = "use a Stable Diffusion 1 or 2"
         raise InputError(f"{name}: has a {min(foreign)} (SDXL, SD 3 or the like); {remedy}")
+    if strange := foreign_code(parts):
+        raise InputError(f"{name}: {strange}")
     return vae, scheduler
 
 
@@ -184,9 +193,10 @@ def load_pipeline(source, loras, dtype, device, **parts):
     """Loads a pipeline, with `parts` instead of its own, and LoRAs, [(file, scale)], onto the device. Raises
     `InputError`."""
     try:
+        refuse_foreign_code(source)
         pipeline = diffusers.StableDiffusionPipeline.from_pretrained(source, dtype=dtype, **parts)
     except Exception as error:  # every format has its own way of being broken
-        raise InputError(f"{source}: cannot be loaded ({last_line(error)})") from None
+        raise InputError(f"{source}: cannot be loaded ({reason_of(error)})") from None
     names = [f"lora_{number}" for number in range(len(loras))]
     for name, (path, _) in zip(names, loras):
         load_lora(pipeline, path, name, source)

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTokenizer
 
 from sdtune.errors import InputError, last_line
 
+LIBRARIES = (None, "diffusers", "transformers", "stable_diffusion")  # of a pipeline's parts; the last is diffusers'
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -47,8 +48,11 @@ def check_model(args):
         problems.append(f"--variant={args.variant}: does nothing with a single file; drop this")
     if not source or (single_file and not Path(source).is_file()):
         return [*problems, f"{name}: there is no such file; name a pipeline folder, a Hub id or a file"]
-    if single_file != bool(args.single_file_config):
-        return [*problems, f"{name}: a single file, and only that, needs --single_file_config (see --help)"]
+    if single_file and not args.single_file_config:
+        return [*problems, f"{name}: a single file needs --single_file_config (see --help); add that"]
+    if args.single_file_config and not single_file:
+        told = "is for a single file alone"
+        return [*problems, f"--single_file_config={args.single_file_config}: {told}; drop this, or name one as model"]
 
     source, where = config_source(args)
     try:
@@ -56,16 +60,22 @@ def check_model(args):
         if foreign := {"text_encoder_2", "transformer"} & parts.keys():
             remedy = "use a Stable Diffusion 1.x or 2.x model"
             return [*problems, f"{name}: has a {min(foreign)} (SDXL, SD 3 or the like); {remedy}"]
+        if strange := foreign_code(parts):
+            return [*problems, f"{name}: {strange}"]
         unet = diffusers.UNet2DConditionModel.load_config(source, subfolder="unet", **where)
         vae = diffusers.AutoencoderKL.load_config(source, subfolder="vae", **where)
         scheduler = diffusers.DDPMScheduler.load_config(source, subfolder="scheduler", **where)
         text_config = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where)
-        if not CLIPTextConfig.get_config_dict(source, subfolder="text_encoder", **where)[0]:
+        text_settings = CLIPTextConfig.get_config_dict(source, subfolder="text_encoder", **where)[0]
+        if not text_settings:
             raise OSError("it has no text encoder")  # for which transformers would take a default
+        if strange := foreign_kernel(text_settings):
+            return [*problems, f"{name}: its text_encoder {strange}"]
         if len(CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)) < 3:
             raise OSError("its tokenizer knows no words")  # nor does transformers' for a folder without one
     except (OSError, ValueError) as error:
         told = f"no whole pipeline, no name of one on the Hub, or no connection ({last_line(error)})"
+        told += "; name one that is whole"
         return [*problems, f"{source}: {told}"]
 
     problems += check_tokenizer(args, text_config)
@@ -95,6 +105,18 @@ def check_model(args):
     return problems
 
 
+def foreign_code(parts):
+    """What is wrong with a pipeline's model_index.json that names classes of others, which are not run, or None."""
+    kind = parts.get("_class_name", "")
+    if not isinstance(kind, str):
+        return f"its model_index.json names code of its own, {kind}, which is not run; use another model"
+    for part, entry in parts.items():
+        if not part.startswith("_") and isinstance(entry, list | tuple) and entry and entry[0] not in LIBRARIES:
+            told = f"its {part} is of {'.'.join(map(str, entry))}, code that is not run"
+            return f"{told}; use a model whose parts are of diffusers and transformers"
+    return None
+
+
 def only_variant(folder):
     """The variant, such as fp16, in the names of a pipeline folder's UNet, if there are no weights without one."""
     pattern = r"diffusion_pytorch_model[-\w]*(?:\.(\w+))?\.(?:safetensors|bin|msgpack)"  # the dash is of parts
@@ -112,7 +134,8 @@ def load_tokenizer(args):
     """The tokenizer, the base's or that of --tokenizer_name, which cuts captions where the text encoder has to."""
     source, where = config_source(args)
     if args.tokenizer_name:
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name, cache_dir=args.cache_dir)
+        where = {"trust_remote_code": False, "cache_dir": args.cache_dir}  # else transformers asks in the terminal
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name, **where)
     else:
         tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)
     text_config = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where)
@@ -137,11 +160,13 @@ def check_tokenizer(args, text_config):
     name = f"--tokenizer_name={args.tokenizer_name}"
     try:
         highest = max(
-            AutoTokenizer.from_pretrained(args.tokenizer_name, cache_dir=args.cache_dir).get_vocab().values()
+            AutoTokenizer.from_pretrained(args.tokenizer_name, trust_remote_code=False, cache_dir=args.cache_dir)
+            .get_vocab()
+            .values()
         )
     except Exception as error:  # every format has its own way of being broken
         told = "no folder of a tokenizer, no name of one on the Hub, or no connection"
-        return [*problems, f"{name}: {told} ({last_line(error)})"]
+        return [*problems, f"{name}: {told} ({last_line(error)}); name another"]
     if highest >= text_config.vocab_size:
         told = (
             f"has {highest + 1:,} tokens, the text encoder knows {text_config.vocab_size:,}; use the one that it had"
@@ -172,13 +197,48 @@ def load_base(args, **given):
     where |= {**parts_instead(args), **given}
     options = {**where, "dtype": torch.float32, "variant": args.variant, "safety_checker": None}
     try:
+        source, place = config_source(args)
+        refuse_foreign_code(source, **place)
         if args.single_file_config:  # a .ckpt is read as weights only
             return diffusers.StableDiffusionPipeline.from_single_file(
                 base, config=args.single_file_config, dtype=torch.float32, safety_checker=None, **where
             )
         return diffusers.StableDiffusionPipeline.from_pretrained(base, **options)
     except Exception as error:  # every format has its own way of being broken
-        raise InputError(f"{base}: cannot be loaded ({last_line(error)})") from None
+        if list(Path(base).glob("unet/*.msgpack")) and not list(Path(base).glob("unet/*.[sb]*")):
+            told = "has Flax weights alone; use train_text_to_image_flax.py, whose result has PyTorch's too"
+            raise InputError(f"{base}: {told}") from None
+        raise InputError(f"{base}: cannot be loaded ({reason_of(error)}); mend it, or use another") from None
+
+
+def foreign_kernel(config):
+    """What is wrong with a config of transformers that names code on the Hub for its attention, which is fetched and
+    run where `kernels` is installed, or None."""
+    for key, value in config.items():
+        if isinstance(value, dict) and (strange := foreign_kernel(value)):
+            return strange
+        if str(key).endswith("_implementation") and re.search(r"[/:]", str(value)):
+            return f"asks for code on the Hub, {value}, as {key}, which is not run; remove that from its config.json"
+    return None
+
+
+def refuse_foreign_code(base, **where):
+    """Raises `InputError` for a pipeline with classes of others, modules of which diffusers would import, or with a
+    text encoder whose attention is code on the Hub."""
+    if strange := foreign_code(diffusers.StableDiffusionPipeline.load_config(base, **where)):
+        raise InputError(strange)
+    if strange := foreign_kernel(CLIPTextConfig.get_config_dict(base, subfolder="text_encoder", **where)[0]):
+        raise InputError(f"its text_encoder {strange}")
+
+
+def reason_of(error):
+    """Why weights cannot be loaded, in a line."""
+    cause = error
+    while cause is not None:
+        if type(cause).__name__ == "UnpicklingError":
+            return "a file holds more than weights, maybe code, which is not run; get it as .safetensors"
+        cause = cause.__cause__ or cause.__context__
+    return last_line(error)
 
 
 def load_unet(args, revision):
@@ -188,7 +248,7 @@ def load_unet(args, revision):
         where = {"subfolder": "unet", "revision": revision, "cache_dir": args.cache_dir}
         return diffusers.UNet2DConditionModel.from_pretrained(base, dtype=torch.float32, **where)
     except Exception as error:  # every format has its own way of being broken
-        raise InputError(f"{base}: its UNet of {revision} cannot be loaded ({last_line(error)})") from None
+        raise InputError(f"{base}: its UNet of {revision} cannot be loaded ({reason_of(error)})") from None
 
 
 def write_text_encoder(text_encoder, folder):

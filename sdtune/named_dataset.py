@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from sdtune.arguments import SWITCH, path_name, secret_token
 from sdtune.dataset import read_rows
 from sdtune.errors import InputError
 
@@ -14,6 +15,7 @@ def add_named_dataset_arguments(parser):
         "dataset",
         nargs="?",
         default=argparse.SUPPRESS,
+        type=path_name,
         metavar="DATASET",
         help="folder of images, dataset on the Hub, or a local path that `datasets` can load",
     )
@@ -21,9 +23,14 @@ def add_named_dataset_arguments(parser):
     add("--dataset_config_name", help="configuration of that dataset")
     add("--image_column", default="image", help="column of the images in that dataset")
     add("--caption_column", default="text", help="column with a caption, or a list of them: one is drawn per epoch")
+    add("--follow_symlinks", **SWITCH, help="read what links in the folder lead to elsewhere, too")
     add("--instance_prompt", help="caption of images without one, as in DreamBooth")
-    add("--hub_token", help="token for the dataset; default: the one that `hf auth login` stored")
-    add("--cache_dir", help="where downloads and remembered checks go, instead of the Hugging Face cache")
+    add("--hub_token", type=secret_token, help="token for the dataset; default: the one that `hf auth login` stored")
+    add(
+        "--cache_dir",
+        type=path_name,
+        help="where downloads and remembered checks go, instead of the Hugging Face cache",
+    )
 
 
 def check_dataset_is_named(args):

@@ -58,7 +58,18 @@ def check_output(args, foreign_result):
             f"--output_dir={args.output_dir}: is in use; name another, go on with its run by "
             "--resume_from_checkpoint=latest, or, if of this kind, use --overwrite_output_dir"
         )
+    kind = kind_of_checkpoint(checkpoint) if checkpoint else None
+    if kind not in (None, "LoRA adapters" if foreign_result == "model_index.json" else "whole models"):
+        remedy = "use the script that wrote it, or another checkpoint"
+        problems.append(f"--resume_from_checkpoint={wanted}: holds {kind}, which this script does not train; {remedy}")
     return problems
+
+
+def kind_of_checkpoint(checkpoint):
+    """What a checkpoint holds, or None where it holds neither."""
+    if (checkpoint / "pytorch_lora_weights.safetensors").is_file():
+        return "LoRA adapters"
+    return "whole models" if (checkpoint / "unet").is_dir() else None
 
 
 def check_trackers(args):
@@ -205,10 +216,11 @@ def start_trackers(args, accelerator):
     try:
         accelerator.init_trackers(args.tracker_project_name, config)
     except Exception as error:  # each has its own way to say that nobody is logged in
-        raise InputError(
-            f"--report_to={args.report_to}: does not start ({last_line(error)}); log in to it (wandb login), work "
-            "offline (WANDB_MODE=offline), or use --report_to=none"
-        ) from None
+        remedy = "set it up as it asks for"
+        if args.report_to == "wandb":
+            remedy = "log in to it (wandb login), work offline (WANDB_MODE=offline)"
+        told = f"does not start ({last_line(error)}); {remedy}, or use --report_to=none"
+        raise InputError(f"--report_to={args.report_to}: {told}") from None
 
 
 def tell_trackers(accelerator, tell):

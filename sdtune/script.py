@@ -53,8 +53,8 @@ def run_script(program, parser, argv, replaced_flags, check_args, start, is_firs
     problems += check_encoding(args)
     quiet_libraries()
     with told_to_user(program, speaks=is_first, patience=patience):
-        # What is said of a flag whose value was refused is about its default.
-        refused = [re.match(r"--\w+", problem)[0] for problem in problems]
+        # What is said of a flag whose value was refused, or whose name is not right, is about its default.
+        refused = re.findall(r"^--\w+|(?<=did you mean )--\w+", "\n".join(problems), re.MULTILINE)
         for problem in check_args(args, problems):
             if not any(re.search(rf"{flag}\b", problem) for flag in refused):
                 problems.append(problem)

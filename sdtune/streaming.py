@@ -19,6 +19,7 @@ from sdtune.dataset import (
     SAVED_NAMES,
     CaptionedImages,
     all_captions,
+    check_data_files,
     check_rows,
     columns_of,
     describe_source,
@@ -326,6 +327,7 @@ def open_source(args):
         raise InputError(
             f"--dataset_name={name}: save_to_disk wrote this, which is read without --streaming; drop that"
         )
+    check_data_files(data_files, name, args.follow_symlinks)
     try:
         told = describe_source(args, name, data_files, has_pictures=bool(pictures))
         builder = datasets.load_dataset_builder(**told)

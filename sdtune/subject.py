@@ -114,8 +114,10 @@ def record_of(args):
 
 def read_record(path):
     """What drew an image, as it records that; nothing for a photo."""
+    if not path.is_file():  # for a pipe a reader would wait
+        return {}
     with contextlib.suppress(Exception):  # a broken image is for the check of images
-        with Image.open(path) as image:
+        with Image.open(path, formats=["PNG"]) as image:
             return dict(json.loads(image.info[CLASS_RECORD]))
     return {}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import huggingface_hub
 
-from sdtune.arguments import SWITCH
+from sdtune.arguments import SWITCH, secret_token
 from sdtune.errors import InputError, last_line
 
 CARD = "README.md"
@@ -16,7 +16,7 @@ def add_upload_arguments(parser, kind):
     """Adds how the upload goes; `kind` is model or dataset."""
     add = parser.add_argument_group("Hub").add_argument
     add("--private", **SWITCH, help="make the repository private")
-    add("--hub_token", help="token for the upload; default: the one that `hf auth login` stored")
+    add("--hub_token", type=secret_token, help="token for the upload; default: the one that `hf auth login` stored")
     add("--commit_message", help="message of the commit; default: what is sent")
     add("--overwrite_card", **SWITCH, help=f"replace a {kind} card that is on the Hub already")
     add = parser.add_argument_group("run").add_argument

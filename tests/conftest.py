@@ -86,6 +86,20 @@ def train_script():
     return load_script(TRAIN_TEXT_TO_IMAGE)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Has messages come in lines as they were written: tests/test_messages.py is on where they end. A fixture would
+    have pytest itself write as wide, before it ends."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = str(getattr(item.module, "COLUMNS", 10_000))
+    try:
+        return (yield)
+    finally:
+        os.environ.pop("COLUMNS", None)
+        if before is not None:
+            os.environ["COLUMNS"] = before
+
+
 @pytest.fixture(autouse=True)
 def clean_process():
     """Undoes what a script's main() leaves in the process, as if every test ran in a process of its own."""

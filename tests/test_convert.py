@@ -121,7 +121,7 @@ def refused(capsys):
         assert stop.value.code == 2
         text = capsys.readouterr()
         assert "Traceback" not in text.err
-        return text.err.split("sdtune convert: ", 1)[1].strip()
+        return text.err.split("sdtune convert:", 1)[1].strip()
 
     return run
 

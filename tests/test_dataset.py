@@ -634,12 +634,16 @@ def private(tmp_path):
     ],
 )
 def test_metadata_cannot_name_pictures_elsewhere(private, kind, name):
+    is_link = name.startswith("link")
     name = name.format(secret=private.parent / "secret")
+    (private / "linked.png").rename(private / "linked")  # else the link itself is what is told of
+    name = name.replace("linked.png", "linked")
     path = named(private, kind, name)
     for read in (lambda: read_folder(private, "text"), lambda: captions_in(private)):
         with pytest.raises(InputError) as caught:
             read()
-        told = f"row 1: the file_name {name!r} leads out of {private}; copy the image into that"
+        told = f"row 1: the file_name {name!r} leads out of {private}"
+        told += ", by a link; copy the image, or add --follow_symlinks" if is_link else "; copy the image into that"
         assert str(caught.value) == f"{path}: {told}"
 
 
@@ -652,14 +656,16 @@ def test_metadata_may_name_a_picture_of_its_folder_in_any_way(private, kind, nam
 
 
 def test_metadata_below_may_name_pictures_above_it_in_the_same_folder(private):
+    (private / "linked.png").unlink()
     named(private / "below", "jsonl", "../a.png")
     assert as_dict(read_folder(private, "text"))["a.png"] == ["a"]
 
 
-def test_linked_pictures_are_used_with_a_text_beside_them(private):
-    """Whoever put the link there wants the picture."""
+def test_linked_pictures_are_used_with_a_text_beside_them_where_that_is_asked_for(private):
     (private / "linked.txt").write_text("mine")
-    assert as_dict(read_folder(private, "text"))["linked.png"] == ["mine"]
+    assert as_dict(read_folder(private, "text", follows_links=True))["linked.png"] == ["mine"]
+    with pytest.raises(InputError):
+        read_folder(private, "text")
 
 
 def test_links_of_the_hubs_cache_are_read(tmp_path):
@@ -725,6 +731,7 @@ def test_rows_of_the_hub_may_name_what_was_downloaded_alone(tmp_path, place, is_
 
 @pytest.mark.parametrize("name", ["below\\b.png", "below\\more/c.png"])
 def test_backslashes_in_metadata_are_named_with_what_helps(private, name):
+    (private / "linked.png").unlink()
     write_images(private, "below/more/c.png")
     path = named(private, "jsonl", name)
     with pytest.raises(InputError) as caught:
@@ -940,7 +947,8 @@ def test_long_captions_and_small_images_are_warned_of_and_trained_on(
     assert np.isfinite(log[-1]["loss"])
 
 
-def test_links_that_lead_out_of_a_folder_are_warned_of(tmp_path, image_folder, capsys):
+@pytest.mark.parametrize("follows_links", [True, False])
+def test_links_that_lead_out_of_a_folder_are_refused_or_warned_of(tmp_path, image_folder, capsys, follows_links):
     """Of pictures and of captions; those within the folder are not."""
     folder = image_folder(2)
     (tmp_path / "secret.png").write_bytes((folder / "00.png").read_bytes())
@@ -949,10 +957,22 @@ def test_links_that_lead_out_of_a_folder_are_warned_of(tmp_path, image_folder, c
     (folder / "linked.txt").symlink_to(tmp_path / "private.txt")
     (folder / "again.png").symlink_to(folder / "00.png")
     (folder / "again.txt").write_text("again")
-    read_folder(folder, "text")
-    (warning,) = capsys.readouterr().out.split("Warning: ")[1:]
-    assert warning.splitlines() == [
-        "2 pictures or captions are links that lead out of the folder, and are used, such as",
-        f"  {folder / 'linked.png'}",
-        f"  {folder / 'linked.txt'}",
+    (folder / "notes.txt").symlink_to(tmp_path / "private.txt")  # which is nothing's caption
+    names = [f"  {folder / 'linked.png'}", f"  {folder / 'linked.txt'}"]
+    if follows_links:
+        rows = as_dict(read_folder(folder, "text", follows_links=True))
+        assert rows["linked.png"] == ["private words"]
+        (warning,) = capsys.readouterr().out.split("Warning: ")[1:]
+        told = "pictures, captions or data files are links that lead out of the folder, and are used"
+        assert warning.splitlines() == [f"2 {told}, such as", *names]
+        return
+    with pytest.raises(InputError) as caught:
+        read_folder(folder, "text")
+    assert str(caught.value).splitlines() == [
+        f"{folder}: 2 files in it are links that lead out of it, such as",
+        *names,
+        "Copy what they lead to, or add --follow_symlinks if you trust whoever made them.",
     ]
+    (folder / "linked.png").unlink()
+    (folder / "linked.txt").unlink()
+    assert as_dict(read_folder(folder, "text"))["again.png"] == ["again"]

@@ -370,11 +370,11 @@ def test_a_run_measures_what_training_measured(train_script, render, tmp_path, c
     capsys.readouterr()
     words = [tmp_path / "model", folder, "--clip_model", CLIP, "--resolution", 64, "--num_inference_steps", 2]
     words += ["--num_validation_samples", 4, "--output_dir", tmp_path / "out"]
-    assert run(*words, "--base", BASE, "--num_images", 4, "--hub_token", "a secret") == 0
+    assert run(*words, "--base", BASE, "--num_images", 4, "--hub_token", "a-secret") == 0
     assert snapshot(folder) == before
     found = read_figures(tmp_path / "out")
     assert found["settings"]["num_images"] == 4
-    assert "a secret" not in json.dumps(found)
+    assert "a-secret" not in json.dumps(found)
     loss = found["held_out_loss"]
     assert loss["model"]["mean"] == pytest.approx(logged[-1]["held_out_loss"], rel=1e-5)
     assert loss["base"]["mean"] == pytest.approx(logged[0]["held_out_loss"], rel=1e-5)

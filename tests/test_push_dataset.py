@@ -19,7 +19,12 @@ from sdtune.images import read_image
 
 NAME = f"{USER}/pictures"
 HUB_COLUMNS = argparse.Namespace(
-    dataset_config_name=None, image_column="image", caption_column="text", cache_dir=None, hub_token=None
+    dataset_config_name=None,
+    image_column="image",
+    caption_column="text",
+    follow_symlinks=False,
+    cache_dir=None,
+    hub_token=None,
 )
 
 
@@ -252,8 +257,8 @@ def test_metadata_that_is_not_read_back(image_folder, capsys, rows, problem):
 
 def test_several_captions_become_lists(image_folder):
     folder = image_folder(2, captions=[["one", "two"], "three"])
-    captions = command.usable_rows(folder, "text", False, None, False)
-    text = command.make_metadata(captions, command.other_columns(folder, "text"), "text")
+    captions = command.usable_rows(folder, "text", False, None, False, False)
+    text = command.make_metadata(captions, command.other_columns(folder, "text", False), "text")
     assert [json.loads(line) for line in text.splitlines()] == [
         {"file_name": "00.png", "text": ["one", "two"]},
         {"file_name": "01.png", "text": ["three"]},

@@ -63,6 +63,7 @@ import csv
 import ctypes
 import dataclasses
 import datetime
+import difflib
 import errno
 import functools
 import glob
@@ -79,8 +80,10 @@ import secrets
 import shutil
 import signal
 import socket
+import stat
 import struct
 import sys
+import textwrap
 import threading
 import time
 import traceback
@@ -135,6 +138,9 @@ from transformers.integrations import unset_hf_deepspeed_config
 gc.freeze()  # nor is it looked through later
 gc.enable()
 
+MAX_LINES = 12  # of a message
+SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "COMET_API_KEY")  # in the environment
+
 
 class InputError(ValueError):
     """A mistake in what the user gave; its text is all that they need to see."""
@@ -156,13 +162,15 @@ SWITCH_ON = {**SWITCH, "default": True}
 ADAM_DEFAULTS = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 1e-2, "adam_epsilon": 1e-8}
 NUM_TRAIN_EPOCHS = 100
 OFFSET_NOISE = 0.1  # what --offset_noise means in diffusers' scripts
+MAX_NAME_BYTES = 255  # of a file or folder, on all usual file systems
+MAX_PATH_BYTES = 3000  # which leaves room for what is made below it
 
 # By group, the settings that a resume may change. They leave the result as it is, or what they lead to is compared in
 # their place: a digest of the images, the samples of a step, the steps of the schedule. Any other has to be as it was.
 MODEL_FREE_ON_RESUME = {"cache_dir"}
 DATASET_FREE_ON_RESUME = set(
     """
-    caption_column dataset_config_name dataset_name image_column max_train_samples skip_bad_images
+    caption_column dataset_config_name dataset_name follow_symlinks image_column max_train_samples skip_bad_images
     """.split()
 )
 SUBJECT_FREE_ON_RESUME = {*DATASET_FREE_ON_RESUME, "instance_data_dir"}
@@ -230,7 +238,10 @@ TIFF_TEXT = {269, 270, 271, 272, 285, 305, 306, 315, 316, 330}  # names, dates, 
 TIFF_KINDS = {34665: EXIF, 34853: EXIF, 34675: PROFILE}
 
 IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+# What is looked for in a file, whatever its suffix. Pillow knows more, and runs Ghostscript for some.
+FORMATS = ["AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP"]
 NO_CAPTION = "has no caption, in metadata or a .txt beside it"
+MAX_FILE_BYTES = 2**32  # of 16-bit pixels as many as are opened have a third
 MIN_SIDE = 16  # pixels; anything smaller is an icon or a broken file
 LISTINGS = "listings"  # the place, in what is remembered, of the keys of datasets that hold their images
 ORIENTATIONS = {
@@ -243,6 +254,7 @@ ORIENTATIONS = {
     8: Image.Transpose.ROTATE_90,
 }
 
+LIBRARIES = (None, "diffusers", "transformers", "stable_diffusion")  # of a pipeline's parts; the last is diffusers'
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 ENTRY_FORMAT = 1  # to be raised where what an entry holds, or how an image is decoded, changes
@@ -259,6 +271,7 @@ class Cache:
     prompt_channels: int  # of the embeddings
 
 
+MAX_CAPTION_BYTES = 2**20  # of a .txt; a tokenizer takes a few hundred
 METADATA_NAMES = {"metadata.jsonl", "metadata.csv"}
 SAVED_NAMES = {"state.json", "dataset_dict.json"}  # that tell of `save_to_disk`
 NO_DATA_NAMES = {*METADATA_NAMES, *SAVED_NAMES, "config.json", "dataset_info.json", "dataset_infos.json"}
@@ -1474,7 +1487,7 @@ def check_data(args, folder_flag):
             f"--image_column={args.image_column}: does nothing without --dataset_name; add that or drop this"
         )
     if folder and not os.path.isdir(folder):
-        problems.append(f"--{folder_flag}={folder}: does not exist, or is no folder")
+        problems.append(f"--{folder_flag}={folder}: does not exist, or is no folder; name one")
     if source and Path(args.output_dir).resolve().is_relative_to(Path(source).resolve()):
         problems.append(
             f"--output_dir={args.output_dir}: lies in the folder of the images, or below its name; put it elsewhere"
@@ -1556,7 +1569,7 @@ def read_rows(args, folder, default_caption):
     """Reads a folder, or else --dataset_name, as columns `image` (undecoded) and `captions` (a list that is empty
     where there is none). Raises `InputError`."""
     if folder:
-        rows = read_folder(folder, args.caption_column)
+        rows = read_folder(folder, args.caption_column, follows_links=args.follow_symlinks)
     else:
         rows = read_dataset(args, args.dataset_name, default_caption)
     captions = []
@@ -1577,34 +1590,41 @@ def choose_rows(rows, max_samples, seed):
 def split_rows(num_rows, num_held_out):
     """The indices of the rows to train on and of those held out, which no seed changes. Raises `InputError`."""
     if num_held_out >= num_rows:
-        raise InputError(f"--num_validation_samples={num_held_out}: must leave some of {num_rows} images")
+        raise InputError(f"--num_validation_samples={num_held_out}: must leave some of {num_rows} images; use fewer")
     order = np.random.default_rng(HELD_OUT).permutation(num_rows)
     return np.sort(order[num_held_out:]), np.sort(order[:num_held_out])
 
 
-def read_folder(folder, caption_column, takes_train=False):
+def read_folder(folder, caption_column, takes_train=False, follows_links=False):
     """Reads a folder into rows of `image` and `captions`, from metadata.jsonl or .csv or a .txt beside the image. What
     is missing gives a row too, so that the check names it. With `takes_train` a folder of that name in it is read
-    alone. Raises `InputError` for what cannot be read as text."""
+    alone. Raises `InputError` for what cannot be read as text, and unless it `follows_links` for links that lead out
+    of the folder."""
     folder = Path(os.path.abspath(folder))
     files = list_files(folder)
     captions = {path: [] for path in files if is_image_file(path, folder)}
     metadata = [path for path in files if path.name in METADATA_NAMES]
     if not captions:
-        raise InputError(f"the folder {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}); name another")
+        told = f"the folder {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}); name another"
+        tables = [path.name for path in files if path.suffix.lower() in (".parquet", ".arrow")]
+        raise InputError(f"{told}, or its {in_one_line(tables[0])} by --dataset_name={folder}" if tables else told)
+    texts = {image.with_suffix(".txt") for image in captions}
+    check_links(
+        [path for path in files if path in captions or path in metadata or path in texts], folder, follows_links
+    )
     columns = set()
     for path in metadata:
-        for row in read_metadata(path, caption_column, folder):
+        for row in read_metadata(path, caption_column, folder, follows_links):
             captions.setdefault(row["file"], []).extend(row["captions"])
             columns |= row["columns"]
     if metadata and caption_column not in columns:
         raise InputError(f"{metadata[0]}: has no {caption_column!r} but {sorted(columns)}; set --caption_column")
     for image in [image for image, found in captions.items() if not found]:
         captions[image] += read_caption_beside(image)
-    warn_of_links([*captions, *(path for path in files if path.suffix == ".txt")], metadata, folder)
     known = {*captions, *metadata}
     if aside := [path.name for path in files if path not in known and path.suffix != ".txt"]:
-        print(f"Left aside in {folder}: {len(aside)} files of other kinds, such as {', '.join(aside[:5])}.")
+        some = in_one_line(", ".join(aside[:5]))
+        print(f"Left aside in {folder}: {len(aside)} files of other kinds, such as {some}.")
     captions = {image: captions[image] for image in of_split(captions, folder, takes_train)}
     names = [str(path) for path in captions]
     if odd := [name for name in names if not is_utf8(name)]:
@@ -1613,14 +1633,50 @@ def read_folder(folder, caption_column, takes_train=False):
     return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image(decode=False))
 
 
-def warn_of_links(files, metadata, folder):
-    """Warns of pictures and captions that are links out of the folder: their owner may have made them on purpose, but
-    somebody else's dataset could have private files trained on by them."""
-    places = (folder, *(Path(os.path.realpath(path)).parent for path in metadata))
-    warn(
-        "pictures or captions are links that lead out of the folder, and are used",
-        [str(path) for path in files if path.is_symlink() and not is_inside(path, places)],
-    )
+def check_links(files, folder, follows_links):
+    """Warns of files that are links out of the folder, if it `follows_links`: their owner may have made them on
+    purpose. Raises `InputError` otherwise: somebody else's dataset could have private files trained on by them."""
+    places, parents = places_of(folder), {}
+    links = [str(path) for path in files if path.is_symlink() and not is_inside(path, places, parents)]
+    if follows_links:
+        warn("pictures, captions or data files are links that lead out of the folder, and are used", links)
+    elif links:
+        some = "\n  ".join(["", *map(in_one_line, links[:5])])
+        raise InputError(
+            f"{folder}: {len(links)} files in it are links that lead out of it, such as{some}\n"
+            "Copy what they lead to, or add --follow_symlinks if you trust whoever made them."
+        )
+
+
+def check_data_files(data_files, folder, follows_links):
+    """Raises `InputError` if data files in a folder lead out of it, but for those that are followed, or are no files:
+    for a pipe a reader would wait."""
+    check_links(data_files, folder, follows_links)
+    if odd := [path for path in data_files if not path.is_file()]:
+        raise InputError(f"{in_one_line(odd[0])}: is no regular file; remove it")
+
+
+def places_of(folder):
+    """The folders, links resolved, in which the files of a dataset's folder may lie: itself, and in the Hub's cache,
+    where a snapshot is all links, the common place of the contents of that dataset."""
+    real = Path(os.path.realpath(folder))
+    places = [str(real)]
+    for place in (real, *real.parents):
+        blobs = place.parent.parent / "blobs"
+        if place.parent.name == "snapshots" and blobs.is_dir() and not blobs.is_symlink():
+            places.append(str(blobs))
+    return places
+
+
+def is_inside(path, places, parents):
+    """Whether a path lies in one of the `places`, links resolved; `parents` remembers those of folders."""
+    folder, name = os.path.split(os.path.abspath(path))
+    if folder not in parents:
+        parents[folder] = os.path.realpath(folder)
+    real = os.path.join(parents[folder], name)
+    if os.path.islink(real):
+        real = os.path.realpath(real)
+    return any(Path(real).is_relative_to(place) for place in places)
 
 
 def of_split(images, folder, takes_train):
@@ -1657,10 +1713,12 @@ def list_files(folder):
     return sorted(files)
 
 
-def read_metadata(path, caption_column, folder):
+def read_metadata(path, caption_column, folder, follows_links=False):
     """Yields of each row of a metadata.jsonl or .csv in `folder` the image's absolute path, its captions, the columns'
     names and the row itself, as `file`, `captions`, `columns` and `row`. Raises `InputError`, which names the row."""
-    number = 1
+    number, places, parents = 1, places_of(folder), {}
+    if not path.is_file():  # but a broken link, or a pipe, for which a reader would wait
+        raise InputError(f"{path}: is no regular file; remove it")
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".jsonl":  # lines end by a line feed alone: JSON may hold other line ends
@@ -1668,7 +1726,7 @@ def read_metadata(path, caption_column, folder):
         else:
             rows = csv.DictReader(io.StringIO(text), strict=True)
         for row in rows:
-            file = locate(row["file_name"], path, folder)
+            file = locate(row["file_name"], path, folder, follows_links, places, parents)
             captions = all_captions(row.get(caption_column))
             if None in row:
                 raise ValueError("too many cells: put captions with commas in quotes")
@@ -1676,18 +1734,21 @@ def read_metadata(path, caption_column, folder):
             number += 1
     except InputError as error:
         raise InputError(f"{path}: row {number}: {error}") from None
-    except (ValueError, TypeError, KeyError, AttributeError, csv.Error) as error:
-        raise InputError(f"{path}: row {number} is not a file_name and a caption in UTF-8 ({error!r})") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, csv.Error) as error:
+        told = f"row {number} is not a file_name and a caption in UTF-8 ({error!r}); mend it"
+        raise InputError(f"{path}: {told}") from None
 
 
-def locate(file_name, metadata, folder):
-    """The absolute path of a file that a file of metadata names. Raises `InputError` for one that is not in the
-    folder: somebody else's dataset could have private pictures trained on, and shown to others."""
+def locate(file_name, metadata, folder, follows_links, places, parents):
+    """The absolute path of a file that a file of metadata names. Raises `InputError` for one that is not in one of the
+    `places`: somebody else's dataset could have private pictures trained on, and shown to others."""
     file = Path(os.path.abspath(metadata.parent / file_name))
     is_foreign = os.name != "nt" and PureWindowsPath(file_name).is_absolute()
-    # In the Hub's cache the files of a dataset, its metadata too, are links to a common place.
-    if is_foreign or not is_inside(file, (folder, Path(os.path.realpath(metadata)).parent)):
-        raise InputError(f"the file_name {file_name!r} leads out of {folder}; copy the image into that")
+    is_below = file.is_relative_to(folder)
+    if is_foreign or not (is_inside(file, places, parents) or (is_below and follows_links)):
+        told = f"the file_name {file_name!r} leads out of {folder}"
+        remedy = ", by a link; copy the image, or add --follow_symlinks" if is_below else "; copy the image into that"
+        raise InputError(told + ("; copy the image into that" if is_foreign else remedy))
     if "\\" in file_name and not file.exists():
         slashes = file_name.replace("\\", "/")
         if (metadata.parent / slashes).exists():
@@ -1695,15 +1756,11 @@ def locate(file_name, metadata, folder):
     return file
 
 
-def is_inside(path, folders):
-    """Whether a path lies in one of the folders, links resolved."""
-    real = Path(os.path.realpath(path))
-    return any(real.is_relative_to(os.path.realpath(folder)) for folder in folders)
-
-
 def read_caption_beside(image):
     """The caption in the .txt beside an image, as a list that is empty if there is none. Raises `InputError`."""
     beside = image.with_suffix(".txt")
+    if beside.is_file() and beside.stat().st_size > MAX_CAPTION_BYTES:
+        raise InputError(f"{beside}: has {beside.stat().st_size:,} bytes, which is no caption; shorten or remove it")
     try:
         return [beside.read_text("utf-8-sig").strip()] if beside.is_file() else []
     except (OSError, UnicodeDecodeError) as error:
@@ -1730,10 +1787,12 @@ def read_dataset(args, name, default_caption=None):
     if pictures and is_picture_folder(name, files, pictures, data_files):
         if (args.dataset_config_name, args.image_column) != (None, "image"):
             raise InputError(f"--dataset_name={name}: holds images; drop --dataset_config_name and --image_column")
-        return read_folder(name, args.caption_column, takes_train=True)
+        return read_folder(name, args.caption_column, takes_train=True, follows_links=args.follow_symlinks)
+    saved = [path for path in files if path.name in SAVED_NAMES]
+    check_data_files([*data_files, *saved], name, args.follow_symlinks)
     image_column, caption_column = args.image_column, args.caption_column
     try:
-        saved = {path.parent for path in files if path.name in SAVED_NAMES}
+        saved = {path.parent for path in saved}
         dataset = load_train_split(args, name, saved, data_files, has_pictures=bool(pictures))
         image_column, caption_column, field = columns_of(dataset.features, image_column, caption_column)
         if field:
@@ -1750,7 +1809,7 @@ def read_dataset(args, name, default_caption=None):
             f"--dataset_name={name}: cannot be loaded; check it, --dataset_config_name, --image_column={image_column} "
             f"and --caption_column={caption_column} ({last_line(error)})"
         ) from None
-    check_places(dataset, name, args.cache_dir)
+    check_places(dataset, name, args.cache_dir, args.follow_symlinks)
     return dataset
 
 
@@ -1810,6 +1869,7 @@ def load_train_split(args, name, saved, data_files, has_pictures):
     if saved and (config_name or Path(name) not in saved):
         raise InputError("was written by save_to_disk: name the folder that was, without a configuration")
     if saved:  # caches of later work lie in the same folders
+        check_saved(saved)
         dataset = datasets.load_from_disk(name)
         if not isinstance(dataset, datasets.DatasetDict):
             return dataset
@@ -1837,6 +1897,7 @@ def describe_source(args, name, data_files, has_pictures):
         chosen = train_files([path for path in chosen if kind_of(path) == kind], name)
         lists = {"train": [glob.escape(os.path.abspath(path)) for path in chosen]}
         return {"path": kind, "data_files": lists, **where}
+    check_sources(args, name, config_name)
     return {"path": name, "name": config_name, "token": args.hub_token, **where}
 
 
@@ -1851,6 +1912,31 @@ def without_other_kinds(data_files):
         names = f"{shards[0].name}, and {foreign[0].name}"
         raise InputError(f"holds tar shards, such as {names}; move the ones away that are not meant")
     return shards or data_files
+
+
+def check_saved(folders):
+    """Raises `InputError` if what `save_to_disk` wrote into folders names files that lie elsewhere."""
+    for folder in folders:
+        path = folder / "state.json"
+        rows = read_json(path).get("_data_files", []) if path.is_file() else []
+        for row in rows:
+            if os.path.basename(row["filename"]) != row["filename"]:
+                raise InputError(f"its state.json names the file {row['filename']!r}, which leads out of {folder}")
+
+
+def check_sources(args, name, config_name):
+    """Raises `InputError` if the card of a dataset names data that lies elsewhere, on this machine or on another."""
+    builder = datasets.load_dataset_builder(name, config_name, token=args.hub_token, cache_dir=args.cache_dir)
+    places, parents = places_of(name), {}
+    for file in itertools.chain.from_iterable((builder.config.data_files or {}).values()):
+        if not os.path.isdir(name):
+            is_own = str(file).startswith(f"hf://datasets/{name}@")
+        else:
+            path = Path(os.path.abspath(str(file)))
+            is_linked = args.follow_symlinks and path.is_relative_to(os.path.abspath(name))
+            is_own = "://" not in str(file) and (is_linked or is_inside(path, places, parents))
+        if not is_own:
+            raise InputError(f"its card names the file {str(file)!r}, which leads out of it")
 
 
 def kind_of(path):
@@ -1906,11 +1992,12 @@ def with_whole_paths(dataset, name):
     return dataset.map(lambda row: {"image": whole(row["image"])}, keep_in_memory=True, load_from_cache_file=False)
 
 
-def check_places(dataset, name, cache_dir):
+def check_places(dataset, name, cache_dir, follows_links=False):
     """Raises `InputError` for an image that the dataset does not hold, and that lies neither in its folder nor where
     `datasets` puts what it downloads, or that is an address."""
-    caches = (cache_dir or datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)
-    folders = [name, *caches] if os.path.isdir(name) else caches
+    places = [cache_dir or datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE]
+    places = [*map(os.path.realpath, places), *(places_of(name) if os.path.isdir(name) else [])]
+    folder, parents = os.path.abspath(name), {}
     start = 0
     for images in dataset.data.column("image").chunks:
         lacks_content = images.field("bytes").is_null().to_numpy(zero_copy_only=False)
@@ -1919,7 +2006,8 @@ def check_places(dataset, name, cache_dir):
             row = f"--dataset_name={name}: row {start + index}: the image"
             if path and re.match(r"\w+://", path):
                 raise InputError(f"{row} is an address ({path[:80]}); download the images first, into a folder")
-            if path and not is_inside(path, folders):
+            is_linked = follows_links and path and Path(os.path.abspath(path)).is_relative_to(folder)
+            if path and not is_linked and not is_inside(path, places, parents):
                 raise InputError(f"{row} {path!r} leads out of the dataset; copy it into a folder with metadata.jsonl")
         start += len(images)
 
@@ -1961,13 +2049,15 @@ def name_of(rows, index):
 
 def name_of_row(row, index):
     """What a row is called: the path of its image, or its number where a dataset holds the image itself."""
-    return (row["image"] or {}).get("path") or f"row {index}"
+    path = (row["image"] or {}).get("path")
+    return in_one_line(path) if path else f"row {index}"
 
 
 def warn(what, found, number=None):
     """Warns of what was found, by number, that of `found` if none is given, and the first five."""
     if found:
-        print("\n  ".join([f"Warning: {number or len(found)} {what}, such as", *found[:5]]))
+        some = map(in_one_line, found[:5])  # names and captions of others
+        print("\n  ".join([f"Warning: {number or len(found)} {what}, such as", *some]))
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
@@ -2169,12 +2259,12 @@ def compare_settings(run, checkpoint, before, free, fixed):
         if name not in free and not is_new and before.get(name) != value:
             changed[name] = f"{name}: {before.get(name)} there, {value} now"
     cannot_change = changed.keys() & fixed
-    remedy = "use those" if cannot_change else "use those, or add --allow_changed_resume"
-    told = "\n  ".join([f"{checkpoint} was made under other settings; {remedy}", *changed.values()])
+    told = f"{checkpoint} was made under other settings"
     if cannot_change or (changed and not settings["allow_changed_resume"]):
-        raise InputError(f"--resume_from_checkpoint: {told}")
+        remedy = "use those" if cannot_change else "use those, or add --allow_changed_resume"
+        raise InputError("\n  ".join([f"--resume_from_checkpoint: {told}; {remedy}", *changed.values()]))
     if changed:
-        print(told)
+        print("\n  ".join([f"{told}; from here on those of now hold (--allow_changed_resume)", *changed.values()]))
     return changed.keys()
 
 
@@ -2392,10 +2482,60 @@ def is_utf8(text):
     return text == text.encode("utf-8", "replace").decode("utf-8")
 
 
+def printable(text):
+    """A text without signs that move or colour what a terminal shows: of somebody else's files, names and captions."""
+    return "".join(sign if sign.isprintable() or sign in "\n\u00a0\u3000" else repr(sign)[1:-1] for sign in text)
+
+
+def in_one_line(name):
+    """As `printable`, for a name that may hold line ends."""
+    return printable(str(name)).replace("\n", "\\n")
+
+
+def without_secrets(text):
+    """A text with stars in the place of tokens: those of the environment, and what looks like one of the Hub's."""
+    for name in SECRETS:
+        value = os.environ.get(name, "").strip()
+        if len(value) >= 8:  # anything shorter is none, and may be a word
+            text = text.replace(value, "***")
+    return re.sub(r"\bhf_[A-Za-z0-9]{20,}", "hf_***", text)
+
+
+def fitted(text):
+    """A message as it is shown: in lines as wide as the terminal, or of 100 columns where there is none, at most 12 of
+    them; of a list that is longer the end is cut. Nothing in it is a secret, or moves what a terminal shows."""
+    width = shutil.get_terminal_size((100, 24)).columns
+    parts = []  # lines of each line
+    for line in printable(without_secrets(text)).split("\n"):
+        own = line[: len(line) - len(line.lstrip())]
+        margins = {"initial_indent": own, "subsequent_indent": max(own + "  ", "    ")}
+        words = {"break_long_words": False, "break_on_hyphens": False}  # paths and flags
+        part = textwrap.wrap(line.lstrip(), width, **margins, **words) or [""]
+        part[-1] += line[len(line.rstrip()) :]  # of a program's name, before a list
+        parts.append(part)
+    end = [] if len(parts) == 1 or parts[-1][0].startswith(" ") else [parts.pop()]  # the remedy for all of a list
+    num_cut = 0
+    while len(parts) > 1 and sum(map(len, parts + end)) + bool(num_cut) > MAX_LINES:
+        parts.pop()
+        num_cut += 1
+    cut = [[f"  and {num_cut} more"]] if num_cut else []
+    lines = [line for part in parts + cut + end for line in part]
+    return "\n".join(lines if len(lines) <= MAX_LINES else [*lines[: MAX_LINES - 1], "  ..."])
+
+
 def last_line(error):
     """The last line of an exception's text, for a message of one line."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[-1][:200]
+
+
+def remedy_for(error):
+    """What is to be done about what the system says of a file; "" for an `InputError`, which says that itself."""
+    if isinstance(error, InputError):
+        return ""
+    if re.search(r"No space left|File too large|quota exceeded", str(error), re.IGNORECASE):
+        return "; make room"
+    return "; check that path, and that you may use it" if isinstance(error, OSError) else ""
 
 
 def raise_problems(problems):
@@ -2425,7 +2565,7 @@ def told_to_user(program, speaks=True, errors=InputError, stopped=None, patience
             yield
     except errors as error:
         time.sleep(patience)
-        print(f"{program}: {error}", file=sys.stderr)
+        print(fitted(f"{program}: {error}{remedy_for(error)}"), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         if speaks:
@@ -2588,6 +2728,37 @@ def random_seed(text):
     return checked(text, int, lambda number: 0 <= number <= 9e18, "a whole number in [0, 9e18]")
 
 
+def path_name(text):
+    """A path, or a name of the Hub or a tracker, that a file system takes."""
+    names = re.split(r"[/\\]", text)
+    if "\0" in text or max(num_bytes(name) for name in names) > MAX_NAME_BYTES or num_bytes(text) > MAX_PATH_BYTES:
+        told = f"holds a zero, or names of more than {MAX_NAME_BYTES} bytes ({MAX_PATH_BYTES:,} in all)"
+        raise argparse.ArgumentTypeError(f"{told}; use a shorter one, not {text[:40]!r}...")
+    return text
+
+
+def num_bytes(text):
+    """The length of a text in UTF-8."""
+    return len(text.encode("utf-8", "replace"))
+
+
+def repo_name(text):
+    """The name of a repository of the Hub, maybe with its owner's."""
+    try:
+        validate_repo_id(text)
+    except ValueError:
+        told = f"must be a name or owner/name of at most 96 letters, digits and -_., not {text[:40]!r}"
+        raise argparse.ArgumentTypeError(told) from None
+    return text
+
+
+def secret_token(text):
+    """A token, which is never shown: a header that holds other letters would be, in an error."""
+    if not re.fullmatch(r"[!-~]+", text):
+        raise argparse.ArgumentTypeError("is empty, or holds spaces or other letters than ASCII's; copy it once more")
+    return text
+
+
 def new_parser(description, usage):
     """A parser that takes no shortened flags, and leaves it to `parse_flags` to tell what is wrong."""
     return argparse.ArgumentParser(
@@ -2602,23 +2773,43 @@ def new_parser(description, usage):
 def add_model_arguments(parser):
     """Adds which base model is read, and from where."""
     add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", help="pipeline folder, Hub id, or original .ckpt/.safetensors file")
+    add(
+        "--pretrained_model_name_or_path",
+        type=path_name,
+        help="pipeline folder, Hub id, or original .ckpt/.safetensors file",
+    )
     add("--revision", help="branch, tag or commit of the model on the Hub")
     add("--variant", help="variant of the weight files, such as fp16")
-    add("--single_file_config", help="pipeline folder or Hub id with the configs for a single-file model")
-    add("--tokenizer_name", help="folder or Hub id of a tokenizer to use, and save, instead of the model's")
+    add(
+        "--single_file_config",
+        type=path_name,
+        help="pipeline folder or Hub id with the configs for a single-file model",
+    )
+    add(
+        "--tokenizer_name",
+        type=path_name,
+        help="folder or Hub id of a tokenizer to use, and save, instead of the model's",
+    )
     add(
         "--tokenizer_max_length",
         type=positive_int,
         help="tokens of a caption; default: what the text encoder takes, which is the most [1, inf)",
     )
-    add("--cache_dir", help="where downloads and remembered checks go, instead of the Hugging Face cache")
+    add(
+        "--cache_dir",
+        type=path_name,
+        help="where downloads and remembered checks go, instead of the Hugging Face cache",
+    )
 
 
 def add_subject_arguments(parser):
     """Adds the photos of a subject to train on, and what is done to them."""
     add = parser.add_argument_group("data").add_argument
-    add("--instance_data_dir", help="folder of the subject's photos, maybe with captions as for text-to-image")
+    add(
+        "--instance_data_dir",
+        type=path_name,
+        help="folder of the subject's photos, maybe with captions as for text-to-image",
+    )
     add("--instance_prompt", help="caption of photos that have none, with a rare word: a photo of sks dog")
     add("--repeats", type=positive_int, default=1, help="times that each photo counts in an epoch [1, inf)")
     add_dataset_arguments(add)
@@ -2627,12 +2818,17 @@ def add_subject_arguments(parser):
 
 def add_dataset_arguments(add):
     """Adds, to the group whose method `add` is, where a dataset is read from and which of its rows are used."""
-    add("--dataset_name", help="dataset on the Hub, or a local folder or file of parquet or WebDataset tar shards")
+    add(
+        "--dataset_name",
+        type=path_name,
+        help="dataset on the Hub, or a local folder or file of parquet or WebDataset tar shards",
+    )
     add("--dataset_config_name", help="configuration of that dataset; needs --dataset_name")
     add("--image_column", default="image", help="column of its images; needs --dataset_name")
     add("--caption_column", default="text", help="column with a caption, or a list of them: one is drawn per epoch")
     add("--max_train_samples", type=positive_int, help="use so many images, drawn by the seed [1, inf)")
     add("--skip_bad_images", **SWITCH, help="go on without images that cannot be used, instead of stopping")
+    add("--follow_symlinks", **SWITCH, help="read what links in the folder lead to elsewhere, too")
 
 
 def add_transform_arguments(add):
@@ -2679,7 +2875,11 @@ def add_class_arguments(parser):
     """Adds the images of the subject's class, for prior preservation."""
     add = parser.add_argument_group("prior preservation").add_argument
     add("--with_prior_preservation", **SWITCH, help="train on images of the class too, so that it stays as it was")
-    add("--class_data_dir", help="their folder; the base draws what is missing; needs --with_prior_preservation")
+    add(
+        "--class_data_dir",
+        type=path_name,
+        help="their folder; the base draws what is missing; needs --with_prior_preservation",
+    )
     add("--class_prompt", help="their caption: a photo of a dog; needs --with_prior_preservation")
     add(
         "--num_class_images",
@@ -2830,7 +3030,7 @@ def add_cache_arguments(parser):
 def add_output_arguments(parser):
     """Adds where results, checkpoints and logs go."""
     add = parser.add_argument_group("output").add_argument
-    add("--output_dir", help="where everything is written")
+    add("--output_dir", type=path_name, help="where everything is written")
     add("--overwrite_output_dir", **SWITCH, help="write over the run in --output_dir and remove its checkpoints")
     add(
         "--save_precision", default="no", choices=["no", "fp16", "bf16"], help="half precision of what is saved, or no"
@@ -2840,15 +3040,28 @@ def add_output_arguments(parser):
     )
     add("--checkpoints_total_limit", type=positive_int, help="keep only so many checkpoints, the newest [1, inf)")
     add("--keep_best", **SWITCH, help="keep that with the lowest held-out loss too; needs --num_validation_samples")
-    add("--resume_from_checkpoint", metavar="PATH|latest", help="go on from a checkpoint, if there is a latest")
+    add(
+        "--resume_from_checkpoint",
+        type=path_name,
+        metavar="PATH|latest",
+        help="go on from a checkpoint, if there is a latest",
+    )
     add("--allow_changed_resume", **SWITCH, help="though the result will change; needs --resume_from_checkpoint")
     add("--report_to", help="tracker of accelerate's (wandb, ...), all or none; default: tensorboard, if installed")
-    add("--tracker_project_name", default="text2image-fine-tune", help="project name in the tracker")
-    add("--logging_dir", default="logs", help="folder for the tracker's files, in --output_dir")
+    add("--tracker_project_name", type=path_name, default="text2image-fine-tune", help="project name in the tracker")
+    add("--logging_dir", type=path_name, default="logs", help="folder for the tracker's files, in --output_dir")
     add("--logging_steps", type=positive_int, default=10, help="log the mean loss every so many steps [1, inf)")
     add("--push_to_hub", **SWITCH, help="upload the result to the Hub")
-    add("--hub_model_id", help="repository to upload to; default: the name of --output_dir; needs --push_to_hub")
-    add("--hub_token", help="token for dataset and upload; default: the one that `hf auth login` stored")
+    add(
+        "--hub_model_id",
+        type=repo_name,
+        help="repository to upload to; default: the name of --output_dir; needs --push_to_hub",
+    )
+    add(
+        "--hub_token",
+        type=secret_token,
+        help="token for dataset and upload; default: the one that `hf auth login` stored",
+    )
     add("--hub_private_repo", **SWITCH, help="make the repository private; needs --push_to_hub")
 
 
@@ -2894,7 +3107,12 @@ def add_run_arguments(parser):
     """Adds seed, configuration file and trial."""
     add = parser.add_argument_group("run").add_argument
     add("--seed", type=random_seed, default=0, help="seed of everything that is drawn at random [0, 9e18]")
-    add("--config", metavar="FILE.yaml", help="flags by name, maybe under `training:`; the command line wins")
+    add(
+        "--config",
+        type=path_name,
+        metavar="FILE.yaml",
+        help="flags by name, maybe under `training:`; the command line wins",
+    )
     add("--dry_run", **SWITCH, help="check everything, print the plan and stop")
     add(
         "--local_rank",
@@ -2908,25 +3126,44 @@ def add_run_arguments(parser):
 def parse_flags(parser, argv, replaced_flags):
     """Parses `argv`, or the command line, after the flags in its `--config`, so that argparse checks both.
 
-    Returns (args, what is wrong with them): a flag with a wrong value is told and left at its default, so that the
-    checks that follow can tell the rest. `replaced_flags` maps flags of other scripts to a remedy. `~` is expanded.
-    Ends with status 2 and the usage for flags that do not exist.
+    Returns (args, what is wrong with them): a flag with a wrong value, or that does not exist, is told and left at its
+    default, so that the checks that follow can tell the rest. `replaced_flags` maps flags of other scripts to a
+    remedy. `~` is expanded. From then on the process does not know its token by `sys.argv`, which trackers record.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
-    flags = [word.split("=")[0] for word in argv]
-    if replaced := [flag for flag in flags if flag in replaced_flags]:
-        parser.error(f"{replaced[0]} is not taken: {replaced_flags[replaced[0]]}")
-    config_only = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage=parser.usage)
-    config_only.add_argument("--config")
-    config = config_only.parse_known_args(argv)[0].config
-    defaults = vars(parser.parse_args([]))
-    if not config:
-        return parse_words(parser, argv)
-    # In two passes: a list in the file would take the first word of the command line as its last item.
-    words = config_words(parser, config, defaults, {"training"}, {"evaluation"})
-    args, problems = parse_words(parser, words)
-    args, more_problems = parse_words(parser, argv, args)
+    if argv is None:
+        argv = sys.argv[1:]
+        sys.argv[1:] = with_hidden_tokens(argv)
+    args, problems = None, []
+    if config := config_of(argv):
+        # In two passes: a list in the file would take the first word of the command line as its last item.
+        words, problems = config_words(parser, config, vars(parser.parse_args([])), {"training"}, {"evaluation"})
+        args, more_problems = parse_words(parser, words)
+        problems += more_problems
+    args, more_problems = parse_words(parser, argv, args, replaced_flags)
     return args, problems + more_problems
+
+
+def with_hidden_tokens(words):
+    """The words of a command line, with stars in the place of the values of --hub_token."""
+    hidden, is_token = [], False
+    for word in words:
+        if is_token:
+            word = "***"
+        elif word.startswith("--hub_token="):
+            word = "--hub_token=***"
+        is_token = word == "--hub_token"
+        hidden.append(word)
+    return hidden
+
+
+def config_of(argv):
+    """The file that `--config` names in the words of a command line, or None."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config", type=path_name)
+    try:
+        return parser.parse_known_args(argv)[0].config
+    except argparse.ArgumentError:  # which is told where all flags are parsed
+        return None
 
 
 def check_encoding(args):
@@ -2939,50 +3176,125 @@ def check_encoding(args):
     return problems
 
 
-def parse_words(parser, words, args=None):
+def parse_words(parser, words, args=None, replaced_flags=None):
     """Parses the words of a command line, over what `args` hold already; returns (args, what is wrong with the words).
-    A flag with a wrong value is told and left out. `~` is expanded. Ends with status 2 for flags that do not exist."""
-    problems = []
+    A flag with a wrong value, or that does not exist, is told and left out, as is one of `replaced_flags`, with its
+    remedy. `~` is expanded."""
+    words, problems = without_unknown(parser, words, replaced_flags or {})
     while True:  # argparse ends at the first wrong value
         try:
-            parsed = parser.parse_args(words, argparse.Namespace(**vars(args)) if args else None)
+            parsed, surplus = parser.parse_known_args(words, argparse.Namespace(**vars(args)) if args else None)
             break
         except argparse.ArgumentError as error:
-            problems.append(f"{error.argument_name}: {error.message}")
+            problems.append(f"{error.argument_name}: {told_of_value(error)}")
             flag = flag_named(parser, error.argument_name)
-            if flag is None:
-                parser.error(str(error))
+            if flag is None:  # a word without a flag
+                parsed, surplus = parser.parse_known_args([], args)
+                break
             words = without_flag(words, flag)
+    for word in surplus:
+        problems.append(f"{word!r}: is no flag, nor the value of one; drop it, or put quotes around words with spaces")
     expanded = {
         name: os.path.expanduser(value) if isinstance(value, str) else value for name, value in vars(parsed).items()
     }
     return argparse.Namespace(**expanded), problems
 
 
+def told_of_value(error):
+    """What argparse says of a flag's value, with the remedy."""
+    if error.message.startswith("expected"):
+        return "lacks its value; give one behind it, such as FLAG=VALUE"
+    if error.message.startswith("ignored explicit argument"):
+        return f"takes no value; use {error.argument_name.replace('/', ' or ')}"
+    return error.message
+
+
+def without_unknown(parser, words, replaced_flags):
+    """Returns (the words of a command line without flags that do not exist and their values, a line on each)."""
+    flags = {name: action for action in parser._actions for name in action.option_strings}
+    has_positionals = any(not action.option_strings for action in parser._actions)
+    kept, problems, num_values = [], [], 0  # how many values are still to be left out
+    for number, word in enumerate(words):
+        if word == "--":
+            return kept + words[number:], problems
+        name, joined, _ = word.partition("=")
+        if not re.fullmatch(r"--?[A-Za-z][^\s]*", name):
+            if num_values:
+                num_values -= 1
+            else:
+                kept.append(word)
+        elif name in flags:
+            num_values = 0
+            kept.append(word)
+        else:
+            meant = nearest(name, flags)
+            if name in replaced_flags:
+                problems.append(f"{name} is not taken: {replaced_flags[name]}")
+            elif meant:
+                problems.append(f"{name}: is no flag; did you mean {meant}?")
+            else:
+                problems.append(f"{name}: is no flag; --help lists all, drop this")
+            num_values = 0 if joined else num_values_of(flags[meant]) if meant else int(not has_positionals)
+    return kept, problems
+
+
+def num_values_of(flag):
+    """How many words behind it are a flag's values, of an action of argparse."""
+    if flag.nargs == 0:
+        return 0
+    return 1 if flag.nargs is None else math.inf
+
+
+def nearest(name, names):
+    """The one of `names` that somebody who wrote `name` most likely means, or None: a longer one, or one like it."""
+    plain = {known.strip("-").replace("-", "_").lower(): known for known in names}
+    wanted = name.strip("-").replace("-", "_").lower()
+    longer = sorted((known for known in plain if wanted and known.startswith(wanted)), key=len)
+    alike = longer[:1] or difflib.get_close_matches(wanted, plain, 1, 0.7)
+    return plain[alike[0]] if alike else None
+
+
 def config_words(parser, path, defaults, sections, other_sections):
-    """The words of a command line that say what the YAML file at `path` says: flags by name, at top level or in one of
-    `sections`. `other_sections` are for other programs. Ends with status 2 for what is none."""
-    recipe = read_config(parser, path, sections)
+    """Returns (the words of a command line that say what the YAML file at `path` says, what is wrong with it): it has
+    flags by name, at top level or in one of `sections`. `other_sections` are for other programs."""
+    recipe, problems = read_config(path, sections)
     for section in sections & recipe.keys():
         recipe |= recipe.pop(section)
     known = defaults.keys() - {"config"}
-    if unknown := sorted(map(str, recipe.keys() - known - other_sections)):
-        parser.error(f"--config={path}: unknown key {', '.join(unknown)}; keys are the flags of --help without dashes")
-    return setting_words({key: value for key, value in recipe.items() if key in known}, defaults)
+    problems += check_keys(path, recipe, known, other_sections)
+    return setting_words({key: value for key, value in recipe.items() if key in known}, defaults), problems
 
 
-def read_config(parser, path, sections):
-    """What the YAML file at `path` says, as a dictionary, as are those of `sections` that it has. Ends with status 2
-    for what is none."""
+def check_keys(path, recipe, known, others):
+    """Lists what is wrong with the keys and values of a YAML file's dictionary; `known` are the keys of flags."""
+    problems = []
+    for key in sorted(map(str, recipe.keys() - known - others)):
+        meant = nearest(key, known)
+        remedy = f"did you mean {meant}?" if meant else "drop it; keys are the flags of --help without dashes"
+        problems.append(f"--config={path}: unknown key {key}; {remedy}")
+    for key in list(recipe.keys() & known):
+        values = recipe[key] if isinstance(recipe[key], list) else [recipe[key]]
+        if any(isinstance(value, dict | list | bytes) for value in values):
+            problems.append(f"--{key}: is no single value, nor a list of them, in {path}; give it one")
+            del recipe[key]
+    return problems
+
+
+def read_config(path, sections):
+    """Returns (what the YAML file at `path` says, as a dictionary, as are those of `sections` that it has, what is
+    wrong with it)."""
     try:
         recipe = yaml.safe_load(Path(os.path.expanduser(path)).read_text("utf-8")) or {}
+        if not isinstance(recipe, dict):
+            raise TypeError("it holds something else")
         for section in sections & recipe.keys():
             recipe[section] = recipe[section] or {}
-        if not all(isinstance(part, dict) for part in [recipe, *(recipe[name] for name in sections & recipe.keys())]):
-            raise TypeError("give `flag: value`, a line each")
-    except (OSError, ValueError, yaml.YAMLError, AttributeError, TypeError) as error:
-        parser.error(f"--config={path}: is no YAML file of flags ({' '.join(str(error).split())})")
-    return recipe
+        if not all(isinstance(recipe[name], dict) for name in sections & recipe.keys()):
+            raise TypeError("a section holds something else")
+        return recipe, []
+    except (OSError, ValueError, yaml.YAMLError, TypeError, RecursionError) as error:
+        told = " ".join(str(error).split())[:300]
+        return {}, [f"--config={path}: is no YAML file of flags ({told}); write `flag: value`, a line each"]
 
 
 def setting_words(settings, defaults):
@@ -3016,7 +3328,7 @@ def without_flag(words, flag):
     for word in words:
         name, joined, _ = word.partition("=")
         if name in flag.option_strings:
-            num_values = 0 if joined or flag.nargs == 0 else 1 if flag.nargs is None else math.inf
+            num_values = 0 if joined else num_values_of(flag)
         elif word.startswith("--"):
             num_values = 0
             kept.append(word)
@@ -3230,7 +3542,8 @@ def load_pixels(encoded, enough):
 
 def decode_file(encoded, enough):
     """Opens a file and decodes it to the end; a JPEG in reduced size, if no side is then below `enough` pixels."""
-    image = Image.open(io.BytesIO(encoded))
+    Image.init()
+    image = Image.open(io.BytesIO(encoded), formats=[name for name in FORMATS if name in Image.OPEN])
     width, height = image.size
     for scale in (8, 4, 2):
         # Only where it divides both sides do the edges stay where they are.
@@ -3276,6 +3589,10 @@ def check_image(image, known):
             key = hashlib.sha256(encoded).hexdigest()
         else:
             status = os.stat(image["path"])
+            if not stat.S_ISREG(status.st_mode):  # a reader of a pipe would wait for ever
+                return None, ["", 0, 0, "is no regular file; remove it"]
+            if status.st_size > MAX_FILE_BYTES:  # which may have a hole, and take no place on the disk
+                return None, ["", 0, 0, f"{status.st_size:,} bytes, more than any picture that is opened; shrink it"]
             key = f"{os.path.abspath(image['path'])}|{status.st_size}|{status.st_mtime_ns}"
         if key in known:
             return key, known[key]
@@ -3350,7 +3667,7 @@ def leave_out(bad, num_images, may_leave_out, remedy=""):
     with these, and one more `remedy`, unless images may be left out."""
     if not bad:
         return
-    unusable = "\n  ".join([f"{len(bad)} of {num_images} images are unusable:", *bad[:100]])
+    unusable = "\n  ".join([f"{len(bad)} of {num_images} images are unusable:", *map(printable, bad[:100])])
     if not may_leave_out:
         raise InputError(f"{unusable}\nMend or remove them, or add --skip_bad_images{remedy}.")
     print(f"Left out (--skip_bad_images): {unusable}")
@@ -3387,8 +3704,11 @@ def check_model(args):
         problems.append(f"--variant={args.variant}: does nothing with a single file; drop this")
     if not source or (single_file and not Path(source).is_file()):
         return [*problems, f"{name}: there is no such file; name a pipeline folder, a Hub id or a file"]
-    if single_file != bool(args.single_file_config):
-        return [*problems, f"{name}: a single file, and only that, needs --single_file_config (see --help)"]
+    if single_file and not args.single_file_config:
+        return [*problems, f"{name}: a single file needs --single_file_config (see --help); add that"]
+    if args.single_file_config and not single_file:
+        told = "is for a single file alone"
+        return [*problems, f"--single_file_config={args.single_file_config}: {told}; drop this, or name one as model"]
 
     source, where = config_source(args)
     try:
@@ -3396,16 +3716,22 @@ def check_model(args):
         if foreign := {"text_encoder_2", "transformer"} & parts.keys():
             remedy = "use a Stable Diffusion 1.x or 2.x model"
             return [*problems, f"{name}: has a {min(foreign)} (SDXL, SD 3 or the like); {remedy}"]
+        if strange := foreign_code(parts):
+            return [*problems, f"{name}: {strange}"]
         unet = diffusers.UNet2DConditionModel.load_config(source, subfolder="unet", **where)
         vae = diffusers.AutoencoderKL.load_config(source, subfolder="vae", **where)
         scheduler = diffusers.DDPMScheduler.load_config(source, subfolder="scheduler", **where)
         text_config = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where)
-        if not CLIPTextConfig.get_config_dict(source, subfolder="text_encoder", **where)[0]:
+        text_settings = CLIPTextConfig.get_config_dict(source, subfolder="text_encoder", **where)[0]
+        if not text_settings:
             raise OSError("it has no text encoder")  # for which transformers would take a default
+        if strange := foreign_kernel(text_settings):
+            return [*problems, f"{name}: its text_encoder {strange}"]
         if len(CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)) < 3:
             raise OSError("its tokenizer knows no words")  # nor does transformers' for a folder without one
     except (OSError, ValueError) as error:
         told = f"no whole pipeline, no name of one on the Hub, or no connection ({last_line(error)})"
+        told += "; name one that is whole"
         return [*problems, f"{source}: {told}"]
 
     problems += check_tokenizer(args, text_config)
@@ -3435,6 +3761,18 @@ def check_model(args):
     return problems
 
 
+def foreign_code(parts):
+    """What is wrong with a pipeline's model_index.json that names classes of others, which are not run, or None."""
+    kind = parts.get("_class_name", "")
+    if not isinstance(kind, str):
+        return f"its model_index.json names code of its own, {kind}, which is not run; use another model"
+    for part, entry in parts.items():
+        if not part.startswith("_") and isinstance(entry, list | tuple) and entry and entry[0] not in LIBRARIES:
+            told = f"its {part} is of {'.'.join(map(str, entry))}, code that is not run"
+            return f"{told}; use a model whose parts are of diffusers and transformers"
+    return None
+
+
 def only_variant(folder):
     """The variant, such as fp16, in the names of a pipeline folder's UNet, if there are no weights without one."""
     pattern = r"diffusion_pytorch_model[-\w]*(?:\.(\w+))?\.(?:safetensors|bin|msgpack)"  # the dash is of parts
@@ -3452,7 +3790,8 @@ def load_tokenizer(args):
     """The tokenizer, the base's or that of --tokenizer_name, which cuts captions where the text encoder has to."""
     source, where = config_source(args)
     if args.tokenizer_name:
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name, cache_dir=args.cache_dir)
+        where = {"trust_remote_code": False, "cache_dir": args.cache_dir}  # else transformers asks in the terminal
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name, **where)
     else:
         tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)
     text_config = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where)
@@ -3477,11 +3816,13 @@ def check_tokenizer(args, text_config):
     name = f"--tokenizer_name={args.tokenizer_name}"
     try:
         highest = max(
-            AutoTokenizer.from_pretrained(args.tokenizer_name, cache_dir=args.cache_dir).get_vocab().values()
+            AutoTokenizer.from_pretrained(args.tokenizer_name, trust_remote_code=False, cache_dir=args.cache_dir)
+            .get_vocab()
+            .values()
         )
     except Exception as error:  # every format has its own way of being broken
         told = "no folder of a tokenizer, no name of one on the Hub, or no connection"
-        return [*problems, f"{name}: {told} ({last_line(error)})"]
+        return [*problems, f"{name}: {told} ({last_line(error)}); name another"]
     if highest >= text_config.vocab_size:
         told = (
             f"has {highest + 1:,} tokens, the text encoder knows {text_config.vocab_size:,}; use the one that it had"
@@ -3512,13 +3853,48 @@ def load_base(args, **given):
     where |= {**parts_instead(args), **given}
     options = {**where, "dtype": torch.float32, "variant": args.variant, "safety_checker": None}
     try:
+        source, place = config_source(args)
+        refuse_foreign_code(source, **place)
         if args.single_file_config:  # a .ckpt is read as weights only
             return diffusers.StableDiffusionPipeline.from_single_file(
                 base, config=args.single_file_config, dtype=torch.float32, safety_checker=None, **where
             )
         return diffusers.StableDiffusionPipeline.from_pretrained(base, **options)
     except Exception as error:  # every format has its own way of being broken
-        raise InputError(f"{base}: cannot be loaded ({last_line(error)})") from None
+        if list(Path(base).glob("unet/*.msgpack")) and not list(Path(base).glob("unet/*.[sb]*")):
+            told = "has Flax weights alone; use train_text_to_image_flax.py, whose result has PyTorch's too"
+            raise InputError(f"{base}: {told}") from None
+        raise InputError(f"{base}: cannot be loaded ({reason_of(error)}); mend it, or use another") from None
+
+
+def foreign_kernel(config):
+    """What is wrong with a config of transformers that names code on the Hub for its attention, which is fetched and
+    run where `kernels` is installed, or None."""
+    for key, value in config.items():
+        if isinstance(value, dict) and (strange := foreign_kernel(value)):
+            return strange
+        if str(key).endswith("_implementation") and re.search(r"[/:]", str(value)):
+            return f"asks for code on the Hub, {value}, as {key}, which is not run; remove that from its config.json"
+    return None
+
+
+def refuse_foreign_code(base, **where):
+    """Raises `InputError` for a pipeline with classes of others, modules of which diffusers would import, or with a
+    text encoder whose attention is code on the Hub."""
+    if strange := foreign_code(diffusers.StableDiffusionPipeline.load_config(base, **where)):
+        raise InputError(strange)
+    if strange := foreign_kernel(CLIPTextConfig.get_config_dict(base, subfolder="text_encoder", **where)[0]):
+        raise InputError(f"its text_encoder {strange}")
+
+
+def reason_of(error):
+    """Why weights cannot be loaded, in a line."""
+    cause = error
+    while cause is not None:
+        if type(cause).__name__ == "UnpicklingError":
+            return "a file holds more than weights, maybe code, which is not run; get it as .safetensors"
+        cause = cause.__cause__ or cause.__context__
+    return last_line(error)
 
 
 def write_text_encoder(text_encoder, folder):
@@ -3935,8 +4311,10 @@ def record_of(args):
 
 def read_record(path):
     """What drew an image, as it records that; nothing for a photo."""
+    if not path.is_file():  # for a pipe a reader would wait
+        return {}
     with contextlib.suppress(Exception):  # a broken image is for the check of images
-        with Image.open(path) as image:
+        with Image.open(path, formats=["PNG"]) as image:
             return dict(json.loads(image.info[CLASS_RECORD]))
     return {}
 
@@ -4708,7 +5086,18 @@ def check_output(args, foreign_result):
             f"--output_dir={args.output_dir}: is in use; name another, go on with its run by "
             "--resume_from_checkpoint=latest, or, if of this kind, use --overwrite_output_dir"
         )
+    kind = kind_of_checkpoint(checkpoint) if checkpoint else None
+    if kind not in (None, "LoRA adapters" if foreign_result == "model_index.json" else "whole models"):
+        remedy = "use the script that wrote it, or another checkpoint"
+        problems.append(f"--resume_from_checkpoint={wanted}: holds {kind}, which this script does not train; {remedy}")
     return problems
+
+
+def kind_of_checkpoint(checkpoint):
+    """What a checkpoint holds, or None where it holds neither."""
+    if (checkpoint / "pytorch_lora_weights.safetensors").is_file():
+        return "LoRA adapters"
+    return "whole models" if (checkpoint / "unet").is_dir() else None
 
 
 def check_trackers(args):
@@ -4855,10 +5244,11 @@ def start_trackers(args, accelerator):
     try:
         accelerator.init_trackers(args.tracker_project_name, config)
     except Exception as error:  # each has its own way to say that nobody is logged in
-        raise InputError(
-            f"--report_to={args.report_to}: does not start ({last_line(error)}); log in to it (wandb login), work "
-            "offline (WANDB_MODE=offline), or use --report_to=none"
-        ) from None
+        remedy = "set it up as it asks for"
+        if args.report_to == "wandb":
+            remedy = "log in to it (wandb login), work offline (WANDB_MODE=offline)"
+        told = f"does not start ({last_line(error)}); {remedy}, or use --report_to=none"
+        raise InputError(f"--report_to={args.report_to}: {told}") from None
 
 
 def tell_trackers(accelerator, tell):
@@ -5553,7 +5943,8 @@ def nothing_lost(args, accelerator, run, stop, write_state, end=sys.exit):
             traceback.clear_frames(error.__traceback__)  # which hold what the step computed
             kept = save_what_is_whole(run, write_state)
             step = run.progress["global_step"]
-            print(f"\n{told_as}Stopped after step {step} by {reason}. {kept}{remedy}", file=sys.stderr, flush=True)
+            told = fitted(f"{told_as}Stopped after step {step} by {reason}. {kept}{remedy}")
+            print(f"\n{told}", file=sys.stderr, flush=True)
             end(1)
 
 
@@ -5573,7 +5964,8 @@ def told_in_a_line(args, accelerator, what):
             traceback.print_exception(error)
             reason = last_words(error)
         told_as = name_of_process(accelerator)
-        print(f"\n{told_as}{what} was stopped by {reason}{remedy}", file=sys.stderr, flush=True)
+        told = fitted(f"{told_as}{what} was stopped by {reason}{remedy}")
+        print(f"\n{told}", file=sys.stderr, flush=True)
         sys.exit(1)
 
 
@@ -5674,7 +6066,7 @@ def leave(accelerator, run, broken, received):
         kept = save_what_is_whole(run, None)
     if not list_checkpoints(run.output_dir):
         kept, remedy = "There is no checkpoint", "; use a lower --learning_rate"
-    accelerator.print(f"Stopped by {why}. {kept}{remedy}", file=sys.stderr)
+    accelerator.print(fitted(f"Stopped by {why}. {kept}{remedy}"), file=sys.stderr)
     # Another process, or the launcher, may have got the signal: SIGTERM, then.
     number = received[0] if received else signal.SIGTERM
     sys.exit(1 if broken else 128 + number)
@@ -5719,8 +6111,8 @@ def run_script(program, parser, argv, replaced_flags, check_args, start, is_firs
     problems += check_encoding(args)
     quiet_libraries()
     with told_to_user(program, speaks=is_first, patience=patience):
-        # What is said of a flag whose value was refused is about its default.
-        refused = [re.match(r"--\w+", problem)[0] for problem in problems]
+        # What is said of a flag whose value was refused, or whose name is not right, is about its default.
+        refused = re.findall(r"^--\w+|(?<=did you mean )--\w+", "\n".join(problems), re.MULTILINE)
         for problem in check_args(args, problems):
             if not any(re.search(rf"{flag}\b", problem) for flag in refused):
                 problems.append(problem)

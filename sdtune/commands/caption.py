@@ -18,9 +18,9 @@ import torch
 import transformers
 from tqdm.auto import tqdm
 
-from sdtune.arguments import SWITCH, new_parser, parse_flags, positive_int
-from sdtune.dataset import METADATA_NAMES, list_files, read_metadata
-from sdtune.errors import InputError, last_line, raise_problems, told_to_user
+from sdtune.arguments import SWITCH, new_parser, parse_flags, path_name, positive_int
+from sdtune.dataset import METADATA_NAMES, check_links, list_files, read_metadata
+from sdtune.errors import InputError, in_one_line, last_line, raise_problems, told_to_user
 from sdtune.files import beside, name_in
 from sdtune.images import (
     IMAGE_SUFFIXES,
@@ -31,7 +31,7 @@ from sdtune.images import (
     read_image,
     still_readable,
 )
-from sdtune.models import DTYPES
+from sdtune.models import DTYPES, foreign_kernel
 
 PROGRAM = "sdtune caption"
 JOURNAL = ".caption_images.jsonl"
@@ -52,9 +52,16 @@ CAPTION_SETTINGS = (
 def make_parser():
     """The flags of the command."""
     parser = new_parser(__doc__, "sdtune caption FOLDER [flags]")
-    parser.add_argument("folder", nargs="?", help="folder of images; those in folders below it are captioned too")
+    parser.add_argument(
+        "folder", nargs="?", type=path_name, help="folder of images; those in folders below it are captioned too"
+    )
     add = parser.add_argument_group("model").add_argument
-    add("--model", default="Salesforce/blip-image-captioning-large", help="image-to-text model: Hub id or folder")
+    add(
+        "--model",
+        type=path_name,
+        default="Salesforce/blip-image-captioning-large",
+        help="image-to-text model: Hub id or folder",
+    )
     add("--revision", help="branch, tag or commit of the model on the Hub")
     add("--cache_dir", help="where downloads and remembered checks go, instead of the Hugging Face cache")
     add("--precision", default="no", choices=list(DTYPES), help="half precision of the model, or no")
@@ -69,6 +76,7 @@ def make_parser():
     add("--caption_column", default="text", help="column of the captions in metadata.jsonl")
     add("--overwrite", **SWITCH, help="caption images that have a caption too, and replace it")
     add("--skip_bad_images", **SWITCH, help="go on without images that cannot be used, instead of stopping")
+    add("--follow_symlinks", **SWITCH, help="read what links in the folder lead to elsewhere, too")
     add = parser.add_argument_group("run").add_argument
     add("--config", metavar="FILE.yaml", help="flags by name, maybe under `training:`; the command line wins")
     add("--dry_run", **SWITCH, help="caption five images, print that and write nothing")
@@ -87,28 +95,40 @@ def check_args(args):
     if args.caption_column == "file_name":
         problems.append("--caption_column=file_name: holds the names of the images; use another column")
     try:
-        config = transformers.AutoConfig.from_pretrained(args.model, revision=args.revision, cache_dir=args.cache_dir)
+        config = transformers.AutoConfig.from_pretrained(
+            args.model, trust_remote_code=False, revision=args.revision, cache_dir=args.cache_dir
+        )
     except (OSError, ValueError) as error:
-        told = f"no model's folder, no name of one on the Hub, or no connection ({last_line(error)})"
+        told = f"no model's folder, no name of one on the Hub, or no connection ({last_line(error)}); name another"
         problems.append(f"--model={args.model}: {told}")
     else:
+        if strange := foreign_kernel(config.to_dict() | {"_attn_implementation": config._attn_implementation}):
+            problems.append(f"--model={args.model}: {strange}")
         if type(config) not in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-            problems.append(f"--model={args.model}: is a {config.model_type}, no image-to-text model such as BLIP")
+            problems.append(
+                f"--model={args.model}: is a {config.model_type}, no image-to-text model such as BLIP; name one"
+            )
     return problems
 
 
 # --------------------------------------------------------------------------------------------------------- reading
-def read_captions(folder, caption_column, overwrite, form):
+def read_captions(folder, caption_column, overwrite, form, follows_links=False):
     """{path of an image: whether it has a caption}, sorted. Raises `InputError` where a caption could not be written
-    in the form (metadata or txt) so that the training scripts see it alone."""
-    files = [path for path in list_files(folder) if path.is_file()]
+    in the form (metadata or txt) so that the training scripts see it alone, and unless it `follows_links` for links
+    that lead out of the folder."""
+    names = list_files(folder)
+    files = [path for path in names if path.is_file()]
     images = {path: False for path in files if is_image_file(path, folder)}
+    written = {image.with_suffix(".txt") for image in images} | {folder / JOURNAL}  # even where a link is broken
+    used = [path for path in names if path in images or path in written or path.name in METADATA_NAMES]
+    check_links(used, folder, follows_links)
     if not images:
         raise InputError(f"the folder {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}); name another")
 
     own_metadata = folder / "metadata.jsonl"
     for path in [path for path in files if path.name in METADATA_NAMES]:
-        captioned = {row["file"] for row in read_metadata(path, caption_column, folder) if row["captions"]}
+        rows = read_metadata(path, caption_column, folder, follows_links)
+        captioned = {row["file"] for row in rows if row["captions"]}
         is_replaced = form == "metadata" and path == own_metadata
         if captioned and overwrite and not is_replaced:
             raise InputError(
@@ -168,7 +188,7 @@ def usable(images, folder, cache_dir, skip_bad_images):
 # ------------------------------------------------------------------------------------------------------ captioning
 def load_models(args):
     """Returns what prepares images, what turns tokens into text, and the model. Raises `InputError`."""
-    where = {"revision": args.revision, "cache_dir": args.cache_dir}
+    where = {"revision": args.revision, "cache_dir": args.cache_dir, "trust_remote_code": False}
     dtype = DTYPES[args.precision]
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(args.model, **where)
@@ -253,7 +273,8 @@ def write_captions(folder, captions, caption_column, form):
     if path.exists():
         lines = path.read_text(encoding="utf-8-sig").split("\n")
         lines = [line for line in lines if line.strip()]
-        for line, row in zip(lines, read_metadata(path, caption_column, folder)):
+        rows = read_metadata(path, caption_column, folder, follows_links=True)  # which were checked before
+        for line, row in zip(lines, rows):
             name = name_in(folder, row["file"])
             if name in captions:
                 line = json.dumps({**row["row"], caption_column: captions[name]}, ensure_ascii=False)
@@ -295,7 +316,7 @@ def caption_folder(args):
     """Captions as `args` say. Whatever ends it, the captions that were made are written or in the journal."""
     folder = Path(os.path.abspath(args.folder))
     settings = {name: getattr(args, name) for name in CAPTION_SETTINGS}
-    images = read_captions(folder, args.caption_column, args.overwrite, args.format)
+    images = read_captions(folder, args.caption_column, args.overwrite, args.format, args.follow_symlinks)
     wanted = {name_in(folder, path): path for path, has_one in images.items() if args.overwrite or not has_one}
     noted = read_journal(folder / JOURNAL, settings)
     made = {name: text for name, text in noted.items() if name in wanted}
@@ -309,14 +330,14 @@ def caption_folder(args):
         if todo:
             for batch in captions_by_name(args, folder, todo[:5], load_models(args)):
                 for name, text in batch.items():
-                    print(f"  {name}: {text}")
+                    print(f"  {in_one_line(name)}: {in_one_line(text)}")
         return
     if todo:
         caption_all(args, folder, todo, made, settings)
     elif made:
         write_captions(folder, made, args.caption_column, args.format)
     (folder / JOURNAL).unlink(missing_ok=True)
-    silent = [str(path) for path in todo if name_in(folder, path) not in made]
+    silent = [in_one_line(path) for path in todo if name_in(folder, path) not in made]
     if silent:
         print("\n  ".join([f"Warning: the model says nothing of {len(silent)} images, such as", *silent[:5]]))
     print(f"Captioned {len(made)} images in {folder}.")

@@ -152,7 +152,7 @@ def load_clip_tokenizer(args):
     except (OSError, ValueError) as error:
         raise InputError(
             f"--pretrained_model_name_or_path={source}: no pipeline with a tokenizer and a text encoder, "
-            f"no name of one on the Hub, or no connection ({last_line(error)})"
+            f"no name of one on the Hub, or no connection ({last_line(error)}); name another"
         ) from None
     return tokenizer
 

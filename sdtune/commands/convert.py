@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from sdtune.arguments import SWITCH, new_parser, parse_flags
+from sdtune.arguments import SWITCH, new_parser, parse_flags, path_name
 from sdtune.errors import InputError, raise_problems, told_to_user
 from sdtune.files import beside, read_json
 from sdtune.models import DTYPES, quiet_libraries, write_text_encoder
@@ -44,8 +44,8 @@ def make_parser():
     """The command's flags."""
     parser = new_parser(__doc__, f"{PROGRAM} SOURCE OUTPUT [flags]")
     add = parser.add_argument
-    add("source", nargs="?", help="pipeline folder, or original .safetensors or .ckpt file")
-    add("output", nargs="?", help=".safetensors file to write, or pipeline folder if SOURCE is a file")
+    add("source", nargs="?", type=path_name, help="pipeline folder, or original .safetensors or .ckpt file")
+    add("output", nargs="?", type=path_name, help=".safetensors file to write, or pipeline folder if SOURCE is a file")
     add("--config_folder", help="for a file: pipeline folder with configs, tokenizer and scheduler for it")
     add("--variant", help="variant of the weight files, such as fp16")
     add("--save_precision", default="no", choices=list(DTYPES), help="half precision of what is saved, or no")
@@ -63,7 +63,7 @@ def check_args(args):
         return check_to_file(args, source, output)
     if source.suffix in (".safetensors", ".ckpt") and source.is_file():
         return check_to_folder(args, source, output)
-    return [f"{source}: is no pipeline folder and no .safetensors or .ckpt file"]
+    return [f"{source}: is no pipeline folder and no .safetensors or .ckpt file; name one"]
 
 
 def check_to_file(args, source, output):

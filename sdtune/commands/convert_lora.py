@@ -18,7 +18,7 @@ import peft
 import torch
 from safetensors import SafetensorError
 
-from sdtune.arguments import SWITCH, checked, new_parser, parse_flags
+from sdtune.arguments import SWITCH, checked, new_parser, parse_flags, path_name
 from sdtune.errors import InputError, last_line, raise_problems, told_to_user
 from sdtune.files import beside
 from sdtune.lora_layouts import (
@@ -32,6 +32,7 @@ from sdtune.lora_layouts import (
     write_diffusers,
     write_kohya,
 )
+from sdtune.models import reason_of, refuse_foreign_code
 from sdtune.pipeline_folder import check_place
 
 PROGRAM = "sdtune convert-lora"
@@ -46,8 +47,13 @@ def make_parser():
     """The command's flags."""
     parser = new_parser(__doc__, f"{PROGRAM} INPUT OUTPUT (--to LAYOUT | --merge BASE) [flags]")
     add = parser.add_argument
-    add("input", nargs="?", help=f"LoRA file in either layout, or folder with {LORA_FILE}")
-    add("output", nargs="?", help=".safetensors file to write; with --merge, folder of the merged model")
+    add("input", nargs="?", type=path_name, help=f"LoRA file in either layout, or folder with {LORA_FILE}")
+    add(
+        "output",
+        nargs="?",
+        type=path_name,
+        help=".safetensors file to write; with --merge, folder of the merged model",
+    )
     add("--to", choices=["diffusers", "kohya"], help="layout to convert to")
     add("--merge", metavar="BASE", help="pipeline folder to merge into; the result is float32")
     add("--scale", type=finite_float, help="strength of the adapter in a merge; 1.0 if not given")
@@ -100,9 +106,10 @@ def merge(weights, alphas, base, output, scale):
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     try:
+        refuse_foreign_code(base)
         pipeline = diffusers.StableDiffusionPipeline.from_pretrained(base, dtype=torch.float32, local_files_only=True)
     except Exception as error:  # of the files, their formats or their parts
-        raise InputError(f"--merge={base}: cannot be loaded ({last_line(error)})") from None
+        raise InputError(f"--merge={base}: cannot be loaded ({reason_of(error)})") from None
     check_fit(weights, alphas, base, pipeline)
     models = models_of(alphas)
     for name in models:

@@ -209,6 +209,7 @@ def load_images(args):
         max_train_samples=args.max_train_samples,
         num_validation_samples=args.num_validation_samples,
         skip_bad_images=args.skip_bad_images,
+        follow_symlinks=args.follow_symlinks,
         seed=args.train_seed,
         resolution=args.resolution,
         center_crop=True,

@@ -16,7 +16,7 @@ from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from sdtune.arguments import SWITCH, new_parser, parse_flags
+from sdtune.arguments import SWITCH, new_parser, parse_flags, path_name
 from sdtune.checkpoints import AVERAGED, read_settings
 from sdtune.errors import InputError, last_line, raise_problems, told_to_user
 from sdtune.files import beside, read_json
@@ -36,8 +36,8 @@ def make_parser():
     """The command's flags."""
     parser = new_parser(__doc__, f"{PROGRAM} CHECKPOINT OUTPUT [flags]")
     add = parser.add_argument
-    add("checkpoint", nargs="?", help="folder checkpoint-N of a run")
-    add("output", nargs="?", help="folder to write")
+    add("checkpoint", nargs="?", type=path_name, help="folder checkpoint-N of a run")
+    add("output", nargs="?", type=path_name, help="folder to write")
     add("--weights", choices=list(SUFFIXES), help="which of them; default: averaged if the run has them, else trained")
     add("--base", help="the base of the run, a pipeline folder or Hub id, if it is not where it was")
     add("--save_precision", default="no", choices=list(DTYPES), help="half precision of what is saved, or no")
@@ -115,7 +115,10 @@ def export_pipeline(args, checkpoint, folder, suffix):
     try:
         pipeline = load_base(settings)
     except InputError as error:
-        raise InputError(f"{error}; name the run's base, with PyTorch weights, by --base") from None
+        base, told = settings.pretrained_model_name_or_path, error
+        if not Path(base).exists():  # the Hub's cache is not to blame: the run may have begun in another folder
+            told = f"{base}: is no folder seen from here, nor a model that the Hub or its cache has"
+        raise InputError(f"{told}; name the run's base, with PyTorch weights, by --base") from None
     found = [path.name for path in checkpoint.iterdir() if path.is_dir()]
     trained = [name.removesuffix(suffix) for name in found if re.fullmatch(rf"(unet|text_encoder){suffix}", name)]
     try:

@@ -19,7 +19,7 @@ from sdtune.errors import InputError, last_line, raise_problems, told_to_user
 PROGRAM = "sdtune find-batch-size"
 # Of the scripts, of libraries, and of launchers that tell of the kernel's end to a process that took too much.
 LACK_OF_MEMORY = re.compile(
-    r"lack of memory|out of memory|can't allocate memory|Cannot allocate memory|MemoryError|bad_alloc|SIGKILL",
+    r"lack\s+of\s+memory|out\s+of\s+memory|can('t|not)\s+allocate\s+memory|MemoryError|bad_alloc|SIGKILL",
     re.IGNORECASE,
 )
 PER_STEP = re.compile(r"^ +per step +[\d,]+ images: (\d+) a pass x (\d+) passes x (\d+) ", re.MULTILINE)

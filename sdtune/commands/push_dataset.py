@@ -20,7 +20,7 @@ from datasets.data_files import DEFAULT_PATTERNS_ALL, get_data_patterns
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from huggingface_hub import CommitOperationAdd, DatasetCard, DatasetCardData, HfApi
 
-from sdtune.arguments import SWITCH, new_parser, parse_flags
+from sdtune.arguments import SWITCH, new_parser, parse_flags, path_name
 from sdtune.dataset import METADATA_NAMES, all_captions, list_files, read_folder, read_metadata
 from sdtune.errors import InputError, last_line, raise_problems, told_to_user
 from sdtune.files import name_in
@@ -37,12 +37,15 @@ CONFIGS = [{"config_name": "default", "data_files": [{"split": "train", "path": 
 def make_parser():
     """The flags of the command."""
     parser = new_parser(__doc__, "sdtune push-dataset FOLDER REPO_ID [flags]")
-    parser.add_argument("folder", nargs="?", help="folder of images with metadata.jsonl/.csv, or a .txt beside each")
+    parser.add_argument(
+        "folder", nargs="?", type=path_name, help="folder of images with metadata.jsonl/.csv, or a .txt beside each"
+    )
     parser.add_argument("repo_id", nargs="?", help="dataset on the Hub to make or add to: your_name/its_name")
     add = parser.add_argument_group("data").add_argument
     add("--caption_column", default="text", help="column of the captions, in the folder's metadata and on the Hub")
     add("--without_captions", **SWITCH, help="send the images alone, such as photos of one subject for DreamBooth")
     add("--skip_bad_images", **SWITCH, help="go on without images that cannot be used, instead of stopping")
+    add("--follow_symlinks", **SWITCH, help="read what links in the folder lead to elsewhere, and send it, too")
     add("--cache_dir", help="where remembered checks of images go, instead of the Hugging Face cache")
     add_upload_arguments(parser, "dataset")
     return parser
@@ -66,10 +69,10 @@ def name_problem(name):
     return ""
 
 
-def usable_rows(folder, caption_column, without_captions, cache_dir, skip_bad_images):
+def usable_rows(folder, caption_column, without_captions, cache_dir, skip_bad_images, follows_links):
     """{name on the Hub: captions} of the images that training can use. Raises one `InputError` that names all others,
     unless `skip_bad_images`."""
-    rows = read_folder(folder, caption_column)
+    rows = read_folder(folder, caption_column, follows_links=follows_links)
     findings = check_images(rows, path_of_findings(folder, cache_dir))
     good, bad = {}, []
     for row, (_, _, _, problem) in zip(rows, findings):
@@ -87,12 +90,12 @@ def usable_rows(folder, caption_column, without_captions, cache_dir, skip_bad_im
     return good
 
 
-def other_columns(folder, caption_column):
+def other_columns(folder, caption_column, follows_links):
     """{name of an image: its other columns} of all metadata files. Raises `InputError` for a column that `datasets`
     would take for images."""
     found = {}
     for path in [path for path in list_files(folder) if path.name in METADATA_NAMES]:
-        for row in read_metadata(path, caption_column, folder):
+        for row in read_metadata(path, caption_column, folder, follows_links):
             columns = {key: value for key, value in row["row"].items() if key not in ("file_name", caption_column)}
             for key in columns:
                 if key == "image" or key.endswith(("file_name", "file_names")):
@@ -216,10 +219,12 @@ def push_all(args, folder, captions, metadata):
 def push_folder(args):
     """Reads and checks the folder, and sends it unless --dry_run. Raises `InputError`."""
     folder = Path(os.path.abspath(args.folder))
-    captions = usable_rows(folder, args.caption_column, args.without_captions, args.cache_dir, args.skip_bad_images)
+    column, follows_links = args.caption_column, args.follow_symlinks
+    where = (args.cache_dir, args.skip_bad_images, follows_links)
+    captions = usable_rows(folder, column, args.without_captions, *where)
     metadata = None
     if not args.without_captions:
-        columns = other_columns(folder, args.caption_column)
+        columns = other_columns(folder, column, follows_links)
         metadata = make_metadata(captions, columns, args.caption_column)
         if any((folder / name).with_suffix(".txt").is_file() for name in captions.keys() - columns):
             print(f"Captions in .txt files go into {METADATA} on the Hub; {folder} stays as it is.")

@@ -16,8 +16,8 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData
 from safetensors import SafetensorError, safe_open
 
-from sdtune.arguments import new_parser, parse_flags
-from sdtune.errors import InputError, last_line, raise_problems, told_to_user
+from sdtune.arguments import new_parser, parse_flags, path_name
+from sdtune.errors import InputError, in_one_line, last_line, raise_problems, told_to_user
 from sdtune.files import read_json
 from sdtune.uploads import CARD, add_upload_arguments, check_upload, make_repo, silence_hub, told_if_upload_fails
 
@@ -29,7 +29,7 @@ INDEX = "model_index.json"
 def make_parser():
     """The flags of the command."""
     parser = new_parser(__doc__, "sdtune push-model FOLDER REPO_ID [flags]")
-    parser.add_argument("folder", nargs="?", help="pipeline folder, or folder with LoRA weights")
+    parser.add_argument("folder", nargs="?", type=path_name, help="pipeline folder, or folder with LoRA weights")
     parser.add_argument("repo_id", nargs="?", help="model on the Hub to make or replace: your_name/its_name")
     add_upload_arguments(parser, "model")
     return parser
@@ -57,7 +57,9 @@ def lora_files(folder):
         if any("lora" in tensor for tensor in tensors_of(path)):
             names.append(path.name)
     if not names:
-        raise InputError(f"{folder}: holds neither a pipeline with {INDEX} nor LoRA weights in .safetensors files")
+        raise InputError(
+            f"{folder}: holds neither a pipeline with {INDEX} nor LoRA weights in .safetensors files; name another"
+        )
     return names
 
 
@@ -162,6 +164,7 @@ def main(argv=None):
         sent = {name.split("/")[0] for name in names}
         left = sorted(path.name for path in folder.iterdir() if path.name not in sent)
         does, kind = "Would send" if args.dry_run else "Sending", "LoRA weights" if is_lora else "a pipeline"
-        print(f"{does} {kind}: {', '.join(names)}\nNot sent: {', '.join(left) or 'nothing'}")
+        sent, left = in_one_line(", ".join(names)), in_one_line(", ".join(left)) or "nothing"
+        print(f"{does} {kind}: {sent}\nNot sent: {left}")
         if not args.dry_run:
             push_files(args, folder, names, is_lora)

@@ -1,0 +1,573 @@
+"""Whatever a user gets wrong, what they read is short, says what is wrong with what, and how to go on."""
+
+import json
+import re
+import resource
+import shutil
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from conftest import load_script
+from image_data import write_image_folder
+from running import SCRIPTS, TRAIN_TEXT_TO_IMAGE, TRAIN_TEXT_TO_IMAGE_LORA, status_of
+from training import train, words
+
+from sdtune import __main__ as sdtune
+from sdtune.errors import InputError, fitted, raise_problems
+from sdtune.images import leave_out
+
+MAX_LINES, COLUMNS = 12, 100  # the second one is what conftest.py sets
+# How a remedy begins, behind a semicolon, a full stop, a comma or an "or"; or what is accepted.
+VERBS = """
+    accelerate add adds check choose convert copy download drop end export follow get give go grant install leave log
+    lower make mend move name put raise remove rename run see set show shrink start take use wait work write
+"""
+REMEDY = re.compile(
+    rf"(?:[;.,(:] |\bor |\band |^\s*)(?i:{'|'.join(VERBS.split())})\b"
+    r"|did you mean [\w-]+\?|\bmust be \S+|choose from |run `",
+    re.MULTILINE,
+)
+LONG = 300 * "n"
+every_script = pytest.mark.parametrize("path", SCRIPTS, ids=[path.stem for path in SCRIPTS])
+
+
+@pytest.fixture(scope="module")
+def scripts(train_script):
+    """The training scripts as modules, by path."""
+    return {path: train_script if path == TRAIN_TEXT_TO_IMAGE else load_script(path) for path in SCRIPTS}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_image_folder(tmp_path_factory.mktemp("data") / "images", 4)
+
+
+def check_message(said, values=()):
+    """Asserts what holds for every message: short, no traceback, each mistake with a remedy."""
+    lines = said.strip("\n").split("\n")
+    assert "Traceback" not in said
+    assert 1 <= len(lines) <= MAX_LINES, said
+    for line in lines:
+        for value in sorted(map(str, values), key=len, reverse=True):
+            line = line.replace(value, "")
+        is_one_word = len(line.split()) == 1  # a path, which is not cut
+        assert len(line) <= COLUMNS or is_one_word or re.search(r"\S{60}", line), line
+    told = re.sub(r"\n {4,}", " ", said.strip("\n"))  # lines that were broken
+    first, *rest = told.split("\n")
+    if re.fullmatch(r"\S+( [\w-]+)?: ", first):  # a list of mistakes
+        for mistake in rest:
+            assert REMEDY.search(mistake) or mistake.startswith("  and "), mistake
+    else:
+        assert REMEDY.search(told.partition(": ")[2] or told), told
+
+
+def line_for(path, base, folder, out, **settings):
+    """The settings of a command line of a script that is right, but for `settings`."""
+    if "dreambooth" in path.stem and "train_data_dir" in settings:
+        settings["instance_data_dir"] = settings.pop("train_data_dir")
+    if "dreambooth" in path.stem:
+        settings = {"train_data_dir": None, "instance_data_dir": folder, "instance_prompt": "a sks photo", **settings}
+    return base, folder, out, settings
+
+
+def run(scripts, path, base, folder, out, **settings):
+    base, folder, out, settings = line_for(path, base, folder, out, **settings)
+    return train(scripts[path], base, folder, out, **settings)
+
+
+# ---------------------------------------------------------------------------------------------------- flags
+
+VALUES = {  # words, and what the message has to name
+    "int": ("--resolution=0", "--resolution: must be a whole number in [1, inf), not '0'"),
+    "number": ("--learning_rate=-1", "--learning_rate: must be in (0, inf), not '-1'"),
+    "nan": ("--max_grad_norm=nan", "--max_grad_norm: must be in (0, inf], not 'nan'"),
+    "fraction": ("--caption_dropout=2", "--caption_dropout: must be in [0, 1], not '2'"),
+    "seed": ("--seed=-1", "--seed: must be a whole number in [0, 9e18], not '-1'"),
+    "choice": ("--lr_scheduler=cosin", "--lr_scheduler: invalid choice: 'cosin' (choose from "),
+    "no_value": ("--output_dir", "--output_dir: lacks its value; give one behind it, such as FLAG=VALUE"),
+    "switch": ("--random_flip=yes", "--random_flip/--no-random_flip: takes no value; use --random_flip or "),
+    "misspelt": ("--resolutoin=32", "--resolutoin: is no flag; did you mean --resolution?"),
+    "prefix": ("--resol=32", "--resol: is no flag; did you mean --resolution?"),
+    "dashes": ("--output-dir=x", "--output-dir: is no flag; did you mean --output_dir?"),
+    "one_dash": ("-seed=3", "-seed: is no flag; did you mean --seed?"),
+    "negated": ("--no-randomflip", "--no-randomflip: is no flag; did you mean --no-random_flip?"),
+    "unknown": ("--frobnicate=1", "--frobnicate: is no flag; --help lists all, drop this"),
+    "stray": ("stray", "'stray': is no flag, nor the value of one; drop it, or put quotes around words"),
+    "number_of_bytes": (f"--tracker_project_name={LONG}", "--tracker_project_name: holds a zero, or names of more"),
+    "hub_id": (f"--hub_model_id={LONG}", "--hub_model_id: must be a name or owner/name of at most 96 letters"),
+    "token": ("--hub_token=a b", "--hub_token: is empty, or holds spaces or other letters than ASCII's; copy it"),
+    "no_tracker": ("--report_to=nothing", "--report_to=nothing: installed are "),
+    "logs": ("--logging_dir=.", "--logging_dir=.: is --output_dir itself; name a folder in it"),
+    "not_utf_8": ("--tracker_project_name=\udcff", r"--tracker_project_name=\udcff: is not UTF-8; if it is, set PYTH"),
+    "warm_up": ("--validation_steps=3", "--validation_steps=3: does nothing without --validation_prompt"),
+    "best": ("--keep_best", "--keep_best=True: does nothing without --num_validation_samples; add that or drop this"),
+    "divided": ("--resolution=33", "--resolution=33: must be a multiple of 8 for this VAE; use 32"),
+    "model": ("--pretrained_model_name_or_path=nobody/nothing", "nobody/nothing: no whole pipeline"),
+    "tokenizer": ("--tokenizer_name=no/where", "--tokenizer_name=no/where: no folder of a tokenizer"),
+    "single": ("--single_file_config=x", "--single_file_config=x: is for a single file alone; drop this, or name one"),
+    "no_file": ("--pretrained_model_name_or_path=gone.ckpt", "gone.ckpt: there is no such file; name a pipeline"),
+    "resume": ("--resume_from_checkpoint=gone", "--resume_from_checkpoint=gone: is no whole checkpoint folder; name"),
+    "allow": ("--allow_changed_resume", "--allow_changed_resume=True: does nothing without --resume_from_checkpoint"),
+    "held_out": ("--num_validation_samples=4", "--num_validation_samples=4: must leave some of 4 images"),
+    "no_config": ("--config=gone.yaml", "--config=gone.yaml: is no YAML file of flags ("),
+}
+
+
+@every_script
+@pytest.mark.parametrize("case", VALUES)
+def test_wrong_words(case, path, scripts, tiny_pipeline, images, tmp_path, capsys):
+    word, told = VALUES[case]
+    base, folder, out, settings = line_for(path, tiny_pipeline, images, tmp_path / "out")
+    argv = [*words(base, folder, out, **settings), word]
+    assert status_of(scripts[path].main, *argv) == 2
+    said = capsys.readouterr().err
+    assert told in re.sub(r"\n {4,}", " ", said)
+    check_message(said, [tiny_pipeline, images, tmp_path])
+    assert not (tmp_path / "out").exists()
+
+
+@every_script
+def test_all_wrong_words_at_once(path, scripts, tiny_pipeline, images, tmp_path, capsys):
+    """As many as fit are told, and how many more there are."""
+    argv = ["--resolutoin=3", "--output_dri", "x", "--seed=a", "--frobnicate", "1", "stray", "--caption_dropout=2"]
+    argv += [f"--pretrained_model_name_or_path={tiny_pipeline}"]
+    assert status_of(scripts[path].main, *argv) == 2
+    said = re.sub(r"\n {4,}", " ", capsys.readouterr().err)
+    for told in (
+        "--resolutoin: is no flag",
+        "--output_dri: is no flag; did you mean --output_dir?",
+        "--seed: must be",
+    ):
+        assert said.count(told) == 1
+    for told in ("--frobnicate: is no flag", "'stray': is no flag", "--caption_dropout: must be"):
+        assert said.count(told) == 1
+    assert "--output_dir=None" not in said  # which is what was meant
+    check_message(said, [tiny_pipeline])
+
+
+NAMES = """
+    output_dir train_data_dir instance_data_dir dataset_name pretrained_model_name_or_path single_file_config cache_dir
+    tokenizer_name logging_dir resume_from_checkpoint tracker_project_name hub_model_id class_data_dir config
+    init_lora_weights kohya_file_name
+"""
+
+
+@every_script
+@pytest.mark.parametrize("flag", NAMES.split())
+def test_names_of_300_bytes(flag, path, scripts, capsys, tmp_path):
+    script = scripts[path]
+    if flag not in vars(script.make_parser().parse_args([])):
+        with pytest.raises(SystemExit):
+            script.main([f"--{flag}={LONG}"])
+        assert f"--{flag}: is no flag" in capsys.readouterr().err
+        return
+    for value in (LONG, f"{tmp_path}/{LONG}/x", 150 * "\u00fc"):
+        assert status_of(script.main, f"--{flag}={value}") == 2
+        said = capsys.readouterr().err
+        assert f"--{flag}: " in said
+        assert len(said) < 2500
+        check_message(said, [LONG])
+
+
+def test_a_name_of_255_bytes_is_none_too_long(scripts, tiny_pipeline, images, tmp_path, capsys):
+    out = tmp_path / (255 * "n")
+    assert run(scripts, TRAIN_TEXT_TO_IMAGE, tiny_pipeline, images, out, max_train_steps=1) == 0
+    assert (out / "model_index.json").is_file()
+
+
+# ---------------------------------------------------------------------------------------------------- files
+
+CONFIGS = {
+    "bad": ("a: [1\n", "is no YAML file of flags ("),
+    "list": ("- a\n", "is no YAML file of flags (it holds something else); write `flag: value`, a line each"),
+    "key": ("resolutoin: 3\n", "unknown key resolutoin; did you mean resolution?"),
+    "nested": ("seed: {a: 1}\n", "--seed: is no single value, nor a list of them, in "),
+    "bomb": (
+        "a: &a [x, x]\nb: &b [*a, *a]\nvalidation_prompts: [*b, *b]\n",
+        "--validation_prompts: is no single value",
+    ),
+    "value": ("seed: one\n", "--seed: must be a whole number in [0, 9e18], not 'one'"),
+    "code": ("seed: !!python/object/apply:os.system [exit]\n", "could not determine a constructor for the tag"),
+}
+
+
+@every_script
+@pytest.mark.parametrize("case", CONFIGS)
+def test_wrong_configurations(case, path, scripts, tiny_pipeline, images, tmp_path, capsys):
+    text, told = CONFIGS[case]
+    (tmp_path / "recipe.yaml").write_text(text)
+    settings = {"config": tmp_path / "recipe.yaml", "resolution": None, "max_train_steps": 1}
+    assert run(scripts, path, tiny_pipeline, images, tmp_path / "out", **settings) == 2
+    said = capsys.readouterr().err
+    assert told in re.sub(r"\n {4,}", " ", said)
+    check_message(said, [tiny_pipeline, images, tmp_path])
+
+
+def without_unet(model):
+    shutil.rmtree(model / "unet")
+    return "no whole pipeline"
+
+
+def with_another_part(model):
+    index = json.loads((model / "model_index.json").read_text())
+    (model / "model_index.json").write_text(json.dumps({**index, "text_encoder_2": ["transformers", "CLIPTextModel"]}))
+    return "has a text_encoder_2 (SDXL, SD 3 or the like); use a Stable Diffusion 1.x or 2.x model"
+
+
+def with_foreign_code(model):
+    index = json.loads((model / "model_index.json").read_text())
+    (model / "model_index.json").write_text(json.dumps({**index, "unet": ["mine", "UNet"]}))
+    return "its unet is of mine.UNet, code that is not run; use a model"
+
+
+def with_broken_index(model):
+    (model / "model_index.json").write_text("{")
+    return "no whole pipeline"
+
+
+def with_half_the_weights(model):
+    (path,) = (model / "unet").glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:1000])
+    return "cannot be loaded ("
+
+
+def with_a_pickle(model):
+    (path,) = (model / "unet").glob("*.safetensors")
+    path.unlink()
+    torch.save({"a": print}, model / "unet" / "diffusion_pytorch_model.bin")
+    return "a file holds more than weights, maybe code, which is not run; get it as .safetensors"
+
+
+MODELS = [without_unet, with_another_part, with_foreign_code, with_broken_index, with_half_the_weights, with_a_pickle]
+
+
+@every_script
+@pytest.mark.parametrize("break_it", MODELS)
+def test_wrong_models(break_it, path, scripts, tiny_pipeline, images, tmp_path, capsys):
+    model = Path(shutil.copytree(tiny_pipeline, tmp_path / "model"))
+    told = break_it(model)
+    assert run(scripts, path, model, images, tmp_path / "out") == 2
+    said = capsys.readouterr().err
+    assert told in re.sub(r"\n {4,}", " ", said)
+    assert str(model) in said
+    check_message(said, [model, tmp_path])
+
+
+@pytest.mark.parametrize("path", [path for path in SCRIPTS if "flax" not in path.stem], ids=lambda path: path.stem)
+def test_a_model_of_flax_alone(path, scripts, tiny_pipeline, images, tmp_path, capsys):
+    model = Path(shutil.copytree(tiny_pipeline, tmp_path / "model"))
+    for file in model.glob("*/*.safetensors"):
+        file.unlink()
+    (model / "unet" / "diffusion_flax_model.msgpack").write_bytes(b"")
+    assert run(scripts, path, model, images, tmp_path / "out") == 2
+    said = capsys.readouterr().err
+    assert "has Flax weights alone; use train_text_to_image_flax.py" in re.sub(r"\n {4,}", " ", said)
+    check_message(said, [model])
+
+
+def no_folder(folder):
+    shutil.rmtree(folder)
+    return "does not exist, or is no folder; name one"
+
+
+def a_file(folder):
+    shutil.rmtree(folder)
+    folder.write_text("")
+    return "does not exist, or is no folder; name one"
+
+
+def empty(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+    return "holds no images ("
+
+
+def tables(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+    datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(folder / "train.parquet")
+    return f"or its train.parquet by --dataset_name={folder}"
+
+
+def many_bad_images(folder):
+    for number in range(30):
+        (folder / f"bad{number:02d}.png").write_bytes(b"no image")
+    return "30 of 34 images are unusable:"
+
+
+def bad_json(folder):
+    (folder / "metadata.jsonl").write_text('{"file_name": "00.png"\n')
+    return "row 1 is not a file_name and a caption in UTF-8"
+
+
+def another_column(folder):
+    (folder / "metadata.jsonl").write_text('{"file_name": "00.png", "words": "a"}\n')
+    return "has no 'text' but ['file_name', 'words']; set --caption_column"
+
+
+def numbers(folder):
+    (folder / "metadata.jsonl").write_text('{"file_name": "00.png", "text": 3}\n')
+    return "the caption is a number (3), not text; name another --caption_column"
+
+
+def text_of_bytes(folder):
+    (folder / "metadata.jsonl").unlink()
+    (folder / "00.txt").write_bytes(b"\xff\xfe")
+    return "cannot be read as UTF-8"
+
+
+def outside(folder):
+    (folder / "metadata.jsonl").write_text('{"file_name": "../00.png", "text": "a"}\n')
+    return "the file_name '../00.png' leads out of"
+
+
+def links(folder):
+    for number in range(20):
+        (folder / f"link{number}.png").symlink_to("/dev/null")
+    return "20 files in it are links that lead out of it, such as"
+
+
+DATA = [
+    no_folder,
+    a_file,
+    empty,
+    tables,
+    many_bad_images,
+    bad_json,
+    another_column,
+    numbers,
+    text_of_bytes,
+    outside,
+    links,
+]
+
+
+@every_script
+@pytest.mark.parametrize("break_it", DATA)
+def test_wrong_data(break_it, path, scripts, tiny_pipeline, image_folder, tmp_path, capsys):
+    folder = image_folder(4)
+    told = break_it(folder)
+    capsys.readouterr()
+    assert run(scripts, path, tiny_pipeline, folder, tmp_path / "out") == 2
+    said = capsys.readouterr().err
+    assert told in re.sub(r"\n {4,}", " ", said)
+    assert str(folder) in said
+    check_message(said, [folder])
+    if break_it == many_bad_images:
+        assert re.search(r"^  and 2\d more$", said, re.MULTILINE)
+        assert said.endswith("Mend or remove them, or add --skip_bad_images.\n")
+
+
+# ---------------------------------------------------------------------------------------------------- outputs
+
+
+@pytest.fixture(scope="module")
+def runs(scripts, tiny_pipeline, images, tmp_path_factory):
+    """The output of two steps of each script, with a checkpoint of the first one; by the script's path."""
+    folder = tmp_path_factory.mktemp("runs")
+    for path in SCRIPTS:
+        settings = {"max_train_steps": 2, "checkpointing_steps": 1, "checkpoints_total_limit": 2}
+        assert run(scripts, path, tiny_pipeline, images, folder / path.stem, **settings) == 0
+        (folder / path.stem / "README.md").unlink()  # as if it had been stopped
+    return folder
+
+
+def in_use(out):
+    return {}, "is in use; name another, go on with its run by --resume_from_checkpoint=latest"
+
+
+def other_settings(out):
+    return {"resume_from_checkpoint": "latest", "seed": 7}, "was made under other settings; use those, or add --allow"
+
+
+def too_few_steps(out):
+    return {"resume_from_checkpoint": "latest", "max_train_steps": 1}, "is beyond the last step, 1; raise it"
+
+
+def an_older_one(out):
+    return {"resume_from_checkpoint": "checkpoint-1"}, "is newer; use that, or another --output_dir"
+
+
+def damaged(out):
+    for path in sorted((out / "checkpoint-2").rglob("*")):
+        if path.is_file() and path.suffix != ".json":
+            path.write_bytes(path.read_bytes()[:20])
+    return {"resume_from_checkpoint": "checkpoint-2"}, "damaged"
+
+
+def contradiction(out):
+    more = {"resume_from_checkpoint": "latest", "overwrite_output_dir": True}
+    return more, "--overwrite_output_dir: contradicts --resume_from_checkpoint; drop one"
+
+
+@every_script
+@pytest.mark.parametrize("spoil", [in_use, other_settings, too_few_steps, an_older_one, damaged, contradiction])
+def test_wrong_outputs(spoil, path, scripts, runs, tiny_pipeline, images, tmp_path, capsys):
+    out = Path(shutil.copytree(runs / path.stem, tmp_path / "out"))
+    more, told = spoil(out)
+    settings = {"max_train_steps": 2, **more}
+    assert run(scripts, path, tiny_pipeline, images, out, **settings) == 2
+    said = capsys.readouterr().err
+    assert told in re.sub(r"\n {4,}", " ", said)
+    check_message(said, [out, tmp_path])
+
+
+@pytest.mark.parametrize(
+    "path, other, told",
+    [
+        (
+            TRAIN_TEXT_TO_IMAGE_LORA,
+            TRAIN_TEXT_TO_IMAGE,
+            "holds whole models, which this script does not train; use the",
+        ),
+        (
+            TRAIN_TEXT_TO_IMAGE,
+            TRAIN_TEXT_TO_IMAGE_LORA,
+            "holds LoRA adapters, which this script does not train; use the",
+        ),
+    ],
+)
+def test_a_checkpoint_of_another_kind_of_script(
+    path, other, told, scripts, runs, tiny_pipeline, images, tmp_path, capsys
+):
+    settings = {"max_train_steps": 2, "resume_from_checkpoint": runs / other.stem / "checkpoint-2"}
+    assert run(scripts, path, tiny_pipeline, images, tmp_path / "out", **settings) == 2
+    said = capsys.readouterr().err
+    assert told in re.sub(r"\n {4,}", " ", said)
+    check_message(said, [runs])
+
+
+def test_an_allowed_change_is_no_refusal(scripts, runs, tiny_pipeline, images, tmp_path, capsys):
+    out = Path(shutil.copytree(runs / TRAIN_TEXT_TO_IMAGE.stem, tmp_path / "out"))
+    settings = {"max_train_steps": 3, "resume_from_checkpoint": "latest", "seed": 7, "allow_changed_resume": True}
+    assert run(scripts, TRAIN_TEXT_TO_IMAGE, tiny_pipeline, images, out, **settings) == 0
+    said = capsys.readouterr().out
+    told = f"{out / 'checkpoint-2'} was made under other settings; from here on those of now hold"
+    assert f"{told} (--allow_changed_resume)\n  seed: 0 there, 7 now\n" in said
+    assert "use those" not in said
+
+
+@every_script
+@pytest.mark.parametrize("place", ["file", "below a file", "dead link"])
+def test_an_output_folder_that_cannot_be(place, path, scripts, tiny_pipeline, images, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    out = {"file": tmp_path / "file", "below a file": tmp_path / "file" / "x", "dead link": tmp_path / "link"}[place]
+    if place == "dead link":
+        out.symlink_to("/proc/1/nowhere")
+    assert run(scripts, path, tiny_pipeline, images, out) == 2
+    said = capsys.readouterr().err
+    assert f"--output_dir={out}: " in re.sub(r"\n {4,}", " ", said)
+    check_message(said, [tmp_path])
+
+
+@every_script
+@pytest.mark.parametrize("limit", [1_000, 60_000])
+def test_a_full_disk(limit, path, scripts, tiny_pipeline, images, tmp_path, capfd):
+    """As a limit on the size of files. Nothing else goes wrong in the way."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        status = run(scripts, path, tiny_pipeline, images, tmp_path / "out", checkpointing_steps=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    said = capfd.readouterr().err
+    assert status in (1, 2), said
+    assert "disk is full" in said or "full disk" in said or "File too large" in said
+    told = [line for line in said.split("\n") if line and "\r" not in line and not line.startswith("Generating")]
+    check_message("\n".join(told), [tmp_path])
+
+
+# ---------------------------------------------------------------------------------------------------- commands
+
+MISTAKES = {  # the words behind `sdtune`, with the places of a model, images and an empty folder, and what is named
+    "no_such": (["chekc"], "there is no command 'chekc'; did you mean check?"),
+    "check": (["check"], "no dataset is given; name a folder"),
+    "check_gone": (["check", "{empty}/gone"], "DATASET={empty}/gone: cannot be loaded; check it"),
+    "check_flag": (["check", "{images}", "--resolutoin=3"], "--resolutoin: is no flag; did you mean --resolution?"),
+    "show": (["show", "{images}"], "--output=None: name a file that ends in .png"),
+    "caption": (["caption", "{empty}/gone"], "FOLDER={empty}/gone: name a folder of images"),
+    "caption_empty": (["caption", "{empty}", "--model={model}"], "--model={model}: "),
+    "convert": (["convert", "{model}"], "give what to read and what to write: SOURCE OUTPUT"),
+    "convert_three": (["convert", "{model}", "{empty}/a.safetensors", "b"], "'b': is no flag, nor the value of one"),
+    "convert_no": (
+        ["convert", "{empty}/gone", "{empty}/a"],
+        "{empty}/gone: is no pipeline folder and no .safetensors",
+    ),
+    "convert_in_use": (["convert", "{model}", "{images}/00.png"], "end the name of the file to write in .safetensors"),
+    "convert_lora": (["convert-lora", "{empty}/gone", "{empty}/b", "--to=kohya"], "{empty}/gone: "),
+    "export": (["export", "{empty}", "{empty}/out"], "{empty}: is no whole checkpoint; give a folder checkpoint-N"),
+    "generate": (["generate", "{model}"], "--prompts: give this, --prompts_file or a recipe with prompts"),
+    "generate_model": (["generate", "{empty}", "--prompts", "a"], "MODEL={empty}: no whole pipeline"),
+    "evaluate": (["evaluate", "{empty}/gone", "{images}"], "MODEL={empty}/gone: no whole pipeline"),
+    "push_model": (
+        ["push-model", "{empty}", "me/mine"],
+        "{empty}: holds neither a pipeline with model_index.json nor",
+    ),
+    "push_model_id": (["push-model", "{model}", "a/b/c"], "REPO_ID=a/b/c: give your_name/its_name"),
+    "push_dataset": (["push-dataset", "{empty}", "me/mine"], "the folder {empty} holds no images"),
+    "batch": (["find-batch-size"], "a training's command is missing; give it behind --"),
+    "long": (["convert", LONG, "x"], "holds a zero, or names of more than 255 bytes"),
+    "long_check": (["check", LONG], "holds a zero, or names of more than 255 bytes"),
+    "long_push": (["push-model", LONG, "me/mine"], "holds a zero, or names of more than 255 bytes"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_wrong_words_of_commands(case, tiny_pipeline, images, tmp_path, capsys):
+    argv, told = MISTAKES[case]
+    (tmp_path / "empty").mkdir()
+    places = {"model": tiny_pipeline, "images": images, "empty": tmp_path / "empty"}
+    assert status_of(sdtune.main, *[word.format(**places) for word in argv]) == 2
+    said = capsys.readouterr().err
+    assert told.format(**places) in re.sub(r"\n {4,}", " ", said)
+    if case == "no_such":  # which lists the commands
+        return
+    check_message(said, [*places.values(), LONG])
+
+
+def test_a_disk_that_is_full_while_a_command_writes(tiny_pipeline, tmp_path, capsys):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, hard))
+    try:
+        status = status_of(sdtune.main, "convert", tiny_pipeline, tmp_path / "one.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    said = capsys.readouterr().err
+    assert status == 2
+    assert said.endswith("; make room\n")
+    check_message(said, [tmp_path])
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------------- how they fit
+
+
+def test_a_message_is_broken_where_the_terminal_ends(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    assert fitted("train.py: --a=1: is not what it could be; drop it") == (
+        "train.py: --a=1: is not what\n    it could be; drop it"
+    )
+    path = "/" + 40 * "x"
+    assert fitted(f"train.py:\n  {path}: no; drop") == f"train.py:\n  {path}:\n    no; drop"
+    monkeypatch.delenv("COLUMNS")
+    assert [len(line) <= 100 for line in fitted(60 * "four ").split("\n")] == [True] * 4
+
+
+def test_a_long_list_is_cut_and_its_remedy_stays():
+    bad = [f"{number}.png: broken" for number in range(40)]
+    with pytest.raises(InputError) as caught:
+        leave_out(bad, 50, may_leave_out=False)
+    lines = fitted(f"train.py: {caught.value}").split("\n")
+    assert len(lines) == MAX_LINES
+    assert lines[0] == "train.py: 40 of 50 images are unusable:"
+    assert lines[1:10] == [f"  {number}.png: broken" for number in range(9)]
+    assert lines[10:] == ["  and 31 more", "Mend or remove them, or add --skip_bad_images."]
+
+
+def test_many_mistakes_are_cut_too():
+    with pytest.raises(InputError) as caught:
+        raise_problems([f"--flag_{number}: is wrong; drop it" for number in range(20)])
+    lines = fitted(f"train.py: {caught.value}").split("\n")
+    assert lines == ["train.py: ", *[f"  --flag_{number}: is wrong; drop it" for number in range(10)], "  and 10 more"]
