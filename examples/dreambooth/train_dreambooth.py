@@ -4414,7 +4414,7 @@ def set_up_engine(engine):
     engine.checkpoint_engine.load = load_tensors
 
 
-def no_weights(**_):
+def no_weights(exclude_frozen_parameters=False):
     """The weights in DeepSpeed's own file: those that are trained are in others, and the base is in none."""
     return {}
 

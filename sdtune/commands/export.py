@@ -69,8 +69,8 @@ def holds(checkpoint, suffix):
 def holds_adapters(checkpoint, suffix):
     """Whether the weights with the suffix are adapters."""
     if (checkpoint / SHARDS_FOLDER).is_dir():
-        settings, _ = read_settings(checkpoint)
-        return "lora_target" in settings
+        with safe_open(next((checkpoint / SHARDS_FOLDER).glob("*.safetensors")), "pt") as file:
+            return any(".lora_" in name for name in file.keys())  # noqa: SIM118 (it is no dict)
     return (checkpoint / file_of_adapters(suffix)).is_file()
 
 
