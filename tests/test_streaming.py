@@ -152,9 +152,9 @@ def test_a_sample_draws_by_seed_epoch_shard_and_row(open_stream, tmp_path):
         assert np.array_equal(sample["pixel_values"], picture)
 
 
-def loaded(images, num_workers, number, step=0, rank=0, num_ranks=2, **options):
+def loaded(images, num_workers, number, step=0, rank=0, num_ranks=2, passes=2, **options):
     """(epoch, shard, row) of so many batches, as a process loads them with workers from a step on."""
-    args = parse("--train_batch_size=2", "--gradient_accumulation_steps=2")
+    args = parse("--train_batch_size=2", f"--gradient_accumulation_steps={passes}")
     stream = stream_from(images, args, rank, num_ranks, 2, step)
     loader = torch.utils.data.DataLoader(stream, batch_size=None, num_workers=num_workers, **options)
     batches = itertools.islice(without_left_out(loader, LeftOut()), number)
@@ -164,14 +164,15 @@ def loaded(images, num_workers, number, step=0, rank=0, num_ranks=2, **options):
 @pytest.mark.parametrize("kind, numbers", [("tar", [9, 4, 8]), ("parquet", [12, 9])])
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
 def test_a_stream_goes_on_without_repeat_or_gap(open_stream, tmp_path, kind, numbers, num_workers):
-    """Stopped after three steps, which are six batches of two, and in the second epoch: four workers of two processes
-    have five rows each and one of them six."""
+    """Stopped after six batches of two, after seven, when another worker has its turn, and in the second epoch: of 21
+    rows four workers of two processes have five or six each."""
     images, _, _ = open_stream(write_shards(tmp_path / "set", kind, numbers), "--shuffle_buffer_size=3")
     read = []
     for rank in range(2):
         whole = loaded(images, num_workers, 14, rank=rank)
         assert loaded(images, num_workers, 8, step=3, rank=rank) == whole[6:]
         assert loaded(images, num_workers, 4, step=5, rank=rank) == whole[10:]
+        assert loaded(images, num_workers, 7, step=7, rank=rank, passes=1) == whole[7:]
         read += [key for batch in whole for key in batch]
     first_epoch = [key[1:] for key in read if key[0] == 0]
     assert len(first_epoch) == len(set(first_epoch)) == sum(numbers)
