@@ -88,8 +88,8 @@ def train_script():
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
-    """Has messages come in lines as they were written: tests/test_messages.py is on where they end. A fixture would
-    have pytest itself write as wide, before it ends."""
+    """Has messages come in lines as they were written: tests/test_messages.py is on where they end. By a fixture
+    pytest itself would write as wide, too, before it ends."""
     before = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = str(getattr(item.module, "COLUMNS", 10_000))
     try:

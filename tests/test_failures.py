@@ -543,17 +543,20 @@ def test_what_accelerate_would_do_by_its_variables_is_refused(monkeypatch, name,
     assert told in problem
 
 
+@pytest.mark.parametrize(
+    "tracker, remedy", [("wandb", "log in to it (wandb login), work offline"), ("tensorboard", "set it up as it asks")]
+)
 def test_a_tracker_that_does_not_start_is_said_before_anything_is_written(
-    train_script, fit, tmp_path, monkeypatch, capsys
+    tracker, remedy, train_script, fit, tmp_path, monkeypatch, capsys
 ):
     def fail(*_, **__):
         raise RuntimeError("api_key not configured (no-tty)")
 
     monkeypatch.setattr(Accelerator, "init_trackers", fail)
     monkeypatch.setattr(train_script, "load_base", fail)  # models are not loaded for it
-    assert fit(tmp_path / "out", report_to="tensorboard") == 2
+    assert fit(tmp_path / "out", report_to=tracker) == 2
     message = capsys.readouterr().err
-    assert "--report_to=tensorboard: does not start (api_key not configured (no-tty)); log in to it" in message
+    assert f"--report_to={tracker}: does not start (api_key not configured (no-tty)); {remedy}" in message
     assert not (tmp_path / "out").exists()
 
 
