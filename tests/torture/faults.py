@@ -164,7 +164,10 @@ def wait_for(condition, copy, said, seconds=120):
 
 def output_removed(victim):
     """While it runs; then the run makes it anew, for its last state."""
-    output, settings = victim.folder / "out", {"lr_scheduler": "constant", "max_train_steps": 1000}
+    output, settings = (
+        victim.folder / "out",
+        {"lr_scheduler": "constant", "lr_warmup_steps": None, "max_train_steps": 1000},
+    )
     copy, said = start(victim, output, **settings)
     wait_for(lambda: newest_of(output) >= 2, copy, said)
     output.rename(victim.folder / "trash")
@@ -184,7 +187,10 @@ def output_removed(victim):
 
 def second_run(victim):
     """It is refused, by whatever flag it comes; what a kill leaves of the first one is no lock."""
-    output, settings = victim.folder / "out", {"lr_scheduler": "constant", "max_train_steps": 1000}
+    output, settings = (
+        victim.folder / "out",
+        {"lr_scheduler": "constant", "lr_warmup_steps": None, "max_train_steps": 1000},
+    )
     copy, said = start(victim, output, **settings)
     try:
         wait_for(lambda: newest_of(output) >= 1, copy, said)
@@ -256,8 +262,9 @@ def resume_paths(victim):
 
 def nan_loss(victim):
     """A rate that throws the weights far off: the run ends with those of before."""
-    output, settings = victim.folder / "out", {"learning_rate": 1e30, "adam_weight_decay": 0, "max_train_steps": 20}
-    status, said = live(victim, output, **settings, lr_scheduler="constant", lr_warmup_steps=None)
+    output = victim.folder / "out"
+    settings = {"learning_rate": 1e30, "adam_weight_decay": 0, "lr_scheduler": "constant", "lr_warmup_steps": None}
+    status, said = live(victim, output, **settings, max_train_steps=20)
     assert status == 1, said
     assert "a loss or gradient that is not finite" in message_of(said)
     assert "a lower --learning_rate" in message_of(said)
@@ -305,6 +312,7 @@ def stopped_by_signals(victim):
     output = victim.folder / "out"
     settings = {
         "lr_scheduler": "constant",
+        "lr_warmup_steps": None,
         "max_train_steps": 10_000,
         "checkpointing_steps": 10_000,
         "logging_steps": 1,
