@@ -1,10 +1,11 @@
-"""Shows in seven minutes on one GPU what only a GPU can show, with random weights of Stable Diffusion 1.5's shape.
+"""Shows in five minutes on one GPU what only a GPU can show, with random weights of Stable Diffusion 1.5's shape.
 
     python benchmarks/on_gpu.py [--peer PATH/OF/diffusers]
 
 Each finding is a line as soon as it is there, and all are in results/on_gpu.json. A script runs as its users run it,
-for 20 steps on a few images that come again and again, and is ended before it saves. The loss has to fall, from the
-mean of the first quarter of the steps to that of the last. What a script does not have, what is not installed and what
+for 20 steps on a few images that come again and again, and is ended before it saves. Several are launched together,
+which takes longest, and wait before their first step; each takes its steps alone. The loss has to fall, from the mean
+of the first quarter of the steps to that of the last. What a script does not have, what is not installed and what
 fails is a line too. It needs torch, diffusers, datasets, accelerate and peft; bitsandbytes and xformers, for what is
 about them. On a CPU, with --size=toy, it shows that it works.
 """
@@ -16,6 +17,7 @@ import re
 import statistics
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -33,21 +35,40 @@ NEEDS = {  # flag: package
     "--use_8bit_adam": "bitsandbytes",
     "--enable_xformers_memory_efficient_attention": "xformers",
 }
-FINDINGS = {  # by name: script and flags, at batch 1
-    "bf16": (FULL, BF16),
-    "fp16": (FULL, ["--mixed_precision=fp16"]),
-    "xformers": (FULL, [*BF16, "--enable_xformers_memory_efficient_attention"]),
-    "8-bit Adam": (FULL, [*BF16, "--use_8bit_adam"]),
-    "EMA": (FULL, [*BF16, "--use_ema"]),
-    "cache": (FULL, [*BF16, *CACHE]),
-    "channels last": (FULL, [*BF16, "--channels_last"]),
-    "compile": (FULL, [*BF16, *CACHE, "--compile"]),
-    "small card, 8-bit Adam": (FULL, [*SMALL, "--use_8bit_adam"]),
-    "small card, all bf16": (FULL, [*SMALL, "--full_bf16", "--max_grad_norm=inf"]),
-    "LoRA of rank 16": (LORA, [*BF16, *CACHE, *RANK]),
-    "LoRA of rank 16, checkpointing": (LORA, [*SMALL, *RANK]),
+FINDINGS = {  # by name: script, flags and batch
+    "README": (
+        FULL,
+        [
+            *BF16,
+            "--random_flip",
+            "--gradient_accumulation_steps=4",
+            "--gradient_checkpointing",
+            "--use_ema",
+            "--learning_rate=1e-5",
+        ],
+        1,
+    ),
+    "bf16": (FULL, BF16, 1),
+    "fp16": (FULL, ["--mixed_precision=fp16"], 1),
+    "8-bit Adam": (FULL, [*BF16, "--use_8bit_adam"], 1),
+    "EMA": (FULL, [*BF16, "--use_ema"], 1),
+    "small card, 8-bit Adam": (FULL, [*SMALL, "--use_8bit_adam"], 1),
+    "small card, all bf16": (FULL, [*SMALL, "--full_bf16", "--max_grad_norm=inf"], 1),
+    "LoRA of rank 16": (LORA, [*BF16, *CACHE, *RANK], 1),
+    "LoRA of rank 16, checkpointing": (LORA, [*SMALL, *RANK], 1),
+    "plain": (FULL, BF16, 8),
+    "cache": (FULL, [*BF16, *CACHE], 8),
+    "channels last": (FULL, [*BF16, "--channels_last"], 8),
+    "compile": (FULL, [*BF16, "--compile"], 8),
+    "compile, channels last": (FULL, [*BF16, "--compile", "--channels_last"], 8),
+    "xformers": (FULL, [*BF16, "--enable_xformers_memory_efficient_attention"], 8),
 }
-FASTEST = [*BF16, "--use_ema", *CACHE, "--compile"]
+# Beside the other scripts, with the flags that both have, and with ours: by name, the script and these flags.
+WORKERS = ["--dataloader_num_workers=4"]
+SPEED = {
+    "whole UNet": (FULL, [*BF16, "--use_ema", *WORKERS], [*CACHE, "--compile", "--foreach_ema"]),
+    "LoRA": (LORA, [*BF16, *RANK, *WORKERS], CACHE),
+}
 # Dense products in half precision, by a part of the card's name: teraflops of its data sheet.
 PEAKS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10G": 125, "RTX 4090": 165, "T4": 65}
 
@@ -80,8 +101,8 @@ def why_not(script, flags):
     return None
 
 
-def try_run(args, script, flags, folder, batch, seconds):
-    """Trains for some steps; returns what is found."""
+def launch(args, name, script, flags, folder, batch, seconds):
+    """A run of a script, which waits before its first step."""
     words = [
         f"--pretrained_model_name_or_path={folder / 'model'}",
         f"--train_data_dir={folder / 'images'}",
@@ -90,26 +111,42 @@ def try_run(args, script, flags, folder, batch, seconds):
         "--max_train_steps=1000",
         "--checkpointing_steps=1000",
         "--center_crop",
+        "--learning_rate=1e-4",
         "--report_to=tensorboard",
         *flags,
+        *(["--logging_steps=1"] if script in (FULL, LORA) else []),
     ]
-    run = start(script, words, folder / "run", timeout=seconds)
+    return start(script, words, folder_of(folder, name), timeout=seconds)
+
+
+def folder_of(folder, name):
+    """Where a run of this name writes."""
+    return folder / re.sub(r"\W+", "_", name)
+
+
+def take_steps(run, steps, images, folder):
+    """Lets a run take its steps, of so many images each, and ends it; returns what is found."""
     try:
-        while len(run.messages) <= args.steps + 1 and run.step():
+        while len(run.messages) <= steps + 1 and run.step():
             pass
     finally:
         run.kill()
         run.close()
-    if len(run.messages) < args.steps + 1:
+    if len(run.messages) < steps + 1:
         raise RuntimeError(f"ended after {max(0, len(run.messages) - 1)} steps\n{run.told()}")
-    seconds_per_step = run.per_step(2)
     return {
-        "images_per_second": batch / seconds_per_step,
+        "images_per_second": images / run.per_step(2),
         "seconds_to_first_step": run.seconds_to_first_step,
         "seconds_of_first_step": run.messages[1][2] - run.messages[0][2],
-        "peak_memory": run.messages[args.steps][3],
-        **losses_of(folder / "run" / "output" / "log.jsonl", args.steps),
+        "peak_memory": run.messages[steps][3],
+        **losses_of(folder / "output" / "log.jsonl", steps),
     }
+
+
+def images_of_step(flags, batch):
+    """How many images a step trains on."""
+    passes = [int(flag.split("=")[1]) for flag in flags if flag.startswith("--gradient_accumulation_steps=")]
+    return batch * (passes[-1] if passes else 1)
 
 
 def reason_of(text):
@@ -152,22 +189,39 @@ class Findings:
         self.args, self.folder, self.flops, self.found = args, folder, flops, {}
         self.end = time.monotonic() + args.seconds
 
-    def add(self, name, script, flags, batch):
-        """Tries one finding and tells it; returns whether it worked."""
+    def add_all(self, wanted, together, steps):
+        """Tries findings, (name, script, flags, batch) each, `together` of which are launched at a time, for some
+        steps, and tells them; returns whether all of them worked."""
+        works = True
+        for first in range(0, len(wanted), together):
+            group = wanted[first : first + together]
+            with ThreadPoolExecutor(len(group)) as pool:
+                runs = [pool.submit(self.launch_one, *one, len(group)) for one in group]
+            for run, (name, _, flags, batch) in zip(runs, group):
+                works &= self.add(run, name, flags, batch, steps)
+        return works
+
+    def launch_one(self, name, script, flags, batch, together):
+        """The run of a finding, before its first step. Raises `RuntimeError`, with a line that says why there is
+        none."""
         left = self.end - time.monotonic()
-        found = {"batch": batch, "flags": flags}
         if reason := why_not(script, flags):
-            found["error"] = reason
-        elif left < 10:
-            found["error"] = "no time left"
-        else:
-            own = ["--logging_steps=1", *flags] if script in (FULL, LORA) else flags
-            try:
-                found |= try_run(self.args, script, own, self.folder, batch, min(left, self.args.seconds_each))
-                if peak := peak_of_card():
-                    found["utilisation"] = self.flops * found["images_per_second"] / peak
-            except Exception as error:  # whatever it is: the others are still to be seen
-                found["error"] = reason_of(str(error))
+            raise RuntimeError(reason)
+        if left < 10:
+            raise RuntimeError("no time left")
+        seconds = min(left, together * self.args.seconds_each)
+        return launch(self.args, name, script, flags, self.folder, batch, seconds)
+
+    def add(self, future, name, flags, batch, steps):
+        """Tells one finding, of what will be a run; returns whether it worked."""
+        found = {"batch": batch, "flags": flags, "steps": steps}
+        try:
+            images, folder = images_of_step(flags, batch), folder_of(self.folder, name)
+            found |= take_steps(future.result(), steps, images, folder)
+            if peak := peak_of_card():
+                found["utilisation"] = self.flops * found["images_per_second"] / peak
+        except Exception as error:  # whatever it is: the others are still to be seen
+            found |= {"error": reason_of(str(error)), "told": str(error)}
         self.found[name] = found
         print(tell(name, found), flush=True)
         self.write()
@@ -175,23 +229,32 @@ class Findings:
 
     def write(self):
         """Writes what was found so far: whoever is in a hurry may end this early."""
-        about = {name: getattr(self.args, name) for name in ("size", "resolution", "steps")}
+        about = {name: getattr(self.args, name) for name in ("size", "resolution")}
         about |= {"machine": machine(), "gigaflop_per_image": self.flops / 1e9}
         text = json.dumps({**about, "findings": self.found, "versions": versions()}, indent=1) + "\n"
         self.args.output.parent.mkdir(parents=True, exist_ok=True)
         self.args.output.write_text(text, encoding="utf-8")
 
 
-def compare_speed(args, findings):
+def compare_speed(args, findings, name):
     """Finds the largest batch that fits the other script, if there is one, and ours, and measures both at it."""
-    theirs = args.peer / "examples" / "text_to_image" / FULL.name if args.peer else None
-    # Flags that the other script does not have are for what it does not do.
-    flags = [flag for flag in FASTEST if why_not(FULL, [flag]) is None]
+    script, flags, own = SPEED[name]
+    own = [*flags, *(flag for flag in own if why_not(script, [flag]) is None)]
     for batch in args.batches:
-        fits = findings.add("speed, theirs", theirs, [*BF16, "--use_ema"], batch) if theirs else True
-        if fits and findings.add("speed, ours", FULL, flags, batch):
+        wanted = [(f"{name}, ours", script, flags, batch), (f"{name}, ours, fastest", script, own, batch)]
+        if args.peer:
+            theirs = args.peer / "examples" / "text_to_image" / script.name
+            wanted = [(f"{name}, theirs", theirs, flags, batch), *wanted]
+        if findings.add_all(wanted, runs_together(args.gigabytes_to_compare), args.steps_to_compare):
             return
-    print("speed: no batch fits", flush=True)
+    print(f"{name}: no batch fits", flush=True)
+
+
+def runs_together(gigabytes):
+    """How many runs may wait on the card beside each other, of which each takes as much."""
+    if not torch.accelerator.is_available():
+        return 1
+    return max(1, int(torch.cuda.mem_get_info()[1] / 1e9 / gigabytes))
 
 
 def make_parser():
@@ -202,10 +265,14 @@ def make_parser():
     add("--size", choices=SIZES, default="sd15", help="the model's; sd15")
     add("--resolution", type=int, default=512, help="side of the images; 512")
     add("--steps", type=int, default=20, help="steps of a run; 20")
+    add("--steps_to_compare", type=int, default=12, help="steps of a run that is compared; 12")
     add("--batches", type=int, nargs="+", default=[32, 16, 8], help="batches of which the first that fits is compared")
-    add("--only", nargs="*", choices=[*FINDINGS, "speed"], default=[*FINDINGS, "speed"], help="what is tried; all")
+    add("--only", nargs="*", choices=[*SPEED, *FINDINGS], default=[*SPEED, *FINDINGS], help="what is tried; all")
     add("--seconds", type=float, default=390, help="when to end, at most; 390")
     add("--seconds_each", type=float, default=90, help="what one finding may take; 90")
+    add("--gigabytes_each", type=float, default=17, help="card's memory for each run that is launched together; 17")
+    add("--gigabytes_to_compare", type=float, default=45, help="the same where scripts are compared; 45")
+    add("--folder", type=Path, help="where model and images are made, or are already; else a temporary folder")
     add("--output", type=Path, default=RESULTS / "on_gpu.json", help="the file of the findings")
     return parser
 
@@ -214,18 +281,18 @@ def main(argv=None):
     """Finds what the command line asks for."""
     args = make_parser().parse_args(argv)
     with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+        folder = args.folder or Path(place)
         flops = step_flops(args.size, args.resolution)
         findings = Findings(args, folder, flops)
         print(f"On {machine()}", flush=True)
         print(f"{flops / 1e9:,.4g} GFLOP of the model for an image", flush=True)
         make_pipeline(args.size, folder / "model")
         make_images(folder / "images", max(4, *args.batches), args.resolution, args.resolution)
-        if "speed" in args.only:
-            compare_speed(args, findings)
-        for name, (script, flags) in FINDINGS.items():
+        for name in SPEED:
             if name in args.only:
-                findings.add(name, script, flags, 1)
+                compare_speed(args, findings, name)
+        wanted = [(name, *FINDINGS[name]) for name in FINDINGS if name in args.only]
+        findings.add_all(wanted, runs_together(args.gigabytes_each), args.steps)
 
 
 if __name__ == "__main__":

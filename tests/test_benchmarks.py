@@ -183,15 +183,23 @@ def test_cost_is_measured_by_number_of_images(tmp_path):
 
 @pytest.mark.slow
 def test_findings_of_a_gpu_are_found_on_a_cpu(tmp_path):
-    words = ["--size=toy", "--resolution=32", "--steps=8", "--batches", "2", "--only", "bf16", "fp16", "speed"]
-    told = run_tool("on_gpu", *words, f"--output={tmp_path / 'on_gpu.json'}")
+    names = ["LoRA", "README", "bf16", "fp16"]
+    words = ["--size=toy", "--resolution=32", "--steps=8", "--steps_to_compare=4", "--batches", "2", "--only", *names]
+    told = run_tool("on_gpu", *words, "--peer", REPO, f"--output={tmp_path / 'on_gpu.json'}")
     findings = json.loads((tmp_path / "on_gpu.json").read_text())["findings"]
-    assert list(findings) == ["speed, ours", "bf16", "fp16"]
+    assert list(findings) == ["LoRA, theirs", "LoRA, ours", "LoRA, ours, fastest", "README", "bf16", "fp16"]
+    assert "--cache_latents" in findings["LoRA, ours, fastest"]["flags"]
+    assert findings["LoRA, ours"]["flags"] == findings["LoRA, theirs"]["flags"]
     assert findings["bf16"]["images_per_second"] > 0.1
     assert findings["bf16"]["first_loss"] == pytest.approx(1, abs=0.8)  # of noise that is not predicted yet
     assert "a CPU cannot train in fp16" in findings["fp16"]["error"]
     assert re.search(r"^bf16: batch 1, [\d.]+ images/s, loss", told, re.MULTILINE)
     assert re.search(r"^fp16: .*a CPU cannot train in fp16", told, re.MULTILINE)
+
+
+def test_passes_of_a_step_count():
+    assert on_gpu.images_of_step(["--use_ema"], 3) == 3
+    assert on_gpu.images_of_step(["--gradient_accumulation_steps=4"], 2) == 8
 
 
 @pytest.mark.slow
