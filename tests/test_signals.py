@@ -1,6 +1,5 @@
 """Signals are noted and answered, and afterwards do what they did before."""
 
-import functools
 import os
 import signal
 import subprocess
@@ -125,7 +124,7 @@ def test_lost_output_is_no_failure(number):
     child = os.fork()
     if child == 0:
         try:
-            functools.partial(print_to_nobody, write_end, number)()
+            print_to_nobody(write_end, number)
         finally:
             os._exit(3)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -6287,7 +6287,7 @@ def leave(accelerator, run, broken, received):
         kept = save_what_is_whole(run, None)
     if not list_checkpoints(run.output_dir):
         kept, remedy = "There is no checkpoint", "; use a lower --learning_rate"
-    accelerator.print(fitted(f"Stopped by {why}. {kept}{remedy}"), file=sys.stderr)
+    accelerator.print("\n" + fitted(f"Stopped by {why}. {kept}{remedy}"), file=sys.stderr)
     # Another process, or the launcher, may have got the signal: SIGTERM, then.
     number = received[0] if received else signal.SIGTERM
     sys.exit(1 if broken else 128 + number)

@@ -357,15 +357,13 @@ def call(function, name, folder, rest, more):
 
 
 def main(argv):
-    """Kills runs of a script: NAME NUMBER [SEED [FOLDER]]."""
+    """Kills runs of a script: NAME NUMBER [SEED [FOLDER [cached]]], the last of which turns cache and buckets on."""
     name, number = argv[0], int(argv[1])
     seed, folder = int(argv[2]) if len(argv) > 2 else 0, Path(argv[3] if len(argv) > 3 else "/tmp")
     folder = folder / f"torture_{name}_{seed}_{os.getpid()}"
     variant = {**CACHE, **BUCKETS} if len(argv) > 4 else {}
     folder.mkdir(parents=True)
     try:
-        if number == 0:
-            print(kill_in_every_file(make_victim(name, folder), 1))
         kills = kill_at_random(make_victim(name, folder, variant=variant), number, seed)
     finally:
         shutil.rmtree(folder)
