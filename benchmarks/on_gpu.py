@@ -4,8 +4,9 @@
 
 Each finding is a line as soon as it is there, and all are in results/on_gpu.json. A script runs as its users run it,
 for 20 steps on a few images that come again and again, and is ended before it saves. Several are launched together,
-which takes longest, and wait before their first step; each takes its steps alone. The loss has to fall, from the mean
-of the first quarter of the steps to that of the last. What a script does not have, what is not installed and what
+which takes longest, and wait before their first step; each takes its steps alone. Where scripts are compared all steps
+are of one epoch: diffusers' start their loading processes again in each. The loss has to fall, from the mean of the
+first quarter of the steps to that of the last. What a script does not have, what is not installed and what
 fails is a line too. It needs torch, diffusers, datasets, accelerate and peft; bitsandbytes and xformers, for what is
 about them. On a CPU, with --size=toy, it shows that it works.
 """
@@ -59,14 +60,14 @@ FINDINGS = {  # by name: script, flags and batch
     "plain": (FULL, BF16, 8),
     "cache": (FULL, [*BF16, *CACHE], 8),
     "channels last": (FULL, [*BF16, "--channels_last"], 8),
+    "xformers": (FULL, [*BF16, "--enable_xformers_memory_efficient_attention"], 8),
     "compile": (FULL, [*BF16, "--compile"], 8),
     "compile, channels last": (FULL, [*BF16, "--compile", "--channels_last"], 8),
-    "xformers": (FULL, [*BF16, "--enable_xformers_memory_efficient_attention"], 8),
 }
 # Beside the other scripts, with the flags that both have, and with ours: by name, the script and these flags.
 WORKERS = ["--dataloader_num_workers=4"]
 SPEED = {
-    "whole UNet": (FULL, [*BF16, "--use_ema", *WORKERS], [*CACHE, "--compile", "--foreach_ema"]),
+    "whole UNet": (FULL, [*BF16, "--use_ema", *WORKERS], [*CACHE, "--foreach_ema"]),
     "LoRA": (LORA, [*BF16, *RANK, *WORKERS], CACHE),
 }
 # Dense products in half precision, by a part of the card's name: teraflops of its data sheet.
@@ -101,11 +102,11 @@ def why_not(script, flags):
     return None
 
 
-def launch(args, name, script, flags, folder, batch, seconds):
-    """A run of a script, which waits before its first step."""
+def launch(args, name, script, flags, folder, batch, images, seconds):
+    """A run of a script on a folder of images, which waits before its first step."""
     words = [
         f"--pretrained_model_name_or_path={folder / 'model'}",
-        f"--train_data_dir={folder / 'images'}",
+        f"--train_data_dir={images}",
         f"--resolution={args.resolution}",
         f"--train_batch_size={batch}",
         "--max_train_steps=1000",
@@ -153,7 +154,8 @@ def reason_of(text):
     """The line of a script's last words that tells why it failed, and not what its launcher says of that."""
     lines = [line.strip() for line in text.splitlines() if line.strip() and "CalledProcessError" not in line]
     told = [line for line in lines if re.search(r"error|--\w+=|out of memory", line, re.IGNORECASE)]
-    return (told or lines or ["it said nothing"])[-1][:300]
+    ended = [line for line in lines[:1] if line.startswith("ended after")]  # all that it said else is its progress
+    return (told or ended or lines or ["it said nothing"])[-1][:300]
 
 
 def losses_of(log, steps):
@@ -189,19 +191,20 @@ class Findings:
         self.args, self.folder, self.flops, self.found = args, folder, flops, {}
         self.end = time.monotonic() + args.seconds
 
-    def add_all(self, wanted, together, steps):
+    def add_all(self, wanted, together, steps, num_images):
         """Tries findings, (name, script, flags, batch) each, `together` of which are launched at a time, for some
-        steps, and tells them; returns whether all of them worked."""
-        works = True
+        steps on so many images, and tells them; returns whether all of them worked."""
+        works, side = True, self.args.resolution
+        images = make_images(self.folder / f"images_{num_images}", num_images, side, side)
         for first in range(0, len(wanted), together):
             group = wanted[first : first + together]
             with ThreadPoolExecutor(len(group)) as pool:
-                runs = [pool.submit(self.launch_one, *one, len(group)) for one in group]
-            for run, (name, _, flags, batch) in zip(runs, group):
-                works &= self.add(run, name, flags, batch, steps)
+                runs = [pool.submit(self.launch_one, *one, images, len(group)) for one in group]
+            for run, (name, script, flags, batch) in zip(runs, group):
+                works &= self.add(run, name, script, flags, batch, steps)
         return works
 
-    def launch_one(self, name, script, flags, batch, together):
+    def launch_one(self, name, script, flags, batch, images, together):
         """The run of a finding, before its first step. Raises `RuntimeError`, with a line that says why there is
         none."""
         left = self.end - time.monotonic()
@@ -210,15 +213,16 @@ class Findings:
         if left < 10:
             raise RuntimeError("no time left")
         seconds = min(left, together * self.args.seconds_each)
-        return launch(self.args, name, script, flags, self.folder, batch, seconds)
+        return launch(self.args, name, script, flags, self.folder, batch, images, seconds)
 
-    def add(self, future, name, flags, batch, steps):
+    def add(self, future, name, script, flags, batch, steps):
         """Tells one finding, of what will be a run; returns whether it worked."""
         found = {"batch": batch, "flags": flags, "steps": steps}
         try:
             images, folder = images_of_step(flags, batch), folder_of(self.folder, name)
             found |= take_steps(future.result(), steps, images, folder)
-            if peak := peak_of_card():
+            peak = peak_of_card()
+            if peak and script.name == FULL.name:  # LoRA makes no gradients of most weights: the count is too high
                 found["utilisation"] = self.flops * found["images_per_second"] / peak
         except Exception as error:  # whatever it is: the others are still to be seen
             found |= {"error": reason_of(str(error)), "told": str(error)}
@@ -241,11 +245,13 @@ def compare_speed(args, findings, name):
     script, flags, own = SPEED[name]
     own = [*flags, *(flag for flag in own if why_not(script, [flag]) is None)]
     for batch in args.batches:
+        num_images = batch * (args.steps_to_compare + 2)  # one epoch
         wanted = [(f"{name}, ours", script, flags, batch), (f"{name}, ours, fastest", script, own, batch)]
         if args.peer:
             theirs = args.peer / "examples" / "text_to_image" / script.name
             wanted = [(f"{name}, theirs", theirs, flags, batch), *wanted]
-        if findings.add_all(wanted, runs_together(args.gigabytes_to_compare), args.steps_to_compare):
+        together = runs_together(args.gigabytes_to_compare)
+        if findings.add_all(wanted, together, args.steps_to_compare, num_images):
             return
     print(f"{name}: no batch fits", flush=True)
 
@@ -287,12 +293,11 @@ def main(argv=None):
         print(f"On {machine()}", flush=True)
         print(f"{flops / 1e9:,.4g} GFLOP of the model for an image", flush=True)
         make_pipeline(args.size, folder / "model")
-        make_images(folder / "images", max(4, *args.batches), args.resolution, args.resolution)
         for name in SPEED:
             if name in args.only:
                 compare_speed(args, findings, name)
         wanted = [(name, *FINDINGS[name]) for name in FINDINGS if name in args.only]
-        findings.add_all(wanted, runs_together(args.gigabytes_each), args.steps)
+        findings.add_all(wanted, runs_together(args.gigabytes_each), args.steps, 32)
 
 
 if __name__ == "__main__":

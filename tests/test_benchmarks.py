@@ -83,6 +83,8 @@ def test_what_a_script_lacks_is_told(monkeypatch):
     told = "loading\nx.py: --a=1: must be 2\nTraceback:\nsubprocess.CalledProcessError: status 1\n"
     assert on_gpu.reason_of(told) == "x.py: --a=1: must be 2"
     assert on_gpu.reason_of("RuntimeError: out of memory\n  at the end\n") == "RuntimeError: out of memory"
+    assert on_gpu.reason_of("ended after 3 steps\nPlan\n 0%| | 3/9 [00:00<?]") == "ended after 3 steps"
+    assert on_gpu.reason_of("train ended with status 1:\nKilled\n") == "Killed"
 
 
 def test_ticks_are_round():
