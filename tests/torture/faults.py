@@ -96,7 +96,7 @@ def disk_full_in_cache(victim):
 def disk_full_in_result(victim):
     """All steps are done."""
     told = r"Stopped after step 4 by a full disk\. .*checkpoint-4 holds its state; .* Make room first"
-    fill_disk(victim, r"\.result\.partial/", 2, told.replace(" Make", r"\. Make"), {})
+    fill_disk(victim, r"\.result\.partial/", 1, told.replace(" Make", r"\. Make"), {})
 
 
 def disk_full_in_samples(victim):

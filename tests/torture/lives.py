@@ -57,6 +57,7 @@ def make_victim(name, folder, channels=(96, 192), variant=()):
     `variant`: settings that it has besides."""
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiling takes most of the time of Flax's runs
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(os.environ["HF_HOME"], "compiled"))
     script = load_script(NAMES[name])
     settings = {
         "max_train_steps": 4,
