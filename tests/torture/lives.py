@@ -24,7 +24,7 @@ from image_data import write_image_folder
 from running import SCRIPTS
 from safetensors import safe_open
 from tiny import make_pipeline
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from training import checkpoint_state, read_log, same, words
 
 from sdtune.digests import find_damage
