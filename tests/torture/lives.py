@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import multiprocessing
 import os
 import random
@@ -9,6 +10,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -22,6 +24,7 @@ from image_data import write_image_folder
 from running import SCRIPTS
 from safetensors import safe_open
 from tiny import make_pipeline
+from tqdm.auto import tqdm
 from training import checkpoint_state, read_log, same, words
 
 from sdtune.digests import find_damage
@@ -99,8 +102,15 @@ def start(victim, output, main=None, **settings):
     """Starts a run; returns the copy, and the file with what it says."""
     said = victim.folder / f"{output.name}.said"
     said.write_text("")  # a copy may be killed before it says anything
-    script = SimpleNamespace(main=main or victim.script.main)
+    script = SimpleNamespace(main=functools.partial(with_own_lock, main or victim.script.main))
     return start_copy(script, line_for(victim, output, **settings), said), said
+
+
+def with_own_lock(train_main, line):
+    """Calls main() of a script with a lock of its own around bars: a copy that is killed in the middle of one would
+    leave tqdm's, which copies share, held for all that come after it."""
+    tqdm.set_lock(threading.RLock())
+    train_main(line)
 
 
 def live(victim, output, main=None, **settings):
