@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import time
+import types
 
 import psutil
 import torch
@@ -20,6 +21,8 @@ FORK = multiprocessing.get_context("fork")
 def start_copy(script, words, said, **environment):
     """Starts main() of a script with the words in a copy of this process; returns the copy. What it prints is appended
     to the file `said`, and `environment` is added to its variables."""
+    if isinstance(script, types.ModuleType):  # where workers look for the classes of what they raise
+        sys.modules[script.__name__] = script
     copy = FORK.Process(target=run_main, args=(script.main, [words], said, environment))
     copy.start()
     return copy

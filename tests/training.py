@@ -2,6 +2,7 @@
 
 import json
 import signal
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -80,6 +81,8 @@ def parse(*words):
 
 def train(script, base, images, output_dir, **settings):
     """Calls main() of the script; returns the exit status that its process would have."""
+    # Where its workers look for the classes of what they raise: another test may have loaded the script anew.
+    sys.modules[script.__name__] = script
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         script.main(words(base, images, output_dir, **settings))

@@ -1,4 +1,9 @@
-"""Runs of a script that end too early, many times, in copies of a process that has imported it and trained nothing."""
+"""Runs of a script that end too early, many times, in copies of a process that has imported it and trained nothing.
+
+    PYTHONPATH=tests:. python tests/torture/lives.py SCRIPT KILLS SEED FOLDER [variant]
+
+kills a script, such as train_text_to_image, so often; a fifth word turns cache and buckets on.
+"""
 
 import contextlib
 import dataclasses
