@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sdtune.batches import StepCounts
 from sdtune.digests import find_damage, write_digests
-from sdtune.errors import InputError, last_line
+from sdtune.errors import InputError, is_lack_of_memory, is_lost_peer, last_line
 from sdtune.files import beside, copy_mode, read_json, sync, sync_folder
 from sdtune.optimization import peak_learning_rate
 
@@ -182,7 +182,10 @@ def remove_surplus(output_dir, total_limit):
     surplus = list_checkpoints(output_dir)[:-total_limit] if total_limit else []
     for old in surplus:
         if best is None or old.name != f"checkpoint-{best['step']}":
-            shutil.rmtree(old.rename(old.with_suffix(".partial")))  # which is what a kill would leave of it
+            try:
+                shutil.rmtree(old.rename(old.with_suffix(".partial")))  # which is what a kill would leave of it
+            except OSError as error:  # somebody has a file of it open, maybe; the new one is safe
+                print(f"Warning: {old} could not be removed ({last_line(error)}); remove what is left of it.")
 
 
 def read_best(output_dir):
@@ -230,6 +233,8 @@ def read_undamaged(checkpoint, read):
     try:
         return read(checkpoint)
     except Exception as error:  # torch and safetensors have one for every way of being broken
+        if is_lack_of_memory(error) or is_lost_peer(error):  # which is not the checkpoint's fault
+            raise
         told = f"{checkpoint} is damaged, or of another script; name another ({last_line(error)})"
         raise InputError(f"--resume_from_checkpoint: {told}") from None
 

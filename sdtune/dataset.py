@@ -309,7 +309,10 @@ def read_folder(folder, caption_column, takes_train=False, follows_links=False):
             columns |= row["columns"]
     if metadata and caption_column not in columns:
         raise InputError(f"{metadata[0]}: has no {caption_column!r} but {sorted(columns)}; set --caption_column")
-    for image in [image for image, found in captions.items() if not found]:
+    without = [image for image, found in captions.items() if not found]
+    beside = [image.with_suffix(".txt") for image in without]  # of images that metadata names, too
+    check_links([path for path in beside if path not in texts], folder, follows_links)
+    for image in without:
         captions[image] += read_caption_beside(image)
     known = {*captions, *metadata}
     if aside := [path.name for path in files if path not in known and path.suffix != ".txt"]:

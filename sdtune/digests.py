@@ -21,7 +21,7 @@ def write_digests(folder):
 
 def find_damage(folder):
     """What is wrong with the first file of a folder that is missing, or of another size or content than digests.json
-    says; None for a folder that is whole, or has no digests: an older version wrote none."""
+    says, or that cannot be read; None for a folder that is whole, or has no digests, by which nothing can be found."""
     if not (folder / DIGESTS_FILE).exists():
         return None
     try:
@@ -34,11 +34,21 @@ def find_damage(folder):
         if (folder / name).stat().st_size != size:
             return f"{name} has {(folder / name).stat().st_size} bytes instead of {size}"
     with ThreadPoolExecutor(4) as pool:
-        sums = list(pool.map(sha256_of, [folder / name for name in digests]))
+        sums = list(pool.map(readable_sha256_of, [folder / name for name in digests]))
     for (name, (_, sha256)), found in zip(digests.items(), sums):
+        if found is None:
+            return f"{name} cannot be read"
         if found != sha256:
             return f"the content of {name} has changed since it was written"
     return None
+
+
+def readable_sha256_of(path):
+    """The SHA-256 of a file, or None for one that cannot be read: the disk may be what is damaged."""
+    try:
+        return sha256_of(path)
+    except OSError:
+        return None
 
 
 def sha256_of(path):

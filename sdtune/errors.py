@@ -12,6 +12,9 @@ import time
 
 MAX_LINES = 12  # of a message
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "COMET_API_KEY")  # in the environment
+OUT_OF_MEMORY_TEXT = re.compile(r"out of memory|can't allocate memory|RESOURCE_EXHAUSTED", re.IGNORECASE)
+# What a process says whose connection to another one ends.
+LOST_PEER_TEXT = re.compile(r"Connection (closed|reset) by (peer|remote)|remote process exited", re.IGNORECASE)
 
 
 class InputError(ValueError):
@@ -86,6 +89,16 @@ def remedy_for(error):
     if re.search(r"No space left|File too large|quota exceeded", str(error), re.IGNORECASE):
         return "; make room"
     return "; check that path, and that you may use it" if isinstance(error, OSError) else ""
+
+
+def is_lack_of_memory(error):
+    """Whether an exception comes of too little memory, of the machine or of a device."""
+    return isinstance(error, MemoryError) or bool(OUT_OF_MEMORY_TEXT.search(str(error)))
+
+
+def is_lost_peer(error):
+    """Whether an exception comes of the end of another process: what happened is told there."""
+    return bool(LOST_PEER_TEXT.search(str(error)))
 
 
 def raise_problems(problems):

@@ -12,7 +12,7 @@ from pathlib import Path
 from diffusers.training_utils import free_memory
 
 from sdtune.checkpoints import checkpoint_of, list_checkpoints, save_checkpoint
-from sdtune.errors import InputError, fitted
+from sdtune.errors import InputError, fitted, is_lack_of_memory, is_lost_peer
 from sdtune.output import end_training, restore_output
 from sdtune.signals import drop_lost_output, noted_signals
 
@@ -22,9 +22,6 @@ DISK_FULL_TEXT = re.compile(
     r"No space left|File too large|quota exceeded|iostream error|PytorchStreamWriter failed|unexpected pos",
     re.IGNORECASE,
 )
-OUT_OF_MEMORY_TEXT = re.compile(r"out of memory|can't allocate memory|RESOURCE_EXHAUSTED", re.IGNORECASE)
-# What a process says whose connection to another one ends: what happened is told there.
-LOST_PEER_TEXT = re.compile(r"Connection (closed|reset) by (peer|remote)|remote process exited", re.IGNORECASE)
 
 
 @contextlib.contextmanager
@@ -84,13 +81,13 @@ def explain(args, error):
         return last_words(error), ""
     if is_disk_full(error):
         return "a full disk", ". Make room first"
-    if isinstance(error, MemoryError) or OUT_OF_MEMORY_TEXT.search(str(error)):
+    if is_lack_of_memory(error):
         return f"a lack of memory ({last_words(error)})", f". Use {memory_flags(args)}"
     if not Path(args.output_dir).is_dir():
         return f"the loss of {args.output_dir}, which was removed meanwhile", ""
     if isinstance(error, OSError) and is_below(args.output_dir, error.filename):
         return f"a file that cannot be written ({last_words(error)})", ". Make --output_dir writable first"
-    if LOST_PEER_TEXT.search(str(error)):
+    if is_lost_peer(error):
         return f"the end of another process ({last_words(error)})", ""
     return "", ""
 

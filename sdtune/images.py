@@ -108,10 +108,15 @@ def load_pixels(encoded, enough):
         raise
 
 
+def open_encoded(encoded):
+    """Opens a file, which is not decoded yet, if it is of a format for images."""
+    Image.init()
+    return Image.open(io.BytesIO(encoded), formats=[name for name in FORMATS if name in Image.OPEN])
+
+
 def decode_file(encoded, enough):
     """Opens a file and decodes it to the end; a JPEG in reduced size, if no side is then below `enough` pixels."""
-    Image.init()
-    image = Image.open(io.BytesIO(encoded), formats=[name for name in FORMATS if name in Image.OPEN])
+    image = open_encoded(encoded)
     width, height = image.size
     for scale in (8, 4, 2):
         # Only where it divides both sides do the edges stay where they are.

@@ -9,7 +9,14 @@ import socket
 import sys
 
 from sdtune.arguments import check_encoding, parse_flags
-from sdtune.errors import print_any_character, raise_problems, told_to_user
+from sdtune.errors import (
+    InputError,
+    is_lost_peer,
+    last_line,
+    print_any_character,
+    raise_problems,
+    told_to_user,
+)
 from sdtune.models import quiet_libraries
 from sdtune.output import locked_output
 from sdtune.signals import ASK_TO_SAVE, answered_signals, find_launcher
@@ -36,10 +43,17 @@ def run_launched_script(program, parser, argv, replaced_flags, check_args, train
 
 @contextlib.contextmanager
 def work_of(args, is_first):
-    """What is done in one of several processes: the first one holds the lock of the output folder, and prints."""
+    """What is done in one of several processes: the first one holds the lock of the output folder, and prints. Raises
+    `InputError` if another one has ended."""
     lock = locked_output(args) if is_first and not args.dry_run else contextlib.nullcontext()
     with lock, contextlib.redirect_stdout(sys.stdout if is_first else io.StringIO()):
-        yield
+        try:
+            yield
+        except Exception as error:
+            if not is_lost_peer(error):
+                raise
+            told = f"another process has ended ({last_line(error)})"
+            raise InputError(f"{told}; read its message, mend that, and start all of them again") from None
 
 
 def run_script(program, parser, argv, replaced_flags, check_args, start, is_first=True, patience=0):

@@ -16,7 +16,6 @@ from sdtune.checkpoints import (
     note_best,
     read_undamaged,
     removed_on_failure,
-    take_settings,
 )
 from sdtune.deepspeed import held_whole, is_partitioned, uses_deepspeed
 from sdtune.errors import InputError
@@ -71,10 +70,13 @@ def holding(parameters, values):
 
 def save_together(accelerator, run, total_limit):
     """Writes the checkpoint of the run's step, by all processes together."""
-    [partial] = broadcast_object_list([begin_checkpoint(run) if accelerator.is_main_process else None])
-    if partial is None:
+    started = begin_checkpoint(run) if accelerator.is_main_process else None
+    [name] = broadcast_object_list([started and started.name])
+    if name is None:
         return
-    with removed_on_failure(partial):
+    partial = run.output_dir / name  # which each machine may know by a path of its own
+    # One process removes it: another one may hear of a failure while the first one completes the checkpoint.
+    with removed_on_failure(partial) if accelerator.is_main_process else contextlib.nullcontext():
         write_state(accelerator, run, partial)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
@@ -169,10 +171,8 @@ def numbers_of(run):
     return parts
 
 
-def resume(accelerator, run, checkpoint, free, fixed):
-    """Loads a checkpoint into the run, by all processes together; `free` and `fixed` as in `compare_settings`. Raises
-    `InputError`."""
-    take_settings(run, checkpoint, free, fixed)
+def read_checkpoint(accelerator, run, checkpoint):
+    """Reads weights and state of a checkpoint into the run, by all processes together. Raises `InputError`."""
     read_undamaged(checkpoint, functools.partial(read_state, accelerator, run))
 
 

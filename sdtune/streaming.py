@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import io
 import itertools
 import json
 import os
@@ -11,7 +10,6 @@ import sys
 import datasets
 import numpy as np
 import torch
-from PIL import Image
 
 from sdtune.arguments import NUM_TRAIN_EPOCHS, noise_offset_of
 from sdtune.batches import count_steps, count_stream_steps
@@ -29,7 +27,7 @@ from sdtune.dataset import (
     seen_alike,
 )
 from sdtune.errors import InputError, last_line
-from sdtune.images import MIN_SIDE, NO_CAPTION, check_image, path_of_findings
+from sdtune.images import MIN_SIDE, NO_CAPTION, check_image, open_encoded, path_of_findings
 from sdtune.models import load_tokenizer, read_latent_layout, read_num_timesteps
 from sdtune.randomness import BUFFER, SAMPLE, SHARDS_ORDER, random_numbers
 
@@ -207,7 +205,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
         if row["image"] and row["image"]["bytes"] is None:
             return f"the row names a file ({row['image']['path']}), and does not hold the image"
         try:
-            if min(Image.open(io.BytesIO(row["image"]["bytes"])).size) < MIN_SIDE:
+            if min(open_encoded(row["image"]["bytes"]).size) < MIN_SIDE:
                 return check_image(row["image"], {})[1][-1]
             image = self.samples.fit(0, row, place, sample["is_mirrored"])
         except MemoryError:  # which is not the image's fault

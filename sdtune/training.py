@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 
 from sdtune.batches import find_largest_step, micro_batches, step_sizes
 from sdtune.buckets import warn_of_short_steps
-from sdtune.checkpoints import Weights, count_damaged, find_checkpoint, new_run, note_step
+from sdtune.checkpoints import Weights, count_damaged, find_checkpoint, new_run, note_step, take_settings
 from sdtune.deepspeed import (
     check_deepspeed,
     choose_backend,
@@ -57,7 +57,7 @@ from sdtune.plan import print_plan, tell_cost, warn_of_precision
 from sdtune.randomness import DROPOUT, random_numbers
 from sdtune.sharding import check_sharding, held_here, set_up_sharding, skeleton_of, whole_tensor
 from sdtune.signals import ignore_signals, is_asked, take_save_requests
-from sdtune.states import keep_best_together, register_weights, resume, save_together
+from sdtune.states import keep_best_together, read_checkpoint, register_weights, save_together
 from sdtune.streaming import stream_from, without_left_out
 from sdtune.validation import LookGivenUp, steps_between_looks
 
@@ -65,7 +65,7 @@ from sdtune.validation import LookGivenUp, steps_between_looks
 FREED_MEMORY_IS_KEPT = {-1: 2**31 - 1, -3: 2**30}  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, in bytes
 MINUTES = datetime.timedelta(minutes=10)  # for what all processes do at the same time
 A_DAY = datetime.timedelta(days=1)
-PATIENCE_WITH_FOLDERS = 15  # seconds after which what one machine wrote has to be seen by the others
+PATIENCE_WITH_FOLDERS = 75  # seconds: NFS may keep for 60 that a file is not there
 # Flags that may differ between machines: what they name is compared in their place, or has no effect on others.
 OWN_TO_A_MACHINE = set(
     """
@@ -256,23 +256,39 @@ def start_run(args, accelerator, counts, state, fingerprints, weights, free, fix
     fingerprints = {**fingerprints, "dropout_masks": masks, "optimizer": optimizer_of(args), "sharding": sharding}
     run = new_run(args, counts, state, accelerator.mixed_precision, fingerprints, weights)
     register_weights(accelerator, run)
-    num_damaged = count_damaged_once(accelerator, run.output_dir, args.resume_from_checkpoint)
-    if checkpoint := find_checkpoint(run.output_dir, args.resume_from_checkpoint, num_damaged):
-        resume(accelerator, run, checkpoint, free, fixed)
-    check_agreement(accelerator, {"global_step": run.progress["global_step"]})
+    checkpoint, own = choose_checkpoint(accelerator, run, args.resume_from_checkpoint)
+    run.settings |= own
+    if checkpoint:
+        with raised_together(accelerator):  # before they read together, which none of them could do alone
+            take_settings(run, checkpoint, free, fixed)
+            check_agreement(accelerator, {"global_step": run.progress["global_step"]})
+        with told_in_a_line(args, accelerator, "The resume"):
+            read_checkpoint(accelerator, run, checkpoint)
     return run
 
 
-def count_damaged_once(accelerator, output_dir, wanted):
-    """What the first process finds by `count_damaged`, in all of them. Raises `InputError` in all of them."""
-    found, problems = 0, []
+def choose_checkpoint(accelerator, run, wanted):
+    """The checkpoint that the first process goes on from, or None, as each process finds it; and of the first one the
+    settings that are a machine's own, which are those in the checkpoint. Raises `InputError` in all of them."""
+    name, problems = None, []
     if accelerator.is_main_process:
         with gathered(problems):
-            found = count_damaged(output_dir, wanted)
+            found = find_checkpoint(run.output_dir, wanted, count_damaged(run.output_dir, wanted))
+            name = found and (found.name if found.parent == run.output_dir else str(found))
     accelerator.wait_for_everyone()
-    found, problems = gather_object([(found, problems)])[0]
+    own = {flag: run.settings[flag] for flag in OWN_TO_A_MACHINE & run.settings.keys()}
+    name, problems, own = broadcast_object_list([name, problems, own])
     raise_problems(problems)
-    return found
+    return name and find_checkpoint(run.output_dir, name), own
+
+
+@contextlib.contextmanager
+def raised_together(accelerator):
+    """Raises an `InputError` of one process in all of them."""
+    problems = []
+    with gathered(problems):
+        yield
+    raise_problems(next((found for found in gather_object([problems]) if found), []))
 
 
 def has_dropout(models):

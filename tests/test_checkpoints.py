@@ -24,6 +24,7 @@ from sdtune.checkpoints import (
     keep_best,
     list_checkpoints,
     read_best,
+    read_undamaged,
     save_checkpoint,
     set_aside_damaged,
 )
@@ -617,3 +618,37 @@ def test_huge_learning_rate_ends_with_finite_weights(fit, tmp_path, capsys):
     assert "a lower --learning_rate" in message
     (name,) = checkpoints(tmp_path)
     assert all(weight.isfinite().all() for weight in checkpoint_unet(tmp_path / name).values())
+
+
+def test_an_old_checkpoint_that_stays_is_no_failure(fit, tmp_path, monkeypatch, capsys):
+    """As where somebody has a file of it open on a network file system."""
+    rmtree = shutil.rmtree
+
+    def fail(path, **options):
+        if "checkpoint-1" in str(path):
+            raise OSError(39, "Directory not empty")
+        rmtree(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", fail)
+    assert fit(tmp_path, checkpointing_steps=1, checkpoints_total_limit=1, max_train_steps=3) == 0
+    told = f"Warning: {tmp_path / 'checkpoint-1'} could not be removed ([Errno 39] Directory not empty); remove"
+    assert told in capsys.readouterr().out
+    assert checkpoints(tmp_path) == ["checkpoint-1.partial", "checkpoint-3"]
+
+
+def test_what_hosts_with_long_names_left_unfinished_goes(fit, tmp_path):
+    for host in ("node1", "node1.cluster.local"):
+        (tmp_path / f"checkpoint-2.{host}-77.partial").mkdir()
+    (tmp_path / "args.json").write_text("{}")
+    assert fit(tmp_path, max_train_steps=1, resume_from_checkpoint="latest") == 0
+    assert checkpoints(tmp_path) == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory"), OSError("reset by peer")])
+def test_a_lack_of_memory_is_no_damage(tmp_path, error):
+    def fail(_):
+        raise error
+
+    is_damage = "peer" in str(error)  # which is not what a lost process says
+    with pytest.raises(InputError if is_damage else type(error)):
+        read_undamaged(tmp_path, fail)

@@ -1,11 +1,13 @@
 """Damage to a folder's files is found, whatever it is, and named."""
 
+import errno
 import hashlib
 import json
 import os
 
 import pytest
 
+from sdtune import digests
 from sdtune.digests import find_damage, write_digests
 
 
@@ -40,10 +42,22 @@ def test_a_whole_folder_has_no_damage(folder):
 
 
 def test_a_folder_without_digests_is_taken_as_it_is(folder):
-    """As an older version wrote it."""
+    """What cannot be read of it is found when it is read."""
     (folder / "digests.json").unlink()
     (folder / "empty").unlink()
     assert find_damage(folder) is None
+
+
+def test_what_the_disk_cannot_read_is_damage(folder, monkeypatch):
+    read = digests.sha256_of
+
+    def fail(path):
+        if path.name == "weights":
+            raise OSError(errno.EIO, "Input/output error")
+        return read(path)
+
+    monkeypatch.setattr(digests, "sha256_of", fail)
+    assert find_damage(folder) == "unet/weights cannot be read"
 
 
 @pytest.mark.parametrize("place", [0, 3500, 6999])

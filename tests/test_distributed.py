@@ -452,7 +452,7 @@ def test_a_folder_that_lags_is_waited_for(train_script, tiny_pipeline, images, t
     line = words(tiny_pipeline, images, tmp_path / "out", max_train_steps=1)
     statuses, said = run_machines(train_script, [line, line], tmp_path / "said")
     assert statuses == [0, 0], said
-    assert asked.read_text() == "15"
+    assert asked.read_text() == "75"
     assert not (tmp_path / "out" / ".token").exists()
 
 
@@ -484,3 +484,25 @@ def test_what_a_kill_left_is_no_run(train_script, tiny_pipeline, images, tmp_pat
     assert run_copies(train_script, line, tmp_path / "said") == [0, 0], (tmp_path / "said").read_text()
     assert not (folder / ".token").exists()
     assert json.loads((folder / "checkpoint-1" / "progress.json").read_text())["global_step"] == 1
+
+
+def test_machines_may_know_folders_and_the_model_by_other_paths(
+    train_script, tiny_pipeline, images, tmp_path, monkeypatch
+):
+    """The second one has its own copy of the model, and another way to the output; a checkpoint is in one place."""
+    copy = shutil.copytree(tiny_pipeline, tmp_path / "copy")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "way").symlink_to(tmp_path / "real")
+    settings = {"checkpointing_steps": 1, "max_train_steps": 2}
+    first = words(tiny_pipeline, images, tmp_path / "real" / "out", **settings)
+    second = words(copy, images, tmp_path / "way" / "out", **settings)
+    statuses, said = run_machines(train_script, [first, second], tmp_path / "said")
+    assert statuses == [0, 0], said
+    names = {path.name for path in (tmp_path / "real" / "out").glob("checkpoint-*")}
+    assert names == {"checkpoint-1", "checkpoint-2"}
+    for rank in (0, 1):
+        assert (tmp_path / "real" / "out" / "checkpoint-2" / f"random_states_{rank}.pkl").is_file()
+    more = ["--resume_from_checkpoint=latest", "--max_train_steps=3"]
+    statuses, said = run_machines(train_script, [first + more, second + more], tmp_path / "said")
+    assert statuses == [0, 0], said
+    assert len(losses(tmp_path / "real" / "out")) == 3

@@ -775,3 +775,18 @@ def test_what_commands_write_has_the_permissions_that_umask_asks_for(umask, tiny
     files = [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix in (".safetensors", ".json")]
     assert len(files) > 5
     assert {stat.S_IMODE(path.stat().st_mode) for path in files if path.suffix == ".safetensors"} == {0o666 & ~umask}
+
+
+@pytest.mark.parametrize("name", ["picture.dat", ".hidden/picture.png"])
+def test_a_caption_beside_an_image_that_metadata_alone_names_is_no_way_out(tmp_path, name):
+    """It is no image by its name, or lies in a hidden folder; the .txt beside it is looked at like any other."""
+    folder = write_image_folder(tmp_path / "data", 2)
+    (tmp_path / "secret.txt").write_text("a secret")
+    place = folder / name
+    place.parent.mkdir(exist_ok=True)
+    make_image(3).save(place, "PNG")
+    place.with_suffix(".txt").symlink_to(tmp_path / "secret.txt")
+    with (folder / "metadata.jsonl").open("a") as file:
+        file.write(json.dumps({"file_name": name, "text": ""}) + "\n")
+    with pytest.raises(InputError, match=r"1 files in it are links that lead out of it, such as\n  .*picture\.txt"):
+        read_folder(folder, "text")

@@ -146,6 +146,9 @@ gc.enable()
 
 MAX_LINES = 12  # of a message
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "COMET_API_KEY")  # in the environment
+OUT_OF_MEMORY_TEXT = re.compile(r"out of memory|can't allocate memory|RESOURCE_EXHAUSTED", re.IGNORECASE)
+# What a process says whose connection to another one ends.
+LOST_PEER_TEXT = re.compile(r"Connection (closed|reset) by (peer|remote)|remote process exited", re.IGNORECASE)
 
 
 class InputError(ValueError):
@@ -577,15 +580,12 @@ DISK_FULL_TEXT = re.compile(
     r"No space left|File too large|quota exceeded|iostream error|PytorchStreamWriter failed|unexpected pos",
     re.IGNORECASE,
 )
-OUT_OF_MEMORY_TEXT = re.compile(r"out of memory|can't allocate memory|RESOURCE_EXHAUSTED", re.IGNORECASE)
-# What a process says whose connection to another one ends: what happened is told there.
-LOST_PEER_TEXT = re.compile(r"Connection (closed|reset) by (peer|remote)|remote process exited", re.IGNORECASE)
 
 # Of glibc's `mallopt` (malloc.h): parameters, with the largest values that serve.
 FREED_MEMORY_IS_KEPT = {-1: 2**31 - 1, -3: 2**30}  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, in bytes
 MINUTES = datetime.timedelta(minutes=10)  # for what all processes do at the same time
 A_DAY = datetime.timedelta(days=1)
-PATIENCE_WITH_FOLDERS = 15  # seconds after which what one machine wrote has to be seen by the others
+PATIENCE_WITH_FOLDERS = 75  # seconds: NFS may keep for 60 that a file is not there
 # Flags that may differ between machines: what they name is compared in their place, or has no effect on others.
 OWN_TO_A_MACHINE = set(
     """
@@ -1038,23 +1038,39 @@ def start_run(args, accelerator, counts, state, fingerprints, weights, free, fix
     fingerprints = {**fingerprints, "dropout_masks": masks, "optimizer": optimizer_of(args), "sharding": sharding}
     run = new_run(args, counts, state, accelerator.mixed_precision, fingerprints, weights)
     register_weights(accelerator, run)
-    num_damaged = count_damaged_once(accelerator, run.output_dir, args.resume_from_checkpoint)
-    if checkpoint := find_checkpoint(run.output_dir, args.resume_from_checkpoint, num_damaged):
-        resume(accelerator, run, checkpoint, free, fixed)
-    check_agreement(accelerator, {"global_step": run.progress["global_step"]})
+    checkpoint, own = choose_checkpoint(accelerator, run, args.resume_from_checkpoint)
+    run.settings |= own
+    if checkpoint:
+        with raised_together(accelerator):  # before they read together, which none of them could do alone
+            take_settings(run, checkpoint, free, fixed)
+            check_agreement(accelerator, {"global_step": run.progress["global_step"]})
+        with told_in_a_line(args, accelerator, "The resume"):
+            read_checkpoint(accelerator, run, checkpoint)
     return run
 
 
-def count_damaged_once(accelerator, output_dir, wanted):
-    """What the first process finds by `count_damaged`, in all of them. Raises `InputError` in all of them."""
-    found, problems = 0, []
+def choose_checkpoint(accelerator, run, wanted):
+    """The checkpoint that the first process goes on from, or None, as each process finds it; and of the first one the
+    settings that are a machine's own, which are those in the checkpoint. Raises `InputError` in all of them."""
+    name, problems = None, []
     if accelerator.is_main_process:
         with gathered(problems):
-            found = count_damaged(output_dir, wanted)
+            found = find_checkpoint(run.output_dir, wanted, count_damaged(run.output_dir, wanted))
+            name = found and (found.name if found.parent == run.output_dir else str(found))
     accelerator.wait_for_everyone()
-    found, problems = gather_object([(found, problems)])[0]
+    own = {flag: run.settings[flag] for flag in OWN_TO_A_MACHINE & run.settings.keys()}
+    name, problems, own = broadcast_object_list([name, problems, own])
     raise_problems(problems)
-    return found
+    return name and find_checkpoint(run.output_dir, name), own
+
+
+@contextlib.contextmanager
+def raised_together(accelerator):
+    """Raises an `InputError` of one process in all of them."""
+    problems = []
+    with gathered(problems):
+        yield
+    raise_problems(next((found for found in gather_object([problems]) if found), []))
 
 
 def has_dropout(models):
@@ -1547,7 +1563,10 @@ def read_folder(folder, caption_column, takes_train=False, follows_links=False):
             columns |= row["columns"]
     if metadata and caption_column not in columns:
         raise InputError(f"{metadata[0]}: has no {caption_column!r} but {sorted(columns)}; set --caption_column")
-    for image in [image for image, found in captions.items() if not found]:
+    without = [image for image, found in captions.items() if not found]
+    beside = [image.with_suffix(".txt") for image in without]  # of images that metadata names, too
+    check_links([path for path in beside if path not in texts], folder, follows_links)
+    for image in without:
         captions[image] += read_caption_beside(image)
     known = {*captions, *metadata}
     if aside := [path.name for path in files if path not in known and path.suffix != ".txt"]:
@@ -2126,7 +2145,10 @@ def remove_surplus(output_dir, total_limit):
     surplus = list_checkpoints(output_dir)[:-total_limit] if total_limit else []
     for old in surplus:
         if best is None or old.name != f"checkpoint-{best['step']}":
-            shutil.rmtree(old.rename(old.with_suffix(".partial")))  # which is what a kill would leave of it
+            try:
+                shutil.rmtree(old.rename(old.with_suffix(".partial")))  # which is what a kill would leave of it
+            except OSError as error:  # somebody has a file of it open, maybe; the new one is safe
+                print(f"Warning: {old} could not be removed ({last_line(error)}); remove what is left of it.")
 
 
 def read_best(output_dir):
@@ -2166,6 +2188,8 @@ def read_undamaged(checkpoint, read):
     try:
         return read(checkpoint)
     except Exception as error:  # torch and safetensors have one for every way of being broken
+        if is_lack_of_memory(error) or is_lost_peer(error):  # which is not the checkpoint's fault
+            raise
         told = f"{checkpoint} is damaged, or of another script; name another ({last_line(error)})"
         raise InputError(f"--resume_from_checkpoint: {told}") from None
 
@@ -2259,10 +2283,13 @@ def holding(parameters, values):
 
 def save_together(accelerator, run, total_limit):
     """Writes the checkpoint of the run's step, by all processes together."""
-    [partial] = broadcast_object_list([begin_checkpoint(run) if accelerator.is_main_process else None])
-    if partial is None:
+    started = begin_checkpoint(run) if accelerator.is_main_process else None
+    [name] = broadcast_object_list([started and started.name])
+    if name is None:
         return
-    with removed_on_failure(partial):
+    partial = run.output_dir / name  # which each machine may know by a path of its own
+    # One process removes it: another one may hear of a failure while the first one completes the checkpoint.
+    with removed_on_failure(partial) if accelerator.is_main_process else contextlib.nullcontext():
         write_state(accelerator, run, partial)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
@@ -2357,10 +2384,8 @@ def numbers_of(run):
     return parts
 
 
-def resume(accelerator, run, checkpoint, free, fixed):
-    """Loads a checkpoint into the run, by all processes together; `free` and `fixed` as in `compare_settings`. Raises
-    `InputError`."""
-    take_settings(run, checkpoint, free, fixed)
+def read_checkpoint(accelerator, run, checkpoint):
+    """Reads weights and state of a checkpoint into the run, by all processes together. Raises `InputError`."""
     read_undamaged(checkpoint, functools.partial(read_state, accelerator, run))
 
 
@@ -2464,6 +2489,16 @@ def remedy_for(error):
     if re.search(r"No space left|File too large|quota exceeded", str(error), re.IGNORECASE):
         return "; make room"
     return "; check that path, and that you may use it" if isinstance(error, OSError) else ""
+
+
+def is_lack_of_memory(error):
+    """Whether an exception comes of too little memory, of the machine or of a device."""
+    return isinstance(error, MemoryError) or bool(OUT_OF_MEMORY_TEXT.search(str(error)))
+
+
+def is_lost_peer(error):
+    """Whether an exception comes of the end of another process: what happened is told there."""
+    return bool(LOST_PEER_TEXT.search(str(error)))
 
 
 def raise_problems(problems):
@@ -3502,10 +3537,15 @@ def load_pixels(encoded, enough):
         raise
 
 
+def open_encoded(encoded):
+    """Opens a file, which is not decoded yet, if it is of a format for images."""
+    Image.init()
+    return Image.open(io.BytesIO(encoded), formats=[name for name in FORMATS if name in Image.OPEN])
+
+
 def decode_file(encoded, enough):
     """Opens a file and decodes it to the end; a JPEG in reduced size, if no side is then below `enough` pixels."""
-    Image.init()
-    image = Image.open(io.BytesIO(encoded), formats=[name for name in FORMATS if name in Image.OPEN])
+    image = open_encoded(encoded)
     width, height = image.size
     for scale in (8, 4, 2):
         # Only where it divides both sides do the edges stay where they are.
@@ -5076,7 +5116,7 @@ def write_digests(folder):
 
 def find_damage(folder):
     """What is wrong with the first file of a folder that is missing, or of another size or content than digests.json
-    says; None for a folder that is whole, or has no digests: an older version wrote none."""
+    says, or that cannot be read; None for a folder that is whole, or has no digests, by which nothing can be found."""
     if not (folder / DIGESTS_FILE).exists():
         return None
     try:
@@ -5089,11 +5129,21 @@ def find_damage(folder):
         if (folder / name).stat().st_size != size:
             return f"{name} has {(folder / name).stat().st_size} bytes instead of {size}"
     with ThreadPoolExecutor(4) as pool:
-        sums = list(pool.map(sha256_of, [folder / name for name in digests]))
+        sums = list(pool.map(readable_sha256_of, [folder / name for name in digests]))
     for (name, (_, sha256)), found in zip(digests.items(), sums):
+        if found is None:
+            return f"{name} cannot be read"
         if found != sha256:
             return f"the content of {name} has changed since it was written"
     return None
+
+
+def readable_sha256_of(path):
+    """The SHA-256 of a file, or None for one that cannot be read: the disk may be what is damaged."""
+    try:
+        return sha256_of(path)
+    except OSError:
+        return None
 
 
 def sha256_of(path):
@@ -5243,7 +5293,7 @@ def prepare_output(run, overwrite):
     output_dir.mkdir(parents=True, exist_ok=True)
     old_files = ["README.md", "best.json"]  # the first of which says that a run has ended
     old_folders = r"samples|checkpoint-\d+"
-    unfinished = r"checkpoint-\d+(\.[^.]*-\d+)?\.partial|" + re.escape(NEW_RESULT)
+    unfinished = r"checkpoint-\d+(\..+-\d+)?\.partial|" + re.escape(NEW_RESULT)
     if overwrite:
         for name in old_files:
             (output_dir / name).unlink(missing_ok=True)
@@ -6005,13 +6055,13 @@ def explain(args, error):
         return last_words(error), ""
     if is_disk_full(error):
         return "a full disk", ". Make room first"
-    if isinstance(error, MemoryError) or OUT_OF_MEMORY_TEXT.search(str(error)):
+    if is_lack_of_memory(error):
         return f"a lack of memory ({last_words(error)})", f". Use {memory_flags(args)}"
     if not Path(args.output_dir).is_dir():
         return f"the loss of {args.output_dir}, which was removed meanwhile", ""
     if isinstance(error, OSError) and is_below(args.output_dir, error.filename):
         return f"a file that cannot be written ({last_words(error)})", ". Make --output_dir writable first"
-    if LOST_PEER_TEXT.search(str(error)):
+    if is_lost_peer(error):
         return f"the end of another process ({last_words(error)})", ""
     return "", ""
 
@@ -6117,10 +6167,17 @@ def run_launched_script(program, parser, argv, replaced_flags, check_args, train
 
 @contextlib.contextmanager
 def work_of(args, is_first):
-    """What is done in one of several processes: the first one holds the lock of the output folder, and prints."""
+    """What is done in one of several processes: the first one holds the lock of the output folder, and prints. Raises
+    `InputError` if another one has ended."""
     lock = locked_output(args) if is_first and not args.dry_run else contextlib.nullcontext()
     with lock, contextlib.redirect_stdout(sys.stdout if is_first else io.StringIO()):
-        yield
+        try:
+            yield
+        except Exception as error:
+            if not is_lost_peer(error):
+                raise
+            told = f"another process has ended ({last_line(error)})"
+            raise InputError(f"{told}; read its message, mend that, and start all of them again") from None
 
 
 def run_script(program, parser, argv, replaced_flags, check_args, start, is_first=True, patience=0):

@@ -120,6 +120,9 @@ gc.enable()
 
 MAX_LINES = 12  # of a message
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "COMET_API_KEY")  # in the environment
+OUT_OF_MEMORY_TEXT = re.compile(r"out of memory|can't allocate memory|RESOURCE_EXHAUSTED", re.IGNORECASE)
+# What a process says whose connection to another one ends.
+LOST_PEER_TEXT = re.compile(r"Connection (closed|reset) by (peer|remote)|remote process exited", re.IGNORECASE)
 
 
 class InputError(ValueError):
@@ -538,7 +541,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
         if row["image"] and row["image"]["bytes"] is None:
             return f"the row names a file ({row['image']['path']}), and does not hold the image"
         try:
-            if min(Image.open(io.BytesIO(row["image"]["bytes"])).size) < MIN_SIDE:
+            if min(open_encoded(row["image"]["bytes"]).size) < MIN_SIDE:
                 return check_image(row["image"], {})[1][-1]
             image = self.samples.fit(0, row, place, sample["is_mirrored"])
         except MemoryError:  # which is not the image's fault
@@ -653,9 +656,6 @@ DISK_FULL_TEXT = re.compile(
     r"No space left|File too large|quota exceeded|iostream error|PytorchStreamWriter failed|unexpected pos",
     re.IGNORECASE,
 )
-OUT_OF_MEMORY_TEXT = re.compile(r"out of memory|can't allocate memory|RESOURCE_EXHAUSTED", re.IGNORECASE)
-# What a process says whose connection to another one ends: what happened is told there.
-LOST_PEER_TEXT = re.compile(r"Connection (closed|reset) by (peer|remote)|remote process exited", re.IGNORECASE)
 
 # Keys of the configs that the networks obey or that do not bear on them; any other must be at its default.
 UNDERSTOOD = {
@@ -720,7 +720,7 @@ class EncodedImages:
 
 WEIGHTS = {"unet", "ema"}  # parts of the state that are weights of the UNet
 
-PATIENCE_WITH_FOLDERS = 15  # seconds after which what one host wrote has to be seen by the others
+PATIENCE_WITH_FOLDERS = 75  # seconds: NFS may keep for 60 that a file is not there
 # Flags that may differ between hosts: what they name is compared in their place, or has no effect on others.
 OWN_TO_A_HOST = set(
     """
@@ -1507,7 +1507,10 @@ def read_folder(folder, caption_column, takes_train=False, follows_links=False):
             columns |= row["columns"]
     if metadata and caption_column not in columns:
         raise InputError(f"{metadata[0]}: has no {caption_column!r} but {sorted(columns)}; set --caption_column")
-    for image in [image for image, found in captions.items() if not found]:
+    without = [image for image, found in captions.items() if not found]
+    beside = [image.with_suffix(".txt") for image in without]  # of images that metadata names, too
+    check_links([path for path in beside if path not in texts], folder, follows_links)
+    for image in without:
         captions[image] += read_caption_beside(image)
     known = {*captions, *metadata}
     if aside := [path.name for path in files if path not in known and path.suffix != ".txt"]:
@@ -2190,7 +2193,10 @@ def remove_surplus(output_dir, total_limit):
     surplus = list_checkpoints(output_dir)[:-total_limit] if total_limit else []
     for old in surplus:
         if best is None or old.name != f"checkpoint-{best['step']}":
-            shutil.rmtree(old.rename(old.with_suffix(".partial")))  # which is what a kill would leave of it
+            try:
+                shutil.rmtree(old.rename(old.with_suffix(".partial")))  # which is what a kill would leave of it
+            except OSError as error:  # somebody has a file of it open, maybe; the new one is safe
+                print(f"Warning: {old} could not be removed ({last_line(error)}); remove what is left of it.")
 
 
 def read_best(output_dir):
@@ -2238,6 +2244,8 @@ def read_undamaged(checkpoint, read):
     try:
         return read(checkpoint)
     except Exception as error:  # torch and safetensors have one for every way of being broken
+        if is_lack_of_memory(error) or is_lost_peer(error):  # which is not the checkpoint's fault
+            raise
         told = f"{checkpoint} is damaged, or of another script; name another ({last_line(error)})"
         raise InputError(f"--resume_from_checkpoint: {told}") from None
 
@@ -2398,6 +2406,16 @@ def remedy_for(error):
     if re.search(r"No space left|File too large|quota exceeded", str(error), re.IGNORECASE):
         return "; make room"
     return "; check that path, and that you may use it" if isinstance(error, OSError) else ""
+
+
+def is_lack_of_memory(error):
+    """Whether an exception comes of too little memory, of the machine or of a device."""
+    return isinstance(error, MemoryError) or bool(OUT_OF_MEMORY_TEXT.search(str(error)))
+
+
+def is_lost_peer(error):
+    """Whether an exception comes of the end of another process: what happened is told there."""
+    return bool(LOST_PEER_TEXT.search(str(error)))
 
 
 def raise_problems(problems):
@@ -3309,10 +3327,15 @@ def load_pixels(encoded, enough):
         raise
 
 
+def open_encoded(encoded):
+    """Opens a file, which is not decoded yet, if it is of a format for images."""
+    Image.init()
+    return Image.open(io.BytesIO(encoded), formats=[name for name in FORMATS if name in Image.OPEN])
+
+
 def decode_file(encoded, enough):
     """Opens a file and decodes it to the end; a JPEG in reduced size, if no side is then below `enough` pixels."""
-    Image.init()
-    image = Image.open(io.BytesIO(encoded), formats=[name for name in FORMATS if name in Image.OPEN])
+    image = open_encoded(encoded)
     width, height = image.size
     for scale in (8, 4, 2):
         # Only where it divides both sides do the edges stay where they are.
@@ -4038,7 +4061,7 @@ def write_digests(folder):
 
 def find_damage(folder):
     """What is wrong with the first file of a folder that is missing, or of another size or content than digests.json
-    says; None for a folder that is whole, or has no digests: an older version wrote none."""
+    says, or that cannot be read; None for a folder that is whole, or has no digests, by which nothing can be found."""
     if not (folder / DIGESTS_FILE).exists():
         return None
     try:
@@ -4051,11 +4074,21 @@ def find_damage(folder):
         if (folder / name).stat().st_size != size:
             return f"{name} has {(folder / name).stat().st_size} bytes instead of {size}"
     with ThreadPoolExecutor(4) as pool:
-        sums = list(pool.map(sha256_of, [folder / name for name in digests]))
+        sums = list(pool.map(readable_sha256_of, [folder / name for name in digests]))
     for (name, (_, sha256)), found in zip(digests.items(), sums):
+        if found is None:
+            return f"{name} cannot be read"
         if found != sha256:
             return f"the content of {name} has changed since it was written"
     return None
+
+
+def readable_sha256_of(path):
+    """The SHA-256 of a file, or None for one that cannot be read: the disk may be what is damaged."""
+    try:
+        return sha256_of(path)
+    except OSError:
+        return None
 
 
 def sha256_of(path):
@@ -4205,7 +4238,7 @@ def prepare_output(run, overwrite):
     output_dir.mkdir(parents=True, exist_ok=True)
     old_files = ["README.md", "best.json"]  # the first of which says that a run has ended
     old_folders = r"samples|checkpoint-\d+"
-    unfinished = r"checkpoint-\d+(\.[^.]*-\d+)?\.partial|" + re.escape(NEW_RESULT)
+    unfinished = r"checkpoint-\d+(\..+-\d+)?\.partial|" + re.escape(NEW_RESULT)
     if overwrite:
         for name in old_files:
             (output_dir / name).unlink(missing_ok=True)
@@ -4807,13 +4840,13 @@ def explain(args, error):
         return last_words(error), ""
     if is_disk_full(error):
         return "a full disk", ". Make room first"
-    if isinstance(error, MemoryError) or OUT_OF_MEMORY_TEXT.search(str(error)):
+    if is_lack_of_memory(error):
         return f"a lack of memory ({last_words(error)})", f". Use {memory_flags(args)}"
     if not Path(args.output_dir).is_dir():
         return f"the loss of {args.output_dir}, which was removed meanwhile", ""
     if isinstance(error, OSError) and is_below(args.output_dir, error.filename):
         return f"a file that cannot be written ({last_words(error)})", ". Make --output_dir writable first"
-    if LOST_PEER_TEXT.search(str(error)):
+    if is_lost_peer(error):
         return f"the end of another process ({last_words(error)})", ""
     return "", ""
 
@@ -4900,10 +4933,17 @@ def leave(accelerator, run, broken, received):
 # -------------------------------------------------------------------------------------------------------------- script
 @contextlib.contextmanager
 def work_of(args, is_first):
-    """What is done in one of several processes: the first one holds the lock of the output folder, and prints."""
+    """What is done in one of several processes: the first one holds the lock of the output folder, and prints. Raises
+    `InputError` if another one has ended."""
     lock = locked_output(args) if is_first and not args.dry_run else contextlib.nullcontext()
     with lock, contextlib.redirect_stdout(sys.stdout if is_first else io.StringIO()):
-        yield
+        try:
+            yield
+        except Exception as error:
+            if not is_lost_peer(error):
+                raise
+            told = f"another process has ended ({last_line(error)})"
+            raise InputError(f"{told}; read its message, mend that, and start all of them again") from None
 
 
 def run_script(program, parser, argv, replaced_flags, check_args, start, is_first=True, patience=0):

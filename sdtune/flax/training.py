@@ -33,7 +33,7 @@ from sdtune.signals import is_asked, take_save_requests
 from sdtune.streaming import stream_from
 from sdtune.validation import LookGivenUp, steps_between_looks
 
-PATIENCE_WITH_FOLDERS = 15  # seconds after which what one host wrote has to be seen by the others
+PATIENCE_WITH_FOLDERS = 75  # seconds: NFS may keep for 60 that a file is not there
 # Flags that may differ between hosts: what they name is compared in their place, or has no effect on others.
 OWN_TO_A_HOST = set(
     """

@@ -33,10 +33,13 @@ MAX_LINES = 12  # of a message
 
 
 def message_of(said):
-    """The lines at the end of what a script said, without its bar and empty ones; no traceback is among them."""
+    """The last line of what a script said, without its bar and empty ones; after the bar there are no more lines than
+    a message may have, and no traceback anywhere."""
     assert "Traceback" not in said, said
-    lines = [line for line in said.splitlines() if line.strip() and not re.search(r"\d+%\|", line)]
-    return lines[-1]
+    lines = [line for line in said.splitlines() if line.strip()]
+    bars = [number for number, line in enumerate(lines) if re.search(r"\d+%\|", line)]
+    assert len(lines) - (bars[-1] + 1 if bars else 0) <= MAX_LINES or not bars, said
+    return [line for line in lines if not re.search(r"\d+%\|", line)][-1]
 
 
 def straight_and_stopped(victim, **settings):
