@@ -35,14 +35,18 @@ def make_table(results):
         path = results / f"compare-{device}.json"
         for record in json.loads(path.read_text(encoding="utf-8")) if path.exists() else []:
             found[record["name"], device] = record
-    lines = ["| training | time of a step | peak memory | launch to first step | time of a step on a GPU |"]
-    lines += ["|---|---|---|---|---|"]
+    head = ["training", "time of a step", "peak memory", "launch to first step"]
+    has_gpu = any(device == "gpu" for _, device in found)
+    if has_gpu:
+        head.append("time of a step on a GPU")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, told in NAMES.items():
         record, on_gpu = found.get((name, "cpu")), found.get((name, "gpu"))
         cells = [MISSING] * 3
         if record:
             cells = [cell(record, what) for what in ("seconds_per_step", "peak_memory", "time_to_first_step")]
-        cells.append(cell(on_gpu, "seconds_per_step") if on_gpu else MISSING)
+        if has_gpu:
+            cells.append(cell(on_gpu, "seconds_per_step") if on_gpu else MISSING)
         lines.append(" | ".join([f"| {told}", *cells]) + " |")
     return "\n".join(lines) + "\n"
 

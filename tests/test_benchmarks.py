@@ -225,8 +225,13 @@ def test_a_table_shows_ratios_with_their_intervals(tmp_path):
     ratios = {"seconds_per_step_ratio": 0.871, "peak_memory_ratio": 1, "time_to_first_step_ratio": 0.7}
     intervals = {name: [ratio - 0.01, ratio + 0.02] for name, ratio in ratios.items()}
     measuring.merge_records(tmp_path / "compare-cpu.json", [{"name": "lora", **ratios, "intervals": intervals}])
+    row = "| LoRA | 0.87 (0.86 to 0.89) | 1.00 (0.99 to 1.02) | 0.70 (0.69 to 0.72)"
     lines = table.make_table(tmp_path).splitlines()
     assert len(lines) == 2 + 6
-    row = "| LoRA | 0.87 (0.86 to 0.89) | 1.00 (0.99 to 1.02) | 0.70 (0.69 to 0.72) | not measured |"
-    assert row in lines
+    assert f"{row} |" in lines
+    assert lines[2] == "| whole UNet | not measured | not measured | not measured |"
+    on_gpu = {"name": "lora", "seconds_per_step_ratio": 0.5, "intervals": {"seconds_per_step_ratio": [0.4, 0.6]}}
+    measuring.merge_records(tmp_path / "compare-gpu.json", [on_gpu])
+    lines = table.make_table(tmp_path).splitlines()
+    assert f"{row} | 0.50 (0.40 to 0.60) |" in lines
     assert lines[2] == "| whole UNet | not measured | not measured | not measured | not measured |"
