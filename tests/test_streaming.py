@@ -54,7 +54,7 @@ def keys_of(images, stream, num_streams, num_epochs):
     """(shard, row) of each row that a stream reads, in its order, by epoch."""
     epochs = {epoch: [] for epoch in range(num_epochs)}
     for epoch, row in images.rows(stream, num_streams, 0):
-        if epoch == num_epochs:
+        if epoch >= num_epochs:
             return list(epochs.values())
         epochs[epoch].append((row.shard, row.index))
     raise AssertionError("a stream has no end")
@@ -296,10 +296,28 @@ def test_a_pass_of_bad_rows_has_no_weight(open_stream, tmp_path):
 def test_a_stream_without_a_good_row_ends(open_stream, tmp_path):
     write_tar(tmp_path / "set" / "a.tar", [(b"note", f"{number}.png", "words") for number in range(3)])
     images, _, _ = open_stream(tmp_path / "set", "--train_batch_size=4")
-    with pytest.raises(
-        InputError, match=r"1,000 rows one after the other cannot be used; .*no image that Pillow knows"
-    ):
+    told = (
+        r"^a whole epoch in which no image can be used \((a.tar: \d.png: no image that Pillow knows(; )?){3}\); mend "
+        "or remove these, or name other columns by --image_column and --caption_column$"
+    )
+    with pytest.raises(InputError, match=told):
+        take(images, 0, 1, 1)  # which has the first row of the second epoch
+    with pytest.raises(InputError, match=r"^a whole epoch of one of 2 workers in which"):
+        take(images, 1, 2, 1)
+    write_tar(tmp_path / "set" / "a.tar", [(b"note", f"{number}.png", "words") for number in range(1100)])
+    images, _, _ = open_stream(tmp_path / "set", "--train_batch_size=4")
+    with pytest.raises(InputError, match=r"1,000 rows one after the other cannot be used; .*no image that Pillow"):
         take(images, 0, 1, 1000)
+
+
+def test_an_epoch_with_a_good_row_goes_on(open_stream, tmp_path):
+    """Also where a resume begins behind that."""
+    write_tar(
+        tmp_path / "set" / "a.tar", [*make_rows(1), *[(b"note", f"n{number}.png", "words") for number in (1, 2)]]
+    )
+    images, _, _ = open_stream(tmp_path / "set", "--train_batch_size=1", "--shuffle_buffer_size=1")
+    assert [sample["weight"] for sample in take(images, 0, 1, 7)] == [1, 0, 0, 1, 0, 0, 1]
+    assert [sample["weight"] for sample in take(images, 0, 1, 5, skipped=1)] == [0, 0, 1, 0, 0]
 
 
 def test_a_shard_that_breaks_off_is_named(open_stream, tmp_path):
@@ -315,6 +333,26 @@ def test_more_workers_than_rows_are_refused(open_stream, tmp_path):
     images, _, _ = open_stream(write_shards(tmp_path / "set", "tar", [3]))
     with pytest.raises(InputError, match="fewer images than workers of all processes, 4; use a smaller --dataloader"):
         keys_of(images, 3, 4, 1)
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_a_stream_without_a_row_in_an_epoch_goes_on_to_the_next(open_stream, tmp_path, kind):
+    """Of two streams one has the shard with images in an epoch, and the other one in another; wherever it goes on."""
+    images, _, _ = open_stream(write_shards(tmp_path / "set", kind, [6, 1, 1]), "--num_validation_samples=0")
+    images.num_held_out = {1: 1, 2: 1}  # they are empty so, and not known to be
+    shares = [keys_of(images, stream, 3, 12) for stream in range(3)]
+    for epoch in range(12):
+        assert sorted(len(share[epoch]) for share in shares) == [0, 0, 6]
+        assert {key for share in shares for key in share[epoch]} == {(0, row) for row in range(6)}
+    for stream in range(3):
+        images.num_rows.clear()
+        whole = [(epoch, row.index) for epoch, row in itertools.islice(images.rows(stream, 3, 0), 20)]
+        for num_done in (0, 1, 6, 7, 12, 14):
+            rest = [(epoch, row.index) for epoch, row in itertools.islice(images.rows(stream, 3, num_done), 4)]
+            assert rest == whole[num_done : num_done + 4]
+    images.num_held_out[0] = 6
+    with pytest.raises(InputError, match="there are no images in its shards; name another"):
+        next(images.rows(0, 3, 0))
 
 
 def test_the_fingerprint_is_of_names_and_sizes(open_stream, tmp_path):
@@ -517,6 +555,56 @@ def test_a_run_lists_what_it_left_out(fit, tmp_path, capsys):
     listed = re.split(r"Left out of the stream, \d+ times in all epochs:\n", error)[1]
     assert {line.strip().split(" (")[0] for line in listed.splitlines()[:4]} == told
     assert all(loss > 0 for loss in losses(tmp_path / "run"))
+
+
+SINGLE = {"train_batch_size": 1, "shuffle_buffer_size": 1, "num_validation_samples": 0, "report_to": "none"}
+
+
+@pytest.mark.parametrize("case", [{}, {"full_bf16": True, "mixed_precision": "bf16", "max_grad_norm": "inf"}])
+def test_a_step_of_which_nothing_has_weight_changes_nothing(fit, tiny_pipeline, tmp_path, capsys, case):
+    """No decay of weights or moments, and no average, of two bad rows among good ones."""
+    rows = [(b"note", f"n{number}.png", "words") for number in range(2)]
+    write_tar(tmp_path / "bad" / "a.tar", [*rows[:1], *make_rows(2), *rows[1:], *make_rows(1, 2)])
+    settings = {**SINGLE, "dataset_name": tmp_path / "bad", "adam_weight_decay": 0.9, **case, "learning_rate": 1e-3}
+    settings |= {"gradient_accumulation_steps": 1, "logging_steps": 1, "max_train_steps": 1}
+    assert fit(tmp_path / "first", **settings) == 0
+    before = {name: weight.to(torch.bfloat16 if case else torch.float32) for name, weight in unet_of(tiny_pipeline)}
+    assert all(
+        torch.equal(weight.to(before[name].dtype), before[name]) for name, weight in unet_of(tmp_path / "first")
+    )
+    assert losses(tmp_path / "first") == [None]
+    assert "Step 1: of its images none can be used; passed over." in capsys.readouterr().out
+    assert fit(tmp_path / "more", **{**settings, "max_train_steps": 4}) == 0
+    assert [loss is None for loss in losses(tmp_path / "more")] == [True, False, False, True]
+    third, fourth = (tmp_path / "more" / f"checkpoint-{step}" for step in (3, 4))
+    states = [checkpoint_state(folder) for folder in (third, fourth)]
+    assert states[0].keys() == states[1].keys()
+    assert all(same(state, states[1][name]) for name, state in states[0].items() if name != "progress")
+    assert not same(dict(unet_of(third)), dict(unet_of(tmp_path / "first")))
+
+
+def unet_of(folder):
+    """The weights of the UNet in a pipeline or a checkpoint, by name."""
+    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors").items()
+
+
+def test_a_pass_without_weight_leaves_the_logged_loss_alone(fit, tmp_path):
+    """The second pass is of a row that cannot be used: the loss is that of the first one alone."""
+    write_tar(tmp_path / "half" / "a.tar", [*make_rows(1), (b"note", "note.png", "words"), *make_rows(2, 1)])
+    settings = {**SINGLE, "dataset_name": tmp_path / "half", "max_train_steps": 1}
+    assert fit(tmp_path / "half_run", **settings, gradient_accumulation_steps=2) == 0
+    assert fit(tmp_path / "one_run", **settings, gradient_accumulation_steps=1) == 0
+    (loss,) = losses(tmp_path / "one_run")
+    assert losses(tmp_path / "half_run") == [pytest.approx(loss, rel=1e-6)]
+    assert loss > 0.1
+
+
+def test_a_run_without_a_usable_image_ends_and_writes_no_model(fit, tmp_path, capsys):
+    write_tar(tmp_path / "bad" / "a.tar", [(b"note", f"{number}.png", "words") for number in range(3)])
+    assert fit(tmp_path / "run", dataset_name=tmp_path / "bad", num_validation_samples=0) == 1
+    error = " ".join(capsys.readouterr().err.split())
+    assert "Stopped after step 0 by a whole epoch in which no image can be used (a.tar: " in error
+    assert not (tmp_path / "run" / "model_index.json").exists()
 
 
 @pytest.mark.parametrize("kind", ["tar", "parquet"])

@@ -420,7 +420,8 @@ class StreamedImages(torch.utils.data.IterableDataset):
         """Yields of each batch of a stream, from batch `num_batches` on, a list of its samples, and one of what could
         not be used. `apply` maps a function over rows."""
         rows = self.rows(stream, num_streams, num_batches * self.batch_size)
-        num_bad = 0  # one after the other
+        num_bad, last_told = 0, []  # one after the other; what is told of the last of them
+        epoch, is_whole, is_useless = None, num_batches == 0, False
         while True:
             found = list(apply(self.try_sample, itertools.islice(rows, self.batch_size)))
             left_out = [problem for _, problem in found if problem]
@@ -428,6 +429,13 @@ class StreamedImages(torch.utils.data.IterableDataset):
             num_bad = 0 if good else num_bad + len(found)
             if num_bad >= MOST_BAD_ROWS:
                 raise InputError(f"{num_bad:,} rows one after the other cannot be used; mend them ({left_out[-1]})")
+            for sample, problem in found:
+                if sample["epoch"] != epoch:
+                    if is_useless:
+                        raise InputError(told_of_useless(last_told, num_streams))
+                    epoch, is_whole, is_useless = sample["epoch"], True, is_whole
+                is_useless = is_useless and problem is not None
+                last_told = [*last_told, problem][-3:] if problem else []
             # Others carry the weight of those that are left out; where there are none, a picture without weight comes.
             for sample in good:
                 sample["weight"] = np.float32(self.weight / len(good))
@@ -437,20 +445,26 @@ class StreamedImages(torch.utils.data.IterableDataset):
         """Yields (epoch, row) of a stream in its order, without the first `num_done`, which are read, where it takes
         that, and not decoded. Raises `InputError` for a stream without a row."""
         for epoch in itertools.count():
-            num_known = self.count_epoch(stream, num_streams, epoch)
-            if num_known is not None and num_known <= num_done:
-                num_done -= num_known
-                continue
-            number = 0
-            for number, row in enumerate(self.shuffled(stream, num_streams, epoch), 1):
-                if number > num_done:
-                    yield epoch, row
-            if not number:
-                raise InputError(
-                    f"--streaming=True: there are fewer images than workers of all processes, {num_streams}; use a "
-                    "smaller --dataloader_num_workers, or drop --streaming"
-                )
-            num_done = max(num_done - number, 0)
+            num_rows = self.count_epoch(stream, num_streams, epoch)
+            if num_rows is None or num_rows > num_done:
+                num_rows = 0
+                for num_rows, row in enumerate(self.shuffled(stream, num_streams, epoch), 1):
+                    if num_rows > num_done:
+                        yield epoch, row
+            num_done = max(num_done - num_rows, 0)
+            if not num_rows:
+                self.check_other_epochs(num_streams)
+
+    def check_other_epochs(self, num_streams):
+        """Raises `InputError` if a stream that has no row in an epoch has none in any other."""
+        if len(self.num_rows) == len(self.shard_names) and not any(self.num_rows.values()):
+            raise InputError("--dataset_name: there are no images in its shards; name another")
+        # Where there are more shards than streams, others are whole ones of this stream in another epoch.
+        if len(self.shard_names) < num_streams:
+            raise InputError(
+                f"--streaming=True: there are fewer images than workers of all processes, {num_streams}; use a "
+                "smaller --dataloader_num_workers, or drop --streaming"
+            )
 
     def shuffled(self, stream, num_streams, epoch):
         """Yields the rows of a stream in an epoch, each once: `buffer_size` of them wait, of which one is drawn."""
@@ -985,8 +999,8 @@ def train_step(state, batch, learning_rate, ema_decay, training_loss, optimizer,
     """One optimizer step over passes (num_passes, images, ...); `training_loss(weights, one_pass)` gives the loss of
     each sample. `state` has `unet` (weights), `optimizer` (moments) and maybe `ema` (weights).
 
-    Returns the new state, or the old one if loss or gradient is not finite, and [loss, gradient's norm, the
-    most that a host asks for].
+    Returns the new state, or the old one if loss or gradient is not finite or no sample has weight, and [loss,
+    gradient's norm, the most that a host asks for].
     """
     # Forward and backward
     loss, grads = loss_and_gradient(training_loss, state["unet"], batch)
@@ -1000,9 +1014,9 @@ def train_step(state, batch, learning_rate, ema_decay, training_loss, optimizer,
     if "ema" in state:
         after["ema"] = optax.incremental_update(after["unet"], state["ema"], 1 - ema_decay)
 
-    # Unless a loss or a gradient is not finite
-    is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    after = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), after, state)
+    # Unless a loss or a gradient is not finite, or nothing of a stream could be used
+    is_useful = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & batch["weight"].any()
+    after = jax.tree.map(lambda new, old: jnp.where(is_useful, new, old), after, state)
     return after, jnp.stack([loss, grad_norm, batch["asked"].max()])
 
 
@@ -3787,6 +3801,13 @@ def read_whole_entry(path, shapes):
 
 
 # ----------------------------------------------------------------------------------------------------------- streaming
+def told_of_useless(problems, num_streams):
+    """What is told of an epoch of a stream in which nothing could be used; `problems` are the last ones."""
+    reader = f" of one of {num_streams} workers" if num_streams > 1 else ""
+    remedy = "mend or remove these, or name other columns by --image_column and --caption_column"
+    return f"a whole epoch{reader} in which no image can be used ({'; '.join(problems)}); {remedy}"
+
+
 def check_streaming(args):
     """Lists what a stream needs, and what there cannot be with one."""
     if not args.streaming:

@@ -464,7 +464,8 @@ class StreamedImages(torch.utils.data.IterableDataset):
         """Yields of each batch of a stream, from batch `num_batches` on, a list of its samples, and one of what could
         not be used. `apply` maps a function over rows."""
         rows = self.rows(stream, num_streams, num_batches * self.batch_size)
-        num_bad = 0  # one after the other
+        num_bad, last_told = 0, []  # one after the other; what is told of the last of them
+        epoch, is_whole, is_useless = None, num_batches == 0, False
         while True:
             found = list(apply(self.try_sample, itertools.islice(rows, self.batch_size)))
             left_out = [problem for _, problem in found if problem]
@@ -472,6 +473,13 @@ class StreamedImages(torch.utils.data.IterableDataset):
             num_bad = 0 if good else num_bad + len(found)
             if num_bad >= MOST_BAD_ROWS:
                 raise InputError(f"{num_bad:,} rows one after the other cannot be used; mend them ({left_out[-1]})")
+            for sample, problem in found:
+                if sample["epoch"] != epoch:
+                    if is_useless:
+                        raise InputError(told_of_useless(last_told, num_streams))
+                    epoch, is_whole, is_useless = sample["epoch"], True, is_whole
+                is_useless = is_useless and problem is not None
+                last_told = [*last_told, problem][-3:] if problem else []
             # Others carry the weight of those that are left out; where there are none, a picture without weight comes.
             for sample in good:
                 sample["weight"] = np.float32(self.weight / len(good))
@@ -481,20 +489,26 @@ class StreamedImages(torch.utils.data.IterableDataset):
         """Yields (epoch, row) of a stream in its order, without the first `num_done`, which are read, where it takes
         that, and not decoded. Raises `InputError` for a stream without a row."""
         for epoch in itertools.count():
-            num_known = self.count_epoch(stream, num_streams, epoch)
-            if num_known is not None and num_known <= num_done:
-                num_done -= num_known
-                continue
-            number = 0
-            for number, row in enumerate(self.shuffled(stream, num_streams, epoch), 1):
-                if number > num_done:
-                    yield epoch, row
-            if not number:
-                raise InputError(
-                    f"--streaming=True: there are fewer images than workers of all processes, {num_streams}; use a "
-                    "smaller --dataloader_num_workers, or drop --streaming"
-                )
-            num_done = max(num_done - number, 0)
+            num_rows = self.count_epoch(stream, num_streams, epoch)
+            if num_rows is None or num_rows > num_done:
+                num_rows = 0
+                for num_rows, row in enumerate(self.shuffled(stream, num_streams, epoch), 1):
+                    if num_rows > num_done:
+                        yield epoch, row
+            num_done = max(num_done - num_rows, 0)
+            if not num_rows:
+                self.check_other_epochs(num_streams)
+
+    def check_other_epochs(self, num_streams):
+        """Raises `InputError` if a stream that has no row in an epoch has none in any other."""
+        if len(self.num_rows) == len(self.shard_names) and not any(self.num_rows.values()):
+            raise InputError("--dataset_name: there are no images in its shards; name another")
+        # Where there are more shards than streams, others are whole ones of this stream in another epoch.
+        if len(self.shard_names) < num_streams:
+            raise InputError(
+                f"--streaming=True: there are fewer images than workers of all processes, {num_streams}; use a "
+                "smaller --dataloader_num_workers, or drop --streaming"
+            )
 
     def shuffled(self, stream, num_streams, epoch):
         """Yields the rows of a stream in an epoch, each once: `buffer_size` of them wait, of which one is drawn."""
@@ -773,6 +787,7 @@ DISK_FULL_TEXT = re.compile(
 # Of glibc's `mallopt` (malloc.h): parameters, with the largest values that serve.
 FREED_MEMORY_IS_KEPT = {-1: 2**31 - 1, -3: 2**30}  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, in bytes
 MINUTES = datetime.timedelta(minutes=10)  # for what all processes do at the same time
+WHOLE_WEIGHT = 0.999  # of a step's samples in all, which is 1 but for rounding
 A_DAY = datetime.timedelta(days=1)
 PATIENCE_WITH_FOLDERS = 75  # seconds: NFS may keep for 60 that a file is not there
 # Flags that may differ between machines: what they name is compared in their place, or has no effect on others.
@@ -1432,10 +1447,15 @@ def take_step(args, accelerator, run, work, passes, requests):
     # Dropout layers alone use torch's own generator.
     torch.manual_seed(random_numbers(args.seed, DROPOUT, step, accelerator.process_index).integers(2**32))
     make_gradients = step_by_engine if uses_deepspeed() else work.make_gradients
-    step_loss, grad_norm = make_gradients(args, accelerator, run, work, passes)
+    weights = []
+    step_loss, grad_norm = make_gradients(args, accelerator, run, work, with_weights_noted(passes, weights))
 
     # Optimizer step, unless a loss or a gradient is not finite in some process.
-    loss, num_not_finite, *requests = exchange(accelerator, step_loss, grad_norm, requests)
+    weight = sum(weights)
+    loss, weight, num_not_finite, *requests = exchange(accelerator, step_loss, weight, grad_norm, requests)
+    if weight == 0:  # nothing of a stream could be used
+        pass_over(accelerator, run, step)
+        return loss, None, False, requests
     is_finite = num_not_finite == 0
     is_broken = not is_finite and run.progress["nan_steps"] >= max_nan_steps(args, accelerator)
     if not is_broken:
@@ -1446,9 +1466,28 @@ def take_step(args, accelerator, run, work, passes, requests):
         if is_finite:
             lr_scheduler.step()
             update_average(args, run, held_here(run.weights.parameters))
+        loss = loss / weight if weight < WHOLE_WEIGHT else loss  # the mean of what could be used of a stream
         note_step(run, step, loss, is_finite)
         run.is_whole = True
     return loss, grad_norm if is_finite else None, is_broken, requests
+
+
+def with_weights_noted(passes, weights):
+    """Yields the passes of a step, and adds the weight of each to `weights`, while the batch is still on the host."""
+    for batch, is_last in passes:
+        weights.append(batch["weight"].sum().item())
+        yield batch, is_last
+
+
+def pass_over(accelerator, run, step):
+    """Notes that a step is done of which no sample had weight: it leaves weights, moments and average alone."""
+    run.is_whole = False
+    if accelerator.scaler is not None:  # it wants to be told that the gradients, which it unscaled, are done with
+        accelerator.scaler.update()
+    run.state["optimizer"].zero_grad()
+    note_step(run, step, math.nan, is_finite=True)
+    run.is_whole = True
+    accelerator.print(f"\nStep {step + 1}: of its images none can be used; passed over.")
 
 
 def add_up_gradients(args, accelerator, run, work, passes):
@@ -1493,11 +1532,12 @@ def without_sync(accelerator, models):
         yield
 
 
-def exchange(accelerator, loss, grad_norm, requests):
-    """The step's one exchange between processes: the sum of their losses, and in how many of them loss or gradient is
-    not finite, and there is each of `requests`."""
+def exchange(accelerator, loss, weight, grad_norm, requests):
+    """The step's one exchange between processes: the sums of their losses and of the weights of their samples, and in
+    how many of them loss or gradient is not finite, and there is each of `requests`."""
     not_finite = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
-    numbers = torch.stack([loss, not_finite.float(), *[torch.full_like(loss, asked) for asked in requests]])
+    weight, *requests = [torch.full_like(loss, number) for number in (weight, *requests)]
+    numbers = torch.stack([loss, weight, not_finite.float(), *requests])
     return accelerator.reduce(numbers, reduction="sum").tolist()
 
 
@@ -4237,6 +4277,13 @@ def read_whole_entry(path, shapes):
 
 
 # ----------------------------------------------------------------------------------------------------------- streaming
+def told_of_useless(problems, num_streams):
+    """What is told of an epoch of a stream in which nothing could be used; `problems` are the last ones."""
+    reader = f" of one of {num_streams} workers" if num_streams > 1 else ""
+    remedy = "mend or remove these, or name other columns by --image_column and --caption_column"
+    return f"a whole epoch{reader} in which no image can be used ({'; '.join(problems)}); {remedy}"
+
+
 def check_streaming(args):
     """Lists what a stream needs, and what there cannot be with one."""
     if not args.streaming:
@@ -5104,16 +5151,20 @@ def load_tensors(path, map_location=None):
 def step_by_engine(args, accelerator, run, work, passes):
     """Forward, backward and the optimizer's step: the passes of a step add up their gradients in DeepSpeed's engine,
     which averages them over processes, clips them and changes the weights, unless a loss or a gradient is not finite
-    in some process. Returns the step's loss in this process, and the norm of its gradient."""
+    in some process, or no sample of a stream has weight. Returns the step's loss in this process, and the norm of its
+    gradient."""
     (engine,) = run.weights.prepared.values()
     engine.optimizer.clip_grad = args.max_grad_norm  # a checkpoint brings its own
-    step_loss = torch.zeros((), device=accelerator.device)
+    step_loss, weight = torch.zeros((), device=accelerator.device), torch.zeros((), device=accelerator.device)
     for batch, is_last in passes:
         batch = send_to_device(batch, accelerator.device, non_blocking=True)
         engine.set_gradient_accumulation_boundary(is_last)
         loss = (work.training_loss(batch) * batch["weight"]).sum()
         # The engine looks at gradients alone, which may be finite where a loss is not.
         factor = torch.where(torch.isfinite(loss.detach()), float(accelerator.num_processes), math.nan)
+        weight += batch["weight"].sum()
+        if is_last and getattr(args, "streaming", False) and accelerator.reduce(weight) == 0:
+            factor.fill_(math.nan)  # else it would decay weights and moments
         engine.backward(loss * factor, scale_wrt_gas=False)  # gradients are averaged over processes
         step_loss += loss.detach()
     run.is_whole = False
