@@ -15,8 +15,8 @@ from sdtune.arguments import NUM_TRAIN_EPOCHS, noise_offset_of
 from sdtune.batches import count_steps, count_stream_steps
 from sdtune.dataset import (
     SAVED_NAMES,
+    SHARDS,
     CaptionedImages,
-    all_captions,
     check_data_files,
     check_rows,
     columns_of,
@@ -24,12 +24,14 @@ from sdtune.dataset import (
     files_of,
     is_picture_folder,
     load_data,
+    names_of_files,
     seen_alike,
 )
 from sdtune.errors import InputError, last_line
-from sdtune.images import MIN_SIDE, NO_CAPTION, check_image, open_encoded, path_of_findings
+from sdtune.images import MIN_SIDE, check_image, open_encoded, path_of_findings
 from sdtune.models import load_tokenizer, read_latent_layout, read_num_timesteps
 from sdtune.randomness import BUFFER, SAMPLE, SHARDS_ORDER, random_numbers
+from sdtune.shards import ROW_FEATURES, all_captions, caption_suffixes, check_columns, read_tars, without_empty
 
 ROWS_AT_ONCE = 16  # that are read of a shard
 SHUFFLE_BUFFER_SIZE = 1000
@@ -45,6 +47,7 @@ class StreamRow:
     index: int  # in the shard
     image: dict  # bytes and path
     captions: list
+    problem: str | None = None
 
 
 @dataclasses.dataclass
@@ -64,6 +67,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
     samples: CaptionedImages  # without rows: how samples are drawn and seen
     batch_size: int
     buffer_size: int  # rows that wait to be shuffled
+    no_caption: str  # what is told of a row without one
     rank: int = 0
     num_ranks: int = 1
     weight: float = 1.0  # of a batch in its step
@@ -174,6 +178,8 @@ class StreamedImages(torch.utils.data.IterableDataset):
         for row in itertools.islice(self.read_rows(shard), self.num_held_out.get(shard, 0), None):
             number += 1
             yield row
+        if not number and not self.num_held_out.get(shard) and shard not in self.num_rows:
+            print(f"\nLeft out: {self.shard_names[shard]}: is empty", file=sys.stderr, flush=True)
         self.num_rows[shard] = number
 
     def read_rows(self, shard):
@@ -184,11 +190,12 @@ class StreamedImages(torch.utils.data.IterableDataset):
         batches = self.source.shard(len(self.shard_names), shard).iter(ROWS_AT_ONCE)
         try:
             for batch in batches:
-                for image, captions in zip(batch[image_column], batch[caption_column], strict=True):
+                problems = batch.get("problem") or [None] * len(batch[image_column])
+                for image, captions, problem in zip(batch[image_column], batch[caption_column], problems, strict=True):
                     captions = captions and captions.get(field) if field else captions
-                    yield StreamRow(shard, index, image, captions)
+                    yield StreamRow(shard, index, image, captions, problem)
                     index += 1
-        except MemoryError:
+        except (MemoryError, InputError):
             raise
         except Exception as error:  # of the network, the file, arrow
             told = f"cannot be read beyond row {index} ({last_line(error)}); mend or remove it"
@@ -198,12 +205,8 @@ class StreamedImages(torch.utils.data.IterableDataset):
         """The sample of an (epoch, row), and what is wrong with that, or None. If something is, the sample is one
         without weight, of a white picture."""
         epoch, row = item
-        problem, captions = None, [""]
-        try:
-            captions = all_captions(with_names(row.captions, self.source.features[self.columns[1]])) or [""]
-            problem = None if captions != [""] else NO_CAPTION
-        except ValueError as error:
-            problem = str(error)
+        captions, problem = self.captions_of(row)
+        captions = captions or [""]
         draw = random_numbers(self.samples.seed, SAMPLE, epoch, row.shard, row.index)
         read = {"image": row.image, "captions": captions}
         sample, place = self.samples.draw_sample(0, read, draw)
@@ -213,6 +216,16 @@ class StreamedImages(torch.utils.data.IterableDataset):
         if not problem:
             problem = self.add_pixels(sample, read, place)
         return sample, f"{self.name_of(row)}: {problem}" if problem else None
+
+    def captions_of(self, row):
+        """The captions of a row, and what is wrong with it as far as that shows without its pixels, or None."""
+        if row.problem:
+            return [], row.problem
+        try:
+            captions = all_captions(with_names(row.captions, self.source.features[self.columns[1]]))
+        except ValueError as error:
+            return [], str(error)
+        return captions, None if captions else self.no_caption
 
     def add_pixels(self, sample, row, place):
         """Adds the pixels of a row to its sample, or returns what is wrong with them."""
@@ -287,6 +300,8 @@ def check_streaming(args):
     if args.max_train_samples:
         told = "which would have to read all to draw some; name fewer files, or drop one"
         problems.append(f"--max_train_samples={args.max_train_samples}: {is_set}, {told}")
+    if args.skip_bad_images:
+        problems.append("--skip_bad_images=True: a stream leaves unusable images out anyway; drop this")
     for flag, why in {
         "aspect_ratio_buckets": "which does not know the shapes of its images",
         "cache_latents": "whose images do not stay",
@@ -328,10 +343,14 @@ def load_stream(args):
     if len(names) != source.num_shards:
         names = [f"shard {number}" for number in range(source.num_shards)]
     buffer_size = args.shuffle_buffer_size or SHUFFLE_BUFFER_SIZE
-    stream = StreamedImages(source, columns, names, {}, samples, args.train_batch_size, buffer_size)
+    place = f"in its column {columns[1]!r}"
+    if "problem" in source.features:  # of tar shards
+        place = f"in a .{caption_suffixes(args.caption_column)[-1]} or .json beside it"
+    told = f"has no caption {place}"
+    stream = StreamedImages(source, columns, names, {}, samples, args.train_batch_size, buffer_size, told)
     first_rows = read_first_rows(args, stream)
     stream.num_held_out = count_by_shard(first_rows)
-    fingerprint = json.dumps([files, columns, args.num_validation_samples])
+    fingerprint = json.dumps([files, columns, args.image_column, args.caption_column, args.num_validation_samples])
     return stream, hold_out(args, stream, first_rows), hashlib.sha256(fingerprint.encode()).hexdigest()
 
 
@@ -347,15 +366,22 @@ def open_source(args):
             f"--dataset_name={name}: save_to_disk wrote this, which is read without --streaming; drop that"
         )
     check_data_files(data_files, name, args.follow_symlinks)
+    whole = without_empty(data_files, name)
     try:
-        told = describe_source(args, name, data_files, has_pictures=bool(pictures))
+        told = describe_source(args, name, whole, are_aside=bool(pictures) or len(whole) < len(data_files))
         builder = datasets.load_dataset_builder(**told)
+        names = names_of_files(name, builder)
+        files = tell_files(names, builder)
+        if builder.name == SHARDS:
+            return open_tars(args, names), ("image", "captions", None), files
+        if builder.name == "parquet":
+            builder.config.batch_size = ROWS_AT_ONCE  # else as many as a file's first group has, which may be empty
         source = builder.as_streaming_dataset(split="train")
         columns = columns_of(source.features or {}, args.image_column, args.caption_column)
         if missing := [column for column in columns[:2] if column not in source.column_names]:
-            raise InputError(f"there is no column {missing[0]!r}, but {', '.join(source.column_names)}")
+            raise ValueError(f"there is no column {missing[0]!r}, but {', '.join(source.column_names)}")
         source = source.select_columns(list(columns[:2])).cast_column(columns[0], datasets.Image(decode=False))
-        return source, columns, tell_files(name, builder.config.data_files["train"])
+        return source, columns, files
     except Exception as error:  # as many as there are kinds of files and places
         raise InputError(
             f"--dataset_name={name}: cannot be streamed; check it, --dataset_config_name, "
@@ -363,16 +389,21 @@ def open_source(args):
         ) from None
 
 
-def tell_files(name, data_files):
+def open_tars(args, names):
+    """Tar shards as a stream with ROW_FEATURES; `names` as `names_of_files` gives them. Raises `ValueError` for
+    columns that are not there."""
+    read = {"image_column": args.image_column, "caption_column": args.caption_column, "token": args.hub_token}
+    check_columns(list(names), **read)
+    files = {"paths": list(names), "names": list(names.values())}
+    return datasets.IterableDataset.from_generator(read_tars, datasets.Features(ROW_FEATURES), {**files, **read})
+
+
+def tell_files(names, builder):
     """What is known of a dataset's files without reading them, by name: the size of a local one, else what the Hub
     says."""
     told = {}
-    folder = name if os.path.isdir(name) else os.path.dirname(name)
-    for path, origin in zip(data_files, data_files.origin_metadata, strict=True):
-        if os.path.exists(path):
-            told[os.path.relpath(path, folder)] = os.path.getsize(path)
-        else:
-            told[path.split("@", 1)[-1].split("/", 1)[-1]] = list(origin)
+    for path, origin in zip(names, builder.config.data_files["train"].origin_metadata, strict=True):
+        told[names[path]] = os.path.getsize(path) if os.path.exists(path) else list(origin)
     return told
 
 
@@ -402,21 +433,15 @@ def count_by_shard(rows):
 
 def hold_out(args, stream, rows):
     """Those of the rows that can be used, as `CaptionedImages`."""
-    captions = []
-    for row in rows:
-        try:
-            captions.append(all_captions(with_names(row.captions, stream.source.features[stream.columns[1]])))
-        except ValueError:  # it is told with those that have none
-            captions.append([])
-    images = [{"bytes": (row.image or {}).get("bytes"), "path": stream.name_of(row)} for row in rows]
-    table = datasets.Dataset.from_dict(
-        {"image": images, "captions": captions},
-        datasets.Features(
-            {"image": datasets.Image(decode=False), "captions": datasets.List(datasets.Value("string"))}
-        ),
-    )
+    found = [stream.captions_of(row) for row in rows]
+    columns = {
+        "image": [{"bytes": (row.image or {}).get("bytes"), "path": stream.name_of(row)} for row in rows],
+        "captions": [captions for captions, _ in found],
+        "problem": [problem for _, problem in found],
+    }
+    table = datasets.Dataset.from_dict(columns, datasets.Features(ROW_FEATURES))
     memory = path_of_findings(args.dataset_name, args.cache_dir)
-    checked = check_rows(table, memory, True, stream.samples.tokenizer, args.resolution)
+    checked = check_rows(table, memory, True, stream.samples.tokenizer, args.resolution, are_of_stream=True)
     held_out = dataclasses.replace(
         stream.samples,
         rows=checked.rows,

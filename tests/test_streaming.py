@@ -8,6 +8,7 @@ import signal
 import time
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -20,7 +21,7 @@ from reach_hub import reaching
 from running import TRAIN_TEXT_TO_IMAGE_LORA
 from safetensors import safe_open
 from safetensors.torch import load_file
-from shards import make_rows, write_parquet, write_shards, write_tar
+from shards import make_rows, write_messy_tar, write_parquet, write_shards, write_tar
 from training import checkpoint_state, losses, parse, same, train, trains_into, unet, words
 
 from sdtune.batches import step_sizes
@@ -208,6 +209,38 @@ def test_whole_epochs_are_counted_once_and_not_read_again(open_stream, tmp_path,
 
 
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_an_empty_shard_of_the_hub_is_left_out_and_named(open_stream, tmp_path, fake_hub, monkeypatch, capsys, kind):
+    folder = write_shards(tmp_path / "set", kind, [0, 4, 0, 3])
+    files = {f"data/train-{path.name}": path.read_bytes() for path in folder.iterdir()}
+    fake_hub.add_repo(f"{USER}/shards", files, "dataset")
+    with reaching(fake_hub, monkeypatch):
+        images, _, _ = open_stream(f"{USER}/shards")
+        assert set(keys_of(images, 0, 1, 2)[1]) == all_keys([0, 4, 0, 3])
+    error = capsys.readouterr().err
+    assert [error.count(f"\nLeft out: data/train-0000{shard}.{kind}: is empty\n") for shard in range(4)] == [
+        1,
+        0,
+        1,
+        0,
+    ]
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_an_empty_shard_is_no_shard_and_a_broken_one_is_named(open_stream, tmp_path, capsys, kind):
+    """Wherever it is: one huge shard and several empty ones are shared row by row."""
+    folder = write_shards(tmp_path / "set", kind, [0, 6, 0])
+    (folder / f"none.{kind}").write_bytes(b"")
+    images, _, _ = open_stream(folder)
+    assert f"Left out of {folder}: 3 empty shards, such as 00000.{kind}, 00002." in capsys.readouterr().out
+    assert images.shard_names == [f"00001.{kind}"]
+    shares = [keys_of(images, stream, 2, 1)[0] for stream in range(2)]
+    assert [len(share) for share in shares] == [3, 3]
+    (folder / f"none.{kind}").write_bytes(b"some text" * 100)
+    with pytest.raises(InputError, match=rf"set: shards are broken; mend or remove these\n  none.{kind}: "):
+        open_stream(folder)
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
 def test_a_dataset_of_the_hub_is_streamed(open_stream, tmp_path, fake_hub, monkeypatch, kind):
     folder = write_shards(tmp_path / "set", kind, [4, 3])
     files = {f"data/train-{path.name}": path.read_bytes() for path in folder.iterdir()}
@@ -248,7 +281,7 @@ def write_bad_shards(folder):
         "a.tar: cut.png: cannot be read: image file is truncated",
         "a.tar: note.png: no image that Pillow knows",
         "b.tar: small.png: 100 x 3 pixels; a side needs at least 16",
-        "b.tar: silent.png: has no caption, in metadata or a .txt beside it",
+        "b.tar: silent.png: has no caption in a .txt or .json beside it",
     }
 
 
@@ -270,6 +303,40 @@ def test_bad_rows_are_left_out_and_named(open_stream, tmp_path, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert lines[:2] == ["", "Rank 1: Left out of the stream, 8 times in all epochs:"]
     assert {line.strip().split(" (")[0] for line in lines[2:]} == told
+
+
+def test_bad_samples_of_a_messy_tar_are_left_out_and_the_others_used(open_stream, tmp_path):
+    """Each by itself, by its name, whatever else its shard holds; samples do not have to be alike."""
+    told = write_messy_tar(tmp_path / "set" / "mess.tar")
+    told["0.png"] = "has no caption in a .txt or .json beside it"
+    write_tar(tmp_path / "set" / "other.tar", make_rows(1))
+    images, _, _ = open_stream(tmp_path / "set", "--train_batch_size=8", "--caption_dropout=0")
+    ((samples, problems),) = itertools.islice(images.batches(0, 1), 1)
+    assert sorted(problems) == [f"mess.tar: {name}: {problem}" for name, problem in sorted(told.items())]
+    assert {(sample["shard"], sample["row"]) for sample in samples} == {(0, 1), (0, 5), (1, 0)}
+    pixels = {sample["row"]: sample["pixel_values"] for sample in samples if sample["shard"] == 0}
+    assert np.array_equal(pixels[1], pixels[5])
+    assert abs(pixels[1].astype(int) - np.array(make_image(1)).transpose(2, 0, 1)).mean() < 8  # a JPEG
+    with pytest.raises(InputError, match=r"cannot be streamed; .*no column 'alt', but png, pth, jpg, txt, json"):
+        open_stream(tmp_path / "set", "--caption_column=alt")
+
+
+def test_captions_that_are_numbers_are_told_as_such(open_stream, tmp_path):
+    """Among those held out, too."""
+    table = {"image": [{"bytes": content, "path": None} for content, _, _ in make_rows(3)], "text": [3, 4, 5]}
+    (tmp_path / "set").mkdir()
+    datasets.Dataset.from_dict(table).to_parquet(str(tmp_path / "set" / "a.parquet"))
+    told = "the caption is a number ({}), not text; name another --caption_column"
+    with pytest.raises(InputError) as caught:
+        open_stream(tmp_path / "set", "--num_validation_samples=2")
+    lines = [f"  a.parquet: row {row}: {told.format(row + 3)}" for row in range(2)]
+    remedy = "Mend or remove them, or use a larger --num_validation_samples."
+    assert str(caught.value).splitlines() == ["2 of 2 images are unusable:", *lines, remedy]
+    images, _, _ = open_stream(tmp_path / "set", "--train_batch_size=3")
+    ((_, problems),) = itertools.islice(images.batches(0, 1), 1)
+    assert (
+        sorted(problems)[0] == "a.parquet: row 0: the caption is a number (3), not text; name another --caption_column"
+    )
 
 
 def test_a_hundred_of_those_left_out_are_named(capsys):
@@ -403,6 +470,7 @@ def test_what_cannot_be_streamed_is_refused_at_once(tmp_path):
         "--cache_text_embeddings",
         "--num_train_epochs=2",
         "--validation_epochs=1",
+        "--skip_bad_images",
     )
     assert check_streaming(args) == [
         "--streaming=True: reads a dataset; give --dataset_name, or drop this",
@@ -411,6 +479,7 @@ def test_what_cannot_be_streamed_is_refused_at_once(tmp_path):
         "--validation_epochs=1: cannot be with --streaming; use --validation_steps instead",
         "--max_train_samples=3: cannot be with --streaming, which would have to read all to draw some; name fewer "
         "files, or drop one",
+        "--skip_bad_images=True: a stream leaves unusable images out anyway; drop this",
         "--aspect_ratio_buckets=True: cannot be with --streaming, which does not know the shapes of its images; drop "
         "one",
         "--cache_latents=True: cannot be with --streaming, whose images do not stay; drop one",
