@@ -5,6 +5,7 @@ import ctypes
 import dataclasses
 import datetime
 import functools
+import hashlib
 import itertools
 import math
 import os
@@ -216,6 +217,9 @@ def check_shared_output(accelerator, output_dir):
 def agree_on_data(accelerator, fingerprints):
     """Waits until all processes have read their images, and compares what they have. Raises `InputError`."""
     accelerator.wait_for_everyone()
+    known = fingerprints["captioned_images"]
+    if isinstance(known, dict):  # of a stream: its files, one by one
+        fingerprints = {**fingerprints, "captioned_images": hashlib.sha256(repr(known).encode()).hexdigest()}
     check_agreement(accelerator, fingerprints)
 
 

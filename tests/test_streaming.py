@@ -288,21 +288,27 @@ def write_bad_shards(folder):
 def test_bad_rows_are_left_out_and_named(open_stream, tmp_path, capsys):
     told = write_bad_shards(tmp_path / "set")
     images, _, _ = open_stream(tmp_path / "set", "--train_batch_size=3")
-    left_out, keys = LeftOut(), []
+    left_out, keys, told_now = LeftOut(), [], set()
     for samples, problems in itertools.islice(images.batches(0, 1), 8):  # two epochs of twelve rows
         left_out.note(problems)
+        told_now |= {": ".join(problem) for problem in problems}
         good = [sample for sample in samples if sample["weight"]]
         assert sum(sample["weight"] for sample in good) == pytest.approx(1, abs=1e-6)
         assert len(good) + len(problems) == 3
         keys += [(sample["epoch"], sample["shard"], sample["row"]) for sample in good]
     assert len(keys) == len(set(keys)) == 16
-    lines = {problem.split(" (")[0] for problem in left_out.told}
-    assert lines == told
+    assert {line.split(" (")[0] for line in told_now} == told
     assert capsys.readouterr().err.count("Left out: ") == 4
     left_out.tell("Rank 1: ")
     lines = capsys.readouterr().err.splitlines()
     assert lines[:2] == ["", "Rank 1: Left out of the stream, 8 times in all epochs:"]
-    assert {line.strip().split(" (")[0] for line in lines[2:]} == told
+    assert sorted(lines[2:]) == summed_up(told, 2)
+
+
+def summed_up(told, number):
+    """The lines at the end of a run that left out each of these so many times."""
+    parts = [line.split(": ", 2) for line in told]
+    return sorted(f"  {shard}: {number} x {reason}: {name}" for shard, name, reason in parts)
 
 
 def test_bad_samples_of_a_messy_tar_are_left_out_and_the_others_used(open_stream, tmp_path):
@@ -312,7 +318,7 @@ def test_bad_samples_of_a_messy_tar_are_left_out_and_the_others_used(open_stream
     write_tar(tmp_path / "set" / "other.tar", make_rows(1))
     images, _, _ = open_stream(tmp_path / "set", "--train_batch_size=8", "--caption_dropout=0")
     ((samples, problems),) = itertools.islice(images.batches(0, 1), 1)
-    assert sorted(problems) == [f"mess.tar: {name}: {problem}" for name, problem in sorted(told.items())]
+    assert sorted(problems) == [("mess.tar", name, problem) for name, problem in sorted(told.items())]
     assert {(sample["shard"], sample["row"]) for sample in samples} == {(0, 1), (0, 5), (1, 0)}
     pixels = {sample["row"]: sample["pixel_values"] for sample in samples if sample["shard"] == 0}
     assert np.array_equal(pixels[1], pixels[5])
@@ -334,21 +340,29 @@ def test_captions_that_are_numbers_are_told_as_such(open_stream, tmp_path):
     assert str(caught.value).splitlines() == ["2 of 2 images are unusable:", *lines, remedy]
     images, _, _ = open_stream(tmp_path / "set", "--train_batch_size=3")
     ((_, problems),) = itertools.islice(images.batches(0, 1), 1)
-    assert (
-        sorted(problems)[0] == "a.parquet: row 0: the caption is a number (3), not text; name another --caption_column"
-    )
+    assert sorted(problems) == [("a.parquet", f"row {row}", told.format(row + 3)) for row in range(3)]
 
 
-def test_a_hundred_of_those_left_out_are_named(capsys):
+def test_a_hundred_of_those_left_out_are_named_at_once_and_all_summed_up(capsys):
+    """In at most twelve lines, by shard and reason, what came most often first; numbers in brackets are no reason."""
     left_out = LeftOut()
     left_out.tell()
     assert capsys.readouterr().err == ""
-    left_out.note([f"a.tar: {number}.png: no image" for number in range(130)])
-    assert capsys.readouterr().err.count("\nLeft out: a.tar: ") == 100
+    left_out.note([("a.tar", f"{number}.png", f"no image ({number} bytes)") for number in range(130)])
+    error = capsys.readouterr().err
+    assert error.count("\nLeft out: a.tar: ") == 100
+    assert error.endswith("Left out: what comes from now on is told at the end alone\n")
+    left_out.note([("b.tar", "one.png", "no caption")])
     left_out.tell()
-    told = capsys.readouterr().err
-    assert told.startswith("\nLeft out of the stream, 130 times in all epochs:\n  a.tar: 0.png: no image\n")
-    assert told.endswith("  a.tar: 99.png: no image\n  and others\n")
+    assert capsys.readouterr().err == (
+        "\nLeft out of the stream, 131 times in all epochs:\n  a.tar: 130 x no image: 0.png\n"
+        "  b.tar: one.png: no caption\n"
+    )
+    left_out.note([(f"{number}.tar", "one.png", "no caption") for number in range(40)])
+    left_out.tell()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 + 12
+    assert lines[-1] == "  and 32 more"
 
 
 def test_a_pass_of_bad_rows_has_no_weight(open_stream, tmp_path):
@@ -422,15 +436,36 @@ def test_a_stream_without_a_row_in_an_epoch_goes_on_to_the_next(open_stream, tmp
         next(images.rows(0, 3, 0))
 
 
-def test_the_fingerprint_is_of_names_and_sizes(open_stream, tmp_path):
+def test_the_fingerprint_is_of_names_and_contents(open_stream, tmp_path):
     folder = write_shards(tmp_path / "set", "tar", [3, 3])
     first = open_stream(folder)[2]
     assert open_stream(folder)[2] == first
     assert open_stream(folder, "--num_validation_samples=1")[2] != first
     moved = folder.rename(tmp_path / "moved")
     assert open_stream(moved)[2] == first
-    write_tar(moved / "00001.tar", make_rows(30, 3))
-    assert open_stream(moved)[2] != first
+    for rows in (make_rows(30, 3), [(content, name, "other words") for content, name, _ in make_rows(3, 3)]):
+        write_tar(moved / "00001.tar", rows)
+        changed = open_stream(moved)[2]
+        assert [name for name in first if changed[name] != first[name]] == ["00001.tar"]
+    assert (moved / "00001.tar").stat().st_size == (moved / "00000.tar").stat().st_size  # as it was
+
+
+def test_a_changed_file_is_named_on_resume_and_may_be_gone_on_with(fit, tmp_path, settings, capsys):
+    """As after mending a shard: it has its size from before, and the columns are others."""
+    assert fit(tmp_path / "run", max_train_steps=2) == 0
+    shard = settings["dataset_name"] / "00001.tar"
+    size = shard.stat().st_size
+    write_tar(shard, make_rows(6, 27))
+    assert shard.stat().st_size == size
+    resumed = {"resume_from_checkpoint": "latest", "max_train_steps": 3}
+    assert fit(tmp_path / "run", **resumed) == 2
+    error = capsys.readouterr().err
+    assert "use those, or add --allow_changed_resume" in " ".join(error.split())
+    assert "\n  captioned_images: other than there are 00001.tar\n" in error
+    assert fit(tmp_path / "run", **resumed, caption_column="txt") == 2
+    assert "\n  captioned_images: other than there are --caption_column, 00001.tar\n" in capsys.readouterr().err
+    assert fit(tmp_path / "run", **resumed, allow_changed_resume=True) == 0
+    assert len(losses(tmp_path / "run")) == 3
 
 
 def resident_bytes():
@@ -506,7 +541,9 @@ def test_rows_that_name_files_are_refused(open_stream, tmp_path):
     write_parquet(tmp_path / "mixed" / "a.parquet", [*make_rows(2), (None, "/etc/hostname", "words")])
     images, _, _ = open_stream(tmp_path / "mixed", "--train_batch_size=3")
     ((_, problems),) = itertools.islice(images.batches(0, 1), 1)
-    assert problems == ["a.parquet: /etc/hostname: the row names a file (/etc/hostname), and does not hold the image"]
+    assert problems == [
+        ("a.parquet", "/etc/hostname", "the row names a file (/etc/hostname), and does not hold the image")
+    ]
 
 
 def test_steps_of_a_stream_are_all_whole():
@@ -621,8 +658,11 @@ def test_a_run_lists_what_it_left_out(fit, tmp_path, capsys):
     assert fit(tmp_path / "run", dataset_name=tmp_path / "bad", num_validation_samples=0) == 0
     error = capsys.readouterr().err
     assert error.count("\nLeft out: ") == 4
-    listed = re.split(r"Left out of the stream, \d+ times in all epochs:\n", error)[1]
-    assert {line.strip().split(" (")[0] for line in listed.splitlines()[:4]} == told
+    _, total, listed = re.split(r"Left out of the stream, (\d+) times in all epochs:\n", error)
+    listed = listed.splitlines()[:4]
+    counted = [re.fullmatch(r"  (\S+): (\d) x (.+): (\S+)", line).groups() for line in listed]
+    assert {f"{shard}: {name}: {reason}" for shard, _, reason, name in counted} == told
+    assert sum(int(number) for _, number, _, _ in counted) == int(total) >= 8  # of two epochs and 8 rows more
     assert all(loss > 0 for loss in losses(tmp_path / "run"))
 
 

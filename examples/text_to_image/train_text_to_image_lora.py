@@ -423,6 +423,7 @@ class StepCounts:
 
 
 ROWS_AT_ONCE = 16  # that are read of a shard
+BYTES_OF_PART = 2**18  # of a file that is looked at to know it again
 SHUFFLE_BUFFER_SIZE = 1000
 MOST_BAD_ROWS = 1000  # one after the other, before a run ends
 NUM_TOLD = 100  # samples that are left out, by name
@@ -485,7 +486,9 @@ class StreamedImages(torch.utils.data.IterableDataset):
             good = [sample for sample, problem in found if not problem]
             num_bad = 0 if good else num_bad + len(found)
             if num_bad >= MOST_BAD_ROWS:
-                raise InputError(f"{num_bad:,} rows one after the other cannot be used; mend them ({left_out[-1]})")
+                raise InputError(
+                    f"{num_bad:,} rows one after the other cannot be used; mend them ({': '.join(left_out[-1])})"
+                )
             for sample, problem in found:
                 if sample["epoch"] != epoch:
                     if is_useless:
@@ -591,8 +594,8 @@ class StreamedImages(torch.utils.data.IterableDataset):
             raise InputError(f"{self.shard_names[shard]}: {told}") from None
 
     def try_sample(self, item):
-        """The sample of an (epoch, row), and what is wrong with that, or None. If something is, the sample is one
-        without weight, of a white picture."""
+        """The sample of an (epoch, row), and its shard, its name there and what is wrong with it, or None. If
+        something is, the sample is one without weight, of a white picture."""
         epoch, row = item
         captions, problem = self.captions_of(row)
         captions = captions or [""]
@@ -604,7 +607,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
         sample["pixel_values"] = np.full((3, height, width), 255, np.uint8)
         if not problem:
             problem = self.add_pixels(sample, read, place)
-        return sample, f"{self.name_of(row)}: {problem}" if problem else None
+        return sample, (*self.name_of(row), problem) if problem else None
 
     def captions_of(self, row):
         """The captions of a row, and what is wrong with it as far as that shows without its pixels, or None."""
@@ -632,38 +635,43 @@ class StreamedImages(torch.utils.data.IterableDataset):
         return None
 
     def name_of(self, row):
-        """What a row is called: its file in the shard, or its number."""
+        """What a row is called: its shard, and its file in that or its number."""
         path = (row.image or {}).get("path")
-        return f"{self.shard_names[row.shard]}: {path or f'row {row.index}'}"
+        return in_one_line(self.shard_names[row.shard]), in_one_line(path) if path else f"row {row.index}"
 
 
 @dataclasses.dataclass
 class LeftOut:
     """What a process leaves out of a stream, and tells."""
 
-    number: int = 0  # of times, in all epochs
-    told: dict = dataclasses.field(default_factory=dict)  # the first lines of a name and what is wrong; None each
-    are_more: bool = False
+    told: set = dataclasses.field(default_factory=set)  # what was told at once
+    # By shard and what is wrong: how often, in all epochs, and the first name.
+    numbers: dict = dataclasses.field(default_factory=dict)
 
     def note(self, problems):
-        """Counts lines, and tells the first ones at once, each once."""
+        """Counts what has a shard, a name in that, and a problem; tells the first ones at once, each once."""
         for problem in problems:
-            self.number += 1
-            if problem in self.told:
+            shard, name, reason = problem = tuple(problem)  # of which a loader makes lists
+            number, first = self.numbers.get((shard, reason.split(" (")[0]), (0, name))
+            self.numbers[shard, reason.split(" (")[0]] = (number + 1, first)
+            if problem in self.told or len(self.told) == NUM_TOLD:
                 continue
+            self.told.add(problem)
+            print(f"\nLeft out: {': '.join(problem)}", file=sys.stderr, flush=True)
             if len(self.told) == NUM_TOLD:
-                self.are_more = True
-                continue
-            self.told[problem] = None
-            print(f"\nLeft out: {problem}", file=sys.stderr, flush=True)
+                print("Left out: what comes from now on is told at the end alone", file=sys.stderr, flush=True)
 
     def tell(self, told_as=""):
-        """Lists, at the end, what was left out."""
-        if self.number:
-            more = ["and others"] if self.are_more else []
-            times = f"{self.number:,} times" if self.number > 1 else "once"
-            head = f"\n{told_as}Left out of the stream, {times} in all epochs:"
-            print("\n  ".join([head, *self.told, *more]), file=sys.stderr, flush=True)
+        """Sums up, at the end, what was left out, in few lines: first what came most often."""
+        total = sum(number for number, _ in self.numbers.values())
+        if not total:
+            return
+        times = f"{total:,} times" if total > 1 else "once"
+        lines = [f"{told_as}Left out of the stream, {times} in all epochs:"]
+        for (shard, reason), (number, name) in sorted(self.numbers.items(), key=lambda item: -item[1][0]):
+            lines.append(f"{shard}: {name}: {reason}" if number == 1 else f"{shard}: {number:,} x {reason}: {name}")
+        told = fitted("\n  ".join(lines))
+        print(f"\n{told}", file=sys.stderr, flush=True)
 
 
 LARGEST_STEP = 64  # pixels, if no --bucket_step is given
@@ -1214,6 +1222,9 @@ def check_shared_output(accelerator, output_dir):
 def agree_on_data(accelerator, fingerprints):
     """Waits until all processes have read their images, and compares what they have. Raises `InputError`."""
     accelerator.wait_for_everyone()
+    known = fingerprints["captioned_images"]
+    if isinstance(known, dict):  # of a stream: its files, one by one
+        fingerprints = {**fingerprints, "captioned_images": hashlib.sha256(repr(known).encode()).hexdigest()}
     check_agreement(accelerator, fingerprints)
 
 
@@ -2514,7 +2525,7 @@ def compare_settings(run, checkpoint, before, free, fixed):
         # A checkpoint from before a flag was there is one of a run without it.
         is_new = name not in before and value in (None, False, "adamw")
         if name not in free and not is_new and before.get(name) != value:
-            changed[name] = f"{name}: {before.get(name)} there, {value} now"
+            changed[name] = told_of_change(name, before.get(name), value)
     cannot_change = changed.keys() & fixed
     told = f"{checkpoint} was made under other settings"
     if cannot_change or (changed and not settings["allow_changed_resume"]):
@@ -2523,6 +2534,15 @@ def compare_settings(run, checkpoint, before, free, fixed):
     if changed:
         print("\n  ".join([f"{told}; from here on those of now hold (--allow_changed_resume)", *changed.values()]))
     return changed.keys()
+
+
+def told_of_change(name, before, now):
+    """What a setting was and is; or where it says something of each file, by name, which files changed."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return f"{name}: {before} there, {now} now"
+    changed = [file for file in {**before, **now} if before.get(file) != now.get(file)]
+    more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+    return f"{name}: other than there are {', '.join(changed[:5])}{more}"
 
 
 def take_progress(run, checkpoint, progress, changed):
@@ -4523,7 +4543,7 @@ def told_of_useless(problems, num_streams):
     """What is told of an epoch of a stream in which nothing could be used; `problems` are the last ones."""
     reader = f" of one of {num_streams} workers" if num_streams > 1 else ""
     remedy = "mend or remove these, or name other columns by --image_column and --caption_column"
-    return f"a whole epoch{reader} in which no image can be used ({'; '.join(problems)}); {remedy}"
+    return f"a whole epoch{reader} in which no image can be used ({'; '.join(map(': '.join, problems))}); {remedy}"
 
 
 def check_streaming(args):
@@ -4561,7 +4581,8 @@ def load_images(args, fit=None):
 
 def load_stream(args):
     """Opens --dataset_name as a stream and reads the first rows, which are held out; returns (stream, held-out images,
-    fingerprint of both), the fingerprint by names and sizes of files, since nobody reads all. Raises `InputError`."""
+    fingerprint of both), the fingerprint by files and what `tell_files` says of each, since nobody reads all. Raises
+    `InputError`."""
     source, columns, files = open_source(args)
     tokenizer = load_tokenizer(args)
     latent_channels, pixels_per_latent = read_latent_layout(args)
@@ -4592,8 +4613,9 @@ def load_stream(args):
     stream = StreamedImages(source, columns, names, {}, samples, args.train_batch_size, buffer_size, told)
     first_rows = read_first_rows(args, stream)
     stream.num_held_out = count_by_shard(first_rows)
-    fingerprint = json.dumps([files, columns, args.image_column, args.caption_column, args.num_validation_samples])
-    return stream, hold_out(args, stream, first_rows), hashlib.sha256(fingerprint.encode()).hexdigest()
+    flags = ("image_column", "caption_column", "num_validation_samples")
+    fingerprint = {**{f"--{flag}": getattr(args, flag) for flag in flags}, **files}
+    return stream, hold_out(args, stream, first_rows), fingerprint
 
 
 def open_source(args):
@@ -4641,12 +4663,22 @@ def open_tars(args, names):
 
 
 def tell_files(names, builder):
-    """What is known of a dataset's files without reading them, by name: the size of a local one, else what the Hub
-    says."""
+    """What is known of a dataset's files without reading all of them, by name: size and digest of a local one, else
+    what the Hub says."""
     told = {}
     for path, origin in zip(names, builder.config.data_files["train"].origin_metadata, strict=True):
-        told[names[path]] = os.path.getsize(path) if os.path.exists(path) else list(origin)
+        told[names[path]] = digest_of_parts(path) if os.path.exists(path) else " ".join(map(str, origin))
     return told
+
+
+def digest_of_parts(path):
+    """The size of a file and a digest of its beginning, middle and end, which take no time to read."""
+    size, digest = os.path.getsize(path), hashlib.sha256()
+    with open(path, "rb") as file:
+        for start in (0, size // 2, max(size - BYTES_OF_PART, 0)):
+            file.seek(start)
+            digest.update(file.read(BYTES_OF_PART))
+    return f"{size} {digest.hexdigest()[:16]}"
 
 
 def read_first_rows(args, stream):
@@ -4677,7 +4709,7 @@ def hold_out(args, stream, rows):
     """Those of the rows that can be used, as `CaptionedImages`."""
     found = [stream.captions_of(row) for row in rows]
     columns = {
-        "image": [{"bytes": (row.image or {}).get("bytes"), "path": stream.name_of(row)} for row in rows],
+        "image": [{"bytes": (row.image or {}).get("bytes"), "path": ": ".join(stream.name_of(row))} for row in rows],
         "captions": [captions for captions, _ in found],
         "problem": [problem for _, problem in found],
     }
