@@ -10,7 +10,9 @@ import re
 import datasets
 import numpy as np
 import pytest
+from fake_hub import USER
 from image_data import caption_of, encoded, make_image, snapshot, write_metadata
+from reach_hub import reaching
 from running import run_script
 from shards import make_rows, write_messy_tar, write_shards, write_tar
 from tiny import make_tokenizer
@@ -428,6 +430,15 @@ def test_bad_samples_of_a_tar_are_named_and_the_others_used(tmp_path):
         captions_in(tmp_path / "mess", "--caption_column=alt")
     with pytest.raises(InputError, match=r"there is no column 'webp', but png"):
         captions_in(tmp_path / "mess", "--image_column=webp")
+
+
+def test_tar_shards_of_the_hub_are_stored_and_read(tmp_path, fake_hub, monkeypatch):
+    folder = write_shards(tmp_path / "shards", "tar", [2, 0, 1])
+    files = {f"data/train-{path.name}": path.read_bytes() for path in folder.iterdir()}
+    fake_hub.add_repo(f"{USER}/shards", files, "dataset")
+    with reaching(fake_hub, monkeypatch):
+        args = parse(f"--dataset_name={USER}/shards", f"--cache_dir={tmp_path / 'cache'}")
+        assert read_rows(args, None, None)["captions"] == [[text] for text in in_words(range(3))]
 
 
 def test_a_shard_that_changed_is_read_again(tmp_path):

@@ -468,6 +468,25 @@ def test_a_changed_file_is_named_on_resume_and_may_be_gone_on_with(fit, tmp_path
     assert len(losses(tmp_path / "run")) == 3
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_run_goes_on_after_a_broken_shard_was_mended(fit, tmp_path, settings, capsys, num_workers):
+    """As told: it ends with a checkpoint where the shard breaks off, and is then what it would have been without."""
+    settings |= {"shuffle_buffer_size": 1, "num_validation_samples": 0, "dataloader_num_workers": num_workers}
+    assert fit(tmp_path / "whole", **settings) == 0
+    shard = settings["dataset_name"] / "00001.tar"
+    content = shard.read_bytes()
+    shard.write_bytes(content[: len(content) // 2 + 700])
+    assert fit(tmp_path / "parts", **settings) == 1
+    error = " ".join(capsys.readouterr().err.split())
+    assert re.search(r"Stopped after step [1-3] by 00001.tar: cannot be read beyond row \d \(unexpected end of", error)
+    shard.write_bytes(content)
+    assert fit(tmp_path / "parts", resume_from_checkpoint="latest", **settings) == 2
+    assert "captioned_images: other than there are 00001.tar" in capsys.readouterr().err
+    resumed = {"resume_from_checkpoint": "latest", "allow_changed_resume": True}
+    assert fit(tmp_path / "parts", **resumed, **settings) == 0
+    assert same(unet(tmp_path / "parts"), unet(tmp_path / "whole"))
+
+
 def resident_bytes():
     """The memory of this process that is in use."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
