@@ -1222,10 +1222,10 @@ def check_shared_output(accelerator, output_dir):
 def agree_on_data(accelerator, fingerprints):
     """Waits until all processes have read their images, and compares what they have. Raises `InputError`."""
     accelerator.wait_for_everyone()
-    known = fingerprints["captioned_images"]
-    if isinstance(known, dict):  # of a stream: its files, one by one
-        fingerprints = {**fingerprints, "captioned_images": hashlib.sha256(repr(known).encode()).hexdigest()}
-    check_agreement(accelerator, fingerprints)
+    digests = {}
+    for name, known in fingerprints.items():  # of a stream's files, one by one, too much to be shown
+        digests[name] = hashlib.sha256(repr(known).encode()).hexdigest() if isinstance(known, dict) else known
+    check_agreement(accelerator, digests)
 
 
 def prepare(accelerator, models, optimizer, write, read):
