@@ -254,7 +254,7 @@ def compare_settings(run, checkpoint, before, free, fixed):
         # A checkpoint from before a flag was there is one of a run without it.
         is_new = name not in before and value in (None, False, "adamw")
         if name not in free and not is_new and before.get(name) != value:
-            changed[name] = f"{name}: {before.get(name)} there, {value} now"
+            changed[name] = told_of_change(name, before.get(name), value)
     cannot_change = changed.keys() & fixed
     told = f"{checkpoint} was made under other settings"
     if cannot_change or (changed and not settings["allow_changed_resume"]):
@@ -263,6 +263,15 @@ def compare_settings(run, checkpoint, before, free, fixed):
     if changed:
         print("\n  ".join([f"{told}; from here on those of now hold (--allow_changed_resume)", *changed.values()]))
     return changed.keys()
+
+
+def told_of_change(name, before, now):
+    """What a setting was and is; or where it says something of each file, by name, which files changed."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return f"{name}: {before} there, {now} now"
+    changed = [file for file in {**before, **now} if before.get(file) != now.get(file)]
+    more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+    return f"{name}: other than there are {', '.join(changed[:5])}{more}"
 
 
 def take_progress(run, checkpoint, progress, changed):

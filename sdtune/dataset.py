@@ -36,6 +36,15 @@ from sdtune.images import (
 )
 from sdtune.models import load_tokenizer, read_latent_layout, read_num_timesteps
 from sdtune.randomness import HELD_OUT, SAMPLE, SUBSET, random_numbers
+from sdtune.shards import (
+    ROW_FEATURES,
+    ROW_FORMAT,
+    all_captions,
+    check_columns,
+    find_broken,
+    read_tars,
+    without_empty,
+)
 
 MAX_CAPTION_BYTES = 2**20  # of a .txt; a tokenizer takes a few hundred
 METADATA_NAMES = {"metadata.jsonl", "metadata.csv"}
@@ -460,18 +469,6 @@ def read_caption_beside(image):
         raise InputError(f"{beside}: cannot be read as UTF-8 ({last_line(error)}); convert or remove it") from None
 
 
-def all_captions(captions):
-    """The usable captions of a row that holds a string or a list of them. Raises `ValueError` for half a character,
-    and `InputError` for numbers."""
-    captions = captions if isinstance(captions, list) else [captions]
-    usable = [caption for caption in captions if isinstance(caption, str) and caption.encode() and caption.strip()]
-    # One that is not equal to itself stands for a caption that is missing.
-    numbers = [caption for caption in captions if isinstance(caption, int | float) and caption == caption]
-    if numbers and not usable:
-        raise InputError(f"the caption is a number ({numbers[0]}), not text; name another --caption_column")
-    return usable
-
-
 def read_dataset(args, name, default_caption=None):
     """Loads the train split of a dataset, on the Hub or local, as columns `image` (undecoded) and `captions`; `args`
     name its columns and configuration. Raises `InputError`."""
@@ -483,27 +480,40 @@ def read_dataset(args, name, default_caption=None):
         return read_folder(name, args.caption_column, takes_train=True, follows_links=args.follow_symlinks)
     saved = [path for path in files if path.name in SAVED_NAMES]
     check_data_files([*data_files, *saved], name, args.follow_symlinks)
-    image_column, caption_column = args.image_column, args.caption_column
+    whole = without_empty(data_files, name)
+    are_aside = bool(pictures) or len(whole) < len(data_files)
     try:
         saved = {path.parent for path in saved}
-        dataset = load_train_split(args, name, saved, data_files, has_pictures=bool(pictures))
-        image_column, caption_column, field = columns_of(dataset.features, image_column, caption_column)
-        if field:
-            found = [row and row.get(field) for row in dataset[caption_column]]
-            caption_column, dataset = field, dataset.select_columns([image_column]).add_column(field, found)
-        if default_caption and caption_column == "text" and "text" not in dataset.column_names:
-            dataset = dataset.add_column(caption_column, [default_caption] * len(dataset))
-        dataset = dataset.select_columns([image_column, caption_column])
-        dataset = dataset.rename_columns({image_column: "image", caption_column: "captions"})
-        dataset = with_label_names(dataset.cast_column("image", datasets.Image(decode=False)))
-        dataset = with_whole_paths(dataset, name)
+        dataset = load_train_split(args, name, saved, whole, are_aside, default_caption)
+        dataset = with_whole_paths(choose_columns(args, dataset, default_caption), name)
     except Exception as error:  # arrow has one for every pair of types
+        cause = error.__cause__ or error  # where `datasets` says no more than that it could not
+        if isinstance(error.__cause__, InputError):
+            raise InputError(f"--dataset_name={name}: {cause}") from None
+        broken = find_broken(data_files)
+        told = f"{broken}: {last_line(cause)}; mend or remove it" if broken else last_line(cause)
         raise InputError(
-            f"--dataset_name={name}: cannot be loaded; check it, --dataset_config_name, --image_column={image_column} "
-            f"and --caption_column={caption_column} ({last_line(error)})"
+            f"--dataset_name={name}: cannot be loaded; check it, --dataset_config_name, "
+            f"--image_column={args.image_column} and --caption_column={args.caption_column} ({told})"
         ) from None
     check_places(dataset, name, args.cache_dir, args.follow_symlinks)
     return dataset
+
+
+def choose_columns(args, dataset, default_caption):
+    """The dataset with the columns that are named as `image` (undecoded) and `captions`; rows of tar shards also have
+    a `problem`. Raises whatever `datasets` does for columns that are not there."""
+    if dataset.column_names == [*ROW_FEATURES]:
+        return dataset
+    image_column, caption_column, field = columns_of(dataset.features, args.image_column, args.caption_column)
+    if field:
+        found = [row and row.get(field) for row in dataset[caption_column]]
+        caption_column, dataset = field, dataset.select_columns([image_column]).add_column(field, found)
+    if default_caption and caption_column == "text" and "text" not in dataset.column_names:
+        dataset = dataset.add_column(caption_column, [default_caption] * len(dataset))
+    dataset = dataset.select_columns([image_column, caption_column])
+    dataset = dataset.rename_columns({image_column: "image", caption_column: "captions"})
+    return with_label_names(dataset.cast_column("image", datasets.Image(decode=False)))
 
 
 def files_of(name):
@@ -555,9 +565,9 @@ def is_picture_folder(name, files, pictures, data_files):
     )
 
 
-def load_train_split(args, name, saved, data_files, has_pictures):
-    """The train split of a dataset as `datasets` loads it; `saved` are the folders in it that `save_to_disk` wrote.
-    Raises `InputError`, or whatever that raises."""
+def load_train_split(args, name, saved, data_files, are_aside, default_caption):
+    """The train split of a dataset as `datasets` loads it, or of tar shards with ROW_FEATURES; `saved` are the folders
+    in it that `save_to_disk` wrote. Raises `InputError`, or whatever that raises."""
     config_name = args.dataset_config_name
     if saved and (config_name or Path(name) not in saved):
         raise InputError("was written by save_to_disk: name the folder that was, without a configuration")
@@ -569,11 +579,51 @@ def load_train_split(args, name, saved, data_files, has_pictures):
         if "train" not in dataset:
             raise InputError(f"has no train split; name the folder of one of its splits, {', '.join(dataset)}")
         return dataset["train"]
-    return datasets.load_dataset(**describe_source(args, name, data_files, has_pictures), split="train")
+    told = describe_source(args, name, data_files, are_aside)
+    builder = datasets.load_dataset_builder(**told)
+    if builder.name == SHARDS:
+        return load_tars(args, names_of_files(name, builder), needs_caption=not default_caption)
+    return datasets.load_dataset(**told, split="train")
 
 
-def describe_source(args, name, data_files, has_pictures):
-    """What `datasets` has to be told to load a dataset, on the Hub or of local `data_files`. Raises `InputError`."""
+def names_of_files(name, builder):
+    """The files of the train split of a dataset, local paths or addresses, and what they are called in it. Raises
+    `InputError` if there is none."""
+    paths = (builder.config.data_files or {}).get("train")
+    if not paths:
+        raise InputError("has no train split; name files that are for training")
+    folder, names = name if os.path.isdir(name) else os.path.dirname(name), {}
+    for path in paths:
+        is_local = os.path.exists(path)
+        names[path] = os.path.relpath(path, folder) if is_local else path.split("@", 1)[-1].split("/", 1)[-1]
+    return names
+
+
+def load_tars(args, names, needs_caption):
+    """The samples of tar shards, local ones or on the Hub, which have `names`, stored as `datasets` stores what it
+    reads. Raises what that makes of an `InputError`."""
+    paths = list(names)
+    check_columns(paths, args.image_column, args.caption_column, needs_caption, args.hub_token)
+    if not os.path.exists(paths[0]):
+        where = args.cache_dir and os.path.join(args.cache_dir, "downloads")
+        told = datasets.DownloadConfig(cache_dir=where, token=args.hub_token)
+        paths = datasets.DownloadManager(download_config=told).download(paths)
+    read = {"image_column": args.image_column, "caption_column": args.caption_column}
+    states = [os.stat(path) for path in paths]
+    known = [ROW_FORMAT, read, *zip(paths, [(state.st_size, state.st_mtime_ns) for state in states], strict=True)]
+    return datasets.Dataset.from_generator(
+        read_tars,
+        datasets.Features(ROW_FEATURES),
+        args.cache_dir,
+        gen_kwargs={"paths": paths, "names": list(names.values()), **read},
+        fingerprint=hashlib.sha256(json.dumps(known).encode()).hexdigest()[:32],
+        writer_batch_size=100,  # of rows that wait in memory
+    )
+
+
+def describe_source(args, name, data_files, are_aside):
+    """What `datasets` has to be told to load a dataset, on the Hub or of local `data_files`, beside which there may be
+    others that `are_aside`. Raises `InputError`."""
     config_name, where = args.dataset_config_name, {"cache_dir": args.cache_dir}
     chosen = without_other_kinds([path for path in data_files if not path.name.startswith("cache-")])
     is_pattern = bool(data_files) and "[" in os.path.abspath(name)  # as `datasets` takes it
@@ -581,7 +631,7 @@ def describe_source(args, name, data_files, has_pictures):
     if os.path.isfile(name) and config_name:
         raise InputError("is a file, which has no configurations; drop --dataset_config_name")
     are_chosen = is_pattern or len(chosen) < len(data_files) or os.path.isfile(name)
-    if are_chosen or (has_pictures and not num_configs):
+    if are_chosen or (are_aside and not num_configs):
         if config_name or num_configs > 1:
             told = "a bracket in the path, pictures or caches hide its configurations"
             raise InputError(f"{told}; rename it, move them away or drop --dataset_config_name")
@@ -705,13 +755,15 @@ def check_places(dataset, name, cache_dir, follows_links=False):
         start += len(images)
 
 
-def check_rows(rows, memory, skip_bad_images, tokenizer, resolution, fit=None):
+def check_rows(rows, memory, skip_bad_images, tokenizer, resolution, fit=None, are_of_stream=False):
     """Checks every image and caption; returns the good rows. Raises one `InputError` for all others, unless
-    `skip_bad_images`; warns of images that are enlarged, to a square or by `fit` of `load_data`, and of captions that
-    are cut."""
+    `skip_bad_images`, and if none is good; warns of images that are enlarged, to a square or by `fit` of `load_data`,
+    and of captions that are cut."""
     bad, cut, digests, contents, sizes = [], [], {}, [], []
     captions = list(rows["captions"])
+    problems = list(rows["problem"]) if "problem" in rows.column_names else [None] * len(rows)  # of tar shards
     for index, (digest, width, height, problem) in enumerate(check_images(rows, memory)):
+        problem = problems[index] or problem
         if not problem and not captions[index]:
             problem = NO_CAPTION
         if problem:
@@ -724,7 +776,7 @@ def check_rows(rows, memory, skip_bad_images, tokenizer, resolution, fit=None):
         contents.append(digest)
         sizes.append((width, height))
 
-    leave_out(bad, len(rows), may_leave_out=skip_bad_images and bool(digests))
+    leave_out(bad, len(rows), skip_bad_images and bool(digests), are_of_stream=are_of_stream)
     good, sizes = list(digests), np.array(sizes, int).reshape(-1, 2)
     wanted, told = (fit(sizes), "their bucket") if fit else (resolution, f"--resolution={resolution}")
     small = []

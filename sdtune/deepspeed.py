@@ -152,16 +152,20 @@ def load_tensors(path, map_location=None):
 def step_by_engine(args, accelerator, run, work, passes):
     """Forward, backward and the optimizer's step: the passes of a step add up their gradients in DeepSpeed's engine,
     which averages them over processes, clips them and changes the weights, unless a loss or a gradient is not finite
-    in some process. Returns the step's loss in this process, and the norm of its gradient."""
+    in some process, or no sample of a stream has weight. Returns the step's loss in this process, and the norm of its
+    gradient."""
     (engine,) = run.weights.prepared.values()
     engine.optimizer.clip_grad = args.max_grad_norm  # a checkpoint brings its own
-    step_loss = torch.zeros((), device=accelerator.device)
+    step_loss, weight = torch.zeros((), device=accelerator.device), torch.zeros((), device=accelerator.device)
     for batch, is_last in passes:
         batch = send_to_device(batch, accelerator.device, non_blocking=True)
         engine.set_gradient_accumulation_boundary(is_last)
         loss = (work.training_loss(batch) * batch["weight"]).sum()
         # The engine looks at gradients alone, which may be finite where a loss is not.
         factor = torch.where(torch.isfinite(loss.detach()), float(accelerator.num_processes), math.nan)
+        weight += batch["weight"].sum()
+        if is_last and getattr(args, "streaming", False) and accelerator.reduce(weight) == 0:
+            factor.fill_(math.nan)  # else it would decay weights and moments
         engine.backward(loss * factor, scale_wrt_gas=False)  # gradients are averaged over processes
         step_loss += loss.detach()
     run.is_whole = False

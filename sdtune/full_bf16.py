@@ -106,10 +106,14 @@ def make_fused_optimizer(args, groups):
 
 
 def update_in_backward(args, accelerator, run, work, passes):
-    """The one pass of a step in which weights are updated while gradients come; with a loss that is not finite there
-    is no backward pass. Returns loss and norm of the gradient, as `add_up_gradients` does."""
+    """The one pass of a step in which weights are updated while gradients come; with a loss that is not finite, or
+    without a sample that has weight, there is no backward pass. Returns loss and norm of the gradient, as
+    `add_up_gradients` does."""
     optimizer = run.state["optimizer"].optimizer  # inside accelerate's
     ((batch, _),) = passes
+    if not batch["weight"].any():  # of a stream
+        nothing = torch.zeros((), device=accelerator.device)
+        return nothing, nothing
     batch = send_to_device(batch, accelerator.device, non_blocking=True)
     loss = (work.training_loss(batch) * batch["weight"]).sum()
     if not torch.isfinite(loss):  # the one place where the host waits for the device before a step has ended

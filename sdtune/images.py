@@ -240,12 +240,15 @@ def check_row(rows, index, key, known):
     return (key, known[key]) if key in known else check_image(rows[index]["image"], known)
 
 
-def leave_out(bad, num_images, may_leave_out, remedy=""):
+def leave_out(bad, num_images, may_leave_out, remedy="", are_of_stream=False):
     """Tells which of so many images are left out: `bad` are lines of a path and what is wrong. Raises `InputError`
-    with these, and one more `remedy`, unless images may be left out."""
+    with these, and one more `remedy`, unless images may be left out; those that are held out of a stream always
+    may."""
     if not bad:
         return
     unusable = "\n  ".join([f"{len(bad)} of {num_images} images are unusable:", *map(printable, bad[:100])])
     if not may_leave_out:
-        raise InputError(f"{unusable}\nMend or remove them, or add --skip_bad_images{remedy}.")
-    print(f"Left out (--skip_bad_images): {unusable}")
+        choice = "use a larger --num_validation_samples" if are_of_stream else "add --skip_bad_images"
+        raise InputError(f"{unusable}\nMend or remove them, or {choice}{remedy}.")
+    why = "of what is held out" if are_of_stream else "(--skip_bad_images)"
+    print(f"Left out {why}: {unusable}")

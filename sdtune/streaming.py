@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import itertools
-import json
 import os
 import sys
 
@@ -15,8 +14,8 @@ from sdtune.arguments import NUM_TRAIN_EPOCHS, noise_offset_of
 from sdtune.batches import count_steps, count_stream_steps
 from sdtune.dataset import (
     SAVED_NAMES,
+    SHARDS,
     CaptionedImages,
-    all_captions,
     check_data_files,
     check_rows,
     columns_of,
@@ -24,14 +23,17 @@ from sdtune.dataset import (
     files_of,
     is_picture_folder,
     load_data,
+    names_of_files,
     seen_alike,
 )
-from sdtune.errors import InputError, last_line
-from sdtune.images import MIN_SIDE, NO_CAPTION, check_image, open_encoded, path_of_findings
+from sdtune.errors import InputError, fitted, in_one_line, last_line
+from sdtune.images import MIN_SIDE, check_image, open_encoded, path_of_findings
 from sdtune.models import load_tokenizer, read_latent_layout, read_num_timesteps
 from sdtune.randomness import BUFFER, SAMPLE, SHARDS_ORDER, random_numbers
+from sdtune.shards import ROW_FEATURES, all_captions, caption_suffixes, check_columns, read_tars, without_empty
 
 ROWS_AT_ONCE = 16  # that are read of a shard
+BYTES_OF_PART = 2**18  # of a file that is looked at to know it again
 SHUFFLE_BUFFER_SIZE = 1000
 MOST_BAD_ROWS = 1000  # one after the other, before a run ends
 NUM_TOLD = 100  # samples that are left out, by name
@@ -45,6 +47,7 @@ class StreamRow:
     index: int  # in the shard
     image: dict  # bytes and path
     captions: list
+    problem: str | None = None
 
 
 @dataclasses.dataclass
@@ -64,6 +67,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
     samples: CaptionedImages  # without rows: how samples are drawn and seen
     batch_size: int
     buffer_size: int  # rows that wait to be shuffled
+    no_caption: str  # what is told of a row without one
     rank: int = 0
     num_ranks: int = 1
     weight: float = 1.0  # of a batch in its step
@@ -84,14 +88,24 @@ class StreamedImages(torch.utils.data.IterableDataset):
         """Yields of each batch of a stream, from batch `num_batches` on, a list of its samples, and one of what could
         not be used. `apply` maps a function over rows."""
         rows = self.rows(stream, num_streams, num_batches * self.batch_size)
-        num_bad = 0  # one after the other
+        num_bad, last_told = 0, []  # one after the other; what is told of the last of them
+        epoch, is_whole, is_useless = None, num_batches == 0, False
         while True:
             found = list(apply(self.try_sample, itertools.islice(rows, self.batch_size)))
             left_out = [problem for _, problem in found if problem]
             good = [sample for sample, problem in found if not problem]
             num_bad = 0 if good else num_bad + len(found)
             if num_bad >= MOST_BAD_ROWS:
-                raise InputError(f"{num_bad:,} rows one after the other cannot be used; mend them ({left_out[-1]})")
+                raise InputError(
+                    f"{num_bad:,} rows one after the other cannot be used; mend them ({': '.join(left_out[-1])})"
+                )
+            for sample, problem in found:
+                if sample["epoch"] != epoch:
+                    if is_useless:
+                        raise InputError(told_of_useless(last_told, num_streams))
+                    epoch, is_whole, is_useless = sample["epoch"], True, is_whole
+                is_useless = is_useless and problem is not None
+                last_told = [*last_told, problem][-3:] if problem else []
             # Others carry the weight of those that are left out; where there are none, a picture without weight comes.
             for sample in good:
                 sample["weight"] = np.float32(self.weight / len(good))
@@ -101,20 +115,26 @@ class StreamedImages(torch.utils.data.IterableDataset):
         """Yields (epoch, row) of a stream in its order, without the first `num_done`, which are read, where it takes
         that, and not decoded. Raises `InputError` for a stream without a row."""
         for epoch in itertools.count():
-            num_known = self.count_epoch(stream, num_streams, epoch)
-            if num_known is not None and num_known <= num_done:
-                num_done -= num_known
-                continue
-            number = 0
-            for number, row in enumerate(self.shuffled(stream, num_streams, epoch), 1):
-                if number > num_done:
-                    yield epoch, row
-            if not number:
-                raise InputError(
-                    f"--streaming=True: there are fewer images than workers of all processes, {num_streams}; use a "
-                    "smaller --dataloader_num_workers, or drop --streaming"
-                )
-            num_done = max(num_done - number, 0)
+            num_rows = self.count_epoch(stream, num_streams, epoch)
+            if num_rows is None or num_rows > num_done:
+                num_rows = 0
+                for num_rows, row in enumerate(self.shuffled(stream, num_streams, epoch), 1):
+                    if num_rows > num_done:
+                        yield epoch, row
+            num_done = max(num_done - num_rows, 0)
+            if not num_rows:
+                self.check_other_epochs(num_streams)
+
+    def check_other_epochs(self, num_streams):
+        """Raises `InputError` if a stream that has no row in an epoch has none in any other."""
+        if len(self.num_rows) == len(self.shard_names) and not any(self.num_rows.values()):
+            raise InputError("--dataset_name: there are no images in its shards; name another")
+        # Where there are more shards than streams, others are whole ones of this stream in another epoch.
+        if len(self.shard_names) < num_streams:
+            raise InputError(
+                f"--streaming=True: there are fewer images than workers of all processes, {num_streams}; use a "
+                "smaller --dataloader_num_workers, or drop --streaming"
+            )
 
     def shuffled(self, stream, num_streams, epoch):
         """Yields the rows of a stream in an epoch, each once: `buffer_size` of them wait, of which one is drawn."""
@@ -160,6 +180,8 @@ class StreamedImages(torch.utils.data.IterableDataset):
         for row in itertools.islice(self.read_rows(shard), self.num_held_out.get(shard, 0), None):
             number += 1
             yield row
+        if not number and not self.num_held_out.get(shard) and shard not in self.num_rows:
+            print(f"\nLeft out: {self.shard_names[shard]}: is empty", file=sys.stderr, flush=True)
         self.num_rows[shard] = number
 
     def read_rows(self, shard):
@@ -170,26 +192,23 @@ class StreamedImages(torch.utils.data.IterableDataset):
         batches = self.source.shard(len(self.shard_names), shard).iter(ROWS_AT_ONCE)
         try:
             for batch in batches:
-                for image, captions in zip(batch[image_column], batch[caption_column], strict=True):
+                problems = batch.get("problem") or [None] * len(batch[image_column])
+                for image, captions, problem in zip(batch[image_column], batch[caption_column], problems, strict=True):
                     captions = captions and captions.get(field) if field else captions
-                    yield StreamRow(shard, index, image, captions)
+                    yield StreamRow(shard, index, image, captions, problem)
                     index += 1
-        except MemoryError:
+        except (MemoryError, InputError):
             raise
         except Exception as error:  # of the network, the file, arrow
             told = f"cannot be read beyond row {index} ({last_line(error)}); mend or remove it"
             raise InputError(f"{self.shard_names[shard]}: {told}") from None
 
     def try_sample(self, item):
-        """The sample of an (epoch, row), and what is wrong with that, or None. If something is, the sample is one
-        without weight, of a white picture."""
+        """The sample of an (epoch, row), and its shard, its name there and what is wrong with it, or None. If
+        something is, the sample is one without weight, of a white picture."""
         epoch, row = item
-        problem, captions = None, [""]
-        try:
-            captions = all_captions(with_names(row.captions, self.source.features[self.columns[1]])) or [""]
-            problem = None if captions != [""] else NO_CAPTION
-        except ValueError as error:
-            problem = str(error)
+        captions, problem = self.captions_of(row)
+        captions = captions or [""]
         draw = random_numbers(self.samples.seed, SAMPLE, epoch, row.shard, row.index)
         read = {"image": row.image, "captions": captions}
         sample, place = self.samples.draw_sample(0, read, draw)
@@ -198,7 +217,17 @@ class StreamedImages(torch.utils.data.IterableDataset):
         sample["pixel_values"] = np.full((3, height, width), 255, np.uint8)
         if not problem:
             problem = self.add_pixels(sample, read, place)
-        return sample, f"{self.name_of(row)}: {problem}" if problem else None
+        return sample, (*self.name_of(row), problem) if problem else None
+
+    def captions_of(self, row):
+        """The captions of a row, and what is wrong with it as far as that shows without its pixels, or None."""
+        if row.problem:
+            return [], row.problem
+        try:
+            captions = all_captions(with_names(row.captions, self.source.features[self.columns[1]]))
+        except ValueError as error:
+            return [], str(error)
+        return captions, None if captions else self.no_caption
 
     def add_pixels(self, sample, row, place):
         """Adds the pixels of a row to its sample, or returns what is wrong with them."""
@@ -216,38 +245,50 @@ class StreamedImages(torch.utils.data.IterableDataset):
         return None
 
     def name_of(self, row):
-        """What a row is called: its file in the shard, or its number."""
+        """What a row is called: its shard, and its file in that or its number."""
         path = (row.image or {}).get("path")
-        return f"{self.shard_names[row.shard]}: {path or f'row {row.index}'}"
+        return in_one_line(self.shard_names[row.shard]), in_one_line(path) if path else f"row {row.index}"
+
+
+def told_of_useless(problems, num_streams):
+    """What is told of an epoch of a stream in which nothing could be used; `problems` are the last ones."""
+    reader = f" of one of {num_streams} workers" if num_streams > 1 else ""
+    remedy = "mend or remove these, or name other columns by --image_column and --caption_column"
+    return f"a whole epoch{reader} in which no image can be used ({'; '.join(map(': '.join, problems))}); {remedy}"
 
 
 @dataclasses.dataclass
 class LeftOut:
     """What a process leaves out of a stream, and tells."""
 
-    number: int = 0  # of times, in all epochs
-    told: dict = dataclasses.field(default_factory=dict)  # the first lines of a name and what is wrong; None each
-    are_more: bool = False
+    told: set = dataclasses.field(default_factory=set)  # what was told at once
+    # By shard and what is wrong: how often, in all epochs, and the first name.
+    numbers: dict = dataclasses.field(default_factory=dict)
 
     def note(self, problems):
-        """Counts lines, and tells the first ones at once, each once."""
+        """Counts what has a shard, a name in that, and a problem; tells the first ones at once, each once."""
         for problem in problems:
-            self.number += 1
-            if problem in self.told:
+            shard, name, reason = problem = tuple(problem)  # of which a loader makes lists
+            number, first = self.numbers.get((shard, reason.split(" (")[0]), (0, name))
+            self.numbers[shard, reason.split(" (")[0]] = (number + 1, first)
+            if problem in self.told or len(self.told) == NUM_TOLD:
                 continue
+            self.told.add(problem)
+            print(f"\nLeft out: {': '.join(problem)}", file=sys.stderr, flush=True)
             if len(self.told) == NUM_TOLD:
-                self.are_more = True
-                continue
-            self.told[problem] = None
-            print(f"\nLeft out: {problem}", file=sys.stderr, flush=True)
+                print("Left out: what comes from now on is told at the end alone", file=sys.stderr, flush=True)
 
     def tell(self, told_as=""):
-        """Lists, at the end, what was left out."""
-        if self.number:
-            more = ["and others"] if self.are_more else []
-            times = f"{self.number:,} times" if self.number > 1 else "once"
-            head = f"\n{told_as}Left out of the stream, {times} in all epochs:"
-            print("\n  ".join([head, *self.told, *more]), file=sys.stderr, flush=True)
+        """Sums up, at the end, what was left out, in few lines: first what came most often."""
+        total = sum(number for number, _ in self.numbers.values())
+        if not total:
+            return
+        times = f"{total:,} times" if total > 1 else "once"
+        lines = [f"{told_as}Left out of the stream, {times} in all epochs:"]
+        for (shard, reason), (number, name) in sorted(self.numbers.items(), key=lambda item: -item[1][0]):
+            lines.append(f"{shard}: {name}: {reason}" if number == 1 else f"{shard}: {number:,} x {reason}: {name}")
+        told = fitted("\n  ".join(lines))
+        print(f"\n{told}", file=sys.stderr, flush=True)
 
 
 def check_streaming(args):
@@ -266,6 +307,8 @@ def check_streaming(args):
     if args.max_train_samples:
         told = "which would have to read all to draw some; name fewer files, or drop one"
         problems.append(f"--max_train_samples={args.max_train_samples}: {is_set}, {told}")
+    if args.skip_bad_images:
+        problems.append("--skip_bad_images=True: a stream leaves unusable images out anyway; drop this")
     for flag, why in {
         "aspect_ratio_buckets": "which does not know the shapes of its images",
         "cache_latents": "whose images do not stay",
@@ -283,7 +326,8 @@ def load_images(args, fit=None):
 
 def load_stream(args):
     """Opens --dataset_name as a stream and reads the first rows, which are held out; returns (stream, held-out images,
-    fingerprint of both), the fingerprint by names and sizes of files, since nobody reads all. Raises `InputError`."""
+    fingerprint of both), the fingerprint by files and what `tell_files` says of each, since nobody reads all. Raises
+    `InputError`."""
     source, columns, files = open_source(args)
     tokenizer = load_tokenizer(args)
     latent_channels, pixels_per_latent = read_latent_layout(args)
@@ -307,11 +351,16 @@ def load_stream(args):
     if len(names) != source.num_shards:
         names = [f"shard {number}" for number in range(source.num_shards)]
     buffer_size = args.shuffle_buffer_size or SHUFFLE_BUFFER_SIZE
-    stream = StreamedImages(source, columns, names, {}, samples, args.train_batch_size, buffer_size)
+    place = f"in its column {columns[1]!r}"
+    if "problem" in source.features:  # of tar shards
+        place = f"in a .{caption_suffixes(args.caption_column)[-1]} or .json beside it"
+    told = f"has no caption {place}"
+    stream = StreamedImages(source, columns, names, {}, samples, args.train_batch_size, buffer_size, told)
     first_rows = read_first_rows(args, stream)
     stream.num_held_out = count_by_shard(first_rows)
-    fingerprint = json.dumps([files, columns, args.num_validation_samples])
-    return stream, hold_out(args, stream, first_rows), hashlib.sha256(fingerprint.encode()).hexdigest()
+    flags = ("image_column", "caption_column", "num_validation_samples")
+    fingerprint = {**{f"--{flag}": getattr(args, flag) for flag in flags}, **files}
+    return stream, hold_out(args, stream, first_rows), fingerprint
 
 
 def open_source(args):
@@ -326,15 +375,22 @@ def open_source(args):
             f"--dataset_name={name}: save_to_disk wrote this, which is read without --streaming; drop that"
         )
     check_data_files(data_files, name, args.follow_symlinks)
+    whole = without_empty(data_files, name)
     try:
-        told = describe_source(args, name, data_files, has_pictures=bool(pictures))
+        told = describe_source(args, name, whole, are_aside=bool(pictures) or len(whole) < len(data_files))
         builder = datasets.load_dataset_builder(**told)
+        names = names_of_files(name, builder)
+        files = tell_files(names, builder)
+        if builder.name == SHARDS:
+            return open_tars(args, names), ("image", "captions", None), files
+        if builder.name == "parquet":
+            builder.config.batch_size = ROWS_AT_ONCE  # else as many as a file's first group has, which may be empty
         source = builder.as_streaming_dataset(split="train")
         columns = columns_of(source.features or {}, args.image_column, args.caption_column)
         if missing := [column for column in columns[:2] if column not in source.column_names]:
-            raise InputError(f"there is no column {missing[0]!r}, but {', '.join(source.column_names)}")
+            raise ValueError(f"there is no column {missing[0]!r}, but {', '.join(source.column_names)}")
         source = source.select_columns(list(columns[:2])).cast_column(columns[0], datasets.Image(decode=False))
-        return source, columns, tell_files(name, builder.config.data_files["train"])
+        return source, columns, files
     except Exception as error:  # as many as there are kinds of files and places
         raise InputError(
             f"--dataset_name={name}: cannot be streamed; check it, --dataset_config_name, "
@@ -342,17 +398,32 @@ def open_source(args):
         ) from None
 
 
-def tell_files(name, data_files):
-    """What is known of a dataset's files without reading them, by name: the size of a local one, else what the Hub
-    says."""
+def open_tars(args, names):
+    """Tar shards as a stream with ROW_FEATURES; `names` as `names_of_files` gives them. Raises `ValueError` for
+    columns that are not there."""
+    read = {"image_column": args.image_column, "caption_column": args.caption_column, "token": args.hub_token}
+    check_columns(list(names), **read)
+    files = {"paths": list(names), "names": list(names.values())}
+    return datasets.IterableDataset.from_generator(read_tars, datasets.Features(ROW_FEATURES), {**files, **read})
+
+
+def tell_files(names, builder):
+    """What is known of a dataset's files without reading all of them, by name: size and digest of a local one, else
+    what the Hub says."""
     told = {}
-    folder = name if os.path.isdir(name) else os.path.dirname(name)
-    for path, origin in zip(data_files, data_files.origin_metadata, strict=True):
-        if os.path.exists(path):
-            told[os.path.relpath(path, folder)] = os.path.getsize(path)
-        else:
-            told[path.split("@", 1)[-1].split("/", 1)[-1]] = list(origin)
+    for path, origin in zip(names, builder.config.data_files["train"].origin_metadata, strict=True):
+        told[names[path]] = digest_of_parts(path) if os.path.exists(path) else " ".join(map(str, origin))
     return told
+
+
+def digest_of_parts(path):
+    """The size of a file and a digest of its beginning, middle and end, which take no time to read."""
+    size, digest = os.path.getsize(path), hashlib.sha256()
+    with open(path, "rb") as file:
+        for start in (0, size // 2, max(size - BYTES_OF_PART, 0)):
+            file.seek(start)
+            digest.update(file.read(BYTES_OF_PART))
+    return f"{size} {digest.hexdigest()[:16]}"
 
 
 def read_first_rows(args, stream):
@@ -381,21 +452,15 @@ def count_by_shard(rows):
 
 def hold_out(args, stream, rows):
     """Those of the rows that can be used, as `CaptionedImages`."""
-    captions = []
-    for row in rows:
-        try:
-            captions.append(all_captions(with_names(row.captions, stream.source.features[stream.columns[1]])))
-        except ValueError:  # it is told with those that have none
-            captions.append([])
-    images = [{"bytes": (row.image or {}).get("bytes"), "path": stream.name_of(row)} for row in rows]
-    table = datasets.Dataset.from_dict(
-        {"image": images, "captions": captions},
-        datasets.Features(
-            {"image": datasets.Image(decode=False), "captions": datasets.List(datasets.Value("string"))}
-        ),
-    )
+    found = [stream.captions_of(row) for row in rows]
+    columns = {
+        "image": [{"bytes": (row.image or {}).get("bytes"), "path": ": ".join(stream.name_of(row))} for row in rows],
+        "captions": [captions for captions, _ in found],
+        "problem": [problem for _, problem in found],
+    }
+    table = datasets.Dataset.from_dict(columns, datasets.Features(ROW_FEATURES))
     memory = path_of_findings(args.dataset_name, args.cache_dir)
-    checked = check_rows(table, memory, True, stream.samples.tokenizer, args.resolution)
+    checked = check_rows(table, memory, True, stream.samples.tokenizer, args.resolution, are_of_stream=True)
     held_out = dataclasses.replace(
         stream.samples,
         rows=checked.rows,

@@ -5,7 +5,9 @@ import ctypes
 import dataclasses
 import datetime
 import functools
+import hashlib
 import itertools
+import math
 import os
 import secrets
 import shutil
@@ -64,6 +66,7 @@ from sdtune.validation import LookGivenUp, steps_between_looks
 # Of glibc's `mallopt` (malloc.h): parameters, with the largest values that serve.
 FREED_MEMORY_IS_KEPT = {-1: 2**31 - 1, -3: 2**30}  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, in bytes
 MINUTES = datetime.timedelta(minutes=10)  # for what all processes do at the same time
+WHOLE_WEIGHT = 0.999  # of a step's samples in all, which is 1 but for rounding
 A_DAY = datetime.timedelta(days=1)
 PATIENCE_WITH_FOLDERS = 75  # seconds: NFS may keep for 60 that a file is not there
 # Flags that may differ between machines: what they name is compared in their place, or has no effect on others.
@@ -214,7 +217,10 @@ def check_shared_output(accelerator, output_dir):
 def agree_on_data(accelerator, fingerprints):
     """Waits until all processes have read their images, and compares what they have. Raises `InputError`."""
     accelerator.wait_for_everyone()
-    check_agreement(accelerator, fingerprints)
+    digests = {}
+    for name, known in fingerprints.items():  # of a stream's files, one by one, too much to be shown
+        digests[name] = hashlib.sha256(repr(known).encode()).hexdigest() if isinstance(known, dict) else known
+    check_agreement(accelerator, digests)
 
 
 def prepare(accelerator, models, optimizer, write, read):
@@ -469,10 +475,15 @@ def take_step(args, accelerator, run, work, passes, requests):
     # Dropout layers alone use torch's own generator.
     torch.manual_seed(random_numbers(args.seed, DROPOUT, step, accelerator.process_index).integers(2**32))
     make_gradients = step_by_engine if uses_deepspeed() else work.make_gradients
-    step_loss, grad_norm = make_gradients(args, accelerator, run, work, passes)
+    weights = []
+    step_loss, grad_norm = make_gradients(args, accelerator, run, work, with_weights_noted(passes, weights))
 
     # Optimizer step, unless a loss or a gradient is not finite in some process.
-    loss, num_not_finite, *requests = exchange(accelerator, step_loss, grad_norm, requests)
+    weight = sum(weights)
+    loss, weight, num_not_finite, *requests = exchange(accelerator, step_loss, weight, grad_norm, requests)
+    if weight == 0:  # nothing of a stream could be used
+        pass_over(accelerator, run, step)
+        return loss, None, False, requests
     is_finite = num_not_finite == 0
     is_broken = not is_finite and run.progress["nan_steps"] >= max_nan_steps(args, accelerator)
     if not is_broken:
@@ -483,9 +494,28 @@ def take_step(args, accelerator, run, work, passes, requests):
         if is_finite:
             lr_scheduler.step()
             update_average(args, run, held_here(run.weights.parameters))
+        loss = loss / weight if weight < WHOLE_WEIGHT else loss  # the mean of what could be used of a stream
         note_step(run, step, loss, is_finite)
         run.is_whole = True
     return loss, grad_norm if is_finite else None, is_broken, requests
+
+
+def with_weights_noted(passes, weights):
+    """Yields the passes of a step, and adds the weight of each to `weights`, while the batch is still on the host."""
+    for batch, is_last in passes:
+        weights.append(batch["weight"].sum().item())
+        yield batch, is_last
+
+
+def pass_over(accelerator, run, step):
+    """Notes that a step is done of which no sample had weight: it leaves weights, moments and average alone."""
+    run.is_whole = False
+    if accelerator.scaler is not None:  # it wants to be told that the gradients, which it unscaled, are done with
+        accelerator.scaler.update()
+    run.state["optimizer"].zero_grad()
+    note_step(run, step, math.nan, is_finite=True)
+    run.is_whole = True
+    accelerator.print(f"\nStep {step + 1}: of its images none can be used; passed over.")
 
 
 def add_up_gradients(args, accelerator, run, work, passes):
@@ -530,11 +560,12 @@ def without_sync(accelerator, models):
         yield
 
 
-def exchange(accelerator, loss, grad_norm, requests):
-    """The step's one exchange between processes: the sum of their losses, and in how many of them loss or gradient is
-    not finite, and there is each of `requests`."""
+def exchange(accelerator, loss, weight, grad_norm, requests):
+    """The step's one exchange between processes: the sums of their losses and of the weights of their samples, and in
+    how many of them loss or gradient is not finite, and there is each of `requests`."""
     not_finite = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
-    numbers = torch.stack([loss, not_finite.float(), *[torch.full_like(loss, asked) for asked in requests]])
+    weight, *requests = [torch.full_like(loss, number) for number in (weight, *requests)]
+    numbers = torch.stack([loss, weight, not_finite.float(), *requests])
     return accelerator.reduce(numbers, reduction="sum").tolist()
 
 

@@ -29,6 +29,37 @@ def write_tar(path, rows, caption_suffix="txt"):
     return Path(path)
 
 
+def write_messy_tar(path):
+    """Writes a shard of samples that all differ; returns what is wrong with the bad ones, by their image's name."""
+    picture, other = encoded(make_image(0)), encoded(make_image(1), "jpg", quality=95)
+    files = {
+        "0.png": picture,
+        "0.pth": b"no tensors",  # nobody opens it
+        "1.jpg": other,
+        "1.txt": b"one",
+        "2.png": picture,
+        "2.txt": b"caf\xe9",
+        "3.jpg": other,
+        "3.json": b'{"caption": "half',
+        "4.png": picture,
+        "4.json": b'{"caption": 4}',
+        "below/5.jpeg": other,
+        "below/5.json": b'{"caption": ["five", "and more"]}',
+        "6.txt": b"six",
+        "README": b"no sample",
+    }
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as file:
+        for name, content in files.items():
+            add_file(file, name, content)
+    return {
+        "2.png": "its caption, a .txt, is not UTF-8; convert it",
+        "3.jpg": "its .json cannot be read (Unterminated string starting at: line 1 column 13 (char 12))",
+        "4.png": "the caption is a number (4), not text; name another --caption_column",
+        "6.txt": "there is no image to it, but .txt; files of a sample have to follow each other",
+    }
+
+
 def add_file(file, name, content):
     """Adds a file to an open tar file."""
     entry = tarfile.TarInfo(name)

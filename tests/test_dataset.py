@@ -1,6 +1,8 @@
 """Images and captions are read as they were written, and what cannot be used is named before a model loads."""
 
 import csv
+import functools
+import hashlib
 import json
 import os
 import re
@@ -8,9 +10,11 @@ import re
 import datasets
 import numpy as np
 import pytest
+from fake_hub import USER
 from image_data import caption_of, encoded, make_image, snapshot, write_metadata
+from reach_hub import reaching
 from running import run_script
-from shards import write_shards
+from shards import make_rows, write_messy_tar, write_shards, write_tar
 from tiny import make_tokenizer
 from training import parse
 
@@ -402,6 +406,86 @@ def test_the_captions_of_shards_come_from_the_field_that_is_named(tmp_path):
     assert captions_in(folder, "--caption_column=caption") == in_words(range(2))
     with pytest.raises(InputError, match=r"cannot be loaded; check it.*--caption_column=alt"):
         captions_in(folder, "--caption_column=alt")
+
+
+def test_bad_samples_of_a_tar_are_named_and_the_others_used(tmp_path):
+    """Each by itself: neither do samples have to be alike, nor is one that cannot be decoded the end of others."""
+    told = write_messy_tar(tmp_path / "mess" / "a.tar")
+    args = parse(f"--dataset_name={tmp_path / 'mess'}", f"--cache_dir={tmp_path / 'cache'}")
+    rows = read_rows(args, None, None)
+    problems = {row["image"]["path"]: row["problem"] for row in rows if row["problem"]}
+    assert problems == told
+    checked = functools.partial(check_rows, tokenizer=make_tokenizer(), resolution=32)
+    with pytest.raises(InputError) as caught:
+        checked(rows, tmp_path / "checked.json", False)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "5 of 7 images are unusable:"
+    bad = {**told, "0.png": "has no caption, in metadata or a .txt beside it"}
+    assert lines[1:-1] == [f"  {name}: {problem}" for name, problem in sorted(bad.items())]
+    kept = checked(rows, tmp_path / "checked.json", True)
+    assert list(kept.rows["captions"]) == [["one"], ["five", "and more"]]
+    assert kept.contents.tolist() == [hashlib.sha256(encoded(make_image(1), "jpg", quality=95)).hexdigest()] * 2
+    assert read_rows(args, None, "a star")["captions"][0] == ["a star"]
+    with pytest.raises(InputError, match=r"there is no column 'alt', but png, pth, jpg, txt, json, jpeg, caption\)"):
+        captions_in(tmp_path / "mess", "--caption_column=alt")
+    with pytest.raises(InputError, match=r"there is no column 'webp', but png"):
+        captions_in(tmp_path / "mess", "--image_column=webp")
+
+
+def test_tar_shards_of_the_hub_are_stored_and_read(tmp_path, fake_hub, monkeypatch):
+    folder = write_shards(tmp_path / "shards", "tar", [2, 0, 1])
+    files = {f"data/train-{path.name}": path.read_bytes() for path in folder.iterdir()}
+    fake_hub.add_repo(f"{USER}/shards", files, "dataset")
+    with reaching(fake_hub, monkeypatch):
+        args = parse(f"--dataset_name={USER}/shards", f"--cache_dir={tmp_path / 'cache'}")
+        assert read_rows(args, None, None)["captions"] == [[text] for text in in_words(range(3))]
+
+
+def test_a_shard_that_changed_is_read_again(tmp_path):
+    folder = write_shards(tmp_path / "set", "tar", [3])
+    assert captions_in(folder) == in_words(range(3))
+    write_tar(folder / "00000.tar", make_rows(2, 5))
+    assert captions_in(folder) == in_words([5, 6])
+
+
+def test_a_broken_shard_is_named(tmp_path):
+    """What ends in its middle, what is none from the start, and pages that are overwritten."""
+    cut = write_shards(tmp_path / "cut", "tar", [6, 6])
+    content = (cut / "00001.tar").read_bytes()
+    (cut / "00001.tar").write_bytes(content[: len(content) // 2 + 700])
+    with pytest.raises(InputError, match=r"cut: 00001.tar: cannot be read beyond row \d \(unexpected end of data\)"):
+        captions_in(cut)
+    text = write_shards(tmp_path / "text", "tar", [1, 1])
+    (text / "00000.tar").write_bytes(b"a note" * 200)
+    with pytest.raises(
+        InputError, match=r"text: shards are broken; mend or remove these\n  00000.tar: is no tar file$"
+    ):
+        captions_in(text)
+    short = write_shards(tmp_path / "short", "parquet", [1, 1])
+    (short / "00001.parquet").write_bytes((short / "00001.parquet").read_bytes()[:-9])
+    with pytest.raises(InputError, match=r"are broken; mend or remove these\n  00001.parquet: Parquet magic bytes"):
+        captions_in(short)
+    pages = write_shards(tmp_path / "pages", "parquet", [60, 60])
+    content = bytearray((pages / "00001.parquet").read_bytes())
+    content[300:2500] = b"\xff" * 2200
+    (pages / "00001.parquet").write_bytes(content)
+    with pytest.raises(InputError, match=r"\(00001.parquet: Invalid or truncated .*; mend or remove it\)$"):
+        captions_in(pages)
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+@pytest.mark.parametrize("empty", [0, 1, 2])
+def test_an_empty_shard_is_left_out_and_named(tmp_path, capsys, kind, empty):
+    """One of no bytes, or with no row in it."""
+    numbers = [2, 2, 2]
+    numbers[empty] = 0
+    folder = write_shards(tmp_path / "set", kind, numbers)
+    (folder / f"none.{kind}").write_bytes(b"")
+    assert captions_in(folder) == in_words(range(4))
+    told = f"Left out of {folder}: 2 empty shards, such as {empty:05d}.{kind}, none.{kind}.\n"
+    assert told in capsys.readouterr().out
+    with pytest.raises(InputError, match=f"holds nothing but empty shards, such as none.{kind}; name another"):
+        captions_in(folder / f"none.{kind}")
 
 
 def test_tables_beside_tar_shards_are_left_aside(tmp_path):

@@ -15,6 +15,7 @@ from diffusers import StableDiffusionPipeline
 from image_data import write_image_folder
 from running import REPO, TRAIN_DREAMBOOTH, TRAIN_TEXT_TO_IMAGE_LORA
 from safetensors.torch import load_file
+from shards import make_rows, write_tar
 from training import losses, parse, read_log, same, train, unet, words
 
 from sdtune.deepspeed import check_deepspeed, load_tensors
@@ -188,6 +189,24 @@ def test_steps_without_a_number_are_skipped_up_to_a_limit(
     assert not same(second, third)
     assert same(third, fourth)
     assert not (tmp_path / "out" / "checkpoint-5").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_step_of_a_stream_without_a_usable_image_changes_nothing(train_script, tiny_pipeline, tmp_path, stage):
+    """Each of two processes has a shard whose every other row is none, and which decays weights much."""
+    for name in ("a", "b"):
+        first, second = make_rows(2)
+        bad = [(b"a note", f"note_{number}.png", "none") for number in range(2)]
+        write_tar(tmp_path / "set" / f"{name}.tar", [bad[0], first, bad[1], second])
+    settings = {"dataset_name": tmp_path / "set", "streaming": True, "shuffle_buffer_size": 1, "train_batch_size": 1}
+    settings |= {"adam_weight_decay": 0.9, "max_train_steps": 3, "checkpointing_steps": 1, "cache_dir": tmp_path}
+    line, said = words(tiny_pipeline, None, tmp_path / "out", **settings), tmp_path / "said"
+    assert run_zero(stage, train_script, line, said) == [0, 0], said.read_text()
+    first, second, third = [unet(tmp_path / "out" / f"checkpoint-{step}") for step in (1, 2, 3)]
+    assert same(first, unet(tiny_pipeline))
+    assert not same(second, first)
+    assert same(third, second)
 
 
 # ---- resuming

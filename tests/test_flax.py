@@ -1008,3 +1008,14 @@ def test_a_stream_leaves_out_in_jax_too(fit, tmp_path, capsys):
     told = "Left out of the stream, once in all epochs:\n  a.tar: note.png: no image that Pillow knows"
     assert told in capsys.readouterr().err
     assert all(loss > 0 for loss in losses(out))
+
+
+def test_a_step_without_a_usable_image_changes_nothing_in_jax(fit, base, tmp_path):
+    rows = [(b"a note", f"note_{number}.png", "no picture") for number in range(2)] + make_rows(4)
+    write_tar(tmp_path / "set" / "a.tar", rows)
+    settings = {"data": None, "dataset_name": tmp_path / "set", "streaming": True, "shuffle_buffer_size": 1}
+    settings |= {"train_batch_size": 2, "adam_weight_decay": 0.9}
+    before = unet(base)
+    assert_equal(unet(fit("first", **settings, max_train_steps=1)), before)
+    after = unet(fit("second", **settings, max_train_steps=2))
+    assert any(not np.array_equal(after[name], before[name]) for name in before)

@@ -8,6 +8,7 @@ import signal
 import time
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -20,7 +21,7 @@ from reach_hub import reaching
 from running import TRAIN_TEXT_TO_IMAGE_LORA
 from safetensors import safe_open
 from safetensors.torch import load_file
-from shards import make_rows, write_parquet, write_shards, write_tar
+from shards import make_rows, write_messy_tar, write_parquet, write_shards, write_tar
 from training import checkpoint_state, losses, parse, same, train, trains_into, unet, words
 
 from sdtune.batches import step_sizes
@@ -54,7 +55,7 @@ def keys_of(images, stream, num_streams, num_epochs):
     """(shard, row) of each row that a stream reads, in its order, by epoch."""
     epochs = {epoch: [] for epoch in range(num_epochs)}
     for epoch, row in images.rows(stream, num_streams, 0):
-        if epoch == num_epochs:
+        if epoch >= num_epochs:
             return list(epochs.values())
         epochs[epoch].append((row.shard, row.index))
     raise AssertionError("a stream has no end")
@@ -208,6 +209,38 @@ def test_whole_epochs_are_counted_once_and_not_read_again(open_stream, tmp_path,
 
 
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_an_empty_shard_of_the_hub_is_left_out_and_named(open_stream, tmp_path, fake_hub, monkeypatch, capsys, kind):
+    folder = write_shards(tmp_path / "set", kind, [0, 4, 0, 3])
+    files = {f"data/train-{path.name}": path.read_bytes() for path in folder.iterdir()}
+    fake_hub.add_repo(f"{USER}/shards", files, "dataset")
+    with reaching(fake_hub, monkeypatch):
+        images, _, _ = open_stream(f"{USER}/shards")
+        assert set(keys_of(images, 0, 1, 2)[1]) == all_keys([0, 4, 0, 3])
+    error = capsys.readouterr().err
+    assert [error.count(f"\nLeft out: data/train-0000{shard}.{kind}: is empty\n") for shard in range(4)] == [
+        1,
+        0,
+        1,
+        0,
+    ]
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_an_empty_shard_is_no_shard_and_a_broken_one_is_named(open_stream, tmp_path, capsys, kind):
+    """Wherever it is: one huge shard and several empty ones are shared row by row."""
+    folder = write_shards(tmp_path / "set", kind, [0, 6, 0])
+    (folder / f"none.{kind}").write_bytes(b"")
+    images, _, _ = open_stream(folder)
+    assert f"Left out of {folder}: 3 empty shards, such as 00000.{kind}, 00002." in capsys.readouterr().out
+    assert images.shard_names == [f"00001.{kind}"]
+    shares = [keys_of(images, stream, 2, 1)[0] for stream in range(2)]
+    assert [len(share) for share in shares] == [3, 3]
+    (folder / f"none.{kind}").write_bytes(b"some text" * 100)
+    with pytest.raises(InputError, match=rf"set: shards are broken; mend or remove these\n  none.{kind}: "):
+        open_stream(folder)
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
 def test_a_dataset_of_the_hub_is_streamed(open_stream, tmp_path, fake_hub, monkeypatch, kind):
     folder = write_shards(tmp_path / "set", kind, [4, 3])
     files = {f"data/train-{path.name}": path.read_bytes() for path in folder.iterdir()}
@@ -248,40 +281,88 @@ def write_bad_shards(folder):
         "a.tar: cut.png: cannot be read: image file is truncated",
         "a.tar: note.png: no image that Pillow knows",
         "b.tar: small.png: 100 x 3 pixels; a side needs at least 16",
-        "b.tar: silent.png: has no caption, in metadata or a .txt beside it",
+        "b.tar: silent.png: has no caption in a .txt or .json beside it",
     }
 
 
 def test_bad_rows_are_left_out_and_named(open_stream, tmp_path, capsys):
     told = write_bad_shards(tmp_path / "set")
     images, _, _ = open_stream(tmp_path / "set", "--train_batch_size=3")
-    left_out, keys = LeftOut(), []
+    left_out, keys, told_now = LeftOut(), [], set()
     for samples, problems in itertools.islice(images.batches(0, 1), 8):  # two epochs of twelve rows
         left_out.note(problems)
+        told_now |= {": ".join(problem) for problem in problems}
         good = [sample for sample in samples if sample["weight"]]
         assert sum(sample["weight"] for sample in good) == pytest.approx(1, abs=1e-6)
         assert len(good) + len(problems) == 3
         keys += [(sample["epoch"], sample["shard"], sample["row"]) for sample in good]
     assert len(keys) == len(set(keys)) == 16
-    lines = {problem.split(" (")[0] for problem in left_out.told}
-    assert lines == told
+    assert {line.split(" (")[0] for line in told_now} == told
     assert capsys.readouterr().err.count("Left out: ") == 4
     left_out.tell("Rank 1: ")
     lines = capsys.readouterr().err.splitlines()
     assert lines[:2] == ["", "Rank 1: Left out of the stream, 8 times in all epochs:"]
-    assert {line.strip().split(" (")[0] for line in lines[2:]} == told
+    assert sorted(lines[2:]) == summed_up(told, 2)
 
 
-def test_a_hundred_of_those_left_out_are_named(capsys):
+def summed_up(told, number):
+    """The lines at the end of a run that left out each of these so many times."""
+    parts = [line.split(": ", 2) for line in told]
+    return sorted(f"  {shard}: {number} x {reason}: {name}" for shard, name, reason in parts)
+
+
+def test_bad_samples_of_a_messy_tar_are_left_out_and_the_others_used(open_stream, tmp_path):
+    """Each by itself, by its name, whatever else its shard holds; samples do not have to be alike."""
+    told = write_messy_tar(tmp_path / "set" / "mess.tar")
+    told["0.png"] = "has no caption in a .txt or .json beside it"
+    write_tar(tmp_path / "set" / "other.tar", make_rows(1))
+    images, _, _ = open_stream(tmp_path / "set", "--train_batch_size=8", "--caption_dropout=0")
+    ((samples, problems),) = itertools.islice(images.batches(0, 1), 1)
+    assert sorted(problems) == [("mess.tar", name, problem) for name, problem in sorted(told.items())]
+    assert {(sample["shard"], sample["row"]) for sample in samples} == {(0, 1), (0, 5), (1, 0)}
+    pixels = {sample["row"]: sample["pixel_values"] for sample in samples if sample["shard"] == 0}
+    assert np.array_equal(pixels[1], pixels[5])
+    assert abs(pixels[1].astype(int) - np.array(make_image(1)).transpose(2, 0, 1)).mean() < 8  # a JPEG
+    with pytest.raises(InputError, match=r"cannot be streamed; .*no column 'alt', but png, pth, jpg, txt, json"):
+        open_stream(tmp_path / "set", "--caption_column=alt")
+
+
+def test_captions_that_are_numbers_are_told_as_such(open_stream, tmp_path):
+    """Among those held out, too."""
+    table = {"image": [{"bytes": content, "path": None} for content, _, _ in make_rows(3)], "text": [3, 4, 5]}
+    (tmp_path / "set").mkdir()
+    datasets.Dataset.from_dict(table).to_parquet(str(tmp_path / "set" / "a.parquet"))
+    told = "the caption is a number ({}), not text; name another --caption_column"
+    with pytest.raises(InputError) as caught:
+        open_stream(tmp_path / "set", "--num_validation_samples=2")
+    lines = [f"  a.parquet: row {row}: {told.format(row + 3)}" for row in range(2)]
+    remedy = "Mend or remove them, or use a larger --num_validation_samples."
+    assert str(caught.value).splitlines() == ["2 of 2 images are unusable:", *lines, remedy]
+    images, _, _ = open_stream(tmp_path / "set", "--train_batch_size=3")
+    ((_, problems),) = itertools.islice(images.batches(0, 1), 1)
+    assert sorted(problems) == [("a.parquet", f"row {row}", told.format(row + 3)) for row in range(3)]
+
+
+def test_a_hundred_of_those_left_out_are_named_at_once_and_all_summed_up(capsys):
+    """In at most twelve lines, by shard and reason, what came most often first; numbers in brackets are no reason."""
     left_out = LeftOut()
     left_out.tell()
     assert capsys.readouterr().err == ""
-    left_out.note([f"a.tar: {number}.png: no image" for number in range(130)])
-    assert capsys.readouterr().err.count("\nLeft out: a.tar: ") == 100
+    left_out.note([("a.tar", f"{number}.png", f"no image ({number} bytes)") for number in range(130)])
+    error = capsys.readouterr().err
+    assert error.count("\nLeft out: a.tar: ") == 100
+    assert error.endswith("Left out: what comes from now on is told at the end alone\n")
+    left_out.note([("b.tar", "one.png", "no caption")])
     left_out.tell()
-    told = capsys.readouterr().err
-    assert told.startswith("\nLeft out of the stream, 130 times in all epochs:\n  a.tar: 0.png: no image\n")
-    assert told.endswith("  a.tar: 99.png: no image\n  and others\n")
+    assert capsys.readouterr().err == (
+        "\nLeft out of the stream, 131 times in all epochs:\n  a.tar: 130 x no image: 0.png\n"
+        "  b.tar: one.png: no caption\n"
+    )
+    left_out.note([(f"{number}.tar", "one.png", "no caption") for number in range(40)])
+    left_out.tell()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 + 12
+    assert lines[-1] == "  and 32 more"
 
 
 def test_a_pass_of_bad_rows_has_no_weight(open_stream, tmp_path):
@@ -296,10 +377,28 @@ def test_a_pass_of_bad_rows_has_no_weight(open_stream, tmp_path):
 def test_a_stream_without_a_good_row_ends(open_stream, tmp_path):
     write_tar(tmp_path / "set" / "a.tar", [(b"note", f"{number}.png", "words") for number in range(3)])
     images, _, _ = open_stream(tmp_path / "set", "--train_batch_size=4")
-    with pytest.raises(
-        InputError, match=r"1,000 rows one after the other cannot be used; .*no image that Pillow knows"
-    ):
+    told = (
+        r"^a whole epoch in which no image can be used \((a.tar: \d.png: no image that Pillow knows(; )?){3}\); mend "
+        "or remove these, or name other columns by --image_column and --caption_column$"
+    )
+    with pytest.raises(InputError, match=told):
+        take(images, 0, 1, 1)  # which has the first row of the second epoch
+    with pytest.raises(InputError, match=r"^a whole epoch of one of 2 workers in which"):
+        take(images, 1, 2, 1)
+    write_tar(tmp_path / "set" / "a.tar", [(b"note", f"{number}.png", "words") for number in range(1100)])
+    images, _, _ = open_stream(tmp_path / "set", "--train_batch_size=4")
+    with pytest.raises(InputError, match=r"1,000 rows one after the other cannot be used; .*no image that Pillow"):
         take(images, 0, 1, 1000)
+
+
+def test_an_epoch_with_a_good_row_goes_on(open_stream, tmp_path):
+    """Also where a resume begins behind that."""
+    write_tar(
+        tmp_path / "set" / "a.tar", [*make_rows(1), *[(b"note", f"n{number}.png", "words") for number in (1, 2)]]
+    )
+    images, _, _ = open_stream(tmp_path / "set", "--train_batch_size=1", "--shuffle_buffer_size=1")
+    assert [sample["weight"] for sample in take(images, 0, 1, 7)] == [1, 0, 0, 1, 0, 0, 1]
+    assert [sample["weight"] for sample in take(images, 0, 1, 5, skipped=1)] == [0, 0, 1, 0, 0]
 
 
 def test_a_shard_that_breaks_off_is_named(open_stream, tmp_path):
@@ -317,15 +416,75 @@ def test_more_workers_than_rows_are_refused(open_stream, tmp_path):
         keys_of(images, 3, 4, 1)
 
 
-def test_the_fingerprint_is_of_names_and_sizes(open_stream, tmp_path):
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_a_stream_without_a_row_in_an_epoch_goes_on_to_the_next(open_stream, tmp_path, kind):
+    """Of two streams one has the shard with images in an epoch, and the other one in another; wherever it goes on."""
+    images, _, _ = open_stream(write_shards(tmp_path / "set", kind, [6, 1, 1]), "--num_validation_samples=0")
+    images.num_held_out = {1: 1, 2: 1}  # they are empty so, and not known to be
+    shares = [keys_of(images, stream, 3, 12) for stream in range(3)]
+    for epoch in range(12):
+        assert sorted(len(share[epoch]) for share in shares) == [0, 0, 6]
+        assert {key for share in shares for key in share[epoch]} == {(0, row) for row in range(6)}
+    for stream in range(3):
+        images.num_rows.clear()
+        whole = [(epoch, row.index) for epoch, row in itertools.islice(images.rows(stream, 3, 0), 20)]
+        for num_done in (0, 1, 6, 7, 12, 14):
+            rest = [(epoch, row.index) for epoch, row in itertools.islice(images.rows(stream, 3, num_done), 4)]
+            assert rest == whole[num_done : num_done + 4]
+    images.num_held_out[0] = 6
+    with pytest.raises(InputError, match="there are no images in its shards; name another"):
+        next(images.rows(0, 3, 0))
+
+
+def test_the_fingerprint_is_of_names_and_contents(open_stream, tmp_path):
     folder = write_shards(tmp_path / "set", "tar", [3, 3])
     first = open_stream(folder)[2]
     assert open_stream(folder)[2] == first
     assert open_stream(folder, "--num_validation_samples=1")[2] != first
     moved = folder.rename(tmp_path / "moved")
     assert open_stream(moved)[2] == first
-    write_tar(moved / "00001.tar", make_rows(30, 3))
-    assert open_stream(moved)[2] != first
+    for rows in (make_rows(30, 3), [(content, name, "other words") for content, name, _ in make_rows(3, 3)]):
+        write_tar(moved / "00001.tar", rows)
+        changed = open_stream(moved)[2]
+        assert [name for name in first if changed[name] != first[name]] == ["00001.tar"]
+    assert (moved / "00001.tar").stat().st_size == (moved / "00000.tar").stat().st_size  # as it was
+
+
+def test_a_changed_file_is_named_on_resume_and_may_be_gone_on_with(fit, tmp_path, settings, capsys):
+    """As after mending a shard: it has its size from before, and the columns are others."""
+    assert fit(tmp_path / "run", max_train_steps=2) == 0
+    shard = settings["dataset_name"] / "00001.tar"
+    size = shard.stat().st_size
+    write_tar(shard, make_rows(6, 27))
+    assert shard.stat().st_size == size
+    resumed = {"resume_from_checkpoint": "latest", "max_train_steps": 3}
+    assert fit(tmp_path / "run", **resumed) == 2
+    error = capsys.readouterr().err
+    assert "use those, or add --allow_changed_resume" in " ".join(error.split())
+    assert "\n  captioned_images: other than there are 00001.tar\n" in error
+    assert fit(tmp_path / "run", **resumed, caption_column="txt") == 2
+    assert "\n  captioned_images: other than there are --caption_column, 00001.tar\n" in capsys.readouterr().err
+    assert fit(tmp_path / "run", **resumed, allow_changed_resume=True) == 0
+    assert len(losses(tmp_path / "run")) == 3
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_run_goes_on_after_a_broken_shard_was_mended(fit, tmp_path, settings, capsys, num_workers):
+    """As told: it ends with a checkpoint where the shard breaks off, and is then what it would have been without."""
+    settings |= {"shuffle_buffer_size": 1, "num_validation_samples": 0, "dataloader_num_workers": num_workers}
+    assert fit(tmp_path / "whole", **settings) == 0
+    shard = settings["dataset_name"] / "00001.tar"
+    content = shard.read_bytes()
+    shard.write_bytes(content[: len(content) // 2 + 700])
+    assert fit(tmp_path / "parts", **settings) == 1
+    error = " ".join(capsys.readouterr().err.split())
+    assert re.search(r"Stopped after step [1-3] by 00001.tar: cannot be read beyond row \d \(unexpected end of", error)
+    shard.write_bytes(content)
+    assert fit(tmp_path / "parts", resume_from_checkpoint="latest", **settings) == 2
+    assert "captioned_images: other than there are 00001.tar" in capsys.readouterr().err
+    resumed = {"resume_from_checkpoint": "latest", "allow_changed_resume": True}
+    assert fit(tmp_path / "parts", **resumed, **settings) == 0
+    assert same(unet(tmp_path / "parts"), unet(tmp_path / "whole"))
 
 
 def resident_bytes():
@@ -365,6 +524,7 @@ def test_what_cannot_be_streamed_is_refused_at_once(tmp_path):
         "--cache_text_embeddings",
         "--num_train_epochs=2",
         "--validation_epochs=1",
+        "--skip_bad_images",
     )
     assert check_streaming(args) == [
         "--streaming=True: reads a dataset; give --dataset_name, or drop this",
@@ -373,6 +533,7 @@ def test_what_cannot_be_streamed_is_refused_at_once(tmp_path):
         "--validation_epochs=1: cannot be with --streaming; use --validation_steps instead",
         "--max_train_samples=3: cannot be with --streaming, which would have to read all to draw some; name fewer "
         "files, or drop one",
+        "--skip_bad_images=True: a stream leaves unusable images out anyway; drop this",
         "--aspect_ratio_buckets=True: cannot be with --streaming, which does not know the shapes of its images; drop "
         "one",
         "--cache_latents=True: cannot be with --streaming, whose images do not stay; drop one",
@@ -399,7 +560,9 @@ def test_rows_that_name_files_are_refused(open_stream, tmp_path):
     write_parquet(tmp_path / "mixed" / "a.parquet", [*make_rows(2), (None, "/etc/hostname", "words")])
     images, _, _ = open_stream(tmp_path / "mixed", "--train_batch_size=3")
     ((_, problems),) = itertools.islice(images.batches(0, 1), 1)
-    assert problems == ["a.parquet: /etc/hostname: the row names a file (/etc/hostname), and does not hold the image"]
+    assert problems == [
+        ("a.parquet", "/etc/hostname", "the row names a file (/etc/hostname), and does not hold the image")
+    ]
 
 
 def test_steps_of_a_stream_are_all_whole():
@@ -514,9 +677,62 @@ def test_a_run_lists_what_it_left_out(fit, tmp_path, capsys):
     assert fit(tmp_path / "run", dataset_name=tmp_path / "bad", num_validation_samples=0) == 0
     error = capsys.readouterr().err
     assert error.count("\nLeft out: ") == 4
-    listed = re.split(r"Left out of the stream, \d+ times in all epochs:\n", error)[1]
-    assert {line.strip().split(" (")[0] for line in listed.splitlines()[:4]} == told
+    _, total, listed = re.split(r"Left out of the stream, (\d+) times in all epochs:\n", error)
+    listed = listed.splitlines()[:4]
+    counted = [re.fullmatch(r"  (\S+): (\d) x (.+): (\S+)", line).groups() for line in listed]
+    assert {f"{shard}: {name}: {reason}" for shard, _, reason, name in counted} == told
+    assert sum(int(number) for _, number, _, _ in counted) == int(total) >= 8  # of two epochs and 8 rows more
     assert all(loss > 0 for loss in losses(tmp_path / "run"))
+
+
+SINGLE = {"train_batch_size": 1, "shuffle_buffer_size": 1, "num_validation_samples": 0, "report_to": "none"}
+
+
+@pytest.mark.parametrize("case", [{}, {"full_bf16": True, "mixed_precision": "bf16", "max_grad_norm": "inf"}])
+def test_a_step_of_which_nothing_has_weight_changes_nothing(fit, tiny_pipeline, tmp_path, capsys, case):
+    """No decay of weights or moments, and no average, of two bad rows among good ones."""
+    rows = [(b"note", f"n{number}.png", "words") for number in range(2)]
+    write_tar(tmp_path / "bad" / "a.tar", [*rows[:1], *make_rows(2), *rows[1:], *make_rows(1, 2)])
+    settings = {**SINGLE, "dataset_name": tmp_path / "bad", "adam_weight_decay": 0.9, **case, "learning_rate": 1e-3}
+    settings |= {"gradient_accumulation_steps": 1, "logging_steps": 1, "max_train_steps": 1}
+    assert fit(tmp_path / "first", **settings) == 0
+    before = {name: weight.to(torch.bfloat16 if case else torch.float32) for name, weight in unet_of(tiny_pipeline)}
+    assert all(
+        torch.equal(weight.to(before[name].dtype), before[name]) for name, weight in unet_of(tmp_path / "first")
+    )
+    assert losses(tmp_path / "first") == [None]
+    assert "Step 1: of its images none can be used; passed over." in capsys.readouterr().out
+    assert fit(tmp_path / "more", **{**settings, "max_train_steps": 4}) == 0
+    assert [loss is None for loss in losses(tmp_path / "more")] == [True, False, False, True]
+    third, fourth = (tmp_path / "more" / f"checkpoint-{step}" for step in (3, 4))
+    states = [checkpoint_state(folder) for folder in (third, fourth)]
+    assert states[0].keys() == states[1].keys()
+    assert all(same(state, states[1][name]) for name, state in states[0].items() if name != "progress")
+    assert not same(dict(unet_of(third)), dict(unet_of(tmp_path / "first")))
+
+
+def unet_of(folder):
+    """The weights of the UNet in a pipeline or a checkpoint, by name."""
+    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors").items()
+
+
+def test_a_pass_without_weight_leaves_the_logged_loss_alone(fit, tmp_path):
+    """The second pass is of a row that cannot be used: the loss is that of the first one alone."""
+    write_tar(tmp_path / "half" / "a.tar", [*make_rows(1), (b"note", "note.png", "words"), *make_rows(2, 1)])
+    settings = {**SINGLE, "dataset_name": tmp_path / "half", "max_train_steps": 1}
+    assert fit(tmp_path / "half_run", **settings, gradient_accumulation_steps=2) == 0
+    assert fit(tmp_path / "one_run", **settings, gradient_accumulation_steps=1) == 0
+    (loss,) = losses(tmp_path / "one_run")
+    assert losses(tmp_path / "half_run") == [pytest.approx(loss, rel=1e-6)]
+    assert loss > 0.1
+
+
+def test_a_run_without_a_usable_image_ends_and_writes_no_model(fit, tmp_path, capsys):
+    write_tar(tmp_path / "bad" / "a.tar", [(b"note", f"{number}.png", "words") for number in range(3)])
+    assert fit(tmp_path / "run", dataset_name=tmp_path / "bad", num_validation_samples=0) == 1
+    error = " ".join(capsys.readouterr().err.split())
+    assert "Stopped after step 0 by a whole epoch in which no image can be used (a.tar: " in error
+    assert not (tmp_path / "run" / "model_index.json").exists()
 
 
 @pytest.mark.parametrize("kind", ["tar", "parquet"])

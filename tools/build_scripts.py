@@ -18,9 +18,9 @@ from pathlib import Path
 
 # The modules of sdtune in the order of a script; each imports only from those before it.
 MODULES = """
-    errors randomness files arguments metadata images models entries dataset batches streaming buckets lora_layouts
-    lora diffusion subject optimization full_bf16 deepspeed sharding digests checkpoints states output plan model_card
-    hub validation signals failures script training cache
+    errors randomness files arguments metadata images models entries shards dataset batches streaming buckets
+    lora_layouts lora diffusion subject optimization full_bf16 deepspeed sharding digests checkpoints states output
+    plan model_card hub validation signals failures script training cache
     flax.networks flax.weights flax.encoding flax.diffusion flax.optimization flax.checkpoints flax.validation
     flax.training
     fonts inference clip measures pictures grids named_dataset uploads pipeline_folder single_file

@@ -36,6 +36,7 @@ perturbation (2301.11706).
 #   images         Decode images as a viewer shows them, and check every one before training
 #   models         Check and load the models of a Stable Diffusion pipeline
 #   entries        Entries of the cache: a file per encoded image or caption, named by a digest of what made it
+#   shards         Read shards: parquet, and tar files as WebDataset has them, whose samples are files of one name
 #   buckets        Aspect-ratio buckets: pictures keep about their shape, in sizes of about the same area
 #   lora_layouts   LoRA files in diffusers' and kohya's layouts: read, renamed, written; tensors keep their bits
 #   lora           Add adapters to models, go on from those in a file, and save what was trained
@@ -86,6 +87,7 @@ import socket
 import stat
 import struct
 import sys
+import tarfile
 import textwrap
 import threading
 import time
@@ -100,6 +102,7 @@ import datasets
 import diffusers
 import numpy as np
 import peft
+import pyarrow.parquet
 import safetensors.numpy
 import torch
 import torch.distributed.checkpoint
@@ -283,6 +286,14 @@ class Cache:
     captions: str | None  # likewise
     prompt_channels: int  # of the embeddings
 
+
+NUM_LOOKED_AT = 100  # samples, for columns of these names
+ROW_FORMAT = 1  # to be raised where what rows hold changes
+ROW_FEATURES = {
+    "image": datasets.Image(decode=False),
+    "captions": datasets.List(datasets.Value("string")),
+    "problem": datasets.Value("string"),  # what is wrong with the sample, or null
+}
 
 MAX_CAPTION_BYTES = 2**20  # of a .txt; a tokenizer takes a few hundred
 METADATA_NAMES = {"metadata.jsonl", "metadata.csv"}
@@ -584,6 +595,7 @@ DISK_FULL_TEXT = re.compile(
 # Of glibc's `mallopt` (malloc.h): parameters, with the largest values that serve.
 FREED_MEMORY_IS_KEPT = {-1: 2**31 - 1, -3: 2**30}  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, in bytes
 MINUTES = datetime.timedelta(minutes=10)  # for what all processes do at the same time
+WHOLE_WEIGHT = 0.999  # of a step's samples in all, which is 1 but for rounding
 A_DAY = datetime.timedelta(days=1)
 PATIENCE_WITH_FOLDERS = 75  # seconds: NFS may keep for 60 that a file is not there
 # Flags that may differ between machines: what they name is compared in their place, or has no effect on others.
@@ -996,7 +1008,10 @@ def check_shared_output(accelerator, output_dir):
 def agree_on_data(accelerator, fingerprints):
     """Waits until all processes have read their images, and compares what they have. Raises `InputError`."""
     accelerator.wait_for_everyone()
-    check_agreement(accelerator, fingerprints)
+    digests = {}
+    for name, known in fingerprints.items():  # of a stream's files, one by one, too much to be shown
+        digests[name] = hashlib.sha256(repr(known).encode()).hexdigest() if isinstance(known, dict) else known
+    check_agreement(accelerator, digests)
 
 
 def prepare(accelerator, models, optimizer, write, read):
@@ -1239,10 +1254,15 @@ def take_step(args, accelerator, run, work, passes, requests):
     # Dropout layers alone use torch's own generator.
     torch.manual_seed(random_numbers(args.seed, DROPOUT, step, accelerator.process_index).integers(2**32))
     make_gradients = step_by_engine if uses_deepspeed() else work.make_gradients
-    step_loss, grad_norm = make_gradients(args, accelerator, run, work, passes)
+    weights = []
+    step_loss, grad_norm = make_gradients(args, accelerator, run, work, with_weights_noted(passes, weights))
 
     # Optimizer step, unless a loss or a gradient is not finite in some process.
-    loss, num_not_finite, *requests = exchange(accelerator, step_loss, grad_norm, requests)
+    weight = sum(weights)
+    loss, weight, num_not_finite, *requests = exchange(accelerator, step_loss, weight, grad_norm, requests)
+    if weight == 0:  # nothing of a stream could be used
+        pass_over(accelerator, run, step)
+        return loss, None, False, requests
     is_finite = num_not_finite == 0
     is_broken = not is_finite and run.progress["nan_steps"] >= max_nan_steps(args, accelerator)
     if not is_broken:
@@ -1253,9 +1273,28 @@ def take_step(args, accelerator, run, work, passes, requests):
         if is_finite:
             lr_scheduler.step()
             update_average(args, run, held_here(run.weights.parameters))
+        loss = loss / weight if weight < WHOLE_WEIGHT else loss  # the mean of what could be used of a stream
         note_step(run, step, loss, is_finite)
         run.is_whole = True
     return loss, grad_norm if is_finite else None, is_broken, requests
+
+
+def with_weights_noted(passes, weights):
+    """Yields the passes of a step, and adds the weight of each to `weights`, while the batch is still on the host."""
+    for batch, is_last in passes:
+        weights.append(batch["weight"].sum().item())
+        yield batch, is_last
+
+
+def pass_over(accelerator, run, step):
+    """Notes that a step is done of which no sample had weight: it leaves weights, moments and average alone."""
+    run.is_whole = False
+    if accelerator.scaler is not None:  # it wants to be told that the gradients, which it unscaled, are done with
+        accelerator.scaler.update()
+    run.state["optimizer"].zero_grad()
+    note_step(run, step, math.nan, is_finite=True)
+    run.is_whole = True
+    accelerator.print(f"\nStep {step + 1}: of its images none can be used; passed over.")
 
 
 def add_up_gradients(args, accelerator, run, work, passes):
@@ -1300,11 +1339,12 @@ def without_sync(accelerator, models):
         yield
 
 
-def exchange(accelerator, loss, grad_norm, requests):
-    """The step's one exchange between processes: the sum of their losses, and in how many of them loss or gradient is
-    not finite, and there is each of `requests`."""
+def exchange(accelerator, loss, weight, grad_norm, requests):
+    """The step's one exchange between processes: the sums of their losses and of the weights of their samples, and in
+    how many of them loss or gradient is not finite, and there is each of `requests`."""
     not_finite = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
-    numbers = torch.stack([loss, not_finite.float(), *[torch.full_like(loss, asked) for asked in requests]])
+    weight, *requests = [torch.full_like(loss, number) for number in (weight, *requests)]
+    numbers = torch.stack([loss, weight, not_finite.float(), *requests])
     return accelerator.reduce(numbers, reduction="sum").tolist()
 
 
@@ -1714,18 +1754,6 @@ def read_caption_beside(image):
         raise InputError(f"{beside}: cannot be read as UTF-8 ({last_line(error)}); convert or remove it") from None
 
 
-def all_captions(captions):
-    """The usable captions of a row that holds a string or a list of them. Raises `ValueError` for half a character,
-    and `InputError` for numbers."""
-    captions = captions if isinstance(captions, list) else [captions]
-    usable = [caption for caption in captions if isinstance(caption, str) and caption.encode() and caption.strip()]
-    # One that is not equal to itself stands for a caption that is missing.
-    numbers = [caption for caption in captions if isinstance(caption, int | float) and caption == caption]
-    if numbers and not usable:
-        raise InputError(f"the caption is a number ({numbers[0]}), not text; name another --caption_column")
-    return usable
-
-
 def read_dataset(args, name, default_caption=None):
     """Loads the train split of a dataset, on the Hub or local, as columns `image` (undecoded) and `captions`; `args`
     name its columns and configuration. Raises `InputError`."""
@@ -1737,27 +1765,40 @@ def read_dataset(args, name, default_caption=None):
         return read_folder(name, args.caption_column, takes_train=True, follows_links=args.follow_symlinks)
     saved = [path for path in files if path.name in SAVED_NAMES]
     check_data_files([*data_files, *saved], name, args.follow_symlinks)
-    image_column, caption_column = args.image_column, args.caption_column
+    whole = without_empty(data_files, name)
+    are_aside = bool(pictures) or len(whole) < len(data_files)
     try:
         saved = {path.parent for path in saved}
-        dataset = load_train_split(args, name, saved, data_files, has_pictures=bool(pictures))
-        image_column, caption_column, field = columns_of(dataset.features, image_column, caption_column)
-        if field:
-            found = [row and row.get(field) for row in dataset[caption_column]]
-            caption_column, dataset = field, dataset.select_columns([image_column]).add_column(field, found)
-        if default_caption and caption_column == "text" and "text" not in dataset.column_names:
-            dataset = dataset.add_column(caption_column, [default_caption] * len(dataset))
-        dataset = dataset.select_columns([image_column, caption_column])
-        dataset = dataset.rename_columns({image_column: "image", caption_column: "captions"})
-        dataset = with_label_names(dataset.cast_column("image", datasets.Image(decode=False)))
-        dataset = with_whole_paths(dataset, name)
+        dataset = load_train_split(args, name, saved, whole, are_aside, default_caption)
+        dataset = with_whole_paths(choose_columns(args, dataset, default_caption), name)
     except Exception as error:  # arrow has one for every pair of types
+        cause = error.__cause__ or error  # where `datasets` says no more than that it could not
+        if isinstance(error.__cause__, InputError):
+            raise InputError(f"--dataset_name={name}: {cause}") from None
+        broken = find_broken(data_files)
+        told = f"{broken}: {last_line(cause)}; mend or remove it" if broken else last_line(cause)
         raise InputError(
-            f"--dataset_name={name}: cannot be loaded; check it, --dataset_config_name, --image_column={image_column} "
-            f"and --caption_column={caption_column} ({last_line(error)})"
+            f"--dataset_name={name}: cannot be loaded; check it, --dataset_config_name, "
+            f"--image_column={args.image_column} and --caption_column={args.caption_column} ({told})"
         ) from None
     check_places(dataset, name, args.cache_dir, args.follow_symlinks)
     return dataset
+
+
+def choose_columns(args, dataset, default_caption):
+    """The dataset with the columns that are named as `image` (undecoded) and `captions`; rows of tar shards also have
+    a `problem`. Raises whatever `datasets` does for columns that are not there."""
+    if dataset.column_names == [*ROW_FEATURES]:
+        return dataset
+    image_column, caption_column, field = columns_of(dataset.features, args.image_column, args.caption_column)
+    if field:
+        found = [row and row.get(field) for row in dataset[caption_column]]
+        caption_column, dataset = field, dataset.select_columns([image_column]).add_column(field, found)
+    if default_caption and caption_column == "text" and "text" not in dataset.column_names:
+        dataset = dataset.add_column(caption_column, [default_caption] * len(dataset))
+    dataset = dataset.select_columns([image_column, caption_column])
+    dataset = dataset.rename_columns({image_column: "image", caption_column: "captions"})
+    return with_label_names(dataset.cast_column("image", datasets.Image(decode=False)))
 
 
 def files_of(name):
@@ -1809,9 +1850,9 @@ def is_picture_folder(name, files, pictures, data_files):
     )
 
 
-def load_train_split(args, name, saved, data_files, has_pictures):
-    """The train split of a dataset as `datasets` loads it; `saved` are the folders in it that `save_to_disk` wrote.
-    Raises `InputError`, or whatever that raises."""
+def load_train_split(args, name, saved, data_files, are_aside, default_caption):
+    """The train split of a dataset as `datasets` loads it, or of tar shards with ROW_FEATURES; `saved` are the folders
+    in it that `save_to_disk` wrote. Raises `InputError`, or whatever that raises."""
     config_name = args.dataset_config_name
     if saved and (config_name or Path(name) not in saved):
         raise InputError("was written by save_to_disk: name the folder that was, without a configuration")
@@ -1823,11 +1864,51 @@ def load_train_split(args, name, saved, data_files, has_pictures):
         if "train" not in dataset:
             raise InputError(f"has no train split; name the folder of one of its splits, {', '.join(dataset)}")
         return dataset["train"]
-    return datasets.load_dataset(**describe_source(args, name, data_files, has_pictures), split="train")
+    told = describe_source(args, name, data_files, are_aside)
+    builder = datasets.load_dataset_builder(**told)
+    if builder.name == SHARDS:
+        return load_tars(args, names_of_files(name, builder), needs_caption=not default_caption)
+    return datasets.load_dataset(**told, split="train")
 
 
-def describe_source(args, name, data_files, has_pictures):
-    """What `datasets` has to be told to load a dataset, on the Hub or of local `data_files`. Raises `InputError`."""
+def names_of_files(name, builder):
+    """The files of the train split of a dataset, local paths or addresses, and what they are called in it. Raises
+    `InputError` if there is none."""
+    paths = (builder.config.data_files or {}).get("train")
+    if not paths:
+        raise InputError("has no train split; name files that are for training")
+    folder, names = name if os.path.isdir(name) else os.path.dirname(name), {}
+    for path in paths:
+        is_local = os.path.exists(path)
+        names[path] = os.path.relpath(path, folder) if is_local else path.split("@", 1)[-1].split("/", 1)[-1]
+    return names
+
+
+def load_tars(args, names, needs_caption):
+    """The samples of tar shards, local ones or on the Hub, which have `names`, stored as `datasets` stores what it
+    reads. Raises what that makes of an `InputError`."""
+    paths = list(names)
+    check_columns(paths, args.image_column, args.caption_column, needs_caption, args.hub_token)
+    if not os.path.exists(paths[0]):
+        where = args.cache_dir and os.path.join(args.cache_dir, "downloads")
+        told = datasets.DownloadConfig(cache_dir=where, token=args.hub_token)
+        paths = datasets.DownloadManager(download_config=told).download(paths)
+    read = {"image_column": args.image_column, "caption_column": args.caption_column}
+    states = [os.stat(path) for path in paths]
+    known = [ROW_FORMAT, read, *zip(paths, [(state.st_size, state.st_mtime_ns) for state in states], strict=True)]
+    return datasets.Dataset.from_generator(
+        read_tars,
+        datasets.Features(ROW_FEATURES),
+        args.cache_dir,
+        gen_kwargs={"paths": paths, "names": list(names.values()), **read},
+        fingerprint=hashlib.sha256(json.dumps(known).encode()).hexdigest()[:32],
+        writer_batch_size=100,  # of rows that wait in memory
+    )
+
+
+def describe_source(args, name, data_files, are_aside):
+    """What `datasets` has to be told to load a dataset, on the Hub or of local `data_files`, beside which there may be
+    others that `are_aside`. Raises `InputError`."""
     config_name, where = args.dataset_config_name, {"cache_dir": args.cache_dir}
     chosen = without_other_kinds([path for path in data_files if not path.name.startswith("cache-")])
     is_pattern = bool(data_files) and "[" in os.path.abspath(name)  # as `datasets` takes it
@@ -1835,7 +1916,7 @@ def describe_source(args, name, data_files, has_pictures):
     if os.path.isfile(name) and config_name:
         raise InputError("is a file, which has no configurations; drop --dataset_config_name")
     are_chosen = is_pattern or len(chosen) < len(data_files) or os.path.isfile(name)
-    if are_chosen or (has_pictures and not num_configs):
+    if are_chosen or (are_aside and not num_configs):
         if config_name or num_configs > 1:
             told = "a bracket in the path, pictures or caches hide its configurations"
             raise InputError(f"{told}; rename it, move them away or drop --dataset_config_name")
@@ -1959,13 +2040,15 @@ def check_places(dataset, name, cache_dir, follows_links=False):
         start += len(images)
 
 
-def check_rows(rows, memory, skip_bad_images, tokenizer, resolution, fit=None):
+def check_rows(rows, memory, skip_bad_images, tokenizer, resolution, fit=None, are_of_stream=False):
     """Checks every image and caption; returns the good rows. Raises one `InputError` for all others, unless
-    `skip_bad_images`; warns of images that are enlarged, to a square or by `fit` of `load_data`, and of captions that
-    are cut."""
+    `skip_bad_images`, and if none is good; warns of images that are enlarged, to a square or by `fit` of `load_data`,
+    and of captions that are cut."""
     bad, cut, digests, contents, sizes = [], [], {}, [], []
     captions = list(rows["captions"])
+    problems = list(rows["problem"]) if "problem" in rows.column_names else [None] * len(rows)  # of tar shards
     for index, (digest, width, height, problem) in enumerate(check_images(rows, memory)):
+        problem = problems[index] or problem
         if not problem and not captions[index]:
             problem = NO_CAPTION
         if problem:
@@ -1978,7 +2061,7 @@ def check_rows(rows, memory, skip_bad_images, tokenizer, resolution, fit=None):
         contents.append(digest)
         sizes.append((width, height))
 
-    leave_out(bad, len(rows), may_leave_out=skip_bad_images and bool(digests))
+    leave_out(bad, len(rows), skip_bad_images and bool(digests), are_of_stream=are_of_stream)
     good, sizes = list(digests), np.array(sizes, int).reshape(-1, 2)
     wanted, told = (fit(sizes), "their bucket") if fit else (resolution, f"--resolution={resolution}")
     small = []
@@ -2209,7 +2292,7 @@ def compare_settings(run, checkpoint, before, free, fixed):
         # A checkpoint from before a flag was there is one of a run without it.
         is_new = name not in before and value in (None, False, "adamw")
         if name not in free and not is_new and before.get(name) != value:
-            changed[name] = f"{name}: {before.get(name)} there, {value} now"
+            changed[name] = told_of_change(name, before.get(name), value)
     cannot_change = changed.keys() & fixed
     told = f"{checkpoint} was made under other settings"
     if cannot_change or (changed and not settings["allow_changed_resume"]):
@@ -2218,6 +2301,15 @@ def compare_settings(run, checkpoint, before, free, fixed):
     if changed:
         print("\n  ".join([f"{told}; from here on those of now hold (--allow_changed_resume)", *changed.values()]))
     return changed.keys()
+
+
+def told_of_change(name, before, now):
+    """What a setting was and is; or where it says something of each file, by name, which files changed."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return f"{name}: {before} there, {now} now"
+    changed = [file for file in {**before, **now} if before.get(file) != now.get(file)]
+    more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+    return f"{name}: other than there are {', '.join(changed[:5])}{more}"
 
 
 def take_progress(run, checkpoint, progress, changed):
@@ -3664,15 +3756,18 @@ def check_row(rows, index, key, known):
     return (key, known[key]) if key in known else check_image(rows[index]["image"], known)
 
 
-def leave_out(bad, num_images, may_leave_out, remedy=""):
+def leave_out(bad, num_images, may_leave_out, remedy="", are_of_stream=False):
     """Tells which of so many images are left out: `bad` are lines of a path and what is wrong. Raises `InputError`
-    with these, and one more `remedy`, unless images may be left out."""
+    with these, and one more `remedy`, unless images may be left out; those that are held out of a stream always
+    may."""
     if not bad:
         return
     unusable = "\n  ".join([f"{len(bad)} of {num_images} images are unusable:", *map(printable, bad[:100])])
     if not may_leave_out:
-        raise InputError(f"{unusable}\nMend or remove them, or add --skip_bad_images{remedy}.")
-    print(f"Left out (--skip_bad_images): {unusable}")
+        choice = "use a larger --num_validation_samples" if are_of_stream else "add --skip_bad_images"
+        raise InputError(f"{unusable}\nMend or remove them, or {choice}{remedy}.")
+    why = "of what is held out" if are_of_stream else "(--skip_bad_images)"
+    print(f"Left out {why}: {unusable}")
 
 
 # -------------------------------------------------------------------------------------------------------------- models
@@ -4062,6 +4157,180 @@ def read_whole_entry(path, shapes):
     except (OSError, ValueError) as error:
         told = f"this entry of the cache was removed or broken meanwhile ({last_line(error)}); start again"
         raise InputError(f"{path}: {told}, which makes it anew") from None
+
+
+# -------------------------------------------------------------------------------------------------------------- shards
+def all_captions(captions):
+    """The usable captions of a row that holds a string or a list of them. Raises `ValueError` for half a character,
+    and `InputError` for numbers."""
+    captions = captions if isinstance(captions, list) else [captions]
+    usable = [caption for caption in captions if isinstance(caption, str) and caption.encode() and caption.strip()]
+    # One that is not equal to itself stands for a caption that is missing.
+    numbers = [caption for caption in captions if isinstance(caption, int | float) and caption == caption]
+    if numbers and not usable:
+        raise InputError(f"the caption is a number ({numbers[0]}), not text; name another --caption_column")
+    return usable
+
+
+def without_empty(data_files, dataset_name):
+    """Of local data files those that are no empty shards, which are told. Raises `InputError` for shards that are
+    broken, as far as their beginning or, of parquet, their end shows that."""
+    kinds = {path.suffix.lower() for path in data_files}
+    shards = [path for path in data_files if path.suffix.lower() == (".tar" if ".tar" in kinds else ".parquet")]
+    empty, broken = [], []
+    for path in shards:
+        try:
+            if is_empty(path):
+                empty.append(path)
+        except tarfile.TarError:
+            broken.append(f"{in_one_line(path.name)}: is no tar file")
+        except (OSError, EOFError, ValueError) as error:  # arrow's are among them
+            broken.append(f"{in_one_line(path.name)}: {last_line(error)}")
+    told = f"--dataset_name={dataset_name}"
+    if broken:
+        raise InputError("\n  ".join([f"{told}: shards are broken; mend or remove these", *broken]))
+    if shards and len(empty) == len(shards):
+        raise InputError(f"{told}: holds nothing but empty shards, such as {in_one_line(empty[0].name)}; name another")
+    if empty:
+        names = ", ".join(in_one_line(path.name) for path in empty[:5])
+        print(f"Left out of {in_one_line(dataset_name)}: {len(empty)} empty shards, such as {names}.")
+    return [path for path in data_files if path not in empty]
+
+
+def is_empty(path):
+    """Whether a parquet or tar file has no row or file in it. Raises what a broken one leads to."""
+    if os.path.getsize(path) == 0:
+        return True
+    if path.suffix.lower() == ".parquet":
+        return pyarrow.parquet.read_metadata(path).num_rows == 0
+    with tarfile.open(path, "r|*") as file:
+        return file.next() is None
+
+
+def find_broken(shards):
+    """The name of the first of local parquet files that cannot be read to its end, or None."""
+    for path in shards:
+        if path.suffix.lower() == ".parquet":
+            try:
+                for _ in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=16):
+                    pass
+            except (OSError, ValueError):
+                return in_one_line(path.name)
+    return None
+
+
+def read_tars(paths, names, image_column, caption_column, token=None):
+    """Yields the samples of tar files, local ones or on the Hub, as rows of ROW_FEATURES. Raises `InputError` for a
+    file that cannot be read, by its name."""
+    for path, name in zip(paths, names, strict=True):
+        number = 0
+        try:
+            for key, files in samples_of(path, image_column, caption_column, token):
+                yield row_of(key, files, image_column, caption_column)
+                number += 1
+        except (OSError, EOFError, ValueError, zlib.error, tarfile.TarError) as error:
+            told = f"cannot be read beyond row {number} ({last_line(error)}); mend or remove it"
+            raise InputError(f"{in_one_line(name)}: {told}") from None
+
+
+def samples_of(path, image_column, caption_column, token=None):
+    """Yields of each sample of a tar file its name without suffix, and its files: their content by suffix, or None
+    for those that neither column needs. Raises what a broken file leads to."""
+    wanted = [*caption_suffixes(caption_column), "json"]
+    manager = datasets.StreamingDownloadManager(download_config=datasets.DownloadConfig(token=token))
+    key, files = None, {}
+    try:
+        for name, file in manager.iter_archive(path):
+            folder, _, base = name.rpartition("/")
+            stem, dot, suffix = base.partition(".")
+            if not (stem and dot):
+                continue
+            if key != (folder, stem):
+                if files:
+                    yield "/".join(filter(None, key)), files
+                key, files = (folder, stem), {}
+            is_needed = suffix in wanted or is_image(suffix, image_column)
+            files[suffix] = file.read() if is_needed else None
+    except tarfile.ReadError as error:
+        if str(error) != "empty file":
+            raise
+    if files:
+        yield "/".join(filter(None, key)), files
+
+
+def is_image(suffix, image_column):
+    """Whether a file with this suffix is what --image_column means: by default any image."""
+    is_any = image_column == "image" and f".{suffix.rpartition('.')[2].lower()}" in IMAGE_SUFFIXES
+    return is_any or suffix == image_column
+
+
+def caption_suffixes(caption_column):
+    """The suffixes that --caption_column means, but for fields of a .json."""
+    return ("text", "txt") if caption_column == "text" else (caption_column,)
+
+
+def caption_fields(caption_column):
+    """The fields of a .json that --caption_column means."""
+    return ("text", "caption") if caption_column == "text" else (caption_column,)
+
+
+def row_of(key, files, image_column, caption_column):
+    """A sample as a row of ROW_FEATURES."""
+    images = [suffix for suffix in files if is_image(suffix, image_column)]
+    suffix = images[0] if images else next(iter(files))
+    row = {"image": {"bytes": files[suffix] if images else b"", "path": f"{key}.{suffix}"}}
+    try:
+        row["captions"] = captions_of(files, caption_column)
+    except ValueError as error:  # `InputError` is one
+        return {**row, "captions": [], "problem": str(error)}
+    if not images:
+        there = ", ".join(f".{suffix}" for suffix in files)
+        told = f"there is no image to it, but {there}; files of a sample have to follow each other"
+        return {**row, "problem": told}
+    return {**row, "problem": None}
+
+
+def captions_of(files, caption_column):
+    """The captions of a sample. Raises `ValueError` for those that are not text."""
+    for suffix in caption_suffixes(caption_column):
+        if suffix in files:
+            try:
+                return all_captions(files[suffix].decode("utf-8-sig"))
+            except UnicodeDecodeError:
+                raise ValueError(f"its caption, a .{suffix}, is not UTF-8; convert it") from None
+    fields = fields_of(files)
+    found = [fields[name] for name in caption_fields(caption_column) if fields.get(name) is not None]
+    return all_captions(found[0]) if found else []
+
+
+def fields_of(files):
+    """The fields of a sample's .json, if there is one. Raises `ValueError` if it cannot be read."""
+    try:
+        fields = json.loads(files.get("json") or b"{}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its .json cannot be read ({last_line(error)})") from None
+    return fields if isinstance(fields, dict) else {}
+
+
+def check_columns(paths, image_column, caption_column, needs_caption=True, token=None):
+    """Looks at the first samples of tar files until an image is found, and a caption if it needs one. Raises
+    `ValueError` if none has what the columns mean, and lists what there is; a file that is broken is told when it is
+    read."""
+    samples = itertools.chain.from_iterable(samples_of(path, image_column, caption_column, token) for path in paths)
+    suffixes, fields, has_image, has_caption = {}, {}, False, False
+    with contextlib.suppress(OSError, EOFError, zlib.error, tarfile.TarError):
+        for _, files in itertools.islice(samples, NUM_LOOKED_AT):
+            suffixes |= files
+            with contextlib.suppress(ValueError):
+                fields |= fields_of(files)
+            has_image = any(is_image(suffix, image_column) for suffix in suffixes)
+            has_caption = suffixes.keys() & {*caption_suffixes(caption_column)}
+            has_caption = not needs_caption or has_caption or fields.keys() & {*caption_fields(caption_column)}
+            if has_image and has_caption:
+                return
+        there = ", ".join(map(in_one_line, [*suffixes, *fields]))
+        missing = caption_column if has_image else image_column
+        raise ValueError(f"there is no column {missing!r}, but {there or 'nothing'}")
 
 
 # ------------------------------------------------------------------------------------------------------------- buckets
@@ -4906,16 +5175,20 @@ def load_tensors(path, map_location=None):
 def step_by_engine(args, accelerator, run, work, passes):
     """Forward, backward and the optimizer's step: the passes of a step add up their gradients in DeepSpeed's engine,
     which averages them over processes, clips them and changes the weights, unless a loss or a gradient is not finite
-    in some process. Returns the step's loss in this process, and the norm of its gradient."""
+    in some process, or no sample of a stream has weight. Returns the step's loss in this process, and the norm of its
+    gradient."""
     (engine,) = run.weights.prepared.values()
     engine.optimizer.clip_grad = args.max_grad_norm  # a checkpoint brings its own
-    step_loss = torch.zeros((), device=accelerator.device)
+    step_loss, weight = torch.zeros((), device=accelerator.device), torch.zeros((), device=accelerator.device)
     for batch, is_last in passes:
         batch = send_to_device(batch, accelerator.device, non_blocking=True)
         engine.set_gradient_accumulation_boundary(is_last)
         loss = (work.training_loss(batch) * batch["weight"]).sum()
         # The engine looks at gradients alone, which may be finite where a loss is not.
         factor = torch.where(torch.isfinite(loss.detach()), float(accelerator.num_processes), math.nan)
+        weight += batch["weight"].sum()
+        if is_last and getattr(args, "streaming", False) and accelerator.reduce(weight) == 0:
+            factor.fill_(math.nan)  # else it would decay weights and moments
         engine.backward(loss * factor, scale_wrt_gas=False)  # gradients are averaged over processes
         step_loss += loss.detach()
     run.is_whole = False

@@ -35,6 +35,7 @@ Papers: LoRA (arXiv 2106.09685), rsLoRA (2312.03732), DoRA (2402.09353), latent 
 #   images         Decode images as a viewer shows them, and check every one before training
 #   models         Check and load the models of a Stable Diffusion pipeline
 #   entries        Entries of the cache: a file per encoded image or caption, named by a digest of what made it
+#   shards         Read shards: parquet, and tar files as WebDataset has them, whose samples are files of one name
 #   streaming      Train on a dataset that is read while training, shard by shard, and may be larger than the disk
 #   buckets        Aspect-ratio buckets: pictures keep about their shape, in sizes of about the same area
 #   lora_layouts   LoRA files in diffusers' and kohya's layouts: read, renamed, written; tensors keep their bits
@@ -85,6 +86,7 @@ import socket
 import stat
 import struct
 import sys
+import tarfile
 import textwrap
 import threading
 import time
@@ -99,6 +101,7 @@ import datasets
 import diffusers
 import numpy as np
 import peft
+import pyarrow.parquet
 import safetensors.numpy
 import torch
 import torch.distributed.checkpoint
@@ -268,6 +271,14 @@ class Cache:
     prompt_channels: int  # of the embeddings
 
 
+NUM_LOOKED_AT = 100  # samples, for columns of these names
+ROW_FORMAT = 1  # to be raised where what rows hold changes
+ROW_FEATURES = {
+    "image": datasets.Image(decode=False),
+    "captions": datasets.List(datasets.Value("string")),
+    "problem": datasets.Value("string"),  # what is wrong with the sample, or null
+}
+
 MAX_CAPTION_BYTES = 2**20  # of a .txt; a tokenizer takes a few hundred
 METADATA_NAMES = {"metadata.jsonl", "metadata.csv"}
 SAVED_NAMES = {"state.json", "dataset_dict.json"}  # that tell of `save_to_disk`
@@ -412,6 +423,7 @@ class StepCounts:
 
 
 ROWS_AT_ONCE = 16  # that are read of a shard
+BYTES_OF_PART = 2**18  # of a file that is looked at to know it again
 SHUFFLE_BUFFER_SIZE = 1000
 MOST_BAD_ROWS = 1000  # one after the other, before a run ends
 NUM_TOLD = 100  # samples that are left out, by name
@@ -425,6 +437,7 @@ class StreamRow:
     index: int  # in the shard
     image: dict  # bytes and path
     captions: list
+    problem: str | None = None
 
 
 @dataclasses.dataclass
@@ -444,6 +457,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
     samples: CaptionedImages  # without rows: how samples are drawn and seen
     batch_size: int
     buffer_size: int  # rows that wait to be shuffled
+    no_caption: str  # what is told of a row without one
     rank: int = 0
     num_ranks: int = 1
     weight: float = 1.0  # of a batch in its step
@@ -464,14 +478,24 @@ class StreamedImages(torch.utils.data.IterableDataset):
         """Yields of each batch of a stream, from batch `num_batches` on, a list of its samples, and one of what could
         not be used. `apply` maps a function over rows."""
         rows = self.rows(stream, num_streams, num_batches * self.batch_size)
-        num_bad = 0  # one after the other
+        num_bad, last_told = 0, []  # one after the other; what is told of the last of them
+        epoch, is_whole, is_useless = None, num_batches == 0, False
         while True:
             found = list(apply(self.try_sample, itertools.islice(rows, self.batch_size)))
             left_out = [problem for _, problem in found if problem]
             good = [sample for sample, problem in found if not problem]
             num_bad = 0 if good else num_bad + len(found)
             if num_bad >= MOST_BAD_ROWS:
-                raise InputError(f"{num_bad:,} rows one after the other cannot be used; mend them ({left_out[-1]})")
+                raise InputError(
+                    f"{num_bad:,} rows one after the other cannot be used; mend them ({': '.join(left_out[-1])})"
+                )
+            for sample, problem in found:
+                if sample["epoch"] != epoch:
+                    if is_useless:
+                        raise InputError(told_of_useless(last_told, num_streams))
+                    epoch, is_whole, is_useless = sample["epoch"], True, is_whole
+                is_useless = is_useless and problem is not None
+                last_told = [*last_told, problem][-3:] if problem else []
             # Others carry the weight of those that are left out; where there are none, a picture without weight comes.
             for sample in good:
                 sample["weight"] = np.float32(self.weight / len(good))
@@ -481,20 +505,26 @@ class StreamedImages(torch.utils.data.IterableDataset):
         """Yields (epoch, row) of a stream in its order, without the first `num_done`, which are read, where it takes
         that, and not decoded. Raises `InputError` for a stream without a row."""
         for epoch in itertools.count():
-            num_known = self.count_epoch(stream, num_streams, epoch)
-            if num_known is not None and num_known <= num_done:
-                num_done -= num_known
-                continue
-            number = 0
-            for number, row in enumerate(self.shuffled(stream, num_streams, epoch), 1):
-                if number > num_done:
-                    yield epoch, row
-            if not number:
-                raise InputError(
-                    f"--streaming=True: there are fewer images than workers of all processes, {num_streams}; use a "
-                    "smaller --dataloader_num_workers, or drop --streaming"
-                )
-            num_done = max(num_done - number, 0)
+            num_rows = self.count_epoch(stream, num_streams, epoch)
+            if num_rows is None or num_rows > num_done:
+                num_rows = 0
+                for num_rows, row in enumerate(self.shuffled(stream, num_streams, epoch), 1):
+                    if num_rows > num_done:
+                        yield epoch, row
+            num_done = max(num_done - num_rows, 0)
+            if not num_rows:
+                self.check_other_epochs(num_streams)
+
+    def check_other_epochs(self, num_streams):
+        """Raises `InputError` if a stream that has no row in an epoch has none in any other."""
+        if len(self.num_rows) == len(self.shard_names) and not any(self.num_rows.values()):
+            raise InputError("--dataset_name: there are no images in its shards; name another")
+        # Where there are more shards than streams, others are whole ones of this stream in another epoch.
+        if len(self.shard_names) < num_streams:
+            raise InputError(
+                f"--streaming=True: there are fewer images than workers of all processes, {num_streams}; use a "
+                "smaller --dataloader_num_workers, or drop --streaming"
+            )
 
     def shuffled(self, stream, num_streams, epoch):
         """Yields the rows of a stream in an epoch, each once: `buffer_size` of them wait, of which one is drawn."""
@@ -540,6 +570,8 @@ class StreamedImages(torch.utils.data.IterableDataset):
         for row in itertools.islice(self.read_rows(shard), self.num_held_out.get(shard, 0), None):
             number += 1
             yield row
+        if not number and not self.num_held_out.get(shard) and shard not in self.num_rows:
+            print(f"\nLeft out: {self.shard_names[shard]}: is empty", file=sys.stderr, flush=True)
         self.num_rows[shard] = number
 
     def read_rows(self, shard):
@@ -550,26 +582,23 @@ class StreamedImages(torch.utils.data.IterableDataset):
         batches = self.source.shard(len(self.shard_names), shard).iter(ROWS_AT_ONCE)
         try:
             for batch in batches:
-                for image, captions in zip(batch[image_column], batch[caption_column], strict=True):
+                problems = batch.get("problem") or [None] * len(batch[image_column])
+                for image, captions, problem in zip(batch[image_column], batch[caption_column], problems, strict=True):
                     captions = captions and captions.get(field) if field else captions
-                    yield StreamRow(shard, index, image, captions)
+                    yield StreamRow(shard, index, image, captions, problem)
                     index += 1
-        except MemoryError:
+        except (MemoryError, InputError):
             raise
         except Exception as error:  # of the network, the file, arrow
             told = f"cannot be read beyond row {index} ({last_line(error)}); mend or remove it"
             raise InputError(f"{self.shard_names[shard]}: {told}") from None
 
     def try_sample(self, item):
-        """The sample of an (epoch, row), and what is wrong with that, or None. If something is, the sample is one
-        without weight, of a white picture."""
+        """The sample of an (epoch, row), and its shard, its name there and what is wrong with it, or None. If
+        something is, the sample is one without weight, of a white picture."""
         epoch, row = item
-        problem, captions = None, [""]
-        try:
-            captions = all_captions(with_names(row.captions, self.source.features[self.columns[1]])) or [""]
-            problem = None if captions != [""] else NO_CAPTION
-        except ValueError as error:
-            problem = str(error)
+        captions, problem = self.captions_of(row)
+        captions = captions or [""]
         draw = random_numbers(self.samples.seed, SAMPLE, epoch, row.shard, row.index)
         read = {"image": row.image, "captions": captions}
         sample, place = self.samples.draw_sample(0, read, draw)
@@ -578,7 +607,17 @@ class StreamedImages(torch.utils.data.IterableDataset):
         sample["pixel_values"] = np.full((3, height, width), 255, np.uint8)
         if not problem:
             problem = self.add_pixels(sample, read, place)
-        return sample, f"{self.name_of(row)}: {problem}" if problem else None
+        return sample, (*self.name_of(row), problem) if problem else None
+
+    def captions_of(self, row):
+        """The captions of a row, and what is wrong with it as far as that shows without its pixels, or None."""
+        if row.problem:
+            return [], row.problem
+        try:
+            captions = all_captions(with_names(row.captions, self.source.features[self.columns[1]]))
+        except ValueError as error:
+            return [], str(error)
+        return captions, None if captions else self.no_caption
 
     def add_pixels(self, sample, row, place):
         """Adds the pixels of a row to its sample, or returns what is wrong with them."""
@@ -596,38 +635,43 @@ class StreamedImages(torch.utils.data.IterableDataset):
         return None
 
     def name_of(self, row):
-        """What a row is called: its file in the shard, or its number."""
+        """What a row is called: its shard, and its file in that or its number."""
         path = (row.image or {}).get("path")
-        return f"{self.shard_names[row.shard]}: {path or f'row {row.index}'}"
+        return in_one_line(self.shard_names[row.shard]), in_one_line(path) if path else f"row {row.index}"
 
 
 @dataclasses.dataclass
 class LeftOut:
     """What a process leaves out of a stream, and tells."""
 
-    number: int = 0  # of times, in all epochs
-    told: dict = dataclasses.field(default_factory=dict)  # the first lines of a name and what is wrong; None each
-    are_more: bool = False
+    told: set = dataclasses.field(default_factory=set)  # what was told at once
+    # By shard and what is wrong: how often, in all epochs, and the first name.
+    numbers: dict = dataclasses.field(default_factory=dict)
 
     def note(self, problems):
-        """Counts lines, and tells the first ones at once, each once."""
+        """Counts what has a shard, a name in that, and a problem; tells the first ones at once, each once."""
         for problem in problems:
-            self.number += 1
-            if problem in self.told:
+            shard, name, reason = problem = tuple(problem)  # of which a loader makes lists
+            number, first = self.numbers.get((shard, reason.split(" (")[0]), (0, name))
+            self.numbers[shard, reason.split(" (")[0]] = (number + 1, first)
+            if problem in self.told or len(self.told) == NUM_TOLD:
                 continue
+            self.told.add(problem)
+            print(f"\nLeft out: {': '.join(problem)}", file=sys.stderr, flush=True)
             if len(self.told) == NUM_TOLD:
-                self.are_more = True
-                continue
-            self.told[problem] = None
-            print(f"\nLeft out: {problem}", file=sys.stderr, flush=True)
+                print("Left out: what comes from now on is told at the end alone", file=sys.stderr, flush=True)
 
     def tell(self, told_as=""):
-        """Lists, at the end, what was left out."""
-        if self.number:
-            more = ["and others"] if self.are_more else []
-            times = f"{self.number:,} times" if self.number > 1 else "once"
-            head = f"\n{told_as}Left out of the stream, {times} in all epochs:"
-            print("\n  ".join([head, *self.told, *more]), file=sys.stderr, flush=True)
+        """Sums up, at the end, what was left out, in few lines: first what came most often."""
+        total = sum(number for number, _ in self.numbers.values())
+        if not total:
+            return
+        times = f"{total:,} times" if total > 1 else "once"
+        lines = [f"{told_as}Left out of the stream, {times} in all epochs:"]
+        for (shard, reason), (number, name) in sorted(self.numbers.items(), key=lambda item: -item[1][0]):
+            lines.append(f"{shard}: {name}: {reason}" if number == 1 else f"{shard}: {number:,} x {reason}: {name}")
+        told = fitted("\n  ".join(lines))
+        print(f"\n{told}", file=sys.stderr, flush=True)
 
 
 LARGEST_STEP = 64  # pixels, if no --bucket_step is given
@@ -773,6 +817,7 @@ DISK_FULL_TEXT = re.compile(
 # Of glibc's `mallopt` (malloc.h): parameters, with the largest values that serve.
 FREED_MEMORY_IS_KEPT = {-1: 2**31 - 1, -3: 2**30}  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, in bytes
 MINUTES = datetime.timedelta(minutes=10)  # for what all processes do at the same time
+WHOLE_WEIGHT = 0.999  # of a step's samples in all, which is 1 but for rounding
 A_DAY = datetime.timedelta(days=1)
 PATIENCE_WITH_FOLDERS = 75  # seconds: NFS may keep for 60 that a file is not there
 # Flags that may differ between machines: what they name is compared in their place, or has no effect on others.
@@ -1177,7 +1222,10 @@ def check_shared_output(accelerator, output_dir):
 def agree_on_data(accelerator, fingerprints):
     """Waits until all processes have read their images, and compares what they have. Raises `InputError`."""
     accelerator.wait_for_everyone()
-    check_agreement(accelerator, fingerprints)
+    digests = {}
+    for name, known in fingerprints.items():  # of a stream's files, one by one, too much to be shown
+        digests[name] = hashlib.sha256(repr(known).encode()).hexdigest() if isinstance(known, dict) else known
+    check_agreement(accelerator, digests)
 
 
 def prepare(accelerator, models, optimizer, write, read):
@@ -1432,10 +1480,15 @@ def take_step(args, accelerator, run, work, passes, requests):
     # Dropout layers alone use torch's own generator.
     torch.manual_seed(random_numbers(args.seed, DROPOUT, step, accelerator.process_index).integers(2**32))
     make_gradients = step_by_engine if uses_deepspeed() else work.make_gradients
-    step_loss, grad_norm = make_gradients(args, accelerator, run, work, passes)
+    weights = []
+    step_loss, grad_norm = make_gradients(args, accelerator, run, work, with_weights_noted(passes, weights))
 
     # Optimizer step, unless a loss or a gradient is not finite in some process.
-    loss, num_not_finite, *requests = exchange(accelerator, step_loss, grad_norm, requests)
+    weight = sum(weights)
+    loss, weight, num_not_finite, *requests = exchange(accelerator, step_loss, weight, grad_norm, requests)
+    if weight == 0:  # nothing of a stream could be used
+        pass_over(accelerator, run, step)
+        return loss, None, False, requests
     is_finite = num_not_finite == 0
     is_broken = not is_finite and run.progress["nan_steps"] >= max_nan_steps(args, accelerator)
     if not is_broken:
@@ -1446,9 +1499,28 @@ def take_step(args, accelerator, run, work, passes, requests):
         if is_finite:
             lr_scheduler.step()
             update_average(args, run, held_here(run.weights.parameters))
+        loss = loss / weight if weight < WHOLE_WEIGHT else loss  # the mean of what could be used of a stream
         note_step(run, step, loss, is_finite)
         run.is_whole = True
     return loss, grad_norm if is_finite else None, is_broken, requests
+
+
+def with_weights_noted(passes, weights):
+    """Yields the passes of a step, and adds the weight of each to `weights`, while the batch is still on the host."""
+    for batch, is_last in passes:
+        weights.append(batch["weight"].sum().item())
+        yield batch, is_last
+
+
+def pass_over(accelerator, run, step):
+    """Notes that a step is done of which no sample had weight: it leaves weights, moments and average alone."""
+    run.is_whole = False
+    if accelerator.scaler is not None:  # it wants to be told that the gradients, which it unscaled, are done with
+        accelerator.scaler.update()
+    run.state["optimizer"].zero_grad()
+    note_step(run, step, math.nan, is_finite=True)
+    run.is_whole = True
+    accelerator.print(f"\nStep {step + 1}: of its images none can be used; passed over.")
 
 
 def add_up_gradients(args, accelerator, run, work, passes):
@@ -1493,11 +1565,12 @@ def without_sync(accelerator, models):
         yield
 
 
-def exchange(accelerator, loss, grad_norm, requests):
-    """The step's one exchange between processes: the sum of their losses, and in how many of them loss or gradient is
-    not finite, and there is each of `requests`."""
+def exchange(accelerator, loss, weight, grad_norm, requests):
+    """The step's one exchange between processes: the sums of their losses and of the weights of their samples, and in
+    how many of them loss or gradient is not finite, and there is each of `requests`."""
     not_finite = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
-    numbers = torch.stack([loss, not_finite.float(), *[torch.full_like(loss, asked) for asked in requests]])
+    weight, *requests = [torch.full_like(loss, number) for number in (weight, *requests)]
+    numbers = torch.stack([loss, weight, not_finite.float(), *requests])
     return accelerator.reduce(numbers, reduction="sum").tolist()
 
 
@@ -1914,18 +1987,6 @@ def read_caption_beside(image):
         raise InputError(f"{beside}: cannot be read as UTF-8 ({last_line(error)}); convert or remove it") from None
 
 
-def all_captions(captions):
-    """The usable captions of a row that holds a string or a list of them. Raises `ValueError` for half a character,
-    and `InputError` for numbers."""
-    captions = captions if isinstance(captions, list) else [captions]
-    usable = [caption for caption in captions if isinstance(caption, str) and caption.encode() and caption.strip()]
-    # One that is not equal to itself stands for a caption that is missing.
-    numbers = [caption for caption in captions if isinstance(caption, int | float) and caption == caption]
-    if numbers and not usable:
-        raise InputError(f"the caption is a number ({numbers[0]}), not text; name another --caption_column")
-    return usable
-
-
 def read_dataset(args, name, default_caption=None):
     """Loads the train split of a dataset, on the Hub or local, as columns `image` (undecoded) and `captions`; `args`
     name its columns and configuration. Raises `InputError`."""
@@ -1937,27 +1998,40 @@ def read_dataset(args, name, default_caption=None):
         return read_folder(name, args.caption_column, takes_train=True, follows_links=args.follow_symlinks)
     saved = [path for path in files if path.name in SAVED_NAMES]
     check_data_files([*data_files, *saved], name, args.follow_symlinks)
-    image_column, caption_column = args.image_column, args.caption_column
+    whole = without_empty(data_files, name)
+    are_aside = bool(pictures) or len(whole) < len(data_files)
     try:
         saved = {path.parent for path in saved}
-        dataset = load_train_split(args, name, saved, data_files, has_pictures=bool(pictures))
-        image_column, caption_column, field = columns_of(dataset.features, image_column, caption_column)
-        if field:
-            found = [row and row.get(field) for row in dataset[caption_column]]
-            caption_column, dataset = field, dataset.select_columns([image_column]).add_column(field, found)
-        if default_caption and caption_column == "text" and "text" not in dataset.column_names:
-            dataset = dataset.add_column(caption_column, [default_caption] * len(dataset))
-        dataset = dataset.select_columns([image_column, caption_column])
-        dataset = dataset.rename_columns({image_column: "image", caption_column: "captions"})
-        dataset = with_label_names(dataset.cast_column("image", datasets.Image(decode=False)))
-        dataset = with_whole_paths(dataset, name)
+        dataset = load_train_split(args, name, saved, whole, are_aside, default_caption)
+        dataset = with_whole_paths(choose_columns(args, dataset, default_caption), name)
     except Exception as error:  # arrow has one for every pair of types
+        cause = error.__cause__ or error  # where `datasets` says no more than that it could not
+        if isinstance(error.__cause__, InputError):
+            raise InputError(f"--dataset_name={name}: {cause}") from None
+        broken = find_broken(data_files)
+        told = f"{broken}: {last_line(cause)}; mend or remove it" if broken else last_line(cause)
         raise InputError(
-            f"--dataset_name={name}: cannot be loaded; check it, --dataset_config_name, --image_column={image_column} "
-            f"and --caption_column={caption_column} ({last_line(error)})"
+            f"--dataset_name={name}: cannot be loaded; check it, --dataset_config_name, "
+            f"--image_column={args.image_column} and --caption_column={args.caption_column} ({told})"
         ) from None
     check_places(dataset, name, args.cache_dir, args.follow_symlinks)
     return dataset
+
+
+def choose_columns(args, dataset, default_caption):
+    """The dataset with the columns that are named as `image` (undecoded) and `captions`; rows of tar shards also have
+    a `problem`. Raises whatever `datasets` does for columns that are not there."""
+    if dataset.column_names == [*ROW_FEATURES]:
+        return dataset
+    image_column, caption_column, field = columns_of(dataset.features, args.image_column, args.caption_column)
+    if field:
+        found = [row and row.get(field) for row in dataset[caption_column]]
+        caption_column, dataset = field, dataset.select_columns([image_column]).add_column(field, found)
+    if default_caption and caption_column == "text" and "text" not in dataset.column_names:
+        dataset = dataset.add_column(caption_column, [default_caption] * len(dataset))
+    dataset = dataset.select_columns([image_column, caption_column])
+    dataset = dataset.rename_columns({image_column: "image", caption_column: "captions"})
+    return with_label_names(dataset.cast_column("image", datasets.Image(decode=False)))
 
 
 def files_of(name):
@@ -2009,9 +2083,9 @@ def is_picture_folder(name, files, pictures, data_files):
     )
 
 
-def load_train_split(args, name, saved, data_files, has_pictures):
-    """The train split of a dataset as `datasets` loads it; `saved` are the folders in it that `save_to_disk` wrote.
-    Raises `InputError`, or whatever that raises."""
+def load_train_split(args, name, saved, data_files, are_aside, default_caption):
+    """The train split of a dataset as `datasets` loads it, or of tar shards with ROW_FEATURES; `saved` are the folders
+    in it that `save_to_disk` wrote. Raises `InputError`, or whatever that raises."""
     config_name = args.dataset_config_name
     if saved and (config_name or Path(name) not in saved):
         raise InputError("was written by save_to_disk: name the folder that was, without a configuration")
@@ -2023,11 +2097,51 @@ def load_train_split(args, name, saved, data_files, has_pictures):
         if "train" not in dataset:
             raise InputError(f"has no train split; name the folder of one of its splits, {', '.join(dataset)}")
         return dataset["train"]
-    return datasets.load_dataset(**describe_source(args, name, data_files, has_pictures), split="train")
+    told = describe_source(args, name, data_files, are_aside)
+    builder = datasets.load_dataset_builder(**told)
+    if builder.name == SHARDS:
+        return load_tars(args, names_of_files(name, builder), needs_caption=not default_caption)
+    return datasets.load_dataset(**told, split="train")
 
 
-def describe_source(args, name, data_files, has_pictures):
-    """What `datasets` has to be told to load a dataset, on the Hub or of local `data_files`. Raises `InputError`."""
+def names_of_files(name, builder):
+    """The files of the train split of a dataset, local paths or addresses, and what they are called in it. Raises
+    `InputError` if there is none."""
+    paths = (builder.config.data_files or {}).get("train")
+    if not paths:
+        raise InputError("has no train split; name files that are for training")
+    folder, names = name if os.path.isdir(name) else os.path.dirname(name), {}
+    for path in paths:
+        is_local = os.path.exists(path)
+        names[path] = os.path.relpath(path, folder) if is_local else path.split("@", 1)[-1].split("/", 1)[-1]
+    return names
+
+
+def load_tars(args, names, needs_caption):
+    """The samples of tar shards, local ones or on the Hub, which have `names`, stored as `datasets` stores what it
+    reads. Raises what that makes of an `InputError`."""
+    paths = list(names)
+    check_columns(paths, args.image_column, args.caption_column, needs_caption, args.hub_token)
+    if not os.path.exists(paths[0]):
+        where = args.cache_dir and os.path.join(args.cache_dir, "downloads")
+        told = datasets.DownloadConfig(cache_dir=where, token=args.hub_token)
+        paths = datasets.DownloadManager(download_config=told).download(paths)
+    read = {"image_column": args.image_column, "caption_column": args.caption_column}
+    states = [os.stat(path) for path in paths]
+    known = [ROW_FORMAT, read, *zip(paths, [(state.st_size, state.st_mtime_ns) for state in states], strict=True)]
+    return datasets.Dataset.from_generator(
+        read_tars,
+        datasets.Features(ROW_FEATURES),
+        args.cache_dir,
+        gen_kwargs={"paths": paths, "names": list(names.values()), **read},
+        fingerprint=hashlib.sha256(json.dumps(known).encode()).hexdigest()[:32],
+        writer_batch_size=100,  # of rows that wait in memory
+    )
+
+
+def describe_source(args, name, data_files, are_aside):
+    """What `datasets` has to be told to load a dataset, on the Hub or of local `data_files`, beside which there may be
+    others that `are_aside`. Raises `InputError`."""
     config_name, where = args.dataset_config_name, {"cache_dir": args.cache_dir}
     chosen = without_other_kinds([path for path in data_files if not path.name.startswith("cache-")])
     is_pattern = bool(data_files) and "[" in os.path.abspath(name)  # as `datasets` takes it
@@ -2035,7 +2149,7 @@ def describe_source(args, name, data_files, has_pictures):
     if os.path.isfile(name) and config_name:
         raise InputError("is a file, which has no configurations; drop --dataset_config_name")
     are_chosen = is_pattern or len(chosen) < len(data_files) or os.path.isfile(name)
-    if are_chosen or (has_pictures and not num_configs):
+    if are_chosen or (are_aside and not num_configs):
         if config_name or num_configs > 1:
             told = "a bracket in the path, pictures or caches hide its configurations"
             raise InputError(f"{told}; rename it, move them away or drop --dataset_config_name")
@@ -2159,13 +2273,15 @@ def check_places(dataset, name, cache_dir, follows_links=False):
         start += len(images)
 
 
-def check_rows(rows, memory, skip_bad_images, tokenizer, resolution, fit=None):
+def check_rows(rows, memory, skip_bad_images, tokenizer, resolution, fit=None, are_of_stream=False):
     """Checks every image and caption; returns the good rows. Raises one `InputError` for all others, unless
-    `skip_bad_images`; warns of images that are enlarged, to a square or by `fit` of `load_data`, and of captions that
-    are cut."""
+    `skip_bad_images`, and if none is good; warns of images that are enlarged, to a square or by `fit` of `load_data`,
+    and of captions that are cut."""
     bad, cut, digests, contents, sizes = [], [], {}, [], []
     captions = list(rows["captions"])
+    problems = list(rows["problem"]) if "problem" in rows.column_names else [None] * len(rows)  # of tar shards
     for index, (digest, width, height, problem) in enumerate(check_images(rows, memory)):
+        problem = problems[index] or problem
         if not problem and not captions[index]:
             problem = NO_CAPTION
         if problem:
@@ -2178,7 +2294,7 @@ def check_rows(rows, memory, skip_bad_images, tokenizer, resolution, fit=None):
         contents.append(digest)
         sizes.append((width, height))
 
-    leave_out(bad, len(rows), may_leave_out=skip_bad_images and bool(digests))
+    leave_out(bad, len(rows), skip_bad_images and bool(digests), are_of_stream=are_of_stream)
     good, sizes = list(digests), np.array(sizes, int).reshape(-1, 2)
     wanted, told = (fit(sizes), "their bucket") if fit else (resolution, f"--resolution={resolution}")
     small = []
@@ -2409,7 +2525,7 @@ def compare_settings(run, checkpoint, before, free, fixed):
         # A checkpoint from before a flag was there is one of a run without it.
         is_new = name not in before and value in (None, False, "adamw")
         if name not in free and not is_new and before.get(name) != value:
-            changed[name] = f"{name}: {before.get(name)} there, {value} now"
+            changed[name] = told_of_change(name, before.get(name), value)
     cannot_change = changed.keys() & fixed
     told = f"{checkpoint} was made under other settings"
     if cannot_change or (changed and not settings["allow_changed_resume"]):
@@ -2418,6 +2534,15 @@ def compare_settings(run, checkpoint, before, free, fixed):
     if changed:
         print("\n  ".join([f"{told}; from here on those of now hold (--allow_changed_resume)", *changed.values()]))
     return changed.keys()
+
+
+def told_of_change(name, before, now):
+    """What a setting was and is; or where it says something of each file, by name, which files changed."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return f"{name}: {before} there, {now} now"
+    changed = [file for file in {**before, **now} if before.get(file) != now.get(file)]
+    more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+    return f"{name}: other than there are {', '.join(changed[:5])}{more}"
 
 
 def take_progress(run, checkpoint, progress, changed):
@@ -3836,15 +3961,18 @@ def check_row(rows, index, key, known):
     return (key, known[key]) if key in known else check_image(rows[index]["image"], known)
 
 
-def leave_out(bad, num_images, may_leave_out, remedy=""):
+def leave_out(bad, num_images, may_leave_out, remedy="", are_of_stream=False):
     """Tells which of so many images are left out: `bad` are lines of a path and what is wrong. Raises `InputError`
-    with these, and one more `remedy`, unless images may be left out."""
+    with these, and one more `remedy`, unless images may be left out; those that are held out of a stream always
+    may."""
     if not bad:
         return
     unusable = "\n  ".join([f"{len(bad)} of {num_images} images are unusable:", *map(printable, bad[:100])])
     if not may_leave_out:
-        raise InputError(f"{unusable}\nMend or remove them, or add --skip_bad_images{remedy}.")
-    print(f"Left out (--skip_bad_images): {unusable}")
+        choice = "use a larger --num_validation_samples" if are_of_stream else "add --skip_bad_images"
+        raise InputError(f"{unusable}\nMend or remove them, or {choice}{remedy}.")
+    why = "of what is held out" if are_of_stream else "(--skip_bad_images)"
+    print(f"Left out {why}: {unusable}")
 
 
 # -------------------------------------------------------------------------------------------------------------- models
@@ -4236,7 +4364,188 @@ def read_whole_entry(path, shapes):
         raise InputError(f"{path}: {told}, which makes it anew") from None
 
 
+# -------------------------------------------------------------------------------------------------------------- shards
+def all_captions(captions):
+    """The usable captions of a row that holds a string or a list of them. Raises `ValueError` for half a character,
+    and `InputError` for numbers."""
+    captions = captions if isinstance(captions, list) else [captions]
+    usable = [caption for caption in captions if isinstance(caption, str) and caption.encode() and caption.strip()]
+    # One that is not equal to itself stands for a caption that is missing.
+    numbers = [caption for caption in captions if isinstance(caption, int | float) and caption == caption]
+    if numbers and not usable:
+        raise InputError(f"the caption is a number ({numbers[0]}), not text; name another --caption_column")
+    return usable
+
+
+def without_empty(data_files, dataset_name):
+    """Of local data files those that are no empty shards, which are told. Raises `InputError` for shards that are
+    broken, as far as their beginning or, of parquet, their end shows that."""
+    kinds = {path.suffix.lower() for path in data_files}
+    shards = [path for path in data_files if path.suffix.lower() == (".tar" if ".tar" in kinds else ".parquet")]
+    empty, broken = [], []
+    for path in shards:
+        try:
+            if is_empty(path):
+                empty.append(path)
+        except tarfile.TarError:
+            broken.append(f"{in_one_line(path.name)}: is no tar file")
+        except (OSError, EOFError, ValueError) as error:  # arrow's are among them
+            broken.append(f"{in_one_line(path.name)}: {last_line(error)}")
+    told = f"--dataset_name={dataset_name}"
+    if broken:
+        raise InputError("\n  ".join([f"{told}: shards are broken; mend or remove these", *broken]))
+    if shards and len(empty) == len(shards):
+        raise InputError(f"{told}: holds nothing but empty shards, such as {in_one_line(empty[0].name)}; name another")
+    if empty:
+        names = ", ".join(in_one_line(path.name) for path in empty[:5])
+        print(f"Left out of {in_one_line(dataset_name)}: {len(empty)} empty shards, such as {names}.")
+    return [path for path in data_files if path not in empty]
+
+
+def is_empty(path):
+    """Whether a parquet or tar file has no row or file in it. Raises what a broken one leads to."""
+    if os.path.getsize(path) == 0:
+        return True
+    if path.suffix.lower() == ".parquet":
+        return pyarrow.parquet.read_metadata(path).num_rows == 0
+    with tarfile.open(path, "r|*") as file:
+        return file.next() is None
+
+
+def find_broken(shards):
+    """The name of the first of local parquet files that cannot be read to its end, or None."""
+    for path in shards:
+        if path.suffix.lower() == ".parquet":
+            try:
+                for _ in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=16):
+                    pass
+            except (OSError, ValueError):
+                return in_one_line(path.name)
+    return None
+
+
+def read_tars(paths, names, image_column, caption_column, token=None):
+    """Yields the samples of tar files, local ones or on the Hub, as rows of ROW_FEATURES. Raises `InputError` for a
+    file that cannot be read, by its name."""
+    for path, name in zip(paths, names, strict=True):
+        number = 0
+        try:
+            for key, files in samples_of(path, image_column, caption_column, token):
+                yield row_of(key, files, image_column, caption_column)
+                number += 1
+        except (OSError, EOFError, ValueError, zlib.error, tarfile.TarError) as error:
+            told = f"cannot be read beyond row {number} ({last_line(error)}); mend or remove it"
+            raise InputError(f"{in_one_line(name)}: {told}") from None
+
+
+def samples_of(path, image_column, caption_column, token=None):
+    """Yields of each sample of a tar file its name without suffix, and its files: their content by suffix, or None
+    for those that neither column needs. Raises what a broken file leads to."""
+    wanted = [*caption_suffixes(caption_column), "json"]
+    manager = datasets.StreamingDownloadManager(download_config=datasets.DownloadConfig(token=token))
+    key, files = None, {}
+    try:
+        for name, file in manager.iter_archive(path):
+            folder, _, base = name.rpartition("/")
+            stem, dot, suffix = base.partition(".")
+            if not (stem and dot):
+                continue
+            if key != (folder, stem):
+                if files:
+                    yield "/".join(filter(None, key)), files
+                key, files = (folder, stem), {}
+            is_needed = suffix in wanted or is_image(suffix, image_column)
+            files[suffix] = file.read() if is_needed else None
+    except tarfile.ReadError as error:
+        if str(error) != "empty file":
+            raise
+    if files:
+        yield "/".join(filter(None, key)), files
+
+
+def is_image(suffix, image_column):
+    """Whether a file with this suffix is what --image_column means: by default any image."""
+    is_any = image_column == "image" and f".{suffix.rpartition('.')[2].lower()}" in IMAGE_SUFFIXES
+    return is_any or suffix == image_column
+
+
+def caption_suffixes(caption_column):
+    """The suffixes that --caption_column means, but for fields of a .json."""
+    return ("text", "txt") if caption_column == "text" else (caption_column,)
+
+
+def caption_fields(caption_column):
+    """The fields of a .json that --caption_column means."""
+    return ("text", "caption") if caption_column == "text" else (caption_column,)
+
+
+def row_of(key, files, image_column, caption_column):
+    """A sample as a row of ROW_FEATURES."""
+    images = [suffix for suffix in files if is_image(suffix, image_column)]
+    suffix = images[0] if images else next(iter(files))
+    row = {"image": {"bytes": files[suffix] if images else b"", "path": f"{key}.{suffix}"}}
+    try:
+        row["captions"] = captions_of(files, caption_column)
+    except ValueError as error:  # `InputError` is one
+        return {**row, "captions": [], "problem": str(error)}
+    if not images:
+        there = ", ".join(f".{suffix}" for suffix in files)
+        told = f"there is no image to it, but {there}; files of a sample have to follow each other"
+        return {**row, "problem": told}
+    return {**row, "problem": None}
+
+
+def captions_of(files, caption_column):
+    """The captions of a sample. Raises `ValueError` for those that are not text."""
+    for suffix in caption_suffixes(caption_column):
+        if suffix in files:
+            try:
+                return all_captions(files[suffix].decode("utf-8-sig"))
+            except UnicodeDecodeError:
+                raise ValueError(f"its caption, a .{suffix}, is not UTF-8; convert it") from None
+    fields = fields_of(files)
+    found = [fields[name] for name in caption_fields(caption_column) if fields.get(name) is not None]
+    return all_captions(found[0]) if found else []
+
+
+def fields_of(files):
+    """The fields of a sample's .json, if there is one. Raises `ValueError` if it cannot be read."""
+    try:
+        fields = json.loads(files.get("json") or b"{}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its .json cannot be read ({last_line(error)})") from None
+    return fields if isinstance(fields, dict) else {}
+
+
+def check_columns(paths, image_column, caption_column, needs_caption=True, token=None):
+    """Looks at the first samples of tar files until an image is found, and a caption if it needs one. Raises
+    `ValueError` if none has what the columns mean, and lists what there is; a file that is broken is told when it is
+    read."""
+    samples = itertools.chain.from_iterable(samples_of(path, image_column, caption_column, token) for path in paths)
+    suffixes, fields, has_image, has_caption = {}, {}, False, False
+    with contextlib.suppress(OSError, EOFError, zlib.error, tarfile.TarError):
+        for _, files in itertools.islice(samples, NUM_LOOKED_AT):
+            suffixes |= files
+            with contextlib.suppress(ValueError):
+                fields |= fields_of(files)
+            has_image = any(is_image(suffix, image_column) for suffix in suffixes)
+            has_caption = suffixes.keys() & {*caption_suffixes(caption_column)}
+            has_caption = not needs_caption or has_caption or fields.keys() & {*caption_fields(caption_column)}
+            if has_image and has_caption:
+                return
+        there = ", ".join(map(in_one_line, [*suffixes, *fields]))
+        missing = caption_column if has_image else image_column
+        raise ValueError(f"there is no column {missing!r}, but {there or 'nothing'}")
+
+
 # ----------------------------------------------------------------------------------------------------------- streaming
+def told_of_useless(problems, num_streams):
+    """What is told of an epoch of a stream in which nothing could be used; `problems` are the last ones."""
+    reader = f" of one of {num_streams} workers" if num_streams > 1 else ""
+    remedy = "mend or remove these, or name other columns by --image_column and --caption_column"
+    return f"a whole epoch{reader} in which no image can be used ({'; '.join(map(': '.join, problems))}); {remedy}"
+
+
 def check_streaming(args):
     """Lists what a stream needs, and what there cannot be with one."""
     if not args.streaming:
@@ -4253,6 +4562,8 @@ def check_streaming(args):
     if args.max_train_samples:
         told = "which would have to read all to draw some; name fewer files, or drop one"
         problems.append(f"--max_train_samples={args.max_train_samples}: {is_set}, {told}")
+    if args.skip_bad_images:
+        problems.append("--skip_bad_images=True: a stream leaves unusable images out anyway; drop this")
     for flag, why in {
         "aspect_ratio_buckets": "which does not know the shapes of its images",
         "cache_latents": "whose images do not stay",
@@ -4270,7 +4581,8 @@ def load_images(args, fit=None):
 
 def load_stream(args):
     """Opens --dataset_name as a stream and reads the first rows, which are held out; returns (stream, held-out images,
-    fingerprint of both), the fingerprint by names and sizes of files, since nobody reads all. Raises `InputError`."""
+    fingerprint of both), the fingerprint by files and what `tell_files` says of each, since nobody reads all. Raises
+    `InputError`."""
     source, columns, files = open_source(args)
     tokenizer = load_tokenizer(args)
     latent_channels, pixels_per_latent = read_latent_layout(args)
@@ -4294,11 +4606,16 @@ def load_stream(args):
     if len(names) != source.num_shards:
         names = [f"shard {number}" for number in range(source.num_shards)]
     buffer_size = args.shuffle_buffer_size or SHUFFLE_BUFFER_SIZE
-    stream = StreamedImages(source, columns, names, {}, samples, args.train_batch_size, buffer_size)
+    place = f"in its column {columns[1]!r}"
+    if "problem" in source.features:  # of tar shards
+        place = f"in a .{caption_suffixes(args.caption_column)[-1]} or .json beside it"
+    told = f"has no caption {place}"
+    stream = StreamedImages(source, columns, names, {}, samples, args.train_batch_size, buffer_size, told)
     first_rows = read_first_rows(args, stream)
     stream.num_held_out = count_by_shard(first_rows)
-    fingerprint = json.dumps([files, columns, args.num_validation_samples])
-    return stream, hold_out(args, stream, first_rows), hashlib.sha256(fingerprint.encode()).hexdigest()
+    flags = ("image_column", "caption_column", "num_validation_samples")
+    fingerprint = {**{f"--{flag}": getattr(args, flag) for flag in flags}, **files}
+    return stream, hold_out(args, stream, first_rows), fingerprint
 
 
 def open_source(args):
@@ -4313,15 +4630,22 @@ def open_source(args):
             f"--dataset_name={name}: save_to_disk wrote this, which is read without --streaming; drop that"
         )
     check_data_files(data_files, name, args.follow_symlinks)
+    whole = without_empty(data_files, name)
     try:
-        told = describe_source(args, name, data_files, has_pictures=bool(pictures))
+        told = describe_source(args, name, whole, are_aside=bool(pictures) or len(whole) < len(data_files))
         builder = datasets.load_dataset_builder(**told)
+        names = names_of_files(name, builder)
+        files = tell_files(names, builder)
+        if builder.name == SHARDS:
+            return open_tars(args, names), ("image", "captions", None), files
+        if builder.name == "parquet":
+            builder.config.batch_size = ROWS_AT_ONCE  # else as many as a file's first group has, which may be empty
         source = builder.as_streaming_dataset(split="train")
         columns = columns_of(source.features or {}, args.image_column, args.caption_column)
         if missing := [column for column in columns[:2] if column not in source.column_names]:
-            raise InputError(f"there is no column {missing[0]!r}, but {', '.join(source.column_names)}")
+            raise ValueError(f"there is no column {missing[0]!r}, but {', '.join(source.column_names)}")
         source = source.select_columns(list(columns[:2])).cast_column(columns[0], datasets.Image(decode=False))
-        return source, columns, tell_files(name, builder.config.data_files["train"])
+        return source, columns, files
     except Exception as error:  # as many as there are kinds of files and places
         raise InputError(
             f"--dataset_name={name}: cannot be streamed; check it, --dataset_config_name, "
@@ -4329,17 +4653,32 @@ def open_source(args):
         ) from None
 
 
-def tell_files(name, data_files):
-    """What is known of a dataset's files without reading them, by name: the size of a local one, else what the Hub
-    says."""
+def open_tars(args, names):
+    """Tar shards as a stream with ROW_FEATURES; `names` as `names_of_files` gives them. Raises `ValueError` for
+    columns that are not there."""
+    read = {"image_column": args.image_column, "caption_column": args.caption_column, "token": args.hub_token}
+    check_columns(list(names), **read)
+    files = {"paths": list(names), "names": list(names.values())}
+    return datasets.IterableDataset.from_generator(read_tars, datasets.Features(ROW_FEATURES), {**files, **read})
+
+
+def tell_files(names, builder):
+    """What is known of a dataset's files without reading all of them, by name: size and digest of a local one, else
+    what the Hub says."""
     told = {}
-    folder = name if os.path.isdir(name) else os.path.dirname(name)
-    for path, origin in zip(data_files, data_files.origin_metadata, strict=True):
-        if os.path.exists(path):
-            told[os.path.relpath(path, folder)] = os.path.getsize(path)
-        else:
-            told[path.split("@", 1)[-1].split("/", 1)[-1]] = list(origin)
+    for path, origin in zip(names, builder.config.data_files["train"].origin_metadata, strict=True):
+        told[names[path]] = digest_of_parts(path) if os.path.exists(path) else " ".join(map(str, origin))
     return told
+
+
+def digest_of_parts(path):
+    """The size of a file and a digest of its beginning, middle and end, which take no time to read."""
+    size, digest = os.path.getsize(path), hashlib.sha256()
+    with open(path, "rb") as file:
+        for start in (0, size // 2, max(size - BYTES_OF_PART, 0)):
+            file.seek(start)
+            digest.update(file.read(BYTES_OF_PART))
+    return f"{size} {digest.hexdigest()[:16]}"
 
 
 def read_first_rows(args, stream):
@@ -4368,21 +4707,15 @@ def count_by_shard(rows):
 
 def hold_out(args, stream, rows):
     """Those of the rows that can be used, as `CaptionedImages`."""
-    captions = []
-    for row in rows:
-        try:
-            captions.append(all_captions(with_names(row.captions, stream.source.features[stream.columns[1]])))
-        except ValueError:  # it is told with those that have none
-            captions.append([])
-    images = [{"bytes": (row.image or {}).get("bytes"), "path": stream.name_of(row)} for row in rows]
-    table = datasets.Dataset.from_dict(
-        {"image": images, "captions": captions},
-        datasets.Features(
-            {"image": datasets.Image(decode=False), "captions": datasets.List(datasets.Value("string"))}
-        ),
-    )
+    found = [stream.captions_of(row) for row in rows]
+    columns = {
+        "image": [{"bytes": (row.image or {}).get("bytes"), "path": ": ".join(stream.name_of(row))} for row in rows],
+        "captions": [captions for captions, _ in found],
+        "problem": [problem for _, problem in found],
+    }
+    table = datasets.Dataset.from_dict(columns, datasets.Features(ROW_FEATURES))
     memory = path_of_findings(args.dataset_name, args.cache_dir)
-    checked = check_rows(table, memory, True, stream.samples.tokenizer, args.resolution)
+    checked = check_rows(table, memory, True, stream.samples.tokenizer, args.resolution, are_of_stream=True)
     held_out = dataclasses.replace(
         stream.samples,
         rows=checked.rows,
@@ -5104,16 +5437,20 @@ def load_tensors(path, map_location=None):
 def step_by_engine(args, accelerator, run, work, passes):
     """Forward, backward and the optimizer's step: the passes of a step add up their gradients in DeepSpeed's engine,
     which averages them over processes, clips them and changes the weights, unless a loss or a gradient is not finite
-    in some process. Returns the step's loss in this process, and the norm of its gradient."""
+    in some process, or no sample of a stream has weight. Returns the step's loss in this process, and the norm of its
+    gradient."""
     (engine,) = run.weights.prepared.values()
     engine.optimizer.clip_grad = args.max_grad_norm  # a checkpoint brings its own
-    step_loss = torch.zeros((), device=accelerator.device)
+    step_loss, weight = torch.zeros((), device=accelerator.device), torch.zeros((), device=accelerator.device)
     for batch, is_last in passes:
         batch = send_to_device(batch, accelerator.device, non_blocking=True)
         engine.set_gradient_accumulation_boundary(is_last)
         loss = (work.training_loss(batch) * batch["weight"]).sum()
         # The engine looks at gradients alone, which may be finite where a loss is not.
         factor = torch.where(torch.isfinite(loss.detach()), float(accelerator.num_processes), math.nan)
+        weight += batch["weight"].sum()
+        if is_last and getattr(args, "streaming", False) and accelerator.reduce(weight) == 0:
+            factor.fill_(math.nan)  # else it would decay weights and moments
         engine.backward(loss * factor, scale_wrt_gas=False)  # gradients are averaged over processes
         step_loss += loss.detach()
     run.is_whole = False

@@ -43,8 +43,8 @@ def train_step(state, batch, learning_rate, ema_decay, training_loss, optimizer,
     """One optimizer step over passes (num_passes, images, ...); `training_loss(weights, one_pass)` gives the loss of
     each sample. `state` has `unet` (weights), `optimizer` (moments) and maybe `ema` (weights).
 
-    Returns the new state, or the old one if loss or gradient is not finite, and [loss, gradient's norm, the
-    most that a host asks for].
+    Returns the new state, or the old one if loss or gradient is not finite or no sample has weight, and [loss,
+    gradient's norm, the most that a host asks for].
     """
     # Forward and backward
     loss, grads = loss_and_gradient(training_loss, state["unet"], batch)
@@ -58,7 +58,7 @@ def train_step(state, batch, learning_rate, ema_decay, training_loss, optimizer,
     if "ema" in state:
         after["ema"] = optax.incremental_update(after["unet"], state["ema"], 1 - ema_decay)
 
-    # Unless a loss or a gradient is not finite
-    is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    after = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), after, state)
+    # Unless a loss or a gradient is not finite, or nothing of a stream could be used
+    is_useful = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & batch["weight"].any()
+    after = jax.tree.map(lambda new, old: jnp.where(is_useful, new, old), after, state)
     return after, jnp.stack([loss, grad_norm, batch["asked"].max()])
