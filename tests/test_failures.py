@@ -336,7 +336,7 @@ def other_rate(line, tmp_path):
 @pytest.mark.parametrize(
     "change, difference",
     [
-        (lagging_folder, "global_step: 2 on rank 0 ({host}), 0 on rank 1 ({host})"),
+        (lagging_folder, "checkpoint-2: seen on rank 0 ({host}), not seen on rank 1 ({host})"),
         (other_images, "captioned_images: "),
         (other_rate, "learning_rate: 0.001 on rank 0 ({host}), 0.01 on rank 1 ({host})"),
     ],
@@ -352,6 +352,23 @@ def test_processes_that_do_not_agree_end(train_script, base_of, straight, tmp_pa
     for text in said:
         assert "the processes do not agree; all need the same flags, the same data and one --output_dir" in text
         assert difference.format(host=os.uname().nodename) in text
+        assert "Traceback" not in text
+
+
+@pytest.mark.parametrize("name", ["args.json", "progress.json"])
+def test_a_checkpoint_that_another_machine_alone_cannot_read_is_said_by_both(
+    train_script, base_of, straight, tmp_path, name
+):
+    """The first one waits for nothing that the other one will not do any more."""
+    folder = shutil.copytree(straight, tmp_path / "out")
+    line = words(*base_of, folder, train_batch_size=1, max_train_steps=6, resume_from_checkpoint="latest")
+    other = lagging_folder(line, tmp_path)
+    shutil.copytree(folder / "checkpoint-4", tmp_path / "elsewhere" / "checkpoint-4")
+    os.truncate(tmp_path / "elsewhere" / "checkpoint-4" / name, 5)
+    statuses, said = run_machines(train_script, [line, other], tmp_path / "said")
+    assert statuses == [2, 2], said
+    for text in said:
+        assert f"{tmp_path / 'elsewhere' / 'checkpoint-4'} is damaged, or of another script; name another (" in text
         assert "Traceback" not in text
 
 

@@ -1115,7 +1115,7 @@ def start_run(args, accelerator, counts, state, fingerprints, weights, free, fix
     if checkpoint:
         with raised_together(accelerator):  # before they read together, which none of them could do alone
             take_settings(run, checkpoint, free, fixed)
-            check_agreement(accelerator, {"global_step": run.progress["global_step"]})
+        check_agreement(accelerator, {"global_step": run.progress["global_step"]})
         with told_in_a_line(args, accelerator, "The resume"):
             read_checkpoint(accelerator, run, checkpoint)
     return run
@@ -1133,12 +1133,17 @@ def choose_checkpoint(accelerator, run, wanted):
     own = {flag: run.settings[flag] for flag in OWN_TO_A_MACHINE & run.settings.keys()}
     name, problems, own = broadcast_object_list([name, problems, own])
     raise_problems(problems)
-    return name and find_checkpoint(run.output_dir, name), own
+    checkpoint = name and find_checkpoint(run.output_dir, name)
+    if checkpoint:
+        is_seen = (checkpoint / "progress.json").is_file()
+        check_agreement(accelerator, {checkpoint.name: "seen" if is_seen else "not seen"})
+    return checkpoint, own
 
 
 @contextlib.contextmanager
 def raised_together(accelerator):
-    """Raises an `InputError` of one process in all of them."""
+    """Raises an `InputError` of one process in all of them, which must not exchange anything in between: who fails
+    would exchange its problems meanwhile."""
     problems = []
     with gathered(problems):
         yield
