@@ -201,7 +201,14 @@ def test_latest_passes_over_damaged_checkpoints(tmp_path, capsys):
     assert find_newer(tmp_path, newest) is None
     assert find_newer(tmp_path, older) == newer
     (newest / "digests.json").unlink()
-    assert count_damaged(tmp_path, "latest") == 0
+    assert count_damaged(tmp_path, "latest") == 1
+    assert capsys.readouterr().out == (
+        "checkpoint-11 is damaged (digests.json is missing); checkpoint-10 is used instead.\n"
+    )
+    with pytest.raises(
+        InputError, match=r"=checkpoint-11: checkpoint-11 is damaged \(digests.json is missing\); name"
+    ):
+        count_damaged(tmp_path, "checkpoint-11")
 
 
 def test_a_damaged_checkpoint_is_not_used_where_there_is_no_other(tmp_path):
@@ -416,13 +423,13 @@ def test_other_held_out_images_are_other_images(fit, images, tmp_path, capsys):
     ],
 )
 def test_damaged_checkpoints_are_named(fit, stopped, capsys, name, length):
-    """Without digests, as an older version wrote them; with them another is used: tests/torture."""
+    """Where digests say nothing of it: by somebody who knows of them. Else another is used: tests/torture."""
     newest = find_checkpoint(stopped, "latest")
-    (newest / "digests.json").unlink()
     content = (newest / name).read_bytes()
     (newest / name).unlink()
     if length is not None:
         (newest / name).write_bytes(content[:length])
+    write_digests(newest)
     before = snapshot(stopped)
     assert fit(stopped, checkpointing_steps=1, resume_from_checkpoint="latest") == 2
     message = capsys.readouterr().err
