@@ -31,7 +31,15 @@ from tqdm.auto import tqdm
 
 from sdtune.batches import find_largest_step, micro_batches, step_sizes
 from sdtune.buckets import warn_of_short_steps
-from sdtune.checkpoints import Weights, count_damaged, find_checkpoint, new_run, note_step, take_settings
+from sdtune.checkpoints import (
+    Weights,
+    count_damaged,
+    find_checkpoint,
+    new_run,
+    note_step,
+    take_settings,
+    tell_difference,
+)
 from sdtune.deepspeed import (
     check_deepspeed,
     choose_backend,
@@ -174,10 +182,8 @@ def check_agreement(accelerator, values):
     for name in values:
         for rank, there in enumerate(everywhere):
             if there[name] != everywhere[0][name]:
-                differences.append(
-                    f"{name}: {everywhere[0][name]} on rank 0 ({everywhere[0]['host']}), {there[name]} on rank {rank} "
-                    f"({there['host']})"
-                )
+                places = [f"on rank 0 ({everywhere[0]['host']})", f"on rank {rank} ({there['host']})"]
+                differences.append(tell_difference(name, everywhere[0][name], there[name], *places))
                 break
     if differences:
         remedy = "all need the same flags, the same data and one --output_dir that they share"

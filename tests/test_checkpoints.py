@@ -18,6 +18,7 @@ from training import checkpoint_state, checkpoint_unet, losses, read_log, same, 
 from sdtune.checkpoints import (
     Run,
     Weights,
+    compare_settings,
     count_damaged,
     find_checkpoint,
     find_newer,
@@ -27,6 +28,7 @@ from sdtune.checkpoints import (
     read_undamaged,
     save_checkpoint,
     set_aside_damaged,
+    tell_difference,
 )
 from sdtune.digests import write_digests
 from sdtune.errors import InputError
@@ -228,6 +230,49 @@ def test_a_damaged_checkpoint_is_not_used_where_there_is_no_other(tmp_path):
         count_damaged(tmp_path, "latest")
     assert "checkpoint-9 is damaged (progress.json has 3 bytes instead of 18); name another" in str(caught.value)
     assert "checkpoint-10 is damaged" in str(caught.value)
+
+
+ONE, OTHER = "0a" * 32, "0b" * 32  # two digests
+
+
+@pytest.mark.parametrize(
+    "there, now, told",
+    [
+        (ONE, OTHER, "photos: other images or captions now than there"),
+        (ONE, None, "photos: other images or captions now than there"),
+        (None, OTHER, "photos: other images or captions now than there"),
+        (3, 4, "photos: 3 there, 4 now"),
+        ({"b": 1, "a": 2}, {"b": 1, "a": 3}, "photos: other images or captions now than there: a"),
+        ({"b\n": 1, "a": 2}, {"c": 1, "a": 2}, "photos: other images or captions now than there: b\\n, c"),
+        (
+            dict.fromkeys("gfedcba", 1),
+            dict.fromkeys("abcdefg", 2),
+            "photos: other images or captions now than there: a, b, c, d, e and 2 more",
+        ),
+        (ONE, {"a": OTHER}, "photos: other images or captions now than there: a"),
+    ],
+)
+def test_what_differs_is_told_in_a_line(there, now, told):
+    assert tell_difference("photos", there, now) == told
+    assert tell_difference("photos", there, now, "here", "elsewhere") == told.replace("there", "here").replace(
+        "now", "elsewhere"
+    )
+
+
+def test_names_that_differ_are_told_in_a_refusal(tmp_path):
+    """The message on dictionaries, and the end of that on state that no other number of processes can read."""
+    settings = {"shards": {"a.tar": 1, "b.tar": 2}, "sharding": "ZeRO-2 of 3 processes", "allow_changed_resume": False}
+    run = Run(tmp_path, settings, {}, {}, None)
+    with pytest.raises(InputError) as caught:
+        compare_settings(run, tmp_path, {**settings, "shards": {"a.tar": 1, "b.tar": 3}}, set(), {"sharding"})
+    assert str(caught.value).splitlines()[1:] == ["  shards: other content now than there: b.tar"]
+    with pytest.raises(InputError) as caught:
+        compare_settings(run, tmp_path, {**settings, "sharding": "ZeRO-2 of 2 processes"}, set(), {"sharding"})
+    assert str(caught.value).splitlines()[1:] == [
+        "  sharding: ZeRO-2 of 2 processes there, ZeRO-2 of 3 processes now; start it by the accelerate config that "
+        "wrote it, under ZeRO with as many processes (accelerate launch --num_processes=N), or begin a new run from "
+        "what `sdtune export` makes of it"
+    ]
 
 
 def test_what_is_in_the_place_of_checkpoints_to_come_is_renamed(tmp_path, capsys):

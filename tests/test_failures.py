@@ -337,7 +337,7 @@ def other_rate(line, tmp_path):
     "change, difference",
     [
         (lagging_folder, "checkpoint-2: seen on rank 0 ({host}), not seen on rank 1 ({host})"),
-        (other_images, "captioned_images: "),
+        (other_images, "captioned_images: other images or captions on rank 1 ({host}) than on rank 0 ({host})"),
         (other_rate, "learning_rate: 0.001 on rank 0 ({host}), 0.01 on rank 1 ({host})"),
     ],
 )

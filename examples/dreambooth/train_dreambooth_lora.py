@@ -502,6 +502,13 @@ AVERAGE = "ema."  # begins the names of averaged weights among shards
 DIGESTS_FILE = "digests.json"
 
 AVERAGED = "_ema"  # ends the names of averaged weights in a checkpoint
+# What settings are digests of, or dictionaries of digests.
+DIGESTED = {"captioned_images": "images or captions", "class_data": "class images", "photos": "images or captions"}
+MAX_NAMED = 5  # of what differs in a setting
+REMEDY_FOR_SHARDING = (
+    "start it by the accelerate config that wrote it, under ZeRO with as many processes (accelerate launch "
+    "--num_processes=N), or begin a new run from what `sdtune export` makes of it"
+)
 
 
 @dataclasses.dataclass
@@ -957,10 +964,8 @@ def check_agreement(accelerator, values):
     for name in values:
         for rank, there in enumerate(everywhere):
             if there[name] != everywhere[0][name]:
-                differences.append(
-                    f"{name}: {everywhere[0][name]} on rank 0 ({everywhere[0]['host']}), {there[name]} on rank {rank} "
-                    f"({there['host']})"
-                )
+                places = [f"on rank 0 ({everywhere[0]['host']})", f"on rank {rank} ({there['host']})"]
+                differences.append(tell_difference(name, everywhere[0][name], there[name], *places))
                 break
     if differences:
         remedy = "all need the same flags, the same data and one --output_dir that they share"
@@ -2215,7 +2220,9 @@ def compare_settings(run, checkpoint, before, free, fixed):
         # A checkpoint from before a flag was there is one of a run without it.
         is_new = name not in before and value in (None, False, "adamw")
         if name not in free and not is_new and before.get(name) != value:
-            changed[name] = f"{name}: {before.get(name)} there, {value} now"
+            changed[name] = tell_difference(name, before.get(name), value)
+    if "sharding" in changed:
+        changed["sharding"] += f"; {REMEDY_FOR_SHARDING}"
     cannot_change = changed.keys() & fixed
     told = f"{checkpoint} was made under other settings"
     if cannot_change or (changed and not settings["allow_changed_resume"]):
@@ -2224,6 +2231,25 @@ def compare_settings(run, checkpoint, before, free, fixed):
     if changed:
         print("\n  ".join([f"{told}; from here on those of now hold (--allow_changed_resume)", *changed.values()]))
     return changed.keys()
+
+
+def tell_difference(name, first, second, first_place="there", second_place="now"):
+    """Says in a line that a setting has two values in two places: of a digest no more, since it says nothing to
+    people; of a dictionary which of its keys differ."""
+    what, keys = DIGESTED.get(name, "content"), ""
+    if isinstance(first, dict) or isinstance(second, dict):
+        one, other = [value if isinstance(value, dict) else {} for value in (first, second)]
+        differing = sorted(in_one_line(key) for key in one | other if one.get(key) != other.get(key))
+        more = f" and {len(differing) - MAX_NAMED} more" if len(differing) > MAX_NAMED else ""
+        keys = ": " + ", ".join(differing[:MAX_NAMED]) + more
+    if keys or is_digest(first) or is_digest(second):
+        return f"{name}: other {what} {second_place} than {first_place}{keys}"
+    return f"{name}: {first} {first_place}, {second} {second_place}"
+
+
+def is_digest(value):
+    """Whether a setting is the SHA-256 of something, in hexadecimal digits."""
+    return isinstance(value, str) and bool(re.fullmatch("[0-9a-f]{64}", value))
 
 
 def take_progress(run, checkpoint, progress, changed):
