@@ -45,7 +45,8 @@ class Run:
 
     output_dir: Path
     settings: dict  # flags, and what was made of them
-    # global_step, base_losses (held-out, before training), losses (not yet logged), nan_steps (in a row)
+    # global_step, base_losses (held-out, before training), losses (not yet logged), nan_steps (skipped ones in a row),
+    # skipped_steps (all of them)
     progress: dict
     state: dict  # by name: what has a state_dict, or in JAX arrays
     counts: StepCounts
@@ -65,7 +66,7 @@ def new_run(args, counts, state, precision, fingerprints, weights=None):
         "schedule_steps": None if args.lr_scheduler.startswith("constant") else counts.last_step,
         "state": [*state],
     }
-    progress = {"global_step": 0, "base_losses": None, "losses": [], "nan_steps": 0}
+    progress = {"global_step": 0, "base_losses": None, "losses": [], "nan_steps": 0, "skipped_steps": 0}
     return Run(Path(args.output_dir), settings, progress, state, counts, weights)
 
 
@@ -112,6 +113,14 @@ def count_damaged(output_dir, wanted):
     for told in damages.values():
         print(f"{told}; {whole[0].name} is used instead.")
     return len(damages)
+
+
+def name_of_choice(output_dir, wanted):
+    """What every process finds the checkpoint by that `wanted` means, `latest` without damaged ones: its name in the
+    output folder, which each machine may know by a path of its own, or its path; None without one. For one process
+    alone. Raises `InputError` as `count_damaged`."""
+    found = find_checkpoint(output_dir, wanted, count_damaged(output_dir, wanted))
+    return found and (found.name if found.parent == output_dir else str(found))
 
 
 def find_newer(output_dir, checkpoint):
@@ -233,7 +242,16 @@ def note_step(run, step, loss, is_finite):
     if math.isfinite(loss):
         progress["losses"].append(loss)
     if not is_finite:
+        progress["skipped_steps"] = progress.get("skipped_steps", 0) + 1  # which older checkpoints do not have
         print(f"\nStep {step + 1}: loss or gradient is not finite; skipped, {progress['nan_steps']} in a row.")
+
+
+def tell_skipped(run):
+    """Prints how many of the run's steps changed nothing, if there are such: a result may be less than it seems."""
+    number = run.progress.get("skipped_steps", 0)
+    if number:
+        told = "were skipped, since loss or gradient was not finite"
+        print(f"\n{number:,} of {run.progress['global_step']:,} steps {told}.")
 
 
 def read_undamaged(checkpoint, read):

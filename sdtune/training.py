@@ -33,12 +33,13 @@ from sdtune.batches import find_largest_step, micro_batches, step_sizes
 from sdtune.buckets import warn_of_short_steps
 from sdtune.checkpoints import (
     Weights,
-    count_damaged,
     find_checkpoint,
+    name_of_choice,
     new_run,
     note_step,
     take_settings,
     tell_difference,
+    tell_skipped,
 )
 from sdtune.deepspeed import (
     check_deepspeed,
@@ -279,8 +280,7 @@ def choose_checkpoint(accelerator, run, wanted):
     name, problems = None, []
     if accelerator.is_main_process:
         with gathered(problems):
-            found = find_checkpoint(run.output_dir, wanted, count_damaged(run.output_dir, wanted))
-            name = found and (found.name if found.parent == run.output_dir else str(found))
+            name = name_of_choice(run.output_dir, wanted)
     accelerator.wait_for_everyone()
     own = {flag: run.settings[flag] for flag in OWN_TO_A_MACHINE & run.settings.keys()}
     name, problems, own = broadcast_object_list([name, problems, own])
@@ -439,6 +439,7 @@ def train_steps(args, accelerator, run, stop, work, look):
             leave(accelerator, run, is_broken, stop.received)
         if done % validation_steps == 0 or done == counts.last_step:
             look_and_keep(args, accelerator, run, stop, look)
+    tell_skipped(run)
 
 
 def try_steps(args, accelerator, run, work):
