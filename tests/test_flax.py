@@ -594,6 +594,12 @@ def test_broken_step_ends_the_run_before_it_does_harm(fit, capsys):
         assert all(np.isfinite(array).all() for array in load_file(checkpoint / file).values())
 
 
+def test_skipped_steps_are_told_at_the_end(fit, capsys):
+    """After the first step, whose rate leaves nothing to compute with."""
+    fit(learning_rate=1e30, max_nan_steps=100)
+    assert "\n3 of 4 steps were skipped, since loss or gradient was not finite.\n" in capsys.readouterr().out
+
+
 # -------------------------------------------------------------------------------------------------- Flax's own files
 
 OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out_0": "proj_attn"}
