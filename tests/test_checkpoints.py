@@ -269,9 +269,9 @@ def test_names_that_differ_are_told_in_a_refusal(tmp_path):
     with pytest.raises(InputError) as caught:
         compare_settings(run, tmp_path, {**settings, "sharding": "ZeRO-2 of 2 processes"}, set(), {"sharding"})
     assert str(caught.value).splitlines()[1:] == [
-        "  sharding: ZeRO-2 of 2 processes there, ZeRO-2 of 3 processes now; start it by the accelerate config that "
-        "wrote it, under ZeRO with as many processes (accelerate launch --num_processes=N), or begin a new run from "
-        "what `sdtune export` makes of it"
+        "  sharding: ZeRO-2 of 2 processes there, ZeRO-2 of 3 processes now; use the accelerate config of there, "
+        "under ZeRO with as many processes (accelerate launch --num_processes=N), or begin a new run from what "
+        "`sdtune export` makes of the checkpoint"
     ]
 
 

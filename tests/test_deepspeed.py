@@ -223,8 +223,10 @@ def test_a_checkpoint_is_of_its_stage_and_number_of_processes(
     else:
         assert 2 in run_zero(stage, lora_script, [*line, f"--train_batch_size={2 // number}"], said, number)
     message = " ".join(said.read_text().split())
-    assert f"sharding: ZeRO-2 of 2 processes there, {now} now; start it by the accelerate config that wrote" in message
-    assert "begin a new run from what `sdtune export` makes of it" in message
+    assert (
+        f"sharding: ZeRO-2 of 2 processes there, {now} now; use the accelerate config of there, under ZeRO" in message
+    )
+    assert "begin a new run from what `sdtune export` makes of the checkpoint" in message
     assert not list((tmp_path / "out").glob("*"))
 
 

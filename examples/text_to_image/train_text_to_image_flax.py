@@ -596,8 +596,8 @@ AVERAGED = "_ema"  # ends the names of averaged weights in a checkpoint
 DIGESTED = {"captioned_images": "images or captions", "class_data": "class images", "photos": "images or captions"}
 MAX_NAMED = 5  # of what differs in a setting
 REMEDY_FOR_SHARDING = (
-    "start it by the accelerate config that wrote it, under ZeRO with as many processes (accelerate launch "
-    "--num_processes=N), or begin a new run from what `sdtune export` makes of it"
+    "use the accelerate config of there, under ZeRO with as many processes (accelerate launch --num_processes=N), or "
+    "begin a new run from what `sdtune export` makes of the checkpoint"
 )
 
 
