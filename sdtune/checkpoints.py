@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import socket
 from collections.abc import Callable
@@ -12,11 +13,18 @@ from pathlib import Path
 
 from sdtune.batches import StepCounts
 from sdtune.digests import find_damage, write_digests
-from sdtune.errors import InputError, is_lack_of_memory, is_lost_peer, last_line
+from sdtune.errors import InputError, in_one_line, is_lack_of_memory, is_lost_peer, last_line
 from sdtune.files import beside, copy_mode, read_json, sync, sync_folder
 from sdtune.optimization import peak_learning_rate
 
 AVERAGED = "_ema"  # ends the names of averaged weights in a checkpoint
+# What settings are digests of, or dictionaries of digests.
+DIGESTED = {"captioned_images": "images or captions", "class_data": "class images", "photos": "images or captions"}
+MAX_NAMED = 5  # of what differs in a setting
+REMEDY_FOR_SHARDING = (
+    "use the accelerate config of there, under ZeRO with as many processes (accelerate launch --num_processes=N), or "
+    "begin a new run from what `sdtune export` makes of the checkpoint"
+)
 
 
 @dataclasses.dataclass
@@ -37,7 +45,8 @@ class Run:
 
     output_dir: Path
     settings: dict  # flags, and what was made of them
-    # global_step, base_losses (held-out, before training), losses (not yet logged), nan_steps (in a row)
+    # global_step, base_losses (held-out, before training), losses (not yet logged), nan_steps (skipped ones in a row),
+    # skipped_steps (all of them)
     progress: dict
     state: dict  # by name: what has a state_dict, or in JAX arrays
     counts: StepCounts
@@ -57,7 +66,7 @@ def new_run(args, counts, state, precision, fingerprints, weights=None):
         "schedule_steps": None if args.lr_scheduler.startswith("constant") else counts.last_step,
         "state": [*state],
     }
-    progress = {"global_step": 0, "base_losses": None, "losses": [], "nan_steps": 0}
+    progress = {"global_step": 0, "base_losses": None, "losses": [], "nan_steps": 0, "skipped_steps": 0}
     return Run(Path(args.output_dir), settings, progress, state, counts, weights)
 
 
@@ -104,6 +113,14 @@ def count_damaged(output_dir, wanted):
     for told in damages.values():
         print(f"{told}; {whole[0].name} is used instead.")
     return len(damages)
+
+
+def name_of_choice(output_dir, wanted):
+    """What every process finds the checkpoint by that `wanted` means, `latest` without damaged ones: its name in the
+    output folder, which each machine may know by a path of its own, or its path; None without one. For one process
+    alone. Raises `InputError` as `count_damaged`."""
+    found = find_checkpoint(output_dir, wanted, count_damaged(output_dir, wanted))
+    return found and (found.name if found.parent == output_dir else str(found))
 
 
 def find_newer(output_dir, checkpoint):
@@ -225,7 +242,16 @@ def note_step(run, step, loss, is_finite):
     if math.isfinite(loss):
         progress["losses"].append(loss)
     if not is_finite:
+        progress["skipped_steps"] = progress.get("skipped_steps", 0) + 1  # which older checkpoints do not have
         print(f"\nStep {step + 1}: loss or gradient is not finite; skipped, {progress['nan_steps']} in a row.")
+
+
+def tell_skipped(run):
+    """Prints how many of the run's steps changed nothing, if there are such: a result may be less than it seems."""
+    number = run.progress.get("skipped_steps", 0)
+    if number:
+        told = "were skipped, since loss or gradient was not finite"
+        print(f"\n{number:,} of {run.progress['global_step']:,} steps {told}.")
 
 
 def read_undamaged(checkpoint, read):
@@ -254,7 +280,9 @@ def compare_settings(run, checkpoint, before, free, fixed):
         # A checkpoint from before a flag was there is one of a run without it.
         is_new = name not in before and value in (None, False, "adamw")
         if name not in free and not is_new and before.get(name) != value:
-            changed[name] = told_of_change(name, before.get(name), value)
+            changed[name] = tell_difference(name, before.get(name), value)
+    if "sharding" in changed:
+        changed["sharding"] += f"; {REMEDY_FOR_SHARDING}"
     cannot_change = changed.keys() & fixed
     told = f"{checkpoint} was made under other settings"
     if cannot_change or (changed and not settings["allow_changed_resume"]):
@@ -265,13 +293,23 @@ def compare_settings(run, checkpoint, before, free, fixed):
     return changed.keys()
 
 
-def told_of_change(name, before, now):
-    """What a setting was and is; or where it says something of each file, by name, which files changed."""
-    if not (isinstance(before, dict) and isinstance(now, dict)):
-        return f"{name}: {before} there, {now} now"
-    changed = [file for file in {**before, **now} if before.get(file) != now.get(file)]
-    more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
-    return f"{name}: other than there are {', '.join(changed[:5])}{more}"
+def tell_difference(name, first, second, first_place="there", second_place="now"):
+    """Says in a line that a setting has two values in two places: of a digest no more, since it says nothing to
+    people; of a dictionary which of its keys differ."""
+    what, keys = DIGESTED.get(name, "content"), ""
+    if isinstance(first, dict) or isinstance(second, dict):
+        one, other = [value if isinstance(value, dict) else {} for value in (first, second)]
+        differing = sorted(in_one_line(key) for key in one | other if one.get(key) != other.get(key))
+        more = f" and {len(differing) - MAX_NAMED} more" if len(differing) > MAX_NAMED else ""
+        keys = ": " + ", ".join(differing[:MAX_NAMED]) + more
+    if keys or is_digest(first) or is_digest(second):
+        return f"{name}: other {what} {second_place} than {first_place}{keys}"
+    return f"{name}: {first} {first_place}, {second} {second_place}"
+
+
+def is_digest(value):
+    """Whether a setting is the SHA-256 of something, in hexadecimal digits."""
+    return isinstance(value, str) and bool(re.fullmatch("[0-9a-f]{64}", value))
 
 
 def take_progress(run, checkpoint, progress, changed):

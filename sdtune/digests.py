@@ -1,5 +1,6 @@
 """Digests of the files in a folder, by which a damaged one is found."""
 
+import fnmatch
 import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -19,15 +20,17 @@ def write_digests(folder):
     (folder / DIGESTS_FILE).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
 
 
-def find_damage(folder):
+def find_damage(folder, unused=""):
     """What is wrong with the first file of a folder that is missing, or of another size or content than digests.json
-    says, or that cannot be read; None for a folder that is whole, or has no digests, by which nothing can be found."""
+    says, or that cannot be read; None for a folder that is whole but for files whose names match the pattern
+    `unused`."""
     if not (folder / DIGESTS_FILE).exists():
-        return None
+        return f"{DIGESTS_FILE} is missing"
     try:
         digests = {name: (size, sha256) for name, (size, sha256) in read_json(folder / DIGESTS_FILE).items()}
     except (InputError, ValueError, TypeError):
         return f"{DIGESTS_FILE} cannot be read"
+    digests = {name: known for name, known in digests.items() if not fnmatch.fnmatchcase(name, unused)}
     for name, (size, _) in digests.items():  # first what costs nothing
         if not (folder / name).is_file():
             return f"{name} is missing"

@@ -5,7 +5,6 @@ import ctypes
 import dataclasses
 import datetime
 import functools
-import hashlib
 import itertools
 import math
 import os
@@ -33,7 +32,16 @@ from tqdm.auto import tqdm
 
 from sdtune.batches import find_largest_step, micro_batches, step_sizes
 from sdtune.buckets import warn_of_short_steps
-from sdtune.checkpoints import Weights, count_damaged, find_checkpoint, new_run, note_step, take_settings
+from sdtune.checkpoints import (
+    Weights,
+    find_checkpoint,
+    name_of_choice,
+    new_run,
+    note_step,
+    take_settings,
+    tell_difference,
+    tell_skipped,
+)
 from sdtune.deepspeed import (
     check_deepspeed,
     choose_backend,
@@ -177,10 +185,8 @@ def check_agreement(accelerator, values):
     for name in values:
         for rank, there in enumerate(everywhere):
             if there[name] != everywhere[0][name]:
-                differences.append(
-                    f"{name}: {everywhere[0][name]} on rank 0 ({everywhere[0]['host']}), {there[name]} on rank {rank} "
-                    f"({there['host']})"
-                )
+                places = [f"on rank 0 ({everywhere[0]['host']})", f"on rank {rank} ({there['host']})"]
+                differences.append(tell_difference(name, everywhere[0][name], there[name], *places))
                 break
     if differences:
         remedy = "all need the same flags, the same data and one --output_dir that they share"
@@ -217,10 +223,7 @@ def check_shared_output(accelerator, output_dir):
 def agree_on_data(accelerator, fingerprints):
     """Waits until all processes have read their images, and compares what they have. Raises `InputError`."""
     accelerator.wait_for_everyone()
-    digests = {}
-    for name, known in fingerprints.items():  # of a stream's files, one by one, too much to be shown
-        digests[name] = hashlib.sha256(repr(known).encode()).hexdigest() if isinstance(known, dict) else known
-    check_agreement(accelerator, digests)
+    check_agreement(accelerator, fingerprints)
 
 
 def prepare(accelerator, models, optimizer, write, read):
@@ -267,7 +270,7 @@ def start_run(args, accelerator, counts, state, fingerprints, weights, free, fix
     if checkpoint:
         with raised_together(accelerator):  # before they read together, which none of them could do alone
             take_settings(run, checkpoint, free, fixed)
-            check_agreement(accelerator, {"global_step": run.progress["global_step"]})
+        check_agreement(accelerator, {"global_step": run.progress["global_step"]})
         with told_in_a_line(args, accelerator, "The resume"):
             read_checkpoint(accelerator, run, checkpoint)
     return run
@@ -279,18 +282,22 @@ def choose_checkpoint(accelerator, run, wanted):
     name, problems = None, []
     if accelerator.is_main_process:
         with gathered(problems):
-            found = find_checkpoint(run.output_dir, wanted, count_damaged(run.output_dir, wanted))
-            name = found and (found.name if found.parent == run.output_dir else str(found))
+            name = name_of_choice(run.output_dir, wanted)
     accelerator.wait_for_everyone()
     own = {flag: run.settings[flag] for flag in OWN_TO_A_MACHINE & run.settings.keys()}
     name, problems, own = broadcast_object_list([name, problems, own])
     raise_problems(problems)
-    return name and find_checkpoint(run.output_dir, name), own
+    checkpoint = name and find_checkpoint(run.output_dir, name)
+    if checkpoint:
+        is_seen = (checkpoint / "progress.json").is_file()
+        check_agreement(accelerator, {checkpoint.name: "seen" if is_seen else "not seen"})
+    return checkpoint, own
 
 
 @contextlib.contextmanager
 def raised_together(accelerator):
-    """Raises an `InputError` of one process in all of them."""
+    """Raises an `InputError` of one process in all of them, which must not exchange anything in between: who fails
+    would exchange its problems meanwhile."""
     problems = []
     with gathered(problems):
         yield
@@ -434,6 +441,7 @@ def train_steps(args, accelerator, run, stop, work, look):
             leave(accelerator, run, is_broken, stop.received)
         if done % validation_steps == 0 or done == counts.last_step:
             look_and_keep(args, accelerator, run, stop, look)
+    tell_skipped(run)
 
 
 def try_steps(args, accelerator, run, work):

@@ -18,6 +18,7 @@ from training import checkpoint_state, checkpoint_unet, losses, read_log, same, 
 from sdtune.checkpoints import (
     Run,
     Weights,
+    compare_settings,
     count_damaged,
     find_checkpoint,
     find_newer,
@@ -27,6 +28,7 @@ from sdtune.checkpoints import (
     read_undamaged,
     save_checkpoint,
     set_aside_damaged,
+    tell_difference,
 )
 from sdtune.digests import write_digests
 from sdtune.errors import InputError
@@ -201,7 +203,14 @@ def test_latest_passes_over_damaged_checkpoints(tmp_path, capsys):
     assert find_newer(tmp_path, newest) is None
     assert find_newer(tmp_path, older) == newer
     (newest / "digests.json").unlink()
-    assert count_damaged(tmp_path, "latest") == 0
+    assert count_damaged(tmp_path, "latest") == 1
+    assert capsys.readouterr().out == (
+        "checkpoint-11 is damaged (digests.json is missing); checkpoint-10 is used instead.\n"
+    )
+    with pytest.raises(
+        InputError, match=r"=checkpoint-11: checkpoint-11 is damaged \(digests.json is missing\); name"
+    ):
+        count_damaged(tmp_path, "checkpoint-11")
 
 
 def test_a_damaged_checkpoint_is_not_used_where_there_is_no_other(tmp_path):
@@ -221,6 +230,49 @@ def test_a_damaged_checkpoint_is_not_used_where_there_is_no_other(tmp_path):
         count_damaged(tmp_path, "latest")
     assert "checkpoint-9 is damaged (progress.json has 3 bytes instead of 18); name another" in str(caught.value)
     assert "checkpoint-10 is damaged" in str(caught.value)
+
+
+ONE, OTHER = "0a" * 32, "0b" * 32  # two digests
+
+
+@pytest.mark.parametrize(
+    "there, now, told",
+    [
+        (ONE, OTHER, "photos: other images or captions now than there"),
+        (ONE, None, "photos: other images or captions now than there"),
+        (None, OTHER, "photos: other images or captions now than there"),
+        (3, 4, "photos: 3 there, 4 now"),
+        ({"b": 1, "a": 2}, {"b": 1, "a": 3}, "photos: other images or captions now than there: a"),
+        ({"b\n": 1, "a": 2}, {"c": 1, "a": 2}, "photos: other images or captions now than there: b\\n, c"),
+        (
+            dict.fromkeys("gfedcba", 1),
+            dict.fromkeys("abcdefg", 2),
+            "photos: other images or captions now than there: a, b, c, d, e and 2 more",
+        ),
+        (ONE, {"a": OTHER}, "photos: other images or captions now than there: a"),
+    ],
+)
+def test_what_differs_is_told_in_a_line(there, now, told):
+    assert tell_difference("photos", there, now) == told
+    assert tell_difference("photos", there, now, "here", "elsewhere") == told.replace("there", "here").replace(
+        "now", "elsewhere"
+    )
+
+
+def test_names_that_differ_are_told_in_a_refusal(tmp_path):
+    """The message on dictionaries, and the end of that on state that no other number of processes can read."""
+    settings = {"shards": {"a.tar": 1, "b.tar": 2}, "sharding": "ZeRO-2 of 3 processes", "allow_changed_resume": False}
+    run = Run(tmp_path, settings, {}, {}, None)
+    with pytest.raises(InputError) as caught:
+        compare_settings(run, tmp_path, {**settings, "shards": {"a.tar": 1, "b.tar": 3}}, set(), {"sharding"})
+    assert str(caught.value).splitlines()[1:] == ["  shards: other content now than there: b.tar"]
+    with pytest.raises(InputError) as caught:
+        compare_settings(run, tmp_path, {**settings, "sharding": "ZeRO-2 of 2 processes"}, set(), {"sharding"})
+    assert str(caught.value).splitlines()[1:] == [
+        "  sharding: ZeRO-2 of 2 processes there, ZeRO-2 of 3 processes now; use the accelerate config of there, "
+        "under ZeRO with as many processes (accelerate launch --num_processes=N), or begin a new run from what "
+        "`sdtune export` makes of the checkpoint"
+    ]
 
 
 def test_what_is_in_the_place_of_checkpoints_to_come_is_renamed(tmp_path, capsys):
@@ -416,13 +468,13 @@ def test_other_held_out_images_are_other_images(fit, images, tmp_path, capsys):
     ],
 )
 def test_damaged_checkpoints_are_named(fit, stopped, capsys, name, length):
-    """Without digests, as an older version wrote them; with them another is used: tests/torture."""
+    """Where digests say nothing of it: by somebody who knows of them. Else another is used: tests/torture."""
     newest = find_checkpoint(stopped, "latest")
-    (newest / "digests.json").unlink()
     content = (newest / name).read_bytes()
     (newest / name).unlink()
     if length is not None:
         (newest / name).write_bytes(content[:length])
+    write_digests(newest)
     before = snapshot(stopped)
     assert fit(stopped, checkpointing_steps=1, resume_from_checkpoint="latest") == 2
     message = capsys.readouterr().err

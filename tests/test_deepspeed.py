@@ -13,11 +13,12 @@ from conftest import load_script
 from copies import end_of, run_copies, start_copy
 from diffusers import StableDiffusionPipeline
 from image_data import write_image_folder
-from running import REPO, TRAIN_DREAMBOOTH, TRAIN_TEXT_TO_IMAGE_LORA
+from running import REPO, TRAIN_DREAMBOOTH, TRAIN_TEXT_TO_IMAGE_LORA, status_of
 from safetensors.torch import load_file
 from shards import make_rows, write_tar
 from training import losses, parse, read_log, same, train, unet, words
 
+from sdtune.commands import export
 from sdtune.deepspeed import check_deepspeed, load_tensors
 from sdtune.digests import write_digests
 from sdtune.lora_layouts import LORA_FILE
@@ -104,6 +105,8 @@ def test_zero_trains_as_one_process_and_resumes_to_the_bit(
     assert read_log(resumed)[-len(after) :] == after
     assert_files(two / "checkpoint-6", case)
     assert_loads(two, tiny_pipeline, case)
+    assert status_of(export.main, two / "checkpoint-6", tmp_path / "exported") == 0
+    assert same(weights_of(tmp_path / "exported"), weights_of(two))
 
 
 def assert_files(checkpoint, case):
@@ -238,8 +241,23 @@ def test_a_checkpoint_is_of_its_stage_and_number_of_processes(
         assert end_of(start_copy(lora_script, line, said)) == 2
     else:
         assert 2 in run_zero(stage, lora_script, [*line, f"--train_batch_size={2 // number}"], said, number)
-    assert f"sharding: ZeRO-2 of 2 processes there, {now} now" in said.read_text()
+    message = " ".join(said.read_text().split())
+    assert (
+        f"sharding: ZeRO-2 of 2 processes there, {now} now; use the accelerate config of there, under ZeRO" in message
+    )
+    assert "begin a new run from what `sdtune export` makes of the checkpoint" in message
     assert not list((tmp_path / "out").glob("*"))
+
+
+@pytest.mark.slow
+def test_a_new_run_begins_with_what_export_makes_of_a_checkpoint(
+    lora_script, tiny_pipeline, images, tmp_path, stopped
+):
+    """Which any number of processes can do."""
+    assert status_of(export.main, stopped / "checkpoint-2", tmp_path / "exported") == 0
+    settings = {"init_lora_weights": tmp_path / "exported", "max_train_steps": 1, "learning_rate": 1e-9}
+    assert train(lora_script, tiny_pipeline, images, tmp_path / "new", **settings) == 0
+    assert largest_difference(weights_of(tmp_path / "new"), weights_of(stopped)) < 1e-6
 
 
 class Planted:

@@ -41,11 +41,21 @@ def test_a_whole_folder_has_no_damage(folder):
     assert find_damage(folder) is None
 
 
-def test_a_folder_without_digests_is_taken_as_it_is(folder):
-    """What cannot be read of it is found when it is read."""
+def test_a_folder_without_digests_is_damaged(folder, tmp_path):
+    """A copy that was cut off, maybe; nobody knows what else of it is missing."""
     (folder / "digests.json").unlink()
+    assert find_damage(folder) == "digests.json is missing"
+    (tmp_path / "bare").mkdir()
+    assert find_damage(tmp_path / "bare") == "digests.json is missing"
+
+
+def test_damage_to_files_that_are_not_used_is_none(folder):
     (folder / "empty").unlink()
-    assert find_damage(folder) is None
+    assert find_damage(folder, "em*") is None
+    assert find_damage(folder, "unet/*") == "empty is missing"
+    (folder / "unet" / "weights").write_bytes(b"WEIGHTS" * 1000)
+    assert find_damage(folder, "em*") == "the content of unet/weights has changed since it was written"
+    assert find_damage(folder, "[eu]*") is None
 
 
 def test_what_the_disk_cannot_read_is_damage(folder, monkeypatch):

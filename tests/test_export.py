@@ -1,6 +1,7 @@
 """A checkpoint becomes the model that the run's end would have written, and the best one is kept for that."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -14,6 +15,7 @@ from training import read_log, same, train, trains_into, unet
 
 from sdtune.checkpoints import read_best
 from sdtune.commands import export
+from sdtune.digests import write_digests
 from sdtune.lora_layouts import LORA_FILE
 
 
@@ -31,6 +33,15 @@ def lora_script():
 def fit(train_script, tiny_pipeline, images):
     """Trains four steps into a folder, or as the settings say; returns the exit status."""
     return trains_into(train_script, tiny_pipeline, images)
+
+
+@pytest.fixture(scope="module")
+def averaged_run(train_script, tiny_pipeline, images, tmp_path_factory):
+    """A run of one step with an average, and its checkpoint. Read only."""
+    folder = tmp_path_factory.mktemp("averaged") / "run"
+    settings = {"use_ema": True, "ema_decay": 0.5, "max_train_steps": 1}
+    assert train(train_script, tiny_pipeline, images, folder, **settings) == 0
+    return folder
 
 
 def test_a_checkpoint_becomes_what_a_shorter_run_leaves(fit, tmp_path, capsys):
@@ -114,6 +125,60 @@ def test_mistakes_are_named(fit, tmp_path, capsys):
     words = [tmp_path / "run" / "checkpoint-1", tmp_path / "out", "--weights=averaged"]
     assert status_of(export.main, *words) == 2
     assert "has no average" in capsys.readouterr().err
+
+
+def flip_bit(path):
+    """Changes a file without changing its size."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "name, change, told",
+    [
+        ("unet_ema/diffusion_pytorch_model.safetensors", flip_bit, "the content of {name} has changed since"),
+        ("unet/config.json", os.unlink, "{name} is missing"),
+        ("args.json", lambda path: os.truncate(path, 3), "{name} has 3 bytes instead of "),
+        ("digests.json", os.unlink, "{name} is missing"),
+    ],
+)
+def test_a_damaged_checkpoint_makes_no_model(averaged_run, tmp_path, capsys, name, change, told):
+    checkpoint = shutil.copytree(averaged_run / "checkpoint-1", tmp_path / "checkpoint-1")
+    change(checkpoint / name)
+    assert status_of(export.main, checkpoint, tmp_path / "out") == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert f"{checkpoint}: is damaged ({told.format(name=name)}" in message
+    assert message.endswith("; give another checkpoint of the run")
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_adapters_make_no_model(lora_script, tiny_pipeline, images, tmp_path, capsys):
+    fit = trains_into(lora_script, tiny_pipeline, images)
+    assert fit(tmp_path / "run", max_train_steps=1) == 0
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    flip_bit(checkpoint / LORA_FILE)
+    assert status_of(export.main, checkpoint, tmp_path / "out") == 2
+    assert f"is damaged (the content of {LORA_FILE} has changed" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_averaged_weights_that_are_gone_are_not_replaced_by_others(averaged_run, tmp_path, capsys, is_known):
+    """Unless these are asked for. Digests may say nothing of it, by somebody who knows of them."""
+    checkpoint = shutil.copytree(averaged_run / "checkpoint-1", tmp_path / "checkpoint-1")
+    shutil.rmtree(checkpoint / "unet_ema")
+    told = "is damaged (unet_ema/config.json is missing); give another checkpoint of the run"
+    if is_known:
+        write_digests(checkpoint)
+        told = "lacks the averaged weights of its run (--use_ema); give another checkpoint, or --weights=trained"
+    for words in ([], ["--weights=averaged"]):
+        assert status_of(export.main, checkpoint, tmp_path / "out", *words) == 2
+        assert f"{checkpoint}: {told}" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
+    assert status_of(export.main, checkpoint, tmp_path / "out", "--weights=trained") == 0
+    trained = load_file(checkpoint / "unet" / "diffusion_pytorch_model.safetensors")
+    assert same(unet(tmp_path / "out"), trained)
 
 
 def test_the_best_checkpoint_outlives_the_limit(train_script, fit, tmp_path, monkeypatch, capsys):

@@ -19,6 +19,7 @@ from running import TRAIN_TEXT_TO_IMAGE_LORA
 from training import checkpoint_state, losses, parse, read_log, same, train, trains_into, unet, words
 
 from sdtune.diffusion import diffusion_losses
+from sdtune.digests import write_digests
 from sdtune.errors import InputError
 from sdtune.failures import explain, is_disk_full, last_words
 from sdtune.output import TOKEN_FILE, locked_output, tell_trackers
@@ -336,8 +337,8 @@ def other_rate(line, tmp_path):
 @pytest.mark.parametrize(
     "change, difference",
     [
-        (lagging_folder, "global_step: 2 on rank 0 ({host}), 0 on rank 1 ({host})"),
-        (other_images, "captioned_images: "),
+        (lagging_folder, "checkpoint-2: seen on rank 0 ({host}), not seen on rank 1 ({host})"),
+        (other_images, "captioned_images: other images or captions on rank 1 ({host}) than on rank 0 ({host})"),
         (other_rate, "learning_rate: 0.001 on rank 0 ({host}), 0.01 on rank 1 ({host})"),
     ],
 )
@@ -352,6 +353,23 @@ def test_processes_that_do_not_agree_end(train_script, base_of, straight, tmp_pa
     for text in said:
         assert "the processes do not agree; all need the same flags, the same data and one --output_dir" in text
         assert difference.format(host=os.uname().nodename) in text
+        assert "Traceback" not in text
+
+
+@pytest.mark.parametrize("name", ["args.json", "progress.json"])
+def test_a_checkpoint_that_another_machine_alone_cannot_read_is_said_by_both(
+    train_script, base_of, straight, tmp_path, name
+):
+    """The first one waits for nothing that the other one will not do any more."""
+    folder = shutil.copytree(straight, tmp_path / "out")
+    line = words(*base_of, folder, train_batch_size=1, max_train_steps=6, resume_from_checkpoint="latest")
+    other = lagging_folder(line, tmp_path)
+    shutil.copytree(folder / "checkpoint-4", tmp_path / "elsewhere" / "checkpoint-4")
+    os.truncate(tmp_path / "elsewhere" / "checkpoint-4" / name, 5)
+    statuses, said = run_machines(train_script, [line, other], tmp_path / "said")
+    assert statuses == [2, 2], said
+    for text in said:
+        assert f"{tmp_path / 'elsewhere' / 'checkpoint-4'} is damaged, or of another script; name another (" in text
         assert "Traceback" not in text
 
 
@@ -390,10 +408,13 @@ def test_steps_without_a_number_are_skipped_up_to_a_limit(train_script, fit, str
     with monkeypatch.context() as patch:
         patch.setattr(train_script, "diffusion_losses", broken_in({2, 3}))
         assert fit(tmp_path / "out", max_nan_steps=2, checkpointing_steps=1) == 0
-    assert "Step 3: loss or gradient is not finite; skipped, 2 in a row." in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Step 3: loss or gradient is not finite; skipped, 2 in a row." in said
+    assert said.splitlines()[-1] == "2 of 4 steps were skipped, since loss or gradient was not finite."
     first, second, third, last = [checkpoint_state(tmp_path / "out" / f"checkpoint-{step}") for step in (1, 2, 3, 4)]
-    for skipped in (second, third):
+    for number, skipped in enumerate((second, third), start=1):
         assert same({**skipped, "progress": None}, {**first, "progress": None})
+        assert skipped["progress"]["skipped_steps"] == number
     assert last["lr_scheduler"]["last_epoch"] == 2
     assert [progress["nan_steps"] for progress in (row["progress"] for row in (first, second, third, last))] == [
         0,
@@ -408,6 +429,26 @@ def test_steps_without_a_number_are_skipped_up_to_a_limit(train_script, fit, str
         assert fit(tmp_path / "stopped", max_nan_steps=2, checkpointing_steps=100) == 1
     assert "not finite, in step 4" in capsys.readouterr().err
     assert checkpoints(tmp_path / "stopped") == ["checkpoint-3"]
+
+
+def test_skipped_steps_are_counted_over_a_resume(train_script, fit, tmp_path, monkeypatch, capsys):
+    """Though a checkpoint of an older version has no count."""
+    settings = {"max_nan_steps": 100, "checkpointing_steps": 2}
+    with monkeypatch.context() as patch:
+        patch.setattr(train_script, "diffusion_losses", broken_in({1, 3, 4, 5}))
+        assert fit(tmp_path, **settings, max_train_steps=2) == 0
+        assert capsys.readouterr().out.splitlines()[-1].startswith("1 of 2 steps were skipped")
+        assert fit(tmp_path, **settings, max_train_steps=4, resume_from_checkpoint="latest") == 0
+        assert capsys.readouterr().out.splitlines()[-1].startswith("3 of 4 steps were skipped")
+        older = tmp_path / "checkpoint-4" / "progress.json"
+        progress = json.loads(older.read_text())
+        assert progress.pop("skipped_steps") == 3
+        older.write_text(json.dumps(progress))
+        write_digests(older.parent)
+        assert fit(tmp_path, **settings, max_train_steps=6, resume_from_checkpoint="latest") == 0
+        assert capsys.readouterr().out.splitlines()[-1].startswith("1 of 6 steps were skipped")
+    assert fit(tmp_path / "other") == 0
+    assert "were skipped" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("precision, number", [("fp16", 5), ("bf16", 0), ("no", 0)])
@@ -610,4 +651,4 @@ def test_signals_do_afterwards_what_they_did_before(train_script, tiny_pipeline,
 def test_progress_is_json(straight):
     """What a checkpoint says of the run is readable by anybody."""
     progress = json.loads((straight / "checkpoint-3" / "progress.json").read_text())
-    assert progress == {"global_step": 3, "base_losses": None, "losses": [], "nan_steps": 0}
+    assert progress == {"global_step": 3, "base_losses": None, "losses": [], "nan_steps": 0, "skipped_steps": 0}

@@ -34,10 +34,11 @@ from training import draws, losses, parse, read_log, text_encoder, train, unet, 
 from transformers import CLIPTextModel
 
 from sdtune.checkpoints import Run
+from sdtune.digests import write_digests
 from sdtune.errors import InputError
 from sdtune.flax.encoding import encode_once
 from sdtune.flax.networks import apply_text_encoder, apply_unet, apply_vae_encoder, check_networks
-from sdtune.flax.training import check_agreement, check_shared_output
+from sdtune.flax.training import check_agreement, check_shared_output, choose_checkpoint, start_run, told_by_first
 from sdtune.flax.validation import make_measure, validate
 from sdtune.flax.weights import arrays_of, read_flax, write_flax
 from sdtune.validation import LookGivenUp
@@ -483,7 +484,9 @@ def test_two_hosts_equal_one(fit_once, base, images, cache, tmp_path):
         address = f"127.0.0.1:{free.getsockname()[1]}"
     where = {"coordinator_address": address, "num_hosts": 2, "cache_dir": cache}
     line = words(base, images, tmp_path / "two", train_batch_size=2, **where, **ALIKE, **settings)
-    hosts = [start_script([*line, f"--host_index={index}"], script=FLAX) for index in range(2)]
+    (tmp_path / "elsewhere").symlink_to(base)  # as the second host knows the model
+    own = [["--host_index=0"], ["--host_index=1", f"--pretrained_model_name_or_path={tmp_path / 'elsewhere'}"]]
+    hosts = [start_script([*line, *flags], script=FLAX) for flags in own]
     said = [host.communicate(timeout=600)[0] for host in hosts]
     assert [host.returncode for host in hosts] == [0, 0], said
     assert "Plan" in said[0]
@@ -589,6 +592,12 @@ def test_broken_step_ends_the_run_before_it_does_harm(fit, capsys):
     (checkpoint,) = folder.glob("checkpoint-*")
     for file in ("state.safetensors", "unet/diffusion_pytorch_model.safetensors"):
         assert all(np.isfinite(array).all() for array in load_file(checkpoint / file).values())
+
+
+def test_skipped_steps_are_told_at_the_end(fit, capsys):
+    """After the first step, whose rate leaves nothing to compute with."""
+    fit(learning_rate=1e30, max_nan_steps=100)
+    assert "\n3 of 4 steps were skipped, since loss or gradient was not finite.\n" in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------------------------- Flax's own files
@@ -941,6 +950,100 @@ def test_hosts_that_do_not_agree_end(monkeypatch):
         check_agreement(values)
     assert str(told.value).splitlines()[1:] == ["  global_step: 2 here"]
     assert "one --output_dir that they share" in str(told.value)
+    for value in ("0a" * 32, {"a.tar": 1}):
+        with pytest.raises(InputError) as told:
+            check_agreement({"captioned_images": value})
+        assert str(told.value).splitlines()[1:] == ["  captioned_images: not the same here"]
+
+
+@pytest.fixture
+def second_host(monkeypatch):
+    """Has this process be the second of two hosts, which hears the JSON of a text in the place of what it says; a
+    function that takes that text. Both have to say arrays of the same shape."""
+
+    def hear(text):
+        heard = [np.int32(len(text.encode())), np.frombuffer(text.encode(), np.uint8)]
+
+        def broadcast(mine):
+            first = heard.pop(0)
+            assert (mine.shape, mine.dtype) == (first.shape, first.dtype)
+            return first
+
+        monkeypatch.setattr("sdtune.flax.training.multihost_utils.broadcast_one_to_all", broadcast)
+
+    monkeypatch.setattr("sdtune.flax.training.jax.process_index", lambda: 1)
+    return hear
+
+
+@pytest.mark.parametrize(
+    "first", ['[null, ["\u00e9"], {"a": 1}]', '{"a longer one than the other one has": [1, 2, 3]}']
+)
+def test_hosts_are_told_by_the_first_one(second_host, first):
+    mine = ["checkpoint-\u00fc", [], {"output_dir": "/mine"}]
+    assert told_by_first(mine) == mine
+    second_host(first)
+    assert told_by_first(mine) == json.loads(first)
+
+
+def make_checkpoint(folder, settings, step=2):
+    """A checkpoint of a run with those settings, without weights; returns its folder."""
+    checkpoint = folder / f"checkpoint-{step}"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "args.json").write_text(json.dumps(settings))
+    (checkpoint / "progress.json").write_text(json.dumps({"global_step": step}))
+    write_digests(checkpoint)
+    return checkpoint
+
+
+def test_hosts_go_on_from_the_checkpoint_of_the_first_one(second_host, tmp_path, monkeypatch):
+    """Which knows folders by other paths, and those are in the checkpoint. This host would take another one."""
+    settings = {"output_dir": str(tmp_path), "pretrained_model_name_or_path": "mine", "host_index": 1, "seed": 0}
+    chosen, newer = make_checkpoint(tmp_path, settings), make_checkpoint(tmp_path, settings, 3)
+    run = Run(tmp_path, settings, {}, {}, None)
+    theirs = {"output_dir": "/theirs", "pretrained_model_name_or_path": "theirs", "host_index": 0}
+    second_host(json.dumps(["checkpoint-2", [], theirs]))
+    assert choose_checkpoint(run, "latest") == (chosen, theirs)
+    second_host(json.dumps([None, [], theirs]))
+    assert choose_checkpoint(run, "latest") == (None, theirs)
+    second_host(json.dumps([None, ["checkpoint-3 is damaged"], theirs]))
+    with pytest.raises(InputError, match="checkpoint-3 is damaged"):
+        choose_checkpoint(run, "checkpoint-3")
+    monkeypatch.undo()  # this is the first host, then
+    own = {name: settings[name] for name in theirs}
+    assert choose_checkpoint(run, "latest") == (newer, own)
+    assert choose_checkpoint(run, "checkpoint-2") == (chosen, own)
+
+
+def test_a_host_that_does_not_see_the_checkpoint_ends_all(second_host, tmp_path, monkeypatch):
+    run = Run(tmp_path, {}, {}, {}, None)
+    second_host(json.dumps(["checkpoint-2", [], {}]))
+    monkeypatch.setattr(
+        "sdtune.flax.training.multihost_utils.process_allgather", lambda mine: np.stack([mine * 0, mine])
+    )
+    with pytest.raises(InputError) as told:
+        choose_checkpoint(run, "latest")
+    assert str(told.value).splitlines()[1:] == ["  checkpoint-2: not seen here"]
+    assert "the hosts do not agree; all need the same flags" in str(told.value)
+
+
+def test_a_host_hears_that_another_one_cannot_go_on(tmp_path, monkeypatch):
+    """It would wait for it, or train alone."""
+    checkpoint = make_checkpoint(tmp_path, {})
+    args = SimpleNamespace(mixed_precision=None, resume_from_checkpoint="latest")
+    monkeypatch.setattr("sdtune.flax.training.new_run", lambda *_: Run(tmp_path, {}, {"global_step": 0}, {}, None))
+    monkeypatch.setattr("sdtune.flax.training.resume", lambda *_: None)
+    start_run(args, None, {}, {"captioned_images": "a"}, None, set(), set())
+    monkeypatch.setattr("sdtune.flax.training.on_some_host", lambda mine: True)
+    with pytest.raises(InputError) as told:
+        start_run(args, None, {}, {"captioned_images": "a"}, None, set(), set())
+    assert str(told.value) == f"{checkpoint}: another host cannot go on from it; read what it says"
+
+    def fail(*_):
+        raise InputError("--seed: another one")
+
+    monkeypatch.setattr("sdtune.flax.training.resume", fail)
+    with pytest.raises(InputError, match="--seed: another one"):
+        start_run(args, None, {}, {"captioned_images": "a"}, None, set(), set())
 
 
 @pytest.mark.parametrize("index", [0, 1])

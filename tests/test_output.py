@@ -7,6 +7,7 @@ from training import parse
 
 from sdtune import output
 from sdtune.arguments import add_output_arguments, new_parser
+from sdtune.digests import write_digests
 from sdtune.output import check_output, check_trackers, chosen_tracker, was_before
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -78,6 +79,7 @@ def make_checkpoint(output_dir, step, is_whole=True):
     (folder / "optimizer.bin").write_bytes(b"")
     if is_whole:
         (folder / "progress.json").write_text(json.dumps({"global_step": step}))
+        write_digests(folder)
     return folder
 
 

@@ -99,7 +99,7 @@ def test_precision_of_accelerates_config_is_a_setting(run, resume, monkeypatch):
 def test_other_images_are_other_settings(run, resume, image_folder):
     status, message = resume(data=image_folder(4, size=40))
     assert status == 2
-    assert "captioned_images: " in message
+    assert "\n  captioned_images: other images or captions now than there\n" in message
 
 
 def test_the_same_images_in_another_place_are_the_same_settings(run, resume, image_folder):

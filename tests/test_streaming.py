@@ -461,9 +461,12 @@ def test_a_changed_file_is_named_on_resume_and_may_be_gone_on_with(fit, tmp_path
     assert fit(tmp_path / "run", **resumed) == 2
     error = capsys.readouterr().err
     assert "use those, or add --allow_changed_resume" in " ".join(error.split())
-    assert "\n  captioned_images: other than there are 00001.tar\n" in error
+    assert "\n  captioned_images: other images or captions now than there: 00001.tar\n" in error
     assert fit(tmp_path / "run", **resumed, caption_column="txt") == 2
-    assert "\n  captioned_images: other than there are --caption_column, 00001.tar\n" in capsys.readouterr().err
+    assert (
+        "\n  captioned_images: other images or captions now than there: --caption_column, 00001.tar\n"
+        in capsys.readouterr().err
+    )
     assert fit(tmp_path / "run", **resumed, allow_changed_resume=True) == 0
     assert len(losses(tmp_path / "run")) == 3
 
@@ -481,7 +484,7 @@ def test_a_run_goes_on_after_a_broken_shard_was_mended(fit, tmp_path, settings, 
     assert re.search(r"Stopped after step [1-3] by 00001.tar: cannot be read beyond row \d \(unexpected end of", error)
     shard.write_bytes(content)
     assert fit(tmp_path / "parts", resume_from_checkpoint="latest", **settings) == 2
-    assert "captioned_images: other than there are 00001.tar" in capsys.readouterr().err
+    assert "captioned_images: other images or captions now than there: 00001.tar" in capsys.readouterr().err
     resumed = {"resume_from_checkpoint": "latest", "allow_changed_resume": True}
     assert fit(tmp_path / "parts", **resumed, **settings) == 0
     assert same(unet(tmp_path / "parts"), unet(tmp_path / "whole"))

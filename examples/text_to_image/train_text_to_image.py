@@ -65,6 +65,7 @@ import dataclasses
 import datetime
 import difflib
 import errno
+import fnmatch
 import functools
 import glob
 import hashlib
@@ -759,6 +760,13 @@ AVERAGE = "ema."  # begins the names of averaged weights among shards
 DIGESTS_FILE = "digests.json"
 
 AVERAGED = "_ema"  # ends the names of averaged weights in a checkpoint
+# What settings are digests of, or dictionaries of digests.
+DIGESTED = {"captioned_images": "images or captions", "class_data": "class images", "photos": "images or captions"}
+MAX_NAMED = 5  # of what differs in a setting
+REMEDY_FOR_SHARDING = (
+    "use the accelerate config of there, under ZeRO with as many processes (accelerate launch --num_processes=N), or "
+    "begin a new run from what `sdtune export` makes of the checkpoint"
+)
 
 
 @dataclasses.dataclass
@@ -779,7 +787,8 @@ class Run:
 
     output_dir: Path
     settings: dict  # flags, and what was made of them
-    # global_step, base_losses (held-out, before training), losses (not yet logged), nan_steps (in a row)
+    # global_step, base_losses (held-out, before training), losses (not yet logged), nan_steps (skipped ones in a row),
+    # skipped_steps (all of them)
     progress: dict
     state: dict  # by name: what has a state_dict, or in JAX arrays
     counts: StepCounts
@@ -1234,10 +1243,8 @@ def check_agreement(accelerator, values):
     for name in values:
         for rank, there in enumerate(everywhere):
             if there[name] != everywhere[0][name]:
-                differences.append(
-                    f"{name}: {everywhere[0][name]} on rank 0 ({everywhere[0]['host']}), {there[name]} on rank {rank} "
-                    f"({there['host']})"
-                )
+                places = [f"on rank 0 ({everywhere[0]['host']})", f"on rank {rank} ({there['host']})"]
+                differences.append(tell_difference(name, everywhere[0][name], there[name], *places))
                 break
     if differences:
         remedy = "all need the same flags, the same data and one --output_dir that they share"
@@ -1274,10 +1281,7 @@ def check_shared_output(accelerator, output_dir):
 def agree_on_data(accelerator, fingerprints):
     """Waits until all processes have read their images, and compares what they have. Raises `InputError`."""
     accelerator.wait_for_everyone()
-    digests = {}
-    for name, known in fingerprints.items():  # of a stream's files, one by one, too much to be shown
-        digests[name] = hashlib.sha256(repr(known).encode()).hexdigest() if isinstance(known, dict) else known
-    check_agreement(accelerator, digests)
+    check_agreement(accelerator, fingerprints)
 
 
 def prepare(accelerator, models, optimizer, write, read):
@@ -1324,7 +1328,7 @@ def start_run(args, accelerator, counts, state, fingerprints, weights, free, fix
     if checkpoint:
         with raised_together(accelerator):  # before they read together, which none of them could do alone
             take_settings(run, checkpoint, free, fixed)
-            check_agreement(accelerator, {"global_step": run.progress["global_step"]})
+        check_agreement(accelerator, {"global_step": run.progress["global_step"]})
         with told_in_a_line(args, accelerator, "The resume"):
             read_checkpoint(accelerator, run, checkpoint)
     return run
@@ -1336,18 +1340,22 @@ def choose_checkpoint(accelerator, run, wanted):
     name, problems = None, []
     if accelerator.is_main_process:
         with gathered(problems):
-            found = find_checkpoint(run.output_dir, wanted, count_damaged(run.output_dir, wanted))
-            name = found and (found.name if found.parent == run.output_dir else str(found))
+            name = name_of_choice(run.output_dir, wanted)
     accelerator.wait_for_everyone()
     own = {flag: run.settings[flag] for flag in OWN_TO_A_MACHINE & run.settings.keys()}
     name, problems, own = broadcast_object_list([name, problems, own])
     raise_problems(problems)
-    return name and find_checkpoint(run.output_dir, name), own
+    checkpoint = name and find_checkpoint(run.output_dir, name)
+    if checkpoint:
+        is_seen = (checkpoint / "progress.json").is_file()
+        check_agreement(accelerator, {checkpoint.name: "seen" if is_seen else "not seen"})
+    return checkpoint, own
 
 
 @contextlib.contextmanager
 def raised_together(accelerator):
-    """Raises an `InputError` of one process in all of them."""
+    """Raises an `InputError` of one process in all of them, which must not exchange anything in between: who fails
+    would exchange its problems meanwhile."""
     problems = []
     with gathered(problems):
         yield
@@ -1491,6 +1499,7 @@ def train_steps(args, accelerator, run, stop, work, look):
             leave(accelerator, run, is_broken, stop.received)
         if done % validation_steps == 0 or done == counts.last_step:
             look_and_keep(args, accelerator, run, stop, look)
+    tell_skipped(run)
 
 
 def try_steps(args, accelerator, run, work):
@@ -2388,7 +2397,7 @@ def new_run(args, counts, state, precision, fingerprints, weights=None):
         "schedule_steps": None if args.lr_scheduler.startswith("constant") else counts.last_step,
         "state": [*state],
     }
-    progress = {"global_step": 0, "base_losses": None, "losses": [], "nan_steps": 0}
+    progress = {"global_step": 0, "base_losses": None, "losses": [], "nan_steps": 0, "skipped_steps": 0}
     return Run(Path(args.output_dir), settings, progress, state, counts, weights)
 
 
@@ -2435,6 +2444,14 @@ def count_damaged(output_dir, wanted):
     for told in damages.values():
         print(f"{told}; {whole[0].name} is used instead.")
     return len(damages)
+
+
+def name_of_choice(output_dir, wanted):
+    """What every process finds the checkpoint by that `wanted` means, `latest` without damaged ones: its name in the
+    output folder, which each machine may know by a path of its own, or its path; None without one. For one process
+    alone. Raises `InputError` as `count_damaged`."""
+    found = find_checkpoint(output_dir, wanted, count_damaged(output_dir, wanted))
+    return found and (found.name if found.parent == output_dir else str(found))
 
 
 def find_newer(output_dir, checkpoint):
@@ -2548,7 +2565,16 @@ def note_step(run, step, loss, is_finite):
     if math.isfinite(loss):
         progress["losses"].append(loss)
     if not is_finite:
+        progress["skipped_steps"] = progress.get("skipped_steps", 0) + 1  # which older checkpoints do not have
         print(f"\nStep {step + 1}: loss or gradient is not finite; skipped, {progress['nan_steps']} in a row.")
+
+
+def tell_skipped(run):
+    """Prints how many of the run's steps changed nothing, if there are such: a result may be less than it seems."""
+    number = run.progress.get("skipped_steps", 0)
+    if number:
+        told = "were skipped, since loss or gradient was not finite"
+        print(f"\n{number:,} of {run.progress['global_step']:,} steps {told}.")
 
 
 def read_undamaged(checkpoint, read):
@@ -2577,7 +2603,9 @@ def compare_settings(run, checkpoint, before, free, fixed):
         # A checkpoint from before a flag was there is one of a run without it.
         is_new = name not in before and value in (None, False, "adamw")
         if name not in free and not is_new and before.get(name) != value:
-            changed[name] = told_of_change(name, before.get(name), value)
+            changed[name] = tell_difference(name, before.get(name), value)
+    if "sharding" in changed:
+        changed["sharding"] += f"; {REMEDY_FOR_SHARDING}"
     cannot_change = changed.keys() & fixed
     told = f"{checkpoint} was made under other settings"
     if cannot_change or (changed and not settings["allow_changed_resume"]):
@@ -2588,13 +2616,23 @@ def compare_settings(run, checkpoint, before, free, fixed):
     return changed.keys()
 
 
-def told_of_change(name, before, now):
-    """What a setting was and is; or where it says something of each file, by name, which files changed."""
-    if not (isinstance(before, dict) and isinstance(now, dict)):
-        return f"{name}: {before} there, {now} now"
-    changed = [file for file in {**before, **now} if before.get(file) != now.get(file)]
-    more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
-    return f"{name}: other than there are {', '.join(changed[:5])}{more}"
+def tell_difference(name, first, second, first_place="there", second_place="now"):
+    """Says in a line that a setting has two values in two places: of a digest no more, since it says nothing to
+    people; of a dictionary which of its keys differ."""
+    what, keys = DIGESTED.get(name, "content"), ""
+    if isinstance(first, dict) or isinstance(second, dict):
+        one, other = [value if isinstance(value, dict) else {} for value in (first, second)]
+        differing = sorted(in_one_line(key) for key in one | other if one.get(key) != other.get(key))
+        more = f" and {len(differing) - MAX_NAMED} more" if len(differing) > MAX_NAMED else ""
+        keys = ": " + ", ".join(differing[:MAX_NAMED]) + more
+    if keys or is_digest(first) or is_digest(second):
+        return f"{name}: other {what} {second_place} than {first_place}{keys}"
+    return f"{name}: {first} {first_place}, {second} {second_place}"
+
+
+def is_digest(value):
+    """Whether a setting is the SHA-256 of something, in hexadecimal digits."""
+    return isinstance(value, str) and bool(re.fullmatch("[0-9a-f]{64}", value))
 
 
 def take_progress(run, checkpoint, progress, changed):
@@ -5580,15 +5618,17 @@ def write_digests(folder):
     (folder / DIGESTS_FILE).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
 
 
-def find_damage(folder):
+def find_damage(folder, unused=""):
     """What is wrong with the first file of a folder that is missing, or of another size or content than digests.json
-    says, or that cannot be read; None for a folder that is whole, or has no digests, by which nothing can be found."""
+    says, or that cannot be read; None for a folder that is whole but for files whose names match the pattern
+    `unused`."""
     if not (folder / DIGESTS_FILE).exists():
-        return None
+        return f"{DIGESTS_FILE} is missing"
     try:
         digests = {name: (size, sha256) for name, (size, sha256) in read_json(folder / DIGESTS_FILE).items()}
     except (InputError, ValueError, TypeError):
         return f"{DIGESTS_FILE} cannot be read"
+    digests = {name: known for name, known in digests.items() if not fnmatch.fnmatchcase(name, unused)}
     for name, (size, _) in digests.items():  # first what costs nothing
         if not (folder / name).is_file():
             return f"{name} is missing"

@@ -61,6 +61,7 @@ import csv
 import dataclasses
 import difflib
 import errno
+import fnmatch
 import functools
 import glob
 import hashlib
@@ -635,6 +636,13 @@ POLYNOMIAL_END = 1e-7  # the rate at which diffusers' polynomial schedule ends
 DIGESTS_FILE = "digests.json"
 
 AVERAGED = "_ema"  # ends the names of averaged weights in a checkpoint
+# What settings are digests of, or dictionaries of digests.
+DIGESTED = {"captioned_images": "images or captions", "class_data": "class images", "photos": "images or captions"}
+MAX_NAMED = 5  # of what differs in a setting
+REMEDY_FOR_SHARDING = (
+    "use the accelerate config of there, under ZeRO with as many processes (accelerate launch --num_processes=N), or "
+    "begin a new run from what `sdtune export` makes of the checkpoint"
+)
 
 
 @dataclasses.dataclass
@@ -655,7 +663,8 @@ class Run:
 
     output_dir: Path
     settings: dict  # flags, and what was made of them
-    # global_step, base_losses (held-out, before training), losses (not yet logged), nan_steps (in a row)
+    # global_step, base_losses (held-out, before training), losses (not yet logged), nan_steps (skipped ones in a row),
+    # skipped_steps (all of them)
     progress: dict
     state: dict  # by name: what has a state_dict, or in JAX arrays
     counts: StepCounts
@@ -1146,24 +1155,42 @@ def make_state(args, weights, optimizer):
 def start_run(args, counts, state, fingerprints, pipeline, free, fixed):
     """A run at its start, or where the checkpoint to resume from ended, the same on all hosts; `free` and `fixed` name
     settings that may and that cannot differ from the checkpoint's. Raises `InputError`."""
+    check_agreement(fingerprints)
     run = new_run(args, counts, state, args.mixed_precision or "no", fingerprints)
-    num_damaged = count_damaged_once(run.output_dir, args.resume_from_checkpoint)
-    if checkpoint := find_checkpoint(run.output_dir, args.resume_from_checkpoint, num_damaged):
-        resume(pipeline, run, checkpoint, free, fixed)
-    check_agreement({"global_step": run.progress["global_step"], **fingerprints})
+    checkpoint, own = choose_checkpoint(run, args.resume_from_checkpoint)
+    run.settings |= own
+    problems = []
+    if checkpoint:
+        with gathered(problems):
+            resume(pipeline, run, checkpoint, free, fixed)
+    if on_some_host(bool(problems)):
+        raise_problems(problems or [f"{checkpoint}: another host cannot go on from it; read what it says"])
+    check_agreement({"global_step": run.progress["global_step"]})
     return run
 
 
-def count_damaged_once(output_dir, wanted):
-    """What the first host finds by `count_damaged`, on all of them. Raises `InputError` on all of them."""
-    found, problems = 0, []
+def choose_checkpoint(run, wanted):
+    """The checkpoint that the first host goes on from, or None, as each host finds it; and of the first one the
+    settings that are a host's own, which are those in the checkpoint. Raises `InputError` on all of them."""
+    name, problems = None, []
     if jax.process_index() == 0:
         with gathered(problems):
-            found = count_damaged(output_dir, wanted)
-    found = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if problems else found)))
-    if found < 0:
-        raise_problems(problems or ["--resume_from_checkpoint: damaged, as the first host says; name another one"])
-    return found
+            name = name_of_choice(run.output_dir, wanted)
+    own = {flag: run.settings[flag] for flag in OWN_TO_A_HOST & run.settings.keys()}
+    name, problems, own = told_by_first([name, problems, own])
+    raise_problems(problems)
+    checkpoint = name and find_checkpoint(run.output_dir, name)
+    if checkpoint:
+        check_agreement({checkpoint.name: "seen" if (checkpoint / "progress.json").is_file() else "not seen"})
+    return checkpoint, own
+
+
+def told_by_first(value):
+    """A value, which JSON can hold, of the first host, on all of them, which have to call this together."""
+    text = json.dumps(value).encode()
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    text = np.frombuffer(text[:length].ljust(length), np.uint8)  # of other hosts any text of that length
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(text)).tobytes())
 
 
 def check_agreement(values):
@@ -1173,9 +1200,11 @@ def check_agreement(values):
     here = np.frombuffer(b"".join(digests), np.uint8).reshape(len(values), -1)
     everywhere = multihost_utils.process_allgather(here).reshape(-1, *here.shape)
     is_same = (everywhere == everywhere[0]).all(axis=(0, 2))
-    differences = [
-        f"{name}: {value} here" for (name, value), same in zip(values.items(), is_same, strict=True) if not same
-    ]
+    differences = []
+    for (name, value), same in zip(values.items(), is_same, strict=True):
+        if not same:
+            shown = "not the same" if is_digest(value) or isinstance(value, dict) else value
+            differences.append(f"{name}: {shown} here")
     if differences:
         remedy = "all need the same flags, the same data and one --output_dir that they share"
         raise InputError("\n  ".join([f"the hosts do not agree; {remedy}", *differences]))
@@ -1307,6 +1336,7 @@ def train_steps(args, accelerator, run, write_state, stop, mesh, batches, traini
             leave(accelerator, run, is_broken, stop.received)
         if done % validation_steps == 0 or done == counts.last_step:
             look_and_keep(args, accelerator, run, stop, look, write_state)
+    tell_skipped(run)
 
 
 def look_and_keep(args, accelerator, run, stop, look, write_state):
@@ -2155,7 +2185,7 @@ def new_run(args, counts, state, precision, fingerprints, weights=None):
         "schedule_steps": None if args.lr_scheduler.startswith("constant") else counts.last_step,
         "state": [*state],
     }
-    progress = {"global_step": 0, "base_losses": None, "losses": [], "nan_steps": 0}
+    progress = {"global_step": 0, "base_losses": None, "losses": [], "nan_steps": 0, "skipped_steps": 0}
     return Run(Path(args.output_dir), settings, progress, state, counts, weights)
 
 
@@ -2202,6 +2232,14 @@ def count_damaged(output_dir, wanted):
     for told in damages.values():
         print(f"{told}; {whole[0].name} is used instead.")
     return len(damages)
+
+
+def name_of_choice(output_dir, wanted):
+    """What every process finds the checkpoint by that `wanted` means, `latest` without damaged ones: its name in the
+    output folder, which each machine may know by a path of its own, or its path; None without one. For one process
+    alone. Raises `InputError` as `count_damaged`."""
+    found = find_checkpoint(output_dir, wanted, count_damaged(output_dir, wanted))
+    return found and (found.name if found.parent == output_dir else str(found))
 
 
 def find_newer(output_dir, checkpoint):
@@ -2323,7 +2361,16 @@ def note_step(run, step, loss, is_finite):
     if math.isfinite(loss):
         progress["losses"].append(loss)
     if not is_finite:
+        progress["skipped_steps"] = progress.get("skipped_steps", 0) + 1  # which older checkpoints do not have
         print(f"\nStep {step + 1}: loss or gradient is not finite; skipped, {progress['nan_steps']} in a row.")
+
+
+def tell_skipped(run):
+    """Prints how many of the run's steps changed nothing, if there are such: a result may be less than it seems."""
+    number = run.progress.get("skipped_steps", 0)
+    if number:
+        told = "were skipped, since loss or gradient was not finite"
+        print(f"\n{number:,} of {run.progress['global_step']:,} steps {told}.")
 
 
 def read_undamaged(checkpoint, read):
@@ -2352,7 +2399,9 @@ def compare_settings(run, checkpoint, before, free, fixed):
         # A checkpoint from before a flag was there is one of a run without it.
         is_new = name not in before and value in (None, False, "adamw")
         if name not in free and not is_new and before.get(name) != value:
-            changed[name] = told_of_change(name, before.get(name), value)
+            changed[name] = tell_difference(name, before.get(name), value)
+    if "sharding" in changed:
+        changed["sharding"] += f"; {REMEDY_FOR_SHARDING}"
     cannot_change = changed.keys() & fixed
     told = f"{checkpoint} was made under other settings"
     if cannot_change or (changed and not settings["allow_changed_resume"]):
@@ -2363,13 +2412,23 @@ def compare_settings(run, checkpoint, before, free, fixed):
     return changed.keys()
 
 
-def told_of_change(name, before, now):
-    """What a setting was and is; or where it says something of each file, by name, which files changed."""
-    if not (isinstance(before, dict) and isinstance(now, dict)):
-        return f"{name}: {before} there, {now} now"
-    changed = [file for file in {**before, **now} if before.get(file) != now.get(file)]
-    more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
-    return f"{name}: other than there are {', '.join(changed[:5])}{more}"
+def tell_difference(name, first, second, first_place="there", second_place="now"):
+    """Says in a line that a setting has two values in two places: of a digest no more, since it says nothing to
+    people; of a dictionary which of its keys differ."""
+    what, keys = DIGESTED.get(name, "content"), ""
+    if isinstance(first, dict) or isinstance(second, dict):
+        one, other = [value if isinstance(value, dict) else {} for value in (first, second)]
+        differing = sorted(in_one_line(key) for key in one | other if one.get(key) != other.get(key))
+        more = f" and {len(differing) - MAX_NAMED} more" if len(differing) > MAX_NAMED else ""
+        keys = ": " + ", ".join(differing[:MAX_NAMED]) + more
+    if keys or is_digest(first) or is_digest(second):
+        return f"{name}: other {what} {second_place} than {first_place}{keys}"
+    return f"{name}: {first} {first_place}, {second} {second_place}"
+
+
+def is_digest(value):
+    """Whether a setting is the SHA-256 of something, in hexadecimal digits."""
+    return isinstance(value, str) and bool(re.fullmatch("[0-9a-f]{64}", value))
 
 
 def take_progress(run, checkpoint, progress, changed):
@@ -4363,15 +4422,17 @@ def write_digests(folder):
     (folder / DIGESTS_FILE).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
 
 
-def find_damage(folder):
+def find_damage(folder, unused=""):
     """What is wrong with the first file of a folder that is missing, or of another size or content than digests.json
-    says, or that cannot be read; None for a folder that is whole, or has no digests, by which nothing can be found."""
+    says, or that cannot be read; None for a folder that is whole but for files whose names match the pattern
+    `unused`."""
     if not (folder / DIGESTS_FILE).exists():
-        return None
+        return f"{DIGESTS_FILE} is missing"
     try:
         digests = {name: (size, sha256) for name, (size, sha256) in read_json(folder / DIGESTS_FILE).items()}
     except (InputError, ValueError, TypeError):
         return f"{DIGESTS_FILE} cannot be read"
+    digests = {name: known for name, known in digests.items() if not fnmatch.fnmatchcase(name, unused)}
     for name, (size, _) in digests.items():  # first what costs nothing
         if not (folder / name).is_file():
             return f"{name} is missing"

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from sdtune.arguments import SWITCH, new_parser, parse_flags, path_name
 from sdtune.checkpoints import AVERAGED, read_settings
+from sdtune.digests import find_damage
 from sdtune.errors import InputError, last_line, raise_problems, told_to_user
 from sdtune.files import beside, read_json
 from sdtune.lora import add_adapters, file_of_adapters, lora_weights, save_lora
@@ -30,6 +31,7 @@ from sdtune.states import STATE_FILE
 
 PROGRAM = "sdtune export"
 SUFFIXES = {"averaged": AVERAGED, "trained": ""}
+UNUSED = {"trained": f"*{AVERAGED}[./]*"}  # pattern of files in a checkpoint, which may be missing then
 
 
 def make_parser():
@@ -54,8 +56,15 @@ def check_args(args):
     problems = check_place(Path(args.output), [checkpoint], is_folder=True, overwrite=args.overwrite)
     if not (checkpoint / "progress.json").is_file():
         problems.append(f"{checkpoint}: is no whole checkpoint; give a folder checkpoint-N of a run")
-    elif args.weights == "averaged" and not holds(checkpoint, AVERAGED):
-        problems.append("--weights=averaged: the run has no average (--use_ema); drop this")
+    elif damage := find_damage(checkpoint, UNUSED.get(args.weights, "")):
+        problems.append(f"{checkpoint}: is damaged ({damage}); give another checkpoint of the run")
+    elif args.weights != "trained" and not holds(checkpoint, AVERAGED):
+        settings, _ = read_settings(checkpoint)
+        if settings.get("use_ema"):
+            remedy = "give another checkpoint, or --weights=trained"
+            problems.append(f"{checkpoint}: lacks the averaged weights of its run (--use_ema); {remedy}")
+        elif args.weights == "averaged":
+            problems.append("--weights=averaged: the run has no average (--use_ema); drop this")
     return problems
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import json
 import math
 import os
 import secrets
@@ -20,12 +21,22 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm.auto import tqdm
 
 from sdtune.batches import micro_batches, step_sizes
-from sdtune.checkpoints import count_damaged, find_checkpoint, keep_best, new_run, note_step, save_checkpoint
+from sdtune.checkpoints import (
+    find_checkpoint,
+    is_digest,
+    keep_best,
+    name_of_choice,
+    new_run,
+    note_step,
+    save_checkpoint,
+    tell_skipped,
+)
 from sdtune.errors import InputError, gathered, last_line, raise_problems
 from sdtune.failures import leave
 from sdtune.flax.checkpoints import resume
 from sdtune.flax.encoding import step_batches
 from sdtune.flax.optimization import learning_rate_of_step, train_step
+from sdtune.flax.validation import on_some_host
 from sdtune.optimization import make_average
 from sdtune.output import chosen_tracker, leave_token, log_losses, prepare_output, remove_token, sees_token
 from sdtune.plan import print_plan
@@ -138,24 +149,42 @@ def make_state(args, weights, optimizer):
 def start_run(args, counts, state, fingerprints, pipeline, free, fixed):
     """A run at its start, or where the checkpoint to resume from ended, the same on all hosts; `free` and `fixed` name
     settings that may and that cannot differ from the checkpoint's. Raises `InputError`."""
+    check_agreement(fingerprints)
     run = new_run(args, counts, state, args.mixed_precision or "no", fingerprints)
-    num_damaged = count_damaged_once(run.output_dir, args.resume_from_checkpoint)
-    if checkpoint := find_checkpoint(run.output_dir, args.resume_from_checkpoint, num_damaged):
-        resume(pipeline, run, checkpoint, free, fixed)
-    check_agreement({"global_step": run.progress["global_step"], **fingerprints})
+    checkpoint, own = choose_checkpoint(run, args.resume_from_checkpoint)
+    run.settings |= own
+    problems = []
+    if checkpoint:
+        with gathered(problems):
+            resume(pipeline, run, checkpoint, free, fixed)
+    if on_some_host(bool(problems)):
+        raise_problems(problems or [f"{checkpoint}: another host cannot go on from it; read what it says"])
+    check_agreement({"global_step": run.progress["global_step"]})
     return run
 
 
-def count_damaged_once(output_dir, wanted):
-    """What the first host finds by `count_damaged`, on all of them. Raises `InputError` on all of them."""
-    found, problems = 0, []
+def choose_checkpoint(run, wanted):
+    """The checkpoint that the first host goes on from, or None, as each host finds it; and of the first one the
+    settings that are a host's own, which are those in the checkpoint. Raises `InputError` on all of them."""
+    name, problems = None, []
     if jax.process_index() == 0:
         with gathered(problems):
-            found = count_damaged(output_dir, wanted)
-    found = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if problems else found)))
-    if found < 0:
-        raise_problems(problems or ["--resume_from_checkpoint: damaged, as the first host says; name another one"])
-    return found
+            name = name_of_choice(run.output_dir, wanted)
+    own = {flag: run.settings[flag] for flag in OWN_TO_A_HOST & run.settings.keys()}
+    name, problems, own = told_by_first([name, problems, own])
+    raise_problems(problems)
+    checkpoint = name and find_checkpoint(run.output_dir, name)
+    if checkpoint:
+        check_agreement({checkpoint.name: "seen" if (checkpoint / "progress.json").is_file() else "not seen"})
+    return checkpoint, own
+
+
+def told_by_first(value):
+    """A value, which JSON can hold, of the first host, on all of them, which have to call this together."""
+    text = json.dumps(value).encode()
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    text = np.frombuffer(text[:length].ljust(length), np.uint8)  # of other hosts any text of that length
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(text)).tobytes())
 
 
 def check_agreement(values):
@@ -165,9 +194,11 @@ def check_agreement(values):
     here = np.frombuffer(b"".join(digests), np.uint8).reshape(len(values), -1)
     everywhere = multihost_utils.process_allgather(here).reshape(-1, *here.shape)
     is_same = (everywhere == everywhere[0]).all(axis=(0, 2))
-    differences = [
-        f"{name}: {value} here" for (name, value), same in zip(values.items(), is_same, strict=True) if not same
-    ]
+    differences = []
+    for (name, value), same in zip(values.items(), is_same, strict=True):
+        if not same:
+            shown = "not the same" if is_digest(value) or isinstance(value, dict) else value
+            differences.append(f"{name}: {shown} here")
     if differences:
         remedy = "all need the same flags, the same data and one --output_dir that they share"
         raise InputError("\n  ".join([f"the hosts do not agree; {remedy}", *differences]))
@@ -299,6 +330,7 @@ def train_steps(args, accelerator, run, write_state, stop, mesh, batches, traini
             leave(accelerator, run, is_broken, stop.received)
         if done % validation_steps == 0 or done == counts.last_step:
             look_and_keep(args, accelerator, run, stop, look, write_state)
+    tell_skipped(run)
 
 
 def look_and_keep(args, accelerator, run, stop, look, write_state):
