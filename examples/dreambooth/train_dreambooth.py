@@ -51,11 +51,6 @@ min-SNR (2303.09556), zero terminal SNR (2305.08891), input perturbation (2301.1
 #   script         Run a script: read its flags, tell what is wrong with them, train
 #   cache          Encode images and captions once, into a cache on disk that later runs share
 
-import gc
-
-# Almost all that libraries define on import stays; to look for garbage among it takes a quarter of the time.
-gc.disable()
-
 import argparse
 import contextlib
 import copy
@@ -66,6 +61,7 @@ import datetime
 import difflib
 import errno
 import functools
+import gc
 import glob
 import hashlib
 import io
@@ -93,6 +89,34 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PureWindowsPath
+
+# Almost all that libraries define on import stays; to look for garbage among it takes a quarter of the time.
+gc.disable()
+
+
+def stop_at_once(number, _):
+    """Ends the process by a signal that comes before there is a run, or after it, with a line on it."""
+    try:
+        if os.environ.get("RANK", "0") == "0":
+            told = f"{os.path.basename(__file__)}: stopped by {signal.Signals(number).name}; there was nothing to save"
+            os.write(2, f"{told}\n".encode())
+    finally:
+        os._exit(128 + number)
+
+
+def await_signals():
+    """Answers signals while the imports below take their seconds, until the run does. What asks for a checkpoint is
+    ignored, as is a SIGHUP that was before (nohup)."""
+    for name, number in signal.Signals.__members__.items():
+        is_ignored = name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
+        if name in ("SIGUSR1", "SIGUSR2"):
+            signal.signal(number, signal.SIG_IGN)
+        elif name in ("SIGINT", "SIGTERM", "SIGHUP") and not is_ignored:
+            signal.signal(number, stop_at_once)
+
+
+if __name__ == "__main__":
+    await_signals()
 
 import datasets
 import diffusers
@@ -2664,8 +2688,9 @@ def gathered(problems):
 @contextlib.contextmanager
 def told_to_user(program, speaks=True, errors=InputError, stopped=None, patience=0):
     """Ends the process with status 2 and the message after an `InputError`, or the class or classes `errors`; after
-    Ctrl-C with the status of SIGINT and the line `stopped`. Of several processes only the one that `speaks` prints
-    more than mistakes, which another one tells after `patience` seconds, if it was not ended by then."""
+    Ctrl-C, or another signal that raised `KeyboardInterrupt` with its number, with the status of that and the line
+    `stopped`. Of several processes only the one that `speaks` prints more than mistakes, which another one tells after
+    `patience` seconds, if it was not ended by then."""
     try:
         with contextlib.redirect_stdout(sys.stdout if speaks else io.StringIO()):
             yield
@@ -2673,10 +2698,11 @@ def told_to_user(program, speaks=True, errors=InputError, stopped=None, patience
         time.sleep(patience)
         print(fitted(f"{program}: {error}{remedy_for(error)}"), file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        number = signal.Signals(error.args[0] if error.args else signal.SIGINT)
         if speaks:
-            print(stopped or f"{program}: stopped before the first step", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+            print(stopped or f"{program}: stopped by {number.name}; there was nothing to save", file=sys.stderr)
+        sys.exit(128 + number)
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -6006,26 +6032,31 @@ def is_orphaned(launcher):
 
 @contextlib.contextmanager
 def noted_signals(stop):
-    """Notes in `stop` the signals that ask to stop or to save, which by default end the process; an ignored SIGHUP
-    (nohup) stays ignored."""
-    actions = {
-        **dict.fromkeys(ASK_TO_STOP, functools.partial(note_signal, stop.received)),
-        **dict.fromkeys(ASK_TO_SAVE, functools.partial(note_save, stop.saves)),
-    }
-    number_of = signal.Signals.__members__
-    if "SIGHUP" in number_of and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-        del actions["SIGHUP"]
-    with answered_signals(actions):
+    """Notes in `stop` the signals that ask to stop or to save, which by default end the process."""
+    note_stop = functools.partial(note_signal, stop.received)
+    with answered_signals(note_stop, functools.partial(note_save, stop.saves)):
         yield
 
 
 @contextlib.contextmanager
-def answered_signals(actions):
-    """Answers signals, by name, by other actions for a while; afterwards they do what they did before. Outside the
-    main thread, which alone gets signals, all stays as it is."""
+def stopped_by_signals():
+    """Raises `KeyboardInterrupt` with the number of a signal that asks to stop, where there is no step to be finished,
+    nor anything to save: what asks for that is ignored."""
+    with answered_signals(interrupt, signal.SIG_IGN):
+        yield
+
+
+@contextlib.contextmanager
+def answered_signals(stop_action, save_action):
+    """Answers signals that ask to stop or to save by other actions for a while; afterwards they do what they did
+    before. An ignored SIGHUP (nohup) stays ignored, and outside the main thread, which alone gets signals, all."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    actions = {**dict.fromkeys(ASK_TO_STOP, stop_action), **dict.fromkeys(ASK_TO_SAVE, save_action)}
+    number_of = signal.Signals.__members__
+    if "SIGHUP" in number_of and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        del actions["SIGHUP"]
     before = {name: signal.getsignal(number) for name, number in known_signals(actions)}
     for name, number in known_signals(actions):
         signal.signal(number, actions[name])
@@ -6057,6 +6088,13 @@ def note_signal(received, number, _):
     say("Finishing the step and writing a checkpoint; another signal, later, ends at once, without one.")
     received.append(number)
     on_signals(functools.partial(end_at_once, time.monotonic()))
+
+
+def interrupt(number, _):
+    """Raises `KeyboardInterrupt` with the number of the signal, as Ctrl-C does without one; another signal, but for
+    what comes with the first, does not wait for what is left then."""
+    on_signals(functools.partial(end_at_once, time.monotonic()))
+    raise KeyboardInterrupt(number)
 
 
 def end_at_once(since, number, _):
@@ -6276,23 +6314,23 @@ def work_of(args, is_first):
 
 def run_script(program, parser, argv, replaced_flags, check_args, start, is_first=True, patience=0):
     """Runs a training script: reads its flags, tells all that is wrong with them, and calls `start(args)`, which
-    trains. A mistake of the user's ends with status 2 and its message, after `patience` seconds.
+    trains. A mistake of the user's ends with status 2 and its message, after `patience` seconds, and a signal that
+    asks to stop, where that notes none, with its status and a line.
 
     `check_args(args, problems)` lists what is wrong beside `problems` with the values of single flags.
     """
-    print_any_character()
-    args, problems = parse_flags(parser, argv, replaced_flags)
-    problems += check_encoding(args)
-    quiet_libraries()
-    with told_to_user(program, speaks=is_first, patience=patience):
+    with stopped_by_signals(), told_to_user(program, speaks=is_first, patience=patience):
+        print_any_character()
+        args, problems = parse_flags(parser, argv, replaced_flags)
+        problems += check_encoding(args)
+        quiet_libraries()
         # What is said of a flag whose value was refused, or whose name is not right, is about its default.
         refused = re.findall(r"^--\w+|(?<=did you mean )--\w+", "\n".join(problems), re.MULTILINE)
         for problem in check_args(args, problems):
             if not any(re.search(rf"{flag}\b", problem) for flag in refused):
                 problems.append(problem)
         raise_problems(problems)
-        with answered_signals(dict.fromkeys(ASK_TO_SAVE, signal.SIG_IGN)):  # outside of steps nothing is to be saved
-            start(args)
+        start(args)
 
 
 # --------------------------------------------------------------------------------------------------------------- cache
