@@ -4,7 +4,7 @@ import difflib
 import importlib
 import sys
 
-from sdtune.errors import is_utf8, print_any_character
+from sdtune.errors import is_utf8, print_any_character, told_to_user
 
 COMMANDS = {
     "caption": "write a caption for every image of a folder",
@@ -39,7 +39,8 @@ def main(argv=None):
     if name in COMMANDS:
         sys.argv[0] = f"sdtune {name}"  # which argparse names in its own messages
         try:
-            module = importlib.import_module(f"sdtune.commands.{name.replace('-', '_')}")
+            with told_to_user(f"sdtune {name}", stopped="Stopped."):
+                module = importlib.import_module(f"sdtune.commands.{name.replace('-', '_')}")
         except ModuleNotFoundError as error:
             files = "-r requirements.txt -r requirements_tools.txt"
             print(f"sdtune {name}: needs {error.name}; run `pip install {files}`", file=sys.stderr)

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import math
+import operator
 import os
 import re
 import sys
@@ -96,6 +97,76 @@ OUTPUT_REQUIRES = {
     "hub_private_repo": "push_to_hub",
     "keep_best": "num_validation_samples",
 }
+
+# What other trainers call a setting, by its name here; of several that a script has, the first one is meant. A setting
+# that no script has stands under "".
+NAMES_ELSEWHERE = {
+    "pretrained_model_name_or_path": "model base_model model_id model_name model_path name_or_path checkpoint ckpt",
+    "instance_data_dir": "data_dir image_dir images input_dir folder_path train_dir train_data_dir photos",
+    "train_data_dir": "data_dir image_dir images input_dir folder_path train_dir instance_data_dir photos",
+    "class_data_dir": "reg_data_dir regularization_dir class_images_dir",
+    "dataset_name": "dataset data train_dataset dataset_id",
+    "prompts": "prompt validation_prompt validation_prompts",
+    "instance_prompt": "prompt trigger_word trigger token_word instance_token concept",
+    "validation_prompt": "prompt sample_prompt test_prompt preview_prompt",
+    "validation_prompts": "sample_prompts test_prompts eval_prompts",
+    "output_dir": "output out save_dir output_path output_name",
+    "resolution": "size image_size img_size width height reso",
+    "height": "size image_size resolution",
+    "train_batch_size": "batch_size batch bs",
+    "batch_size": "batch bs train_batch_size",
+    "learning_rate": "lr unet_lr base_lr unet_learning_rate",
+    "text_encoder_lr": "te_lr text_encoder_learning_rate text_lr",
+    "max_train_steps": "steps num_steps total_steps iterations max_iterations num_train_steps train_steps",
+    "num_inference_steps": "steps num_steps sampling_steps sample_steps validation_num_inference_steps",
+    "num_train_epochs": "epochs num_epochs max_epochs max_train_epochs train_epochs",
+    "gradient_accumulation_steps": "accumulation accumulate accum accum_iter",
+    "gradient_checkpointing": "checkpointing",
+    "checkpointing_steps": "save_every save_steps save_every_n_steps save_freq checkpoint_every",
+    "checkpoints_total_limit": "save_total_limit keep_checkpoints max_checkpoints save_last_n_steps",
+    "resume_from_checkpoint": "resume resume_from resume_path network_state",
+    "validation_steps": "sample_every eval_steps eval_every sample_every_n_steps",
+    "validation_epochs": "sample_every_n_epochs eval_epochs",
+    "mixed_precision": "precision fp16 bf16 amp dtype half fp32",
+    "precision": "mixed_precision fp16 bf16 dtype half",
+    "rank": "rank network_dim lora_rank lora_r lora_dim dim linear",
+    "lora_alpha": "lora_alpha network_alpha alpha linear_alpha",
+    "lora_dropout": "lora_dropout network_dropout rank_dropout",
+    "init_lora_weights": "network_weights lora_weights",
+    "lora": "lora_weights adapter lora_path",
+    "train_text_encoder": "text_encoder",
+    "lr_warmup_steps": "warmup",
+    "adam_weight_decay": "wd",
+    "adam_beta1": "betas",
+    "max_grad_norm": "grad_clip clip_grad clip_grad_norm gradient_clipping gradient_clip_val",
+    "dataloader_num_workers": "workers max_data_loader_n_workers",
+    "enable_xformers_memory_efficient_attention": "xformers mem_eff_attn",
+    "use_8bit_adam": "adam8bit adamw8bit",
+    "random_flip": "flip_aug hflip horizontal_flip",
+    "no_random_flip": "no_flip no_hflip",
+    "aspect_ratio_buckets": "enable_bucket buckets bucketing",
+    "bucket_min": "min_bucket_reso min_bucket_size",
+    "bucket_max": "max_bucket_reso max_bucket_size",
+    "bucket_step": "bucket_reso_steps",
+    "prediction_type": "v_parameterization v_pred",
+    "rescale_betas_zero_snr": "zero_terminal_snr",
+    "snr_gamma": "min_snr_gamma min_snr",
+    "input_perturbation": "ip_noise_gamma",
+    "tokenizer_max_length": "max_token_length",
+    "cache_text_embeddings": "cache_text_encoder_outputs",
+    "report_to": "log_with logger tracker wandb tensorboard",
+    "validation_guidance_scale": "cfg cfg_scale guidance",
+    "guidance_scale": "cfg cfg_scale scale validation_guidance_scale",
+    "push_to_hub": "hub upload",
+    "hub_model_id": "repo_id huggingface_repo_id",
+    "hub_token": "token huggingface_token",
+    "": "optimizer_args network_args network_module clip_skip keep_tokens save_state device type name path train use",
+}
+# What people set most, which is meant before others that have the same words.
+MOST_USED = """
+    pretrained_model_name_or_path instance_data_dir train_data_dir instance_prompt output_dir resolution
+    train_batch_size learning_rate max_train_steps num_train_epochs mixed_precision validation_prompt use_ema
+""".split()
 
 
 def checked(text, kind, accepts, accepted):
@@ -730,12 +801,58 @@ def num_values_of(flag):
 
 
 def nearest(name, names):
-    """The one of `names` that somebody who wrote `name` most likely means, or None: a longer one, or one like it."""
-    plain = {known.strip("-").replace("-", "_").lower(): known for known in names}
-    wanted = name.strip("-").replace("-", "_").lower()
-    longer = sorted((known for known in plain if wanted and known.startswith(wanted)), key=len)
-    alike = longer[:1] or difflib.get_close_matches(wanted, plain, 1, 0.7)
+    """The one of `names` that somebody who wrote `name` most likely means, or None: what other trainers call so, else
+    one that has all of its words in their order, else one whose words it has, else one with about its letters."""
+    plain = {}
+    for known in names:
+        plain.setdefault(plain_name(known), known)
+    wanted = plain_name(name)
+    for known in plain:
+        if letters_of(known) == letters_of(wanted):
+            return plain[known]
+    meant = [ours for ours, theirs in NAMES_ELSEWHERE.items() if letters_of(wanted) in letters_of(theirs).split()]
+    if meant:
+        return next((plain[known] for known in meant if known in plain), None)
+    is_negated = wanted.startswith("no_")
+    likely = [known for known in plain if known.startswith("no_") == is_negated]
+    likely.sort(key=lambda known: (known not in MOST_USED, len(known)))
+    words = wanted.split("_")
+    for is_like in (operator.eq, is_begun_by, is_alike):
+        for known in likely:
+            if has_in_order(known.split("_"), words, is_like):
+                return plain[known]
+    for known in sorted(likely, key=len, reverse=True):
+        if has_in_order(words, known.split("_"), operator.eq):
+            return plain[known]
+    alike = difflib.get_close_matches(wanted, plain, 1, 0.7)
     return plain[alike[0]] if alike else None
+
+
+def plain_name(name):
+    """A flag's name without its dashes, in the letters of a key of YAML."""
+    return name.strip("-").replace("-", "_").lower()
+
+
+def letters_of(name):
+    """A name without what parts its words."""
+    return name.replace("_", "")
+
+
+def has_in_order(words, wanted, is_like):
+    """Whether for each of the words `wanted` there is one of `words` like it, in the same order."""
+    rest = iter(words)
+    return all(any(is_like(word, other) for word in rest) for other in wanted)
+
+
+def is_begun_by(word, start):
+    """Whether a word begins so, by some letters."""
+    return len(start) >= 3 and word.startswith(start)
+
+
+def is_alike(word, other):
+    """Whether a word is another one, or that may be a misspelling of it."""
+    is_misspelling = len(other) >= 4 and difflib.SequenceMatcher(None, word, other).ratio() >= 0.75
+    return word == other or is_misspelling
 
 
 def config_words(parser, path, defaults, sections, other_sections):

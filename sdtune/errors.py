@@ -121,8 +121,9 @@ def gathered(problems):
 @contextlib.contextmanager
 def told_to_user(program, speaks=True, errors=InputError, stopped=None, patience=0):
     """Ends the process with status 2 and the message after an `InputError`, or the class or classes `errors`; after
-    Ctrl-C with the status of SIGINT and the line `stopped`. Of several processes only the one that `speaks` prints
-    more than mistakes, which another one tells after `patience` seconds, if it was not ended by then."""
+    Ctrl-C, or another signal that raised `KeyboardInterrupt` with its number, with the status of that and the line
+    `stopped`. Of several processes only the one that `speaks` prints more than mistakes, which another one tells after
+    `patience` seconds, if it was not ended by then."""
     try:
         with contextlib.redirect_stdout(sys.stdout if speaks else io.StringIO()):
             yield
@@ -130,7 +131,8 @@ def told_to_user(program, speaks=True, errors=InputError, stopped=None, patience
         time.sleep(patience)
         print(fitted(f"{program}: {error}{remedy_for(error)}"), file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        number = signal.Signals(error.args[0] if error.args else signal.SIGINT)
         if speaks:
-            print(stopped or f"{program}: stopped before the first step", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+            print(stopped or f"{program}: stopped by {number.name}; there was nothing to save", file=sys.stderr)
+        sys.exit(128 + number)

@@ -4,7 +4,6 @@ import contextlib
 import io
 import os
 import re
-import signal
 import socket
 import sys
 
@@ -19,7 +18,7 @@ from sdtune.errors import (
 )
 from sdtune.models import quiet_libraries
 from sdtune.output import locked_output
-from sdtune.signals import ASK_TO_SAVE, answered_signals, find_launcher
+from sdtune.signals import find_launcher, stopped_by_signals
 
 
 def run_launched_script(program, parser, argv, replaced_flags, check_args, train):
@@ -58,20 +57,20 @@ def work_of(args, is_first):
 
 def run_script(program, parser, argv, replaced_flags, check_args, start, is_first=True, patience=0):
     """Runs a training script: reads its flags, tells all that is wrong with them, and calls `start(args)`, which
-    trains. A mistake of the user's ends with status 2 and its message, after `patience` seconds.
+    trains. A mistake of the user's ends with status 2 and its message, after `patience` seconds, and a signal that
+    asks to stop, where that notes none, with its status and a line.
 
     `check_args(args, problems)` lists what is wrong beside `problems` with the values of single flags.
     """
-    print_any_character()
-    args, problems = parse_flags(parser, argv, replaced_flags)
-    problems += check_encoding(args)
-    quiet_libraries()
-    with told_to_user(program, speaks=is_first, patience=patience):
+    with stopped_by_signals(), told_to_user(program, speaks=is_first, patience=patience):
+        print_any_character()
+        args, problems = parse_flags(parser, argv, replaced_flags)
+        problems += check_encoding(args)
+        quiet_libraries()
         # What is said of a flag whose value was refused, or whose name is not right, is about its default.
         refused = re.findall(r"^--\w+|(?<=did you mean )--\w+", "\n".join(problems), re.MULTILINE)
         for problem in check_args(args, problems):
             if not any(re.search(rf"{flag}\b", problem) for flag in refused):
                 problems.append(problem)
         raise_problems(problems)
-        with answered_signals(dict.fromkeys(ASK_TO_SAVE, signal.SIG_IGN)):  # outside of steps nothing is to be saved
-            start(args)
+        start(args)

@@ -50,26 +50,31 @@ def is_orphaned(launcher):
 
 @contextlib.contextmanager
 def noted_signals(stop):
-    """Notes in `stop` the signals that ask to stop or to save, which by default end the process; an ignored SIGHUP
-    (nohup) stays ignored."""
-    actions = {
-        **dict.fromkeys(ASK_TO_STOP, functools.partial(note_signal, stop.received)),
-        **dict.fromkeys(ASK_TO_SAVE, functools.partial(note_save, stop.saves)),
-    }
-    number_of = signal.Signals.__members__
-    if "SIGHUP" in number_of and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-        del actions["SIGHUP"]
-    with answered_signals(actions):
+    """Notes in `stop` the signals that ask to stop or to save, which by default end the process."""
+    note_stop = functools.partial(note_signal, stop.received)
+    with answered_signals(note_stop, functools.partial(note_save, stop.saves)):
         yield
 
 
 @contextlib.contextmanager
-def answered_signals(actions):
-    """Answers signals, by name, by other actions for a while; afterwards they do what they did before. Outside the
-    main thread, which alone gets signals, all stays as it is."""
+def stopped_by_signals():
+    """Raises `KeyboardInterrupt` with the number of a signal that asks to stop, where there is no step to be finished,
+    nor anything to save: what asks for that is ignored."""
+    with answered_signals(interrupt, signal.SIG_IGN):
+        yield
+
+
+@contextlib.contextmanager
+def answered_signals(stop_action, save_action):
+    """Answers signals that ask to stop or to save by other actions for a while; afterwards they do what they did
+    before. An ignored SIGHUP (nohup) stays ignored, and outside the main thread, which alone gets signals, all."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    actions = {**dict.fromkeys(ASK_TO_STOP, stop_action), **dict.fromkeys(ASK_TO_SAVE, save_action)}
+    number_of = signal.Signals.__members__
+    if "SIGHUP" in number_of and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        del actions["SIGHUP"]
     before = {name: signal.getsignal(number) for name, number in known_signals(actions)}
     for name, number in known_signals(actions):
         signal.signal(number, actions[name])
@@ -101,6 +106,13 @@ def note_signal(received, number, _):
     say("Finishing the step and writing a checkpoint; another signal, later, ends at once, without one.")
     received.append(number)
     on_signals(functools.partial(end_at_once, time.monotonic()))
+
+
+def interrupt(number, _):
+    """Raises `KeyboardInterrupt` with the number of the signal, as Ctrl-C does without one; another signal, but for
+    what comes with the first, does not wait for what is left then."""
+    on_signals(functools.partial(end_at_once, time.monotonic()))
+    raise KeyboardInterrupt(number)
 
 
 def end_at_once(since, number, _):

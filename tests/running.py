@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -87,6 +88,21 @@ def status_of(main, *words):
         return main([str(word) for word in words]) or 0
     except SystemExit as stop:
         return stop.code or 0
+
+
+def catches(job, number):
+    """Whether a process has an answer to a signal."""
+    status = Path(f"/proc/{job.pid}/status").read_text()
+    return bool(int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16) & 1 << number - 1)
+
+
+def wait_for(condition, job):
+    """Waits until something holds, while a job goes on."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert job.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def kill_when(process, condition, seconds=240):

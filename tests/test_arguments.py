@@ -12,11 +12,13 @@ from sdtune import training
 from sdtune.arguments import (
     check_old_flags,
     check_requirements,
+    nearest,
     new_parser,
     noise_offset_of,
     parse_flags,
     positive_int,
 )
+from sdtune.commands import generate
 from sdtune.training import check_environment, check_hardware
 
 MAX_LINES = 12  # of a message
@@ -621,6 +623,129 @@ def test_config_that_is_not_there(refused, tmp_path):
 def test_config_of_bytes(refused, tmp_path):
     (tmp_path / "recipe.yaml").write_bytes(b"\xff\xfe\x00 \x80")
     assert "no YAML file of flags" in refused([f"--config={tmp_path / 'recipe.yaml'}"])
+
+
+# ---- flags that are none
+
+MEANT = {  # what somebody writes, and the flag of every script that they mean; "" for none
+    "max_steps": "max_train_steps",
+    "steps": "max_train_steps",
+    "train_steps": "max_train_steps",
+    "num_train_steps": "max_train_steps",
+    "max_train_step": "max_train_steps",
+    "max_stpes": "max_train_steps",
+    "maxtrainsteps": "max_train_steps",
+    "lr": "learning_rate",
+    "unet_lr": "learning_rate",
+    "learning-rate": "learning_rate",
+    "learnin_rate": "learning_rate",
+    "lr_schedule": "lr_scheduler",
+    "scheduler": "lr_scheduler",
+    "warmup_steps": "lr_warmup_steps",
+    "warmup": "lr_warmup_steps",
+    "batch_size": "train_batch_size",
+    "batchsize": "train_batch_size",
+    "per_device_train_batch_size": "train_batch_size",
+    "epochs": "num_train_epochs",
+    "max_train_epochs": "num_train_epochs",
+    "num_epoch": "num_train_epochs",
+    "model": "pretrained_model_name_or_path",
+    "pretrained_model": "pretrained_model_name_or_path",
+    "model_revision": "revision",
+    "dataset": "dataset_name",
+    "output": "output_dir",
+    "out_dir": "output_dir",
+    "output_dri": "output_dir",
+    "size": "resolution",
+    "resolutoin": "resolution",
+    "resol": "resolution",
+    "save_every": "checkpointing_steps",
+    "save_every_n_steps": "checkpointing_steps",
+    "save_total_limit": "checkpoints_total_limit",
+    "resume": "resume_from_checkpoint",
+    "precision": "mixed_precision",
+    "fp16": "mixed_precision",
+    "bf16": "mixed_precision",
+    "grad_accum": "gradient_accumulation_steps",
+    "gradient_accumulation": "gradient_accumulation_steps",
+    "grad_checkpointing": "gradient_checkpointing",
+    "weight_decay": "adam_weight_decay",
+    "wd": "adam_weight_decay",
+    "grad_clip": "max_grad_norm",
+    "min_snr_gamma": "snr_gamma",
+    "ema": "use_ema",
+    "flip": "random_flip",
+    "no_flip": "no-random_flip",
+    "no-randomflip": "no-random_flip",
+    "no_ema": "no-use_ema",
+    "crop": "center_crop",
+    "num_workers": "dataloader_num_workers",
+    "prompts": "validation_prompts",
+    "eval_steps": "validation_steps",
+    "sample_every_n_epochs": "validation_epochs",
+    "seeds": "seed",
+    "random_seed": "seed",
+    "token": "hub_token",
+    "log_with": "report_to",
+    "zero_terminal_snr": "rescale_betas_zero_snr",
+    "frobnicate": "",
+    "optimizer_args": "",
+    "clip_skip": "",
+    "vae": "",
+    "cuda": "",
+    "no_cuda": "",
+    "x": "",
+    "x_y_z": "",
+}
+MEANT_OF_TORCH = {
+    "tf32": "allow_tf32",
+    "xformers": "enable_xformers_memory_efficient_attention",
+    "use_8bit": "use_8bit_adam",
+    "optimizer_type": "optimizer",
+    "enable_bucket": "aspect_ratio_buckets",
+    "min_bucket_reso": "bucket_min",
+    "cache_latents_to_disk": "cache_latents",
+    "torch_compile": "compile",
+}
+MEANT_OF_LORA = {
+    "network_dim": "rank",
+    "lora_rank": "rank",
+    "network_alpha": "lora_alpha",
+    "alpha": "lora_alpha",
+    "network_dropout": "lora_dropout",
+    "te_lr": "text_encoder_lr",
+    "text_encoder": "train_text_encoder",
+    "dora": "use_dora",
+}
+MEANT_OF_IMAGES = {"prompt": "validation_prompt", "shuffle": "shuffle_buffer_size"}
+MEANT_OF_IMAGES |= dict.fromkeys(["data_dir", "image_dir", "images", "instance_data_dir"], "train_data_dir")
+MEANT_OF_SUBJECT = {"prompt": "instance_prompt", "trigger_word": "instance_prompt", "reg_data_dir": "class_data_dir"}
+MEANT_OF_SUBJECT |= {"prior_preservation": "with_prior_preservation", "class_images": "num_class_images"}
+MEANT_OF_SUBJECT |= dict.fromkeys(["data_dir", "image_dir", "images", "train_data_dir"], "instance_data_dir")
+
+
+@every_script
+def test_a_flag_that_is_none_has_the_nearest_suggested(scripts, path):
+    flags = [name for action in scripts[path].make_parser()._actions for name in action.option_strings]
+    is_lora = "lora" in path.stem
+    meant = MEANT | (MEANT_OF_SUBJECT if "dreambooth" in path.stem else MEANT_OF_IMAGES)
+    meant |= {} if "flax" in path.stem else MEANT_OF_TORCH
+    meant |= MEANT_OF_LORA if is_lora else dict.fromkeys(["network_dim", "rank", "network_alpha"], "")
+    found = {name: (nearest(f"--{name}", flags) or "").removeprefix("--") for name in meant}
+    assert found == meant
+
+
+def test_a_key_and_a_flag_of_a_command_have_the_nearest_suggested(refused, tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text("lr: 1\ntraining:\n  max_steps: 2\n")
+    said = refused(["--config", str(tmp_path / "recipe.yaml")])
+    assert "unknown key lr; did you mean learning_rate?" in said
+    assert "unknown key max_steps; did you mean max_train_steps?" in said
+    meant = {"--steps": "--num_inference_steps", "--prompt": "--prompts", "--cfg": "--guidance_scale"}
+    with pytest.raises(SystemExit):
+        generate.main([f"{name}=1" for name in meant])
+    said = capsys.readouterr().err
+    for name, flag in meant.items():
+        assert f"{name}: is no flag; did you mean {flag}?" in said
 
 
 # ---- replaced flags

@@ -7,7 +7,6 @@ import shlex
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -17,7 +16,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 from diffusers import UNet2DConditionModel
-from running import REPO
+from running import REPO, catches, wait_for
 from torch.distributed.run import get_args_parser
 
 FOLDER = REPO / "examples" / "accelerate"
@@ -151,21 +150,6 @@ def start_job(tmp_path):
         if job.poll() is None:
             os.killpg(job.pid, signal.SIGKILL)
             job.wait()
-
-
-def catches(job, number):
-    """Whether a process has an answer to a signal."""
-    status = Path(f"/proc/{job.pid}/status").read_text()
-    return bool(int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16) & 1 << number - 1)
-
-
-def wait_for(condition, job):
-    """Waits until something holds, while a job goes on."""
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert job.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_slurm_starts_a_launcher_on_each_machine(start_job, tmp_path, train_script):

@@ -1,15 +1,22 @@
 """Signals are noted and answered, and afterwards do what they did before."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
+from conftest import load_script
+from image_data import write_image_folder
+from running import SCRIPTS, TRAIN_TEXT_TO_IMAGE, TRAIN_TEXT_TO_IMAGE_FLAX, catches, start_script, wait_for
+from training import words
 
 from sdtune import signals
-from sdtune.signals import ASK_TO_SAVE, Stop, answered_signals, is_asked, noted_signals, take_save_requests
+from sdtune.errors import told_to_user
+from sdtune.signals import Stop, is_asked, noted_signals, stopped_by_signals, take_save_requests
 
 STOPS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 SAVES = [signal.SIGUSR1, signal.SIGUSR2]
@@ -83,7 +90,7 @@ def test_outside_of_a_run_no_checkpoint_ends_the_process():
     """Nor is it one for what a run starts, such as a compiler."""
     shows = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGUSR1)"]
     assert subprocess.run(shows, check=False).returncode == -signal.SIGUSR1
-    with answered_signals(dict.fromkeys(ASK_TO_SAVE, signal.SIG_IGN)):
+    with stopped_by_signals():
         os.kill(os.getpid(), signal.SIGUSR1)
         os.kill(os.getpid(), signal.SIGUSR2)
         assert subprocess.run(shows, check=False).returncode == 0
@@ -129,3 +136,117 @@ def test_lost_output_is_no_failure(number):
             os._exit(3)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     os.close(write_end)
+
+
+# ---- before the first step
+
+
+@pytest.mark.parametrize("number", STOPS)
+def test_a_stop_outside_of_steps_ends_with_its_status_and_a_line(number, capsys):
+
+    def wait():
+        try:
+            os.kill(os.getpid(), number)
+        finally:
+            os.kill(os.getpid(), number)  # at once: as a launcher hands it on
+
+    with pytest.raises(SystemExit) as caught, stopped_by_signals(), told_to_user("train.py"):
+        wait()
+    assert caught.value.code == 128 + number
+    assert capsys.readouterr().err == f"train.py: stopped by {number.name}; there was nothing to save\n"
+    assert signal.getsignal(number) == signal.SIG_DFL
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Factory of a run of a script with more words on its command line, in a process that ends with the test."""
+    write_image_folder(tmp_path / "images", 4)
+    started = []
+
+    def begin(path, base, *more):
+        settings = {} if "dreambooth" not in path.stem else {"instance_prompt": "a", "instance_data_dir": tmp_path}
+        line = words(base, tmp_path / "images", tmp_path / "out", **settings)
+        started.append(start_script([*line, *more], script=path))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+
+def imports(process):
+    """Whether a script is importing its largest library: has begun to, and has not ended."""
+    maps = Path(f"/proc/{process.pid}/maps").read_text()
+    return "libtorch" in maps or "jaxlib" in maps
+
+
+def check_end(process, path, number):
+    """Asserts that a script has ended by a signal with its status and one line."""
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, said
+    assert said.endswith(f"{path.name}: stopped by {number.name}; there was nothing to save\n")
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("path, number", zip(SCRIPTS, [*STOPS, *STOPS]), ids=[path.stem for path in SCRIPTS])
+def test_a_signal_in_the_middle_of_imports(path, number, start, tmp_path):
+    """What asks for a checkpoint ends nothing, and what asks for an end leaves no traceback."""
+    process = start(path, tmp_path)
+    wait_for(lambda: catches(process, signal.SIGTERM), process)
+    for save in SAVES:
+        process.send_signal(save)
+    wait_for(lambda: imports(process), process)
+    process.send_signal(number)
+    check_end(process, path, number)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [TRAIN_TEXT_TO_IMAGE, TRAIN_TEXT_TO_IMAGE_FLAX], ids=lambda path: path.stem)
+def test_a_signal_while_flags_are_read(path, start, tmp_path):
+    """Which wait here for what a pipe is to say."""
+    os.mkfifo(tmp_path / "recipe.yaml")
+    process = start(path, tmp_path, f"--config={tmp_path / 'recipe.yaml'}")
+    writers = []
+
+    def is_read():
+        with contextlib.suppress(OSError):  # nobody reads yet
+            writers.append(os.open(tmp_path / "recipe.yaml", os.O_WRONLY | os.O_NONBLOCK))
+        return writers
+
+    wait_for(is_read, process)
+    for number in (*SAVES, signal.SIGINT):
+        process.send_signal(number)
+    check_end(process, path, signal.SIGINT)
+    os.close(*writers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [TRAIN_TEXT_TO_IMAGE, TRAIN_TEXT_TO_IMAGE_FLAX], ids=lambda path: path.stem)
+def test_a_signal_while_models_are_loaded(path, start, tiny_pipeline, tmp_path):
+    """The lock of the output folder is what comes before."""
+    process = start(path, tiny_pipeline)
+    wait_for((tmp_path / "out" / ".lock").exists, process)
+    for number in (*SAVES, signal.SIGTERM):
+        process.send_signal(number)
+    check_end(process, path, signal.SIGTERM)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_ignored_hangup_stays_ignored_while_a_script_imports(start, tmp_path):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which a process that is started inherits
+    process = start(TRAIN_TEXT_TO_IMAGE, tmp_path)
+    wait_for(lambda: catches(process, signal.SIGTERM), process)
+    process.send_signal(signal.SIGHUP)
+    wait_for(lambda: imports(process), process)
+    process.send_signal(signal.SIGTERM)
+    check_end(process, TRAIN_TEXT_TO_IMAGE, signal.SIGTERM)
+
+
+def test_a_script_that_is_imported_leaves_signals_alone():
+    before = {number: signal.getsignal(number) for number in STOPS + SAVES}
+    script = load_script(TRAIN_TEXT_TO_IMAGE)
+    assert {number: signal.getsignal(number) for number in STOPS + SAVES} == before
+    assert callable(script.stop_at_once)

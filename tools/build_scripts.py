@@ -47,13 +47,37 @@ COMPREHENSIONS = {"listcomp", "setcomp", "dictcomp", "genexpr"}  # what symtable
 GUARD = "if __name__ == '__main__':"
 OF_THE_FILE = ("__file__", "__doc__", "__name__", "getsource")
 IMPORTS = (ast.Import, ast.ImportFrom)
-# Around the imports of a script that imports a package of TESTED.
-BEFORE_IMPORTS = """\
-import gc
-
+# Around the imports of libraries in a script that imports a package of TESTED, and what these lines need.
+BEFORE_IMPORTS = '''\
 # Almost all that libraries define on import stays; to look for garbage among it takes a quarter of the time.
 gc.disable()
-""".split("\n")
+
+
+def stop_at_once(number, _):
+    """Ends the process by a signal that comes before there is a run, or after it, with a line on it."""
+    try:
+        if os.environ.get("RANK", "0") == "0":
+            told = f"{os.path.basename(__file__)}: stopped by {signal.Signals(number).name}; there was nothing to save"
+            os.write(2, f"{told}\\n".encode())
+    finally:
+        os._exit(128 + number)
+
+
+def await_signals():
+    """Answers signals while the imports below take their seconds, until the run does. What asks for a checkpoint is
+    ignored, as is a SIGHUP that was before (nohup)."""
+    for name, number in signal.Signals.__members__.items():
+        is_ignored = name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
+        if name in ("SIGUSR1", "SIGUSR2"):
+            signal.signal(number, signal.SIG_IGN)
+        elif name in ("SIGINT", "SIGTERM", "SIGHUP") and not is_ignored:
+            signal.signal(number, stop_at_once)
+
+
+if __name__ == "__main__":
+    await_signals()
+'''.split("\n")
+NEEDED_BEFORE_IMPORTS = {"import gc", "import os", "import signal"}
 AFTER_IMPORTS = """
 gc.freeze()  # nor is it looked through later
 gc.enable()""".split("\n")
@@ -351,6 +375,8 @@ def build_script(root, label, recipe, modules):
             excess = f"{len(line) - WIDTH} characters too long for the table of sections of {label}"
             raise BuildError(f"{modules[title].label}:1: the first sentence of the docstring is {excess}")
     imports = {line for item in reached if item.kind == "import" for line in item.text.split("\n")}
+    is_heavy = bool(tested_versions(root, imports))
+    imports |= NEEDED_BEFORE_IMPORTS if is_heavy else set()
     text = f"""#!/usr/bin/env python
 # Built by `make scripts` from {recipe.label} and sdtune/: edit those; a copy is yours to edit.
 {recipe.docstring}
@@ -370,17 +396,19 @@ def build_script(root, label, recipe, modules):
     text += "\n\n" + order[-1].text + "\n"
     text = run_ruff(root, ["check", "--select=I", "--fix", "--stdin-filename", label, "-"], text)
     text = run_ruff(root, ["format", "--stdin-filename", label, "-"], text)
-    if tested_versions(root, imports):
+    if is_heavy:
         text = with_quick_imports(text)
     check_copies(root, label, text, order)
     return text, order
 
 
 def with_quick_imports(text):
-    """Returns the text of a script, without collection of garbage while its imports run."""
+    """Returns the text of a script, in which, while imports of libraries run, signals are answered and no garbage is
+    collected."""
     lines = text.split("\n")
     imports = [node for node in ast.parse(text).body if isinstance(node, IMPORTS)]
-    start, end = imports[0].lineno - 1, imports[-1].end_lineno
+    of_libraries = [node for node in imports if not imported_packages(node) <= sys.stdlib_module_names]
+    start, end = of_libraries[0].lineno - 1, imports[-1].end_lineno
     return "\n".join([*lines[:start], *BEFORE_IMPORTS, *lines[start:end], *AFTER_IMPORTS, *lines[end:]])
 
 
