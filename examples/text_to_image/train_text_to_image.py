@@ -51,11 +51,6 @@ terminal SNR (2305.08891), input perturbation (2301.11706).
 #   script         Run a script: read its flags, tell what is wrong with them, train
 #   cache          Encode images and captions once, into a cache on disk that later runs share
 
-import gc
-
-# Almost all that libraries define on import stays; to look for garbage among it takes a quarter of the time.
-gc.disable()
-
 import argparse
 import contextlib
 import copy
@@ -67,6 +62,7 @@ import difflib
 import errno
 import fnmatch
 import functools
+import gc
 import glob
 import hashlib
 import io
@@ -74,6 +70,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import pkgutil
 import re
@@ -94,6 +91,34 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PureWindowsPath
+
+# Almost all that libraries define on import stays; to look for garbage among it takes a quarter of the time.
+gc.disable()
+
+
+def stop_at_once(number, _):
+    """Ends the process by a signal that comes before there is a run, or after it, with a line on it."""
+    try:
+        if os.environ.get("RANK", "0") == "0":
+            told = f"{os.path.basename(__file__)}: stopped by {signal.Signals(number).name}; there was nothing to save"
+            os.write(2, f"{told}\n".encode())
+    finally:
+        os._exit(128 + number)
+
+
+def await_signals():
+    """Answers signals while the imports below take their seconds, until the run does. What asks for a checkpoint is
+    ignored, as is a SIGHUP that was before (nohup)."""
+    for name, number in signal.Signals.__members__.items():
+        is_ignored = name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
+        if name in ("SIGUSR1", "SIGUSR2"):
+            signal.signal(number, signal.SIG_IGN)
+        elif name in ("SIGINT", "SIGTERM", "SIGHUP") and not is_ignored:
+            signal.signal(number, stop_at_once)
+
+
+if __name__ == "__main__":
+    await_signals()
 
 import datasets
 import diffusers
@@ -221,6 +246,76 @@ OUTPUT_REQUIRES = {
     "hub_private_repo": "push_to_hub",
     "keep_best": "num_validation_samples",
 }
+
+# What other trainers call a setting, by its name here; of several that a script has, the first one is meant. A setting
+# that no script has stands under "".
+NAMES_ELSEWHERE = {
+    "pretrained_model_name_or_path": "model base_model model_id model_name model_path name_or_path checkpoint ckpt",
+    "instance_data_dir": "data_dir image_dir images input_dir folder_path train_dir train_data_dir photos",
+    "train_data_dir": "data_dir image_dir images input_dir folder_path train_dir instance_data_dir photos",
+    "class_data_dir": "reg_data_dir regularization_dir class_images_dir",
+    "dataset_name": "dataset data train_dataset dataset_id",
+    "prompts": "prompt validation_prompt validation_prompts",
+    "instance_prompt": "prompt trigger_word trigger token_word instance_token concept",
+    "validation_prompt": "prompt sample_prompt test_prompt preview_prompt",
+    "validation_prompts": "sample_prompts test_prompts eval_prompts",
+    "output_dir": "output out save_dir output_path output_name",
+    "resolution": "size image_size img_size width height reso",
+    "height": "size image_size resolution",
+    "train_batch_size": "batch_size batch bs",
+    "batch_size": "batch bs train_batch_size",
+    "learning_rate": "lr unet_lr base_lr unet_learning_rate",
+    "text_encoder_lr": "te_lr text_encoder_learning_rate text_lr",
+    "max_train_steps": "steps num_steps total_steps iterations max_iterations num_train_steps train_steps",
+    "num_inference_steps": "steps num_steps sampling_steps sample_steps validation_num_inference_steps",
+    "num_train_epochs": "epochs num_epochs max_epochs max_train_epochs train_epochs",
+    "gradient_accumulation_steps": "accumulation accumulate accum accum_iter",
+    "gradient_checkpointing": "checkpointing",
+    "checkpointing_steps": "save_every save_steps save_every_n_steps save_freq checkpoint_every",
+    "checkpoints_total_limit": "save_total_limit keep_checkpoints max_checkpoints save_last_n_steps",
+    "resume_from_checkpoint": "resume resume_from resume_path network_state",
+    "validation_steps": "sample_every eval_steps eval_every sample_every_n_steps",
+    "validation_epochs": "sample_every_n_epochs eval_epochs",
+    "mixed_precision": "precision fp16 bf16 amp dtype half fp32",
+    "precision": "mixed_precision fp16 bf16 dtype half",
+    "rank": "rank network_dim lora_rank lora_r lora_dim dim linear",
+    "lora_alpha": "lora_alpha network_alpha alpha linear_alpha",
+    "lora_dropout": "lora_dropout network_dropout rank_dropout",
+    "init_lora_weights": "network_weights lora_weights",
+    "lora": "lora_weights adapter lora_path",
+    "train_text_encoder": "text_encoder",
+    "lr_warmup_steps": "warmup",
+    "adam_weight_decay": "wd",
+    "adam_beta1": "betas",
+    "max_grad_norm": "grad_clip clip_grad clip_grad_norm gradient_clipping gradient_clip_val",
+    "dataloader_num_workers": "workers max_data_loader_n_workers",
+    "enable_xformers_memory_efficient_attention": "xformers mem_eff_attn",
+    "use_8bit_adam": "adam8bit adamw8bit",
+    "random_flip": "flip_aug hflip horizontal_flip",
+    "no_random_flip": "no_flip no_hflip",
+    "aspect_ratio_buckets": "enable_bucket buckets bucketing",
+    "bucket_min": "min_bucket_reso min_bucket_size",
+    "bucket_max": "max_bucket_reso max_bucket_size",
+    "bucket_step": "bucket_reso_steps",
+    "prediction_type": "v_parameterization v_pred",
+    "rescale_betas_zero_snr": "zero_terminal_snr",
+    "snr_gamma": "min_snr_gamma min_snr",
+    "input_perturbation": "ip_noise_gamma",
+    "tokenizer_max_length": "max_token_length",
+    "cache_text_embeddings": "cache_text_encoder_outputs",
+    "report_to": "log_with logger tracker wandb tensorboard",
+    "validation_guidance_scale": "cfg cfg_scale guidance",
+    "guidance_scale": "cfg cfg_scale scale validation_guidance_scale",
+    "push_to_hub": "hub upload",
+    "hub_model_id": "repo_id huggingface_repo_id",
+    "hub_token": "token huggingface_token",
+    "": "optimizer_args network_args network_module clip_skip keep_tokens save_state device type name path train use",
+}
+# What people set most, which is meant before others that have the same words.
+MOST_USED = """
+    pretrained_model_name_or_path instance_data_dir train_data_dir instance_prompt output_dir resolution
+    train_batch_size learning_rate max_train_steps num_train_epochs mixed_precision validation_prompt use_ema
+""".split()
 
 TEXT = "text"  # the kinds of metadata; this one is all that no viewer obeys
 PROFILE = "profile"
@@ -2936,8 +3031,9 @@ def gathered(problems):
 @contextlib.contextmanager
 def told_to_user(program, speaks=True, errors=InputError, stopped=None, patience=0):
     """Ends the process with status 2 and the message after an `InputError`, or the class or classes `errors`; after
-    Ctrl-C with the status of SIGINT and the line `stopped`. Of several processes only the one that `speaks` prints
-    more than mistakes, which another one tells after `patience` seconds, if it was not ended by then."""
+    Ctrl-C, or another signal that raised `KeyboardInterrupt` with its number, with the status of that and the line
+    `stopped`. Of several processes only the one that `speaks` prints more than mistakes, which another one tells after
+    `patience` seconds, if it was not ended by then."""
     try:
         with contextlib.redirect_stdout(sys.stdout if speaks else io.StringIO()):
             yield
@@ -2945,10 +3041,11 @@ def told_to_user(program, speaks=True, errors=InputError, stopped=None, patience
         time.sleep(patience)
         print(fitted(f"{program}: {error}{remedy_for(error)}"), file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        number = signal.Signals(error.args[0] if error.args else signal.SIGINT)
         if speaks:
-            print(stopped or f"{program}: stopped before the first step", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+            print(stopped or f"{program}: stopped by {number.name}; there was nothing to save", file=sys.stderr)
+        sys.exit(128 + number)
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -3596,12 +3693,58 @@ def num_values_of(flag):
 
 
 def nearest(name, names):
-    """The one of `names` that somebody who wrote `name` most likely means, or None: a longer one, or one like it."""
-    plain = {known.strip("-").replace("-", "_").lower(): known for known in names}
-    wanted = name.strip("-").replace("-", "_").lower()
-    longer = sorted((known for known in plain if wanted and known.startswith(wanted)), key=len)
-    alike = longer[:1] or difflib.get_close_matches(wanted, plain, 1, 0.7)
+    """The one of `names` that somebody who wrote `name` most likely means, or None: what other trainers call so, else
+    one that has all of its words in their order, else one whose words it has, else one with about its letters."""
+    plain = {}
+    for known in names:
+        plain.setdefault(plain_name(known), known)
+    wanted = plain_name(name)
+    for known in plain:
+        if letters_of(known) == letters_of(wanted):
+            return plain[known]
+    meant = [ours for ours, theirs in NAMES_ELSEWHERE.items() if letters_of(wanted) in letters_of(theirs).split()]
+    if meant:
+        return next((plain[known] for known in meant if known in plain), None)
+    is_negated = wanted.startswith("no_")
+    likely = [known for known in plain if known.startswith("no_") == is_negated]
+    likely.sort(key=lambda known: (known not in MOST_USED, len(known)))
+    words = wanted.split("_")
+    for is_like in (operator.eq, is_begun_by, is_alike):
+        for known in likely:
+            if has_in_order(known.split("_"), words, is_like):
+                return plain[known]
+    for known in sorted(likely, key=len, reverse=True):
+        if has_in_order(words, known.split("_"), operator.eq):
+            return plain[known]
+    alike = difflib.get_close_matches(wanted, plain, 1, 0.7)
     return plain[alike[0]] if alike else None
+
+
+def plain_name(name):
+    """A flag's name without its dashes, in the letters of a key of YAML."""
+    return name.strip("-").replace("-", "_").lower()
+
+
+def letters_of(name):
+    """A name without what parts its words."""
+    return name.replace("_", "")
+
+
+def has_in_order(words, wanted, is_like):
+    """Whether for each of the words `wanted` there is one of `words` like it, in the same order."""
+    rest = iter(words)
+    return all(any(is_like(word, other) for word in rest) for other in wanted)
+
+
+def is_begun_by(word, start):
+    """Whether a word begins so, by some letters."""
+    return len(start) >= 3 and word.startswith(start)
+
+
+def is_alike(word, other):
+    """Whether a word is another one, or that may be a misspelling of it."""
+    is_misspelling = len(other) >= 4 and difflib.SequenceMatcher(None, word, other).ratio() >= 0.75
+    return word == other or is_misspelling
 
 
 def config_words(parser, path, defaults, sections, other_sections):
@@ -6446,26 +6589,31 @@ def is_orphaned(launcher):
 
 @contextlib.contextmanager
 def noted_signals(stop):
-    """Notes in `stop` the signals that ask to stop or to save, which by default end the process; an ignored SIGHUP
-    (nohup) stays ignored."""
-    actions = {
-        **dict.fromkeys(ASK_TO_STOP, functools.partial(note_signal, stop.received)),
-        **dict.fromkeys(ASK_TO_SAVE, functools.partial(note_save, stop.saves)),
-    }
-    number_of = signal.Signals.__members__
-    if "SIGHUP" in number_of and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-        del actions["SIGHUP"]
-    with answered_signals(actions):
+    """Notes in `stop` the signals that ask to stop or to save, which by default end the process."""
+    note_stop = functools.partial(note_signal, stop.received)
+    with answered_signals(note_stop, functools.partial(note_save, stop.saves)):
         yield
 
 
 @contextlib.contextmanager
-def answered_signals(actions):
-    """Answers signals, by name, by other actions for a while; afterwards they do what they did before. Outside the
-    main thread, which alone gets signals, all stays as it is."""
+def stopped_by_signals():
+    """Raises `KeyboardInterrupt` with the number of a signal that asks to stop, where there is no step to be finished,
+    nor anything to save: what asks for that is ignored."""
+    with answered_signals(interrupt, signal.SIG_IGN):
+        yield
+
+
+@contextlib.contextmanager
+def answered_signals(stop_action, save_action):
+    """Answers signals that ask to stop or to save by other actions for a while; afterwards they do what they did
+    before. An ignored SIGHUP (nohup) stays ignored, and outside the main thread, which alone gets signals, all."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    actions = {**dict.fromkeys(ASK_TO_STOP, stop_action), **dict.fromkeys(ASK_TO_SAVE, save_action)}
+    number_of = signal.Signals.__members__
+    if "SIGHUP" in number_of and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        del actions["SIGHUP"]
     before = {name: signal.getsignal(number) for name, number in known_signals(actions)}
     for name, number in known_signals(actions):
         signal.signal(number, actions[name])
@@ -6497,6 +6645,13 @@ def note_signal(received, number, _):
     say("Finishing the step and writing a checkpoint; another signal, later, ends at once, without one.")
     received.append(number)
     on_signals(functools.partial(end_at_once, time.monotonic()))
+
+
+def interrupt(number, _):
+    """Raises `KeyboardInterrupt` with the number of the signal, as Ctrl-C does without one; another signal, but for
+    what comes with the first, does not wait for what is left then."""
+    on_signals(functools.partial(end_at_once, time.monotonic()))
+    raise KeyboardInterrupt(number)
 
 
 def end_at_once(since, number, _):
@@ -6716,23 +6871,23 @@ def work_of(args, is_first):
 
 def run_script(program, parser, argv, replaced_flags, check_args, start, is_first=True, patience=0):
     """Runs a training script: reads its flags, tells all that is wrong with them, and calls `start(args)`, which
-    trains. A mistake of the user's ends with status 2 and its message, after `patience` seconds.
+    trains. A mistake of the user's ends with status 2 and its message, after `patience` seconds, and a signal that
+    asks to stop, where that notes none, with its status and a line.
 
     `check_args(args, problems)` lists what is wrong beside `problems` with the values of single flags.
     """
-    print_any_character()
-    args, problems = parse_flags(parser, argv, replaced_flags)
-    problems += check_encoding(args)
-    quiet_libraries()
-    with told_to_user(program, speaks=is_first, patience=patience):
+    with stopped_by_signals(), told_to_user(program, speaks=is_first, patience=patience):
+        print_any_character()
+        args, problems = parse_flags(parser, argv, replaced_flags)
+        problems += check_encoding(args)
+        quiet_libraries()
         # What is said of a flag whose value was refused, or whose name is not right, is about its default.
         refused = re.findall(r"^--\w+|(?<=did you mean )--\w+", "\n".join(problems), re.MULTILINE)
         for problem in check_args(args, problems):
             if not any(re.search(rf"{flag}\b", problem) for flag in refused):
                 problems.append(problem)
         raise_problems(problems)
-        with answered_signals(dict.fromkeys(ASK_TO_SAVE, signal.SIG_IGN)):  # outside of steps nothing is to be saved
-            start(args)
+        start(args)
 
 
 # --------------------------------------------------------------------------------------------------------------- cache
