@@ -343,6 +343,14 @@ def test_captions_that_are_numbers_are_told_as_such(open_stream, tmp_path):
     assert sorted(problems) == [("a.parquet", f"row {row}", told.format(row + 3)) for row in range(3)]
 
 
+def test_what_is_left_out_of_those_held_out_is_told(open_stream, tmp_path, capsys):
+    write_tar(tmp_path / "set" / "a.tar", [(b"note", "n.png", "words"), *make_rows(3)])
+    _, held_out, _ = open_stream(tmp_path / "set", "--num_validation_samples=2")
+    assert [text for (text,) in held_out.rows["captions"]] == [caption_of(0)]
+    told = "Left out of what is held out: 1 of 2 images are unusable:\n  a.tar: n.png: no image that Pillow knows\n"
+    assert told in capsys.readouterr().out
+
+
 def test_a_hundred_of_those_left_out_are_named_at_once_and_all_summed_up(capsys):
     """In at most twelve lines, by shard and reason, what came most often first; numbers in brackets are no reason."""
     left_out = LeftOut()
