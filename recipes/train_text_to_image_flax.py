@@ -53,6 +53,7 @@ from sdtune.flax.training import (
     check_hosts,
     check_shared_output,
     end_of_process,
+    ended_alone,
     load_batches,
     make_accelerator,
     make_state,
@@ -274,7 +275,7 @@ def save_model(args, pipeline, noise_scheduler, step):
 def start(args):
     """Starts JAX, and trains; of several hosts the first one writes and prints."""
     mesh = start_jax(args)
-    with work_of(args, is_first=jax.process_index() == 0):
+    with work_of(args, is_first=jax.process_index() == 0), ended_alone():
         train(args, mesh)
 
 

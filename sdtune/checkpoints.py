@@ -20,6 +20,7 @@ from sdtune.optimization import peak_learning_rate
 AVERAGED = "_ema"  # ends the names of averaged weights in a checkpoint
 # What settings are digests of, or dictionaries of digests.
 DIGESTED = {"captioned_images": "images or captions", "class_data": "class images", "photos": "images or captions"}
+WHOLE_WEIGHT = 0.999  # of the samples of a step in all, which is 1 but for rounding
 MAX_NAMED = 5  # of what differs in a setting
 REMEDY_FOR_SHARDING = (
     "use the accelerate config of there, under ZeRO with as many processes (accelerate launch --num_processes=N), or "
@@ -244,6 +245,18 @@ def note_step(run, step, loss, is_finite):
     if not is_finite:
         progress["skipped_steps"] = progress.get("skipped_steps", 0) + 1  # which older checkpoints do not have
         print(f"\nStep {step + 1}: loss or gradient is not finite; skipped, {progress['nan_steps']} in a row.")
+
+
+def note_passed_over(run, step):
+    """Notes that a step is done of a stream's images of which none could be used."""
+    run.progress["global_step"] = step + 1
+    print(f"\nStep {step + 1}: of its images none can be used; passed over.")
+
+
+def mean_of_usable(loss, weight):
+    """The mean loss of a step's images that could be used, whose weights add up to less than 1 where a stream left
+    others out."""
+    return loss / weight if weight < WHOLE_WEIGHT else loss
 
 
 def tell_skipped(run):

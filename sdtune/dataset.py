@@ -490,7 +490,7 @@ def read_dataset(args, name, default_caption=None):
         cause = error.__cause__ or error  # where `datasets` says no more than that it could not
         if isinstance(error.__cause__, InputError):
             raise InputError(f"--dataset_name={name}: {cause}") from None
-        broken = find_broken(data_files)
+        broken = error.__cause__ and find_broken(data_files)  # which reads all, and nothing was read without a cause
         told = f"{broken}: {last_line(cause)}; mend or remove it" if broken else last_line(cause)
         raise InputError(
             f"--dataset_name={name}: cannot be loaded; check it, --dataset_config_name, "
@@ -633,7 +633,7 @@ def describe_source(args, name, data_files, are_aside):
     are_chosen = is_pattern or len(chosen) < len(data_files) or os.path.isfile(name)
     if are_chosen or (are_aside and not num_configs):
         if config_name or num_configs > 1:
-            told = "a bracket in the path, pictures or caches hide its configurations"
+            told = "a bracket in the path, pictures, caches or empty shards hide its configurations"
             raise InputError(f"{told}; rename it, move them away or drop --dataset_config_name")
         # Whole lists: `datasets` would take what there is most of, and all that a pattern fits.
         kind = next(kind for kind in DATA_KINDS.values() if kind in [kind_of(path) for path in chosen])

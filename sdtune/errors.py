@@ -125,14 +125,15 @@ def told_to_user(program, speaks=True, errors=InputError, stopped=None, patience
     `stopped`. Of several processes only the one that `speaks` prints more than mistakes, which another one tells after
     `patience` seconds, if it was not ended by then."""
     try:
-        with contextlib.redirect_stdout(sys.stdout if speaks else io.StringIO()):
-            yield
-    except errors as error:
-        time.sleep(patience)
-        print(fitted(f"{program}: {error}{remedy_for(error)}"), file=sys.stderr)
-        sys.exit(2)
+        try:
+            with contextlib.redirect_stdout(sys.stdout if speaks else io.StringIO()):
+                yield
+        except errors as error:
+            time.sleep(patience)  # in which the launcher's signal may come
+            print(fitted(f"{program}: {error}{remedy_for(error)}"), file=sys.stderr)
+            sys.exit(2)
     except KeyboardInterrupt as error:
         number = signal.Signals(error.args[0] if error.args else signal.SIGINT)
         if speaks:
-            print(stopped or f"{program}: stopped by {number.name}; there was nothing to save", file=sys.stderr)
+            print(stopped or f"{program}: stopped by {number.name}", file=sys.stderr)
         sys.exit(128 + number)

@@ -145,6 +145,11 @@ def row_of(key, files, image_column, caption_column):
         row["captions"] = captions_of(files, caption_column)
     except ValueError as error:  # `InputError` is one
         return {**row, "captions": [], "problem": str(error)}
+    if len(images) > 1 and all("." in suffix for suffix in images):
+        told = (
+            f"{len(images)} images are one sample, whose name ends at the first dot; rename files with dots in names"
+        )
+        return {**row, "problem": told}
     if not images:
         there = ", ".join(f".{suffix}" for suffix in files)
         told = f"there is no image to it, but {there}; files of a sample have to follow each other"
@@ -180,8 +185,10 @@ def check_columns(paths, image_column, caption_column, needs_caption=True, token
     read."""
     samples = itertools.chain.from_iterable(samples_of(path, image_column, caption_column, token) for path in paths)
     suffixes, fields, has_image, has_caption = {}, {}, False, False
+    number = 0
     with contextlib.suppress(OSError, EOFError, zlib.error, tarfile.TarError):
         for _, files in itertools.islice(samples, NUM_LOOKED_AT):
+            number += 1
             suffixes |= files
             with contextlib.suppress(ValueError):
                 fields |= fields_of(files)
@@ -192,4 +199,5 @@ def check_columns(paths, image_column, caption_column, needs_caption=True, token
                 return
         there = ", ".join(map(in_one_line, [*suffixes, *fields]))
         missing = caption_column if has_image else image_column
-        raise ValueError(f"there is no column {missing!r}, but {there or 'nothing'}")
+        told = f"of the first {number} samples none has a column {missing!r}, but {there or 'nothing'}"
+        raise ValueError(told if number else f"there is no column {missing!r}: there are no samples")

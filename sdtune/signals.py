@@ -65,6 +65,14 @@ def stopped_by_signals():
 
 
 @contextlib.contextmanager
+def ended_by_signals():
+    """Lets a signal that asks to stop end the process at once, where it waits for others outside of Python, which
+    would not hear of the signal until they come."""
+    with answered_signals(signal.SIG_DFL, signal.SIG_IGN):
+        yield
+
+
+@contextlib.contextmanager
 def answered_signals(stop_action, save_action):
     """Answers signals that ask to stop or to save by other actions for a while; afterwards they do what they did
     before. An ignored SIGHUP (nohup) stays ignored, and outside the main thread, which alone gets signals, all."""

@@ -33,7 +33,7 @@ from sdtune.randomness import BUFFER, SAMPLE, SHARDS_ORDER, random_numbers
 from sdtune.shards import ROW_FEATURES, all_captions, caption_suffixes, check_columns, read_tars, without_empty
 
 ROWS_AT_ONCE = 16  # that are read of a shard
-BYTES_OF_PART = 2**18  # of a file that is looked at to know it again
+BYTES_OF_PART = 2**14  # of a shard, thrice; there may be thousands of shards
 SHUFFLE_BUFFER_SIZE = 1000
 MOST_BAD_ROWS = 1000  # one after the other, before a run ends
 NUM_TOLD = 100  # samples that are left out, by name
@@ -89,7 +89,11 @@ class StreamedImages(torch.utils.data.IterableDataset):
         not be used. `apply` maps a function over rows."""
         rows = self.rows(stream, num_streams, num_batches * self.batch_size)
         num_bad, last_told = 0, []  # one after the other; what is told of the last of them
-        epoch, is_whole, is_useless = None, num_batches == 0, False
+        epoch, is_whole, bad_shards = (
+            None,
+            num_batches == 0,
+            set(),
+        )  # read, a whole epoch each, since the last good row
         while True:
             found = list(apply(self.try_sample, itertools.islice(rows, self.batch_size)))
             left_out = [problem for _, problem in found if problem]
@@ -101,11 +105,15 @@ class StreamedImages(torch.utils.data.IterableDataset):
                 )
             for sample, problem in found:
                 if sample["epoch"] != epoch:
-                    if is_useless:
-                        raise InputError(told_of_useless(last_told, num_streams))
-                    epoch, is_whole, is_useless = sample["epoch"], True, is_whole
-                is_useless = is_useless and problem is not None
-                last_told = [*last_told, problem][-3:] if problem else []
+                    if bad_shards and self.are_all(bad_shards):
+                        raise InputError(told_of_useless(last_told))
+                    epoch, is_whole = sample["epoch"], is_whole or epoch is not None
+                if problem is None:
+                    bad_shards, is_whole, last_told = set(), False, []
+                else:
+                    last_told = [*last_told, problem][-3:]
+                    if is_whole:
+                        bad_shards.add(sample["shard"])
             # Others carry the weight of those that are left out; where there are none, a picture without weight comes.
             for sample in good:
                 sample["weight"] = np.float32(self.weight / len(good))
@@ -124,6 +132,10 @@ class StreamedImages(torch.utils.data.IterableDataset):
             num_done = max(num_done - num_rows, 0)
             if not num_rows:
                 self.check_other_epochs(num_streams)
+
+    def are_all(self, shards):
+        """Whether no other shard than these has rows."""
+        return all(shard in shards or self.num_rows.get(shard) == 0 for shard in range(len(self.shard_names)))
 
     def check_other_epochs(self, num_streams):
         """Raises `InputError` if a stream that has no row in an epoch has none in any other."""
@@ -250,11 +262,10 @@ class StreamedImages(torch.utils.data.IterableDataset):
         return in_one_line(self.shard_names[row.shard]), in_one_line(path) if path else f"row {row.index}"
 
 
-def told_of_useless(problems, num_streams):
-    """What is told of an epoch of a stream in which nothing could be used; `problems` are the last ones."""
-    reader = f" of one of {num_streams} workers" if num_streams > 1 else ""
+def told_of_useless(problems):
+    """What is told of shards in which nothing could be used; `problems` are the last ones."""
     remedy = "mend or remove these, or name other columns by --image_column and --caption_column"
-    return f"a whole epoch{reader} in which no image can be used ({'; '.join(map(': '.join, problems))}); {remedy}"
+    return f"shards in none of which an image can be used ({'; '.join(map(': '.join, problems))}); {remedy}"
 
 
 @dataclasses.dataclass
@@ -417,7 +428,7 @@ def tell_files(names, builder):
 
 
 def digest_of_parts(path):
-    """The size of a file and a digest of its beginning, middle and end, which take no time to read."""
+    """The size of a file and a digest of its beginning, middle and end."""
     size, digest = os.path.getsize(path), hashlib.sha256()
     with open(path, "rb") as file:
         for start in (0, size // 2, max(size - BYTES_OF_PART, 0)):

@@ -6,7 +6,6 @@ import dataclasses
 import datetime
 import functools
 import itertools
-import math
 import os
 import secrets
 import shutil
@@ -35,8 +34,10 @@ from sdtune.buckets import warn_of_short_steps
 from sdtune.checkpoints import (
     Weights,
     find_checkpoint,
+    mean_of_usable,
     name_of_choice,
     new_run,
+    note_passed_over,
     note_step,
     take_settings,
     tell_difference,
@@ -66,7 +67,7 @@ from sdtune.output import chosen_tracker, leave_token, log_losses, prepare_outpu
 from sdtune.plan import print_plan, tell_cost, warn_of_precision
 from sdtune.randomness import DROPOUT, random_numbers
 from sdtune.sharding import check_sharding, held_here, set_up_sharding, skeleton_of, whole_tensor
-from sdtune.signals import ignore_signals, is_asked, take_save_requests
+from sdtune.signals import ended_by_signals, ignore_signals, is_asked, take_save_requests
 from sdtune.states import keep_best_together, read_checkpoint, register_weights, save_together
 from sdtune.streaming import stream_from, without_left_out
 from sdtune.validation import LookGivenUp, steps_between_looks
@@ -74,7 +75,6 @@ from sdtune.validation import LookGivenUp, steps_between_looks
 # Of glibc's `mallopt` (malloc.h): parameters, with the largest values that serve.
 FREED_MEMORY_IS_KEPT = {-1: 2**31 - 1, -3: 2**30}  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, in bytes
 MINUTES = datetime.timedelta(minutes=10)  # for what all processes do at the same time
-WHOLE_WEIGHT = 0.999  # of a step's samples in all, which is 1 but for rounding
 A_DAY = datetime.timedelta(days=1)
 PATIENCE_WITH_FOLDERS = 75  # seconds: NFS may keep for 60 that a file is not there
 # Flags that may differ between machines: what they name is compared in their place, or has no effect on others.
@@ -145,16 +145,18 @@ def make_accelerator(args):
     make = functools.partial(Accelerator, mixed_precision=args.mixed_precision)
     if uses_deepspeed():
         make = functools.partial(make_deepspeed_accelerator, args)
-    accelerator = make(
-        log_with=chosen_tracker(args),
-        project_dir=Path(args.output_dir, args.logging_dir),
-        # The passes of a step are ours to count: accelerate would divide gradients by what its variable says.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        kwargs_handlers=[
-            InitProcessGroupKwargs(choose_backend(), timeout=MINUTES),
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # else every gradient is there twice
-        ],
-    )
+    is_alone = get_int_from_env(["WORLD_SIZE"], 1) == 1
+    with contextlib.nullcontext() if is_alone else ended_by_signals():  # until the other processes come
+        accelerator = make(
+            log_with=chosen_tracker(args),
+            project_dir=Path(args.output_dir, args.logging_dir),
+            # The passes of a step are ours to count: accelerate would divide gradients by what its variable says.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            kwargs_handlers=[
+                InitProcessGroupKwargs(choose_backend(), timeout=MINUTES),
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # else every gradient is there twice
+            ],
+        )
     set_up_sharding(accelerator)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
@@ -502,7 +504,7 @@ def take_step(args, accelerator, run, work, passes, requests):
         if is_finite:
             lr_scheduler.step()
             update_average(args, run, held_here(run.weights.parameters))
-        loss = loss / weight if weight < WHOLE_WEIGHT else loss  # the mean of what could be used of a stream
+        loss = mean_of_usable(loss, weight)
         note_step(run, step, loss, is_finite)
         run.is_whole = True
     return loss, grad_norm if is_finite else None, is_broken, requests
@@ -521,9 +523,8 @@ def pass_over(accelerator, run, step):
     if accelerator.scaler is not None:  # it wants to be told that the gradients, which it unscaled, are done with
         accelerator.scaler.update()
     run.state["optimizer"].zero_grad()
-    note_step(run, step, math.nan, is_finite=True)
+    note_passed_over(run, step)
     run.is_whole = True
-    accelerator.print(f"\nStep {step + 1}: of its images none can be used; passed over.")
 
 
 def add_up_gradients(args, accelerator, run, work, passes):

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import tarfile
 
 import datasets
 import numpy as np
@@ -14,7 +15,7 @@ from fake_hub import USER
 from image_data import caption_of, encoded, make_image, snapshot, write_metadata
 from reach_hub import reaching
 from running import run_script
-from shards import make_rows, write_messy_tar, write_shards, write_tar
+from shards import add_file, make_rows, write_messy_tar, write_shards, write_tar
 from tiny import make_tokenizer
 from training import parse
 
@@ -408,6 +409,17 @@ def test_the_captions_of_shards_come_from_the_field_that_is_named(tmp_path):
         captions_in(folder, "--caption_column=alt")
 
 
+def test_names_with_dots_in_a_tar_are_told(tmp_path):
+    """They would be one sample, by WebDataset's rule, of whose images but one was used."""
+    with tarfile.open(tmp_path / "a.tar", "w") as file:
+        for number, name in enumerate(["plain", "2021.01", "2021.02"]):
+            add_file(file, f"{name}.png", encoded(make_image(number)))
+            add_file(file, f"{name}.txt", b"a day")
+    args = parse(f"--dataset_name={tmp_path / 'a.tar'}", f"--cache_dir={tmp_path / 'cache'}")
+    told = "2 images are one sample, whose name ends at the first dot; rename files with dots in names"
+    assert read_rows(args, None, None)["problem"] == [None, told]
+
+
 def test_bad_samples_of_a_tar_are_named_and_the_others_used(tmp_path):
     """Each by itself: neither do samples have to be alike, nor is one that cannot be decoded the end of others."""
     told = write_messy_tar(tmp_path / "mess" / "a.tar")
@@ -426,9 +438,11 @@ def test_bad_samples_of_a_tar_are_named_and_the_others_used(tmp_path):
     assert list(kept.rows["captions"]) == [["one"], ["five", "and more"]]
     assert kept.contents.tolist() == [hashlib.sha256(encoded(make_image(1), "jpg", quality=95)).hexdigest()] * 2
     assert read_rows(args, None, "a star")["captions"][0] == ["a star"]
-    with pytest.raises(InputError, match=r"there is no column 'alt', but png, pth, jpg, txt, json, jpeg, caption\)"):
+    with pytest.raises(
+        InputError, match=r"samples none has a column 'alt', but png, pth, jpg, txt, json, jpeg, caption\)"
+    ):
         captions_in(tmp_path / "mess", "--caption_column=alt")
-    with pytest.raises(InputError, match=r"there is no column 'webp', but png"):
+    with pytest.raises(InputError, match=r"samples none has a column 'webp', but png"):
         captions_in(tmp_path / "mess", "--image_column=webp")
 
 

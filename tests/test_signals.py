@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ from running import SCRIPTS, TRAIN_TEXT_TO_IMAGE, TRAIN_TEXT_TO_IMAGE_FLAX, catc
 from training import words
 
 from sdtune import signals
-from sdtune.errors import told_to_user
+from sdtune.errors import InputError, told_to_user
 from sdtune.signals import Stop, is_asked, noted_signals, stopped_by_signals, take_save_requests
 
 STOPS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
@@ -153,8 +154,22 @@ def test_a_stop_outside_of_steps_ends_with_its_status_and_a_line(number, capsys)
     with pytest.raises(SystemExit) as caught, stopped_by_signals(), told_to_user("train.py"):
         wait()
     assert caught.value.code == 128 + number
-    assert capsys.readouterr().err == f"train.py: stopped by {number.name}; there was nothing to save\n"
+    assert capsys.readouterr().err == f"train.py: stopped by {number.name}\n"
     assert signal.getsignal(number) == signal.SIG_DFL
+
+
+def test_a_stop_while_a_process_waits_to_tell_its_mistake_leaves_no_traceback(capsys, monkeypatch):
+    """Its launcher ends it when the first process has told the same one."""
+
+    def sleep(seconds):
+        assert seconds == 5
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("sdtune.errors.time.sleep", sleep)
+    with pytest.raises(SystemExit) as caught, stopped_by_signals(), told_to_user("train.py", False, patience=5):
+        raise InputError("a mistake")
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == ""
 
 
 @pytest.fixture
@@ -186,7 +201,7 @@ def check_end(process, path, number):
     """Asserts that a script has ended by a signal with its status and one line."""
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + number, said
-    assert said.endswith(f"{path.name}: stopped by {number.name}; there was nothing to save\n")
+    assert said.endswith(f"{path.name}: stopped by {number.name}\n")
     assert "Traceback" not in said
 
 
@@ -233,6 +248,24 @@ def test_a_signal_while_models_are_loaded(path, start, tiny_pipeline, tmp_path):
         process.send_signal(number)
     check_end(process, path, signal.SIGTERM)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_signal_while_a_process_waits_for_another_that_never_comes(tiny_pipeline, tmp_path):
+    """The library waits outside of Python, and hears of no signal that Python would answer."""
+    with socket.socket() as server:  # which answers nobody
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        port = str(server.getsockname()[1])
+        where = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        line = words(tiny_pipeline, write_image_folder(tmp_path / "images", 4), tmp_path / "out")
+        process = start_script(line, where | {"ACCELERATE_USE_CPU": "true"})
+        server.settimeout(60)
+        server.accept()[0].close()
+        process.send_signal(signal.SIGTERM)
+        said, _ = process.communicate(timeout=10)
+    assert process.returncode == -signal.SIGTERM, said
+    assert "Traceback" not in said
 
 
 def test_an_ignored_hangup_stays_ignored_while_a_script_imports(start, tmp_path):

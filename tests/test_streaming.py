@@ -323,7 +323,7 @@ def test_bad_samples_of_a_messy_tar_are_left_out_and_the_others_used(open_stream
     pixels = {sample["row"]: sample["pixel_values"] for sample in samples if sample["shard"] == 0}
     assert np.array_equal(pixels[1], pixels[5])
     assert abs(pixels[1].astype(int) - np.array(make_image(1)).transpose(2, 0, 1)).mean() < 8  # a JPEG
-    with pytest.raises(InputError, match=r"cannot be streamed; .*no column 'alt', but png, pth, jpg, txt, json"):
+    with pytest.raises(InputError, match=r"cannot be streamed; .*a column 'alt', but png, pth, jpg, txt, json"):
         open_stream(tmp_path / "set", "--caption_column=alt")
 
 
@@ -382,16 +382,28 @@ def test_a_pass_of_bad_rows_has_no_weight(open_stream, tmp_path):
     assert all((sample["pixel_values"] == 255).all() for sample in blank)
 
 
+def test_a_bad_shard_ends_no_stream_that_gets_others_later(open_stream, tmp_path):
+    """Here each of four streams has a whole shard an epoch, and one of the shards is bad throughout."""
+    write_tar(tmp_path / "set" / "a.tar", [(b"note", f"{number}.png", "words") for number in range(2)])
+    for number, name in enumerate("bcd"):
+        write_tar(tmp_path / "set" / f"{name}.tar", make_rows(2, 2 * number))
+    images, _, _ = open_stream(tmp_path / "set", "--train_batch_size=1")
+    for stream in range(4):
+        shards = [(sample["shard"], bool(sample["weight"])) for sample in take(images, stream, 4, 40)]
+        assert {shard for shard, _ in shards} == {0, 1, 2, 3}
+        assert all(is_good == (shard != 0) for shard, is_good in shards)
+
+
 def test_a_stream_without_a_good_row_ends(open_stream, tmp_path):
     write_tar(tmp_path / "set" / "a.tar", [(b"note", f"{number}.png", "words") for number in range(3)])
     images, _, _ = open_stream(tmp_path / "set", "--train_batch_size=4")
     told = (
-        r"^a whole epoch in which no image can be used \((a.tar: \d.png: no image that Pillow knows(; )?){3}\); mend "
+        r"^shards in none of which an image can be used \((a.tar: \d.png: no image that Pillow knows(; )?){3}\); mend "
         "or remove these, or name other columns by --image_column and --caption_column$"
     )
     with pytest.raises(InputError, match=told):
         take(images, 0, 1, 1)  # which has the first row of the second epoch
-    with pytest.raises(InputError, match=r"^a whole epoch of one of 2 workers in which"):
+    with pytest.raises(InputError, match=r"^shards in none of which an image can be used"):
         take(images, 1, 2, 1)
     write_tar(tmp_path / "set" / "a.tar", [(b"note", f"{number}.png", "words") for number in range(1100)])
     images, _, _ = open_stream(tmp_path / "set", "--train_batch_size=4")
@@ -742,7 +754,7 @@ def test_a_run_without_a_usable_image_ends_and_writes_no_model(fit, tmp_path, ca
     write_tar(tmp_path / "bad" / "a.tar", [(b"note", f"{number}.png", "words") for number in range(3)])
     assert fit(tmp_path / "run", dataset_name=tmp_path / "bad", num_validation_samples=0) == 1
     error = " ".join(capsys.readouterr().err.split())
-    assert "Stopped after step 0 by a whole epoch in which no image can be used (a.tar: " in error
+    assert "Stopped after step 0 by shards in none of which an image can be used (a.tar: " in error
     assert not (tmp_path / "run" / "model_index.json").exists()
 
 

@@ -57,7 +57,7 @@ def stop_at_once(number, _):
     """Ends the process by a signal that comes before there is a run, or after it, with a line on it."""
     try:
         if os.environ.get("RANK", "0") == "0":
-            told = f"{os.path.basename(__file__)}: stopped by {signal.Signals(number).name}; there was nothing to save"
+            told = f"{os.path.basename(__file__)}: stopped by {signal.Signals(number).name}"
             os.write(2, f"{told}\\n".encode())
     finally:
         os._exit(128 + number)

@@ -95,7 +95,7 @@ def stop_at_once(number, _):
     """Ends the process by a signal that comes before there is a run, or after it, with a line on it."""
     try:
         if os.environ.get("RANK", "0") == "0":
-            told = f"{os.path.basename(__file__)}: stopped by {signal.Signals(number).name}; there was nothing to save"
+            told = f"{os.path.basename(__file__)}: stopped by {signal.Signals(number).name}"
             os.write(2, f"{told}\n".encode())
     finally:
         os._exit(128 + number)
@@ -475,7 +475,7 @@ class StepCounts:
 
 
 ROWS_AT_ONCE = 16  # that are read of a shard
-BYTES_OF_PART = 2**18  # of a file that is looked at to know it again
+BYTES_OF_PART = 2**14  # of a shard, thrice; there may be thousands of shards
 SHUFFLE_BUFFER_SIZE = 1000
 MOST_BAD_ROWS = 1000  # one after the other, before a run ends
 NUM_TOLD = 100  # samples that are left out, by name
@@ -531,7 +531,11 @@ class StreamedImages(torch.utils.data.IterableDataset):
         not be used. `apply` maps a function over rows."""
         rows = self.rows(stream, num_streams, num_batches * self.batch_size)
         num_bad, last_told = 0, []  # one after the other; what is told of the last of them
-        epoch, is_whole, is_useless = None, num_batches == 0, False
+        epoch, is_whole, bad_shards = (
+            None,
+            num_batches == 0,
+            set(),
+        )  # read, a whole epoch each, since the last good row
         while True:
             found = list(apply(self.try_sample, itertools.islice(rows, self.batch_size)))
             left_out = [problem for _, problem in found if problem]
@@ -543,11 +547,15 @@ class StreamedImages(torch.utils.data.IterableDataset):
                 )
             for sample, problem in found:
                 if sample["epoch"] != epoch:
-                    if is_useless:
-                        raise InputError(told_of_useless(last_told, num_streams))
-                    epoch, is_whole, is_useless = sample["epoch"], True, is_whole
-                is_useless = is_useless and problem is not None
-                last_told = [*last_told, problem][-3:] if problem else []
+                    if bad_shards and self.are_all(bad_shards):
+                        raise InputError(told_of_useless(last_told))
+                    epoch, is_whole = sample["epoch"], is_whole or epoch is not None
+                if problem is None:
+                    bad_shards, is_whole, last_told = set(), False, []
+                else:
+                    last_told = [*last_told, problem][-3:]
+                    if is_whole:
+                        bad_shards.add(sample["shard"])
             # Others carry the weight of those that are left out; where there are none, a picture without weight comes.
             for sample in good:
                 sample["weight"] = np.float32(self.weight / len(good))
@@ -566,6 +574,10 @@ class StreamedImages(torch.utils.data.IterableDataset):
             num_done = max(num_done - num_rows, 0)
             if not num_rows:
                 self.check_other_epochs(num_streams)
+
+    def are_all(self, shards):
+        """Whether no other shard than these has rows."""
+        return all(shard in shards or self.num_rows.get(shard) == 0 for shard in range(len(self.shard_names)))
 
     def check_other_epochs(self, num_streams):
         """Raises `InputError` if a stream that has no row in an epoch has none in any other."""
@@ -733,6 +745,7 @@ DIGESTS_FILE = "digests.json"
 AVERAGED = "_ema"  # ends the names of averaged weights in a checkpoint
 # What settings are digests of, or dictionaries of digests.
 DIGESTED = {"captioned_images": "images or captions", "class_data": "class images", "photos": "images or captions"}
+WHOLE_WEIGHT = 0.999  # of the samples of a step in all, which is 1 but for rounding
 MAX_NAMED = 5  # of what differs in a setting
 REMEDY_FOR_SHARDING = (
     "use the accelerate config of there, under ZeRO with as many processes (accelerate launch --num_processes=N), or "
@@ -1054,7 +1067,7 @@ def save_model(args, pipeline, noise_scheduler, step):
 def start(args):
     """Starts JAX, and trains; of several hosts the first one writes and prints."""
     mesh = start_jax(args)
-    with work_of(args, is_first=jax.process_index() == 0):
+    with work_of(args, is_first=jax.process_index() == 0), ended_alone():
         train(args, mesh)
 
 
@@ -1134,7 +1147,7 @@ def train_step(state, batch, learning_rate, ema_decay, training_loss, optimizer,
     each sample. `state` has `unet` (weights), `optimizer` (moments) and maybe `ema` (weights).
 
     Returns the new state, or the old one if loss or gradient is not finite or no sample has weight, and [loss,
-    gradient's norm, the most that a host asks for].
+    gradient's norm, weight of all samples, the most that a host asks for].
     """
     # Forward and backward
     loss, grads = loss_and_gradient(training_loss, state["unet"], batch)
@@ -1149,9 +1162,10 @@ def train_step(state, batch, learning_rate, ema_decay, training_loss, optimizer,
         after["ema"] = optax.incremental_update(after["unet"], state["ema"], 1 - ema_decay)
 
     # Unless a loss or a gradient is not finite, or nothing of a stream could be used
-    is_useful = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & batch["weight"].any()
+    weight = batch["weight"].sum()
+    is_useful = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (weight > 0)
     after = jax.tree.map(lambda new, old: jnp.where(is_useful, new, old), after, state)
-    return after, jnp.stack([loss, grad_norm, batch["asked"].max()])
+    return after, jnp.stack([loss, grad_norm, weight, batch["asked"].max()])
 
 
 # ------------------------------------------------------------------------------------------------------- flax.training
@@ -1189,7 +1203,8 @@ def join_hosts(args):
         where["coordinator_address"] = args.coordinator_address
         where["num_processes"], where["process_id"] = args.num_hosts, args.host_index
     try:
-        jax.distributed.initialize(**where, shutdown_timeout_seconds=86400)
+        with ended_by_signals():  # until the other hosts come
+            jax.distributed.initialize(**where, shutdown_timeout_seconds=86400)
     except (RuntimeError, ValueError) as error:
         raise InputError(
             f"--coordinator_address={args.coordinator_address}: the hosts do not meet; check it, and --num_hosts and "
@@ -1226,6 +1241,19 @@ def end_of_process():
     """What ends this process after a failure. Of several hosts one that fails must not wait for the others, as JAX
     does at a regular end: they are in a program in which it takes no part any more."""
     return sys.exit if jax.process_count() == 1 else os._exit
+
+
+@contextlib.contextmanager
+def ended_alone():
+    """Ends this process at once after a signal if there are other hosts, for which JAX waits at a regular end."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if jax.process_count() == 1:
+            raise
+        number = signal.Signals(error.args[0] if error.args else signal.SIGINT)
+        print(f"Stopped by {number.name}.", file=sys.stderr, flush=True)
+        os._exit(128 + number)
 
 
 def make_accelerator(args):
@@ -1404,11 +1432,14 @@ def train_steps(args, accelerator, run, write_state, stop, mesh, batches, traini
         learning_rate, ema_decay = np.float32(learning_rate_of(step)), np.float32(average.get_decay(step + 1))
         run.is_whole = False  # the program writes over the state
         run.state, outcome = step_program(run.state, arrays, learning_rate, ema_decay)
-        loss, grad_norm, asked = np.asarray(outcome).tolist()
+        loss, grad_norm, weight, asked = np.asarray(outcome).tolist()
         is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
         is_broken = not is_finite and run.progress["nan_steps"] >= (args.max_nan_steps or 0)
         stop_now = asked == 2 or (is_asked(stop) and jax.process_count() == 1)
-        if not is_broken:
+        if weight == 0:
+            note_passed_over(run, step)
+        elif not is_broken:
+            loss = mean_of_usable(loss, weight)
             note_step(run, step, loss, is_finite)
         run.is_whole = True
         done = run.progress["global_step"]
@@ -1848,7 +1879,7 @@ def read_dataset(args, name, default_caption=None):
         cause = error.__cause__ or error  # where `datasets` says no more than that it could not
         if isinstance(error.__cause__, InputError):
             raise InputError(f"--dataset_name={name}: {cause}") from None
-        broken = find_broken(data_files)
+        broken = error.__cause__ and find_broken(data_files)  # which reads all, and nothing was read without a cause
         told = f"{broken}: {last_line(cause)}; mend or remove it" if broken else last_line(cause)
         raise InputError(
             f"--dataset_name={name}: cannot be loaded; check it, --dataset_config_name, "
@@ -1991,7 +2022,7 @@ def describe_source(args, name, data_files, are_aside):
     are_chosen = is_pattern or len(chosen) < len(data_files) or os.path.isfile(name)
     if are_chosen or (are_aside and not num_configs):
         if config_name or num_configs > 1:
-            told = "a bracket in the path, pictures or caches hide its configurations"
+            told = "a bracket in the path, pictures, caches or empty shards hide its configurations"
             raise InputError(f"{told}; rename it, move them away or drop --dataset_config_name")
         # Whole lists: `datasets` would take what there is most of, and all that a pattern fits.
         kind = next(kind for kind in DATA_KINDS.values() if kind in [kind_of(path) for path in chosen])
@@ -2460,6 +2491,18 @@ def note_step(run, step, loss, is_finite):
         print(f"\nStep {step + 1}: loss or gradient is not finite; skipped, {progress['nan_steps']} in a row.")
 
 
+def note_passed_over(run, step):
+    """Notes that a step is done of a stream's images of which none could be used."""
+    run.progress["global_step"] = step + 1
+    print(f"\nStep {step + 1}: of its images none can be used; passed over.")
+
+
+def mean_of_usable(loss, weight):
+    """The mean loss of a step's images that could be used, whose weights add up to less than 1 where a stream left
+    others out."""
+    return loss / weight if weight < WHOLE_WEIGHT else loss
+
+
 def tell_skipped(run):
     """Prints how many of the run's steps changed nothing, if there are such: a result may be less than it seems."""
     number = run.progress.get("skipped_steps", 0)
@@ -2692,16 +2735,17 @@ def told_to_user(program, speaks=True, errors=InputError, stopped=None, patience
     `stopped`. Of several processes only the one that `speaks` prints more than mistakes, which another one tells after
     `patience` seconds, if it was not ended by then."""
     try:
-        with contextlib.redirect_stdout(sys.stdout if speaks else io.StringIO()):
-            yield
-    except errors as error:
-        time.sleep(patience)
-        print(fitted(f"{program}: {error}{remedy_for(error)}"), file=sys.stderr)
-        sys.exit(2)
+        try:
+            with contextlib.redirect_stdout(sys.stdout if speaks else io.StringIO()):
+                yield
+        except errors as error:
+            time.sleep(patience)  # in which the launcher's signal may come
+            print(fitted(f"{program}: {error}{remedy_for(error)}"), file=sys.stderr)
+            sys.exit(2)
     except KeyboardInterrupt as error:
         number = signal.Signals(error.args[0] if error.args else signal.SIGINT)
         if speaks:
-            print(stopped or f"{program}: stopped by {number.name}; there was nothing to save", file=sys.stderr)
+            print(stopped or f"{program}: stopped by {number.name}", file=sys.stderr)
         sys.exit(128 + number)
 
 
@@ -4211,6 +4255,11 @@ def row_of(key, files, image_column, caption_column):
         row["captions"] = captions_of(files, caption_column)
     except ValueError as error:  # `InputError` is one
         return {**row, "captions": [], "problem": str(error)}
+    if len(images) > 1 and all("." in suffix for suffix in images):
+        told = (
+            f"{len(images)} images are one sample, whose name ends at the first dot; rename files with dots in names"
+        )
+        return {**row, "problem": told}
     if not images:
         there = ", ".join(f".{suffix}" for suffix in files)
         told = f"there is no image to it, but {there}; files of a sample have to follow each other"
@@ -4246,8 +4295,10 @@ def check_columns(paths, image_column, caption_column, needs_caption=True, token
     read."""
     samples = itertools.chain.from_iterable(samples_of(path, image_column, caption_column, token) for path in paths)
     suffixes, fields, has_image, has_caption = {}, {}, False, False
+    number = 0
     with contextlib.suppress(OSError, EOFError, zlib.error, tarfile.TarError):
         for _, files in itertools.islice(samples, NUM_LOOKED_AT):
+            number += 1
             suffixes |= files
             with contextlib.suppress(ValueError):
                 fields |= fields_of(files)
@@ -4258,15 +4309,15 @@ def check_columns(paths, image_column, caption_column, needs_caption=True, token
                 return
         there = ", ".join(map(in_one_line, [*suffixes, *fields]))
         missing = caption_column if has_image else image_column
-        raise ValueError(f"there is no column {missing!r}, but {there or 'nothing'}")
+        told = f"of the first {number} samples none has a column {missing!r}, but {there or 'nothing'}"
+        raise ValueError(told if number else f"there is no column {missing!r}: there are no samples")
 
 
 # ----------------------------------------------------------------------------------------------------------- streaming
-def told_of_useless(problems, num_streams):
-    """What is told of an epoch of a stream in which nothing could be used; `problems` are the last ones."""
-    reader = f" of one of {num_streams} workers" if num_streams > 1 else ""
+def told_of_useless(problems):
+    """What is told of shards in which nothing could be used; `problems` are the last ones."""
     remedy = "mend or remove these, or name other columns by --image_column and --caption_column"
-    return f"a whole epoch{reader} in which no image can be used ({'; '.join(map(': '.join, problems))}); {remedy}"
+    return f"shards in none of which an image can be used ({'; '.join(map(': '.join, problems))}); {remedy}"
 
 
 def check_streaming(args):
@@ -4395,7 +4446,7 @@ def tell_files(names, builder):
 
 
 def digest_of_parts(path):
-    """The size of a file and a digest of its beginning, middle and end, which take no time to read."""
+    """The size of a file and a digest of its beginning, middle and end."""
     size, digest = os.path.getsize(path), hashlib.sha256()
     with open(path, "rb") as file:
         for start in (0, size // 2, max(size - BYTES_OF_PART, 0)):
@@ -5242,6 +5293,14 @@ def stopped_by_signals():
     """Raises `KeyboardInterrupt` with the number of a signal that asks to stop, where there is no step to be finished,
     nor anything to save: what asks for that is ignored."""
     with answered_signals(interrupt, signal.SIG_IGN):
+        yield
+
+
+@contextlib.contextmanager
+def ended_by_signals():
+    """Lets a signal that asks to stop end the process at once, where it waits for others outside of Python, which
+    would not hear of the signal until they come."""
+    with answered_signals(signal.SIG_DFL, signal.SIG_IGN):
         yield
 
 

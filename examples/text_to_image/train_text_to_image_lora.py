@@ -103,7 +103,7 @@ def stop_at_once(number, _):
     """Ends the process by a signal that comes before there is a run, or after it, with a line on it."""
     try:
         if os.environ.get("RANK", "0") == "0":
-            told = f"{os.path.basename(__file__)}: stopped by {signal.Signals(number).name}; there was nothing to save"
+            told = f"{os.path.basename(__file__)}: stopped by {signal.Signals(number).name}"
             os.write(2, f"{told}\n".encode())
     finally:
         os._exit(128 + number)
@@ -519,7 +519,7 @@ class StepCounts:
 
 
 ROWS_AT_ONCE = 16  # that are read of a shard
-BYTES_OF_PART = 2**18  # of a file that is looked at to know it again
+BYTES_OF_PART = 2**14  # of a shard, thrice; there may be thousands of shards
 SHUFFLE_BUFFER_SIZE = 1000
 MOST_BAD_ROWS = 1000  # one after the other, before a run ends
 NUM_TOLD = 100  # samples that are left out, by name
@@ -575,7 +575,11 @@ class StreamedImages(torch.utils.data.IterableDataset):
         not be used. `apply` maps a function over rows."""
         rows = self.rows(stream, num_streams, num_batches * self.batch_size)
         num_bad, last_told = 0, []  # one after the other; what is told of the last of them
-        epoch, is_whole, is_useless = None, num_batches == 0, False
+        epoch, is_whole, bad_shards = (
+            None,
+            num_batches == 0,
+            set(),
+        )  # read, a whole epoch each, since the last good row
         while True:
             found = list(apply(self.try_sample, itertools.islice(rows, self.batch_size)))
             left_out = [problem for _, problem in found if problem]
@@ -587,11 +591,15 @@ class StreamedImages(torch.utils.data.IterableDataset):
                 )
             for sample, problem in found:
                 if sample["epoch"] != epoch:
-                    if is_useless:
-                        raise InputError(told_of_useless(last_told, num_streams))
-                    epoch, is_whole, is_useless = sample["epoch"], True, is_whole
-                is_useless = is_useless and problem is not None
-                last_told = [*last_told, problem][-3:] if problem else []
+                    if bad_shards and self.are_all(bad_shards):
+                        raise InputError(told_of_useless(last_told))
+                    epoch, is_whole = sample["epoch"], is_whole or epoch is not None
+                if problem is None:
+                    bad_shards, is_whole, last_told = set(), False, []
+                else:
+                    last_told = [*last_told, problem][-3:]
+                    if is_whole:
+                        bad_shards.add(sample["shard"])
             # Others carry the weight of those that are left out; where there are none, a picture without weight comes.
             for sample in good:
                 sample["weight"] = np.float32(self.weight / len(good))
@@ -610,6 +618,10 @@ class StreamedImages(torch.utils.data.IterableDataset):
             num_done = max(num_done - num_rows, 0)
             if not num_rows:
                 self.check_other_epochs(num_streams)
+
+    def are_all(self, shards):
+        """Whether no other shard than these has rows."""
+        return all(shard in shards or self.num_rows.get(shard) == 0 for shard in range(len(self.shard_names)))
 
     def check_other_epochs(self, num_streams):
         """Raises `InputError` if a stream that has no row in an epoch has none in any other."""
@@ -832,6 +844,7 @@ DIGESTS_FILE = "digests.json"
 AVERAGED = "_ema"  # ends the names of averaged weights in a checkpoint
 # What settings are digests of, or dictionaries of digests.
 DIGESTED = {"captioned_images": "images or captions", "class_data": "class images", "photos": "images or captions"}
+WHOLE_WEIGHT = 0.999  # of the samples of a step in all, which is 1 but for rounding
 MAX_NAMED = 5  # of what differs in a setting
 REMEDY_FOR_SHARDING = (
     "use the accelerate config of there, under ZeRO with as many processes (accelerate launch --num_processes=N), or "
@@ -921,7 +934,6 @@ DISK_FULL_TEXT = re.compile(
 # Of glibc's `mallopt` (malloc.h): parameters, with the largest values that serve.
 FREED_MEMORY_IS_KEPT = {-1: 2**31 - 1, -3: 2**30}  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, in bytes
 MINUTES = datetime.timedelta(minutes=10)  # for what all processes do at the same time
-WHOLE_WEIGHT = 0.999  # of a step's samples in all, which is 1 but for rounding
 A_DAY = datetime.timedelta(days=1)
 PATIENCE_WITH_FOLDERS = 75  # seconds: NFS may keep for 60 that a file is not there
 # Flags that may differ between machines: what they name is compared in their place, or has no effect on others.
@@ -1246,16 +1258,18 @@ def make_accelerator(args):
     make = functools.partial(Accelerator, mixed_precision=args.mixed_precision)
     if uses_deepspeed():
         make = functools.partial(make_deepspeed_accelerator, args)
-    accelerator = make(
-        log_with=chosen_tracker(args),
-        project_dir=Path(args.output_dir, args.logging_dir),
-        # The passes of a step are ours to count: accelerate would divide gradients by what its variable says.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        kwargs_handlers=[
-            InitProcessGroupKwargs(choose_backend(), timeout=MINUTES),
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # else every gradient is there twice
-        ],
-    )
+    is_alone = get_int_from_env(["WORLD_SIZE"], 1) == 1
+    with contextlib.nullcontext() if is_alone else ended_by_signals():  # until the other processes come
+        accelerator = make(
+            log_with=chosen_tracker(args),
+            project_dir=Path(args.output_dir, args.logging_dir),
+            # The passes of a step are ours to count: accelerate would divide gradients by what its variable says.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            kwargs_handlers=[
+                InitProcessGroupKwargs(choose_backend(), timeout=MINUTES),
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # else every gradient is there twice
+            ],
+        )
     set_up_sharding(accelerator)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
@@ -1603,7 +1617,7 @@ def take_step(args, accelerator, run, work, passes, requests):
         if is_finite:
             lr_scheduler.step()
             update_average(args, run, held_here(run.weights.parameters))
-        loss = loss / weight if weight < WHOLE_WEIGHT else loss  # the mean of what could be used of a stream
+        loss = mean_of_usable(loss, weight)
         note_step(run, step, loss, is_finite)
         run.is_whole = True
     return loss, grad_norm if is_finite else None, is_broken, requests
@@ -1622,9 +1636,8 @@ def pass_over(accelerator, run, step):
     if accelerator.scaler is not None:  # it wants to be told that the gradients, which it unscaled, are done with
         accelerator.scaler.update()
     run.state["optimizer"].zero_grad()
-    note_step(run, step, math.nan, is_finite=True)
+    note_passed_over(run, step)
     run.is_whole = True
-    accelerator.print(f"\nStep {step + 1}: of its images none can be used; passed over.")
 
 
 def add_up_gradients(args, accelerator, run, work, passes):
@@ -2112,7 +2125,7 @@ def read_dataset(args, name, default_caption=None):
         cause = error.__cause__ or error  # where `datasets` says no more than that it could not
         if isinstance(error.__cause__, InputError):
             raise InputError(f"--dataset_name={name}: {cause}") from None
-        broken = find_broken(data_files)
+        broken = error.__cause__ and find_broken(data_files)  # which reads all, and nothing was read without a cause
         told = f"{broken}: {last_line(cause)}; mend or remove it" if broken else last_line(cause)
         raise InputError(
             f"--dataset_name={name}: cannot be loaded; check it, --dataset_config_name, "
@@ -2255,7 +2268,7 @@ def describe_source(args, name, data_files, are_aside):
     are_chosen = is_pattern or len(chosen) < len(data_files) or os.path.isfile(name)
     if are_chosen or (are_aside and not num_configs):
         if config_name or num_configs > 1:
-            told = "a bracket in the path, pictures or caches hide its configurations"
+            told = "a bracket in the path, pictures, caches or empty shards hide its configurations"
             raise InputError(f"{told}; rename it, move them away or drop --dataset_config_name")
         # Whole lists: `datasets` would take what there is most of, and all that a pattern fits.
         kind = next(kind for kind in DATA_KINDS.values() if kind in [kind_of(path) for path in chosen])
@@ -2610,6 +2623,18 @@ def note_step(run, step, loss, is_finite):
     if not is_finite:
         progress["skipped_steps"] = progress.get("skipped_steps", 0) + 1  # which older checkpoints do not have
         print(f"\nStep {step + 1}: loss or gradient is not finite; skipped, {progress['nan_steps']} in a row.")
+
+
+def note_passed_over(run, step):
+    """Notes that a step is done of a stream's images of which none could be used."""
+    run.progress["global_step"] = step + 1
+    print(f"\nStep {step + 1}: of its images none can be used; passed over.")
+
+
+def mean_of_usable(loss, weight):
+    """The mean loss of a step's images that could be used, whose weights add up to less than 1 where a stream left
+    others out."""
+    return loss / weight if weight < WHOLE_WEIGHT else loss
 
 
 def tell_skipped(run):
@@ -2983,16 +3008,17 @@ def told_to_user(program, speaks=True, errors=InputError, stopped=None, patience
     `stopped`. Of several processes only the one that `speaks` prints more than mistakes, which another one tells after
     `patience` seconds, if it was not ended by then."""
     try:
-        with contextlib.redirect_stdout(sys.stdout if speaks else io.StringIO()):
-            yield
-    except errors as error:
-        time.sleep(patience)
-        print(fitted(f"{program}: {error}{remedy_for(error)}"), file=sys.stderr)
-        sys.exit(2)
+        try:
+            with contextlib.redirect_stdout(sys.stdout if speaks else io.StringIO()):
+                yield
+        except errors as error:
+            time.sleep(patience)  # in which the launcher's signal may come
+            print(fitted(f"{program}: {error}{remedy_for(error)}"), file=sys.stderr)
+            sys.exit(2)
     except KeyboardInterrupt as error:
         number = signal.Signals(error.args[0] if error.args else signal.SIGINT)
         if speaks:
-            print(stopped or f"{program}: stopped by {number.name}; there was nothing to save", file=sys.stderr)
+            print(stopped or f"{program}: stopped by {number.name}", file=sys.stderr)
         sys.exit(128 + number)
 
 
@@ -4669,6 +4695,11 @@ def row_of(key, files, image_column, caption_column):
         row["captions"] = captions_of(files, caption_column)
     except ValueError as error:  # `InputError` is one
         return {**row, "captions": [], "problem": str(error)}
+    if len(images) > 1 and all("." in suffix for suffix in images):
+        told = (
+            f"{len(images)} images are one sample, whose name ends at the first dot; rename files with dots in names"
+        )
+        return {**row, "problem": told}
     if not images:
         there = ", ".join(f".{suffix}" for suffix in files)
         told = f"there is no image to it, but {there}; files of a sample have to follow each other"
@@ -4704,8 +4735,10 @@ def check_columns(paths, image_column, caption_column, needs_caption=True, token
     read."""
     samples = itertools.chain.from_iterable(samples_of(path, image_column, caption_column, token) for path in paths)
     suffixes, fields, has_image, has_caption = {}, {}, False, False
+    number = 0
     with contextlib.suppress(OSError, EOFError, zlib.error, tarfile.TarError):
         for _, files in itertools.islice(samples, NUM_LOOKED_AT):
+            number += 1
             suffixes |= files
             with contextlib.suppress(ValueError):
                 fields |= fields_of(files)
@@ -4716,15 +4749,15 @@ def check_columns(paths, image_column, caption_column, needs_caption=True, token
                 return
         there = ", ".join(map(in_one_line, [*suffixes, *fields]))
         missing = caption_column if has_image else image_column
-        raise ValueError(f"there is no column {missing!r}, but {there or 'nothing'}")
+        told = f"of the first {number} samples none has a column {missing!r}, but {there or 'nothing'}"
+        raise ValueError(told if number else f"there is no column {missing!r}: there are no samples")
 
 
 # ----------------------------------------------------------------------------------------------------------- streaming
-def told_of_useless(problems, num_streams):
-    """What is told of an epoch of a stream in which nothing could be used; `problems` are the last ones."""
-    reader = f" of one of {num_streams} workers" if num_streams > 1 else ""
+def told_of_useless(problems):
+    """What is told of shards in which nothing could be used; `problems` are the last ones."""
     remedy = "mend or remove these, or name other columns by --image_column and --caption_column"
-    return f"a whole epoch{reader} in which no image can be used ({'; '.join(map(': '.join, problems))}); {remedy}"
+    return f"shards in none of which an image can be used ({'; '.join(map(': '.join, problems))}); {remedy}"
 
 
 def check_streaming(args):
@@ -4853,7 +4886,7 @@ def tell_files(names, builder):
 
 
 def digest_of_parts(path):
-    """The size of a file and a digest of its beginning, middle and end, which take no time to read."""
+    """The size of a file and a digest of its beginning, middle and end."""
     size, digest = os.path.getsize(path), hashlib.sha256()
     with open(path, "rb") as file:
         for start in (0, size // 2, max(size - BYTES_OF_PART, 0)):
@@ -6641,6 +6674,14 @@ def stopped_by_signals():
     """Raises `KeyboardInterrupt` with the number of a signal that asks to stop, where there is no step to be finished,
     nor anything to save: what asks for that is ignored."""
     with answered_signals(interrupt, signal.SIG_IGN):
+        yield
+
+
+@contextlib.contextmanager
+def ended_by_signals():
+    """Lets a signal that asks to stop end the process at once, where it waits for others outside of Python, which
+    would not hear of the signal until they come."""
+    with answered_signals(signal.SIG_DFL, signal.SIG_IGN):
         yield
 
 

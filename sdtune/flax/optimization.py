@@ -44,7 +44,7 @@ def train_step(state, batch, learning_rate, ema_decay, training_loss, optimizer,
     each sample. `state` has `unet` (weights), `optimizer` (moments) and maybe `ema` (weights).
 
     Returns the new state, or the old one if loss or gradient is not finite or no sample has weight, and [loss,
-    gradient's norm, the most that a host asks for].
+    gradient's norm, weight of all samples, the most that a host asks for].
     """
     # Forward and backward
     loss, grads = loss_and_gradient(training_loss, state["unet"], batch)
@@ -59,6 +59,7 @@ def train_step(state, batch, learning_rate, ema_decay, training_loss, optimizer,
         after["ema"] = optax.incremental_update(after["unet"], state["ema"], 1 - ema_decay)
 
     # Unless a loss or a gradient is not finite, or nothing of a stream could be used
-    is_useful = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & batch["weight"].any()
+    weight = batch["weight"].sum()
+    is_useful = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (weight > 0)
     after = jax.tree.map(lambda new, old: jnp.where(is_useful, new, old), after, state)
-    return after, jnp.stack([loss, grad_norm, batch["asked"].max()])
+    return after, jnp.stack([loss, grad_norm, weight, batch["asked"].max()])

@@ -1,11 +1,13 @@
 """Train in JAX: hosts and devices, the state of a run, and the loop over its steps."""
 
+import contextlib
 import functools
 import hashlib
 import json
 import math
 import os
 import secrets
+import signal
 import socket
 import sys
 import time
@@ -25,8 +27,10 @@ from sdtune.checkpoints import (
     find_checkpoint,
     is_digest,
     keep_best,
+    mean_of_usable,
     name_of_choice,
     new_run,
+    note_passed_over,
     note_step,
     save_checkpoint,
     tell_skipped,
@@ -40,7 +44,7 @@ from sdtune.flax.validation import on_some_host
 from sdtune.optimization import make_average
 from sdtune.output import chosen_tracker, leave_token, log_losses, prepare_output, remove_token, sees_token
 from sdtune.plan import print_plan
-from sdtune.signals import is_asked, take_save_requests
+from sdtune.signals import ended_by_signals, is_asked, take_save_requests
 from sdtune.streaming import stream_from
 from sdtune.validation import LookGivenUp, steps_between_looks
 
@@ -88,7 +92,8 @@ def join_hosts(args):
         where["coordinator_address"] = args.coordinator_address
         where["num_processes"], where["process_id"] = args.num_hosts, args.host_index
     try:
-        jax.distributed.initialize(**where, shutdown_timeout_seconds=86400)
+        with ended_by_signals():  # until the other hosts come
+            jax.distributed.initialize(**where, shutdown_timeout_seconds=86400)
     except (RuntimeError, ValueError) as error:
         raise InputError(
             f"--coordinator_address={args.coordinator_address}: the hosts do not meet; check it, and --num_hosts and "
@@ -125,6 +130,19 @@ def end_of_process():
     """What ends this process after a failure. Of several hosts one that fails must not wait for the others, as JAX
     does at a regular end: they are in a program in which it takes no part any more."""
     return sys.exit if jax.process_count() == 1 else os._exit
+
+
+@contextlib.contextmanager
+def ended_alone():
+    """Ends this process at once after a signal if there are other hosts, for which JAX waits at a regular end."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if jax.process_count() == 1:
+            raise
+        number = signal.Signals(error.args[0] if error.args else signal.SIGINT)
+        print(f"Stopped by {number.name}.", file=sys.stderr, flush=True)
+        os._exit(128 + number)
 
 
 def make_accelerator(args):
@@ -303,11 +321,14 @@ def train_steps(args, accelerator, run, write_state, stop, mesh, batches, traini
         learning_rate, ema_decay = np.float32(learning_rate_of(step)), np.float32(average.get_decay(step + 1))
         run.is_whole = False  # the program writes over the state
         run.state, outcome = step_program(run.state, arrays, learning_rate, ema_decay)
-        loss, grad_norm, asked = np.asarray(outcome).tolist()
+        loss, grad_norm, weight, asked = np.asarray(outcome).tolist()
         is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
         is_broken = not is_finite and run.progress["nan_steps"] >= (args.max_nan_steps or 0)
         stop_now = asked == 2 or (is_asked(stop) and jax.process_count() == 1)
-        if not is_broken:
+        if weight == 0:
+            note_passed_over(run, step)
+        elif not is_broken:
+            loss = mean_of_usable(loss, weight)
             note_step(run, step, loss, is_finite)
         run.is_whole = True
         done = run.progress["global_step"]
