@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import logging
 import sys
 
 from sdtune.errors import is_utf8, print_any_character, told_to_user
@@ -37,6 +38,8 @@ def main(argv=None):
         print(f"sdtune: {odd[0]!a} is not UTF-8; if it is, set PYTHONUTF8=1", file=sys.stderr)
         return 2
     if name in COMMANDS:
+        # diffusers imports bitsandbytes, which warns on a CPU that it lacks a kernel for models in 4 bits.
+        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         sys.argv[0] = f"sdtune {name}"  # which argparse names in its own messages
         try:
             with told_to_user(f"sdtune {name}", stopped="Stopped."):

@@ -71,6 +71,9 @@ SUBJECT_REPLACED_FLAGS = {
     "--class_labels_conditioning": OF_ANOTHER_MODEL,
 }
 
+# What is said of words, keys and files that cannot be read as flags.
+NOT_UNDERSTOOD = re.compile(": (is no flag|unknown key|is no YAML file)")
+
 # Flags that do nothing without another one.
 DATASET_REQUIRES = {"dataset_config_name": "dataset_name"}
 STREAM_REQUIRES = {"shuffle_buffer_size": "streaming"}

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path, PureWindowsPath
 
 import datasets
@@ -17,7 +18,6 @@ import torch
 from huggingface_hub import DatasetCard
 from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image, ImageOps
-from transformers import CLIPTokenizer
 
 from sdtune.arguments import noise_offset_of
 from sdtune.entries import Cache, path_of_caption, path_of_image, read_whole_entry
@@ -94,7 +94,7 @@ class CaptionedImages(torch.utils.data.Dataset):
     rows: datasets.Dataset  # of image, where that is read, and captions
     contents: np.ndarray  # (rows,), SHA-256 of each image's file
     sizes: np.ndarray  # (rows, 2), width and height in pixels to which each image is scaled and cropped
-    tokenizer: CLIPTokenizer
+    tokenizer: Callable  # a CLIPTokenizer
     latent_channels: int
     pixels_per_latent: int  # along one side
     num_timesteps: int

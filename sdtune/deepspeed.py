@@ -7,9 +7,9 @@ import os
 import warnings
 
 import torch
+import transformers
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, parse_flag_from_env, send_to_device
-from transformers.integrations import unset_hf_deepspeed_config
 
 from sdtune.optimization import is_installed, optimizer_of
 
@@ -115,7 +115,7 @@ def make_deepspeed_accelerator(args, **options):
         # No layers whose gradients would be summed in bfloat16.
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     accelerator = DeepSpeedAccelerator(precision, deepspeed_plugin=plugin, **options)
-    unset_hf_deepspeed_config()  # by which transformers would load models without weights
+    transformers.integrations.unset_hf_deepspeed_config()  # by which transformers would load models without weights
     return accelerator
 
 

@@ -1,8 +1,8 @@
 """The diffusion step: encode images, add noise, compare the prediction with the target."""
 
+import diffusers
 import torch
 import torch.nn.functional as F
-from diffusers.training_utils import compute_snr
 
 
 @torch.no_grad()
@@ -50,7 +50,7 @@ def diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, batch, snr_g
     losses = F.mse_loss(model_pred.float(), target, reduction="none").mean(dim=(1, 2, 3))
     if snr_gamma is None:
         return losses
-    snr = compute_snr(noise_scheduler, timesteps)
+    snr = diffusers.training_utils.compute_snr(noise_scheduler, timesteps)
     return losses * min_snr_weights(snr, snr_gamma, predicts_noise)
 
 

@@ -9,7 +9,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from diffusers.training_utils import free_memory
+import diffusers
 
 from sdtune.checkpoints import checkpoint_of, list_checkpoints, save_checkpoint
 from sdtune.errors import InputError, fitted, is_lack_of_memory, is_lost_peer
@@ -137,7 +137,7 @@ def save_what_is_whole(run, write_state):
     why = "the weights were being changed"
     if run.is_whole:
         try:
-            free_memory()
+            diffusers.training_utils.free_memory()
             restore_output(run)
             save_checkpoint(run, write_state, None)
         except Exception as error:  # the disk may be what is full, or another process was first

@@ -6,13 +6,10 @@ import re
 from pathlib import Path
 
 import diffusers
-import peft
 import torch
-from diffusers.training_utils import cast_training_params
-from peft.tuners.lora import LoraLayer
+import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from sdtune.errors import last_line
 from sdtune.lora_layouts import LORA_FILE, published_names, split_weight_name, to_kohya
@@ -55,8 +52,8 @@ def check_adapters(args):
         unet_config = diffusers.UNet2DConditionModel.load_config(source, subfolder="unet", **where)
         models = {"unet": diffusers.UNet2DConditionModel.from_config(unet_config)}
         if args.train_text_encoder:
-            text_config = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where)
-            models["text_encoder"] = CLIPTextModel(text_config)
+            text_config = transformers.CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where)
+            models["text_encoder"] = transformers.CLIPTextModel(text_config)
         try:
             add_adapters(args, models)
         except Exception as error:  # of the file system, the format, or the layers
@@ -70,6 +67,8 @@ def add_adapters(args, models):
     """Adds adapters in float32 to the `unet` and maybe `text_encoder` of `models`, new ones or those in a file: W + B
     A alpha / rank, with A (rank, in) and B (out, rank), arXiv 2106.09685, section 4.1. Raises `ValueError` if no layer
     is a target or if the file does not fit, or what reading it raises."""
+    import peft  # here, since with all that it brings it takes a second, for which --help does not wait
+
     torch.manual_seed(args.seed)
     for model in models.values():
         model.add_adapter(
@@ -82,7 +81,7 @@ def add_adapters(args, models):
                 target_modules=LORA_TARGETS[args.lora_target],
             )
         )
-        cast_training_params(model, torch.float32)
+        diffusers.training_utils.cast_training_params(model, torch.float32)
         if args.use_dora:
             measure_magnitudes(model)
     if args.init_lora_weights:
@@ -93,7 +92,7 @@ def measure_magnitudes(model):
     """Sets DoRA's magnitudes (arXiv 2402.09353, eq. 5) to the lengths by which peft's forward divides, so that
     adapters start as the identity: lengths of the base's rounded weights, not rounded themselves."""
     for layer in model.modules():
-        if isinstance(layer, LoraLayer):
+        if hasattr(layer, "lora_variant"):  # one of peft's
             base = layer.get_base_layer()
             # A convolution's is left to autocast there, which rounds it on a CPU and not on a GPU; a linear layer's
             # is computed in the precision of the adapters.
@@ -103,7 +102,7 @@ def measure_magnitudes(model):
             with precision:
                 for name, variant in layer.lora_variant.items():
                     variant.init(layer, name, config=model.peft_config[name])
-    cast_training_params(model, torch.float32)
+    diffusers.training_utils.cast_training_params(model, torch.float32)
 
 
 def set_adapters(models, weights, header):
@@ -156,6 +155,8 @@ def group_parameters(args, models, learning_rate):
 
 def lora_weights(models):
     """The adapters' tensors as peft names them, such as unet.<layer>.lora_A.weight."""
+    import peft
+
     weights = {}
     for name, model in models.items():
         for key, value in peft.get_peft_model_state_dict(model).items():

@@ -3,14 +3,15 @@
 import contextlib
 import os
 import re
+import warnings
 from pathlib import Path
 
 import diffusers
+import huggingface_hub
 import torch
 import transformers
 from diffusers.models.attention_processor import Attention, XFormersAttnProcessor
 from safetensors import safe_open
-from transformers import AutoTokenizer, CLIPTextConfig, CLIPTokenizer
 
 from sdtune.errors import InputError, last_line
 
@@ -23,6 +24,10 @@ def quiet_libraries():
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+    # diffusers itself gives this argument, when it reads a config from the Hub.
+    warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument is deprecated")
+    if huggingface_hub.constants.HF_HUB_OFFLINE:  # or it would say at each model that it is
+        huggingface_hub.utils.logging.set_verbosity_error()
     if not torch.accelerator.is_available():
         # Or DeepSpeed, which accelerate imports to save a model, wherever it is installed, says that it found no GPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -65,13 +70,13 @@ def check_model(args):
         unet = diffusers.UNet2DConditionModel.load_config(source, subfolder="unet", **where)
         vae = diffusers.AutoencoderKL.load_config(source, subfolder="vae", **where)
         scheduler = diffusers.DDPMScheduler.load_config(source, subfolder="scheduler", **where)
-        text_config = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where)
-        text_settings = CLIPTextConfig.get_config_dict(source, subfolder="text_encoder", **where)[0]
+        text_config = transformers.CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where)
+        text_settings = transformers.CLIPTextConfig.get_config_dict(source, subfolder="text_encoder", **where)[0]
         if not text_settings:
             raise OSError("it has no text encoder")  # for which transformers would take a default
         if strange := foreign_kernel(text_settings):
             return [*problems, f"{name}: its text_encoder {strange}"]
-        if len(CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)) < 3:
+        if len(transformers.CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)) < 3:
             raise OSError("its tokenizer knows no words")  # nor does transformers' for a folder without one
     except (OSError, ValueError) as error:
         told = f"no whole pipeline, no name of one on the Hub, or no connection ({last_line(error)})"
@@ -135,10 +140,10 @@ def load_tokenizer(args):
     source, where = config_source(args)
     if args.tokenizer_name:
         where = {"trust_remote_code": False, "cache_dir": args.cache_dir}  # else transformers asks in the terminal
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name, **where)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer_name, **where)
     else:
-        tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)
-    text_config = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where)
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)
+    text_config = transformers.CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where)
     tokenizer.model_max_length = args.tokenizer_max_length or text_config.max_position_embeddings
     return tokenizer
 
@@ -160,7 +165,9 @@ def check_tokenizer(args, text_config):
     name = f"--tokenizer_name={args.tokenizer_name}"
     try:
         highest = max(
-            AutoTokenizer.from_pretrained(args.tokenizer_name, trust_remote_code=False, cache_dir=args.cache_dir)
+            transformers.AutoTokenizer.from_pretrained(
+                args.tokenizer_name, trust_remote_code=False, cache_dir=args.cache_dir
+            )
             .get_vocab()
             .values()
         )
@@ -227,7 +234,9 @@ def refuse_foreign_code(base, **where):
     text encoder whose attention is code on the Hub."""
     if strange := foreign_code(diffusers.StableDiffusionPipeline.load_config(base, **where)):
         raise InputError(strange)
-    if strange := foreign_kernel(CLIPTextConfig.get_config_dict(base, subfolder="text_encoder", **where)[0]):
+    if strange := foreign_kernel(
+        transformers.CLIPTextConfig.get_config_dict(base, subfolder="text_encoder", **where)[0]
+    ):
         raise InputError(f"its text_encoder {strange}")
 
 

@@ -3,9 +3,9 @@
 import pkgutil
 import re
 
+import diffusers
 import torch
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 
 from sdtune.arguments import ADAM_DEFAULTS
 
@@ -147,7 +147,7 @@ def make_schedule(args, optimizer, last_step):
 def make_average(args, parameters):
     """The average of the weights, in float32, with the decay that the flags ask for."""
     decay = 0.9999 if args.ema_decay is None else args.ema_decay
-    average = EMAModel(parameters, decay=decay, use_ema_warmup=args.ema_warmup)
+    average = diffusers.training_utils.EMAModel(parameters, decay=decay, use_ema_warmup=args.ema_warmup)
     average.shadow_params = [value.float() for value in average.shadow_params]  # of weights in bfloat16, too
     return average
 

@@ -1,13 +1,14 @@
 """Run a script: read its flags, tell what is wrong with them, train."""
 
 import contextlib
+import gc
 import io
 import os
 import re
 import socket
 import sys
 
-from sdtune.arguments import check_encoding, parse_flags
+from sdtune.arguments import NOT_UNDERSTOOD, check_encoding, parse_flags
 from sdtune.errors import (
     InputError,
     is_lost_peer,
@@ -66,11 +67,16 @@ def run_script(program, parser, argv, replaced_flags, check_args, start, is_firs
         print_any_character()
         args, problems = parse_flags(parser, argv, replaced_flags)
         problems += check_encoding(args)
+        if any(NOT_UNDERSTOOD.search(problem) for problem in problems):
+            raise_problems(problems)  # at once: what else is wrong depends on what was meant, and to ask takes seconds
         quiet_libraries()
-        # What is said of a flag whose value was refused, or whose name is not right, is about its default.
-        refused = re.findall(r"^--\w+|(?<=did you mean )--\w+", "\n".join(problems), re.MULTILINE)
+        # What is said of a flag whose value was refused is about its default.
+        refused = re.findall(r"^--\w+", "\n".join(problems), re.MULTILINE)
         for problem in check_args(args, problems):
             if not any(re.search(rf"{flag}\b", problem) for flag in refused):
                 problems.append(problem)
         raise_problems(problems)
+        if not gc.isenabled():  # as a script has it while libraries are imported, which import more when first used
+            gc.freeze()
+            gc.enable()
         start(args)

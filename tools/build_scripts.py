@@ -51,6 +51,8 @@ IMPORTS = (ast.Import, ast.ImportFrom)
 BEFORE_IMPORTS = '''\
 # Almost all that libraries define on import stays; to look for garbage among it takes a quarter of the time.
 gc.disable()
+# diffusers imports bitsandbytes, which warns on a CPU that it lacks a kernel for models in 4 bits: here are none.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def stop_at_once(number, _):
@@ -77,10 +79,11 @@ def await_signals():
 if __name__ == "__main__":
     await_signals()
 '''.split("\n")
-NEEDED_BEFORE_IMPORTS = {"import gc", "import os", "import signal"}
+NEEDED_BEFORE_IMPORTS = {"import gc", "import logging", "import os", "import signal"}
 AFTER_IMPORTS = """
 gc.freeze()  # nor is it looked through later
-gc.enable()""".split("\n")
+if __name__ != "__main__":  # else when the flags are checked, for which libraries import more of themselves
+    gc.enable()""".split("\n")
 
 
 class BuildError(Exception):
@@ -375,13 +378,15 @@ def build_script(root, label, recipe, modules):
             excess = f"{len(line) - WIDTH} characters too long for the table of sections of {label}"
             raise BuildError(f"{modules[title].label}:1: the first sentence of the docstring is {excess}")
     imports = {line for item in reached if item.kind == "import" for line in item.text.split("\n")}
-    is_heavy = bool(tested_versions(root, imports))
+    inside = [line for item in reached for line in re.findall(r"^ +((?:import|from) .+)", item.text, re.MULTILINE)]
+    versions = tested_versions(root, [*imports, *inside])
+    is_heavy = bool(versions)
     imports |= NEEDED_BEFORE_IMPORTS if is_heavy else set()
     text = f"""#!/usr/bin/env python
 # Built by `make scripts` from {recipe.label} and sdtune/: edit those; a copy is yours to edit.
 {recipe.docstring}
 
-{tested_versions(root, imports)}# Constants and classes come first, then the functions:
+{versions}# Constants and classes come first, then the functions:
 #
 """
     text += "\n".join([*table, "", *sorted(imports), ""])

@@ -95,6 +95,8 @@ from pathlib import Path, PureWindowsPath
 
 # Almost all that libraries define on import stays; to look for garbage among it takes a quarter of the time.
 gc.disable()
+# diffusers imports bitsandbytes, which warns on a CPU that it lacks a kernel for models in 4 bits: here are none.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def stop_at_once(number, _):
@@ -123,6 +125,7 @@ if __name__ == "__main__":
 
 import datasets
 import diffusers
+import huggingface_hub
 import numpy as np
 import pyarrow.parquet
 import safetensors.numpy
@@ -148,7 +151,6 @@ from accelerate.utils import (
 )
 from diffusers.models.attention_processor import Attention, XFormersAttnProcessor
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel, compute_snr, free_memory
 from diffusers.utils import is_xformers_available, make_image_grid
 from filelock import FileLock, Timeout
 from huggingface_hub import DatasetCard, HfApi, ModelCard, ModelCardData
@@ -161,11 +163,10 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, CLIPTextConfig, CLIPTokenizer
-from transformers.integrations import unset_hf_deepspeed_config
 
 gc.freeze()  # nor is it looked through later
-gc.enable()
+if __name__ != "__main__":  # else when the flags are checked, for which libraries import more of themselves
+    gc.enable()
 
 MAX_LINES = 12  # of a message
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "COMET_API_KEY")  # in the environment
@@ -237,6 +238,9 @@ SUBJECT_REPLACED_FLAGS = {
     "--text_encoder_use_attention_mask": OF_ANOTHER_MODEL,
     "--class_labels_conditioning": OF_ANOTHER_MODEL,
 }
+
+# What is said of words, keys and files that cannot be read as flags.
+NOT_UNDERSTOOD = re.compile(": (is no flag|unknown key|is no YAML file)")
 
 # Flags that do nothing without another one.
 DATASET_REQUIRES = {"dataset_config_name": "dataset_name"}
@@ -429,7 +433,7 @@ class CaptionedImages(torch.utils.data.Dataset):
     rows: datasets.Dataset  # of image, where that is read, and captions
     contents: np.ndarray  # (rows,), SHA-256 of each image's file
     sizes: np.ndarray  # (rows, 2), width and height in pixels to which each image is scaled and cropped
-    tokenizer: CLIPTokenizer
+    tokenizer: Callable  # a CLIPTokenizer
     latent_channels: int
     pixels_per_latent: int  # along one side
     num_timesteps: int
@@ -1043,7 +1047,7 @@ def diffusion_losses(unet, noise_scheduler, latents, prompt_embeds, batch, snr_g
     losses = F.mse_loss(model_pred.float(), target, reduction="none").mean(dim=(1, 2, 3))
     if snr_gamma is None:
         return losses
-    snr = compute_snr(noise_scheduler, timesteps)
+    snr = diffusers.training_utils.compute_snr(noise_scheduler, timesteps)
     return losses * min_snr_weights(snr, snr_gamma, predicts_noise)
 
 
@@ -4009,6 +4013,10 @@ def quiet_libraries():
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+    # diffusers itself gives this argument, when it reads a config from the Hub.
+    warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument is deprecated")
+    if huggingface_hub.constants.HF_HUB_OFFLINE:  # or it would say at each model that it is
+        huggingface_hub.utils.logging.set_verbosity_error()
     if not torch.accelerator.is_available():
         # Or DeepSpeed, which accelerate imports to save a model, wherever it is installed, says that it found no GPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -4051,13 +4059,13 @@ def check_model(args):
         unet = diffusers.UNet2DConditionModel.load_config(source, subfolder="unet", **where)
         vae = diffusers.AutoencoderKL.load_config(source, subfolder="vae", **where)
         scheduler = diffusers.DDPMScheduler.load_config(source, subfolder="scheduler", **where)
-        text_config = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where)
-        text_settings = CLIPTextConfig.get_config_dict(source, subfolder="text_encoder", **where)[0]
+        text_config = transformers.CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where)
+        text_settings = transformers.CLIPTextConfig.get_config_dict(source, subfolder="text_encoder", **where)[0]
         if not text_settings:
             raise OSError("it has no text encoder")  # for which transformers would take a default
         if strange := foreign_kernel(text_settings):
             return [*problems, f"{name}: its text_encoder {strange}"]
-        if len(CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)) < 3:
+        if len(transformers.CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)) < 3:
             raise OSError("its tokenizer knows no words")  # nor does transformers' for a folder without one
     except (OSError, ValueError) as error:
         told = f"no whole pipeline, no name of one on the Hub, or no connection ({last_line(error)})"
@@ -4121,10 +4129,10 @@ def load_tokenizer(args):
     source, where = config_source(args)
     if args.tokenizer_name:
         where = {"trust_remote_code": False, "cache_dir": args.cache_dir}  # else transformers asks in the terminal
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name, **where)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer_name, **where)
     else:
-        tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)
-    text_config = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where)
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)
+    text_config = transformers.CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where)
     tokenizer.model_max_length = args.tokenizer_max_length or text_config.max_position_embeddings
     return tokenizer
 
@@ -4146,7 +4154,9 @@ def check_tokenizer(args, text_config):
     name = f"--tokenizer_name={args.tokenizer_name}"
     try:
         highest = max(
-            AutoTokenizer.from_pretrained(args.tokenizer_name, trust_remote_code=False, cache_dir=args.cache_dir)
+            transformers.AutoTokenizer.from_pretrained(
+                args.tokenizer_name, trust_remote_code=False, cache_dir=args.cache_dir
+            )
             .get_vocab()
             .values()
         )
@@ -4213,7 +4223,9 @@ def refuse_foreign_code(base, **where):
     text encoder whose attention is code on the Hub."""
     if strange := foreign_code(diffusers.StableDiffusionPipeline.load_config(base, **where)):
         raise InputError(strange)
-    if strange := foreign_kernel(CLIPTextConfig.get_config_dict(base, subfolder="text_encoder", **where)[0]):
+    if strange := foreign_kernel(
+        transformers.CLIPTextConfig.get_config_dict(base, subfolder="text_encoder", **where)[0]
+    ):
         raise InputError(f"its text_encoder {strange}")
 
 
@@ -5058,7 +5070,7 @@ def make_schedule(args, optimizer, last_step):
 def make_average(args, parameters):
     """The average of the weights, in float32, with the decay that the flags ask for."""
     decay = 0.9999 if args.ema_decay is None else args.ema_decay
-    average = EMAModel(parameters, decay=decay, use_ema_warmup=args.ema_warmup)
+    average = diffusers.training_utils.EMAModel(parameters, decay=decay, use_ema_warmup=args.ema_warmup)
     average.shadow_params = [value.float() for value in average.shadow_params]  # of weights in bfloat16, too
     return average
 
@@ -5294,7 +5306,7 @@ def make_deepspeed_accelerator(args, **options):
         # No layers whose gradients would be summed in bfloat16.
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     accelerator = DeepSpeedAccelerator(precision, deepspeed_plugin=plugin, **options)
-    unset_hf_deepspeed_config()  # by which transformers would load models without weights
+    transformers.integrations.unset_hf_deepspeed_config()  # by which transformers would load models without weights
     return accelerator
 
 
@@ -6590,7 +6602,7 @@ def save_what_is_whole(run, write_state):
     why = "the weights were being changed"
     if run.is_whole:
         try:
-            free_memory()
+            diffusers.training_utils.free_memory()
             restore_output(run)
             save_checkpoint(run, write_state, None)
         except Exception as error:  # the disk may be what is full, or another process was first
@@ -6670,13 +6682,18 @@ def run_script(program, parser, argv, replaced_flags, check_args, start, is_firs
         print_any_character()
         args, problems = parse_flags(parser, argv, replaced_flags)
         problems += check_encoding(args)
+        if any(NOT_UNDERSTOOD.search(problem) for problem in problems):
+            raise_problems(problems)  # at once: what else is wrong depends on what was meant, and to ask takes seconds
         quiet_libraries()
-        # What is said of a flag whose value was refused, or whose name is not right, is about its default.
-        refused = re.findall(r"^--\w+|(?<=did you mean )--\w+", "\n".join(problems), re.MULTILINE)
+        # What is said of a flag whose value was refused is about its default.
+        refused = re.findall(r"^--\w+", "\n".join(problems), re.MULTILINE)
         for problem in check_args(args, problems):
             if not any(re.search(rf"{flag}\b", problem) for flag in refused):
                 problems.append(problem)
         raise_problems(problems)
+        if not gc.isenabled():  # as a script has it while libraries are imported, which import more when first used
+            gc.freeze()
+            gc.enable()
         start(args)
 
 

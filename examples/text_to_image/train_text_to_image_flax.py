@@ -65,6 +65,7 @@ import inspect
 import io
 import itertools
 import json
+import logging
 import math
 import operator
 import os
@@ -82,6 +83,7 @@ import textwrap
 import threading
 import time
 import traceback
+import warnings
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -89,6 +91,8 @@ from pathlib import Path, PureWindowsPath
 
 # Almost all that libraries define on import stays; to look for garbage among it takes a quarter of the time.
 gc.disable()
+# diffusers imports bitsandbytes, which warns on a CPU that it lacks a kernel for models in 4 bits: here are none.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def stop_at_once(number, _):
@@ -117,6 +121,7 @@ if __name__ == "__main__":
 
 import datasets
 import diffusers
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -129,7 +134,6 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather_object
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel, free_memory
 from diffusers.utils import make_image_grid
 from filelock import FileLock, Timeout
 from flax import serialization, traverse_util
@@ -142,10 +146,10 @@ from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 gc.freeze()  # nor is it looked through later
-gc.enable()
+if __name__ != "__main__":  # else when the flags are checked, for which libraries import more of themselves
+    gc.enable()
 
 MAX_LINES = 12  # of a message
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "COMET_API_KEY")  # in the environment
@@ -204,6 +208,9 @@ VALIDATION_FREE_ON_RESUME = set(
     """.split()
 )
 RUN_FREE_ON_RESUME = {"config", "dry_run", "local_rank"}
+
+# What is said of words, keys and files that cannot be read as flags.
+NOT_UNDERSTOOD = re.compile(": (is no flag|unknown key|is no YAML file)")
 
 # Flags that do nothing without another one.
 DATASET_REQUIRES = {"dataset_config_name": "dataset_name"}
@@ -379,7 +386,7 @@ class CaptionedImages(torch.utils.data.Dataset):
     rows: datasets.Dataset  # of image, where that is read, and captions
     contents: np.ndarray  # (rows,), SHA-256 of each image's file
     sizes: np.ndarray  # (rows, 2), width and height in pixels to which each image is scaled and cropped
-    tokenizer: CLIPTokenizer
+    tokenizer: Callable  # a CLIPTokenizer
     latent_channels: int
     pixels_per_latent: int  # along one side
     num_timesteps: int
@@ -3816,6 +3823,10 @@ def quiet_libraries():
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+    # diffusers itself gives this argument, when it reads a config from the Hub.
+    warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument is deprecated")
+    if huggingface_hub.constants.HF_HUB_OFFLINE:  # or it would say at each model that it is
+        huggingface_hub.utils.logging.set_verbosity_error()
     if not torch.accelerator.is_available():
         # Or DeepSpeed, which accelerate imports to save a model, wherever it is installed, says that it found no GPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -3858,13 +3869,13 @@ def check_model(args):
         unet = diffusers.UNet2DConditionModel.load_config(source, subfolder="unet", **where)
         vae = diffusers.AutoencoderKL.load_config(source, subfolder="vae", **where)
         scheduler = diffusers.DDPMScheduler.load_config(source, subfolder="scheduler", **where)
-        text_config = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where)
-        text_settings = CLIPTextConfig.get_config_dict(source, subfolder="text_encoder", **where)[0]
+        text_config = transformers.CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where)
+        text_settings = transformers.CLIPTextConfig.get_config_dict(source, subfolder="text_encoder", **where)[0]
         if not text_settings:
             raise OSError("it has no text encoder")  # for which transformers would take a default
         if strange := foreign_kernel(text_settings):
             return [*problems, f"{name}: its text_encoder {strange}"]
-        if len(CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)) < 3:
+        if len(transformers.CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)) < 3:
             raise OSError("its tokenizer knows no words")  # nor does transformers' for a folder without one
     except (OSError, ValueError) as error:
         told = f"no whole pipeline, no name of one on the Hub, or no connection ({last_line(error)})"
@@ -3928,10 +3939,10 @@ def load_tokenizer(args):
     source, where = config_source(args)
     if args.tokenizer_name:
         where = {"trust_remote_code": False, "cache_dir": args.cache_dir}  # else transformers asks in the terminal
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name, **where)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer_name, **where)
     else:
-        tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)
-    text_config = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where)
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)
+    text_config = transformers.CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where)
     tokenizer.model_max_length = args.tokenizer_max_length or text_config.max_position_embeddings
     return tokenizer
 
@@ -3953,7 +3964,9 @@ def check_tokenizer(args, text_config):
     name = f"--tokenizer_name={args.tokenizer_name}"
     try:
         highest = max(
-            AutoTokenizer.from_pretrained(args.tokenizer_name, trust_remote_code=False, cache_dir=args.cache_dir)
+            transformers.AutoTokenizer.from_pretrained(
+                args.tokenizer_name, trust_remote_code=False, cache_dir=args.cache_dir
+            )
             .get_vocab()
             .values()
         )
@@ -4020,7 +4033,9 @@ def refuse_foreign_code(base, **where):
     text encoder whose attention is code on the Hub."""
     if strange := foreign_code(diffusers.StableDiffusionPipeline.load_config(base, **where)):
         raise InputError(strange)
-    if strange := foreign_kernel(CLIPTextConfig.get_config_dict(base, subfolder="text_encoder", **where)[0]):
+    if strange := foreign_kernel(
+        transformers.CLIPTextConfig.get_config_dict(base, subfolder="text_encoder", **where)[0]
+    ):
         raise InputError(f"its text_encoder {strange}")
 
 
@@ -4595,7 +4610,7 @@ def make_schedule(args, optimizer, last_step):
 def make_average(args, parameters):
     """The average of the weights, in float32, with the decay that the flags ask for."""
     decay = 0.9999 if args.ema_decay is None else args.ema_decay
-    average = EMAModel(parameters, decay=decay, use_ema_warmup=args.ema_warmup)
+    average = diffusers.training_utils.EMAModel(parameters, decay=decay, use_ema_warmup=args.ema_warmup)
     average.shadow_params = [value.float() for value in average.shadow_params]  # of weights in bfloat16, too
     return average
 
@@ -5475,7 +5490,7 @@ def save_what_is_whole(run, write_state):
     why = "the weights were being changed"
     if run.is_whole:
         try:
-            free_memory()
+            diffusers.training_utils.free_memory()
             restore_output(run)
             save_checkpoint(run, write_state, None)
         except Exception as error:  # the disk may be what is full, or another process was first
@@ -5536,13 +5551,18 @@ def run_script(program, parser, argv, replaced_flags, check_args, start, is_firs
         print_any_character()
         args, problems = parse_flags(parser, argv, replaced_flags)
         problems += check_encoding(args)
+        if any(NOT_UNDERSTOOD.search(problem) for problem in problems):
+            raise_problems(problems)  # at once: what else is wrong depends on what was meant, and to ask takes seconds
         quiet_libraries()
-        # What is said of a flag whose value was refused, or whose name is not right, is about its default.
-        refused = re.findall(r"^--\w+|(?<=did you mean )--\w+", "\n".join(problems), re.MULTILINE)
+        # What is said of a flag whose value was refused is about its default.
+        refused = re.findall(r"^--\w+", "\n".join(problems), re.MULTILINE)
         for problem in check_args(args, problems):
             if not any(re.search(rf"{flag}\b", problem) for flag in refused):
                 problems.append(problem)
         raise_problems(problems)
+        if not gc.isenabled():  # as a script has it while libraries are imported, which import more when first used
+            gc.freeze()
+            gc.enable()
         start(args)
 
 
@@ -5575,8 +5595,8 @@ def check_blocks(name, kind, source, where):
 
 def check_text_encoder(source, where):
     """Lists what is unknown in the config of a text encoder."""
-    config, _ = CLIPTextConfig.get_config_dict(source, subfolder="text_encoder", **where)
-    defaults = CLIPTextConfig()
+    config, _ = transformers.CLIPTextConfig.get_config_dict(source, subfolder="text_encoder", **where)
+    defaults = transformers.CLIPTextConfig()
     problems = []
     for key, value in config.items():
         is_default = value == getattr(defaults, key, None)
@@ -5848,11 +5868,11 @@ def read_flax(folder):
     for a name or shape too many or too few."""
     unet_config = diffusers.UNet2DConditionModel.load_config(folder, subfolder="unet")
     vae_config = diffusers.AutoencoderKL.load_config(folder, subfolder="vae")
-    text_config = CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder")
+    text_config = transformers.CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder")
     models = {
         "unet": diffusers.UNet2DConditionModel.from_config(unet_config),
         "vae": diffusers.AutoencoderKL.from_config(vae_config),
-        "text_encoder": CLIPTextModel(text_config).float(),
+        "text_encoder": transformers.CLIPTextModel(text_config).float(),
     }
     for name, model in models.items():
         tree = serialization.msgpack_restore((folder / name / FLAX_FILES[name]).read_bytes())
@@ -5862,7 +5882,7 @@ def read_flax(folder):
     kind = scheduler_config.get("_class_name", "").removeprefix("Flax")
     return diffusers.StableDiffusionPipeline(
         **models,
-        tokenizer=CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"),
+        tokenizer=transformers.CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"),
         scheduler=getattr(diffusers, kind, diffusers.PNDMScheduler).from_config(scheduler_config),
         safety_checker=None,
         feature_extractor=None,

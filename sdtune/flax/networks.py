@@ -13,8 +13,8 @@ import diffusers
 import jax
 import jax.numpy as jnp
 import torch
+import transformers
 from flax import traverse_util
-from transformers import CLIPTextConfig
 
 from sdtune.models import config_source
 
@@ -81,8 +81,8 @@ def check_blocks(name, kind, source, where):
 
 def check_text_encoder(source, where):
     """Lists what is unknown in the config of a text encoder."""
-    config, _ = CLIPTextConfig.get_config_dict(source, subfolder="text_encoder", **where)
-    defaults = CLIPTextConfig()
+    config, _ = transformers.CLIPTextConfig.get_config_dict(source, subfolder="text_encoder", **where)
+    defaults = transformers.CLIPTextConfig()
     problems = []
     for key, value in config.items():
         is_default = value == getattr(defaults, key, None)

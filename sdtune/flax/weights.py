@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+import transformers
 from flax import serialization, traverse_util
 from huggingface_hub import HfApi, snapshot_download
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sdtune.errors import InputError, last_line
 from sdtune.models import parts_instead
@@ -102,11 +102,11 @@ def read_flax(folder):
     for a name or shape too many or too few."""
     unet_config = diffusers.UNet2DConditionModel.load_config(folder, subfolder="unet")
     vae_config = diffusers.AutoencoderKL.load_config(folder, subfolder="vae")
-    text_config = CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder")
+    text_config = transformers.CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder")
     models = {
         "unet": diffusers.UNet2DConditionModel.from_config(unet_config),
         "vae": diffusers.AutoencoderKL.from_config(vae_config),
-        "text_encoder": CLIPTextModel(text_config).float(),
+        "text_encoder": transformers.CLIPTextModel(text_config).float(),
     }
     for name, model in models.items():
         tree = serialization.msgpack_restore((folder / name / FLAX_FILES[name]).read_bytes())
@@ -116,7 +116,7 @@ def read_flax(folder):
     kind = scheduler_config.get("_class_name", "").removeprefix("Flax")
     return diffusers.StableDiffusionPipeline(
         **models,
-        tokenizer=CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"),
+        tokenizer=transformers.CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"),
         scheduler=getattr(diffusers, kind, diffusers.PNDMScheduler).from_config(scheduler_config),
         safety_checker=None,
         feature_extractor=None,
