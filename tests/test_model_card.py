@@ -137,10 +137,10 @@ def test_card_says_what_was_trained(results, name):
     images = "10 photos of one subject, beside 3 images of its class" if is_subject else "10 images with captions"
     trained = ("DreamBooth: " if is_subject else "") + ("LoRA adapters for" if is_lora else "the UNet of")
     trigger = PROMPT if is_subject else "sks"
-    first = f"{trained[0].upper()}{trained[1:]} small_base, trained on {images}."
+    first = f"{trained[0].upper()}{trained[1:]} *small_base*, trained on {images}."
     lines = [line for line in text.splitlines() if line]
     assert lines[:2] == [f"# out_{name}", f"{first} Put **{trigger}** into a prompt to draw what it learnt."]
-    assert lines[2:4] == ["![samples](samples/step-000004.png)", f"Prompts: {PROMPT}"]
+    assert lines[2:4] == ["![samples](samples/step-000004.png)", f"Prompt: {PROMPT}"]
     assert lines[5] == "![samples of the base](samples/step-000000.png)"
     assert (folder / "samples" / "step-000000.png").is_file()
     with Image.open(folder / "samples" / "step-000004.png") as image:
@@ -176,8 +176,9 @@ def test_card_lists_the_settings_that_are_no_defaults(results, name):
     expected = [*SETTINGS[name], "resolution | 32 | 512", *(OF_CLASS if is_subject else [])]
     expected += ["noise_offset | 0.05 | 0.0", f"learning_rate | 0.001 | {RATES.get(name, '0.0001')}"]
     expected += [f"train_batch_size | 2 | {4 if is_subject else 16}"]
-    assert rows[:2] == ["| setting | here | default |", "|---|---|---|"]
-    assert rows[2:] == [f"| `--{row.replace(' |', '` |', 1)} |" for row in expected]
+    assert rows[0] == "Settings that are not the script's defaults:"
+    assert rows[1:3] == ["| setting | here | default |", "|---|---|---|"]
+    assert rows[3:] == [f"| `--{row.replace(' |', '` |', 1)} |" for row in expected]
 
 
 @every_script
@@ -427,4 +428,4 @@ def test_no_flag_brings_a_path_or_a_secret_onto_the_card(scripts, path, tmp_path
     Path("SECRET_variant").mkdir()
     assert "SECRET_variant" not in "".join(scripts[path.stem].list_settings(args, parser, run))
     assert "| `--mixed_precision` | bf16 | no |" in rows
-    assert len(rows) == 3 + len(shown)
+    assert len(rows) == 5 + len(shown)

@@ -184,6 +184,7 @@ def test_card_has_licence_settings_and_samples(result):
         "resolution": "32 | 512",
     }
     rows = [line for line in text.splitlines() if line.startswith("| `")]
+    assert f"Prompts, in the order of the pictures: {'; '.join(PROMPTS)}" in text
     assert sorted(rows) == sorted(f"| `--{flag}` | {value} |" for flag, value in settings.items())
     assert all(prompt in text for prompt in PROMPTS)
     line, _ = [line for line in text.splitlines() if line.startswith("![")]

@@ -5793,7 +5793,7 @@ def describe_gain(args, run):
 def list_settings(args, parser, run):
     """Rows of the settings that are not the script's defaults, as Markdown: no paths, no names of files, no
     secrets."""
-    rows = ["| setting | here | default |", "|---|---|---|"]
+    rows = ["Settings that are not the script's defaults:", "", "| setting | here | default |", "|---|---|---|"]
     used = {**vars(args), "mixed_precision": run.settings["mixed_precision"]}
     defaults = {"mixed_precision": "no"}
     for flag in parser._actions:
@@ -5802,7 +5802,7 @@ def list_settings(args, parser, run):
         is_file = isinstance(value, str) and os.path.exists(value)
         if flag.dest in used and value != default and not is_place and not is_file:
             rows.append(f"| `--{flag.dest}` | {plain(value)} | {'' if default is None else plain(default)} |")
-    return rows if len(rows) > 2 else ["All settings are the script's defaults."]
+    return rows if len(rows) > 4 else ["All settings are the script's defaults."]
 
 
 def find_licence(args):
@@ -5834,7 +5834,9 @@ def list_samples(args, run, prompts):
     if not names or not prompts:
         return [], None
     last = f"samples/{names[-1]}"
-    lines = [f"![samples]({last})", "", f"Prompts: {'; '.join(map(plain, dict.fromkeys(prompts)))}", ""]
+    different = list(dict.fromkeys(prompts))
+    label = "Prompt" if len(different) == 1 else "Prompts, in the order of the pictures"
+    lines = [f"![samples]({last})", "", f"{label}: {'; '.join(map(plain, different))}", ""]
     if names[0] == "step-000000.png" != names[-1]:
         lines += ["The base draws this of the same noise:", "", f"![samples of the base](samples/{names[0]})", ""]
     return lines, last
@@ -5872,7 +5874,7 @@ def write_card(args, parser, folder, run, prompts, usage, training):
     base, licence = args.pretrained_model_name_or_path, find_licence(args)
     samples, picture = list_samples(args, run, prompts)
     data = make_front_matter(args, licence, prompts, picture, training)
-    shown = plain(name_base(args)) if Path(base).exists() else f"[{plain(base)}](https://huggingface.co/{base})"
+    shown = f"*{plain(name_base(args))}*" if Path(base).exists() else f"[{base}](https://huggingface.co/{base})"
     trigger = f" Put **{plain(training.trigger)}** into a prompt to draw what it learnt." if training.trigger else ""
     shape = "in shapes of the area of" if run.counts.buckets is not None else "at"
     gain = describe_gain(args, run)
