@@ -49,7 +49,7 @@ REFUSED_HEAD = "\n## Flags of diffusers that are refused\n\n| flag | in | what t
 ALSO_REFUSED = """
 Whoever comes from another script may give these; they are refused as well:
 
-| flag | in | what to do |
+| flag | in | what to do then |
 |---|---|---|
 """
 
