@@ -15,6 +15,7 @@ from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
 from huggingface_hub import ModelCard
 from image_data import write_image_folder
 from PIL import Image
+from reach_hub import reaching
 from running import SCRIPTS
 from training import parse, read_log, train
 
@@ -367,6 +368,7 @@ def test_no_gain_is_made_up(tmp_path):
             "x, which is that of the base.",
         ),
         ("tags: [a]", {}, "Not known here: the licence of the base holds."),
+        ("license: [mit]\nlicense_name: x", {}, "Not known here: the licence of the base holds."),
         ("license: [", {}, "Not known here: the licence of the base holds."),
     ],
 )
@@ -374,6 +376,14 @@ def test_licence_is_that_of_the_base(tmp_path, front_matter, found, said):
     (tmp_path / "README.md").write_text(f"---\n{front_matter}\n---\n# A base\n")
     assert find_licence(parse(f"--pretrained_model_name_or_path={tmp_path}")) == found
     assert model_card.describe_licence(found) == said
+
+
+def test_licence_of_a_base_of_the_hub_is_asked_for_there(fake_hub, monkeypatch):
+    fake_hub.add_repo("somebody/base", {"README.md": b"---\nlicense: openrail++\n---\n# A base\n"})
+    args = parse("--pretrained_model_name_or_path=somebody/base")
+    assert find_licence(args) == {}  # which costs nothing without a connection
+    with reaching(fake_hub, monkeypatch):
+        assert find_licence(args) == {"license": "openrail++"}
 
 
 def test_a_base_of_the_hub_is_linked_and_loaded_as_it_was(tmp_path, monkeypatch):

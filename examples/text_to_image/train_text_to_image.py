@@ -5951,7 +5951,8 @@ def find_licence(args):
     with contextlib.suppress(Exception):  # no card, no connection, bad YAML: a licence must not cost a result
         data = ModelCard.load(Path(base, "README.md") if Path(base).exists() else base, token=args.hub_token).data
         found = {name: data.get(name) for name in ("license", "license_name", "license_link")}
-        return {name: value for name, value in found.items() if isinstance(value, str)} if found["license"] else {}
+        if isinstance(found["license"], str):
+            return {name: value for name, value in found.items() if isinstance(value, str)}
     return {}
 
 
