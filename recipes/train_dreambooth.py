@@ -314,7 +314,7 @@ def save_model(args, pipeline, models, noise_scheduler, run, images, photos, rep
         training = Training(
             trained=f"DreamBooth: the UNet {'and the text encoder ' if args.train_text_encoder else ''}of",
             images=photos,
-            trigger=args.instance_prompt or find_trigger(images),
+            trigger=args.instance_prompt or find_trigger(images.rows),
             tags=["dreambooth"],
         )
         write_card(args, make_parser(), folder, run, prompts_of(args), usage, training)

@@ -261,7 +261,7 @@ def save_model(args, pipeline, models, noise_scheduler, run, images, photos, rep
         training = Training(
             trained="DreamBooth: LoRA adapters for",
             images=photos,
-            trigger=args.instance_prompt or find_trigger(images),
+            trigger=args.instance_prompt or find_trigger(images.rows),
             tags=["dreambooth", "lora"],
         )
         write_card(args, make_parser(), folder, run, prompts_of(args), usage, training)

@@ -270,7 +270,7 @@ def save_model(args, pipeline, noise_scheduler, run, images, repo_id):
         training = Training(
             trained="The UNet of",
             images=describe_images(run),
-            trigger=find_trigger(images),
+            trigger=find_trigger(None if args.streaming else images.rows),
             tags=[],
         )
         write_card(args, make_parser(), folder, run, prompts_of(args), usage, training)

@@ -17,6 +17,7 @@ from image_data import write_image_folder
 from PIL import Image
 from reach_hub import reaching
 from running import SCRIPTS
+from shards import write_shards
 from training import parse, read_log, train
 
 from sdtune import model_card
@@ -299,11 +300,21 @@ def test_code_takes_any_prompt(tmp_path):
     ],
 )
 def test_trigger_is_what_all_captions_begin_with(captions, trigger):
-    assert find_trigger(SimpleNamespace(rows={"captions": captions})) == trigger
+    assert find_trigger({"captions": captions}) == trigger
 
 
-def test_a_stream_has_no_trigger():
-    assert find_trigger(SimpleNamespace()) is None
+@pytest.mark.parametrize("name", ["train_text_to_image", "train_text_to_image_lora"])
+def test_card_of_a_stream_counts_no_images(scripts, place, tmp_path, name):
+    shards, folder = write_shards(tmp_path / "private_shards", "tar", [5, 4]), tmp_path / "out"
+    settings = {"train_data_dir": None, "dataset_name": shards, "streaming": True, "max_train_steps": 2}
+    assert fit(scripts, name, place, folder, **settings) == 0
+    text = card_of(folder)
+    assert section(text, "How it was trained")[:2] == [
+        "- On a stream of images with captions, at 32 x 32 pixels.",
+        "- For 2 steps of 2 images each, at a learning rate of at most 0.001.",
+    ]
+    assert "Put **" not in text
+    assert "private" not in (folder / "README.md").read_text()
 
 
 def run_with(log, number, folder):

@@ -904,7 +904,7 @@ def save_model(args, pipeline, models, noise_scheduler, run, images, photos, rep
         training = Training(
             trained=f"DreamBooth: the UNet {'and the text encoder ' if args.train_text_encoder else ''}of",
             images=photos,
-            trigger=args.instance_prompt or find_trigger(images),
+            trigger=args.instance_prompt or find_trigger(images.rows),
             tags=["dreambooth"],
         )
         write_card(args, make_parser(), folder, run, prompts_of(args), usage, training)
@@ -5594,10 +5594,9 @@ def name_base(args):
     return os.path.basename(os.path.abspath(base)) if os.path.exists(base) else base
 
 
-def find_trigger(images):
-    """The words before the first comma that all captions begin with, such as a trigger word; None if there are none,
-    or if the images are a stream."""
-    rows = getattr(images, "rows", None)
+def find_trigger(rows):
+    """The words before the first comma that the captions of all rows begin with, such as a trigger word; None if there
+    are none, or for None, where images are a stream."""
     if rows is None:
         return None
     starts, num_captions = set(), 0

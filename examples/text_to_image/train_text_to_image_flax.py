@@ -938,7 +938,7 @@ def save_model(args, pipeline, noise_scheduler, run, images, repo_id):
         training = Training(
             trained="The UNet of",
             images=describe_images(run),
-            trigger=find_trigger(images),
+            trigger=find_trigger(None if args.streaming else images.rows),
             tags=[],
         )
         write_card(args, make_parser(), folder, run, prompts_of(args), usage, training)
@@ -4553,10 +4553,9 @@ def name_base(args):
     return os.path.basename(os.path.abspath(base)) if os.path.exists(base) else base
 
 
-def find_trigger(images):
-    """The words before the first comma that all captions begin with, such as a trigger word; None if there are none,
-    or if the images are a stream."""
-    rows = getattr(images, "rows", None)
+def find_trigger(rows):
+    """The words before the first comma that the captions of all rows begin with, such as a trigger word; None if there
+    are none, or for None, where images are a stream."""
     if rows is None:
         return None
     starts, num_captions = set(), 0
