@@ -69,13 +69,15 @@ torture: $(INSTALLED)  ## kill, fill and damage runs of every script, for half a
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal --torture \
 		$(PYTEST_ARGS) tests/torture
 
-scripts: $(INSTALLED)  ## build the scripts in examples/ from recipes/ and sdtune/
+scripts: $(INSTALLED)  ## build the scripts in examples/ from recipes/ and sdtune/, and list their flags in docs/
 	$(BIN)/python tools/build_scripts.py
+	$(BIN)/python tools/write_flags.py
 
-check: $(INSTALLED)  ## lint, formatting, and whether the scripts are as they are built
+check: $(INSTALLED)  ## lint, formatting, and whether scripts and docs/flags.md are as they are made
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python tools/build_scripts.py --check
+	$(BIN)/python tools/write_flags.py --check
 
 clean:  ## remove what the demo and the tests left (not .venv)
 	rm -rf demo .pytest_cache .ruff_cache .coverage htmlcov

@@ -60,7 +60,7 @@ from sdtune.diffusion import diffusion_losses, encode, encode_prompts
 from sdtune.failures import nothing_lost, told_in_a_line
 from sdtune.full_bf16 import check_full_bf16, make_fused_optimizer, update_in_backward
 from sdtune.hub import name_repo, push
-from sdtune.model_card import write_card
+from sdtune.model_card import Training, describe_subject, find_trigger, use_of_pipeline, write_card
 from sdtune.models import (
     DTYPES,
     check_model,
@@ -294,31 +294,30 @@ def train(args, launcher):
         use_average(run)
         models = whole_models(weights)
         if accelerator.is_main_process:
-            files = save_model(args, pipeline, models, noise_scheduler, prompts, counts.last_step)
+            photos = describe_subject(args, len(images), num_classes)
+            files = save_model(args, pipeline, models, noise_scheduler, run, images, photos, repo_id)
     if repo_id:
         push(args, repo_id, files, counts.last_step)
     end_training(accelerator)
 
 
-def save_model(args, pipeline, models, noise_scheduler, prompts, step):
-    """Writes the pipeline and the model card; returns patterns that are the pipeline's files."""
+def save_model(args, pipeline, models, noise_scheduler, run, images, photos, repo_id):
+    """Writes the pipeline with `models`, by name, and the model card, which says of the `photos` what they are;
+    returns patterns that are the pipeline's files."""
     pipeline.register_modules(**models)
     pipeline = with_whole_parts(args, pipeline, models)
     with new_result(args.output_dir) as folder:
-        loader = "`StableDiffusionPipeline.from_pretrained(...)`"
         if args.skip_save_text_encoder:
             pipeline.register_modules(text_encoder=None)
-            loader = "`StableDiffusionPipeline.from_pretrained(..., text_encoder=...)`, the base's"
         files = save_pipeline(args, folder, pipeline, noise_scheduler)
-        write_card(
-            args,
-            folder,
-            step,
-            prompts,
-            loader,
-            ["stable-diffusion", "stable-diffusion-diffusers", "dreambooth"],
-            args.instance_prompt,
+        usage = use_of_pipeline(args, pipeline, repo_id)
+        training = Training(
+            trained=f"DreamBooth: the UNet {'and the text encoder ' if args.train_text_encoder else ''}of",
+            images=photos,
+            trigger=args.instance_prompt or find_trigger(images.rows),
+            tags=["dreambooth"],
         )
+        write_card(args, make_parser(), folder, run, prompts_of(args), usage, training)
     return files
 
 

@@ -72,7 +72,8 @@ from sdtune.lora import (
     save_adapters,
     write_adapters,
 )
-from sdtune.model_card import write_card
+from sdtune.lora_layouts import LORA_FILE
+from sdtune.model_card import Training, describe_subject, find_trigger, use_of_adapters, write_card
 from sdtune.models import check_model, make_faster
 from sdtune.optimization import check_optimization, check_optimizer, make_optimizer, peak_learning_rate
 from sdtune.output import check_output, check_trackers, end_training, new_result, start_trackers
@@ -244,19 +245,26 @@ def train(args, launcher):
         use_average(run)
         models = whole_models(weights)
         if accelerator.is_main_process:
-            files = save_model(args, models, prompts, len(images), counts.last_step)
+            photos = describe_subject(args, len(images), num_classes)
+            files = save_model(args, pipeline, models, noise_scheduler, run, images, photos, repo_id)
     if repo_id:
         push(args, repo_id, files, counts.last_step)
     end_training(accelerator)
 
 
-def save_model(args, models, prompts, num_images, step):
-    """Writes the adapters in diffusers' layout, on demand in kohya's too, and the model card; returns patterns that
-    are the adapters' files."""
+def save_model(args, pipeline, models, noise_scheduler, run, images, photos, repo_id):
+    """Writes the adapters in diffusers' layout, on demand in kohya's too, and the model card, which says of the
+    `photos` what they are; returns patterns that are the adapters' files."""
     with new_result(args.output_dir) as folder:
-        files = save_adapters(args, folder, models, num_images, step)
-        tags = ["stable-diffusion", "stable-diffusion-diffusers", "dreambooth", "lora"]
-        write_card(args, folder, step, prompts, "`pipe.load_lora_weights(...)`", tags, args.instance_prompt)
+        files = save_adapters(args, folder, models, len(images), run.counts.last_step)
+        usage = use_of_adapters(args, pipeline, noise_scheduler, LORA_FILE, repo_id)
+        training = Training(
+            trained="DreamBooth: LoRA adapters for",
+            images=photos,
+            trigger=args.instance_prompt or find_trigger(images.rows),
+            tags=["dreambooth", "lora"],
+        )
+        write_card(args, make_parser(), folder, run, prompts_of(args), usage, training)
     return files
 
 

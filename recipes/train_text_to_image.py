@@ -55,7 +55,7 @@ from sdtune.diffusion import diffusion_losses, encode, encode_prompts
 from sdtune.failures import name_of_process, nothing_lost, told_in_a_line
 from sdtune.full_bf16 import check_full_bf16, make_fused_optimizer, update_in_backward
 from sdtune.hub import name_repo, push
-from sdtune.model_card import write_card
+from sdtune.model_card import Training, describe_images, find_trigger, use_of_pipeline, write_card
 from sdtune.models import (
     DTYPES,
     check_model,
@@ -264,21 +264,27 @@ def train(args, launcher):
         use_average(run)
         models = whole_models(weights)
         if accelerator.is_main_process:
-            files = save_model(args, pipeline, models, noise_scheduler, counts.last_step)
+            files = save_model(args, pipeline, models, noise_scheduler, run, images, repo_id)
     if repo_id:
         push(args, repo_id, files, counts.last_step)
     end_training(accelerator)
 
 
-def save_model(args, pipeline, models, noise_scheduler, step):
+def save_model(args, pipeline, models, noise_scheduler, run, images, repo_id):
     """Writes the pipeline with `models`, by name, and the model card; returns patterns that are the pipeline's
     files."""
     pipeline.register_modules(**models)
     pipeline = with_whole_parts(args, pipeline, models)
     with new_result(args.output_dir) as folder:
         files = save_pipeline(args, folder, pipeline, noise_scheduler)
-        loader = "`StableDiffusionPipeline.from_pretrained(...)`"
-        write_card(args, folder, step, prompts_of(args), loader, ["stable-diffusion", "stable-diffusion-diffusers"])
+        usage = use_of_pipeline(args, pipeline, repo_id)
+        training = Training(
+            trained="The UNet of",
+            images=describe_images(run),
+            trigger=find_trigger(None if args.streaming else images.rows),
+            tags=[],
+        )
+        write_card(args, make_parser(), folder, run, prompts_of(args), usage, training)
     return files
 
 

@@ -76,7 +76,7 @@ from sdtune.flax.weights import (
     write_flax,
 )
 from sdtune.hub import name_repo, push
-from sdtune.model_card import write_card
+from sdtune.model_card import Training, describe_images, find_trigger, use_of_pipeline, write_card
 from sdtune.models import check_model, load_base, make_noise_scheduler
 from sdtune.optimization import check_optimization
 from sdtune.output import (
@@ -254,21 +254,27 @@ def train(args, mesh):
         if is_first:
             run.is_whole = False  # what is copied and rounded now is the result, and no state to go on from
             copy_weights(result_weights(run), pipeline.unet)
-            files = save_model(args, pipeline, noise_scheduler, counts.last_step)
+            files = save_model(args, pipeline, noise_scheduler, run, images, repo_id)
     if repo_id:
         push(args, repo_id, files, counts.last_step)
     end_training(accelerator)
 
 
-def save_model(args, pipeline, noise_scheduler, step):
+def save_model(args, pipeline, noise_scheduler, run, images, repo_id):
     """Writes the pipeline, on demand with Flax's files, and the model card; returns patterns that are the pipeline's
     files."""
     with new_result(args.output_dir) as folder:
         files = save_pipeline(args, folder, pipeline, noise_scheduler)
         if args.save_flax:
             write_flax(pipeline, folder)
-        loader = "`StableDiffusionPipeline.from_pretrained(...)`"
-        write_card(args, folder, step, prompts_of(args), loader, ["stable-diffusion", "stable-diffusion-diffusers"])
+        usage = use_of_pipeline(args, pipeline, repo_id)
+        training = Training(
+            trained="The UNet of",
+            images=describe_images(run),
+            trigger=find_trigger(None if args.streaming else images.rows),
+            tags=[],
+        )
+        write_card(args, make_parser(), folder, run, prompts_of(args), usage, training)
     return files
 
 

@@ -67,7 +67,8 @@ from sdtune.lora import (
     save_adapters,
     write_adapters,
 )
-from sdtune.model_card import write_card
+from sdtune.lora_layouts import LORA_FILE
+from sdtune.model_card import Training, describe_images, find_trigger, use_of_adapters, write_card
 from sdtune.models import check_model, make_faster
 from sdtune.optimization import check_optimization, check_optimizer, make_optimizer, peak_learning_rate
 from sdtune.output import check_output, check_trackers, end_training, new_result, start_trackers
@@ -231,19 +232,25 @@ def train(args, launcher):
         use_average(run)
         models = whole_models(weights)
         if accelerator.is_main_process:
-            files = save_model(args, models, counts.num_images, counts.last_step)
+            files = save_model(args, pipeline, models, noise_scheduler, run, images, repo_id)
     if repo_id:
         push(args, repo_id, files, counts.last_step)
     end_training(accelerator)
 
 
-def save_model(args, models, num_images, step):
+def save_model(args, pipeline, models, noise_scheduler, run, images, repo_id):
     """Writes the adapters in diffusers' layout, on demand in kohya's too, and the model card; returns patterns that
     are the adapters' files."""
     with new_result(args.output_dir) as folder:
-        files = save_adapters(args, folder, models, num_images, step)
-        tags = ["stable-diffusion", "stable-diffusion-diffusers", "lora"]
-        write_card(args, folder, step, prompts_of(args), "`pipe.load_lora_weights(...)`", tags)
+        files = save_adapters(args, folder, models, run.counts.num_images, run.counts.last_step)
+        usage = use_of_adapters(args, pipeline, noise_scheduler, LORA_FILE, repo_id)
+        training = Training(
+            trained="LoRA adapters for",
+            images=describe_images(run),
+            trigger=find_trigger(None if args.streaming else images.rows),
+            tags=["lora"],
+        )
+        write_card(args, make_parser(), folder, run, prompts_of(args), usage, training)
     return files
 
 

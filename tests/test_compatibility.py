@@ -1,12 +1,12 @@
-"""Old command lines for diffusers' scripts go on, or are told what to say instead: the tables of the READMEs are
+"""Old command lines for diffusers' scripts go on, or are told what to say instead: what docs/flags.md says of them is
 true."""
 
 import re
 
 import pytest
 from conftest import load_script
+from flags_page import read_flags
 from running import (
-    REPO,
     TRAIN_DREAMBOOTH,
     TRAIN_DREAMBOOTH_LORA,
     TRAIN_TEXT_TO_IMAGE,
@@ -183,37 +183,19 @@ PATHS = {
     "dreambooth_lora": TRAIN_DREAMBOOTH_LORA,
     "text_to_image_flax": TRAIN_TEXT_TO_IMAGE_FLAX,
 }
-TABLES = {  # folder of the README, end of the heading, column
-    "text_to_image": ("text_to_image", "script", 1),
-    "text_to_image_lora": ("text_to_image", "LoRA script", 1),
-    "dreambooth": ("dreambooth", "scripts", 1),
-    "dreambooth_lora": ("dreambooth", "scripts", 2),
-    "text_to_image_flax": ("text_to_image", "Flax script", 1),
-}
 every_script = pytest.mark.parametrize("name", UPSTREAM)
-
-
-def read_table(path, heading, column):
-    """A column of the table below a heading, by flag; a dash means that diffusers' script has no such flag, likewise
-    that what stands on the left holds for this script too."""
-    text = path.read_text(encoding="utf-8").split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0]
-    says = {}
-    for line in text.splitlines():
-        if not line.startswith("| `"):
-            continue
-        row = [cell.strip() for cell in line.strip("|").split("|")]
-        flag = re.fullmatch(r"`--(\w+)`", row[0]).group(1)
-        assert flag not in says  # none twice
-        says[flag] = row[column - 1] if row[column] == "likewise" else row[column]
-    return {flag: cell for flag, cell in says.items() if cell != "-"}
 
 
 @pytest.fixture(scope="module")
 def tables():
-    """The tables of the READMEs: {script: {flag: what it says}}."""
-    found = {}
-    for name, (folder, heading, column) in TABLES.items():
-        found[name] = read_table(REPO / "examples" / folder / "README.md", f"Coming from diffusers' {heading}", column)
+    """What docs/flags.md says of the flags that diffusers' scripts have: {script: {flag: text}}."""
+    found = {name: {} for name in UPSTREAM}
+    for stem, flags in read_flags().items():
+        for flag, told in flags.items():
+            if "what to do" in told:
+                found[stem.removeprefix("train_")][flag] = f"refused: {told['what to do'].replace('`', '')}"
+            elif told.get("in diffusers' script", "ours alone") != "ours alone":
+                found[stem.removeprefix("train_")][flag] = told["in diffusers' script"]
     return found
 
 

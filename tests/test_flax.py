@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from cards import code_in, run_code
 from conftest import load_script
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from flax import serialization, traverse_util
@@ -838,7 +839,7 @@ def test_plan_without_training(script, fit, base, monkeypatch, capsys):
     assert not folder.exists()
 
 
-def test_samples_and_card(fit):
+def test_samples_and_card(fit, monkeypatch):
     """As the flags say, and as a user's own code draws them from the result."""
     settings = {"validation_prompts": ["a red circle", "a blue square"], "validation_prompt": "a green star"}
     settings |= {"num_validation_images": 1, "validation_num_inference_steps": 3, "validation_guidance_scale": 2}
@@ -866,7 +867,12 @@ def test_samples_and_card(fit):
     card = (folder / "README.md").read_text()
     assert "![samples](samples/step-000002.png)" in card
     assert "a red circle; a blue square; a green star" in card
-    assert "Fine-tuned for 2 steps" in card
+    assert "- For 2 steps of 2 images each, which is 0.7 epochs, at a learning rate of " in card
+    drawn, pipeline = run_code(code_in(card), folder.parent, monkeypatch)
+    torch.manual_seed(0)
+    settings = {"num_inference_steps": 3, "guidance_scale": 2.0, "negative_prompt": "a body"}
+    expected = pipeline("a red circle", height=32, width=32, **settings).images[0]
+    assert np.array_equal(drawn, np.array(expected, int))
 
 
 def make_look(base, output_dir, encoded):

@@ -436,7 +436,8 @@ def test_card_and_kohya_file(fit, tmp_path):
     folder = tmp_path / "my-lora"
     assert fit(folder, output_kohya_format=True, max_train_steps=1) == 0
     card = (folder / "README.md").read_text()
-    assert "load_lora_weights" in card
+    assert 'pipe.load_lora_weights(model, weight_name="pytorch_lora_weights.safetensors")' in card
+    assert "The other file beside `pytorch_lora_weights.safetensors` holds the same adapters for A1111" in card
     assert "- lora" in card
     with safe_open(folder / "my-lora.safetensors", "pt") as file:
         header = file.metadata()

@@ -74,7 +74,8 @@ def test_pipeline_arrives_and_nothing_else(fake_hub, push, result, parts, tmp_pa
     assert "Not sent: .env, args.json, checkpoint-2, logs, notes.txt" in capsys.readouterr().out
     card = ModelCard(repo.files["README.md"].decode())
     assert (card.data.library_name, card.data.base_model) == ("diffusers", "somebody/a-base")
-    assert f'StableDiffusionPipeline.from_pretrained("{NAME}")' in card.text
+    assert f'model = "{NAME}"  # ' in card.text
+    assert "pipe = StableDiffusionPipeline.from_pretrained(model)\n" in card.text
     assert snapshot(result) == before
 
     # Who downloads it has the same weights.
@@ -183,29 +184,45 @@ def test_result_that_is_not_whole(result, tmp_path, capsys):
 
 
 def test_card_of_a_lora_names_its_base(tmp_path):
-    assert 'from_pretrained("MODEL")' in command.make_card(tmp_path, NAME, is_lora=True)
+    names = ["for_webui.safetensors", "pytorch_lora_weights.safetensors"]
+    assert 'base = "BASE"  # ' in command.make_card(tmp_path, NAME, names, is_lora=True)
     for base in (str(tmp_path), "models/mine/local", None, 3):
         (tmp_path / "args.json").write_text(json.dumps({"pretrained_model_name_or_path": base}))
-        card = ModelCard(command.make_card(tmp_path, NAME, is_lora=True))
+        card = ModelCard(command.make_card(tmp_path, NAME, names, is_lora=True))
         assert card.data.base_model is None
     clutter(tmp_path)
-    card = ModelCard(command.make_card(tmp_path, NAME, is_lora=True))
+    card = ModelCard(command.make_card(tmp_path, NAME, names, is_lora=True))
     assert card.data.base_model == "somebody/a-base"
-    assert card.data.tags == ["stable-diffusion", "stable-diffusion-diffusers", "lora"]
-    assert f'from_pretrained("somebody/a-base")\npipe.load_lora_weights("{NAME}")' in card.text
+    assert card.data.tags == ["text-to-image", "stable-diffusion", "stable-diffusion-diffusers", "lora"]
+    assert 'base = "somebody/a-base"\n' in card.text
+    assert 'pipe.load_lora_weights(model, weight_name="pytorch_lora_weights.safetensors")\n' in card.text
+    card = command.make_card(tmp_path, NAME, names[:1], is_lora=True)
+    assert 'weight_name="for_webui.safetensors")\n' in card
+
+
+def test_a_card_of_a_script_names_the_model_as_the_hub_does(fake_hub, push, result):
+    """In the line of its code, and nowhere else; the card here stays."""
+    line = 'model = "out"  # its name on the Hub, or the path of its folder'
+    (result / "README.md").write_text(f"# out\n\n```python\n{line}\nmodel = 1\n```\nmodel = 2, its name\n")
+    before = snapshot(result)
+    assert push(result) == 0
+    named = line.replace('"out"', f'"{NAME}"')
+    sent = fake_hub.repos[NAME].files["README.md"].decode()
+    assert sent == f"# out\n\n```python\n{named}\nmodel = 1\n```\nmodel = 2, its name\n"
+    assert snapshot(result) == before
 
 
 @pytest.mark.parametrize("origin", ["/home/ann/base", "models/base/unet"])
 def test_configuration_goes_without_a_local_path(tmp_path, origin):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"a": 1, "_name_or_path": origin, "name_or_path": origin}))
-    assert json.loads(command.content(path)) == {"a": 1}
+    assert json.loads(command.content(path, NAME)) == {"a": 1}
 
 
 def test_configuration_keeps_a_name_on_the_hub(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"a": 1, "_name_or_path": "somebody/a-base"}))
-    assert command.content(path) == path
+    assert command.content(path, NAME) == path
 
 
 def test_wrong_words_are_listed_together(tmp_path, capsys):

@@ -25,6 +25,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.state import AcceleratorState, GradientState
 from conftest import load_script
 from diffusers import StableDiffusionPipeline
+from flags_page import rows_of
 from image_data import snapshot, write_image_folder
 from original_layout import save_original
 from PIL import Image
@@ -34,7 +35,7 @@ from shards import write_shards
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 FOLDERS = ("examples", "miniature", "sdtune", "recipes", "benchmarks")
-DOCUMENTS = [REPO / "README.md", REPO / "CONTRIBUTING.md"]
+DOCUMENTS = [REPO / "README.md", REPO / "CONTRIBUTING.md", REPO / "docs" / "flags.md"]
 DOCUMENTS += sorted(path for folder in FOLDERS for path in (REPO / folder).rglob("README.md"))
 
 # The most that a training command keeps of each; smaller values stay.
@@ -732,7 +733,7 @@ def test_targets_named_in_the_text_exist(document, targets):
 @every_document
 def test_paths_named_in_the_text_exist(document):
     spans = [span for span in inline_code(document) if re.fullmatch(r"[\w./-]+", span)]
-    top = (*FOLDERS, "tools", "tests", ".ci", ".github")
+    top = (*FOLDERS, "docs", "tools", "tests", ".ci", ".github")
     paths = [span for span in spans if span.startswith(tuple(f"{folder}/" for folder in top))]
     assert not [path for path in paths if not (REPO / path).exists()]
 
@@ -742,7 +743,7 @@ def test_flags_named_in_the_text_exist(document, modules):
     """A flag in the text is one of the script that it is given to, or else of one in the same folder (of any, from the
     root), and takes the value shown."""
     of_scripts = document.parent.name not in ("miniature", "commands")
-    folders = [REPO / "examples"] if document.parent == REPO else [document.parent]
+    folders = [REPO / "examples"] if document.parent in (REPO, REPO / "docs") else [document.parent]
     folders += [REPO / "examples"] if document.parent.name in ("commands", "accelerate") else []
     of_launchers = {"--signal"}  # scancel's
     if document.parent.name == "accelerate":
@@ -767,6 +768,30 @@ def test_flags_named_in_the_text_exist(document, modules):
             is_flag = re.fullmatch(r"--\w+=[\w.]+", word) and word.partition("=")[0] not in of_launchers
             if of_scripts and is_flag and "config" not in word:
                 assert any(takes(modules(path), word) for path in scripts), word
+
+
+@pytest.mark.parametrize("folder", ["text_to_image", "dreambooth"])
+def test_tables_of_flags_are_true(folder, modules):
+    """A table of flags in a README names flags of the scripts in its head, with their defaults, and links to all."""
+    text = (REPO / "examples" / folder / "README.md").read_text(encoding="utf-8")
+    assert "(../../docs/flags.md)" in text
+    rows = rows_of(text, "flag")
+    assert 10 <= len(rows) <= 16
+    scripts = {path.name: modules(path) for path in (REPO / "examples" / folder).glob("*.py")}
+    named = {name for column in rows[0] for name in re.findall(r"`(\w+\.py)`", column)}
+    assert named == scripts.keys()
+    for row in rows:
+        flag = re.fullmatch(r"`(--\w+)`", row["flag"])[1]
+        assert row["what it is for"]
+        for column, cell in row.items():
+            for name in re.findall(r"`(\w+\.py)`", column):
+                parser = scripts[name].make_parser()
+                action = parser._option_string_actions.get(flag)
+                assert (action is None) == (cell == "not there"), (name, flag)
+                if action:
+                    shown = {"None": "-", "True": "on", "False": "off"}.get(str(action.default), action.default)
+                    is_same = float(cell) == shown if isinstance(shown, float) else cell == str(shown)
+                    assert is_same, (name, flag, cell)
 
 
 def takes(script, word):

@@ -19,7 +19,6 @@ from PIL import Image
 from reach_hub import reaching
 from training import losses, parse, read_log, same, train, unet, words
 
-from sdtune.model_card import write_card
 from sdtune.models import load_base
 
 PROMPTS = ["a red circle", "a green star"]
@@ -178,18 +177,17 @@ def test_card_has_licence_settings_and_samples(result):
     assert "# my_model" in text
     assert "licensed_base" in text
     settings = {
-        "learning_rate": 0.001,
-        "train_batch_size": 2,
-        "noise_offset": 0.05,
-        "use_ema": True,
-        "resolution": 32,
-        "max_train_steps": 4,
-        "seed": 0,
+        "learning_rate": "0.001 | 0.0001",
+        "train_batch_size": "2 | 16",
+        "noise_offset": "0.05 | 0.0",
+        "use_ema": "True | False",
+        "resolution": "32 | 512",
     }
-    for flag, value in settings.items():
-        assert f"| {flag} | {value} |" in text
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    assert f"Prompts, in the order of the pictures: {'; '.join(PROMPTS)}" in text
+    assert sorted(rows) == sorted(f"| `--{flag}` | {value} |" for flag, value in settings.items())
     assert all(prompt in text for prompt in PROMPTS)
-    (line,) = [line for line in text.splitlines() if line.startswith("![")]
+    line, _ = [line for line in text.splitlines() if line.startswith("![")]
     picture = line[line.index("(") + 1 : -1]
     with Image.open(result / picture) as image:
         assert image.size == (64, 32)
@@ -215,27 +213,25 @@ def test_no_file_of_the_result_names_a_path(result, licensed):
             assert str(licensed) not in path.read_text(), path
 
 
-def test_card_names_numbers_that_are_names_of_files_too(tmp_path, monkeypatch):
+def test_card_names_numbers_that_are_names_of_files_too(train_script, licensed, images, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("512", "secret.txt", "out"):
+    for name in ("64", "secret.txt", "out"):
         Path(name).mkdir()
-    args = parse("--pretrained_model_name_or_path=nobody/base", "--resolution=512", "--hub_model_id=secret.txt")
-    write_card(args, "out", 3, ["a cat"], "...", [])
+    settings = {"resolution": 64, "tracker_project_name": "secret.txt"}
+    assert train(train_script, licensed, images, "out", max_train_steps=1, **settings) == 0
     card = Path("out", "README.md").read_text()
-    assert "| resolution | 512 |" in card
+    assert "| `--resolution` | 64 | 512 |" in card
     assert "secret" not in card
 
 
-def test_many_prompts_fit_into_the_card(tiny_pipeline, tmp_path):
+def test_many_prompts_fit_into_the_card(train_script, tiny_pipeline, images, tmp_path):
     """Together they are longer than the name of a file may be, which a look for paths stumbled over."""
     colours = ("red", "green", "blue", "yellow")
-    end = "creature with eyes of another colour, number " + "seven " * 9
+    end = "creature with eyes of another colour, number" + " seven" * 9
     prompts = [f"a drawing of a {colour} {end}" for colour in colours]
     output = tmp_path / "out"
-    output.mkdir()
-    model = f"--pretrained_model_name_or_path={tiny_pipeline}"
-    args = parse(model, f"--output_dir={output}", "--validation_prompts", *prompts)
-    write_card(args, output, 1, args.validation_prompts, "...", [])
+    settings = {"max_train_steps": 1, "validation_prompts": prompts, "validation_num_inference_steps": 2}
+    assert train(train_script, tiny_pipeline, images, output, **settings) == 0
     card = (output / "README.md").read_text()
     assert "; ".join(prompts) in card
     assert str(tmp_path) not in card
@@ -306,6 +302,7 @@ def test_result_arrives_on_the_hub(launched, tmp_path):
     for path in local:
         assert repo.files[path] == (folder / path).read_bytes(), path
     assert b"license: mit" in repo.files["README.md"]
+    assert f'model = "{USER}/a_drawer"  #'.encode() in repo.files["README.md"]
     for path, data in repo.files.items():
         assert TOKEN.encode() not in data, path
         assert str(folder.parent).encode() not in data, path

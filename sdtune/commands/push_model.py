@@ -19,10 +19,12 @@ from safetensors import SafetensorError, safe_open
 from sdtune.arguments import new_parser, parse_flags, path_name
 from sdtune.errors import InputError, in_one_line, last_line, raise_problems, told_to_user
 from sdtune.files import read_json
+from sdtune.model_card import NAMES_MODEL, TAGS, Usage, code_of, in_python
 from sdtune.uploads import CARD, add_upload_arguments, check_upload, make_repo, silence_hub, told_if_upload_fails
 
 PROGRAM = "sdtune push-model"
 INDEX = "model_index.json"
+LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 # ------------------------------------------------------------------------------------------------------- arguments
@@ -94,8 +96,14 @@ def is_hub_id(name):
     return isinstance(name, str) and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not os.path.exists(name)
 
 
-def content(path):
-    """What is sent of a file: all of it, but of a configuration not the path of the model that it was loaded from."""
+def content(path, repo_id):
+    """What is sent of a file: all of it, but of a configuration not the path of the model that it was loaded from; the
+    code in a card of ours names the model as the Hub does."""
+    if path.name == CARD:
+        text = path.read_bytes().decode("utf-8", "surrogateescape")
+        here = rf"^model = .*(?={re.escape(NAMES_MODEL)}$)"
+        named = re.sub(here, lambda _: f"model = {in_python(repo_id)}", text, flags=re.MULTILINE)
+        return path if named == text else named.encode("utf-8", "surrogateescape")
     if path.suffix != ".json":
         return path
     try:
@@ -113,24 +121,32 @@ def content(path):
 
 
 # --------------------------------------------------------------------------------------------------------- writing
-def make_card(folder, repo_id, is_lora):
-    """The text of a model card, for a folder that has none; the base is that of the run if it is one on the Hub."""
+def make_card(folder, repo_id, names, is_lora):
+    """The text of a model card for a folder that has none, of the files in it by name; the base is that of the run if
+    it is one on the Hub."""
     base = None
     with contextlib.suppress(OSError, ValueError, AttributeError):  # no args.json, or somebody else's
         base = json.loads((folder / "args.json").read_text(encoding="utf-8")).get("pretrained_model_name_or_path")
     if not is_hub_id(base):
         base = None
-    tags = ["stable-diffusion", "stable-diffusion-diffusers"]
-    loaded, load_lora = repo_id, ""
+    tags, name = TAGS, f"model = {in_python(repo_id)}{NAMES_MODEL}"
+    loading, call = [name, "pipe = StableDiffusionPipeline.from_pretrained(model)"], {}
     if is_lora:
-        tags.append("lora")
-        loaded, load_lora = base or "MODEL", f'pipe.load_lora_weights("{repo_id}")\n'
+        tags, call = [*TAGS, "lora"], {"cross_attention_kwargs": {"scale": 1.0}}
+        # That of diffusers' layout, if it is there.
+        file = min(
+            (file for file in names if file.endswith(".safetensors")), key=lambda file: (file != LORA_FILE, file)
+        )
+        loading = [
+            f"base = {in_python(base or 'BASE')}{'' if base else '  # which the adapters were trained on'}",
+            name,
+            "pipe = StableDiffusionPipeline.from_pretrained(base)",
+            f"pipe.load_lora_weights(model, weight_name={in_python(file)})",
+        ]
+    usage = Usage(["import torch", "from diffusers import StableDiffusionPipeline"], loading, call, [])
     data = ModelCardData(base_model=base, library_name="diffusers", pipeline_tag="text-to-image", tags=tags)
-    return (
-        f"---\n{data.to_yaml()}\n---\n\n# {repo_id.split('/')[-1]}\n\n```python\n"
-        "from diffusers import StableDiffusionPipeline\n\n"
-        f'pipe = StableDiffusionPipeline.from_pretrained("{loaded}")\n{load_lora}```\n'
-    )
+    code = code_of(usage, "a picture")
+    return f"---\n{data.to_yaml()}\n---\n\n# {repo_id.split('/')[-1]}\n\n{code}\n"
 
 
 def push_files(args, folder, names, is_lora):
@@ -139,11 +155,11 @@ def push_files(args, folder, names, is_lora):
     api = HfApi(token=args.hub_token)
     repo_id, present = make_repo(api, args.repo_id, "model", args.private)
     keeps_card = CARD in present and not args.overwrite_card
-    contents = {name: content(folder / name) for name in names}
+    contents = {name: content(folder / name, repo_id) for name in names}
     if keeps_card:
         contents.pop(CARD, None)
     elif CARD not in contents:
-        contents[CARD] = make_card(folder, repo_id, is_lora).encode("utf-8")
+        contents[CARD] = make_card(folder, repo_id, names, is_lora).encode("utf-8")
     operations = [CommitOperationAdd(name, what) for name, what in contents.items()]
     with told_if_upload_fails(f"The result is whole in {folder}"):
         api.create_commit(repo_id, operations, commit_message=args.commit_message or "Add the trained weights")
