@@ -40,7 +40,7 @@ share a batch; what is random in a sample depends on (seed, epoch, index of the 
 #   digests             Digests of the files in a folder, by which a damaged one is found
 #   output              The folder of a run: whether it may be used, its log, the pipeline that results
 #   plan                The plan that a run prints before its first step
-#   model_card          The model card, README.md of a result
+#   model_card          The model card, README.md of a result: how to use it, what made it and how well it learnt
 #   hub                 The upload of a result to the Hub
 #   validation          Look at a run: draw samples, and measure the loss on images that are not trained on
 #   signals             Signals that ask a run to stop or to save, and the death of the launcher, which asks it to stop
@@ -792,8 +792,44 @@ TOKEN_FILE = ".token"  # what the first process leaves for the other machines to
 HALF_FILE = re.compile(r"\.(args\.json|log\.jsonl|best\.json)\..+\.new")  # what a kill leaves of one
 NEW_RESULT = ".result.partial"  # a folder beside which the old result stays until the new one is whole
 
-# Places, secrets and how it was started.
-NOT_ON_CARD = re.compile(r"_dir$|_path$|_token|_address$|host|local_rank|config|resume")
+# What `sdtune push-model` knows the line by that names the model in a card's code.
+NAMES_MODEL = "  # its name on the Hub, or the path of its folder"
+TAGS = ["text-to-image", "stable-diffusion", "stable-diffusion-diffusers"]
+MIN_FOR_INTERVAL = 10  # held-out images: of fewer two standard errors are no interval of 95 %
+# Settings that say how a run was carried out, not what was trained; steps and epochs stand in the text.
+NOT_ON_CARD = set(
+    """
+    allow_changed_resume cache_latents cache_text_embeddings caption_column checkpointing_steps
+    checkpoints_total_limit config coordinator_address dataloader_num_workers dataset_config_name dry_run
+    follow_symlinks foreach_ema from_flax from_pt host_index hub_private_repo image_column keep_best local_rank
+    logging_steps max_nan_steps max_train_samples max_train_steps num_hosts num_train_epochs num_validation_images
+    num_validation_samples offload_ema output_kohya_format overwrite_output_dir push_to_hub report_to save_flax
+    set_grads_to_none shuffle_buffer_size skip_bad_images skip_save_text_encoder validation_epochs
+    validation_guidance_scale validation_negative_prompt validation_num_inference_steps validation_prompt
+    validation_prompts validation_scheduler validation_steps
+    """.split()
+)
+
+
+@dataclasses.dataclass
+class Usage:
+    """How the result is drawn with, in Python."""
+
+    imports: list  # lines
+    loading: list  # lines that make `pipe`
+    call: dict  # what is given to it beside the prompt
+    notes: list  # paragraphs on what to mind
+
+
+@dataclasses.dataclass
+class Training:
+    """What only a script knows of what it trained, for the card."""
+
+    trained: str  # the result, before the name of its base: "LoRA adapters for"
+    images: str  # what it was trained on: "5 photos of one subject"
+    trigger: str | None  # what a prompt has to hold
+    tags: list
+
 
 HELD_OUT_TIMESTEPS = 4  # at which the loss of each held-out image is measured
 
@@ -1053,21 +1089,27 @@ def train(args, mesh):
         if is_first:
             run.is_whole = False  # what is copied and rounded now is the result, and no state to go on from
             copy_weights(result_weights(run), pipeline.unet)
-            files = save_model(args, pipeline, noise_scheduler, counts.last_step)
+            files = save_model(args, pipeline, noise_scheduler, run, images, repo_id)
     if repo_id:
         push(args, repo_id, files, counts.last_step)
     end_training(accelerator)
 
 
-def save_model(args, pipeline, noise_scheduler, step):
+def save_model(args, pipeline, noise_scheduler, run, images, repo_id):
     """Writes the pipeline, on demand with Flax's files, and the model card; returns patterns that are the pipeline's
     files."""
     with new_result(args.output_dir) as folder:
         files = save_pipeline(args, folder, pipeline, noise_scheduler)
         if args.save_flax:
             write_flax(pipeline, folder)
-        loader = "`StableDiffusionPipeline.from_pretrained(...)`"
-        write_card(args, folder, step, prompts_of(args), loader, ["stable-diffusion", "stable-diffusion-diffusers"])
+        usage = use_of_pipeline(args, pipeline, repo_id)
+        training = Training(
+            trained="The UNet of",
+            images=describe_images(run),
+            trigger=find_trigger(None if args.streaming else images.rows),
+            tags=[],
+        )
+        write_card(args, make_parser(), folder, run, prompts_of(args), usage, training)
     return files
 
 
@@ -5069,34 +5111,291 @@ def array_bytes(part):
 
 
 # ---------------------------------------------------------------------------------------------------------- model_card
-def write_card(args, folder, step, prompts, loader, tags, instance_prompt=None):
-    """Writes the model card into a folder: licence of the base, how to load the result, samples, settings; no paths,
-    no secrets."""
-    base, name = args.pretrained_model_name_or_path, Path(args.output_dir).resolve().name
-    is_local = Path(base).exists()
-    licence = None
+def plain(text):
+    """A text of somebody's as Markdown that shows it in one line, and does nothing else."""
+    return re.sub(r"([\\`*~\[\]<>|&]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(str(text).split()))
+
+
+def in_python(text):
+    """A text as a literal of Python."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def name_base(args):
+    """The name of the base: that on the Hub, or of a local folder or file its own without the path to it."""
+    base = args.pretrained_model_name_or_path
+    return os.path.basename(os.path.abspath(base)) if os.path.exists(base) else base
+
+
+def find_trigger(rows):
+    """The words before the first comma that the captions of all rows begin with, such as a trigger word; None if there
+    are none, or for None, where images are a stream."""
+    if rows is None:
+        return None
+    starts, num_captions = set(), 0
+    for captions in rows["captions"]:
+        for caption in captions:
+            start, comma, _ = caption.partition(",")
+            starts.add(start.strip() if comma else "")
+            num_captions += 1
+        if len(starts) > 1:
+            return None
+    return starts.pop() or None if starts and num_captions > 1 else None
+
+
+def describe_images(run):
+    """What images a run is trained on, as a text."""
+    number = run.counts.num_images
+    if number is None:
+        return "a stream of images with captions"
+    return f"{number:,} {'image' if number == 1 else 'images'} with captions"
+
+
+def name_result(args, repo_id):
+    """The name of the result: of its repository on the Hub, or of its folder."""
+    return repo_id or Path(args.output_dir).resolve().name
+
+
+def call_of(args, pipeline):
+    """What `pipe` is given beside the prompt: how samples were drawn, and their size if it isn't the model's own."""
+    call = {
+        "negative_prompt": args.validation_negative_prompt,
+        "num_inference_steps": args.validation_num_inference_steps,
+        "guidance_scale": args.validation_guidance_scale,
+    }
+    side = pipeline.unet.config.sample_size
+    if isinstance(side, int) and side * pipeline.vae_scale_factor != args.resolution:
+        call |= {"height": args.resolution, "width": args.resolution}
+    return {name: value for name, value in call.items() if value is not None}
+
+
+def load_base_lines(args):
+    """Returns (lines of Python that name the base, the call that loads it)."""
+    base, is_local = args.pretrained_model_name_or_path, Path(args.pretrained_model_name_or_path).exists()
+    given, loader = ["base"], "from_pretrained"
+    if Path(base).is_file():
+        loader = "from_single_file"
+        if args.single_file_config and not Path(args.single_file_config).exists():
+            given.append(f"config={in_python(args.single_file_config)}")
+    elif not is_local:
+        asked = {"revision": args.revision, "variant": args.variant}
+        given += [f"{name}={in_python(value)}" for name, value in asked.items() if value]
+    remark = "  # which is not on the Hub: give the path to it" if is_local else ""
+    return [f"base = {in_python(name_base(args))}{remark}"], f"StableDiffusionPipeline.{loader}({', '.join(given)})"
+
+
+def use_of_pipeline(args, pipeline, repo_id):
+    """How a pipeline folder is drawn with; `pipeline` is what was saved."""
+    usage = Usage(
+        imports=["import torch", "from diffusers import StableDiffusionPipeline"],
+        loading=[
+            f"model = {in_python(name_result(args, repo_id))}{NAMES_MODEL}",
+            "pipe = StableDiffusionPipeline.from_pretrained(model)",
+        ],
+        call=call_of(args, pipeline),
+        notes=describe_scheduler(pipeline.scheduler.config),
+    )
+    if pipeline.text_encoder is None:  # which is the base's
+        base_lines, load = load_base_lines(args)
+        usage.loading[1:] = [
+            *base_lines,
+            f"text_encoder = {load}.text_encoder",
+            "pipe = StableDiffusionPipeline.from_pretrained(model, text_encoder=text_encoder)",
+        ]
+        usage.notes.append("The text encoder is that of the base, and not among these files.")
+    return usage
+
+
+def describe_scheduler(config):
+    """Paragraphs on what another sampler, or another program, has to know of how noise was predicted."""
+    notes = []
+    if config.prediction_type != "epsilon":
+        notes.append(
+            f"It predicts `{config.prediction_type}`. Make other samplers from the scheduler's settings, as by "
+            "`DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)`; other programs have to be told."
+        )
+    if config.get("rescale_betas_zero_snr"):
+        notes.append(
+            "It was trained to zero terminal SNR (arXiv 2305.08891): samplers need `rescale_betas_zero_snr=True` and "
+            '`timestep_spacing="trailing"`. If pictures look burnt, give `guidance_rescale=0.7` to `pipe`.'
+        )
+    return notes
+
+
+def in_call(values):
+    """Values by name as the arguments of a call in Python."""
+    return ", ".join(f"{name}={value if value is True else in_python(value)}" for name, value in values.items())
+
+
+def code_of(usage, prompt):
+    """The Python code that draws a picture, as a block of Markdown."""
+    given = [in_python(prompt), *[in_call({name: value}) for name, value in usage.call.items()]]
+    lines = [
+        *usage.imports,
+        "",
+        *usage.loading,
+        'pipe.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")',
+        "image = pipe(",
+        *[f"    {argument}," for argument in given],
+        ").images[0]",
+        'image.save("picture.png")',
+    ]
+    return "\n".join(["```python", *lines, "```"])
+
+
+def describe_steps(args, run):
+    """How long a run was, as it was: one that was resumed counts its steps from the first one."""
+    counts, steps = run.counts, run.progress["global_step"]
+    text = f"{steps:,} {'step' if steps == 1 else 'steps'} of {counts.samples_per_step:,} images each"
+    if counts.steps_per_epoch:
+        epochs = f"{steps / counts.steps_per_epoch:,.1f}".removesuffix(".0")
+        text += f", which is {epochs} {'epoch' if epochs == '1' else 'epochs'}"
+    text += f", at a learning rate of at most {run.settings['peak_learning_rate']:g}"
+    if args.use_ema:
+        text += "; the weights are an average over the steps (EMA)"
+    if args.allow_changed_resume:
+        text += ". The run was resumed under changed settings: those below are of its last part"
+    return text
+
+
+def describe_gain(args, run):
+    """How far the loss on held-out images fell, by the log; None if no image was held out."""
+    rows = []
+    with contextlib.suppress(OSError, ValueError):  # somebody may have moved the log
+        lines = Path(args.output_dir, "log.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [row for row in map(json.loads, lines) if "held_out_loss" in row]
+    if not rows or not run.progress["base_losses"]:
+        return None
+    number, last = len(run.progress["base_losses"]), rows[-1]
+    loss, gain, error = last["held_out_loss"], last["held_out_gain"], last["gain_error"]
+    images = "1 image that was" if number == 1 else f"{number:,} images that were"
+    change = f"fell by {gain:.4f}" if gain >= 0 else f"rose by {-gain:.4f}"
+    text = f"On {images} not trained on, the loss {change}, from {loss + gain:.4f} to {loss:.4f}"
+    if number < MIN_FOR_INTERVAL:
+        return f"{text}; these are too few to say how sure that is"
+    low, high = gain - 2 * error, gain + 2 * error
+    text += f". With a confidence of about 95 % the gain is between {low:.4f} and {high:.4f}"
+    return text if low > 0 or high < 0 else f"{text}: it may be chance"
+
+
+def list_settings(args, parser, run):
+    """Rows of the settings that are not the script's defaults, as Markdown: no paths, no names of files, no
+    secrets."""
+    rows = ["Settings that are not the script's defaults:", "", "| setting | here | default |", "|---|---|---|"]
+    used = {**vars(args), "mixed_precision": run.settings["mixed_precision"]}
+    defaults = {"mixed_precision": "no"}
+    for flag in parser._actions:
+        value, default = used.get(flag.dest), defaults.get(flag.dest, flag.default)
+        is_place = flag.type in (path_name, repo_name, secret_token) or flag.dest in NOT_ON_CARD
+        is_file = isinstance(value, str) and os.path.exists(value)
+        if flag.dest in used and value != default and not is_place and not is_file:
+            rows.append(f"| `--{flag.dest}` | {plain(value)} | {'' if default is None else plain(default)} |")
+    return rows if len(rows) > 4 else ["All settings are the script's defaults."]
+
+
+def find_licence(args):
+    """What the card of the base says of its licence, on disk or on the Hub: license, and maybe license_name and
+    license_link; {} if nothing is found."""
+    base = args.pretrained_model_name_or_path
     with contextlib.suppress(Exception):  # no card, no connection, bad YAML: a licence must not cost a result
-        licence = ModelCard.load(Path(base) / "README.md" if is_local else base).data.license
-    data = ModelCardData(
+        data = ModelCard.load(Path(base, "README.md") if Path(base).exists() else base, token=args.hub_token).data
+        found = {name: data.get(name) for name in ("license", "license_name", "license_link")}
+        if isinstance(found["license"], str):
+            return {name: value for name, value in found.items() if isinstance(value, str)}
+    return {}
+
+
+def describe_licence(licence):
+    """What holds, as a sentence."""
+    if not licence:
+        return "Not known here: the licence of the base holds."
+    name = licence.get("license_name", licence["license"])
+    link = licence.get("license_link")
+    shown = f"[{plain(name)}](<{link}>)" if link and re.fullmatch(r"https?://[^\s<>]+", link) else plain(name)
+    return f"{shown}, which is that of the base."
+
+
+def list_samples(args, run, prompts):
+    """The newest samples and those of the base, as lines of Markdown, and the path of the newest; ([], None) if there
+    are none."""
+    names = sorted(path.name for path in Path(args.output_dir, "samples").glob("step-*.png"))
+    names = [name for name in names if name <= f"step-{run.progress['global_step']:06d}.png"]
+    if not names or not prompts:
+        return [], None
+    last = f"samples/{names[-1]}"
+    different = list(dict.fromkeys(prompts))
+    label = "Prompt" if len(different) == 1 else "Prompts, in the order of the pictures"
+    lines = [f"![samples]({last})", "", f"{label}: {'; '.join(map(plain, different))}", ""]
+    if names[0] == "step-000000.png" != names[-1]:
+        lines += ["The base draws this of the same noise:", "", f"![samples of the base](samples/{names[0]})", ""]
+    return lines, last
+
+
+def make_front_matter(args, licence, prompts, picture, training):
+    """What the Hub reads of the card."""
+    base, data = args.pretrained_model_name_or_path, args.dataset_name or ""
+    is_local = Path(base).exists()
+    is_on_hub = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", data)) and not Path(data).exists()
+    different = list(dict.fromkeys(prompts))
+    widget = [{"text": prompt} for prompt in different]
+    if picture and len(different) == 1:
+        widget[0]["output"] = {"url": picture}
+    if not licence:
+        licence = {"license": "other", "license_name": "as-the-base"}
+        if not is_local:
+            licence["license_link"] = f"https://huggingface.co/{base}"
+    return ModelCardData(
+        **licence,
         base_model=None if is_local else base,
-        license=licence or "other",
+        datasets=[data] if is_on_hub else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=tags,
-        instance_prompt=instance_prompt,
+        tags=[*TAGS, *training.tags],
+        instance_prompt=training.trigger,
+        widget=widget or None,
     )
-    text = f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n"
-    text += f"Fine-tuned for {step} steps from {Path(base).name if is_local else base}. Load it with {loader}.\n\n"
-    if prompts:
-        text += f"![samples](samples/step-{step:06d}.png)\n\n{'; '.join(dict.fromkeys(prompts))}\n\n"
-    text += "| setting | value |\n|---|---|\n"
-    for flag, value in vars(args).items():
-        is_given = value is not None and value is not False
-        is_file = isinstance(value, str) and os.path.exists(value)
-        if is_given and not is_file and not NOT_ON_CARD.search(flag):
-            shown = str(value).replace("|", " ")
-            text += f"| {flag} | {shown} |\n"
-    Path(folder, "README.md").write_text(text, encoding="utf-8")
+
+
+def write_card(args, parser, folder, run, prompts, usage, training):
+    """Writes the model card into a folder: how to use the result, samples, what it was trained on and how well it
+    learnt, the settings that are not the defaults of `parser`, the licence; no paths, no secrets. `prompts` are those
+    of the samples; `usage` and `training` are what only the script knows."""
+    base, licence = args.pretrained_model_name_or_path, find_licence(args)
+    samples, picture = list_samples(args, run, prompts)
+    data = make_front_matter(args, licence, prompts, picture, training)
+    shown = f"*{plain(name_base(args))}*" if Path(base).exists() else f"[{base}](https://huggingface.co/{base})"
+    trigger = f" Put **{plain(training.trigger)}** into a prompt to draw what it learnt." if training.trigger else ""
+    shape = "in shapes of the area of" if run.counts.buckets is not None else "at"
+    gain = describe_gain(args, run)
+    lines = [
+        "---",
+        data.to_yaml(),
+        "---",
+        "",
+        f"# {plain(Path(args.output_dir).resolve().name)}",
+        "",
+        f"{training.trained} {shown}, trained on {training.images}.{trigger}",
+        "",
+        *samples,
+        "## How to draw with it",
+        "",
+        code_of(usage, (prompts or [training.trigger or "a picture"])[0]),
+        "",
+        *[line for note in usage.notes for line in (note, "")],
+        "## How it was trained",
+        "",
+        f"- On {training.images}, {shape} {args.resolution} x {args.resolution} pixels.",
+        f"- For {describe_steps(args, run)}.",
+        f"- {gain}." if gain else "- No images were held out to measure how well it learnt.",
+        "",
+        *list_settings(args, parser, run),
+        "",
+        "## Licence",
+        "",
+        describe_licence(licence),
+        "",
+    ]
+    Path(folder, "README.md").write_text("\n".join(lines), encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------------------------------------------- hub
