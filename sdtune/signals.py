@@ -50,7 +50,10 @@ def is_orphaned(launcher):
 
 @contextlib.contextmanager
 def noted_signals(stop):
-    """Notes in `stop` the signals that ask to stop or to save, which by default end the process."""
+    """Notes in `stop` the signals that ask to stop or to save, which by default end the process. One that came before
+    is answered now, if a library has swallowed the exception that it raised, as some do with all exceptions."""
+    if (number := swallowed_stop()) is not None:
+        raise KeyboardInterrupt(number)
     note_stop = functools.partial(note_signal, stop.received)
     with answered_signals(note_stop, functools.partial(note_save, stop.saves)):
         yield
@@ -119,13 +122,22 @@ def note_signal(received, number, _):
 def interrupt(number, _):
     """Raises `KeyboardInterrupt` with the number of the signal, as Ctrl-C does without one; another signal, but for
     what comes with the first, does not wait for what is left then."""
-    on_signals(functools.partial(end_at_once, time.monotonic()))
+    on_signals(functools.partial(end_at_once, time.monotonic(), after=number))
     raise KeyboardInterrupt(number)
 
 
-def end_at_once(since, number, _):
-    """Ends the process by the signal, unless it is one with that of the time `since`: of a Ctrl-C that a launcher
-    hands on to a process that has got it too."""
+def swallowed_stop():
+    """The signal after which `interrupt` raised its exception, where the process goes on nevertheless; or None."""
+    if threading.current_thread() is threading.main_thread():
+        action = signal.getsignal(signal.SIGTERM)
+        if isinstance(action, functools.partial) and action.func is end_at_once:
+            return action.keywords.get("after")
+    return None
+
+
+def end_at_once(since, number, _, after=None):
+    """Ends the process by the signal, unless it is one with that of the time `since`, `after` which it came: of a
+    Ctrl-C that a launcher hands on to a process that has got it too."""
     if time.monotonic() - since > SAME_REQUEST:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)

@@ -285,7 +285,7 @@ def test_interrupted_class_images_go_on(script, fit, quick_drawing, tmp_path, mo
     with monkeypatch.context() as patch:
         patch.setattr(Image.Image, "save", save_two)
         assert fit(classes=classes, num_class_images=4) == 128 + signal.SIGINT
-    assert f"{script.__name__}.py: stopped before the first step\n" in capsys.readouterr().err
+    assert f"{script.__name__}.py: stopped by SIGINT\n" in capsys.readouterr().err
     first = {name: found for name, found in snapshot(classes).items() if name.startswith("class-")}
     assert sorted(first) == ["class-00000.png", "class-00001.png"]
     assert not (tmp_path / "out").exists()

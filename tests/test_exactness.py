@@ -229,7 +229,7 @@ def test_signal_while_loading_ends_the_run_at_once(train_script, fit, tmp_path, 
 
     monkeypatch.setattr(train_script, "load_models", load_models_and_signal)
     assert fit(tmp_path / "out") == 128 + signal.SIGINT
-    assert "train_text_to_image.py: stopped before the first step\n" in capsys.readouterr().err
+    assert "train_text_to_image.py: stopped by SIGINT\n" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

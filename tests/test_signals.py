@@ -158,6 +158,20 @@ def test_a_stop_outside_of_steps_ends_with_its_status_and_a_line(number, capsys)
     assert signal.getsignal(number) == signal.SIG_DFL
 
 
+def test_a_stop_whose_exception_a_library_swallows_is_heard_before_the_first_step(capsys):
+
+    def load_and_train():
+        with contextlib.suppress(BaseException):
+            os.kill(os.getpid(), signal.SIGTERM)
+        with noted_signals(Stop(launcher=None)):
+            raise AssertionError("a step is taken")
+
+    with pytest.raises(SystemExit) as caught, stopped_by_signals(), told_to_user("train.py"):
+        load_and_train()
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "train.py: stopped by SIGTERM\n"
+
+
 def test_a_stop_while_a_process_waits_to_tell_its_mistake_leaves_no_traceback(capsys, monkeypatch):
     """Its launcher ends it when the first process has told the same one."""
 
