@@ -233,7 +233,7 @@ def data_section(run, num_images):
             card(rows, [index], Path(name_of(rows, index)).name, " | ".join(rows[index]["captions"]))
             for index in shown
         ]
-    except InputError as error:
+    except (InputError, OSError) as error:
         return f"<p>{escaped(without_secrets(str(error)))}</p>\n"
     texts = [caption for index in training for caption in rows[index]["captions"]]
     counts = {"Images": f"{len(training):,} to train on, {num_held_out:,} held out, as they are in their place now"}
@@ -266,21 +266,22 @@ def shown_value(value):
 
 
 def describe(run):
-    """What was trained, and how far, in a line."""
-    settings, known = run.settings, bool(run.settings)
-    told = f"LoRA adapters of rank {settings['rank']}" if settings.get("rank") else "The whole UNet"
-    if settings.get("train_text_encoder"):
-        told += " and text encoder"
-    base = shown_value(settings.get("pretrained_model_name_or_path"))
-    data = place_of(settings)
-    told = f"{told} of {base} on {shown_value(data)}, at {settings.get('resolution')} pixels, " if known else ""
-    if settings.get("instance_prompt"):
-        told += f"called \N{LEFT DOUBLE QUOTATION MARK}{settings['instance_prompt']}\N{RIGHT DOUBLE QUOTATION MARK}, "
+    """What was trained, on what, and how far, in a line."""
+    settings, parts = run.settings, []
+    if settings:
+        trained = f"LoRA adapters of rank {settings['rank']}" if settings.get("rank") else "The whole UNet"
+        trained += " and text encoder" if settings.get("train_text_encoder") else ""
+        prompt = settings.get("instance_prompt")
+        called = f" (\N{LEFT DOUBLE QUOTATION MARK}{prompt}\N{RIGHT DOUBLE QUOTATION MARK})" if prompt else ""
+        base, place = shown_value(settings.get("pretrained_model_name_or_path")), shown_value(place_of(settings))
+        parts.append(f"{trained} of {base} on {place}{called}, at {settings.get('resolution')} pixels")
     step, planned = run.last_step(), run.planned_step()
-    told += f"{step:,} of {planned:,} steps" if planned else f"{step:,} steps"
-    if settings.get("samples_per_step"):
-        told += f" of {settings['samples_per_step']:,} images"
-    return told
+    of_images = f" of {settings['samples_per_step']:,} images" if settings.get("samples_per_step") else ""
+    parts.append((f"{step:,} of {planned:,} steps" if planned else f"{step:,} steps") + of_images)
+    if run.history:
+        event = run.history[-1].get("event")
+        parts.append(event if event in ("finished", "stopped") else "no end is noted")
+    return ", ".join(parts)
 
 
 def header(runs):
@@ -444,7 +445,8 @@ def as_page(runs, data, version=""):
 # ----------------------------------------------------------------------------------------------------------- watch
 def version_of(folders):
     """A text that changes whenever a run has logged or drawn more."""
-    paths = [Path(folder, name) for folder in folders for name in ("log.jsonl", "history.jsonl", "samples")]
+    paths = [Path(folder, name) for folder in folders for name in ("log.jsonl", "history.jsonl")]
+    paths += [path for folder in folders for path in sorted(Path(folder, "samples").glob("*"))]
     marks = [(path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.exists()]
     return hashlib.sha256(repr(marks).encode()).hexdigest()[:16]
 
