@@ -103,7 +103,7 @@ def make_plots(runs):
     """Returns (name, title, what is seen, specification or None where there is nothing to see) of each plot, over the
     same steps."""
     memory = "device_gb" if any(run.with_number("device_gb") for run in runs) else "process_gb"
-    of_what = "what PyTorch took of the device" if memory == "device_gb" else "this process, without those that load"
+    of_what = "what PyTorch took of the device" if memory == "device_gb" else "the process that trains"
     drawn = [
         ("loss", "Loss in training", "faint: as logged; bold: smoothed", plot_losses(runs)),
         (

@@ -221,6 +221,7 @@ def test_history_tells_of_stops_and_resumes(whole, tmp_path):
     history = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d ", "", history)
     told = "started at step 0 finished after step 2 resumed from step 2 ended without a word: killed, or the machine "
     assert history.startswith(told + "went down resumed from step 4 finished after step 6 Made by sdtune report")
+    assert "Upright dotted lines: where it was resumed." in text_of(page)
     (marks, *_) = plotted(page, "lr")
     assert [(row["step"], row["told"]) for row in marks] == [(2, "resumed from step 2"), (4, "resumed from step 4")]
 
@@ -314,9 +315,7 @@ def test_a_log_alone_as_the_hub_has_it_or_an_older_run(whole, tmp_path):
     page = page_of(folder)
     text = text_of(page)
     assert "older 6 steps. The loss on images that were not trained on" in text
-    assert (
-        "Memory in GB the most so far, of this process, without those that load Nothing of this is in the log." in text
-    )
+    assert "Memory in GB the most so far, of the process that trains Nothing of this is in the log." in text
     assert "Settings Not known: args.json is not there." in text
     assert "Samples None were drawn; --validation_prompts says what to draw." in text
     assert "Images What it was trained on is not known: args.json is not there." in text

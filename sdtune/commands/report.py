@@ -301,9 +301,11 @@ def title_of(runs):
     return runs[0].name if len(runs) == 1 else f"Comparison of {len(runs)} runs"
 
 
-def plots_section(plots):
+def plots_section(runs, plots):
     """The places of the plots, with their titles."""
-    parts = ['<h2>Numbers</h2>\n<div class="plots">\n']
+    is_resumed = any(row.get("event") == "resumed" for run in runs for row in run.history)
+    told = '<p class="faint">Upright dotted lines: where it was resumed.</p>\n' if is_resumed else ""
+    parts = [f'<h2>Numbers</h2>\n{told}<div class="plots">\n']
     for name, title, note, spec in plots:
         inside = f'<div class="plot" id="plot-{name}"></div>'
         if spec is None:
@@ -367,7 +369,8 @@ def settings_section(runs):
     if not known:
         return "<h2>Settings</h2>\n<p>Not known: args.json is not there.</p>\n"
     names = dict.fromkeys(name for run in known for name in run.settings if not name.endswith("token"))
-    texts = {name: [shown_value(run.settings.get(name)) for run in known] for name in names}
+    nothing = "\N{EN DASH}"  # of a script without that flag
+    texts = {name: [shown_value(run.settings.get(name, nothing)) for run in known] for name in names}
     differing = {name for name, values in texts.items() if len(set(values)) > 1}
     noted = [run.changed() for run in known]
     changed = {name for found in noted if found for name in found}
@@ -429,7 +432,7 @@ def as_page(runs, data, version=""):
     parts = [
         page_head(PROGRAM, f"{title_of(runs)}: report", STYLE, policy),
         header(runs),
-        plots_section(plots),
+        plots_section(runs, plots),
         samples,
     ]
     parts += [settings_section(runs), "<h2>Images</h2>\n"]
