@@ -68,7 +68,7 @@ class Page:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
-    def wait_for(self, script, seconds=30):
+    def wait_for(self, script, seconds=60):
         """Waits until an expression is true."""
         deadline = time.monotonic() + seconds
         while not self.run(script):

@@ -653,6 +653,21 @@ def test_points_are_drawn_at_the_values_of_the_log(page_in_browser, whole, tmp_p
 
 
 @in_a_browser
+def test_intervals_and_resumes_are_drawn(page_in_browser, whole, tmp_path):
+    page_of(whole, output=tmp_path / "page.html")
+    rules = POINTS.replace("NAME", "held_out_loss").replace("=point", "='rule mark'").split(".map")[0]
+    found = page_in_browser(tmp_path / "page.html").run(rules + ".map(rule => rule.getAttribute('aria-label'))")
+    resumed = "step: {0}; run: my_model; history: resumed from step {0}"
+    assert found[:2] == [resumed.format(2), resumed.format(4)]
+    bars = [re.match(r"step: (\d+); low: (\S+); high: (\S+); run", label).groups() for label in found[2:]]
+    looks = [row for row in logged(whole) if "held_out_loss" in row]
+    assert [int(step) for step, _, _ in bars] == [row["step"] for row in looks]
+    for side, sign in ((1, -1), (2, 1)):
+        expected = [row["held_out_loss"] + sign * 1.96 * row["gain_error"] for row in looks]
+        assert [float(bar[side]) for bar in bars] == pytest.approx(expected, rel=1e-9)
+
+
+@in_a_browser
 def test_the_slider_shows_the_picture_of_its_step(page_in_browser, whole, other, tmp_path):
     page_of(whole, other, output=tmp_path / "page.html")
     tab = page_in_browser(tmp_path / "page.html")
