@@ -226,6 +226,14 @@ def test_history_tells_of_stops_and_resumes(whole, tmp_path):
     assert [(row["step"], row["told"]) for row in marks] == [(2, "resumed from step 2"), (4, "resumed from step 4")]
 
 
+def test_an_end_that_two_hosts_tell_is_one():
+    history = [{"event": event, "step": step} for event, step in (("started", 0), ("finished", 9), ("finished", 9))]
+    assert command.history_rows(history) == [("", "started at step 0"), ("", "finished after step 9")]
+    rows = [{"event": "stopped", "step": 3, "why": "SIGTERM"}, {"event": "resumed", "step": 3}]
+    told = [("", "stopped after step 3 by SIGTERM"), ("", "resumed from step 3")]
+    assert command.history_rows([history[0], *rows]) == [("", "started at step 0"), *told]
+
+
 def test_several_runs_are_compared(whole, other, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert status_of(command.main, whole, other) == 0

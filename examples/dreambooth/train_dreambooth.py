@@ -5290,8 +5290,8 @@ def history_line(run, event, **more):
 
 
 def note_end(accelerator, run, event, why=None):
-    """Appends to history.jsonl how a run has ended, by the first process alone. A run that is killed notes nothing,
-    and one that cannot write has more to say elsewhere."""
+    """Appends to history.jsonl how a run has ended, by the first process alone, but by each host of JAX. A run that is
+    killed notes nothing, and one that cannot write has more to say elsewhere."""
     if accelerator.is_main_process:
         with contextlib.suppress(OSError), (run.output_dir / HISTORY_FILE).open("a", encoding="utf-8") as file:
             file.write(history_line(run, event, **({"why": without_secrets(why)} if why else {})))

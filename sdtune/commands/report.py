@@ -403,11 +403,14 @@ def history_section(runs):
 
 def history_rows(history):
     """Pairs of a time and what happened then."""
-    rows = []
-    for number, row in enumerate(history):
+    rows, before = [], None
+    for row in history:
         event, step = row.get("event"), row["step"]
-        if number and event in ("started", "resumed") and history[number - 1].get("event") in ("started", "resumed"):
+        if event == before and event in ("finished", "stopped"):  # as another host tells it
+            continue
+        if event in ("started", "resumed") and before in ("started", "resumed"):
             rows.append(("", "ended without a word: killed, or the machine went down"))
+        before = event
         where = "at" if event == "started" else "from" if event == "resumed" else "after"
         why = f" by {row['why']}" if row.get("why") else ""
         rows.append((told_time(row.get("time")), f"{event} {where} step {step:,}{why}"))
