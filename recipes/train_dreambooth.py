@@ -284,7 +284,7 @@ def train(args, launcher):
         end_training(accelerator)
         return
 
-    start_output(args, accelerator, run)
+    start_output(args, accelerator, run, make_parser())
     with told_in_a_line(args, accelerator, "The encoding"):
         held_out = encode_held_out(accelerator, parts["vae"], parts["text_encoder"], held_out, args.train_batch_size)
     look = functools.partial(validate, args, accelerator, run, parts, held_out, prompts)

@@ -232,7 +232,7 @@ def train(args, mesh):
         end_training(accelerator)
         return
 
-    start_output(args, run)
+    start_output(args, run, make_parser())
     pool = ThreadPoolExecutor(args.dataloader_num_workers or 1)
     vae = frozen(encode_pixels, pipeline.vae, frozen_dtype)
     text_encoder = frozen(apply_text_encoder, pipeline.text_encoder, frozen_dtype)

@@ -13,6 +13,7 @@ COMMANDS = {
     "show": "draw a contact sheet of images and captions as training sees them",
     "find-batch-size": "find the largest micro-batch that fits into memory, by trial steps",
     "generate": "draw pictures and labelled grids, base beside result",
+    "report": "write a page about a run, or a comparison: plots, samples, settings, data",
     "evaluate": "measure a result: CLIP score, KID, held-out loss, memorisation",
     "export": "make a model of a checkpoint: a pipeline folder or LoRA weights",
     "convert": "turn a pipeline folder into one file for A1111, Forge and ComfyUI, and back",

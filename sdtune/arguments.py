@@ -724,6 +724,12 @@ def config_of(argv):
         return None
 
 
+def changed_flags(parser, args):
+    """The names of the flags whose values are not their defaults."""
+    defaults = vars(parser.parse_args([]))
+    return [name for name, value in vars(args).items() if value != defaults[name]]
+
+
 def check_encoding(args):
     """Lists the values that are not UTF-8."""
     problems = []

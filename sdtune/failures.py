@@ -13,7 +13,7 @@ import diffusers
 
 from sdtune.checkpoints import checkpoint_of, list_checkpoints, save_checkpoint
 from sdtune.errors import InputError, fitted, is_lack_of_memory, is_lost_peer
-from sdtune.output import end_training, restore_output
+from sdtune.output import end_training, note_end, restore_output
 from sdtune.signals import drop_lost_output, noted_signals
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -32,6 +32,7 @@ def nothing_lost(args, accelerator, run, stop, write_state, end=sys.exit):
     with noted_signals(stop):
         try:
             yield
+            note_end(accelerator, run, "finished")
         except Exception as error:  # of the data, the disk, the memory, a library
             drop_lost_output()  # which may be what failed
             reason, remedy = explain(args, error)
@@ -44,6 +45,7 @@ def nothing_lost(args, accelerator, run, stop, write_state, end=sys.exit):
             step = run.progress["global_step"]
             told = fitted(f"{told_as}Stopped after step {step} by {reason}. {kept}{remedy}")
             print(f"\n{told}", file=sys.stderr, flush=True)
+            note_end(accelerator, run, "stopped", reason)
             end(1)
 
 
@@ -168,4 +170,5 @@ def leave(accelerator, run, broken, received):
     accelerator.print("\n" + fitted(f"Stopped by {why}. {kept}{remedy}"), file=sys.stderr)
     # Another process, or the launcher, may have got the signal: SIGTERM, then.
     number = received[0] if received else signal.SIGTERM
+    note_end(accelerator, run, "stopped", why if broken else signal.Signals(number).name)
     sys.exit(1 if broken else 128 + number)

@@ -39,6 +39,12 @@ def beside(output, keep_mode=False):
             new.unlink(missing_ok=True)
 
 
+def write_text(path, text):
+    """Writes a file whole or not at all."""
+    with beside(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
 def sync(folder):
     """Has the system write a folder and all that is in it to the disk: until then a crash of the machine could leave a
     whole name with half a file."""

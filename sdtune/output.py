@@ -1,6 +1,7 @@
 """The folder of a run: whether it may be used, its log, the pipeline that results."""
 
 import contextlib
+import datetime
 import json
 import os
 import re
@@ -11,16 +12,19 @@ from pathlib import Path
 
 import diffusers
 from accelerate.tracking import get_available_trackers
+from accelerate.utils import is_cuda_available
 from filelock import FileLock, Timeout
+from torch.cuda import max_memory_reserved
 
 from sdtune.checkpoints import find_checkpoint, find_newer, read_best, set_aside_damaged
-from sdtune.errors import InputError, last_line
+from sdtune.errors import InputError, last_line, without_secrets
 from sdtune.files import beside, copy_mode, existing_place, move_into, sync
 from sdtune.models import DTYPES, numel_of, write_text_encoder
 
 LOCK_FILE = ".lock"
 TOKEN_FILE = ".token"  # what the first process leaves for the other machines to see, for a moment
-HALF_FILE = re.compile(r"\.(args\.json|log\.jsonl|best\.json)\..+\.new")  # what a kill leaves of one
+HISTORY_FILE = "history.jsonl"  # when the run was started, stopped and resumed: of the clock, as the log is not
+HALF_FILE = re.compile(r"\.(args\.json|log\.jsonl|best\.json|history\.jsonl)\..+\.new")  # what a kill leaves of one
 NEW_RESULT = ".result.partial"  # a folder beside which the old result stays until the new one is whole
 
 
@@ -157,12 +161,13 @@ def chosen_tracker(args):
     return args.report_to if args.report_to != "none" and installed else None
 
 
-def prepare_output(run, overwrite):
-    """Makes the output folder with args.json and a log up to the first step; removes what an earlier run left there if
-    it may be overwritten, and what it left unfinished. For one process alone."""
+def prepare_output(run, overwrite, changed):
+    """Makes the output folder with args.json, a log up to the first step, and a line more of history that names the
+    flags that were `changed` from their defaults; removes what an earlier run left there if it may be overwritten, and
+    what it left unfinished. For one process alone."""
     output_dir = run.output_dir
     output_dir.mkdir(parents=True, exist_ok=True)
-    old_files = ["README.md", "best.json"]  # the first of which says that a run has ended
+    old_files = ["README.md", "best.json", HISTORY_FILE]  # the first of which says that a run has ended
     old_folders = r"samples|checkpoint-\d+"
     unfinished = r"checkpoint-\d+(\..+-\d+)?\.partial|" + re.escape(NEW_RESULT)
     if overwrite:
@@ -181,9 +186,13 @@ def prepare_output(run, overwrite):
         (output_dir / "best.json").unlink()
     log = output_dir / "log.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() and first_step else []
+    history = output_dir / HISTORY_FILE
+    past = history.read_text(encoding="utf-8").splitlines(keepends=True) if history.exists() else []
+    now = history_line(run, "resumed" if first_step else "started", last_step=run.counts.last_step, changed=changed)
     contents = {
         "args.json": json.dumps(run.settings, indent=2) + "\n",
         "log.jsonl": "".join(line for line in lines if was_before(line, first_step)),
+        HISTORY_FILE: "".join([line for line in past if line.endswith("}\n")] + [now]),
     }
     try:
         for name, content in contents.items():
@@ -191,6 +200,20 @@ def prepare_output(run, overwrite):
                 path.write_text(content, encoding="utf-8")
     except OSError as error:
         raise InputError(f"--output_dir={output_dir}: cannot be written to ({last_line(error)}); make room") from None
+
+
+def history_line(run, event, **more):
+    """A line of history.jsonl: what happened to the run, and when, after which step."""
+    time_of_day = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return json.dumps({"time": time_of_day, "event": event, "step": run.progress["global_step"], **more}) + "\n"
+
+
+def note_end(accelerator, run, event, why=None):
+    """Appends to history.jsonl how a run has ended, by the first process alone, but by each host of JAX. A run that is
+    killed notes nothing, and one that cannot write has more to say elsewhere."""
+    if accelerator.is_main_process:
+        with contextlib.suppress(OSError), (run.output_dir / HISTORY_FILE).open("a", encoding="utf-8") as file:
+            file.write(history_line(run, event, **({"why": without_secrets(why)} if why else {})))
 
 
 def restore_output(run):
@@ -248,9 +271,24 @@ def log_losses(accelerator, run, learning_rate, grad_norm, images_per_second):
         "lr": learning_rate,
         "grad_norm": grad_norm,
         "images_per_second": images_per_second,
+        **peak_gigabytes(accelerator.device),
     }
     write_log(accelerator, run.output_dir, run.progress["global_step"], numbers)
     run.progress["losses"] = []
+
+
+def peak_gigabytes(device):
+    """The most memory, in GB by name, that PyTorch took on a device so far, if that is a GPU of NVIDIA's or AMD's, and
+    this process in all, which the processes that load images are not part of."""
+    peaks = {}
+    if device.type != "cpu" and is_cuda_available():
+        peaks["device_gb"] = max_memory_reserved(device) / 1e9
+    if sys.platform != "win32":
+        import resource  # which Windows has not
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        peaks["process_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return peaks
 
 
 def write_log(accelerator, output_dir, step, numbers):

@@ -3,16 +3,15 @@
 import datetime
 import math
 import shutil
-import sys
 
 import torch
 from accelerate.utils import is_cuda_available
-from torch.cuda import is_bf16_supported, max_memory_reserved
+from torch.cuda import is_bf16_supported
 
 from sdtune.batches import mean_samples_per_step
 from sdtune.files import existing_place
 from sdtune.models import numel_of
-from sdtune.output import chosen_tracker
+from sdtune.output import chosen_tracker, peak_gigabytes
 
 
 def print_plan(args, run, num_held_out, num_trained, about):
@@ -86,17 +85,9 @@ def tell_cost(counts, device, num_samples, seconds, num_steps, now):
 
 
 def peak_memory(device):
-    """Lists the most memory that PyTorch took on a device, if that is a GPU of NVIDIA's or AMD's, and this process in
-    all, which the processes that load images are not part of."""
-    peaks = []
-    if device.type != "cpu" and is_cuda_available():
-        peaks.append(f"{max_memory_reserved(device) / 1e9:.3g} GB of the device")
-    if sys.platform != "win32":
-        import resource  # which Windows has not
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        peaks.append(f"{peak / 1e9:.3g} GB of this process")
+    """Lists the most memory that was taken so far, as far as it can be measured."""
+    names = {"device_gb": "the device", "process_gb": "this process"}
+    peaks = [f"{number:.3g} GB of {names[name]}" for name, number in peak_gigabytes(device).items()]
     return peaks or ["not measured here"]
 
 

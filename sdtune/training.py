@@ -29,6 +29,7 @@ from accelerate.utils import (
 from diffusers.utils import is_xformers_available
 from tqdm.auto import tqdm
 
+from sdtune.arguments import changed_flags
 from sdtune.batches import find_largest_step, micro_batches, step_sizes
 from sdtune.buckets import warn_of_short_steps
 from sdtune.checkpoints import (
@@ -339,10 +340,10 @@ def tell_plan(args, accelerator, run, num_held_out, about):
     print_plan(args, run, num_held_out, num_trained, about)
 
 
-def start_output(args, accelerator, run):
-    """Makes the output folder."""
+def start_output(args, accelerator, run, parser):
+    """Makes the output folder; `parser` knows the defaults of the flags."""
     if accelerator.is_main_process:
-        prepare_output(run, args.overwrite_output_dir)
+        prepare_output(run, args.overwrite_output_dir, changed_flags(parser, args))
     accelerator.wait_for_everyone()
 
 

@@ -101,6 +101,20 @@ def planted(tmp_path, creatures):
     return folder
 
 
+def test_an_earlier_page_of_its_own_is_replaced(tmp_path, creatures, capsys):
+    folder = write_images(tmp_path / "two", {"a.png": creatures[0], "b.png": creatures[1]})
+    page = tmp_path / "page.html"
+    words = [folder, "--resolution=64", f"--cache_dir={tmp_path / 'cache'}", f"--html={page}"]
+    assert status_of(command.main, *words) == 0
+    first = page.read_text(encoding="utf-8")
+    shutil.copy(folder / "a.png", folder / "c.png")
+    assert status_of(command.main, *words) == 1
+    assert page.read_text(encoding="utf-8") != first
+    page.write_text("mine")
+    assert f"--html={page}: exists; name another, or add --overwrite" in " ".join(errors(capsys, *words).split())
+    assert page.read_text(encoding="utf-8") == "mine"
+
+
 def named(findings, *keys):
     """What findings say under some keys: a list of tuples, the image first."""
     return [tuple(finding[key] for key in ("image", *keys)) for finding in findings]

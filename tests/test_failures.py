@@ -6,6 +6,7 @@ import resource
 import shutil
 import signal
 import threading
+from datetime import datetime
 from types import SimpleNamespace
 
 import pytest
@@ -43,6 +44,14 @@ def straight(train_script, tiny_pipeline, images, tmp_path_factory):
 def fit(train_script, tiny_pipeline, images):
     """Trains four steps into a folder, or as the settings say; returns the exit status."""
     return trains_into(train_script, tiny_pipeline, images)
+
+
+def history(folder):
+    """What happened to a run, and after which step, with what is said of it, in order."""
+    rows = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    assert all(datetime.fromisoformat(row["time"]).utcoffset().total_seconds() == 0 for row in rows)
+    assert sorted(row["time"] for row in rows) == [row["time"] for row in rows]
+    return [(row["event"], row["step"], row.get("why")) for row in rows]
 
 
 def checkpoints(folder):
@@ -236,8 +245,11 @@ def test_a_result_is_whole_or_absent(train_script, fit, straight, tmp_path, monk
         assert fit(tmp_path) == 1
     message = capsys.readouterr().err
     assert "Stopped after step 4 by a full disk. " in message
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "args.json", "checkpoint-4", "log.jsonl"]
+    names = [".lock", "args.json", "checkpoint-4", "history.jsonl", "log.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
     assert fit(tmp_path, resume_from_checkpoint="latest") == 0
+    stopped = ("stopped", 4, "a full disk")
+    assert history(tmp_path) == [("started", 0, None), stopped, ("resumed", 4, None), ("finished", 4, None)]
     assert same(unet(tmp_path), unet(straight))
     assert read_log(tmp_path) == read_log(straight)
 
@@ -516,6 +528,10 @@ def test_a_signal_while_it_draws_gives_the_look_up(train_script, fit, tmp_path, 
     assert fit(folder, **settings, resume_from_checkpoint="latest") == 0
     assert same(unet(folder), unet(straight))
     assert read_log(folder) == read_log(straight)
+    going_on = "resumed" if step else "started"
+    stopped = ("stopped", step, number.name)
+    assert history(folder) == [("started", 0, None), stopped, (going_on, step, None), ("finished", 4, None)]
+    assert history(straight) == [("started", 0, None), ("finished", 4, None)]
     for name in ("step-000000.png", "step-000002.png", "step-000004.png"):
         assert (folder / "samples" / name).read_bytes() == (straight / "samples" / name).read_bytes()
 
@@ -646,6 +662,24 @@ def test_signals_do_afterwards_what_they_did_before(train_script, tiny_pipeline,
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     train_script.main(words(tiny_pipeline, images, tmp_path))
     assert {number: signal.getsignal(number) for number in before} == before
+
+
+def test_the_history_names_the_flags_that_were_changed(straight, fit, tmp_path):
+    """Of an earlier run, and of a line that a kill has cut, nothing stays."""
+    (row, _) = [json.loads(line) for line in (straight / "history.jsonl").read_text().splitlines()]
+    changed = set(row["changed"])
+    assert row["last_step"] == 4
+    given = {"pretrained_model_name_or_path", "train_data_dir", "output_dir", "resolution", "train_batch_size"}
+    given |= {"max_train_steps", "learning_rate", "logging_steps", "report_to", "dataloader_num_workers"}
+    assert changed == given | {"checkpointing_steps"}
+    assert fit(tmp_path / "out", max_train_steps=1) == 0
+    with (tmp_path / "out" / "history.jsonl").open("a") as file:
+        file.write('{"time": "2026')
+    assert fit(tmp_path / "out", max_train_steps=2, resume_from_checkpoint="latest") == 0
+    once, again = ("started", 0, None), ("resumed", 1, None)
+    assert history(tmp_path / "out") == [once, ("finished", 1, None), again, ("finished", 2, None)]
+    assert fit(tmp_path / "out", max_train_steps=2, overwrite_output_dir=True, checkpointing_steps=1) == 0
+    assert history(tmp_path / "out") == [once, ("finished", 2, None)]
 
 
 def test_progress_is_json(straight):

@@ -568,6 +568,11 @@ def test_signal_saves_and_is_resumed(script, fit, straight, wide, tmp_path, monk
     assert {path.name for path in (tmp_path / "out").glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-5"}
     assert not (tmp_path / "out" / "model_index.json").exists()
     assert_same_run(fit(data=wide, resume_from_checkpoint="latest", **EVERYTHING), straight)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "history.jsonl").read_text().splitlines()]
+    last_step = rows[0]["last_step"]
+    events = [("started", 0), ("stopped", 5), ("resumed", 5), ("finished", last_step)]
+    assert [(row["event"], row["step"]) for row in rows] == events
+    assert rows[1]["why"] == number.name
 
 
 def test_changed_resume_is_refused_unless_allowed(fit, straight, wide, tmp_path, capsys):

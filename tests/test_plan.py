@@ -12,7 +12,7 @@ from image_data import write_image_folder
 from running import REPO, TRAIN_DREAMBOOTH, TRAIN_TEXT_TO_IMAGE, TRAIN_TEXT_TO_IMAGE_LORA, run_script
 from training import parse, train, words
 
-from sdtune import plan
+from sdtune import output, plan
 from sdtune.plan import warn_of_precision, warn_of_warm_up
 
 FULL_BF16 = {"full_bf16": True, "mixed_precision": "bf16", "max_grad_norm": "inf"}
@@ -155,10 +155,10 @@ def test_the_memory_of_device_and_process(monkeypatch):
     (told,) = plan.peak_memory(torch.device("cpu"))
     (kilobytes,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert float(told.removesuffix(" GB of this process")) == pytest.approx(int(kilobytes) * 1024 / 1e9, rel=0.02)
-    monkeypatch.setattr(plan, "is_cuda_available", lambda: True)
-    monkeypatch.setattr(plan, "max_memory_reserved", lambda device: 5_310_000_000)
+    monkeypatch.setattr(output, "is_cuda_available", lambda: True)
+    monkeypatch.setattr(output, "max_memory_reserved", lambda device: 5_310_000_000)
     assert plan.peak_memory(torch.device("cuda"))[0] == "5.31 GB of the device"
-    monkeypatch.setattr(plan.sys, "platform", "win32")
+    monkeypatch.setattr(output.sys, "platform", "win32")
     assert plan.peak_memory(torch.device("cpu")) == ["not measured here"]
 
 

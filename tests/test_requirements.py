@@ -15,7 +15,12 @@ from running import REPO, SCRIPTS
 FILES = sorted(path.name for path in REPO.glob("requirements*.txt"))
 EXTRAS = ("deepspeed", "dev", "tools", "trackers", "xformers")
 MADE = ("", "_deepspeed", "_dev", "_flax", "_tools", "_trackers")  # of the files, those that `make` installs
-IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "pytest-xdist": "xdist"}  # where not the package's name
+IMPORT_NAMES = {
+    "pillow": "PIL",
+    "pyyaml": "yaml",
+    "pytest-xdist": "xdist",
+    "vl-convert-python": "vl_convert",
+}  # where not the package's name
 NEVER_IMPORTED = {"pytest-xdist", "ruff", "tensorboard", "wandb"}  # but by libraries, or run
 every_file = pytest.mark.parametrize("name", FILES)
 

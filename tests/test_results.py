@@ -292,7 +292,7 @@ def test_result_arrives_on_the_hub(launched, tmp_path):
     assert [commit.message for commit in repo.commits if commit.paths] == ["Train 2 steps"]
 
     # All of the pipeline, and neither checkpoints nor the tracker's files nor the settings with their local paths.
-    apart = {"args.json", ".env", ".lock"}
+    apart = {"args.json", "history.jsonl", ".env", ".lock"}
     local = {path for path in snapshot(folder) if not path.startswith(("checkpoint-", "board/"))} - apart
     assert (folder / ".env").read_text() == "PASSWORD=1"
     assert {path for path in repo.files if path != ".gitattributes"} == local

@@ -641,9 +641,10 @@ def test_log_rows(plain):
     rows = [json.loads(line) for line in (plain / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     for row in rows:
-        assert row.keys() == {"step", "loss", "lr", "grad_norm", "images_per_second"}
+        assert row.keys() == {"step", "loss", "lr", "grad_norm", "images_per_second", "process_gb"}
         assert row["lr"] == 1e-3
         assert row["images_per_second"] > 0
+        assert 0.1 < row["process_gb"] < 100
 
 
 def scalars_of(folder):

@@ -169,9 +169,10 @@ def draws(seed, epoch, index, shape=(4, 4, 4), num_timesteps=1000):
 
 
 def read_log(folder):
-    """The rows of log.jsonl without what the clock decides."""
+    """The rows of log.jsonl without what the clock and the process decide."""
     rows = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != "images_per_second"} for row in rows]
+    apart = {"images_per_second", "process_gb"}
+    return [{name: value for name, value in row.items() if name not in apart} for row in rows]
 
 
 def losses(folder):

@@ -23,7 +23,8 @@ MODULES = """
     plan model_card hub validation signals failures script training cache
     flax.networks flax.weights flax.encoding flax.diffusion flax.optimization flax.checkpoints flax.validation
     flax.training
-    fonts inference clip measures pictures grids named_dataset uploads pipeline_folder single_file
+    fonts inference clip measures pictures grids named_dataset counts pages runs plots uploads pipeline_folder
+    single_file
 """.split()
 # What a reader looks for comes before the other modules, which keep their order.
 READ_FIRST = """

@@ -9,15 +9,10 @@ not changed. The status is 0 if nothing was found, 1 if something was, and 2 if 
 """
 
 import argparse
-import base64
-import html
-import io
 import json
-import math
 import os
 import re
 import textwrap
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,10 +23,11 @@ from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from sdtune.arguments import SWITCH, checked, new_parser, parse_flags, positive_int
+from sdtune.counts import count_sizes, count_words, statistics
 from sdtune.dataset import name_of
 from sdtune.errors import InputError, last_line, raise_problems, told_to_user
-from sdtune.files import beside, is_writable
-from sdtune.images import NO_CAPTION, check_images, path_of_findings, read_image, still_readable
+from sdtune.files import is_writable, write_text
+from sdtune.images import NO_CAPTION, check_images, path_of_findings
 from sdtune.models import load_tokenizer
 from sdtune.named_dataset import (
     add_named_dataset_arguments,
@@ -39,6 +35,7 @@ from sdtune.named_dataset import (
     check_outside,
     read_named_rows,
 )
+from sdtune.pages import CARD_STYLE, THUMBNAIL, card, escaped, is_own_page, open_row, page_head, printable
 
 PROGRAM = "sdtune check"
 # A hash is of grey shapes alone, and drawings on a plain ground have the same: near duplicates need alike small
@@ -46,24 +43,9 @@ PROGRAM = "sdtune check"
 # JPEG of quality 75, which differs by at most 2.4 at 64 pixels, and by 0.6 in photo-like noise.
 HASH_BITS = 12  # of 64, by which the hashes of near duplicates differ at most
 PAIRS = 2**22  # compared at a time
-RATIOS = {  # width / height
-    "1:2": 1 / 2,
-    "9:16": 9 / 16,
-    "2:3": 2 / 3,
-    "3:4": 3 / 4,
-    "4:5": 4 / 5,
-    "1:1": 1,
-    "5:4": 5 / 4,
-    "4:3": 4 / 3,
-    "3:2": 3 / 2,
-    "16:9": 16 / 9,
-    "2:1": 2,
-}
 MAX_LINES = 20  # findings of a kind in the text
 MAX_SHOWN = 200  # findings of a kind in the page
-MAX_WORDS = 40  # in both
 COLUMNS = 100
-THUMBNAIL = 160  # pixels
 TITLES = {  # of the kinds of findings, in the order of the report
     "unusable": "Unusable images",
     "cut_captions": "Cut captions",
@@ -101,8 +83,8 @@ def make_parser():
     )
     add = parser.add_argument_group("output").add_argument
     add("--json", metavar="FILE", help="write everything as JSON")
-    add("--html", metavar="FILE", help="write a page with thumbnails that needs no other file")
-    add("--overwrite", **SWITCH, help="replace these files if they exist")
+    add("--html", metavar="FILE", help="write a page with thumbnails that needs no other file, over its earlier one")
+    add("--overwrite", **SWITCH, help="replace whatever else is in the place of these files")
     add("--config", metavar="FILE.yaml", help="flags of this command by name; the command line wins")
     return parser
 
@@ -131,7 +113,7 @@ def check_output(flag, path, args):
     problems = []
     if Path(path).is_dir() or not is_writable(path):
         problems.append(f"--{flag}={path}: is a folder, or cannot be written to; name a file elsewhere")
-    elif Path(path).exists() and not args.overwrite:
+    elif Path(path).exists() and not args.overwrite and not is_own_page(path, PROGRAM):
         problems.append(f"--{flag}={path}: exists; name another, or add --overwrite")
     return problems + check_outside(flag, path, args.dataset)
 
@@ -165,12 +147,6 @@ def short_names(rows, dataset):
         is_inside = os.path.isabs(name) and Path(name).is_relative_to(root)
         names.append(Path(name).relative_to(root).as_posix() if is_inside else name)
     return names
-
-
-def open_row(rows, index):
-    """Decodes the image of a row. Raises `InputError` if that does not go any more."""
-    with still_readable(name_of(rows, index)):
-        return read_image(rows[index]["image"])
 
 
 # -------------------------------------------------------------------------------------------------------- findings
@@ -316,35 +292,6 @@ def find_enlarged(names, results, usable, resolution):
     return enlarged
 
 
-def count_sizes(results):
-    """Counts sizes and aspect ratios, and the share of pixels that a square crop cuts off."""
-    sizes = [(width, height) for _, width, height, problem in results if not problem]
-    ratios = Counter(nearest_ratio(width / height) for width, height in sizes)
-    cropped = [1 - min(size) / max(size) for size in sizes]
-    return {
-        "sizes": {f"{width} x {height}": count for (width, height), count in Counter(sizes).most_common()},
-        "aspect_ratios": {name: ratios[name] for name in RATIOS if ratios[name]},
-        "cropped_away": round(float(np.mean(cropped)), 4) if cropped else 0,
-    }
-
-
-def nearest_ratio(ratio):
-    """The name of the usual aspect ratio that is nearest."""
-    return min(RATIOS, key=lambda name: abs(math.log(ratio / RATIOS[name])))
-
-
-def count_words(texts):
-    """Counts the words of captions, and the captions with each word."""
-    words = Counter()
-    for text in texts:
-        words.update(set(re.findall(r"\w+(?:['’-]\w+)*", text.casefold())))
-    lengths, spread = [len(text.split()) for text in texts], {}
-    if lengths:
-        spread = {"min": min(lengths), "median": float(np.median(lengths)), "max": max(lengths)}
-    most_first = sorted(words.items(), key=lambda item: (-item[1], item[0]))
-    return {"words_per_caption": spread, "captions_with_word": dict(most_first)}
-
-
 def make_report(args, rows, names, results, tokenizer):
     """Gathers findings and counts into what --json writes; `rows` of a finding are numbers in the dataset. What is not
     looked for is None."""
@@ -412,31 +359,6 @@ def headline(kind, report):
     return f"{TITLES[kind]}: {len(findings)}", consequence(kind, report) if findings else ""
 
 
-def list_counts(counts, limit, link):
-    """The first of some counts by name, with `link` between both, and how many more there are."""
-    shown = [f"{name}{link}{count:,}" for name, count in list(counts.items())[:limit]]
-    more = f" and {len(counts) - limit:,} more" if len(counts) > limit else ""
-    return ", ".join(shown) + more
-
-
-def statistics(report):
-    """{title: text} of what is counted."""
-    ratios = list_counts(report["aspect_ratios"], 12, " in ") or "none"
-    words = report["words_per_caption"]
-    spread = f"{words['min']} to {words['max']}, median {words['median']:g}" if words else "no captions"
-    return {
-        "Sizes": list_counts(report["sizes"], 12, ": ") or "none",
-        "Aspect ratios": f"{ratios}; a square crop cuts {report['cropped_away']:.0%} of the pixels off",
-        "Words per caption": spread,
-        "Captions with the word": list_counts(report["captions_with_word"], MAX_WORDS, " ") or "none",
-    }
-
-
-def printable(text):
-    """A text without line ends, nor what could steer a terminal."""
-    return "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in " ".join(text.split()))
-
-
 def filled(line):
     """A line, which may be indented, as lines of at most 100 columns."""
     margin = line[: len(line) - len(line.lstrip())]
@@ -467,28 +389,10 @@ body {{ font: 15px/1.45 system-ui, sans-serif; color: #222; background: #fff; ma
   padding: 0 1em; overflow-wrap: anywhere; }}
 h1 {{ font-size: 1.5em; }} h2 {{ font-size: 1.15em; margin: 2em 0 .2em; }} p {{ margin: .2em 0 .8em; color: #555; }}
 table {{ border-collapse: collapse; }} th {{ text-align: left; vertical-align: top; font-weight: 600; width: 13em; }}
-th, td {{ padding: .3em 1em .3em 0; border-top: 1px solid #ddd; }}
-.cards {{ display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax({THUMBNAIL + 22}px, 1fr)); }}
+th, td {{ padding: .3em 1em .3em 0; border-top: 1px solid #ddd; }} .none {{ color: #2a7d36; }}
+{CARD_STYLE}
 .cards.wide {{ grid-template-columns: repeat(auto-fill, minmax({2 * THUMBNAIL + 32}px, 1fr)); }}
-.card {{ border: 1px solid #ddd; border-radius: 6px; padding: 10px; font-size: 13px; }}
-.card img {{ max-width: {THUMBNAIL}px; max-height: {THUMBNAIL}px; margin: 0 6px 6px 0; vertical-align: top; }}
-.card b {{ display: block; }} .text {{ max-height: 13em; overflow-y: auto; }} .none {{ color: #2a7d36; }}
 """
-
-
-def thumbnail(rows, index):
-    """An image as a small JPEG inside of an <img>."""
-    image, encoded = open_row(rows, index), io.BytesIO()
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    image.save(encoded, "JPEG", quality=85)
-    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(encoded.getvalue()).decode()}">'
-
-
-def card(rows, shown, title, text):
-    """A box with the images of some rows, a title and a text, which are escaped."""
-    images = "".join(thumbnail(rows, index) for index in shown)
-    title, text = html.escape(printable(title)), html.escape(printable(text))
-    return f'<div class="card">{images}<b>{title}</b><div class="text">{text}</div></div>\n'
 
 
 def findings_section(kind, report, rows, results):
@@ -497,7 +401,7 @@ def findings_section(kind, report, rows, results):
     title, note = headline(kind, report)
     good = "" if findings else " class=none"
     wide = " wide" if kind in WIDE else ""
-    parts = [f'<h2{good}>{title}</h2>\n<p>{html.escape(note)}</p>\n<div class="cards{wide}">\n']
+    parts = [f'<h2{good}>{title}</h2>\n<p>{escaped(note)}</p>\n<div class="cards{wide}">\n']
     for finding in tqdm(findings[:MAX_SHOWN], title, unit="image", disable=None, leave=False):
         shown = [index for index in finding["rows"] if not results[index][3]]  # those that can be opened
         parts.append(card(rows, shown, finding["image"], describe(kind, finding)))
@@ -522,25 +426,19 @@ def gallery(rows, names, results):
 
 def as_page(report, rows, names, results):
     """The report as one HTML page: all of the text, thumbnails of findings and of images from all over the dataset."""
-    title = html.escape(f"{report['dataset']}: {report['num_images']:,} images")
+    title = f"{report['dataset']}: {report['num_images']:,} images"
     parts = [
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n',
-        f"<style>{STYLE}</style></head><body>\n<h1>{title}</h1>\n",
+        page_head(PROGRAM, title, STYLE),
+        f"<h1>{escaped(title)}</h1>\n",
         f"<p>{report['num_usable']:,} usable, {report['num_captions']:,} captions</p>\n<table>\n",
     ]
     for name, text in statistics(report).items():
-        parts.append(f"<tr><th>{name}</th><td>{html.escape(text)}</td></tr>")
+        parts.append(f"<tr><th>{name}</th><td>{escaped(text)}</td></tr>")
     parts.append("\n</table>\n")
     for kind in TITLES:
         parts.append(findings_section(kind, report, rows, results))
     parts.append(gallery(rows, names, results))
     return "".join([*parts, "</body></html>\n"])
-
-
-def write_text(path, text):
-    """Writes a file whole or not at all."""
-    with beside(path) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
 
 
 def main(argv=None):

@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm.auto import tqdm
 
+from sdtune.arguments import changed_flags
 from sdtune.batches import micro_batches, step_sizes
 from sdtune.checkpoints import (
     find_checkpoint,
@@ -245,10 +246,10 @@ def tell_plan(args, run, num_held_out, stream):
     print_plan(args, run, num_held_out, num_trained, about)
 
 
-def start_output(args, run):
-    """Makes the output folder, by the first host alone."""
+def start_output(args, run, parser):
+    """Makes the output folder, by the first host alone; `parser` knows the defaults of the flags."""
     if jax.process_index() == 0:
-        prepare_output(run, args.overwrite_output_dir)
+        prepare_output(run, args.overwrite_output_dir, changed_flags(parser, args))
 
 
 def load_batches(args, run, encoded, batch_size, pool, left_out):

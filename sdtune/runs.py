@@ -1,0 +1,127 @@
+"""What a run left in its folder, read again: log, settings, history, samples, and what they say about learning."""
+
+import dataclasses
+import json
+import math
+import re
+from pathlib import Path
+
+from sdtune.errors import InputError
+from sdtune.output import HISTORY_FILE
+
+Z95 = 1.96  # standard errors, on either side of a mean, of its 95 % interval
+
+
+@dataclasses.dataclass
+class RunRecord:
+    """What is there of a run; of an older one, or of one from the Hub, there may be the log alone."""
+
+    name: str
+    folder: Path
+    rows: list  # of log.jsonl: dictionaries with a step, in which no number is infinite or not a number
+    settings: dict  # of args.json
+    history: list  # of history.jsonl: dictionaries with time, event and step
+    samples: dict  # {step: path of the grid of samples}
+    notes: list  # sentences on what cannot be read
+
+    def with_number(self, *names):
+        """The rows in which there are all of these numbers."""
+        return [row for row in self.rows if all(row.get(name) is not None for name in names)]
+
+    def last_step(self):
+        """The last step that is told of."""
+        return max([row["step"] for row in self.rows + self.history], default=0)
+
+    def planned_step(self):
+        """The last step that was planned, or None where nobody knows."""
+        planned = [row["last_step"] for row in self.history if "last_step" in row]
+        return planned[-1] if planned else self.settings.get("max_train_steps")
+
+    def changed(self):
+        """The flags that were changed from their defaults at the last start, or None where that was not noted."""
+        noted = [row["changed"] for row in self.history if "changed" in row]
+        return noted[-1] if noted else None
+
+
+def read_run(folder, name):
+    """Reads what a run left in its folder. Raises `InputError` if that holds no run."""
+    folder = Path(folder)
+    log, settings = folder / "log.jsonl", folder / "args.json"
+    if not log.is_file() and not settings.is_file():
+        told = "holds no log.jsonl of a training" if folder.is_dir() else "there is no such folder"
+        raise InputError(f"{folder}: {told}; name the --output_dir of a run")
+    notes = []
+    rows, history = read_rows_of(log, notes), read_rows_of(folder / HISTORY_FILE, notes)
+    try:
+        known = dict(json.loads(settings.read_text(encoding="utf-8"))) if settings.is_file() else {}
+    except (OSError, ValueError, TypeError):
+        known = {}
+        notes.append("args.json cannot be read, so that the settings are not known.")
+    samples = {}
+    for path in sorted(folder.glob("samples/step-*.png")):
+        if number := re.fullmatch(r"step-(\d+)", path.stem):
+            samples[int(number[1])] = path
+    return RunRecord(name, folder, rows, known, history, samples, notes)
+
+
+def read_rows_of(path, notes):
+    """The lines of a JSON file with a step, without what is no number in it; a line that is none of these, such as one
+    that breaks off, is left out, and told in `notes`."""
+    rows, num_broken = [], 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        try:
+            row = json.loads(line)
+            if type(row["step"]) is not int:
+                raise ValueError
+            rows.append({name: None if is_infinite(value) else value for name, value in row.items()})
+        except (ValueError, TypeError, KeyError):
+            num_broken += 1
+    if num_broken:
+        lines = "1 line" if num_broken == 1 else f"{num_broken:,} lines"
+        notes.append(f"{lines} of {path.name} cannot be read, and left out.")
+    return rows
+
+
+def is_infinite(value):
+    """Whether a value is a number that JSON, and a plot, have no place for."""
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def smoothed(values):
+    """The means of values and their neighbours, of some fifteenth of all: of less at both ends."""
+    reach = max(1, len(values) // 30)
+    windows = [values[max(0, number - reach) : number + reach + 1] for number in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
+
+
+def judge(run):
+    """Whether the run learnt, as a sentence, and how that is: "good", "bad" or "open"."""
+    looks, losses = run.with_number("held_out_loss", "held_out_gain", "gain_error"), run.with_number("loss")
+    if not run.rows:
+        return "Nothing was logged yet.", "open"
+    if not looks:
+        told = "No images were held out, so that nothing can be said about learning"
+        if len(losses) > 1:
+            first, last = smoothed([row["loss"] for row in losses])[:: len(losses) - 1]
+            told += f"; the loss in training, smoothed, went from {first:.3f} to {last:.3f}"
+        return f"{told}. --num_validation_samples holds some out.", "open"
+    last, number = looks[-1], run.settings.get("num_validation_samples")
+    of_images = f"The loss on {number} images" if number else "The loss on images"
+    loss, gain, margin = last["held_out_loss"], last["held_out_gain"], Z95 * last["gain_error"]
+    if last["step"] == 0:
+        return f"{of_images} that are held out was {loss:.3f} before training, and not measured since.", "open"
+    digits = 3 if margin == 0 or margin >= 0.002 else 5
+    went = f"{'rose' if gain < 0 else 'fell'} from {loss + gain:.{digits}f} to {loss:.{digits}f}"
+    told = f"{of_images} that were not trained on {went} after step {last['step']:,}, by {abs(gain):.{digits}f}"
+    if margin == 0:
+        return f"{told}; of a single image there is no interval, so that this may be chance.", "open"
+    told += f" \N{PLUS-MINUS SIGN} {margin:.{digits}f} (95 %)"
+    best = min(looks, key=lambda row: row["held_out_loss"])
+    if abs(gain) <= margin:
+        return f"{told}: too little to say that it learnt anything, or that it did harm.", "open"
+    if gain < 0:
+        return f"{told}: what it draws of images like these got worse.", "bad"
+    told += ": it learnt"
+    if best["held_out_loss"] < loss - margin:
+        told += f", but that loss was lower after step {best['step']:,}, {best['held_out_loss']:.{digits}f}"
+    return f"{told}.", "good"
