@@ -652,7 +652,8 @@ STATE_FILE = "state.json"
 
 LOCK_FILE = ".lock"
 TOKEN_FILE = ".token"  # what the first process leaves for the other machines to see, for a moment
-HALF_FILE = re.compile(r"\.(args\.json|log\.jsonl|best\.json)\..+\.new")  # what a kill leaves of one
+HISTORY_FILE = "history.jsonl"  # when the run was started, stopped and resumed: of the clock, as the log is not
+HALF_FILE = re.compile(r"\.(args\.json|log\.jsonl|best\.json|history\.jsonl)\..+\.new")  # what a kill leaves of one
 NEW_RESULT = ".result.partial"  # a folder beside which the old result stays until the new one is whole
 
 # What `sdtune push-model` knows the line by that names the model in a card's code.
@@ -931,7 +932,7 @@ def train(args, launcher):
         end_training(accelerator)
         return
 
-    start_output(args, accelerator, run)
+    start_output(args, accelerator, run, make_parser())
     parts = {**pipeline.components, "scheduler": noise_scheduler}
     with told_in_a_line(args, accelerator, "The encoding"):
         held_out = encode_held_out(accelerator, parts["vae"], parts["text_encoder"], held_out, args.train_batch_size)
@@ -1271,10 +1272,10 @@ def tell_plan(args, accelerator, run, num_held_out, about):
     print_plan(args, run, num_held_out, num_trained, about)
 
 
-def start_output(args, accelerator, run):
-    """Makes the output folder."""
+def start_output(args, accelerator, run, parser):
+    """Makes the output folder; `parser` knows the defaults of the flags."""
     if accelerator.is_main_process:
-        prepare_output(run, args.overwrite_output_dir)
+        prepare_output(run, args.overwrite_output_dir, changed_flags(parser, args))
     accelerator.wait_for_everyone()
 
 
@@ -3447,6 +3448,12 @@ def config_of(argv):
         return parser.parse_known_args(argv)[0].config
     except argparse.ArgumentError:  # which is told where all flags are parsed
         return None
+
+
+def changed_flags(parser, args):
+    """The names of the flags whose values are not their defaults."""
+    defaults = vars(parser.parse_args([]))
+    return [name for name, value in vars(args).items() if value != defaults[name]]
 
 
 def check_encoding(args):
@@ -5821,12 +5828,13 @@ def chosen_tracker(args):
     return args.report_to if args.report_to != "none" and installed else None
 
 
-def prepare_output(run, overwrite):
-    """Makes the output folder with args.json and a log up to the first step; removes what an earlier run left there if
-    it may be overwritten, and what it left unfinished. For one process alone."""
+def prepare_output(run, overwrite, changed):
+    """Makes the output folder with args.json, a log up to the first step, and a line more of history that names the
+    flags that were `changed` from their defaults; removes what an earlier run left there if it may be overwritten, and
+    what it left unfinished. For one process alone."""
     output_dir = run.output_dir
     output_dir.mkdir(parents=True, exist_ok=True)
-    old_files = ["README.md", "best.json"]  # the first of which says that a run has ended
+    old_files = ["README.md", "best.json", HISTORY_FILE]  # the first of which says that a run has ended
     old_folders = r"samples|checkpoint-\d+"
     unfinished = r"checkpoint-\d+(\..+-\d+)?\.partial|" + re.escape(NEW_RESULT)
     if overwrite:
@@ -5845,9 +5853,13 @@ def prepare_output(run, overwrite):
         (output_dir / "best.json").unlink()
     log = output_dir / "log.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() and first_step else []
+    history = output_dir / HISTORY_FILE
+    past = history.read_text(encoding="utf-8").splitlines(keepends=True) if history.exists() else []
+    now = history_line(run, "resumed" if first_step else "started", last_step=run.counts.last_step, changed=changed)
     contents = {
         "args.json": json.dumps(run.settings, indent=2) + "\n",
         "log.jsonl": "".join(line for line in lines if was_before(line, first_step)),
+        HISTORY_FILE: "".join([line for line in past if line.endswith("}\n")] + [now]),
     }
     try:
         for name, content in contents.items():
@@ -5855,6 +5867,20 @@ def prepare_output(run, overwrite):
                 path.write_text(content, encoding="utf-8")
     except OSError as error:
         raise InputError(f"--output_dir={output_dir}: cannot be written to ({last_line(error)}); make room") from None
+
+
+def history_line(run, event, **more):
+    """A line of history.jsonl: what happened to the run, and when, after which step."""
+    time_of_day = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return json.dumps({"time": time_of_day, "event": event, "step": run.progress["global_step"], **more}) + "\n"
+
+
+def note_end(accelerator, run, event, why=None):
+    """Appends to history.jsonl how a run has ended, by the first process alone, but by each host of JAX. A run that is
+    killed notes nothing, and one that cannot write has more to say elsewhere."""
+    if accelerator.is_main_process:
+        with contextlib.suppress(OSError), (run.output_dir / HISTORY_FILE).open("a", encoding="utf-8") as file:
+            file.write(history_line(run, event, **({"why": without_secrets(why)} if why else {})))
 
 
 def restore_output(run):
@@ -5912,9 +5938,24 @@ def log_losses(accelerator, run, learning_rate, grad_norm, images_per_second):
         "lr": learning_rate,
         "grad_norm": grad_norm,
         "images_per_second": images_per_second,
+        **peak_gigabytes(accelerator.device),
     }
     write_log(accelerator, run.output_dir, run.progress["global_step"], numbers)
     run.progress["losses"] = []
+
+
+def peak_gigabytes(device):
+    """The most memory, in GB by name, that PyTorch took on a device so far, if that is a GPU of NVIDIA's or AMD's, and
+    this process in all, which the processes that load images are not part of."""
+    peaks = {}
+    if device.type != "cpu" and is_cuda_available():
+        peaks["device_gb"] = max_memory_reserved(device) / 1e9
+    if sys.platform != "win32":
+        import resource  # which Windows has not
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        peaks["process_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return peaks
 
 
 def write_log(accelerator, output_dir, step, numbers):
@@ -6013,17 +6054,9 @@ def tell_cost(counts, device, num_samples, seconds, num_steps, now):
 
 
 def peak_memory(device):
-    """Lists the most memory that PyTorch took on a device, if that is a GPU of NVIDIA's or AMD's, and this process in
-    all, which the processes that load images are not part of."""
-    peaks = []
-    if device.type != "cpu" and is_cuda_available():
-        peaks.append(f"{max_memory_reserved(device) / 1e9:.3g} GB of the device")
-    if sys.platform != "win32":
-        import resource  # which Windows has not
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        peaks.append(f"{peak / 1e9:.3g} GB of this process")
+    """Lists the most memory that was taken so far, as far as it can be measured."""
+    names = {"device_gb": "the device", "process_gb": "this process"}
+    peaks = [f"{number:.3g} GB of {names[name]}" for name, number in peak_gigabytes(device).items()]
     return peaks or ["not measured here"]
 
 
@@ -6717,7 +6750,10 @@ def is_orphaned(launcher):
 
 @contextlib.contextmanager
 def noted_signals(stop):
-    """Notes in `stop` the signals that ask to stop or to save, which by default end the process."""
+    """Notes in `stop` the signals that ask to stop or to save, which by default end the process. One that came before
+    is answered now, if a library has swallowed the exception that it raised, as some do with all exceptions."""
+    if (number := swallowed_stop()) is not None:
+        raise KeyboardInterrupt(number)
     note_stop = functools.partial(note_signal, stop.received)
     with answered_signals(note_stop, functools.partial(note_save, stop.saves)):
         yield
@@ -6786,13 +6822,22 @@ def note_signal(received, number, _):
 def interrupt(number, _):
     """Raises `KeyboardInterrupt` with the number of the signal, as Ctrl-C does without one; another signal, but for
     what comes with the first, does not wait for what is left then."""
-    on_signals(functools.partial(end_at_once, time.monotonic()))
+    on_signals(functools.partial(end_at_once, time.monotonic(), after=number))
     raise KeyboardInterrupt(number)
 
 
-def end_at_once(since, number, _):
-    """Ends the process by the signal, unless it is one with that of the time `since`: of a Ctrl-C that a launcher
-    hands on to a process that has got it too."""
+def swallowed_stop():
+    """The signal after which `interrupt` raised its exception, where the process goes on nevertheless; or None."""
+    if threading.current_thread() is threading.main_thread():
+        action = signal.getsignal(signal.SIGTERM)
+        if isinstance(action, functools.partial) and action.func is end_at_once:
+            return action.keywords.get("after")
+    return None
+
+
+def end_at_once(since, number, _, after=None):
+    """Ends the process by the signal, unless it is one with that of the time `since`, `after` which it came: of a
+    Ctrl-C that a launcher hands on to a process that has got it too."""
     if time.monotonic() - since > SAME_REQUEST:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
@@ -6831,6 +6876,7 @@ def nothing_lost(args, accelerator, run, stop, write_state, end=sys.exit):
     with noted_signals(stop):
         try:
             yield
+            note_end(accelerator, run, "finished")
         except Exception as error:  # of the data, the disk, the memory, a library
             drop_lost_output()  # which may be what failed
             reason, remedy = explain(args, error)
@@ -6843,6 +6889,7 @@ def nothing_lost(args, accelerator, run, stop, write_state, end=sys.exit):
             step = run.progress["global_step"]
             told = fitted(f"{told_as}Stopped after step {step} by {reason}. {kept}{remedy}")
             print(f"\n{told}", file=sys.stderr, flush=True)
+            note_end(accelerator, run, "stopped", reason)
             end(1)
 
 
@@ -6967,6 +7014,7 @@ def leave(accelerator, run, broken, received):
     accelerator.print("\n" + fitted(f"Stopped by {why}. {kept}{remedy}"), file=sys.stderr)
     # Another process, or the launcher, may have got the signal: SIGTERM, then.
     number = received[0] if received else signal.SIGTERM
+    note_end(accelerator, run, "stopped", why if broken else signal.Signals(number).name)
     sys.exit(1 if broken else 128 + number)
 
 
