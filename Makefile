@@ -59,8 +59,12 @@ demo-emoji: $(INSTALLED) demo/emoji/train/metadata.jsonl  ## teach the miniature
 		--config examples/configs/emoji.yaml --overwrite_output_dir
 	@HF_HUB_OFFLINE=1 $(BIN)/python miniature/measure_emoji.py --model demo/emoji_lora --base miniature/pipeline \
 		--output demo/emoji.json --picture demo/emoji.png
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m sdtune evaluate miniature/pipeline demo/emoji/train --lora demo/emoji_lora \
-		--base miniature/pipeline --config examples/configs/emoji.yaml --output_dir demo/emoji_evaluation --overwrite
+	@for split in "train --num_validation_samples 47" "held_out --num_validation_samples 6 --num_images 3"; do \
+		echo "Evaluation of demo/emoji/$$split"; \
+		HF_HUB_OFFLINE=1 $(BIN)/python -m sdtune evaluate miniature/pipeline demo/emoji/$$split \
+			--lora demo/emoji_lora --base miniature/pipeline --config examples/configs/emoji.yaml \
+			--output_dir demo/emoji_evaluation/$${split%% *} --overwrite || exit; \
+	done
 
 demo/subject/metadata.jsonl: miniature/render.py | $(INSTALLED)
 	rm -rf demo/subject demo/stars

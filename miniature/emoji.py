@@ -72,14 +72,15 @@ COLOURED = {
 }
 # Things of one look, which this autoencoder keeps apart.
 THINGS = """
-star sun crescent-moon snowflake droplet fire high-voltage rainbow umbrella mountain
-lemon tangerine tomato pear cherries strawberry eggplant carrot hot-pepper pineapple mango avocado watermelon
-doughnut cupcake pizza cheese-wedge teapot balloon basketball bullseye trophy crystal-ball
-bell key locked crown ring gem-stone light-bulb magnet hammer scissors pencil pushpin pill
-sunflower maple-leaf evergreen-tree cactus shamrock mushroom
-cat-face fox frog panda butterfly fish tropical-fish lady-beetle crab duck dolphin
-smiling-face cold-face robot alien skull jack-o-lantern
-t-shirt jeans dress top-hat high-heeled-shoe sunglasses automobile tractor rocket airplane sailboat anchor lighthouse
+star sun crescent-moon droplet fire high-voltage rainbow umbrella mountain
+lemon pear cherries strawberry watermelon pineapple eggplant carrot hot-pepper
+doughnut cupcake pizza cheese-wedge teapot balloon trophy bell key locked crown ring
+light-bulb magnet hammer scissors pencil pushpin
+sunflower maple-leaf evergreen-tree mushroom
+cat-face frog panda butterfly fish lady-beetle crab dolphin
+smiling-face cold-face robot alien jack-o-lantern
+t-shirt jeans dress top-hat high-heeled-shoe sunglasses
+automobile rocket airplane sailboat anchor
 spade-suit cross-mark check-mark no-entry warning drop-of-blood
 """.split()
 # Never trained on, though their colours and their things are.

@@ -4,7 +4,8 @@
 
 Every name that was trained on is drawn from several seeds, every combination of colour and thing that was not from
 twice as many: those held out, and those of which there is no emoji. The readers of `emoji.py` tell colour, thing and
-ground by pixels. `nearest_is_own` is the share of pictures whose nearest training image is one of their own name;
+ground by pixels. `nearest_is_own` is the share of pictures whose nearest training image is one of their own name,
+`copies` that of pictures less than a third as far from it as from the nearest image of another name;
 `apart_by_name` and `apart_by_seed` are how far apart pictures of two names from one seed are, and of one name from two
 seeds.
 """
@@ -23,6 +24,8 @@ import compare
 import emoji
 import measure
 import render
+
+from sdtune.measures import COPY_RATIO
 
 BATCH = 50  # pictures at once
 # Rows of the picture: names seen, and combinations that were not.
@@ -108,12 +111,17 @@ def score_names(pictures, views):
     images = np.concatenate([views[icon] for icon in icons])
     images = images.reshape(len(images), -1).astype(np.float32)
     owners = np.repeat(np.arange(len(icons)), [len(views[icon]) for icon in icons])
-    is_own = []
+    is_own, is_copy = [], []
     for number, drawn in enumerate(flat):
-        is_own += [owners[differences(picture, images).argmin()] == number for picture in drawn]
+        for picture in drawn:
+            away = differences(picture, images)
+            nearest = owners[away.argmin()]
+            is_own.append(nearest == number)
+            is_copy.append(away.min() < away[owners != nearest].min() * COPY_RATIO)
     return {
         "pictures": len(is_own),
         "nearest_is_own": measure.share(is_own),
+        "copies": measure.share(is_copy),
         "apart_by_name": round(np.mean([mean_difference(flat[:, seed]) for seed in range(flat.shape[1])]), 1),
         "apart_by_seed": round(np.mean([mean_difference(drawn) for drawn in flat]), 1),
         "white_ground": measure.share([emoji.read_ground(image) for drawn in pictures for image in drawn]),
