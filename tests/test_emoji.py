@@ -17,6 +17,8 @@ from conftest import load_script
 from PIL import Image, ImageDraw
 from running import REPO, environment
 
+from sdtune.commands import evaluate
+
 emoji = load_script(REPO / "miniature" / "emoji.py")
 render = emoji.render
 
@@ -92,6 +94,22 @@ def test_names_of_the_picture_are_of_their_splits(measure_emoji):
     assert {splits[emoji.caption(name)] for name in measure_emoji.SEEN} == {"train"}
     unseen = [splits[emoji.caption(name)] for name in measure_emoji.UNSEEN]
     assert unseen == ["held_out"] * 4 + ["not_there"] * 4
+
+
+def test_recipe_is_of_the_script_and_of_the_names():
+    script = load_script(REPO / "examples" / "text_to_image" / "train_text_to_image_lora.py")
+    recipe = str(REPO / "examples" / "configs" / "emoji.yaml")
+    args, problems = script.parse_flags(script.make_parser(), ["--config", recipe], {})
+    assert problems == []
+    assert args.train_text_encoder
+    known = {record["text"] for split in ("train", "held_out", "not_there") for record in emoji.records(split)}
+    assert len(args.validation_prompts) == 5
+    assert set(args.validation_prompts) <= known
+    words = ["miniature/pipeline", "demo/emoji/train", "--config", recipe, "--num_validation_samples", "47"]
+    evaluation, problems = evaluate.parse_args(words)
+    assert problems == []
+    assert (evaluation.resolution, evaluation.clip_model) == (args.resolution, "miniature/clip")
+    assert args.num_validation_samples == evaluation.num_validation_samples
 
 
 # ---------------------------------------------------------------------------------------------- fetching
