@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-lora demo-dreambooth demo-flax test torture scripts check clean
+.PHONY: help install demo demo-lora demo-dreambooth demo-flax demo-emoji test torture scripts check clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -54,6 +54,18 @@ demo-flax: $(INSTALLED) demo/creatures/metadata.jsonl  ## fine-tune the miniatur
 	@HF_HUB_OFFLINE=1 $(BIN)/python miniature/compare.py \
 		--base miniature/pipeline --model demo/flax --output demo/base_above_flax.png
 
+demo-emoji: $(INSTALLED) demo/emoji/train/metadata.jsonl  ## teach the miniature real pictures: Noto emoji, by LoRA
+	HF_HUB_OFFLINE=1 $(LAUNCH) examples/text_to_image/train_text_to_image_lora.py \
+		--config examples/configs/emoji.yaml --overwrite_output_dir
+	@HF_HUB_OFFLINE=1 $(BIN)/python miniature/measure_emoji.py --model demo/emoji_lora --base miniature/pipeline \
+		--output demo/emoji.json --picture demo/emoji.png
+	@for split in "train --num_validation_samples 47" "held_out --num_validation_samples 6 --num_images 3"; do \
+		echo "Evaluation of demo/emoji/$$split"; \
+		HF_HUB_OFFLINE=1 $(BIN)/python -m sdtune evaluate miniature/pipeline demo/emoji/$$split \
+			--lora demo/emoji_lora --base miniature/pipeline --config examples/configs/emoji.yaml \
+			--output_dir demo/emoji_evaluation/$${split%% *} --overwrite || exit; \
+	done
+
 demo/subject/metadata.jsonl: miniature/render.py | $(INSTALLED)
 	rm -rf demo/subject demo/stars
 	$(BIN)/python miniature/render.py subject --output_dir demo/subject --num_images 5 --seed 0
@@ -61,6 +73,19 @@ demo/subject/metadata.jsonl: miniature/render.py | $(INSTALLED)
 demo/creatures/metadata.jsonl: miniature/render.py | $(INSTALLED)
 	rm -rf demo/creatures
 	$(BIN)/python miniature/render.py creatures --output_dir demo/creatures --num_images 240 --seed 0 --split train
+
+# Fetched first, so that without a network nothing else is tried.
+demo/noto/icons.json: | $(INSTALLED)
+	@$(BIN)/python miniature/emoji.py fetch --package_dir demo/noto
+
+$(VENV)/.installed_emoji: constraints.txt requirements_emoji.txt demo/noto/icons.json | $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--requirement requirements_emoji.txt
+	@touch $@
+
+demo/emoji/train/metadata.jsonl: miniature/emoji.py demo/noto/icons.json $(VENV)/.installed_emoji
+	rm -rf demo/emoji
+	$(BIN)/python miniature/emoji.py render --package_dir demo/noto --output_dir demo/emoji
 
 test: $(INSTALLED)  ## run all tests, offline and on the CPU; PYTEST_ARGS="-k resume" picks some
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal $(PYTEST_ARGS)

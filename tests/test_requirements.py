@@ -13,8 +13,8 @@ from packaging.utils import canonicalize_name
 from running import REPO, SCRIPTS
 
 FILES = sorted(path.name for path in REPO.glob("requirements*.txt"))
-EXTRAS = ("deepspeed", "dev", "tools", "trackers", "xformers")
-MADE = ("", "_deepspeed", "_dev", "_flax", "_tools", "_trackers")  # of the files, those that `make` installs
+EXTRAS = ("deepspeed", "dev", "emoji", "tools", "trackers", "xformers")
+MADE = ("", "_deepspeed", "_dev", "_flax", "_tools", "_trackers")  # of the files, those of `make install`
 IMPORT_NAMES = {
     "pillow": "PIL",
     "pyyaml": "yaml",
@@ -82,7 +82,7 @@ def test_commands_require_what_they_import_beside():
 
 
 def test_development_requires_what_tests_and_miniature_import_beside():
-    known = importable("requirements.txt", "requirements_flax.txt", "requirements_tools.txt")
+    known = importable("requirements.txt", "requirements_flax.txt", "requirements_tools.txt", "requirements_emoji.txt")
     ours = imported(python_files("tests/*.py", "tools/*.py", "miniature/*.py"))
     assert ours - known - {"tensorboard"} == importable("requirements_dev.txt")
 
@@ -116,11 +116,15 @@ def test_extras_are_the_files():
 
 def test_make_installs_the_pins_of_all_but_xformers():
     makefile = (REPO / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
-    (install,) = [line.split() for line in makefile.splitlines() if " pip install " in line]
+    installs = [line.split() for line in makefile.splitlines() if " pip install " in line]
+    (install,) = [words for words in installs if "--editable" in words]
     assert install[install.index("--constraint") + 1] == "constraints.txt"
     assert install[install.index("--requirement") + 1] == "requirements_flax.txt"
     (extras,) = re.findall(r'"\.\[(.*)\]"', install[install.index("--editable") + 1])
     assert {"", "_flax"} | {f"_{name}" for name in extras.split(",")} == set(MADE)
+    (of_emoji,) = [words for words in installs if words != install]
+    assert of_emoji[of_emoji.index("--constraint") + 1] == "constraints.txt"
+    assert of_emoji[of_emoji.index("--requirement") + 1 :] == ["requirements_emoji.txt"]
 
 
 def test_nothing_that_make_installs_brings_xformers():
