@@ -6708,8 +6708,8 @@ def swallowed_stop():
 
 
 def end_at_once(since, number, _, after=None):
-    """Ends the process by the signal, unless it is one with that of the time `since`, `after` which this is the answer:
-    of a Ctrl-C that a launcher hands on to a process that has got it too."""
+    """Ends the process by the signal, unless it is one with that of the time `since`, `after` which it came: of a
+    Ctrl-C that a launcher hands on to a process that has got it too."""
     if time.monotonic() - since > SAME_REQUEST:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
