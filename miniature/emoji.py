@@ -11,6 +11,7 @@ OUTPUT_DIR/held_out. Captions are their names: "an emoji of a blue heart". Rende
 
 import argparse
 import hashlib
+import http.client
 import io
 import json
 import os
@@ -195,7 +196,7 @@ def fetch(package_dir):
         if find_package(folder) is None:
             download(folder)
         content = find_package(folder).read_bytes()
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
         sys.exit(f"Cannot fetch Noto emoji ({getattr(error, 'reason', error)}): {remedy}")
     if hashlib.sha256(content).hexdigest() != SHA256:
         sys.exit(f"{find_package(folder)} is not version {VERSION} of {PACKAGE}: delete it; {remedy}")
@@ -262,7 +263,7 @@ def render_folders(package_dir, output_dir, seed=0):
     if not path.exists():
         sys.exit(f"{path} is missing: python miniature/emoji.py fetch --package_dir {package_dir}")
     package = json.loads(path.read_text(encoding="utf-8"))
-    for split, num_views in (("train", NUM_VIEWS), ("held_out", 1)):
+    for split, num_views in (("held_out", 1), ("train", NUM_VIEWS)):  # whose metadata make looks for
         number = write_folder(package, split, Path(output_dir) / split, num_views, seed)
         print(f"{number} images of {len(records(split))} emoji in {Path(output_dir) / split}")
 

@@ -50,6 +50,11 @@ class Training:
     tags: list
 
 
+def is_hub_id(name):
+    """Whether the name is one of the Hub, no path."""
+    return isinstance(name, str) and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not os.path.exists(name)
+
+
 def plain(text):
     """A text of somebody's as Markdown that shows it in one line, and does nothing else."""
     return re.sub(r"([\\`*~\[\]<>|&]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(str(text).split()))
@@ -118,7 +123,7 @@ def call_of(args, pipeline):
 
 def load_base_lines(args):
     """Returns (lines of Python that name the base, the call that loads it)."""
-    base, is_local = args.pretrained_model_name_or_path, Path(args.pretrained_model_name_or_path).exists()
+    base, is_local = args.pretrained_model_name_or_path, not is_hub_id(args.pretrained_model_name_or_path)
     given, loader = ["base"], "from_pretrained"
     if Path(base).is_file():
         loader = "from_single_file"
@@ -245,9 +250,9 @@ def describe_steps(args, run):
 def describe_gain(args, run):
     """How far the loss on held-out images fell, by the log; None if no image was held out."""
     rows = []
-    with contextlib.suppress(OSError, ValueError):  # somebody may have moved the log
+    with contextlib.suppress(OSError, ValueError, TypeError):  # somebody may have moved the log, or written into it
         lines = Path(args.output_dir, "log.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [row for row in map(json.loads, lines) if "held_out_loss" in row]
+        rows = [row for row in map(json.loads, lines) if {"held_out_loss", "held_out_gain", "gain_error"} <= {*row}]
     if not rows or not run.progress["base_losses"]:
         return None
     number, last = len(run.progress["base_losses"]), rows[-1]
@@ -283,8 +288,10 @@ def find_licence(args):
     license_link; {} if nothing is found."""
     base = args.pretrained_model_name_or_path
     with contextlib.suppress(Exception):  # no card, no connection, bad YAML: a licence must not cost a result
-        data = ModelCard.load(Path(base, "README.md") if Path(base).exists() else base, token=args.hub_token).data
+        data = ModelCard.load(base if is_hub_id(base) else Path(base, "README.md"), token=args.hub_token).data
         found = {name: data.get(name) for name in ("license", "license_name", "license_link")}
+        if found["license_link"] and not re.match("https?://", str(found["license_link"])):  # a file beside that card
+            found["license_link"] = f"https://huggingface.co/{base}" if is_hub_id(base) else None
         if isinstance(found["license"], str):
             return {name: value for name, value in found.items() if isinstance(value, str)}
     return {}
@@ -320,8 +327,7 @@ def list_samples(args, run, prompts):
 def make_front_matter(args, licence, prompts, picture, training):
     """What the Hub reads of the card."""
     base, data = args.pretrained_model_name_or_path, args.dataset_name or ""
-    is_local = Path(base).exists()
-    is_on_hub = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", data)) and not Path(data).exists()
+    is_local = not is_hub_id(base)
     different = list(dict.fromkeys(prompts))
     widget = [{"text": prompt} for prompt in different]
     if picture and len(different) == 1:
@@ -333,7 +339,7 @@ def make_front_matter(args, licence, prompts, picture, training):
     return ModelCardData(
         **licence,
         base_model=None if is_local else base,
-        datasets=[data] if is_on_hub else None,
+        datasets=[data] if is_hub_id(data) else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=[*TAGS, *training.tags],
@@ -349,7 +355,7 @@ def write_card(args, parser, folder, run, prompts, usage, training):
     base, licence = args.pretrained_model_name_or_path, find_licence(args)
     samples, picture = list_samples(args, run, prompts)
     data = make_front_matter(args, licence, prompts, picture, training)
-    shown = f"*{plain(name_base(args))}*" if Path(base).exists() else f"[{base}](https://huggingface.co/{base})"
+    shown = f"[{base}](https://huggingface.co/{base})" if is_hub_id(base) else f"*{plain(name_base(args))}*"
     trigger = f" Put **{plain(training.trigger)}** into a prompt to draw what it learnt." if training.trigger else ""
     shape = "in shapes of the area of" if run.counts.buckets is not None else "at"
     gain = describe_gain(args, run)

@@ -187,7 +187,9 @@ def prepare_output(run, overwrite, changed):
     log = output_dir / "log.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() and first_step else []
     history = output_dir / HISTORY_FILE
-    past = history.read_text(encoding="utf-8").splitlines(keepends=True) if history.exists() else []
+    past = []
+    with contextlib.suppress(OSError):  # it is no part of what a run needs
+        past = history.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     now = history_line(run, "resumed" if first_step else "started", last_step=run.counts.last_step, changed=changed)
     contents = {
         "args.json": json.dumps(run.settings, indent=2) + "\n",

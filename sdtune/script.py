@@ -63,7 +63,12 @@ def run_script(program, parser, argv, replaced_flags, check_args, start, is_firs
 
     `check_args(args, problems)` lists what is wrong beside `problems` with the values of single flags.
     """
-    with stopped_by_signals(), told_to_user(program, speaks=is_first, patience=patience):
+    with (
+        contextlib.ExitStack() as stack,
+        stopped_by_signals(),
+        told_to_user(program, speaks=is_first, patience=patience),
+    ):
+        stack.callback(look_for_garbage)  # after a mistake too: a notebook goes on
         print_any_character()
         args, problems = parse_flags(parser, argv, replaced_flags)
         problems += check_encoding(args)
@@ -76,7 +81,13 @@ def run_script(program, parser, argv, replaced_flags, check_args, start, is_firs
             if not any(re.search(rf"{flag}\b", problem) for flag in refused):
                 problems.append(problem)
         raise_problems(problems)
-        if not gc.isenabled():  # as a script has it while libraries are imported, which import more when first used
-            gc.freeze()
-            gc.enable()
+        look_for_garbage()
         start(args)
+
+
+def look_for_garbage():
+    """Has Python look for garbage again, which a script stops while libraries are imported, and but for what these
+    made."""
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()

@@ -16,6 +16,8 @@ from running import (
 )
 from training import train, words
 
+from sdtune.__main__ import COMMANDS as ALL_COMMANDS
+
 pytestmark = pytest.mark.slow
 COMMIT = "0123456789012345678901234567890123456789"
 
@@ -86,7 +88,12 @@ COMMANDS = {  # the words behind `sdtune`, and how the first line begins
     "push_dataset": ("push-dataset {images} me/mine --dry_run", "Would send 6 images"),
     "push_model": ("push-model {model} me/mine --dry_run", "Would send a pipeline: "),
     "find_batch_size": ("find-batch-size -- true", ""),
+    "report": ("report {full} --output={new}.html", "Wrote {new}.html"),
 }
+
+
+def test_all_commands_are_looked_at():
+    assert {line.split()[0] for line, _ in COMMANDS.values()} == ALL_COMMANDS.keys()
 
 
 @pytest.mark.parametrize("case", COMMANDS)

@@ -375,7 +375,7 @@ def test_no_gain_is_made_up(tmp_path):
         ),
         (
             "license: other\nlicense_name: x\nlicense_link: javascript:a",
-            {"license": "other", "license_name": "x", "license_link": "javascript:a"},
+            {"license": "other", "license_name": "x"},
             "x, which is that of the base.",
         ),
         ("tags: [a]", {}, "Not known here: the licence of the base holds."),
@@ -395,6 +395,23 @@ def test_licence_of_a_base_of_the_hub_is_asked_for_there(fake_hub, monkeypatch):
     assert find_licence(args) == {}  # which costs nothing without a connection
     with reaching(fake_hub, monkeypatch):
         assert find_licence(args) == {"license": "openrail++"}
+
+
+def test_a_link_of_a_hub_card_to_a_file_beside_it_becomes_one_to_the_base(fake_hub, monkeypatch):
+    card = b"---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE.md\n---\n# A base\n"
+    fake_hub.add_repo("somebody/base", {"README.md": card})
+    with reaching(fake_hub, monkeypatch):
+        found = find_licence(parse("--pretrained_model_name_or_path=somebody/base"))
+    assert found["license_link"] == "https://huggingface.co/somebody/base"
+
+
+def test_a_base_that_is_gone_is_no_name_of_the_hub(tmp_path):
+    """A run may outlive the scratch disk that it loaded from."""
+    args = parse(f"--pretrained_model_name_or_path={tmp_path / 'gone'}")
+    training = model_card.Training("LoRA adapters for", "4 images", None, ["lora"])
+    data = model_card.make_front_matter(args, {}, ["a"], None, training)
+    assert (data.base_model, data.to_dict().get("license_link")) == (None, None)
+    assert str(tmp_path) not in data.to_yaml()
 
 
 def test_a_base_of_the_hub_is_linked_and_loaded_as_it_was(tmp_path, monkeypatch):

@@ -4882,7 +4882,9 @@ def prepare_output(run, overwrite, changed):
     log = output_dir / "log.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() and first_step else []
     history = output_dir / HISTORY_FILE
-    past = history.read_text(encoding="utf-8").splitlines(keepends=True) if history.exists() else []
+    past = []
+    with contextlib.suppress(OSError):  # it is no part of what a run needs
+        past = history.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     now = history_line(run, "resumed" if first_step else "started", last_step=run.counts.last_step, changed=changed)
     contents = {
         "args.json": json.dumps(run.settings, indent=2) + "\n",
@@ -5154,6 +5156,11 @@ def array_bytes(part):
 
 
 # ---------------------------------------------------------------------------------------------------------- model_card
+def is_hub_id(name):
+    """Whether the name is one of the Hub, no path."""
+    return isinstance(name, str) and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not os.path.exists(name)
+
+
 def plain(text):
     """A text of somebody's as Markdown that shows it in one line, and does nothing else."""
     return re.sub(r"([\\`*~\[\]<>|&]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(str(text).split()))
@@ -5214,7 +5221,7 @@ def call_of(args, pipeline):
 
 def load_base_lines(args):
     """Returns (lines of Python that name the base, the call that loads it)."""
-    base, is_local = args.pretrained_model_name_or_path, Path(args.pretrained_model_name_or_path).exists()
+    base, is_local = args.pretrained_model_name_or_path, not is_hub_id(args.pretrained_model_name_or_path)
     given, loader = ["base"], "from_pretrained"
     if Path(base).is_file():
         loader = "from_single_file"
@@ -5304,9 +5311,9 @@ def describe_steps(args, run):
 def describe_gain(args, run):
     """How far the loss on held-out images fell, by the log; None if no image was held out."""
     rows = []
-    with contextlib.suppress(OSError, ValueError):  # somebody may have moved the log
+    with contextlib.suppress(OSError, ValueError, TypeError):  # somebody may have moved the log, or written into it
         lines = Path(args.output_dir, "log.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [row for row in map(json.loads, lines) if "held_out_loss" in row]
+        rows = [row for row in map(json.loads, lines) if {"held_out_loss", "held_out_gain", "gain_error"} <= {*row}]
     if not rows or not run.progress["base_losses"]:
         return None
     number, last = len(run.progress["base_losses"]), rows[-1]
@@ -5341,8 +5348,10 @@ def find_licence(args):
     license_link; {} if nothing is found."""
     base = args.pretrained_model_name_or_path
     with contextlib.suppress(Exception):  # no card, no connection, bad YAML: a licence must not cost a result
-        data = ModelCard.load(Path(base, "README.md") if Path(base).exists() else base, token=args.hub_token).data
+        data = ModelCard.load(base if is_hub_id(base) else Path(base, "README.md"), token=args.hub_token).data
         found = {name: data.get(name) for name in ("license", "license_name", "license_link")}
+        if found["license_link"] and not re.match("https?://", str(found["license_link"])):  # a file beside that card
+            found["license_link"] = f"https://huggingface.co/{base}" if is_hub_id(base) else None
         if isinstance(found["license"], str):
             return {name: value for name, value in found.items() if isinstance(value, str)}
     return {}
@@ -5377,8 +5386,7 @@ def list_samples(args, run, prompts):
 def make_front_matter(args, licence, prompts, picture, training):
     """What the Hub reads of the card."""
     base, data = args.pretrained_model_name_or_path, args.dataset_name or ""
-    is_local = Path(base).exists()
-    is_on_hub = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", data)) and not Path(data).exists()
+    is_local = not is_hub_id(base)
     different = list(dict.fromkeys(prompts))
     widget = [{"text": prompt} for prompt in different]
     if picture and len(different) == 1:
@@ -5390,7 +5398,7 @@ def make_front_matter(args, licence, prompts, picture, training):
     return ModelCardData(
         **licence,
         base_model=None if is_local else base,
-        datasets=[data] if is_on_hub else None,
+        datasets=[data] if is_hub_id(data) else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=[*TAGS, *training.tags],
@@ -5406,7 +5414,7 @@ def write_card(args, parser, folder, run, prompts, usage, training):
     base, licence = args.pretrained_model_name_or_path, find_licence(args)
     samples, picture = list_samples(args, run, prompts)
     data = make_front_matter(args, licence, prompts, picture, training)
-    shown = f"*{plain(name_base(args))}*" if Path(base).exists() else f"[{base}](https://huggingface.co/{base})"
+    shown = f"[{base}](https://huggingface.co/{base})" if is_hub_id(base) else f"*{plain(name_base(args))}*"
     trigger = f" Put **{plain(training.trigger)}** into a prompt to draw what it learnt." if training.trigger else ""
     shape = "in shapes of the area of" if run.counts.buckets is not None else "at"
     gain = describe_gain(args, run)
@@ -5904,7 +5912,12 @@ def run_script(program, parser, argv, replaced_flags, check_args, start, is_firs
 
     `check_args(args, problems)` lists what is wrong beside `problems` with the values of single flags.
     """
-    with stopped_by_signals(), told_to_user(program, speaks=is_first, patience=patience):
+    with (
+        contextlib.ExitStack() as stack,
+        stopped_by_signals(),
+        told_to_user(program, speaks=is_first, patience=patience),
+    ):
+        stack.callback(look_for_garbage)  # after a mistake too: a notebook goes on
         print_any_character()
         args, problems = parse_flags(parser, argv, replaced_flags)
         problems += check_encoding(args)
@@ -5917,10 +5930,16 @@ def run_script(program, parser, argv, replaced_flags, check_args, start, is_firs
             if not any(re.search(rf"{flag}\b", problem) for flag in refused):
                 problems.append(problem)
         raise_problems(problems)
-        if not gc.isenabled():  # as a script has it while libraries are imported, which import more when first used
-            gc.freeze()
-            gc.enable()
+        look_for_garbage()
         start(args)
+
+
+def look_for_garbage():
+    """Has Python look for garbage again, which a script stops while libraries are imported, and but for what these
+    made."""
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
 
 
 # ------------------------------------------------------------------------------------------------------- flax.networks

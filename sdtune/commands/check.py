@@ -113,7 +113,7 @@ def check_output(flag, path, args):
     problems = []
     if Path(path).is_dir() or not is_writable(path):
         problems.append(f"--{flag}={path}: is a folder, or cannot be written to; name a file elsewhere")
-    elif Path(path).exists() and not args.overwrite and not is_own_page(path, PROGRAM):
+    elif Path(path).exists() and not (args.overwrite or (flag == "html" and is_own_page(path, PROGRAM))):
         problems.append(f"--{flag}={path}: exists; name another, or add --overwrite")
     return problems + check_outside(flag, path, args.dataset)
 
