@@ -16,7 +16,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData
 from safetensors import SafetensorError, safe_open
 
-from sdtune.arguments import new_parser, parse_flags, path_name
+from sdtune.arguments import is_hub_id, new_parser, parse_flags, path_name
 from sdtune.errors import InputError, in_one_line, last_line, raise_problems, told_to_user
 from sdtune.files import read_json
 from sdtune.model_card import NAMES_MODEL, TAGS, Usage, code_of, in_python
@@ -89,11 +89,6 @@ def tensors_of(path):
             return list(file.keys())
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: is no whole .safetensors file ({last_line(error)})") from None
-
-
-def is_hub_id(name):
-    """Whether the name is one of the Hub, no path."""
-    return isinstance(name, str) and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not os.path.exists(name)
 
 
 def content(path, repo_id):
