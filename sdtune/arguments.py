@@ -258,6 +258,16 @@ def repo_name(text):
     return text
 
 
+def is_hub_id(name):
+    """Whether the name is one of the Hub, no path."""
+    return isinstance(name, str) and bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)) and not os.path.exists(name)
+
+
+def is_place(flag):
+    """Whether a flag of a parser takes what says where something is, or a secret: nothing for others to read."""
+    return flag.type in (path_name, repo_name, secret_token)
+
+
 def secret_token(text):
     """A token, which is never shown: a header that holds other letters would be, in an error."""
     if not re.fullmatch(r"[!-~]+", text):

@@ -1,6 +1,7 @@
 """Plots of runs as Vega-Lite describes them: data, which become pictures in a page."""
 
-from sdtune.runs import Z95, smoothed
+from sdtune.model_card import INTERVAL
+from sdtune.runs import smoothed
 
 MAX_POINTS = 1000  # of a line; more are not told apart
 FEW_POINTS = 40  # which are drawn as points too
@@ -69,17 +70,19 @@ def plot_losses(runs):
 
 
 def plot_held_out(runs):
-    """Layers of the loss on held-out images with its interval, and of what it was before training."""
-    rows, before = [], []
+    """Layers of the loss on held-out images with its interval, where there is one, and of what it was before
+    training."""
+    rows, intervals, before = [], [], []
     for run in runs:
         for row in run.with_number("held_out_loss", "held_out_gain", "gain_error"):
-            loss, margin = row["held_out_loss"], Z95 * row["gain_error"]
+            loss, margin = row["held_out_loss"], INTERVAL * row["gain_error"]
             of_row = {"run": run.name, "step": row["step"]}
-            rows.append({**of_row, "value": loss, "low": loss - margin, "high": loss + margin})
+            rows.append({**of_row, "value": loss})
+            intervals += [{**of_row, "low": loss - margin, "high": loss + margin}] if run.has_interval() else []
             before.append({**of_row, "value": loss + row["held_out_gain"]})
     y = {"field": "low", "type": "quantitative", "title": None}
     bars = {
-        "data": {"values": rows},
+        "data": {"values": intervals},
         "mark": {"type": "rule", "strokeWidth": 3, "opacity": 0.35},
         "encoding": {"y": y, "y2": {"field": "high"}},
     }
@@ -90,7 +93,8 @@ def plot_interruptions(runs):
     """A layer of dashed lines where runs were resumed."""
     rows = []
     for run in runs:
-        resumed = [row for row in run.history if row.get("event") == "resumed"]
+        last_step = run.last_step()  # which may be before one
+        resumed = [row for row in run.history if row.get("event") == "resumed" and row["step"] <= last_step]
         rows += [
             {"run": run.name, "step": row["step"], "told": f"resumed from step {row['step']:,}"} for row in resumed
         ]
@@ -104,14 +108,12 @@ def make_plots(runs):
     same steps."""
     memory = "device_gb" if any(run.with_number("device_gb") for run in runs) else "process_gb"
     of_what = "what PyTorch took of the device" if memory == "device_gb" else "the process that trains"
+    bars = "bars: 95 % interval of its difference to the loss before training, which is dashed"
+    if not any(run.has_interval() for run in runs):
+        bars = "dashed: before training; there are too few images for an interval, or nobody knows how many"
     drawn = [
         ("loss", "Loss in training", "faint: as logged; bold: smoothed", plot_losses(runs)),
-        (
-            "held_out_loss",
-            "Loss on held-out images",
-            "bars: 95 % interval of its difference to the loss before training, which is dashed",
-            plot_held_out(runs),
-        ),
+        ("held_out_loss", "Loss on held-out images", bars, plot_held_out(runs)),
         ("lr", "Learning rate", "of the first group of weights", line(values_of(runs, "lr"), has_zero=True)),
         ("grad_norm", "Norm of the gradient", "before clipping", line(values_of(runs, "grad_norm"))),
         (

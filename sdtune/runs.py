@@ -7,9 +7,21 @@ import re
 from pathlib import Path
 
 from sdtune.errors import InputError
+from sdtune.model_card import INTERVAL, MIN_FOR_INTERVAL
 from sdtune.output import HISTORY_FILE
 
-Z95 = 1.96  # standard errors, on either side of a mean, of its 95 % interval
+# What has to be of a kind to be read, in the log, the history or the settings.
+NUMBERS = set(
+    "loss lr grad_norm images_per_second device_gb process_gb held_out_loss held_out_gain gain_error".split()
+)
+WHOLE_NUMBERS = set("last_step max_train_steps samples_per_step num_validation_samples max_train_samples seed".split())
+TEXTS = set(
+    """
+    train_data_dir instance_data_dir dataset_name dataset_config_name image_column caption_column cache_dir
+    instance_prompt validation_prompt
+    """.split()
+)
+LISTS = {"changed", "validation_prompts"}  # of texts
 
 
 @dataclasses.dataclass
@@ -29,18 +41,23 @@ class RunRecord:
         return [row for row in self.rows if all(row.get(name) is not None for name in names)]
 
     def last_step(self):
-        """The last step that is told of."""
-        return max([row["step"] for row in self.rows + self.history], default=0)
+        """The last step that is told of; one that was done before the run went back counts no more."""
+        starts = [number for number, row in enumerate(self.history) if row.get("event") in ("started", "resumed")]
+        return max([row["step"] for row in self.rows + self.history[max(starts, default=0) :]], default=0)
 
     def planned_step(self):
         """The last step that was planned, or None where nobody knows."""
-        planned = [row["last_step"] for row in self.history if "last_step" in row]
+        planned = [row["last_step"] for row in self.history if row.get("last_step")]
         return planned[-1] if planned else self.settings.get("max_train_steps")
 
     def changed(self):
         """The flags that were changed from their defaults at the last start, or None where that was not noted."""
-        noted = [row["changed"] for row in self.history if "changed" in row]
+        noted = [row["changed"] for row in self.history if row.get("changed") is not None]
         return noted[-1] if noted else None
+
+    def has_interval(self):
+        """Whether so many images were held out that standard errors are an interval."""
+        return (self.settings.get("num_validation_samples") or 0) >= MIN_FOR_INTERVAL
 
 
 def read_run(folder, name):
@@ -48,15 +65,17 @@ def read_run(folder, name):
     folder = Path(folder)
     log, settings = folder / "log.jsonl", folder / "args.json"
     if not log.is_file() and not settings.is_file():
-        told = "holds no log.jsonl of a training" if folder.is_dir() else "there is no such folder"
+        told = "is no folder" if folder.exists() else "there is no such folder"
+        told = "holds no log.jsonl of a training" if folder.is_dir() else told
         raise InputError(f"{folder}: {told}; name the --output_dir of a run")
     notes = []
     rows, history = read_rows_of(log, notes), read_rows_of(folder / HISTORY_FILE, notes)
     try:
-        known = dict(json.loads(settings.read_text(encoding="utf-8"))) if settings.is_file() else {}
+        known = {**json.loads(settings.read_text(encoding="utf-8"))} if settings.is_file() else {}
     except (OSError, ValueError, TypeError):
         known = {}
         notes.append("args.json cannot be read, so that the settings are not known.")
+    (known,) = without_odd([known], settings, notes)
     samples = {}
     for path in sorted(folder.glob("samples/step-*.png")):
         if number := re.fullmatch(r"step-(\d+)", path.stem):
@@ -65,8 +84,8 @@ def read_run(folder, name):
 
 
 def read_rows_of(path, notes):
-    """The lines of a JSON file with a step, without what is no number in it; a line that is none of these, such as one
-    that breaks off, is left out, and told in `notes`."""
+    """The lines of a JSON file with a step, without what is infinite or odd in it; a line that is none of these, such
+    as one that breaks off, is left out, and told in `notes`."""
     rows, num_broken = [], 0
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
@@ -79,7 +98,28 @@ def read_rows_of(path, notes):
     if num_broken:
         lines = "1 line" if num_broken == 1 else f"{num_broken:,} lines"
         notes.append(f"{lines} of {path.name} cannot be read, and left out.")
-    return rows
+    return without_odd(rows, path, notes)
+
+
+def without_odd(rows, path, notes):
+    """The rows of a file with None for what is not of its kind, which is told in `notes`."""
+    odd = {name for row in rows for name, value in row.items() if value is not None and not is_of_kind(name, value)}
+    if odd:
+        notes.append(
+            f"{path.name} has no number or text where there should be one, left out: {', '.join(sorted(odd))}."
+        )
+    return [{name: value if is_of_kind(name, value) else None for name, value in row.items()} for row in rows]
+
+
+def is_of_kind(name, value):
+    """Whether a value is of the kind that one of that name has to be."""
+    if name in NUMBERS:
+        return type(value) in (int, float)
+    if name in WHOLE_NUMBERS:
+        return type(value) is int
+    if name in TEXTS:
+        return isinstance(value, str)
+    return name not in LISTS or (isinstance(value, list) and all(isinstance(item, str) for item in value))
 
 
 def is_infinite(value):
@@ -107,14 +147,15 @@ def judge(run):
         return f"{told}. --num_validation_samples holds some out.", "open"
     last, number = looks[-1], run.settings.get("num_validation_samples")
     of_images = f"The loss on {number} images" if number else "The loss on images"
-    loss, gain, margin = last["held_out_loss"], last["held_out_gain"], Z95 * last["gain_error"]
+    loss, gain, margin = last["held_out_loss"], last["held_out_gain"], INTERVAL * last["gain_error"]
     if last["step"] == 0:
         return f"{of_images} that are held out was {loss:.3f} before training, and not measured since.", "open"
     digits = 3 if margin == 0 or margin >= 0.002 else 5
     went = f"{'rose' if gain < 0 else 'fell'} from {loss + gain:.{digits}f} to {loss:.{digits}f}"
     told = f"{of_images} that were not trained on {went} after step {last['step']:,}, by {abs(gain):.{digits}f}"
-    if margin == 0:
-        return f"{told}; of a single image there is no interval, so that this may be chance.", "open"
+    if not run.has_interval():
+        few = "these are too few to say how sure that is" if number else "how many is not known, nor how sure that is"
+        return f"{told}; {few}.", "open"
     told += f" \N{PLUS-MINUS SIGN} {margin:.{digits}f} (95 %)"
     best = min(looks, key=lambda row: row["held_out_loss"])
     if abs(gain) <= margin:

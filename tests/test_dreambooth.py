@@ -529,9 +529,9 @@ def test_lora_file_draws_as_the_trained_model(tiny_pipeline, photos, tmp_path):
     script, kept = load_script(TRAIN_DREAMBOOTH_LORA), {}
     save_model = script.save_model
 
-    def save_and_keep(args, models, *rest):
+    def save_and_keep(args, pipeline, models, *rest):
         kept.update(models)
-        return save_model(args, models, *rest)
+        return save_model(args, pipeline, models, *rest)
 
     script.save_model = save_and_keep  # the module is this test's own
     settings = {

@@ -68,7 +68,7 @@ def test_of_a_script_it_is_the_plan(path, is_trial, hub_cache, tmp_path):
 
 
 COMMANDS = {  # the words behind `sdtune`, and how the first line begins
-    "caption": ("caption {images} --model={captioner} --overwrite --dry_run", "000.png: "),
+    "caption": ("caption {images} --model={captioner} --overwrite --dry_run", "6 images: 0 keep their captions"),
     "check": ("check {images} --pretrained_model_name_or_path={model} --resolution=32", "{images}: 6 images"),
     "show": ("show {images} --resolution=32 --output={new}.png", "Wrote {new}.png: 6 of 6 images"),
     "generate": ("generate {model} --prompts cat --num_inference_steps=1 --output_dir={new}", "1 pictures drawn"),

@@ -112,9 +112,9 @@ def trained(tiny_pipeline, tmp_path_factory):
     save_model = script.save_model
     made, models = {}, {}
 
-    def save_and_keep(args, trained_models, *rest):
+    def save_and_keep(args, pipeline, trained_models, *rest):
         models.update(trained_models)
-        return save_model(args, trained_models, *rest)
+        return save_model(args, pipeline, trained_models, *rest)
 
     script.save_model = save_and_keep
 

@@ -28,7 +28,7 @@ PROMPTS = ["a red star", "a <b>blue</b> & round one"]
 SETTINGS = {
     "validation_prompts": PROMPTS,
     "validation_steps": 2,
-    "num_validation_samples": 2,
+    "num_validation_samples": 10,
     "checkpointing_steps": 2,
 }
 in_a_browser = pytest.mark.skipif(not browser.PROGRAM, reason="there is no Chromium (Debian's package chromium)")
@@ -36,7 +36,7 @@ in_a_browser = pytest.mark.skipif(not browser.PROGRAM, reason="there is no Chrom
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    return write_image_folder(tmp_path_factory.mktemp("data") / "pictures", 8)
+    return write_image_folder(tmp_path_factory.mktemp("data") / "pictures", 16)
 
 
 @pytest.fixture(scope="module")
@@ -136,12 +136,13 @@ def test_plots_have_the_values_of_the_log(name, request, tmp_path):
     expected = [np.mean(values[max(0, number - 1) : number + 2]) for number in range(len(values))]
     assert [row["value"] for row in means] == pytest.approx(expected, rel=1e-12)
     *_, bars, line, points, before = plotted(page, "held_out_loss")
-    assert bars == line == points
-    assert [row["value"] for row in bars] == [row["held_out_loss"] for row in looks]
-    margins = [1.96 * row["gain_error"] for row in looks]
+    assert line == points
+    losses, margins = [row["held_out_loss"] for row in looks], [2 * row["gain_error"] for row in looks]
+    assert [row["value"] for row in line] == losses
     assert margins[-1] > 0
-    assert [row["high"] - row["value"] for row in bars] == pytest.approx(margins)
-    assert [row["value"] - row["low"] for row in bars] == pytest.approx(margins)
+    assert [row["high"] for row in bars] == pytest.approx(np.add(losses, margins))
+    assert [row["low"] for row in bars] == pytest.approx(np.subtract(losses, margins))
+    assert "bars: 95 % interval of its difference to the loss before training" in text_of(page)
     assert [row["value"] for row in before] == pytest.approx([looks[0]["held_out_loss"]] * len(looks))
     for spec in content_of(page)["plots"].values():
         assert spec["encoding"]["x"]["scale"]["domain"] == [0, steps[-1]["step"]]
@@ -199,7 +200,7 @@ def test_settings_that_were_changed_come_first(whole, images, tmp_path, monkeypa
 def test_data_are_counted_and_shown(whole, images, tmp_path):
     page = page_of(whole, output=tmp_path / "page.html")
     text = text_of(page)
-    assert "Images 6 to train on, 2 held out, as they are in their place now Sizes 32 x 32: 6 " in text
+    assert "Images 6 to train on, 10 held out, as they are in their place now Sizes 32 x 32: 6 " in text
     shown = re.findall(r'<div class="card"><img alt="" src="data:image/jpeg;base64,([^"]+)"><b>(\d+).png</b>', page)
     assert len(shown) == 6
     for content, number in shown:
@@ -212,7 +213,11 @@ def test_data_are_counted_and_shown(whole, images, tmp_path):
         shown[0][1],
         shown[3][1],
     ]
-    assert '"card"' not in page_of(whole, flags=["--num_images=0"], output=tmp_path / "page.html")
+    none = page_of(whole, flags=["--num_images=0"], output=tmp_path / "page.html")
+    assert 'class="card"' not in none
+    assert "Captions with the word" in text
+    assert "Captions with the word" not in text_of(none)
+    assert "Words per caption" in text_of(none)
 
 
 def test_history_tells_of_stops_and_resumes(whole, tmp_path):
@@ -228,10 +233,10 @@ def test_history_tells_of_stops_and_resumes(whole, tmp_path):
 
 def test_an_end_that_two_hosts_tell_is_one():
     history = [{"event": event, "step": step} for event, step in (("started", 0), ("finished", 9), ("finished", 9))]
-    assert command.history_rows(history) == [("", "started at step 0"), ("", "finished after step 9")]
+    assert command.history_rows(history, {}) == [("", "started at step 0"), ("", "finished after step 9")]
     rows = [{"event": "stopped", "step": 3, "why": "SIGTERM"}, {"event": "resumed", "step": 3}]
     told = [("", "stopped after step 3 by SIGTERM"), ("", "resumed from step 3")]
-    assert command.history_rows([history[0], *rows]) == [("", "started at step 0"), *told]
+    assert command.history_rows([history[0], *rows], {}) == [("", "started at step 0"), *told]
 
 
 def test_several_runs_are_compared(whole, other, tmp_path, monkeypatch, capsys):
@@ -255,13 +260,80 @@ def test_several_runs_are_compared(whole, other, tmp_path, monkeypatch, capsys):
         assert told in differing
     assert "resolution 32 " in same
     assert "learning_rate" not in same
-    assert text.count("6 to train on, 2 held out") == 1
+    assert text.count("6 to train on, 10 held out") == 1
     assert "my_model, my_other Images 6 to train on" in text
 
 
 def test_runs_of_one_name_are_told_apart(whole, run, tmp_path):
     page = page_of(whole, run, output=tmp_path / "page.html")
-    assert content_of(page)["plots"]["lr"]["encoding"]["color"]["scale"]["domain"] == [str(whole), str(run)]
+    names = [f"{folder.parent.name}/my_model" for folder in (whole, run)]
+    assert content_of(page)["plots"]["lr"]["encoding"]["color"]["scale"]["domain"] == names
+    assert str(whole.parent.parent) not in text_of(page)
+    folders = ["a/x/one", "b/x/one", "b/y/one", "other", "one"]
+    assert command.names_of([tmp_path / folder for folder in folders]) == [
+        "a/x/one",
+        "b/x/one",
+        "y/one",
+        "other",
+        f"{tmp_path.name}/one",
+    ]
+
+
+PRIVATE_PATHS = [
+    "/home/joe/base",
+    "clients/acme/photos",
+    "../private/base",
+    "C:\\Users\\joe\\x",
+    "clients/acme/",
+    "~/a/b",
+]
+
+
+@pytest.mark.parametrize("path", PRIVATE_PATHS)
+def test_of_paths_only_the_last_part_is_shown(run, path):
+    settings = json.loads((run / "args.json").read_text())
+    places = ["pretrained_model_name_or_path", "train_data_dir", "output_dir", "cache_dir", "init_lora_weights"]
+    settings |= dict.fromkeys(places, path) | {"validation_prompts": ["a/b and c\\d"]}
+    (run / "args.json").write_text(json.dumps(settings))
+    with (run / "history.jsonl").open("a") as file:
+        why = f"an OSError ([Errno 2] No such file: '{path}/of mine.png'), {path}/x.png: cannot be read"
+        file.write(json.dumps({"event": "stopped", "step": 6, "why": why}) + "\n")
+    text, name = text_of(page_of(run)), re.split(r"[/\\]", path.rstrip("/"))[-1]
+    assert f"The whole UNet of {name} on {name}, at 32 pixels" in text
+    for place in places:
+        assert re.search(rf"{place} {name} ", text)
+    assert "validation_prompts a/b and c\\d " in text
+    assert "by an OSError ([Errno 2] No such file: 'of mine.png'), x.png: cannot be read" in text
+    for private in ("joe", "clients", "private/", "Users", "~"):
+        assert private not in text
+
+
+def test_names_of_the_hub_are_shown_whole(run):
+    settings = json.loads((run / "args.json").read_text())
+    settings |= {"pretrained_model_name_or_path": "owner/base-v1.5", "train_data_dir": None, "output_dir": "out/mine"}
+    (run / "args.json").write_text(json.dumps(settings | {"dataset_name": "owner/pictures"}))
+    text = text_of(page_of(run))
+    assert "The whole UNet of owner/base-v1.5 on owner/pictures, at 32 pixels" in text
+    assert "output_dir mine " in text
+
+
+def test_errors_of_reading_images_hide_the_path(run, images, tmp_path):
+    folder = shutil.copytree(images, tmp_path / "joe smith" / "of acme")
+    settings = json.loads((run / "args.json").read_text()) | {"train_data_dir": str(folder)}
+    (run / "args.json").write_text(json.dumps(settings))
+    for path in folder.glob("*.png"):
+        path.unlink()
+    text = text_of(page_of(run))
+    assert "Images the folder of acme holds no images (" in text
+    assert "smith" not in text
+
+
+def test_settings_whose_last_parts_are_equal_differ(whole, run, tmp_path):
+    settings = json.loads((run / "args.json").read_text())
+    (run / "args.json").write_text(json.dumps(settings | {"train_data_dir": "elsewhere/pictures"}))
+    text = text_of(page_of(whole, run, output=tmp_path / "page.html"))
+    differing = re.search(r"between the runs (.*?) Those .*? same in all runs", text)[1]
+    assert "train_data_dir pictures pictures" in differing
 
 
 class Elements(HTMLParser):
@@ -289,7 +361,7 @@ def test_what_others_wrote_is_shown_as_it_is(whole, tmp_path):
     settings |= {"train_data_dir": str(images), "validation_prompts": [evil], "instance_prompt": evil}
     settings |= {"num_validation_samples": 0, evil: evil}
     (folder / "args.json").write_text(json.dumps(settings))
-    row = {"time": evil, "event": evil, "step": 5, "why": evil}
+    row = {"time": evil, "event": evil, "step": 5, "why": evil.replace("/", "")}  # else it looks like a path
     with (folder / "history.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n" + json.dumps({**row, "event": "resumed", "step": 6}) + "\n")
     page = page_of(folder)
@@ -298,7 +370,8 @@ def test_what_others_wrote_is_shown_as_it_is(whole, tmp_path):
     assert elements.names.count("script") == 3
     assert not {"i", "iframe"} & set(elements.names)
     assert elements.names.count("b") == len(re.findall('class="card"', own)) == 4
-    assert "".join(elements.texts).count(evil) == 10
+    assert "".join(elements.texts).count(evil) == 8
+    assert "".join(elements.texts).count(evil.replace("/", "")) == 2
     assert "<i>run & co" in elements.texts
     assert content_of(page)["plots"]["lr"]["encoding"]["color"]["scale"]["domain"] == ["<i>run & co"]
 
@@ -343,7 +416,7 @@ def test_images_out_of_reach(run, tmp_path, monkeypatch):
         ({"train_data_dir": str(tmp_path / "gone")}, "gone is not in reach of this folder."),
         ({"train_data_dir": None, "dataset_name": "somebody/pictures"}, "pictures is not in reach of this folder."),
         ({"streaming": True}, "pictures is not in reach of this folder."),
-        ({"num_validation_samples": 8}, "--num_validation_samples=8: must leave some of 8 images; use fewer"),
+        ({"num_validation_samples": 16}, "--num_validation_samples=16: must leave some of 16 images; use fewer"),
     ):
         (run / "args.json").write_text(json.dumps(settings | changed))
         assert f" Images {'' if 'samples' in told else 'The images are not shown: '}{told}" in text_of(page_of(run))
@@ -369,6 +442,59 @@ def test_losses_that_are_no_numbers(tmp_path):
     assert [(row["step"], row["value"]) for row in plotted(page, "loss")[0]] == [(1, 0.5), (4, 0.25)]
 
 
+@pytest.mark.parametrize(
+    "odd, of_log, names",
+    [
+        ({"max_train_steps": "1000", "samples_per_step": [2]}, {"loss": "a"}, "max_train_steps, samples_per_step"),
+        (
+            {"train_data_dir": 5, "validation_prompts": [5]},
+            {"loss": [float("nan")]},
+            "train_data_dir, validation_prompts",
+        ),
+        ({"num_validation_samples": "12", "seed": {}}, {"loss": True}, "num_validation_samples, seed"),
+    ],
+)
+def test_what_should_be_a_number_and_is_none(whole, tmp_path, odd, of_log, names):
+    folder = write_log(tmp_path / "odd", [{"step": 1, "loss": 0.5}, {"step": 2, **of_log}])
+    settings = json.loads((whole / "args.json").read_text())
+    (folder / "args.json").write_text(json.dumps(settings | odd))
+    history = {"event": "started", "step": 0, "changed": 5, "last_step": "9"}
+    (folder / "history.jsonl").write_text(json.dumps(history) + "\n")
+    page = page_of(folder)
+    told = "has no number or text where there should be one, left out:"
+    for name, what in (("args.json", names), ("log.jsonl", "loss"), ("history.jsonl", "changed, last_step")):
+        assert f"{name} {told} {what}." in text_of(page)
+    assert plotted(page, "loss") == [[{"run": "odd", "step": 1, "value": 0.5}]] * 2
+    (folder / "args.json").write_text("[[1, 2]]")
+    assert "args.json cannot be read, so that the settings are not known." in text_of(page_of(folder))
+
+
+def test_a_run_that_went_back_counts_from_there(run):
+    events = [("started", 0), ("stopped", 900), ("resumed", 900), ("resumed", 500)]
+    rows = [{"event": event, "step": step, "last_step": 1000} for event, step in events]
+    (run / "history.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    write_log(run, [{"step": step, "loss": 0.5} for step in range(50, 551, 50)])
+    page = page_of(run)
+    assert "550 of 1,000 steps of 2 images, no end is noted" in text_of(page)
+    spec = content_of(page)["plots"]["loss"]
+    assert spec["encoding"]["x"]["scale"]["domain"] == [0, 550]
+    assert [row["step"] for row in spec["layer"][0]["data"]["values"]] == [500]
+    write_log(run, [])
+    assert "500 of 1,000 steps of 2 images, no end is noted" in text_of(page_of(run))
+
+
+@pytest.mark.parametrize("number, is_enough", [(9, False), (10, True)])
+def test_few_images_have_no_bars(run, number, is_enough):
+    settings = json.loads((run / "args.json").read_text())
+    (run / "args.json").write_text(json.dumps(settings | {"num_validation_samples": number}))
+    page = page_of(run)
+    layers = content_of(page)["plots"]["held_out_loss"]["layer"]
+    assert len([layer for layer in layers if "y2" in layer["encoding"]]) == is_enough
+    assert ("bars: 95 %" in text_of(page)) == is_enough
+    assert ("these are too few to say how sure that is" in text_of(page)) == (not is_enough)
+    assert ("dashed: before training; there are too few images" in text_of(page)) == (not is_enough)
+
+
 # --------------------------------------------------------------------------------------------------------- mistakes
 
 
@@ -379,6 +505,10 @@ def test_a_folder_that_is_no_run(whole, tmp_path, capsys):
     assert f"{tmp_path}/empty: holds no log.jsonl of a training; name the --output_dir of a run" in message
     assert f"{tmp_path}/gone: there is no such folder; name the --output_dir of a run" in message
     assert not (tmp_path / "page.html").exists()
+    message = " ".join(errors(capsys, whole / "log.jsonl").split())
+    assert message == f"sdtune report: {whole}/log.jsonl: is no folder; name the --output_dir of a run"
+    message = " ".join(errors(capsys, whole, f"{whole}/../{whole.name}").split())
+    assert message.endswith(f"{whole}/../{whole.name}: is given twice; name each folder once")
     message = " ".join(errors(capsys, *[whole] * 9).split())
     assert "9 RUN_FOLDERs: a page compares 8 at most; name fewer" in message
     assert "no RUN_FOLDER is given; name the --output_dir of a training" in errors(capsys)
@@ -443,36 +573,50 @@ def look(step, loss, gain, error):
             [look(0, 0.6, 0, 0), look(9, 0.35, 0.25, 0.02)],
             {"num_validation_samples": 20},
             "good",
-            "The loss on 20 images that were not trained on fell from 0.600 to 0.350 after step 9, by 0.250 ± 0.039 "
+            "The loss on 20 images that were not trained on fell from 0.600 to 0.350 after step 9, by 0.250 ± 0.040 "
             "(95 %): it learnt.",
         ),
         (
             [look(0, 0.6, 0, 0), look(5, 0.3, 0.3, 0.02), look(9, 0.35, 0.25, 0.02)],
-            {},
+            {"num_validation_samples": 10},
             "good",
-            "The loss on images that were not trained on fell from 0.600 to 0.350 after step 9, by 0.250 ± 0.039 "
+            "The loss on 10 images that were not trained on fell from 0.600 to 0.350 after step 9, by 0.250 ± 0.040 "
             "(95 %): it learnt, but that loss was lower after step 5, 0.300.",
         ),
         (
             [look(2000, 0.5, 0.01, 0.01)],
-            {},
+            {"num_validation_samples": 20},
             "open",
-            "The loss on images that were not trained on fell from 0.510 to 0.500 after step 2,000, by 0.010 ± 0.020 "
-            "(95 %): too little to say that it learnt anything, or that it did harm.",
+            "The loss on 20 images that were not trained on fell from 0.510 to 0.500 after step 2,000, by 0.010 ± "
+            "0.020 (95 %): too little to say that it learnt anything, or that it did harm.",
         ),
         (
             [look(3, 0.5, -0.0004, 0.0001)],
-            {},
+            {"num_validation_samples": 20},
             "bad",
-            "The loss on images that were not trained on rose from 0.49960 to 0.50000 after step 3, by 0.00040 ± "
+            "The loss on 20 images that were not trained on rose from 0.49960 to 0.50000 after step 3, by 0.00040 ± "
             "0.00020 (95 %): what it draws of images like these got worse.",
         ),
         (
             [look(3, 0.4, 0.1, 0.0)],
             {"num_validation_samples": 1},
             "open",
-            "The loss on 1 images that were not trained on fell from 0.500 to 0.400 after step 3, by 0.100; of a "
-            "single image there is no interval, so that this may be chance.",
+            "The loss on 1 images that were not trained on fell from 0.500 to 0.400 after step 3, by 0.100; these "
+            "are too few to say how sure that is.",
+        ),
+        (
+            [look(3, 0.4, -0.1, 0.001)],
+            {"num_validation_samples": 9},
+            "open",
+            "The loss on 9 images that were not trained on rose from 0.300 to 0.400 after step 3, by 0.100; these "
+            "are too few to say how sure that is.",
+        ),
+        (
+            [look(3, 0.4, 0.1, 0.001)],
+            {},
+            "open",
+            "The loss on images that were not trained on fell from 0.500 to 0.400 after step 3, by 0.100; how many "
+            "is not known, nor how sure that is.",
         ),
         (
             [look(0, 0.4, 0, 0)],
@@ -549,7 +693,11 @@ def test_only_this_machine_reads_what_is_served(served, run, capsys):
     """Not a page of somebody else's, whose name leads here, nor other files."""
     port = served.split(":")[-1].strip("/")
     assert fetch(served, Host=f"evil.example:{port}")[0] == 404
-    assert fetch(served, Host=f"localhost:{port}")[0] == 200
+    for host in (f"localhost:{port}", "localhost:9000", "127.0.0.1"):
+        assert fetch(served, Host=host)[0] == 200
+    for host in ("localhost.evil.example", "evil.example", ""):
+        assert fetch(served, Host=host)[0] == 404
+    assert content_of(fetch(served + "?x=1")[1])["version"] == fetch(served + "version?y=/")[1]
     for path in ("args.json", "../args.json", "samples/step-000000.png"):
         assert fetch(served + path)[0] == 404
     message = errors(capsys, run, "--watch", f"--port={port}", "--num_images=0")
@@ -671,7 +819,7 @@ def test_intervals_and_resumes_are_drawn(page_in_browser, whole, tmp_path):
     looks = [row for row in logged(whole) if "held_out_loss" in row]
     assert [int(step) for step, _, _ in bars] == [row["step"] for row in looks]
     for side, sign in ((1, -1), (2, 1)):
-        expected = [row["held_out_loss"] + sign * 1.96 * row["gain_error"] for row in looks]
+        expected = [row["held_out_loss"] + sign * 2 * row["gain_error"] for row in looks]
         assert [float(bar[side]) for bar in bars] == pytest.approx(expected, rel=1e-9)
 
 

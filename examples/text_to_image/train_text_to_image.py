@@ -920,7 +920,8 @@ NEW_RESULT = ".result.partial"  # a folder beside which the old result stays unt
 # What `sdtune push-model` knows the line by that names the model in a card's code.
 NAMES_MODEL = "  # its name on the Hub, or the path of its folder"
 TAGS = ["text-to-image", "stable-diffusion", "stable-diffusion-diffusers"]
-MIN_FOR_INTERVAL = 10  # held-out images: of fewer two standard errors are no interval of 95 %
+INTERVAL = 2  # standard errors on either side of a mean that are an interval of about 95 %
+MIN_FOR_INTERVAL = 10  # held-out images: of fewer they are none
 # Settings that say how a run was carried out, not what was trained; steps and epochs stand in the text.
 NOT_ON_CARD = set(
     """
@@ -3298,6 +3299,16 @@ def repo_name(text):
         told = f"must be a name or owner/name of at most 96 letters, digits and -_., not {text[:40]!r}"
         raise argparse.ArgumentTypeError(told) from None
     return text
+
+
+def is_hub_id(name):
+    """Whether the name is one of the Hub, no path."""
+    return isinstance(name, str) and bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)) and not os.path.exists(name)
+
+
+def is_place(flag):
+    """Whether a flag of a parser takes what says where something is, or a secret: nothing for others to read."""
+    return flag.type in (path_name, repo_name, secret_token)
 
 
 def secret_token(text):
@@ -6365,11 +6376,6 @@ def array_bytes(part):
 
 
 # ---------------------------------------------------------------------------------------------------------- model_card
-def is_hub_id(name):
-    """Whether the name is one of the Hub, no path."""
-    return isinstance(name, str) and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not os.path.exists(name)
-
-
 def plain(text):
     """A text of somebody's as Markdown that shows it in one line, and does nothing else."""
     return re.sub(r"([\\`*~\[\]<>|&]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(str(text).split()))
@@ -6532,7 +6538,7 @@ def describe_gain(args, run):
     text = f"On {images} not trained on, the loss {change}, from {loss + gain:.4f} to {loss:.4f}"
     if number < MIN_FOR_INTERVAL:
         return f"{text}; these are too few to say how sure that is"
-    low, high = gain - 2 * error, gain + 2 * error
+    low, high = gain - INTERVAL * error, gain + INTERVAL * error
     text += f". With a confidence of about 95 % the gain is between {low:.4f} and {high:.4f}"
     return text if low > 0 or high < 0 else f"{text}: it may be chance"
 
@@ -6545,9 +6551,9 @@ def list_settings(args, parser, run):
     defaults = {"mixed_precision": "no"}
     for flag in parser._actions:
         value, default = used.get(flag.dest), defaults.get(flag.dest, flag.default)
-        is_place = flag.type in (path_name, repo_name, secret_token) or flag.dest in NOT_ON_CARD
+        is_private = is_place(flag) or flag.dest in NOT_ON_CARD
         is_file = isinstance(value, str) and os.path.exists(value)
-        if flag.dest in used and value != default and not is_place and not is_file:
+        if flag.dest in used and value != default and not is_private and not is_file:
             rows.append(f"| `--{flag.dest}` | {plain(value)} | {'' if default is None else plain(default)} |")
     return rows if len(rows) > 4 else ["All settings are the script's defaults."]
 

@@ -16,11 +16,11 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData
 from safetensors import SafetensorError, safe_open
 
-from sdtune.arguments import new_parser, parse_flags, path_name
+from sdtune.arguments import is_hub_id, new_parser, parse_flags, path_name
 from sdtune.errors import InputError, in_one_line, last_line, raise_problems, told_to_user
 from sdtune.files import read_json
 from sdtune.lora_layouts import LORA_FILE
-from sdtune.model_card import NAMES_MODEL, TAGS, Usage, code_of, in_python, is_hub_id
+from sdtune.model_card import NAMES_MODEL, TAGS, Usage, code_of, in_python
 from sdtune.uploads import CARD, add_upload_arguments, check_upload, make_repo, silence_hub, told_if_upload_fails
 
 PROGRAM = "sdtune push-model"

@@ -19,6 +19,8 @@ import hashlib
 import http.server
 import io
 import json
+import os
+import re
 import threading
 from datetime import datetime
 from pathlib import Path
@@ -26,7 +28,23 @@ from pathlib import Path
 import vl_convert
 from PIL import Image
 
-from sdtune.arguments import SWITCH, checked, new_parser, non_negative_int, parse_flags, path_name
+from sdtune.arguments import (
+    SWITCH,
+    add_adapter_arguments,
+    add_class_arguments,
+    add_data_arguments,
+    add_model_arguments,
+    add_output_arguments,
+    add_run_arguments,
+    add_subject_arguments,
+    checked,
+    is_hub_id,
+    is_place,
+    new_parser,
+    non_negative_int,
+    parse_flags,
+    path_name,
+)
 from sdtune.counts import count_sizes, count_words, statistics
 from sdtune.dataset import choose_rows, name_of, read_rows, split_rows
 from sdtune.errors import InputError, gathered, in_one_line, last_line, raise_problems, told_to_user, without_secrets
@@ -50,6 +68,8 @@ READ_AS = {  # where an older run had no such flag
     "cache_dir": None,
     "hub_token": None,
 }
+OF_IMAGES = ("train_data_dir", "instance_data_dir", "dataset_name")  # flags that say where they are
+ON_HUB = {"pretrained_model_name_or_path", "single_file_config", "tokenizer_name", "dataset_name", "hub_model_id"}
 STYLE = f"""
 :root {{ color-scheme: light dark; --text: #222; --faint: #666; --ground: #fff; --line: #8884; --good: #2a7d36;
   --bad: #b3362c; }}
@@ -164,15 +184,21 @@ def check_args(args):
     problems, output = [], output_of(args)
     if not args.folders:
         problems.append("no RUN_FOLDER is given; name the --output_dir of a training")
+    places = [Path(folder).resolve() for folder in args.folders]
+    for number, folder in enumerate(args.folders):
+        if places[number] in places[:number]:
+            problems.append(f"{folder}: is given twice; name each folder once")
     if len(args.folders) > MAX_RUNS:
         problems.append(f"{len(args.folders)} RUN_FOLDERs: a page compares {MAX_RUNS} at most; name fewer")
     if args.port is not None and not args.watch:
         problems.append(f"--port={args.port}: does nothing without --watch; add that or drop this")
     if args.watch and (args.output or args.overwrite):
         problems.append("--watch: writes no file; drop --output and --overwrite, or this")
-    elif not args.watch and (output.is_dir() or not is_writable(output)):
+    if args.watch or (not args.output and not all(place.is_dir() for place in places)):  # which is told of them
+        return problems
+    if output.is_dir() or not is_writable(output):
         problems.append(f"--output={output}: is a folder, or cannot be written to; name a file elsewhere")
-    elif not args.watch and output.exists() and not args.overwrite and not is_own_page(output, PROGRAM):
+    elif output.exists() and not args.overwrite and not is_own_page(output, PROGRAM):
         problems.append(f"--output={output}: exists, and is no report; name another, or add --overwrite")
     return problems
 
@@ -185,13 +211,22 @@ def output_of(args):
 
 
 # ------------------------------------------------------------------------------------------------------------ data
+def names_of(folders):
+    """The last parts of the paths of different folders: as many as tell each from the others."""
+    paths, names = [Path(folder).resolve().parts for folder in folders], []
+    for path in paths:
+        others = [other for other in paths if other != path]
+        told_apart = (
+            number for number in range(1, len(path)) if all(other[-number:] != path[-number:] for other in others)
+        )
+        names.append(str(Path(*path[-next(told_apart, len(path)) :])))
+    return names
+
+
 def read_runs(folders):
     """Reads the runs in folders, each under a name that no other has. Raises `InputError`."""
-    names = [Path(folder).resolve().name for folder in folders]
-    if len(set(names)) < len(names):
-        names = list(folders)
     problems, runs = [], []
-    for folder, name in zip(folders, names):
+    for folder, name in zip(folders, names_of(folders)):
         with gathered(problems):
             runs.append(read_run(folder, name))
     raise_problems(problems)
@@ -199,22 +234,23 @@ def read_runs(folders):
 
 
 def place_of(settings):
-    """The folder, or the name of the dataset, that a run was trained on."""
-    return settings.get("train_data_dir") or settings.get("instance_data_dir") or settings.get("dataset_name")
+    """The flag that names the folder, or the dataset, that a run was trained on; None if there is none."""
+    return next((flag for flag in OF_IMAGES if settings.get(flag)), None)
 
 
 def read_images(settings):
     """Reads the images of a run as it did; returns (rows, what is found of each, indices of those that are trained on,
     number held out). Raises `InputError`, with what to say instead."""
-    place = place_of(settings)
-    folder = None if place == settings.get("dataset_name") else place
-    if not place:
+    flag = place_of(settings)
+    if not flag:
         raise InputError("What it was trained on is not known: args.json is not there.")
+    place = settings[flag]
     if settings.get("streaming") or not Path(place).exists():
-        raise InputError(f"The images are not shown: {in_one_line(Path(place).name)} is not in reach of this folder.")
-    args = argparse.Namespace(**{**READ_AS, **settings, "hub_token": None})
-    rows = read_rows(args, folder, settings.get("instance_prompt"))
-    rows = choose_rows(rows, settings.get("max_train_samples"), settings.get("seed", 0))
+        raise InputError(f"The images are not shown: {in_one_line(last_part(place))} is not in reach of this folder.")
+    known = {name: value for name, value in settings.items() if value is not None}
+    args = argparse.Namespace(**{**READ_AS, **known, "hub_token": None})
+    rows = read_rows(args, None if flag == "dataset_name" else place, settings.get("instance_prompt"))
+    rows = choose_rows(rows, settings.get("max_train_samples"), settings.get("seed") or 0)
     findings = check_images(rows, path_of_findings(place, args.cache_dir))
     captions = list(rows["captions"])
     good = [index for index, (_, _, _, problem) in enumerate(findings) if captions[index] and not problem]
@@ -233,11 +269,13 @@ def data_section(run, num_images):
             card(rows, [index], Path(name_of(rows, index)).name, " | ".join(rows[index]["captions"]))
             for index in shown
         ]
-    except (InputError, OSError) as error:
-        return f"<p>{escaped(without_secrets(str(error)))}</p>\n"
+    except (ValueError, OSError) as error:  # an `InputError`, or of settings that nobody can train with
+        return f"<p>{escaped(without_secrets(without_paths(str(error), run.settings)))}</p>\n"
     texts = [caption for index in training for caption in rows[index]["captions"]]
     counts = {"Images": f"{len(training):,} to train on, {num_held_out:,} held out, as they are in their place now"}
     counts |= statistics({**count_sizes([findings[index] for index in training]), **count_words(texts)})
+    if num_images == 0:
+        del counts["Captions with the word"]  # which others may not see either
     return table(counts.items()) + '<div class="cards">\n' + "".join(cards) + "</div>\n"
 
 
@@ -252,16 +290,51 @@ def table(rows):
     return f'<div class="table"><table>\n{"".join(lines)}</table></div>\n'
 
 
-def shown_value(value):
-    """The value of a setting as people read it; of a path on this machine its last part."""
+def list_places():
+    """The names of the flags of all trainings whose values say where something is."""
+    parser = argparse.ArgumentParser(conflict_handler="resolve")  # as both kinds of data have the same ones
+    for add_arguments in (
+        add_model_arguments,
+        add_data_arguments,
+        add_subject_arguments,
+        add_class_arguments,
+        add_output_arguments,
+        add_run_arguments,
+    ):
+        add_arguments(parser)
+    add_adapter_arguments(parser, [])
+    return {flag.dest for flag in parser._actions if is_place(flag)}
+
+
+PLACES = list_places()
+
+
+def last_part(path):
+    """The last part of a path of any system."""
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
+
+
+def without_paths(text, settings):
+    """A text with the last part of whatever looks like a path, and of the places that settings name."""
+    for name in PLACES:
+        place = settings.get(name)
+        if isinstance(place, str) and last_part(place):
+            text = text.replace(os.path.abspath(place), last_part(place)).replace(place, last_part(place))
+    quoted = r"(?<!\w)(['\"])([^'\"\n]*[/\\][^'\"\n]*)\1"
+    text = re.sub(quoted, lambda found: found[1] + last_part(found[2]) + found[1], text)
+    return re.sub(r"[^\s'\"=(]*[/\\][^\s'\"]*", lambda found: last_part(found[0]), text)
+
+
+def shown_value(name, value):
+    """The value of a setting as people read it; of a path its last part."""
     if isinstance(value, list):
-        return "; ".join(shown_value(item) for item in value)
+        return "; ".join(shown_value(name, item) for item in value)
     if value is None:
         return "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, str) and Path(value).is_absolute():
-        return Path(value).name
+    if isinstance(value, str) and (name in PLACES or re.match(r"(\w:)?[/\\]", value)):
+        return value if name in ON_HUB and is_hub_id(value) else last_part(value)
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -273,7 +346,9 @@ def describe(run):
         trained += " and text encoder" if settings.get("train_text_encoder") else ""
         prompt = settings.get("instance_prompt")
         called = f" (\N{LEFT DOUBLE QUOTATION MARK}{prompt}\N{RIGHT DOUBLE QUOTATION MARK})" if prompt else ""
-        base, place = shown_value(settings.get("pretrained_model_name_or_path")), shown_value(place_of(settings))
+        base, place = [
+            shown_value(flag, settings.get(flag)) for flag in ("pretrained_model_name_or_path", place_of(settings))
+        ]
         parts.append(f"{trained} of {base} on {place}{called}, at {settings.get('resolution')} pixels")
     step, planned = run.last_step(), run.planned_step()
     of_images = f" of {settings['samples_per_step']:,} images" if settings.get("samples_per_step") else ""
@@ -370,8 +445,9 @@ def settings_section(runs):
         return "<h2>Settings</h2>\n<p>Not known: args.json is not there.</p>\n"
     names = dict.fromkeys(name for run in known for name in run.settings if not name.endswith("token"))
     nothing = "\N{EN DASH}"  # of a script without that flag
-    texts = {name: [shown_value(run.settings.get(name, nothing)) for run in known] for name in names}
-    differing = {name for name, values in texts.items() if len(set(values)) > 1}
+    values = {name: [run.settings.get(name, nothing) for run in known] for name in names}
+    texts = {name: [shown_value(name, value) for value in values[name]] for name in names}
+    differing = {name for name in names if any(value != values[name][0] for value in values[name])}
     noted = [run.changed() for run in known]
     changed = {name for found in noted if found for name in found}
     parts = ["<h2>Settings</h2>\n"]
@@ -387,7 +463,7 @@ def settings_section(runs):
         told = " that are the same in all runs" if len(runs) > 1 else ""
         parts.append(f'<p class="faint">Those that differ from the defaults{told}</p>\n')
         parts.append(table([(name, texts[name][0]) for name in names if name in changed - differing]))
-    others = table([(name, values[0]) for name, values in texts.items() if name not in changed | differing])
+    others = table([(name, texts[name][0]) for name in names if name not in changed | differing])
     return "".join([*parts, f"<details><summary>{summary}</summary>\n{others}</details>\n"])
 
 
@@ -396,12 +472,12 @@ def history_section(runs):
     parts = ["<h2>History</h2>\n"]
     for run in runs:
         parts.append(f"<h3>{escaped(run.name)}</h3>\n" if len(runs) > 1 else "")
-        rows = history_rows(run.history)
+        rows = history_rows(run.history, run.settings)
         parts.append(table(rows) if rows else "<p>None was noted by this version of the scripts.</p>\n")
     return "".join(parts)
 
 
-def history_rows(history):
+def history_rows(history, settings):
     """Pairs of a time and what happened then."""
     rows, before = [], None
     for row in history:
@@ -412,7 +488,7 @@ def history_rows(history):
             rows.append(("", "ended without a word: killed, or the machine went down"))
         before = event
         where = "at" if event == "started" else "from" if event == "resumed" else "after"
-        why = f" by {row['why']}" if row.get("why") else ""
+        why = f" by {without_paths(str(row['why']), settings)}" if row.get("why") else ""
         rows.append((told_time(row.get("time")), f"{event} {where} step {step:,}{why}"))
     return rows
 
@@ -421,7 +497,7 @@ def told_time(time):
     """A time of the history as a clock here shows it."""
     try:
         return f"{datetime.fromisoformat(time).astimezone():%Y-%m-%d %H:%M}"
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return ""
 
 
@@ -476,12 +552,13 @@ def make_server(port, folders, data):
 
         def do_GET(self):
             # Pages of others, whose name they let lead to this machine, are not to read it.
-            names = {f"{host}:{self.server.server_port}" for host in ("127.0.0.1", "localhost")}
-            makers = {"/": page_now, "/version": lambda: version_of(folders)}
+            # The port is another one where it is forwarded.
+            is_called_here = re.fullmatch(r"(127\.0\.0\.1|localhost)(:\d+)?", self.headers.get("Host", ""))
+            path, makers = self.path.split("?")[0], {"/": page_now, "/version": lambda: version_of(folders)}
             status, kind, text = 404, "text/plain", "There is no such page."
-            if self.headers.get("Host") in names and self.path in makers:
+            if is_called_here and path in makers:
                 try:
-                    status, kind, text = 200, "text/html" if self.path == "/" else kind, makers[self.path]()
+                    status, kind, text = 200, "text/html" if path == "/" else kind, makers[path]()
                 except (InputError, OSError) as error:
                     status, text = 503, str(error)
             content = text.encode("utf-8")
