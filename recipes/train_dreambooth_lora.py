@@ -60,6 +60,7 @@ from sdtune.buckets import check_buckets, describe_buckets, fit_of
 from sdtune.cache import check_cache, describe_cache, fill_cache, leave_device, plan_cache
 from sdtune.dataset import check_data, load_data
 from sdtune.diffusion import diffusion_losses, encode, encode_prompts
+from sdtune.endings import NOTHING_TRAINED, command_to_draw, tell_end
 from sdtune.failures import nothing_lost, told_in_a_line
 from sdtune.hub import name_repo, push
 from sdtune.lora import (
@@ -77,6 +78,7 @@ from sdtune.model_card import Training, describe_subject, find_trigger, use_of_a
 from sdtune.models import check_model, make_faster
 from sdtune.optimization import check_optimization, check_optimizer, make_optimizer, peak_learning_rate
 from sdtune.output import check_output, check_trackers, end_training, new_result, start_trackers
+from sdtune.plan import describe_kinds
 from sdtune.script import run_launched_script
 from sdtune.sharding import whole_models
 from sdtune.signals import Stop
@@ -211,6 +213,7 @@ def train(args, launcher):
     samples = with_class_rows(images, class_images)
     cache = plan_cache(args, accelerator, pipeline, [samples, held_out])
     about = {
+        "kinds": describe_kinds(images, args.instance_data_dir, args.repeats, args.instance_prompt),
         "trained": f"LoRA of rank {args.rank} on {args.lora_target} of {' and '.join(models)}",
         "frozen": "all else",
         "result_bytes": count_adapter_bytes(args, weights.parameters),
@@ -232,6 +235,7 @@ def train(args, launcher):
     if args.dry_run:
         try_steps(args, accelerator, run, work)
         end_training(accelerator)
+        print(NOTHING_TRAINED)
         return
 
     start_output(args, accelerator, run, make_parser())
@@ -250,6 +254,9 @@ def train(args, launcher):
     if repo_id:
         push(args, repo_id, files, counts.last_step)
     end_training(accelerator)
+    if accelerator.is_main_process:
+        prompt = (prompts or [args.instance_prompt or find_trigger(images.rows) or "a picture"])[0]
+        tell_end(args, run, files, command_to_draw(args, pipeline, noise_scheduler, prompt))
 
 
 def save_model(args, pipeline, models, noise_scheduler, run, images, photos, repo_id):

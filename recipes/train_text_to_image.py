@@ -52,6 +52,7 @@ from sdtune.buckets import check_buckets, describe_buckets, fit_of
 from sdtune.cache import check_cache, describe_cache, fill_cache, leave_device, plan_cache
 from sdtune.dataset import check_data
 from sdtune.diffusion import diffusion_losses, encode, encode_prompts
+from sdtune.endings import NOTHING_TRAINED, command_to_draw, tell_end
 from sdtune.failures import name_of_process, nothing_lost, told_in_a_line
 from sdtune.full_bf16 import check_full_bf16, make_fused_optimizer, update_in_backward
 from sdtune.hub import name_repo, push
@@ -79,6 +80,7 @@ from sdtune.output import (
     save_pipeline,
     start_trackers,
 )
+from sdtune.plan import describe_kinds
 from sdtune.script import run_launched_script
 from sdtune.sharding import whole_models
 from sdtune.signals import Stop
@@ -229,6 +231,7 @@ def train(args, launcher):
     run = start_run(args, accelerator, counts, state, fingerprints, weights, FREE_ON_RESUME, FIXED_ON_RESUME)
     cache = plan_cache(args, accelerator, pipeline, [images, held_out])
     about = {
+        "kinds": describe_kinds(images, args.train_data_dir),
         "trained": "UNet",
         "frozen": "VAE, text encoder",
         "result_bytes": count_result_bytes(args, pipeline),
@@ -250,6 +253,7 @@ def train(args, launcher):
     if args.dry_run:
         try_steps(args, accelerator, run, work)
         end_training(accelerator)
+        print(NOTHING_TRAINED)
         return
 
     start_output(args, accelerator, run, make_parser())
@@ -268,6 +272,9 @@ def train(args, launcher):
     if repo_id:
         push(args, repo_id, files, counts.last_step)
     end_training(accelerator)
+    if accelerator.is_main_process:
+        prompt = (prompts or [find_trigger(None if args.streaming else images.rows) or "a picture"])[0]
+        tell_end(args, run, files, command_to_draw(args, pipeline, noise_scheduler, prompt))
 
 
 def save_model(args, pipeline, models, noise_scheduler, run, images, repo_id):

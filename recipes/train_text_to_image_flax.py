@@ -43,6 +43,7 @@ from sdtune.arguments import (
     positive_int,
 )
 from sdtune.dataset import check_data
+from sdtune.endings import NOTHING_TRAINED, command_to_draw, tell_end
 from sdtune.failures import nothing_lost
 from sdtune.flax.checkpoints import write_arrays
 from sdtune.flax.diffusion import diffusion_losses, encode
@@ -87,6 +88,7 @@ from sdtune.output import (
     save_pipeline,
     start_trackers,
 )
+from sdtune.plan import describe_kinds
 from sdtune.script import run_script, work_of
 from sdtune.signals import Stop
 from sdtune.streaming import (
@@ -227,9 +229,11 @@ def train(args, mesh):
     stream = split_of_stream(args, jax.process_count(), 1, batch_size)
     fingerprints = {"captioned_images": fingerprint, "stream": stream}
     run = start_run(args, counts, state, fingerprints, pipeline, FREE_ON_RESUME, FIXED_ON_RESUME)
-    tell_plan(args, run, len(held_out), describe_stream(args, images, jax.process_count(), 1))
+    kinds = describe_kinds(images, args.train_data_dir)
+    tell_plan(args, run, len(held_out), describe_stream(args, images, jax.process_count(), 1), kinds)
     if args.dry_run:
         end_training(accelerator)
+        print(NOTHING_TRAINED)
         return
 
     start_output(args, run, make_parser())
@@ -242,7 +246,8 @@ def train(args, mesh):
         encoded_held_out = encode_once(held_out, vae, text_encoder, batch_size, pool)
         measure = make_measure(losses, mesh, encoded_held_out, counts.samples_per_pass)
     del vae, text_encoder  # which hold weights on the devices
-    look = functools.partial(validate, args, accelerator, run, pipeline, noise_scheduler, measure, prompts_of(args))
+    prompts = prompts_of(args)
+    look = functools.partial(validate, args, accelerator, run, pipeline, noise_scheduler, measure, prompts)
     left_out = LeftOut()
     batches = load_batches(args, run, encoded, batch_size, pool, left_out)
     training_loss = functools.partial(losses, snr_gamma=args.snr_gamma)
@@ -258,6 +263,9 @@ def train(args, mesh):
     if repo_id:
         push(args, repo_id, files, counts.last_step)
     end_training(accelerator)
+    if is_first:
+        prompt = (prompts or [find_trigger(None if args.streaming else images.rows) or "a picture"])[0]
+        tell_end(args, run, files, command_to_draw(args, pipeline, noise_scheduler, prompt))
 
 
 def save_model(args, pipeline, noise_scheduler, run, images, repo_id):

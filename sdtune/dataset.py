@@ -47,6 +47,8 @@ from sdtune.shards import (
 )
 
 MAX_CAPTION_BYTES = 2**20  # of a .txt; a tokenizer takes a few hundred
+# Of pictures from phones and cameras, and for programs, that Pillow does not read or not as they are seen.
+FOREIGN_SUFFIXES = set(".arw .cr2 .cr3 .dng .heic .heif .jxl .nef .orf .psd .raf .rw2 .svg".split())
 METADATA_NAMES = {"metadata.jsonl", "metadata.csv"}
 SAVED_NAMES = {"state.json", "dataset_dict.json"}  # that tell of `save_to_disk`
 NO_DATA_NAMES = {*METADATA_NAMES, *SAVED_NAMES, "config.json", "dataset_info.json", "dataset_infos.json"}
@@ -82,6 +84,7 @@ class CheckedRows:
     digests: list  # of content and captions
     contents: np.ndarray  # (rows,), SHA-256 of each file
     sizes: np.ndarray  # (rows, 2), width and height in pixels
+    num_unusable: int = 0  # beside these, that were left out
 
 
 @dataclasses.dataclass
@@ -107,6 +110,7 @@ class CaptionedImages(torch.utils.data.Dataset):
     input_perturbation: float
     reads_pixels: bool = True
     picture_sizes: np.ndarray | None = None  # (rows, 2), before that, where it is known
+    num_unusable: int = 0  # beside these, that were left out
     cache: Cache | None = None
 
     def __len__(self):
@@ -221,6 +225,7 @@ def load_data(args, folder, default_caption=None, repeats=1, fit=None):
         noise_offset=noise_offset_of(args),
         input_perturbation=args.input_perturbation,
         picture_sizes=checked.sizes[training],
+        num_unusable=checked.num_unusable,
     )
     fingerprint = fingerprint_of(args.num_validation_samples, checked.digests)
     others = dataclasses.replace(
@@ -305,6 +310,8 @@ def read_folder(folder, caption_column, takes_train=False, follows_links=False):
     metadata = [path for path in files if path.name in METADATA_NAMES]
     if not captions:
         told = f"the folder {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}); name another"
+        if foreign := [path for path in files if path.suffix.lower() in FOREIGN_SUFFIXES]:
+            raise InputError(f"the folder {folder} holds no images but {tell_foreign_pictures(foreign)}")
         tables = [path.name for path in files if path.suffix.lower() in (".parquet", ".arrow")]
         raise InputError(f"{told}, or its {in_one_line(tables[0])} by --dataset_name={folder}" if tables else told)
     texts = {image.with_suffix(".txt") for image in captions}
@@ -324,6 +331,9 @@ def read_folder(folder, caption_column, takes_train=False, follows_links=False):
     for image in without:
         captions[image] += read_caption_beside(image)
     known = {*captions, *metadata}
+    if foreign := [path for path in files if path.suffix.lower() in FOREIGN_SUFFIXES]:
+        known.update(foreign)
+        print(f"Left aside in {folder}: {tell_foreign_pictures(foreign)}.")
     if aside := [path.name for path in files if path not in known and path.suffix != ".txt"]:
         some = in_one_line(", ".join(aside[:5]))
         print(f"Left aside in {folder}: {len(aside)} files of other kinds, such as {some}.")
@@ -333,6 +343,18 @@ def read_folder(folder, caption_column, takes_train=False, follows_links=False):
         raise InputError(f"{odd[0]!a}: its name is not UTF-8; rename it, or if it is, set PYTHONUTF8=1")
     rows = [{"image": str(path), "captions": found} for path, found in sorted(captions.items())]
     return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image(decode=False))
+
+
+def find_foreign_pictures(folder):
+    """The pictures below a folder, which may be None, that have to be converted before they can be read."""
+    return [path for path in list_files(folder) if path.suffix.lower() in FOREIGN_SUFFIXES] if folder else []
+
+
+def tell_foreign_pictures(pictures):
+    """What is to be done with pictures of a kind that is not read."""
+    kinds = ", ".join(sorted({path.suffix.lower()[1:].upper() for path in pictures}))
+    name = in_one_line(pictures[0].name)
+    return f"{len(pictures):,} of a kind that is not read ({kinds}), such as {name}; convert to JPEG or PNG first"
 
 
 def check_links(files, folder, follows_links):
@@ -784,7 +806,7 @@ def check_rows(rows, memory, skip_bad_images, tokenizer, resolution, fit=None, a
         small.append("{}: {} x {}".format(name_of(rows, good[number]), *sizes[number]))
     warn(f"images are smaller than {told} and are enlarged", small)
     warn(f"captions have more than {tokenizer.model_max_length} tokens and are cut", cut)
-    return CheckedRows(rows.select(good), list(digests.values()), np.array(contents), sizes)
+    return CheckedRows(rows.select(good), list(digests.values()), np.array(contents), sizes, len(bad))
 
 
 def name_of(rows, index):

@@ -2,28 +2,35 @@
 
 import datetime
 import math
+import platform
 import shutil
+import textwrap
 
 import torch
 from accelerate.utils import is_cuda_available
-from torch.cuda import is_bf16_supported
+from torch.backends.cpu import get_cpu_capability
+from torch.cpu import _is_amx_tile_supported, _is_avx512_bf16_supported
+from torch.cuda import get_device_name, get_device_properties, is_bf16_supported
 
 from sdtune.batches import mean_samples_per_step
+from sdtune.checkpoints import list_checkpoints
+from sdtune.dataset import CaptionedImages, find_foreign_pictures, tell_foreign_pictures
 from sdtune.files import existing_place
 from sdtune.models import numel_of
 from sdtune.output import chosen_tracker, peak_gigabytes
 
+MARGIN = " " * 13  # before the text of a row
+
 
 def print_plan(args, run, num_held_out, num_trained, about):
     """Says, before the first step, what will be done. `about` says what only a script knows: `trained` and `frozen`
-    (which models), `devices` (how many share a pass), `images` (a remark), `optimizer` (its name), `warnings` (a
-    list), and maybe `stream` (how images are read), `precision` (of passes, if that is not the setting), `weights`
-    (their precision, if not float32), `result_bytes` (of the files that will be the result), `buckets` (lines on the
-    sizes of images) and `cache` (a text, or None)."""
+    (which models), `device` (its name), `devices` (how many share a pass), `optimizer` (its name), `warnings` (a
+    list), and maybe `images` (a remark), `kinds` (lines on which of them are used), `stream` (how they are read),
+    `precision` (of passes, if that is not the setting), `weights` (their precision, if not float32), `result_bytes`
+    (of the files that will be the result), `buckets` (lines on the sizes of images) and `cache` (a text, or None)."""
     counts, side, tracker = run.counts, args.resolution, chosen_tracker(args)
     first_step, precision = run.progress["global_step"], about.get("precision", run.settings["mixed_precision"])
-    gigabytes = checkpoint_bytes(run) / 1e9
-    buckets = about.get("buckets", ())
+    buckets, size = about.get("buckets", ()), tell_size(checkpoint_bytes(run))
     shape = f"in buckets of the area of {side} x {side}" if buckets else f"at {side} x {side}"
     number, epochs = "streamed, their number is not known", ""
     if counts.num_images is not None:
@@ -32,7 +39,8 @@ def print_plan(args, run, num_held_out, num_trained, about):
     images = f"{number}, {num_held_out:,} held out, {shape} pixels"
     passes = f"{args.train_batch_size} a pass x {args.gradient_accumulation_steps} passes x {about['devices']}"
     rows = {
-        "images": "\n             ".join([images + about["images"], *buckets]),
+        "device": about["device"],
+        "images": "\n".join([images + about.get("images", ""), *about.get("kinds", []), *buckets]),
         "stream": about.get("stream"),
         "steps": f"{first_step:,} to {counts.last_step:,}{epochs}",
         "per step": f"{counts.samples_per_step:,} images: {passes}",
@@ -40,17 +48,57 @@ def print_plan(args, run, num_held_out, num_trained, about):
         f"precision {precision!r}; frozen: {about['frozen']}",
         "optimizer": f"{about['optimizer']} at {run.settings['peak_learning_rate']:g}, {args.lr_scheduler}; "
         f"EMA: {args.use_ema}",
-        "output": f"{args.output_dir}, a checkpoint of {gigabytes:.2g} GB every {args.checkpointing_steps:,} steps",
+        "output": f"{args.output_dir}, a checkpoint of {size} every {args.checkpointing_steps:,} steps",
         "disk": tell_disk(args, run, about.get("result_bytes")),
         "log": f"log.jsonl and {tracker}" if tracker else "log.jsonl, no tracker",
     }
     if about.get("cache"):
         rows["cache"] = about["cache"]
-    lines = [f"  {name:<10} {text}" for name, text in rows.items() if text]
-    warned = about["warnings"] + warn_of_warm_up(args, counts) + warn_of_disk(args, run)
-    warnings = [f"  warning    {text}" for text in warned]
+    lines = [as_row(name, text) for name, text in rows.items() if text]
+    warned = about["warnings"] + warn_of_start(args) + warn_of_warm_up(args, counts) + warn_of_disk(args, run)
+    warnings = [as_row("warning", text) for text in warned]
     # At once: who is killed for what the first step takes has told it.
     print("\n".join(["Plan", *lines, *warnings]), flush=True)
+
+
+def as_row(name, text):
+    """A row of a plan: a name, and lines of text, which are broken where they are wider than the terminal."""
+    width = min(100, shutil.get_terminal_size((100, 24)).columns) - len(MARGIN)
+    words = {"break_long_words": False, "break_on_hyphens": False}  # paths and flags
+    lines = []
+    for line in text.split("\n"):
+        lines += [line] if len(line) <= width else textwrap.wrap(line, width, **words)
+    return f"  {name:<10} " + f"\n{MARGIN}".join(lines)
+
+
+def describe_device(device):
+    """What a device of PyTorch's is: which one, and how large."""
+    if device.type == "cpu":
+        number = torch.get_num_threads()
+        told = f"CPU, {number} thread{'' if number == 1 else 's'}, {get_cpu_capability()}"
+    elif is_cuda_available():
+        told = f"{get_device_name(device)}, {get_device_properties(device).total_memory / 1e9:.3g} GB"
+    else:
+        told = device.type
+    return f"{told}, by PyTorch {torch.__version__}"  # whose name says which GPUs it knows
+
+
+def describe_kinds(images, folder, repeats=1, prompt=None):
+    """Lines on images to train on, which may be a stream: how often each is there, how many have captions of their
+    own, where others get the `prompt`, and which of those in the `folder`, or of a dataset, are not used, and why."""
+    if not isinstance(images, CaptionedImages):
+        return []
+    lines, number = [], len(images) // repeats
+    if repeats > 1:
+        lines.append(f"{number:,} photos, each {repeats:,} times")
+    if prompt:
+        num_own = sum(captions != [prompt] for captions in images.rows["captions"]) // repeats
+        lines.append(f"{num_own:,} with captions of their own, {number - num_own:,} with --instance_prompt")
+    if images.num_unusable:
+        lines.append(f"left out: {images.num_unusable:,} that cannot be used, named above (--skip_bad_images)")
+    if foreign := find_foreign_pictures(folder):
+        lines.append(f"left out: {tell_foreign_pictures(foreign)}")
+    return lines
 
 
 def count_checkpoints(args, run):
@@ -66,10 +114,10 @@ def tell_disk(args, run, result_bytes):
     """What checkpoints and result will take of the disk; nothing if the size of the result is not known."""
     if result_bytes is None:
         return None
-    number, one = count_checkpoints(args, run), checkpoint_bytes(run) / 1e9
-    free = shutil.disk_usage(existing_place(args.output_dir)).free / 1e9
-    checkpoints = f"{number} checkpoint{'s at once' if number > 1 else ''}: {number * one:.2g} GB"
-    return f"{checkpoints}, result: {result_bytes / 1e9:.2g} GB; {free:,.3g} GB are free"
+    number, one = count_checkpoints(args, run), checkpoint_bytes(run)
+    free = shutil.disk_usage(existing_place(args.output_dir)).free
+    checkpoints = f"{number} checkpoint{'s at once' if number > 1 else ''}: {tell_size(number * one)}"
+    return f"{checkpoints}, result: {tell_size(result_bytes)}; {tell_size(free)} are free"
 
 
 def tell_cost(counts, device, num_samples, seconds, num_steps, now):
@@ -103,6 +151,13 @@ def warn_of_disk(args, run):
     ]
 
 
+def warn_of_start(args):
+    """Lists whether there is nothing to resume."""
+    if args.resume_from_checkpoint != "latest" or list_checkpoints(args.output_dir):
+        return []
+    return [f"--resume_from_checkpoint=latest: {args.output_dir} holds NO CHECKPOINT; this run starts from step 0"]
+
+
 def warn_of_warm_up(args, counts):
     """Lists whether the learning rate never arrives at what was asked for."""
     if args.lr_warmup_steps < counts.last_step:
@@ -112,11 +167,26 @@ def warn_of_warm_up(args, counts):
 
 
 def warn_of_precision(accelerator):
-    """Lists whether the GPU of a run in PyTorch computes in another precision than the one asked for."""
-    is_gpu = accelerator.device.type != "cpu" and is_cuda_available()
-    if accelerator.mixed_precision != "bf16" or not is_gpu or is_bf16_supported(including_emulation=False):
+    """Lists whether the device of a run in PyTorch has to emulate the precision that is asked for."""
+    precision = accelerator.mixed_precision
+    if accelerator.device.type == "cpu":
+        is_quick = _is_avx512_bf16_supported() or _is_amx_tile_supported()
+        # What others than Intel's and AMD's can, PyTorch does not tell.
+        return [] if is_quick else warn_of_slow_bf16(precision, platform.machine() in ("x86_64", "AMD64"))
+    if precision != "bf16" or not is_cuda_available() or is_bf16_supported(including_emulation=False):
         return []
     return ["bf16 is only emulated on this GPU, and slow; use --mixed_precision=fp16"]
+
+
+def warn_of_slow_bf16(precision, is_known=False):
+    """Lists whether a precision is slow on a CPU, or may be, unless it is known to have no instructions for it."""
+    if precision != "bf16":
+        return []
+    if is_known:
+        told = "bf16 is several times slower than float32 on this CPU, which lacks AVX512-BF16 and AMX"
+    else:
+        told = "bf16 may be slower than float32 on a CPU"
+    return [f"{told}; use --mixed_precision=no"]
 
 
 def checkpoint_bytes(run):
@@ -153,6 +223,14 @@ def moment_bytes(parameter, state, optimizer):
         was_zero = state["p0"].dim() == 0 if "p0" in state else not parameter.any()
         return 4 * size * (3 if was_zero else 4)
     return 2 * parameter.nbytes
+
+
+def tell_size(size):
+    """A number of bytes for people, in units of 1000."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if size >= unit:
+            return f"{size / unit:.3g} {name}"
+    return f"{size / 1e3:.3g} KB"
 
 
 def array_bytes(part):

@@ -1,4 +1,4 @@
-"""What a run left in its folder, read again: log, settings, history, samples, and what they say about learning."""
+"""What a run left in its folder, read again: log, settings, samples, and whether it learnt."""
 
 import dataclasses
 import json

@@ -196,7 +196,9 @@ def draw_class_images(args, accelerator, names):
     record = PngImagePlugin.PngInfo()
     record.add_text(CLASS_RECORD, json.dumps(record_of(args)))
     size = args.sample_batch_size or 4
-    for start in tqdm(range(0, len(mine), size), "Class images", disable=not accelerator.is_main_process):
+    for start in tqdm(
+        range(0, len(mine), size), "Class images", disable=None if accelerator.is_main_process else True
+    ):
         batch = mine[start : start + size]
         numbers = [int(name.removeprefix("class-").removesuffix(".png")) for name in batch]
         seeds = [random_numbers(args.seed, CLASS, 0, number).integers(2**63) for number in numbers]

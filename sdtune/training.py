@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import functools
 import itertools
+import math
 import os
 import secrets
 import shutil
@@ -65,7 +66,8 @@ from sdtune.optimization import (
     warn_of_rate,
 )
 from sdtune.output import chosen_tracker, leave_token, log_losses, prepare_output, remove_token, sees_token
-from sdtune.plan import print_plan, tell_cost, warn_of_precision
+from sdtune.plan import describe_device, print_plan, tell_cost, warn_of_precision
+from sdtune.progress import start_bar, tell_step
 from sdtune.randomness import DROPOUT, random_numbers
 from sdtune.sharding import check_sharding, held_here, set_up_sharding, skeleton_of, whole_tensor
 from sdtune.signals import ended_by_signals, ignore_signals, is_asked, take_save_requests
@@ -330,7 +332,7 @@ def tell_plan(args, accelerator, run, num_held_out, about):
     warnings = warn_of_precision(accelerator) + warn_of_rate(args, run.settings["peak_learning_rate"])
     about = {
         **about,
-        "images": "",
+        "device": describe_device(accelerator.device),
         "devices": f"{accelerator.num_processes} ranks",
         "weights": str(parameters[0].dtype).removeprefix("torch."),
         "optimizer": OPTIMIZERS[optimizer_of(args)],
@@ -406,13 +408,7 @@ def train_steps(args, accelerator, run, stop, work, look):
     if first_step % validation_steps == 0 or first_step == counts.last_step:
         look_and_keep(args, accelerator, run, stop, look)
     steps = passes_by_step(args, run, work.loader)
-    bar = tqdm(
-        range(first_step, counts.last_step),
-        initial=first_step,
-        total=counts.last_step,
-        unit="step",
-        disable=not accelerator.is_local_main_process,
-    )
+    bar, recent = start_bar(run, accelerator.is_local_main_process)
     for step in bar:
         started = time.perf_counter()
         num_samples, passes = next(steps)
@@ -421,16 +417,17 @@ def train_steps(args, accelerator, run, stop, work, look):
         seconds = time.perf_counter() - started
         done = run.progress["global_step"]
         if args.compile and step == first_step:
-            accelerator.print(f"\nCompiled: the first step took {seconds:.1f} s.")
+            tqdm.write(f"Compiled: the first step took {seconds:.1f} s.")
         if step == first_step + 2 and accelerator.is_main_process and not is_broken:
-            print()
             left = counts.last_step - done
-            tell_cost(counts, accelerator.device, num_samples, seconds, left, datetime.datetime.now())
+            with tqdm.external_write_mode():  # above the bar
+                tell_cost(counts, accelerator.device, num_samples, seconds, left, datetime.datetime.now())
 
         # Log
         if not is_broken:
             images_per_second = num_samples / seconds
-            bar.set_postfix(loss=f"{loss:.4f}", images_per_second=f"{images_per_second:.1f}", refresh=False)
+            recent.append((loss, num_samples, None if step == first_step else seconds))
+            tell_step(args, bar, run, accelerator.device, recent)
             if done % args.logging_steps == 0 or done == counts.last_step:
                 norm = None if grad_norm is None else grad_norm.item()
                 log_losses(accelerator, run, lr_scheduler.get_last_lr()[0], norm, images_per_second)
@@ -494,7 +491,7 @@ def take_step(args, accelerator, run, work, passes, requests):
     loss, weight, num_not_finite, *requests = exchange(accelerator, step_loss, weight, grad_norm, requests)
     if weight == 0:  # nothing of a stream could be used
         pass_over(accelerator, run, step)
-        return loss, None, False, requests
+        return math.nan, None, False, requests
     is_finite = num_not_finite == 0
     is_broken = not is_finite and run.progress["nan_steps"] >= max_nan_steps(args, accelerator)
     if not is_broken:

@@ -10,13 +10,16 @@ import torch
 from accelerate.utils import gather_object, send_to_device
 from diffusers.utils import make_image_grid
 from PIL import Image
+from tqdm.auto import tqdm
 
 from sdtune.batches import batches_of_one_size
 from sdtune.dataset import CaptionedImages, unopened
 from sdtune.deepspeed import passing_alone
 from sdtune.diffusion import diffusion_losses, draw_latents, encode_posterior
+from sdtune.errors import fitted
 from sdtune.models import on_device
 from sdtune.output import tell_trackers, write_log
+from sdtune.runs import judge, read_run
 from sdtune.sharding import has_shared_passes
 from sdtune.states import averaged
 
@@ -124,16 +127,21 @@ def held_out_losses(
 
 
 def log_held_out_losses(accelerator, run, losses):
-    """Logs and prints the mean of held-out losses, and its gain over those before training, which the run's progress
-    keeps, with the standard error of the paired difference."""
-    progress = run.progress
+    """Logs the mean of held-out losses, and its gain over those before training, which the run's progress keeps, with
+    the standard error of the paired difference; says in a sentence what that means."""
+    progress, is_first = run.progress, not run.progress["base_losses"]
     progress["base_losses"] = progress["base_losses"] or losses.tolist()
     gain = torch.tensor(progress["base_losses"], dtype=losses.dtype) - losses
     error = gain.std().item() / len(gain) ** 0.5 if len(gain) > 1 else 0.0
     numbers = {"held_out_loss": losses.mean().item(), "held_out_gain": gain.mean().item(), "gain_error": error}
     write_log(accelerator, run.output_dir, progress["global_step"], numbers)
-    shown = [f"{name} {value:.5f}" for name, value in numbers.items()]
-    accelerator.print(f"\nStep {progress['global_step']}:", *shown)
+    if not accelerator.is_main_process:
+        return
+    images = f"{len(losses):,} held-out image{'' if len(losses) == 1 else 's'}"
+    told = f"Step {progress['global_step']:,}: the loss on {images} is {numbers['held_out_loss']:.4f}."
+    if not is_first:
+        told = judge(read_run(run.output_dir, run.output_dir.name))[0]
+    tqdm.write(fitted(told))  # above a bar
 
 
 @torch.no_grad()

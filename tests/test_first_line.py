@@ -61,10 +61,7 @@ def test_of_a_script_it_is_the_plan(path, is_trial, hub_cache, tmp_path):
     done = run_script(line, env={"HF_HUB_CACHE": str(hub_cache)}, script=path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Plan\n")
-    if is_trial:
-        assert done.stderr == ""
-    else:  # the bar of the steps
-        assert done.stderr.lstrip("\r\n").startswith("  0%|"), done.stderr
+    assert done.stderr == ""  # where there is no terminal there is no bar either
 
 
 COMMANDS = {  # the words behind `sdtune`, and how the first line begins

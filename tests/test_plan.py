@@ -25,11 +25,92 @@ def test_bf16_on_a_gpu_that_emulates_it_is_warned_of(monkeypatch, device, comput
     """By the device's answers: of a T4, of an A100, of what is no NVIDIA GPU."""
     monkeypatch.setattr(plan, "is_cuda_available", lambda: device == "cuda")
     monkeypatch.setattr(plan, "is_bf16_supported", lambda including_emulation: including_emulation or computes_bf16)
+    monkeypatch.setattr(plan, "_is_avx512_bf16_supported", lambda: True)
     accelerator = SimpleNamespace(mixed_precision=precision, device=torch.device(device))
     expected = []
     if device == "cuda" and not computes_bf16 and precision == "bf16":
         expected = ["bf16 is only emulated on this GPU, and slow; use --mixed_precision=fp16"]
     assert warn_of_precision(accelerator) == expected
+
+
+@pytest.mark.parametrize("precision", ["bf16", "no"])
+@pytest.mark.parametrize(
+    "has_avx512, has_amx, machine, told",
+    [
+        (True, False, "x86_64", None),
+        (False, True, "x86_64", None),
+        (False, False, "x86_64", "is several times slower than float32 on this CPU, which lacks AVX512-BF16 and AMX"),
+        (False, False, "AMD64", "is several times slower than float32 on this CPU, which lacks AVX512-BF16 and AMX"),
+        (False, False, "aarch64", "may be slower than float32 on a CPU"),  # which is not known to PyTorch
+    ],
+)
+def test_bf16_on_a_cpu_without_instructions_for_it_is_warned_of(
+    monkeypatch, has_avx512, has_amx, machine, told, precision
+):
+    monkeypatch.setattr(plan, "_is_avx512_bf16_supported", lambda: has_avx512)
+    monkeypatch.setattr(plan, "_is_amx_tile_supported", lambda: has_amx)
+    monkeypatch.setattr(plan.platform, "machine", lambda: machine)
+    accelerator = SimpleNamespace(mixed_precision=precision, device=torch.device("cpu"))
+    expected = [f"bf16 {told}; use --mixed_precision=no"] if told and precision == "bf16" else []
+    assert warn_of_precision(accelerator) == expected
+
+
+def test_the_plan_names_the_device(monkeypatch):
+    version = torch.__version__
+    monkeypatch.setattr(plan, "get_cpu_capability", lambda: "AVX2")
+    for number, told in ((1, "CPU, 1 thread, AVX2"), (6, "CPU, 6 threads, AVX2")):
+        monkeypatch.setattr(plan.torch, "get_num_threads", lambda number=number: number)
+        assert plan.describe_device(torch.device("cpu")) == f"{told}, by PyTorch {version}"
+    assert plan.describe_device(torch.device("mps")) == f"mps, by PyTorch {version}"
+    monkeypatch.setattr(plan, "is_cuda_available", lambda: True)
+    monkeypatch.setattr(plan, "get_device_name", lambda device: f"card {device.index}")
+    monkeypatch.setattr(plan, "get_device_properties", lambda device: SimpleNamespace(total_memory=85_029_158_912))
+    assert plan.describe_device(torch.device("cuda", 1)) == f"card 1, 85 GB, by PyTorch {version}"
+
+
+def test_what_is_not_used_of_a_folder_of_photos_is_told_by_kind(tiny_pipeline, tmp_path, capsys):
+    """Six photos, of which one is held out and two have captions; a broken one, two of a telephone, a note."""
+    folder = write_image_folder(tmp_path / "photos", 6)
+    (folder / "metadata.jsonl").unlink()
+    for number in (0, 1):
+        (folder / f"{number:03d}.txt").write_text(f"a drawing {number}")
+    for name in ("a.heic", "b.HEIC", "note.pdf", "broken.jpg"):
+        (folder / name).write_bytes(b"none")
+    script = load_script(TRAIN_DREAMBOOTH)
+    settings = {
+        "train_data_dir": None,
+        "instance_data_dir": folder,
+        "instance_prompt": "a sks star",
+        "repeats": 3,
+        "skip_bad_images": True,
+        "dry_run": True,
+    }
+    assert train(script, tiny_pipeline, folder, tmp_path / "out", **settings) == 0
+    said = capsys.readouterr().out
+    foreign = "2 of a kind that is not read (HEIC), such as a.heic; convert to JPEG or PNG first"
+    assert f"Left aside in {folder}: {foreign}.\n" in said
+    assert f"Left aside in {folder}: 1 files of other kinds, such as note.pdf.\n" in said
+    assert said[said.index("  images ") :].splitlines()[:5] == [
+        "  images     18 to train on, 0 held out, at 32 x 32 pixels",
+        "             6 photos, each 3 times",
+        "             2 with captions of their own, 4 with --instance_prompt",
+        "             left out: 1 that cannot be used, named above (--skip_bad_images)",
+        "             left out: 2 of a kind that is not read (HEIC), such as a.heic; convert to JPEG or PNG",
+    ]
+    assert said.endswith("\nNothing was trained; the settings are fine.\n")
+    assert max(map(len, said[said.index("Plan") :].replace(str(tmp_path), "").splitlines())) <= 100
+
+
+def test_a_folder_of_other_kinds_of_photos_alone_is_told_to_be_converted(
+    train_script, tiny_pipeline, tmp_path, capsys
+):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "one.nef").write_bytes(b"none")
+    assert train(train_script, tiny_pipeline, tmp_path / "photos", tmp_path / "out") == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.endswith(
+        "holds no images but 1 of a kind that is not read (NEF), such as one.nef; convert to JPEG or PNG first"
+    )
 
 
 @pytest.mark.parametrize("warmup, last_step, is_short", [(500, 300, True), (8, 8, True), (7, 8, False), (0, 1, False)])
@@ -79,11 +160,12 @@ def test_the_plan_ends_with_its_warnings(train_script, tiny_pipeline, images, tm
     monkeypatch.setattr(train_script, "warn_of_precision", lambda accelerator: ["slow"])
     assert train(train_script, tiny_pipeline, images, tmp_path / "out", **settings) == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[-4:-2] == [
+    assert said[-5:-3] == [
         "  warning    slow",
         "  warning    --lr_warmup_steps=4: in 3 steps the learning rate never arrives; use fewer",
     ]
-    assert [line.split()[0] for line in said[-2:]] == ["time", "memory"]
+    assert [line.split()[0] for line in said[-3:-1]] == ["time", "memory"]
+    assert said[-1] == "Nothing was trained; the settings are fine."
     settings["lr_warmup_steps"] = 2
     monkeypatch.setattr(train_script, "warn_of_precision", lambda accelerator: [])
     assert train(train_script, tiny_pipeline, images, tmp_path / "out", **settings) == 0
@@ -124,6 +206,14 @@ def test_checkpoints_are_as_large_as_the_plan_says(images, tmp_path, monkeypatch
     assert train(script, MINIATURE, images, tmp_path / "out", **resumed) == 0
     assert len(told) == 2 * number
     assert len(set(told)) == 1
+
+
+@pytest.mark.parametrize(
+    "size, told",
+    [(0, "0 KB"), (1_234, "1.23 KB"), (999_400, "999 KB"), (2_500_000, "2.5 MB"), (5_210_000_000, "5.21 GB")],
+)
+def test_sizes_are_told_in_units_of_1000(size, told):
+    assert plan.tell_size(size) == told
 
 
 # -------------------------------------------------------------------------------------------------------- time, memory
@@ -185,14 +275,17 @@ def test_a_dry_run_takes_two_steps_and_tells_what_a_run_would(images, tmp_path, 
     said = capsys.readouterr().out
     assert len(steps) == 2
     assert not folder.exists()
-    (told,) = re.findall(r"  disk +2 checkpoints at once: [\d.]+ GB, result: ([\d.e-]+) GB; .* GB are free", said)
+    ((told, unit),) = re.findall(
+        r"  disk +2 checkpoints at once: [\d.]+ [MK]B, result: ([\d.]+) ([MK])B; .* GB are free", said
+    )
     assert re.search(r"  time +[\d.e-]+ s per step, [\d.e+]+ images/s; 4 steps take 0:\d\d:\d\d, until ", said)
     assert re.search(r"  memory +[\d.]+ GB of this process at most", said)
     assert train(script, MINIATURE, images, folder, **settings) == 0
     said = capsys.readouterr().out
     assert len(re.findall(r"  time +.*; 1 steps take ", said)) == 1  # after the third of four
     files = [file for file in folder.rglob("*.safetensors") if "checkpoint" not in str(file)]
-    assert float(told) == pytest.approx(sum(file.stat().st_size for file in files) / 1e9, rel=0.06)
+    size = float(told) * {"K": 1e3, "M": 1e6}[unit]
+    assert size == pytest.approx(sum(file.stat().st_size for file in files), rel=0.06)
 
 
 def test_a_dry_run_that_lacks_memory_says_so_in_a_line(

@@ -105,6 +105,7 @@ def test_other_images_are_other_settings(run, resume, image_folder):
 def test_the_same_images_in_another_place_are_the_same_settings(run, resume, image_folder):
     status, said = resume(data=image_folder(4))
     assert status == 0
+    assert "NO CHECKPOINT" not in said
     assert "steps      2 to 3" in said
 
 
@@ -151,7 +152,9 @@ def test_checkpoints_are_found_by_their_name_in_the_output_folder(run, resume):
     assert "no whole checkpoint" in message
 
 
-def test_latest_without_a_checkpoint_starts_from_the_beginning(resume):
+def test_latest_without_a_checkpoint_starts_from_the_beginning_and_says_so(resume, tmp_path):
     status, said = resume(dry_run=True)
     assert status == 0
+    told = f"--resume_from_checkpoint=latest: {tmp_path / 'out'} holds NO CHECKPOINT; this run starts from step 0"
+    assert f"warning {told} " in " ".join(said.split())
     assert "steps      0 to 3" in said

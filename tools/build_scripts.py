@@ -20,10 +20,10 @@ from pathlib import Path
 MODULES = """
     errors randomness files arguments metadata images models entries shards dataset batches streaming buckets
     lora_layouts lora diffusion subject optimization full_bf16 deepspeed sharding digests checkpoints states output
-    plan model_card hub validation signals failures script training cache
+    runs plan progress model_card endings hub validation signals failures script training cache
     flax.networks flax.weights flax.encoding flax.diffusion flax.optimization flax.checkpoints flax.validation
     flax.training
-    fonts inference clip measures pictures grids named_dataset counts pages runs plots uploads pipeline_folder
+    fonts inference clip measures pictures grids named_dataset counts pages plots uploads pipeline_folder
     single_file
 """.split()
 # What a reader looks for comes before the other modules, which keep their order.

@@ -99,7 +99,7 @@ def find_size(command):
         else:
             smallest_failure = size
     # Trained in bfloat16, weights change with each pass.
-    return largest_fit, whole, " parameters in bfloat16, " not in said
+    return largest_fit, whole, " parameters in bfloat16, " not in " ".join(said.split())
 
 
 def main(argv=None):

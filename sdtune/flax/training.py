@@ -20,7 +20,6 @@ import numpy as np
 from accelerate import Accelerator
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from tqdm.auto import tqdm
 
 from sdtune.arguments import changed_flags
 from sdtune.batches import micro_batches, step_sizes
@@ -44,7 +43,8 @@ from sdtune.flax.optimization import learning_rate_of_step, train_step
 from sdtune.flax.validation import on_some_host
 from sdtune.optimization import make_average
 from sdtune.output import chosen_tracker, leave_token, log_losses, prepare_output, remove_token, sees_token
-from sdtune.plan import print_plan
+from sdtune.plan import print_plan, warn_of_slow_bf16
+from sdtune.progress import start_bar, tell_step
 from sdtune.signals import ended_by_signals, is_asked, take_save_requests
 from sdtune.streaming import stream_from
 from sdtune.validation import LookGivenUp, steps_between_looks
@@ -229,19 +229,22 @@ def precision_of_passes(args):
     return "bf16" if args.mixed_precision == "bf16" else "no"
 
 
-def tell_plan(args, run, num_held_out, stream):
-    """Prints what will be done; `stream` says how images are read, if they are a stream."""
+def tell_plan(args, run, num_held_out, stream, kinds):
+    """Prints what will be done; `stream` says how images are read, if they are a stream, and `kinds` are lines on
+    which of them are used."""
     num_trained = sum(weight.size for weight in run.state["unet"].values())
     encoded = "once" if args.center_crop else "in every step; once with --center_crop"
     about = {
+        "device": f"{jax.devices()[0].device_kind}, by JAX {jax.__version__}",
         "images": "" if stream else f", encoded {encoded}",
+        "kinds": kinds,
         "stream": stream,
         "devices": f"{jax.device_count()} {jax.default_backend()} devices",
         "trained": "UNet",
         "frozen": "VAE, text encoder, in float16" if args.mixed_precision == "fp16" else "VAE, text encoder",
         "precision": precision_of_passes(args),
         "optimizer": "AdamW",
-        "warnings": [],
+        "warnings": warn_of_slow_bf16(args.mixed_precision) if jax.default_backend() == "cpu" else [],
     }
     print_plan(args, run, num_held_out, num_trained, about)
 
@@ -299,13 +302,7 @@ def train_steps(args, accelerator, run, write_state, stop, mesh, batches, traini
     # A run that was stopped has not had the look at its last step.
     if first_step % validation_steps == 0 or first_step == counts.last_step:
         look_and_keep(args, accelerator, run, stop, look, write_state)
-    bar = tqdm(
-        range(first_step, counts.last_step),
-        initial=first_step,
-        total=counts.last_step,
-        unit="step",
-        disable=not is_first,
-    )
+    bar, recent = start_bar(run, is_first)
     sizes = step_sizes(counts, args.seed, first_step)
     reader = ThreadPoolExecutor(1)  # makes the next batch while the devices work
     upcoming = reader.submit(next, batches, None)
@@ -336,8 +333,10 @@ def train_steps(args, accelerator, run, write_state, stop, mesh, batches, traini
 
         # Log
         if not is_broken:
-            images_per_second = num_samples / (time.perf_counter() - started)
-            bar.set_postfix(loss=f"{loss:.4f}", images_per_second=f"{images_per_second:.1f}", refresh=False)
+            seconds = time.perf_counter() - started
+            images_per_second = num_samples / seconds
+            recent.append((loss if weight else math.nan, num_samples, None if step == first_step else seconds))
+            tell_step(args, bar, run, accelerator.device, recent)
             if is_first and (done % args.logging_steps == 0 or done == counts.last_step):
                 norm = grad_norm if is_finite else None
                 log_losses(accelerator, run, learning_rate_of(done), norm, images_per_second)
