@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 
-from sdtune.errors import is_utf8
+from sdtune.errors import is_utf8, remedy_for_missing
 
 SWITCH = {"action": argparse.BooleanOptionalAction, "default": False}  # so that a config file can turn it off too
 SWITCH_ON = {**SWITCH, "default": True}
@@ -904,7 +904,8 @@ def read_config(path, sections):
         return recipe, []
     except (OSError, ValueError, yaml.YAMLError, TypeError, RecursionError) as error:
         told = " ".join(str(error).split())[:300]
-        return {}, [f"--config={path}: is no YAML file of flags ({told}); write `flag: value`, a line each"]
+        remedy = remedy_for_missing(path) or "write `flag: value`, a line each"
+        return {}, [f"--config={path}: is no YAML file of flags ({told}); {remedy}"]
 
 
 def setting_words(settings, defaults):

@@ -35,7 +35,7 @@ def add_named_dataset_arguments(parser):
 
 def check_dataset_is_named(args):
     """Lists what is wrong with the name of the dataset."""
-    return [] if args.dataset else ["no dataset is given; name a folder, a local dataset or one on the Hub"]
+    return [] if args.dataset else ["DATASET is missing: name a folder, a local dataset or one on the Hub"]
 
 
 def check_outside(flag, path, dataset):

@@ -6,7 +6,7 @@ import math
 import re
 from pathlib import Path
 
-from sdtune.errors import InputError
+from sdtune.errors import InputError, remedy_for_missing
 from sdtune.output import HISTORY_FILE
 
 Z95 = 1.96  # standard errors, on either side of a mean, of its 95 % interval
@@ -49,7 +49,8 @@ def read_run(folder, name):
     log, settings = folder / "log.jsonl", folder / "args.json"
     if not log.is_file() and not settings.is_file():
         told = "holds no log.jsonl of a training" if folder.is_dir() else "there is no such folder"
-        raise InputError(f"{folder}: {told}; name the --output_dir of a run")
+        remedy = remedy_for_missing(folder) or "name the --output_dir of a run"
+        raise InputError(f"{folder}: {told}; {remedy}")
     notes = []
     rows, history = read_rows_of(log, notes), read_rows_of(folder / HISTORY_FILE, notes)
     try:

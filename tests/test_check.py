@@ -337,7 +337,7 @@ def test_wrong_usage_is_named_at_once_before_anything_is_read(image_folder, tmp_
     assert f"--html={there}: exists; name another" in said
     assert "--revision: does nothing" in said
     assert "single file" in errors(capsys, folder, "--pretrained_model_name_or_path=model.ckpt")
-    assert "no dataset is given" in errors(capsys)
+    assert "DATASET is missing: name a folder" in errors(capsys)
     assert "name two files" in errors(capsys, folder, f"--json={tmp_path}/x", f"--html={tmp_path}/x")
     assert "tokenizer" in errors(capsys, folder, f"--pretrained_model_name_or_path={tmp_path}")
     said = errors(capsys, tmp_path / "nowhere")

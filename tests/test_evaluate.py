@@ -484,7 +484,7 @@ def test_all_mistakes_at_once(tmp_path, capsys):
     told = capsys.readouterr().err
     for wrong in (
         "MODEL=",
-        "DATASET: name",
+        "DATASET is missing: name",
         "--clip_model=",
         "--num_images: must be a whole number in [3, inf), not '2'",
         "--resolution: must be a whole number in [1, inf), not '0'",

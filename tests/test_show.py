@@ -292,13 +292,13 @@ def test_wrong_usage_is_named_at_once_before_anything_is_read(image_folder, tmp_
     (tmp_path / "there.png").write_text("mine")
     before = snapshot(tmp_path)
     said = errors(capsys, folder, "--resolution=0", "--epoch=-1", "--caption_dropout=2", "--columns=0")
-    for problem in ("--resolution", "--epoch", "--caption_dropout", "--columns", "--output=None"):
+    for problem in ("--resolution", "--epoch", "--caption_dropout", "--columns", "--output is missing"):
         assert f"\n  {problem}: " in said
     assert "exists" in errors(capsys, folder, f"--output={tmp_path / 'there.png'}")
     assert "lies in the dataset" in errors(capsys, folder, f"--output={folder / 'new.png'}")
     assert "ends in .png" in errors(capsys, folder, f"--output={tmp_path / 'new.jpg'}")
     output = f"--output={tmp_path / 'new.png'}"
-    assert "no dataset is given" in errors(capsys, output)
+    assert "DATASET is missing: name a folder" in errors(capsys, output)
     assert "no font file" in errors(capsys, folder, output, f"--font={tmp_path / 'there.png'}")
     assert "DATASET=" in errors(capsys, tmp_path / "nowhere", output)
     cache = f"--cache_dir={tmp_path / 'cache'}"

@@ -158,6 +158,17 @@ SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "COMET_API_KEY
 OUT_OF_MEMORY_TEXT = re.compile(r"out of memory|can't allocate memory|RESOURCE_EXHAUSTED", re.IGNORECASE)
 # What a process says whose connection to another one ends.
 LOST_PEER_TEXT = re.compile(r"Connection (closed|reset) by (peer|remote)|remote process exited", re.IGNORECASE)
+# What makes the folders that commands in the READMEs read.
+MAKERS = {
+    "demo/creatures": "make demo",
+    "demo/dreambooth": "make demo-dreambooth",
+    "demo/emoji": "make demo-emoji",
+    "demo/emoji_lora": "make demo-emoji",
+    "demo/flax": "make demo-flax",
+    "demo/lora": "make demo-lora",
+    "demo/model": "make demo",
+    "demo/subject": "make demo-dreambooth",
+}
 
 
 class InputError(ValueError):
@@ -1620,14 +1631,17 @@ def check_data(args, folder_flag):
     """Lists what is wrong with where the images are; `folder_flag` names the flag for a folder."""
     problems, folder = [], getattr(args, folder_flag)
     source = folder or args.dataset_name
-    if bool(args.dataset_name) == bool(folder):
+    if not source:
+        problems.append(f"--{folder_flag} is missing: give a folder of images, or a dataset by --dataset_name")
+    if args.dataset_name and folder:
         problems.append(f"--{folder_flag}={folder}: give this or --dataset_name, not both")
     if args.image_column != "image" and not args.dataset_name:
         problems.append(
             f"--image_column={args.image_column}: does nothing without --dataset_name; add that or drop this"
         )
     if folder and not os.path.isdir(folder):
-        problems.append(f"--{folder_flag}={folder}: does not exist, or is no folder; name one")
+        remedy = remedy_for_missing(folder) or "name one"
+        problems.append(f"--{folder_flag}={folder}: does not exist, or is no folder; {remedy}")
     if source and Path(args.output_dir).resolve().is_relative_to(Path(source).resolve()):
         problems.append(
             f"--output_dir={args.output_dir}: lies in the folder of the images, or below its name; put it elsewhere"
@@ -2753,6 +2767,19 @@ def remedy_for(error):
     return "; check that path, and that you may use it" if isinstance(error, OSError) else ""
 
 
+def remedy_for_missing(path):
+    """What is to be done about a path of a command in the READMEs that is not there; "" for any other path."""
+    if not path or os.path.exists(path):
+        return ""
+    place = Path(os.path.normpath(path))
+    for made in (place, *place.parents):
+        if maker := MAKERS.get(made.as_posix()):
+            return f"run `{maker}` in the folder of the repository, which makes it"
+    if place.parts[0] in ("miniature", "examples"):
+        return "start in the folder of the repository, which it comes with"
+    return ""
+
+
 def is_lack_of_memory(error):
     """Whether an exception comes of too little memory, of the machine or of a device."""
     return isinstance(error, MemoryError) or bool(OUT_OF_MEMORY_TEXT.search(str(error)))
@@ -3481,7 +3508,8 @@ def read_config(path, sections):
         return recipe, []
     except (OSError, ValueError, yaml.YAMLError, TypeError, RecursionError) as error:
         told = " ".join(str(error).split())[:300]
-        return {}, [f"--config={path}: is no YAML file of flags ({told}); write `flag: value`, a line each"]
+        remedy = remedy_for_missing(path) or "write `flag: value`, a line each"
+        return {}, [f"--config={path}: is no YAML file of flags ({told}); {remedy}"]
 
 
 def setting_words(settings, defaults):
@@ -3901,7 +3929,12 @@ def check_model(args):
         problems.append(f"--revision={args.revision}: does nothing without a model on the Hub; drop this")
     if args.variant and args.single_file_config:
         problems.append(f"--variant={args.variant}: does nothing with a single file; drop this")
-    if not source or (single_file and not Path(source).is_file()):
+    if not source:
+        told = "is missing: name a pipeline folder, a Hub id or a file"
+        return [*problems, f"--pretrained_model_name_or_path {told}"]
+    if remedy := remedy_for_missing(source):
+        return [*problems, f"{name}: does not exist; {remedy}"]
+    if single_file and not Path(source).is_file():
         return [*problems, f"{name}: there is no such file; name a pipeline folder, a Hub id or a file"]
     if single_file and not args.single_file_config:
         return [*problems, f"{name}: a single file needs --single_file_config (see --help); add that"]
@@ -4624,7 +4657,8 @@ def check_optimization(args):
     number = r"\d*\.?\d+(e-?\d+)?"
     rules = re.fullmatch(rf"({number}:\d+,)+{number}", args.lr_step_rules or "")
     if schedule == "piecewise_constant" and not rules:
-        problems.append(f"--lr_step_rules={args.lr_step_rules}: give rules such as 1:10,0.1:20,0.01")
+        given = f"--lr_step_rules={args.lr_step_rules}" if args.lr_step_rules else "--lr_step_rules is missing"
+        problems.append(f"{given}: give rules such as 1:10,0.1:20,0.01")
     if schedule == "polynomial" and args.learning_rate <= POLYNOMIAL_END:
         problems.append(f"--learning_rate={args.learning_rate}: must be above 1e-7, its end")
     used_by = {

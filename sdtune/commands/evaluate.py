@@ -159,7 +159,7 @@ def check_args(args):
     if args.base:
         problems += check_pipeline(args, "--base", args.base)
     if not args.dataset:
-        problems.append("DATASET: name the folder or dataset that the model was trained on")
+        problems.append("DATASET is missing: name the folder or dataset that the model was trained on")
     return problems + check_clip(args.clip_model) + check_output(args)
 
 

@@ -90,7 +90,7 @@ def check_args(args):
     problems = check_dataset_is_named(args) + check_bucket_rule(args)
     problems += check_requirements(args, {**BUCKETS_REQUIRES, "samples_per_step": "aspect_ratio_buckets"})
     if not args.output:
-        return [*problems, f"--output={args.output}: name a file that ends in .png"]
+        return [*problems, "--output is missing: name a file that ends in .png"]
     output = Path(args.output)
     if not args.output.lower().endswith(".png"):
         problems.append(f"--output={args.output}: name a file that ends in .png")
