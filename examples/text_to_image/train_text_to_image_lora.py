@@ -339,6 +339,11 @@ MOST_USED = """
     pretrained_model_name_or_path instance_data_dir train_data_dir instance_prompt output_dir resolution
     train_batch_size learning_rate max_train_steps num_train_epochs mixed_precision validation_prompt use_ema
 """.split()
+# What people set first, of which `--help` begins with those ten that a script has.
+FIRST_FLAGS = """
+    pretrained_model_name_or_path train_data_dir instance_data_dir instance_prompt output_dir resolution
+    train_batch_size learning_rate max_train_steps mixed_precision rank validation_prompts dataset_name
+""".split()
 
 TEXT = "text"  # the kinds of metadata; this one is all that no viewer obeys
 PROFILE = "profile"
@@ -1099,6 +1104,7 @@ def make_parser():
     add_validation_arguments(parser)
     add_run_arguments(parser)
     parser.set_defaults(output_dir="sd-model-finetuned-lora")
+    put_first(parser, FIRST_FLAGS)
     return parser
 
 
@@ -3289,6 +3295,17 @@ def new_parser(description, usage):
         exit_on_error=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+
+
+def put_first(parser, names):
+    """Moves the first ten of some flags that a parser has into a group at the head of its help."""
+    flags = {flag.dest: flag for flag in parser._actions}
+    wanted = [flags[name] for name in names if name in flags][:10]
+    for group in parser._action_groups:
+        group._group_actions = [flag for flag in group._group_actions if flag not in wanted]
+    first = parser.add_argument_group("set by most people")
+    first._group_actions = wanted
+    parser._action_groups.insert(0, parser._action_groups.pop())
 
 
 def add_model_arguments(parser):
