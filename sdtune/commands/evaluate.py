@@ -57,7 +57,7 @@ from sdtune.inference import (
 )
 from sdtune.measures import COPY_RATIO, Nearest, compare_kid, judge, paired
 from sdtune.models import quiet_libraries, vae_factor
-from sdtune.named_dataset import add_named_dataset_arguments, check_outside
+from sdtune.named_dataset import add_named_dataset_arguments, check_outside, named_dataset
 from sdtune.validation import encode_held_out, held_out_losses
 
 PROGRAM = "sdtune evaluate"
@@ -220,10 +220,8 @@ def load_images(args):
         offset_noise=False,
         input_perturbation=0,
     )
-    try:
+    with named_dataset(args.dataset):
         images, held_out, _ = load_data(settings, folder=None, default_caption=args.instance_prompt)
-    except InputError as error:
-        raise InputError(str(error).replace("--dataset_name=", "DATASET=")) from None
     return images, held_out
 
 
