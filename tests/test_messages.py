@@ -16,7 +16,7 @@ from training import train, words
 
 from sdtune import __main__ as sdtune
 from sdtune.errors import MAKERS, InputError, fitted, raise_problems, remedy_for_missing
-from sdtune.images import leave_out
+from sdtune.images import NO_CAPTION, leave_out
 
 MAX_LINES, COLUMNS = 12, 100  # the second one is what conftest.py sets
 # How a remedy begins, behind a semicolon, a full stop, a comma or an "or"; or what is accepted.
@@ -625,6 +625,18 @@ def test_a_long_list_is_cut_and_its_remedy_stays():
     assert lines[0] == "train.py: 40 of 50 images are unusable:"
     assert lines[1:10] == [f"  {number}.png: broken" for number in range(9)]
     assert lines[10:] == ["  and 31 more", "Mend or remove them, or add --skip_bad_images."]
+
+
+@pytest.mark.parametrize("num_without", [12, 55])
+def test_many_missing_captions_hide_no_other_bad_image(num_without):
+    bad = [f"{number}.png: {NO_CAPTION}" for number in range(num_without)]
+    bad.insert(10, "zebra.jpg: cannot be read: image file is truncated")
+    with pytest.raises(InputError) as caught:
+        leave_out(bad, 60, may_leave_out=False)
+    lines = fitted(f"train.py: {caught.value}").split("\n")
+    number = f"{num_without + 1} of 60 images are unusable, {num_without} of them for lack of a caption:"
+    assert lines[:3] == [f"train.py: {number}", "  zebra.jpg: cannot be read: image file is truncated", f"  {bad[0]}"]
+    assert lines[-1] == "`sdtune caption FOLDER` writes captions; mend or remove them, or add --skip_bad_images."
 
 
 def test_many_mistakes_are_cut_too():
