@@ -26,6 +26,7 @@ from sdtune.arguments import (
     CLASS_FREE_ON_RESUME,
     CLASS_REQUIRES,
     DATASET_REQUIRES,
+    FIRST_FLAGS,
     MEMORY_FREE_ON_RESUME,
     MEMORY_REQUIRES,
     MODEL_FREE_ON_RESUME,
@@ -51,6 +52,7 @@ from sdtune.arguments import (
     check_old_flags,
     check_requirements,
     new_parser,
+    put_first,
 )
 from sdtune.batches import count_steps
 from sdtune.buckets import check_buckets, describe_buckets, fit_of
@@ -182,6 +184,7 @@ def make_parser():
     parser.set_defaults(
         learning_rate=5e-6, output_dir="dreambooth-model", tracker_project_name="dreambooth", train_batch_size=4
     )
+    put_first(parser, FIRST_FLAGS)
     return parser
 
 

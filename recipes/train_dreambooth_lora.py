@@ -29,6 +29,7 @@ from sdtune.arguments import (
     CLASS_FREE_ON_RESUME,
     CLASS_REQUIRES,
     DATASET_REQUIRES,
+    FIRST_FLAGS,
     MEMORY_FREE_ON_RESUME,
     MEMORY_REQUIRES,
     MODEL_FREE_ON_RESUME,
@@ -54,6 +55,7 @@ from sdtune.arguments import (
     check_old_flags,
     check_requirements,
     new_parser,
+    put_first,
 )
 from sdtune.batches import count_steps
 from sdtune.buckets import check_buckets, describe_buckets, fit_of
@@ -158,6 +160,7 @@ def make_parser():
     add_validation_arguments(parser)
     add_run_arguments(parser)
     parser.set_defaults(output_dir="dreambooth-lora", tracker_project_name="dreambooth", train_batch_size=4)
+    put_first(parser, FIRST_FLAGS)
     return parser
 
 

@@ -24,6 +24,7 @@ from sdtune.arguments import (
     CACHE_FREE_ON_RESUME,
     DATA_FREE_ON_RESUME,
     DATASET_REQUIRES,
+    FIRST_FLAGS,
     MEMORY_FREE_ON_RESUME,
     MEMORY_REQUIRES,
     MODEL_FREE_ON_RESUME,
@@ -47,6 +48,7 @@ from sdtune.arguments import (
     check_old_flags,
     check_requirements,
     new_parser,
+    put_first,
 )
 from sdtune.buckets import check_buckets, describe_buckets, fit_of
 from sdtune.cache import check_cache, describe_cache, fill_cache, leave_device, plan_cache
@@ -168,6 +170,7 @@ def make_parser():
     add_validation_arguments(parser)
     add_run_arguments(parser)
     parser.set_defaults(output_dir="sd-model-finetuned")
+    put_first(parser, FIRST_FLAGS)
     return parser
 
 

@@ -21,6 +21,7 @@ from sdtune.arguments import (
     AVERAGE_REQUIRES,
     DATA_FREE_ON_RESUME,
     DATASET_REQUIRES,
+    FIRST_FLAGS,
     MODEL_FREE_ON_RESUME,
     OPTIMIZATION_FREE_ON_RESUME,
     OUTPUT_FREE_ON_RESUME,
@@ -41,6 +42,7 @@ from sdtune.arguments import (
     new_parser,
     non_negative_int,
     positive_int,
+    put_first,
 )
 from sdtune.dataset import check_data
 from sdtune.endings import NOTHING_TRAINED, command_to_draw, tell_end
@@ -146,6 +148,7 @@ def make_parser():
     add_validation_arguments(parser)
     add_run_arguments(parser)
     parser.set_defaults(output_dir="sd-model-finetuned")
+    put_first(parser, FIRST_FLAGS)
     return parser
 
 

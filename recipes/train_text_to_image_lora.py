@@ -27,6 +27,7 @@ from sdtune.arguments import (
     CACHE_FREE_ON_RESUME,
     DATA_FREE_ON_RESUME,
     DATASET_REQUIRES,
+    FIRST_FLAGS,
     MEMORY_FREE_ON_RESUME,
     MEMORY_REQUIRES,
     MODEL_FREE_ON_RESUME,
@@ -50,6 +51,7 @@ from sdtune.arguments import (
     check_old_flags,
     check_requirements,
     new_parser,
+    put_first,
 )
 from sdtune.buckets import check_buckets, describe_buckets, fit_of
 from sdtune.cache import check_cache, describe_cache, fill_cache, leave_device, plan_cache
@@ -153,6 +155,7 @@ def make_parser():
     add_validation_arguments(parser)
     add_run_arguments(parser)
     parser.set_defaults(output_dir="sd-model-finetuned-lora")
+    put_first(parser, FIRST_FLAGS)
     return parser
 
 

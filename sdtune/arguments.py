@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 
-from sdtune.errors import is_utf8
+from sdtune.errors import is_utf8, remedy_for_missing
 
 SWITCH = {"action": argparse.BooleanOptionalAction, "default": False}  # so that a config file can turn it off too
 SWITCH_ON = {**SWITCH, "default": True}
@@ -170,6 +170,11 @@ MOST_USED = """
     pretrained_model_name_or_path instance_data_dir train_data_dir instance_prompt output_dir resolution
     train_batch_size learning_rate max_train_steps num_train_epochs mixed_precision validation_prompt use_ema
 """.split()
+# What people set first, of which `--help` begins with those ten that a script has.
+FIRST_FLAGS = """
+    pretrained_model_name_or_path train_data_dir instance_data_dir instance_prompt output_dir resolution
+    train_batch_size learning_rate max_train_steps mixed_precision rank validation_prompts dataset_name
+""".split()
 
 
 def checked(text, kind, accepts, accepted):
@@ -284,6 +289,17 @@ def new_parser(description, usage):
         exit_on_error=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+
+
+def put_first(parser, names):
+    """Moves the first ten of some flags that a parser has into a group at the head of its help."""
+    flags = {flag.dest: flag for flag in parser._actions}
+    wanted = [flags[name] for name in names if name in flags][:10]
+    for group in parser._action_groups:
+        group._group_actions = [flag for flag in group._group_actions if flag not in wanted]
+    first = parser.add_argument_group("set by most people")
+    first._group_actions = wanted
+    parser._action_groups.insert(0, parser._action_groups.pop())
 
 
 def add_model_arguments(parser):
@@ -914,7 +930,8 @@ def read_config(path, sections):
         return recipe, []
     except (OSError, ValueError, yaml.YAMLError, TypeError, RecursionError) as error:
         told = " ".join(str(error).split())[:300]
-        return {}, [f"--config={path}: is no YAML file of flags ({told}); write `flag: value`, a line each"]
+        remedy = remedy_for_missing(path) or "write `flag: value`, a line each"
+        return {}, [f"--config={path}: is no YAML file of flags ({told}); {remedy}"]
 
 
 def setting_words(settings, defaults):

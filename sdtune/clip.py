@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from sdtune.errors import InputError, last_line
+from sdtune.errors import InputError, last_line, remedy_for_missing
 from sdtune.models import foreign_kernel
 
 PATCHES = 8  # patch features are averaged down to so many a side: enough to tell a copy, and small enough to compare
@@ -23,6 +23,8 @@ class Clip:
 
 def check_clip(source):
     """Lists whether a folder or Hub id is no CLIP; reads no weights."""
+    if remedy := remedy_for_missing(source):
+        return [f"--clip_model={source}: does not exist; {remedy}"]
     try:
         if strange := foreign_kernel(CLIPConfig.get_config_dict(source)[0]):
             return [f"--clip_model={source}: {strange}"]

@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 
 from sdtune.arguments import noise_offset_of
 from sdtune.entries import Cache, path_of_caption, path_of_image, read_whole_entry
-from sdtune.errors import InputError, in_one_line, is_utf8, last_line
+from sdtune.errors import InputError, in_one_line, is_utf8, last_line, remedy_for_missing
 from sdtune.files import read_json
 from sdtune.images import (
     IMAGE_SUFFIXES,
@@ -183,14 +183,17 @@ def check_data(args, folder_flag):
     """Lists what is wrong with where the images are; `folder_flag` names the flag for a folder."""
     problems, folder = [], getattr(args, folder_flag)
     source = folder or args.dataset_name
-    if bool(args.dataset_name) == bool(folder):
+    if not source:
+        problems.append(f"--{folder_flag} is missing: give a folder of images, or a dataset by --dataset_name")
+    if args.dataset_name and folder:
         problems.append(f"--{folder_flag}={folder}: give this or --dataset_name, not both")
     if args.image_column != "image" and not args.dataset_name:
         problems.append(
             f"--image_column={args.image_column}: does nothing without --dataset_name; add that or drop this"
         )
     if folder and not os.path.isdir(folder):
-        problems.append(f"--{folder_flag}={folder}: does not exist, or is no folder; name one")
+        remedy = remedy_for_missing(folder) or "name one"
+        problems.append(f"--{folder_flag}={folder}: does not exist, or is no folder; {remedy}")
     if source and Path(args.output_dir).resolve().is_relative_to(Path(source).resolve()):
         problems.append(
             f"--output_dir={args.output_dir}: lies in the folder of the images, or below its name; put it elsewhere"

@@ -9,12 +9,24 @@ import signal
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 MAX_LINES = 12  # of a message
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "COMET_API_KEY")  # in the environment
 OUT_OF_MEMORY_TEXT = re.compile(r"out of memory|can't allocate memory|RESOURCE_EXHAUSTED", re.IGNORECASE)
 # What a process says whose connection to another one ends.
 LOST_PEER_TEXT = re.compile(r"Connection (closed|reset) by (peer|remote)|remote process exited", re.IGNORECASE)
+# What makes the folders that commands in the READMEs read.
+MAKERS = {
+    "demo/creatures": "make demo",
+    "demo/dreambooth": "make demo-dreambooth",
+    "demo/emoji": "make demo-emoji",
+    "demo/emoji_lora": "make demo-emoji",
+    "demo/flax": "make demo-flax",
+    "demo/lora": "make demo-lora",
+    "demo/model": "make demo",
+    "demo/subject": "make demo-dreambooth",
+}
 
 
 class InputError(ValueError):
@@ -89,6 +101,19 @@ def remedy_for(error):
     if re.search(r"No space left|File too large|quota exceeded", str(error), re.IGNORECASE):
         return "; make room"
     return "; check that path, and that you may use it" if isinstance(error, OSError) else ""
+
+
+def remedy_for_missing(path):
+    """What is to be done about a path of a command in the READMEs that is not there; "" for any other path."""
+    if not path or os.path.exists(path):
+        return ""
+    place = Path(os.path.normpath(path))
+    for made in (place, *place.parents):
+        if maker := MAKERS.get(made.as_posix()):
+            return f"run `{maker}` in the folder of the repository, which makes it"
+    if place.parts[0] in ("miniature", "examples"):
+        return "start in the folder of the repository, which it comes with"
+    return ""
 
 
 def is_lack_of_memory(error):

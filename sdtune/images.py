@@ -246,9 +246,15 @@ def leave_out(bad, num_images, may_leave_out, remedy="", are_of_stream=False):
     may."""
     if not bad:
         return
-    unusable = "\n  ".join([f"{len(bad)} of {num_images} images are unusable:", *map(printable, bad[:100])])
+    without = [line for line in bad if line.endswith(NO_CAPTION)]
+    others = [line for line in bad if not line.endswith(NO_CAPTION)]  # first: a list is cut, and one of them may stop
+    number = f"{len(bad)} of {num_images} images are unusable"
+    if without:
+        number += f", {len(without)} of them for lack of a caption"
+    unusable = "\n  ".join([f"{number}:", *map(printable, (others + without)[:100])])
     if not may_leave_out:
         choice = "use a larger --num_validation_samples" if are_of_stream else "add --skip_bad_images"
-        raise InputError(f"{unusable}\nMend or remove them, or {choice}{remedy}.")
+        mend = "`sdtune caption FOLDER` writes captions; mend" if without else "Mend"
+        raise InputError(f"{unusable}\n{mend} or remove them, or {choice}{remedy}.")
     why = "of what is held out" if are_of_stream else "(--skip_bad_images)"
     print(f"Left out {why}: {unusable}")

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from sdtune.arguments import check_keys, parse_words, path_name, read_config, setting_words
-from sdtune.errors import InputError, is_utf8, last_line
+from sdtune.errors import InputError, is_utf8, last_line, remedy_for_missing
 from sdtune.files import existing_place
 from sdtune.lora_layouts import LORA_FILE
 from sdtune.models import foreign_code, reason_of, refuse_foreign_code
@@ -100,8 +100,10 @@ def words_of_config(parser, given, other_keys, aliases):
 
 def read_prompts(prompts, prompts_file):
     """The prompts, each once, from a list or else the lines of a file. Raises `InputError`."""
-    if bool(prompts) == bool(prompts_file):
-        raise InputError("--prompts: give this, --prompts_file or a recipe with prompts, and one of them alone")
+    if not prompts and not prompts_file:
+        raise InputError("--prompts is missing: give this, --prompts_file or a recipe with prompts")
+    if prompts and prompts_file:
+        raise InputError("--prompts: contradicts --prompts_file; drop one")
     if prompts:
         found = [prompt.strip() for prompt in prompts]
     else:
@@ -129,7 +131,9 @@ def find_loras(loras):
             with safe_open(path, "pt") as file:
                 keys = list(file.keys())
         except (OSError, SafetensorError) as error:
-            problems.append(f"--lora={item}: {path} is no LoRA in a .safetensors file ({last_line(error)})")
+            remedy = remedy_for_missing(path)
+            told = f"does not exist; {remedy}" if remedy else f"is no LoRA in a .safetensors file ({last_line(error)})"
+            problems.append(f"--lora={item}: {path} {told}")
             continue
         if any(key.endswith(".dora_scale") for key in keys):  # diffusers would leave them out, and draw something else
             remedy = "convert it by `sdtune convert-lora --to diffusers`"
@@ -152,8 +156,10 @@ def read_configs(flag, source):
     """The configs of the VAE and the scheduler of a pipeline, which `flag` names; reads no weights. Raises
     `InputError` for what is no whole pipeline of Stable Diffusion 1 or 2."""
     if not source:
-        raise InputError(f"{flag}: name a pipeline folder or Hub id")
+        raise InputError(f"{flag} is missing: name a pipeline folder or Hub id")
     name = f"{flag}={source}"
+    if remedy := remedy_for_missing(source):
+        raise InputError(f"{name}: does not exist; {remedy}")
     if Path(source, LORA_FILE).is_file() and not Path(source, "model_index.json").is_file():
         remedy = f"give the model that they were trained on, and --lora={source}"
         raise InputError(f"{name}: holds LoRA weights; {remedy}")

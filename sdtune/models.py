@@ -13,7 +13,7 @@ import transformers
 from diffusers.models.attention_processor import Attention, XFormersAttnProcessor
 from safetensors import safe_open
 
-from sdtune.errors import InputError, last_line
+from sdtune.errors import InputError, last_line, remedy_for_missing
 
 LIBRARIES = (None, "diffusers", "transformers", "stable_diffusion")  # of a pipeline's parts; the last is diffusers'
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -51,7 +51,12 @@ def check_model(args):
         problems.append(f"--revision={args.revision}: does nothing without a model on the Hub; drop this")
     if args.variant and args.single_file_config:
         problems.append(f"--variant={args.variant}: does nothing with a single file; drop this")
-    if not source or (single_file and not Path(source).is_file()):
+    if not source:
+        told = "is missing: name a pipeline folder, a Hub id or a file"
+        return [*problems, f"--pretrained_model_name_or_path {told}"]
+    if remedy := remedy_for_missing(source):
+        return [*problems, f"{name}: does not exist; {remedy}"]
+    if single_file and not Path(source).is_file():
         return [*problems, f"{name}: there is no such file; name a pipeline folder, a Hub id or a file"]
     if single_file and not args.single_file_config:
         return [*problems, f"{name}: a single file needs --single_file_config (see --help); add that"]

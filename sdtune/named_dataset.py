@@ -1,11 +1,18 @@
 """The dataset that the first word of a command names: its flags, its rows, and files that must not lie in it."""
 
 import argparse
+import contextlib
+import difflib
+import os
+import shlex
 from pathlib import Path
+
+from huggingface_hub.utils import validate_repo_id
 
 from sdtune.arguments import SWITCH, path_name, secret_token
 from sdtune.dataset import read_rows
-from sdtune.errors import InputError
+from sdtune.errors import InputError, remedy_for_missing
+from sdtune.images import is_image_file
 
 
 def add_named_dataset_arguments(parser):
@@ -35,7 +42,7 @@ def add_named_dataset_arguments(parser):
 
 def check_dataset_is_named(args):
     """Lists what is wrong with the name of the dataset."""
-    return [] if args.dataset else ["no dataset is given; name a folder, a local dataset or one on the Hub"]
+    return [] if args.dataset else ["DATASET is missing: name a folder, a local dataset or one on the Hub"]
 
 
 def check_outside(flag, path, dataset):
@@ -47,8 +54,53 @@ def check_outside(flag, path, dataset):
 
 def read_named_rows(args):
     """Reads the dataset as columns `image` (undecoded) and `captions`. Raises `InputError`."""
-    source = argparse.Namespace(**vars(args), dataset_name=args.dataset)
+    with named_dataset(args.dataset):
+        return read_rows(argparse.Namespace(**vars(args), dataset_name=args.dataset), None, args.instance_prompt)
+
+
+@contextlib.contextmanager
+def named_dataset(name):
+    """Reads, inside, the dataset that a command's first word names: says before if it is looked for on the Hub, since
+    it is no path here. Raises `InputError`, which calls it by that word, and at once for what the Hub cannot have."""
+    is_here, meant = os.path.exists(name), ""
+    if not is_here:
+        meant = nearest_beside(name)
+        check_hub_name(name, meant)
+        print(f"There is no folder or file {name} here{meant}; looking for a dataset of that name on the Hub.")
     try:
-        return read_rows(source, None, args.instance_prompt)
+        yield
     except InputError as error:
-        raise InputError(str(error).replace("--dataset_name=", "DATASET=")) from None
+        told = str(error).replace("--dataset_name=", "DATASET=")
+        if not is_here:
+            fails = f"DATASET={name}: cannot be loaded; "
+            looked = (
+                f"no such folder here{meant}; looked for a dataset of that name on the Hub too, which cannot be loaded"
+            )
+            told = told.replace(fails, f"DATASET={name}: {looked}; ")
+        raise InputError(told) from None
+
+
+def check_hub_name(name, meant):
+    """Raises `InputError` for the name of a path that is not there, and that cannot be a dataset's on the Hub."""
+    remedy = remedy_for_missing(name)
+    try:
+        validate_repo_id(name)
+    except ValueError:
+        remedy = remedy or f"check its name{meant}"
+    if remedy:
+        raise InputError(f"DATASET={name}: there is no such folder or file; {remedy}")
+
+
+def nearest_beside(name):
+    """Asks whether that is meant which has the name most like it of what lies where it would; "" if nothing has."""
+    folder, own_name = os.path.split(name.rstrip("/"))
+    there = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
+    alike = difflib.get_close_matches(own_name, sorted(there), 1)
+    return f" (did you mean {os.path.join(folder, alike[0])}?)" if alike else ""
+
+
+def remedy_for_captions(dataset):
+    """How images of a dataset that have no captions get some."""
+    if os.path.isdir(dataset) and any(is_image_file(path, dataset) for path in Path(dataset).rglob("*")):
+        return f"`sdtune caption {shlex.quote(str(dataset))}` writes them, or give one for all by --instance_prompt"
+    return "name another --caption_column, or give one for all by --instance_prompt"

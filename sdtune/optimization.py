@@ -28,7 +28,8 @@ def check_optimization(args):
     number = r"\d*\.?\d+(e-?\d+)?"
     rules = re.fullmatch(rf"({number}:\d+,)+{number}", args.lr_step_rules or "")
     if schedule == "piecewise_constant" and not rules:
-        problems.append(f"--lr_step_rules={args.lr_step_rules}: give rules such as 1:10,0.1:20,0.01")
+        given = f"--lr_step_rules={args.lr_step_rules}" if args.lr_step_rules else "--lr_step_rules is missing"
+        problems.append(f"{given}: give rules such as 1:10,0.1:20,0.01")
     if schedule == "polynomial" and args.learning_rate <= POLYNOMIAL_END:
         problems.append(f"--learning_rate={args.learning_rate}: must be above 1e-7, its end")
     used_by = {

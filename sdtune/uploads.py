@@ -7,7 +7,7 @@ from pathlib import Path
 import huggingface_hub
 
 from sdtune.arguments import SWITCH, secret_token
-from sdtune.errors import InputError, last_line
+from sdtune.errors import InputError, last_line, remedy_for_missing
 
 CARD = "README.md"
 
@@ -27,12 +27,15 @@ def add_upload_arguments(parser, kind):
 def check_upload(args, what):
     """Lists what is wrong with the folder, which should be `what`, the repository's name and the message."""
     problems = []
-    if not args.folder or not Path(args.folder).is_dir():
-        problems.append(f"FOLDER={args.folder}: name {what}")
+    if not args.folder:
+        problems.append(f"FOLDER is missing: name {what}")
+    elif not Path(args.folder).is_dir():
+        problems.append(f"FOLDER={args.folder}: {remedy_for_missing(args.folder) or f'is no folder; name {what}'}")
     try:
         huggingface_hub.utils.validate_repo_id(args.repo_id or "")
     except ValueError:
-        problems.append(f"REPO_ID={args.repo_id}: give your_name/its_name, of letters, digits and -_.")
+        told = f"REPO_ID={args.repo_id}:" if args.repo_id else "REPO_ID is missing:"
+        problems.append(f"{told} give your_name/its_name, of letters, digits and -_.")
     if args.commit_message is not None and not args.commit_message.strip():
         problems.append("--commit_message: is empty; say what is sent, or drop this")
     return problems

@@ -770,8 +770,33 @@ def test_switches_have_a_form_that_says_no():
     assert args.random_flip is True
 
 
-def test_help_ends_well(train_script, capsys):
+FIRST = "pretrained_model_name_or_path {} output_dir resolution train_batch_size learning_rate max_train_steps"
+FIRST_IN_HELP = {  # by the script's name
+    "train_text_to_image": f"{FIRST} mixed_precision validation_prompts dataset_name".format("train_data_dir"),
+    "train_text_to_image_lora": f"{FIRST} mixed_precision rank validation_prompts".format("train_data_dir"),
+    "train_text_to_image_flax": f"{FIRST} mixed_precision validation_prompts dataset_name".format("train_data_dir"),
+    "train_dreambooth": f"{FIRST} mixed_precision validation_prompts".format("instance_data_dir instance_prompt"),
+    "train_dreambooth_lora": f"{FIRST} mixed_precision rank".format("instance_data_dir instance_prompt"),
+}
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=[path.stem for path in SCRIPTS])
+def test_help_begins_with_ten_flags_and_has_all_others_in_groups(scripts, path, capsys):
     with pytest.raises(SystemExit) as caught:
-        train_script.main(["--help"])
+        scripts[path].main(["--help"])
     assert caught.value.code == 0
-    assert "--snr_gamma" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    groups = {title: re.findall(r"^  --(\w+)", text, re.M) for title, text in groups_of(said)}
+    assert list(groups)[:2] == ["set by most people", "options"]
+    assert groups["set by most people"] == FIRST_IN_HELP[path.stem].split()
+    assert len(groups["set by most people"]) == 10
+    assert {"model", "data", "objective", "optimization", "output", "validation", "run"} <= groups.keys()
+    assert "snr_gamma" in groups["objective"]
+    found = [flag for flags in groups.values() for flag in flags]
+    assert len(found) == len(set(found))
+    assert {*found, "help"} == {flag.dest for flag in scripts[path].make_parser()._actions}
+
+
+def groups_of(text):
+    """The groups of a help text: (title, the lines of its flags)."""
+    return re.findall(r"^(\w[\w ,-]*):\n((?:  .*\n|\n)+)", text, re.M)

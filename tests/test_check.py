@@ -16,7 +16,7 @@ from tiny import make_tokenizer
 
 from sdtune.commands import check as command
 
-KINDS = ("unusable", "cut_captions", "enlarged", "exact_duplicates", "near_duplicates")
+KINDS = ("unusable", "missing_captions", "cut_captions", "exact_duplicates", "near_duplicates", "enlarged")
 
 
 @pytest.fixture(scope="module")
@@ -130,12 +130,12 @@ def test_every_planted_fault_and_nothing_else(planted, tiny_pipeline, tmp_path, 
     assert snapshot(planted) == before
     assert (report["num_images"], report["num_usable"], report["num_captions"]) == (40, 35, 39)
     assert {image: problem.split(":")[0] for image, problem in named(report["unusable"], "problem")} == {
-        "no_caption.png": "has no caption, in metadata or a .txt beside it",
         "no_file.png": "there is no such file",
         "not_an_image.jpg": "no image that Pillow knows",
         "truncated.jpg": "cannot be read",
         "too_small.png": "100 x 3 pixels; a side needs at least 16",
     }
+    assert named(report["missing_captions"]) == [("no_caption.png",)]
     assert named(report["cut_captions"], "tokens", "lost") == [("long.png", 86, "red red red red red tail")]
     assert named(report["enlarged"], "width", "height", "factor") == [("small.png", 60, 40, 1.6)]
     assert named(report["exact_duplicates"], "same_as") == [("exact.png", "creature_03.png")]
@@ -152,11 +152,12 @@ def test_every_planted_fault_and_nothing_else(planted, tiny_pipeline, tmp_path, 
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 100
     for line in (
-        "Unusable images: 5",
+        "Unusable images: 4",
+        "Missing captions: 1",
         "Cut captions: 1",
-        "Small images: 1",
         "Exact duplicates: 1",
         "Near duplicates: 3",
+        "Small images: 1",
         "small.png: 60 x 40, enlarged 1.60 times",
         "exact.png: same as creature_03.png",
     ):
@@ -181,7 +182,7 @@ def test_a_good_dataset_has_no_findings(creatures, tmp_path, tiny_pipeline, caps
     folder = write_images(tmp_path / "good", {f"{index:03d}.png": image for index, image in enumerate(creatures)})
     status, report = check(folder, tmp_path, f"--pretrained_model_name_or_path={tiny_pipeline}")
     assert status == 0
-    assert [report[kind] for kind in KINDS] == [[], [], [], [], []]
+    assert [report[kind] for kind in KINDS] == [[]] * 6
     assert "Near duplicates: 0\n" in capsys.readouterr().out
 
 
@@ -276,7 +277,7 @@ def test_captions_of_dreambooth_and_of_a_config(tmp_path):
     for seed in range(2):
         noise(seed).save(folder / f"{seed}.png")
     status, report = check(folder, tmp_path)
-    assert (status, len(report["unusable"])) == (1, 2)
+    assert (status, report["unusable"], len(report["missing_captions"])) == (1, [], 2)
     recipe = tmp_path / "check.yaml"
     recipe.write_text(
         f"dataset: {folder}\ninstance_prompt: a sks star\nresolution: 100\n"
@@ -337,7 +338,7 @@ def test_wrong_usage_is_named_at_once_before_anything_is_read(image_folder, tmp_
     assert f"--html={there}: exists; name another" in said
     assert "--revision: does nothing" in said
     assert "single file" in errors(capsys, folder, "--pretrained_model_name_or_path=model.ckpt")
-    assert "no dataset is given" in errors(capsys)
+    assert "DATASET is missing: name a folder" in errors(capsys)
     assert "name two files" in errors(capsys, folder, f"--json={tmp_path}/x", f"--html={tmp_path}/x")
     assert "tokenizer" in errors(capsys, folder, f"--pretrained_model_name_or_path={tmp_path}")
     said = errors(capsys, tmp_path / "nowhere")
@@ -359,3 +360,108 @@ def test_status_and_output(tmp_path, image_folder, monkeypatch, capsys):
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err == "sdtune check: --json=r.json: exists; name another, or add --overwrite\n"
+
+
+def test_many_missing_captions_hide_no_broken_image(tmp_path, capsys):
+    """The folder of somebody who has photos alone."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for index in range(55):
+        make_image(index, (64, 64)).save(folder / f"{index:02d}.png")
+    noise(1).save(folder / "zebra.jpg")
+    (folder / "zebra.jpg").write_bytes((folder / "zebra.jpg").read_bytes()[:1000])
+    status, report = check(folder, tmp_path)
+    assert (status, report["num_usable"]) == (1, 0)
+    assert named(report["unusable"]) == [("zebra.jpg",)]
+    assert named(report["missing_captions"]) == [(f"{index:02d}.png",) for index in range(55)]
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 100
+    text = " ".join(text.split())
+    assert (
+        "Unusable images: 1 (training stops at these, or goes on without them by --skip_bad_images) zebra.jpg: "
+        in text
+    )
+    told = f"`sdtune caption {folder}` writes them, or give one for all by --instance_prompt; training stops at these"
+    assert f"Missing captions: 55 ({told}" in text
+    assert "08.png, 09.png and 45 more, which --json lists" in text
+
+
+def test_the_rarest_problem_comes_first(tmp_path, capsys):
+    images = {f"{index:02d}.png": make_image(index, (64, 64)) for index in range(30)}
+    images |= {f"small{index}.png": make_image(index, (40 + index, 3)) for index in range(2)}
+    images["zebra.jpg"] = noise(1)
+    folder = write_images(tmp_path / "images", images)
+    for index in range(28):
+        (folder / f"{index:02d}.png").write_bytes(b"no image")
+    (folder / "zebra.jpg").write_bytes((folder / "zebra.jpg").read_bytes()[:1000])
+    _, report = check(folder, tmp_path)
+    shown = [image for (image,) in named(report["unusable"])]
+    assert shown == ["zebra.jpg", "small0.png", "small1.png", *[f"{index:02d}.png" for index in range(28)]]
+    text = " ".join(capsys.readouterr().out.split())
+    kinds = "1 cannot be read, 2 a side needs at least 16, 28 no image that Pillow knows; training stops"
+    assert f"Unusable images: 31 ({kinds}" in text
+    assert "zebra.jpg: cannot be read: " in text
+    assert "and 11 more, which --json lists" in text
+
+
+@pytest.mark.parametrize(
+    "problem, kind",
+    [
+        ("no image that Pillow knows", "no image that Pillow knows"),
+        ("cannot be read: image file is truncated (3 bytes not processed)", "cannot be read"),
+        ("100 x 3 pixels; a side needs at least 16", "a side needs at least 16"),
+        ("3,000 bytes, more than any picture that is opened; shrink it", "more than any picture that is opened"),
+        ("is no regular file; remove it", "is no regular file"),
+    ],
+)
+def test_kinds_of_problems(problem, kind):
+    assert command.kind_of_problem(problem) == kind
+
+
+@pytest.mark.parametrize("limit", ["2.5", "4"])
+def test_duplicates_come_before_small_images_and_say_what_their_distance_means(limit, tmp_path, capsys):
+    images = {"a.png": noise(1), "b.png": noise(2), "small.png": noise(3, (60, 40))}
+    folder = write_images(tmp_path / "images", images)
+    noise(1).save(folder / "c.jpg", quality=75)
+    (folder / "c.txt").write_text("again")
+    check(folder, tmp_path, f"--near_duplicate_difference={limit}", f"--html={tmp_path / 'page.html'}")
+    text = " ".join(capsys.readouterr().out.split())
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    for told in (text, page):
+        places = [told.index(f"{title}: ") for title in ("Exact duplicates", "Near duplicates", "Small images")]
+        assert places == sorted(places)
+    means = "they differ by so many of 255 shades in the mean (root of squares): 0 is the same picture, JPEG of"
+    assert means in text
+    assert f"what differs by more than {limit} is not named" in text
+    assert "c.jpg: like a.png, differs by " in text
+
+
+def test_a_mistyped_folder_is_looked_for_on_the_hub_in_so_many_words(tmp_path, monkeypatch, capsys):
+    write_images(tmp_path / "my_photos", {"a.png": noise(1)})
+    monkeypatch.chdir(tmp_path)
+    cache = f"--cache_dir={tmp_path / 'cache'}"
+    (tmp_path / "sets").mkdir()
+    (tmp_path / "my_photos").rename(tmp_path / "sets" / "my_photos")
+    for name, meant in (
+        ("sets/my_photo", " (did you mean sets/my_photos?)"),
+        ("setz", " (did you mean sets?)"),
+        ("xyz", ""),
+    ):
+        assert status_of(command.main, name, cache) == 2
+        said = capsys.readouterr()
+        looking = f"There is no folder or file {name} here{meant}; looking for a dataset of that name on the Hub.\n"
+        assert said.out == looking
+        told = f"DATASET={name}: no such folder here{meant}; looked for a dataset of that name on the Hub too, which"
+        assert told in " ".join(said.err.split())
+
+
+def test_what_cannot_be_a_name_on_the_hub_is_not_looked_for_there(tmp_path, monkeypatch, capsys):
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sdtune.named_dataset.read_rows", None)
+    for name in ("./photo", f"{tmp_path}/photo", "../photo/of/mine"):
+        said = " ".join(errors(capsys, name).split())
+        meant = "" if "mine" in name else f" (did you mean {name}s?)"
+        assert said == f"sdtune check: DATASET={name}: there is no such folder or file; check its name{meant}"
+    said = " ".join(errors(capsys, "demo/creatures").split())
+    assert said.endswith("no such folder or file; run `make demo` in the folder of the repository, which makes it")

@@ -431,9 +431,9 @@ def test_bad_samples_of_a_tar_are_named_and_the_others_used(tmp_path):
     with pytest.raises(InputError) as caught:
         checked(rows, tmp_path / "checked.json", False)
     lines = str(caught.value).splitlines()
-    assert lines[0] == "5 of 7 images are unusable:"
-    bad = {**told, "0.png": "has no caption, in metadata or a .txt beside it"}
-    assert lines[1:-1] == [f"  {name}: {problem}" for name, problem in sorted(bad.items())]
+    assert lines[0] == "5 of 7 images are unusable, 1 of them for lack of a caption:"
+    bad = [*sorted(told.items()), ("0.png", "has no caption, in metadata or a .txt beside it")]
+    assert lines[1:-1] == [f"  {name}: {problem}" for name, problem in bad]
     kept = checked(rows, tmp_path / "checked.json", True)
     assert list(kept.rows["captions"]) == [["one"], ["five", "and more"]]
     assert kept.contents.tolist() == [hashlib.sha256(encoded(make_image(1), "jpg", quality=95)).hexdigest()] * 2

@@ -606,7 +606,10 @@ def test_card_names_the_prompt(fit, tmp_path):
         ({"prior_loss_weight": -1}, "--prior_loss_weight: must be in [0, inf), not '-1'"),
         ({"repeats": 0}, "--repeats: must be a whole number in [1, inf), not '0'"),
         ({"instance_prompt": " "}, "--instance_prompt: give a rare word and the class"),
-        ({"instance_data_dir": None}, "--instance_data_dir=None: give this or --dataset_name"),
+        (
+            {"instance_data_dir": None},
+            "--instance_data_dir is missing: give a folder of images, or a dataset by",
+        ),
         ({"instance_data_dir": "nowhere"}, "--instance_data_dir=nowhere: does not exist"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

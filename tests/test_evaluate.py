@@ -1,9 +1,11 @@
 """`sdtune evaluate`: its statistics against closed forms, its features against transformers, and its verdicts on a
 model that learnt from many images and on one that learnt a few by heart."""
 
+import argparse
 import itertools
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -368,7 +370,7 @@ def test_a_run_measures_what_training_measured(train_script, render, tmp_path, c
     logged = [row for row in training.read_log(tmp_path / "model") if "held_out_loss" in row]
     before = snapshot(folder)
     capsys.readouterr()
-    words = [tmp_path / "model", folder, "--clip_model", CLIP, "--resolution", 64, "--num_inference_steps", 2]
+    words = [tmp_path / "model", folder, "--clip_model", CLIP, "--num_inference_steps", 2]
     words += ["--num_validation_samples", 4, "--output_dir", tmp_path / "out"]
     assert run(*words, "--base", BASE, "--num_images", 4, "--hub_token", "a-secret") == 0
     assert snapshot(folder) == before
@@ -391,7 +393,8 @@ def test_a_run_measures_what_training_measured(train_script, render, tmp_path, c
         assert sheet.width == PAIR_LABEL_WIDTH + 4 * (PAIR_TILE + MARGIN)
         sheet.load()
     told = capsys.readouterr().out
-    assert "CLIP score" in told
+    check_what_is_told(told)
+    assert f"Resolution: 64, as in the training that {tmp_path / 'model' / 'args.json'} tells of.\n" in told
     assert "%): cannot say: too few pictures" in told
     assert max(len(line) for line in told.splitlines() if str(tmp_path) not in line) <= 100
 
@@ -402,6 +405,56 @@ def test_a_run_measures_what_training_measured(train_script, render, tmp_path, c
     assert len(alone["pictures"]) == 3
     assert alone["held_out_loss"] == {"model": loss["model"]}
     assert not any("base" in alone[name] for name in ("clip_score", "kid", "nearest_similarity", "memorisation"))
+
+
+def check_what_is_told(told):
+    """First the time, then a table that says which figures are the better ones."""
+    time = r"Takes about \d:\d\d:\d\d, until \d{4}-\d\d-\d\d \d\d:\d\d, by a trial of a few steps:\n"
+    parts = "  4 pictures by model and base, 2 steps each, at 64 pixels; CLIP looks at 9 images.\n"
+    place = re.search(time + re.escape(parts), told).end()
+    better = dict(re.findall(r"^(.{22}) (higher|lower|-) ", told[place:], re.M))
+    assert {label.strip(): way for label, way in better.items()} == {
+        "CLIP score": "higher",
+        "CLIP image similarity": "higher",
+        "KID, 5 images": "lower",
+        "KID, 4 held out": "lower",
+        "held-out loss": "lower",
+        "to the nearest image": "-",
+    }
+    assert "A gain above 0 is for the better, but to the nearest image: " in told[place:]
+
+
+def test_the_time_is_that_of_all_batches():
+    args = argparse.Namespace(num_images=10, batch_size=4, num_inference_steps=5, guidance_scale=7.5, base="base")
+    # Three batches of 2 + 4 * 1 + 0.5 s; 8 held out images of 4 timesteps: 8 passes of 0.5 s; 25 looks of 2 * 0.5 s.
+    assert evaluate.estimate_seconds(args, 92, 8, 2, 1, 0.5) == 2 * (3 * 6.5 + 8 * 0.5) + 25
+    alone = argparse.Namespace(**{**vars(args), "base": None, "guidance_scale": 1, "num_inference_steps": 1})
+    assert evaluate.estimate_seconds(alone, 92, 8, 2, 1, 0.5) == 3 * 2.5 + 8 + 25
+
+
+def test_a_resolution_that_is_not_given_is_the_runs_or_the_models(tmp_path, capsys):
+    for name, side in (("lora", 96), ("other", 48), ("odd", "64"), ("none", None)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "args.json").write_text(json.dumps({"resolution": side} if side else []))
+    lora, other = tmp_path / "lora", tmp_path / "other"
+    cases = [
+        ([BASE, "--resolution", 32], 32, ""),
+        ([BASE], 64, "Resolution: 64, the model's own."),
+        ([tmp_path / "odd"], 512, "Resolution: 512, the model's own."),  # which is no model, as is told next
+        ([tmp_path / "none"], 512, "Resolution: 512, the model's own."),
+        ([other], 48, f"Resolution: 48, as in the training that {other / 'args.json'} tells of."),
+        ([other, f"--lora={lora}:0.5"], 96, f"Resolution: 96, as in the training that {lora / 'args.json'} tells of."),
+        ([other, f"--lora={lora / 'a.safetensors'}"], 96, f"{lora / 'args.json'} tells of."),
+    ]
+    for words, side, expected in cases:
+        args, told = evaluate.with_resolution(parse(*words))
+        assert args.resolution == side
+        assert told.endswith(expected)
+        assert bool(told) == bool(expected)
+    assert run(tmp_path / "none", "--batch_size=0") == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "--batch_size: must be" in said.err
 
 
 def test_a_lora_is_measured_against_the_same_model_without_it(folder_of_five, tmp_path, capsys):
@@ -484,7 +537,7 @@ def test_all_mistakes_at_once(tmp_path, capsys):
     told = capsys.readouterr().err
     for wrong in (
         "MODEL=",
-        "DATASET: name",
+        "DATASET is missing: name",
         "--clip_model=",
         "--num_images: must be a whole number in [3, inf), not '2'",
         "--resolution: must be a whole number in [1, inf), not '0'",

@@ -294,7 +294,7 @@ def test_all_mistakes_at_once(tiny_pipeline, lora, tmp_path, capsys):
     assert run(tiny_pipeline, *flags) == 2
     told = capsys.readouterr().err
     for wrong in (
-        "--prompts: give this",
+        "--prompts is missing: give this",
         "--base=",
         "--lora=",
         "--height=33: must be a multiple of 8",

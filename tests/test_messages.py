@@ -11,12 +11,12 @@ import pytest
 import torch
 from conftest import load_script
 from image_data import write_image_folder
-from running import SCRIPTS, TRAIN_TEXT_TO_IMAGE, TRAIN_TEXT_TO_IMAGE_LORA, status_of
+from running import REPO, SCRIPTS, TRAIN_TEXT_TO_IMAGE, TRAIN_TEXT_TO_IMAGE_LORA, status_of
 from training import train, words
 
 from sdtune import __main__ as sdtune
-from sdtune.errors import InputError, fitted, raise_problems
-from sdtune.images import leave_out
+from sdtune.errors import MAKERS, InputError, fitted, raise_problems, remedy_for_missing
+from sdtune.images import NO_CAPTION, leave_out
 
 MAX_LINES, COLUMNS = 12, 100  # the second one is what conftest.py sets
 # How a remedy begins, behind a semicolon, a full stop, a comma or an "or"; or what is accepted.
@@ -145,6 +145,59 @@ def test_all_wrong_words_at_once(path, scripts, tiny_pipeline, images, tmp_path,
         assert said.count(told) == 1
     assert "--output_dir=None" not in said  # which is what was meant
     check_message(said, [tiny_pipeline])
+
+
+@every_script
+def test_missing_flags_are_called_missing(path, scripts, capsys):
+    folder_flag = "instance_data_dir" if "dreambooth" in path.stem else "train_data_dir"
+    assert status_of(scripts[path].main) == 2
+    raw = capsys.readouterr().err
+    said = re.sub(r"\n {4,}", " ", raw)
+    assert f"  --{folder_flag} is missing: give a folder of images, or a dataset by --dataset_name\n" in said
+    assert "  --pretrained_model_name_or_path is missing: name a pipeline folder, a Hub id or a file\n" in said
+    assert "None" not in said
+    check_message(raw)
+
+
+@pytest.mark.parametrize(
+    "model, data, maker",
+    [
+        ("miniature/pipeline", "demo/creatures", "make demo"),
+        ("./miniature/pipeline/", "demo/subject/", "make demo-dreambooth"),
+        ("demo/model", "demo/emoji/train", "make demo-emoji"),
+    ],
+)
+def test_a_path_of_the_readmes_says_how_it_is_made(
+    model, data, maker, scripts, tiny_pipeline, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert status_of(scripts[TRAIN_TEXT_TO_IMAGE].main, *words(model, data, tmp_path / "out")) == 2
+    raw = capsys.readouterr().err
+    said = re.sub(r"\n {4,}", " ", raw)
+    makes = f"run `{maker}` in the folder of the repository, which makes it"
+    assert f"  --train_data_dir={data}: does not exist, or is no folder; {makes}\n" in said
+    comes = "start in the folder of the repository, which it comes with"
+    made = "run `make demo` in the folder of the repository, which makes it" if model == "demo/model" else comes
+    assert f"  --pretrained_model_name_or_path={model}: does not exist; {made}\n" in said
+    check_message(raw, [tmp_path])
+    shutil.copytree(tiny_pipeline, Path(model))  # then it is not missed
+    assert status_of(scripts[TRAIN_TEXT_TO_IMAGE].main, *words(model, data, tmp_path / "out")) == 2
+    assert f"{model}: does not exist" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", ["demo/creature", "my/demo/creatures", "demo", "miniatures/pipeline", "", None])
+def test_other_paths_are_the_users_own(path, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert remedy_for_missing(path) == ""
+
+
+def test_what_makes_a_path_is_a_target_of_the_makefile():
+    makefile = (REPO / "Makefile").read_text(encoding="utf-8")
+    for path, maker in MAKERS.items():
+        target = maker.removeprefix("make ")
+        made_by = re.search(rf"^{target}: (.*\n(?:\t.*\n)+)", makefile, re.MULTILINE)[1]
+        configs = "".join((REPO / name).read_text() for name in re.findall(r"examples/configs/\w+\.yaml", made_by))
+        assert re.search(rf"{path}\b", made_by + configs), path
 
 
 NAMES = """
@@ -483,11 +536,16 @@ def test_a_full_disk(limit, path, scripts, tiny_pipeline, images, tmp_path, capf
 
 MISTAKES = {  # the words behind `sdtune`, with the places of a model, images and an empty folder, and what is named
     "no_such": (["chekc"], "there is no command 'chekc'; did you mean check?"),
-    "check": (["check"], "no dataset is given; name a folder"),
+    "check": (["check"], "DATASET is missing: name a folder"),
     "check_gone": (["check", "{empty}/gone"], "DATASET={empty}/gone: cannot be loaded; check it"),
     "check_flag": (["check", "{images}", "--resolutoin=3"], "--resolutoin: is no flag; did you mean --resolution?"),
-    "show": (["show", "{images}"], "--output=None: name a file that ends in .png"),
-    "caption": (["caption", "{empty}/gone"], "FOLDER={empty}/gone: name a folder of images"),
+    "show": (["show", "{images}"], "--output is missing: name a file that ends in .png"),
+    "caption": (["caption", "{empty}/gone"], "FOLDER={empty}/gone: does not exist, or is no folder; name a folder of"),
+    "caption_none": (["caption"], "FOLDER is missing: name a folder of images"),
+    "caption_demo": (
+        ["caption", "demo/creatures"],
+        "demo/creatures: does not exist, or is no folder; run `make demo` in",
+    ),
     "caption_empty": (["caption", "{empty}", "--model={model}"], "--model={model}: "),
     "convert": (["convert", "{model}"], "give what to read and what to write: SOURCE OUTPUT"),
     "convert_three": (["convert", "{model}", "{empty}/a.safetensors", "b"], "'b': is no flag, nor the value of one"),
@@ -498,13 +556,16 @@ MISTAKES = {  # the words behind `sdtune`, with the places of a model, images an
     "convert_in_use": (["convert", "{model}", "{images}/00.png"], "end the name of the file to write in .safetensors"),
     "convert_lora": (["convert-lora", "{empty}/gone", "{empty}/b", "--to=kohya"], "{empty}/gone: "),
     "export": (["export", "{empty}", "{empty}/out"], "{empty}: is no whole checkpoint; give a folder checkpoint-N"),
-    "generate": (["generate", "{model}"], "--prompts: give this, --prompts_file or a recipe with prompts"),
+    "generate": (["generate", "{model}"], "--prompts is missing: give this, --prompts_file or a recipe with prompts"),
     "generate_model": (["generate", "{empty}", "--prompts", "a"], "MODEL={empty}: no whole pipeline"),
     "evaluate": (["evaluate", "{empty}/gone", "{images}"], "MODEL={empty}/gone: no whole pipeline"),
     "push_model": (
         ["push-model", "{empty}", "me/mine"],
         "{empty}: holds neither a pipeline with model_index.json nor",
     ),
+    "generate_none": (["generate", "--prompts", "a"], "MODEL is missing: name a pipeline folder or Hub id"),
+    "evaluate_none": (["evaluate", "{model}"], "DATASET is missing: name the folder or dataset that the model was"),
+    "push_model_none": (["push-model"], "REPO_ID is missing: give your_name/its_name"),
     "push_model_id": (["push-model", "{model}", "a/b/c"], "REPO_ID=a/b/c: give your_name/its_name"),
     "push_dataset": (["push-dataset", "{empty}", "me/mine"], "the folder {empty} holds no images"),
     "batch": (["find-batch-size"], "a training's command is missing; give it behind --"),
@@ -564,6 +625,18 @@ def test_a_long_list_is_cut_and_its_remedy_stays():
     assert lines[0] == "train.py: 40 of 50 images are unusable:"
     assert lines[1:10] == [f"  {number}.png: broken" for number in range(9)]
     assert lines[10:] == ["  and 31 more", "Mend or remove them, or add --skip_bad_images."]
+
+
+@pytest.mark.parametrize("num_without", [12, 55])
+def test_many_missing_captions_hide_no_other_bad_image(num_without):
+    bad = [f"{number}.png: {NO_CAPTION}" for number in range(num_without)]
+    bad.insert(10, "zebra.jpg: cannot be read: image file is truncated")
+    with pytest.raises(InputError) as caught:
+        leave_out(bad, 60, may_leave_out=False)
+    lines = fitted(f"train.py: {caught.value}").split("\n")
+    number = f"{num_without + 1} of 60 images are unusable, {num_without} of them for lack of a caption:"
+    assert lines[:3] == [f"train.py: {number}", "  zebra.jpg: cannot be read: image file is truncated", f"  {bad[0]}"]
+    assert lines[-1] == "`sdtune caption FOLDER` writes captions; mend or remove them, or add --skip_bad_images."
 
 
 def test_many_mistakes_are_cut_too():

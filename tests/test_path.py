@@ -77,7 +77,7 @@ def check(run, images, folder):
     run("check", images, *flags)
     found = json.loads(report.read_text(encoding="utf-8"))
     assert found["num_images"] == found["num_usable"] == NUM_IMAGES
-    for fault in ("unusable", "cut_captions", "enlarged", "exact_duplicates", "near_duplicates"):
+    for fault in ("unusable", "missing_captions", "cut_captions", "enlarged", "exact_duplicates", "near_duplicates"):
         assert not found[fault], found
     assert found["captions_with_word"]["creature"] == NUM_IMAGES
     assert page.read_text(encoding="utf-8").count("data:image") >= NUM_IMAGES

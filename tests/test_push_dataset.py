@@ -282,7 +282,7 @@ def test_wrong_words_are_listed_together(tmp_path, capsys):
     for part in (f"FOLDER={tmp_path / 'nowhere'}", "REPO_ID=a/b/c", "--caption_column=image"):
         assert part in message
     assert run() == 2
-    assert "REPO_ID=None: give your_name/its_name" in capsys.readouterr().err
+    assert "REPO_ID is missing: give your_name/its_name" in capsys.readouterr().err
 
 
 def test_without_a_connection(image_folder, capsys):

@@ -3,6 +3,7 @@
 import functools
 import io
 import json
+import shlex
 from collections import Counter
 from itertools import combinations
 from types import SimpleNamespace
@@ -283,8 +284,25 @@ def test_the_dataset_stays_as_it_is_and_bad_images_are_left_out(messy_folder, tm
     folder = messy_folder(3).path
     before = snapshot(folder)
     show(folder, tmp_path)
-    assert "Left out 5 images that cannot be used; `sdtune check` names them." in capsys.readouterr().out
+    told = "Left out, since training cannot use them: 4 unreadable or too small, 1 without a caption"
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"{told} (`sdtune caption {folder}` writes them, or give one for all by --instance_prompt)" in said
+    assert "; `sdtune check` names them. Wrote " in said
     assert snapshot(folder) == before
+
+
+def test_a_folder_without_captions_names_the_command_that_writes_them(image_folder, tmp_path, capsys):
+    for number, name in ((3, "my photos"), (12, "photos")):
+        folder = image_folder(number, name=name)
+        (folder / "metadata.jsonl").unlink()
+        words = [folder, f"--output={tmp_path / 'sheet.png'}", f"--cache_dir={tmp_path / 'cache'}"]
+        said = " ".join(errors(capsys, *words).split())
+        told = f"DATASET={folder}: none of {number} images can be used: {number} without a caption"
+        assert f"{told} (`sdtune caption {shlex.quote(str(folder))}` writes them" in said
+        assert "num_validation_samples" not in said
+        assert not (tmp_path / "sheet.png").exists()
+        show(folder, tmp_path, "--instance_prompt=a sks star")
+        (tmp_path / "sheet.png").unlink()
 
 
 def test_wrong_usage_is_named_at_once_before_anything_is_read(image_folder, tmp_path, capsys):
@@ -292,13 +310,13 @@ def test_wrong_usage_is_named_at_once_before_anything_is_read(image_folder, tmp_
     (tmp_path / "there.png").write_text("mine")
     before = snapshot(tmp_path)
     said = errors(capsys, folder, "--resolution=0", "--epoch=-1", "--caption_dropout=2", "--columns=0")
-    for problem in ("--resolution", "--epoch", "--caption_dropout", "--columns", "--output=None"):
+    for problem in ("--resolution", "--epoch", "--caption_dropout", "--columns", "--output is missing"):
         assert f"\n  {problem}: " in said
     assert "exists" in errors(capsys, folder, f"--output={tmp_path / 'there.png'}")
     assert "lies in the dataset" in errors(capsys, folder, f"--output={folder / 'new.png'}")
     assert "ends in .png" in errors(capsys, folder, f"--output={tmp_path / 'new.jpg'}")
     output = f"--output={tmp_path / 'new.png'}"
-    assert "no dataset is given" in errors(capsys, output)
+    assert "DATASET is missing: name a folder" in errors(capsys, output)
     assert "no font file" in errors(capsys, folder, output, f"--font={tmp_path / 'there.png'}")
     assert "DATASET=" in errors(capsys, tmp_path / "nowhere", output)
     cache = f"--cache_dir={tmp_path / 'cache'}"

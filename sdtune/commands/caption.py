@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from sdtune.arguments import SWITCH, new_parser, parse_flags, path_name, positive_int
 from sdtune.dataset import METADATA_NAMES, check_links, list_files, read_metadata
-from sdtune.errors import InputError, in_one_line, last_line, raise_problems, told_to_user
+from sdtune.errors import InputError, in_one_line, last_line, raise_problems, remedy_for_missing, told_to_user
 from sdtune.files import beside, name_in
 from sdtune.images import (
     IMAGE_SUFFIXES,
@@ -86,8 +86,11 @@ def make_parser():
 def check_args(args):
     """Lists every setting that is wrong; opens no image and loads no weights."""
     problems = []
-    if not args.folder or not Path(args.folder).is_dir():
-        problems.append(f"FOLDER={args.folder}: name a folder of images")
+    if not args.folder:
+        problems.append("FOLDER is missing: name a folder of images")
+    elif not Path(args.folder).is_dir():
+        remedy = remedy_for_missing(args.folder) or "name a folder of images"
+        problems.append(f"FOLDER={args.folder}: does not exist, or is no folder; {remedy}")
     elif not args.dry_run and not os.access(args.folder, os.W_OK):
         problems.append(f"FOLDER={args.folder}: cannot be written to; grant access, or caption a copy")
     if args.precision == "fp16" and not torch.accelerator.is_available():

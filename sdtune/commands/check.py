@@ -13,6 +13,7 @@ import json
 import os
 import re
 import textwrap
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,13 +28,14 @@ from sdtune.counts import count_sizes, count_words, statistics
 from sdtune.dataset import name_of
 from sdtune.errors import InputError, last_line, raise_problems, told_to_user
 from sdtune.files import is_writable, write_text
-from sdtune.images import NO_CAPTION, check_images, path_of_findings
+from sdtune.images import check_images, path_of_findings
 from sdtune.models import load_tokenizer
 from sdtune.named_dataset import (
     add_named_dataset_arguments,
     check_dataset_is_named,
     check_outside,
     read_named_rows,
+    remedy_for_captions,
 )
 from sdtune.pages import CARD_STYLE, THUMBNAIL, card, escaped, is_own_page, open_row, page_head, printable
 
@@ -44,14 +46,16 @@ PROGRAM = "sdtune check"
 HASH_BITS = 12  # of 64, by which the hashes of near duplicates differ at most
 PAIRS = 2**22  # compared at a time
 MAX_LINES = 20  # findings of a kind in the text
+MAX_NAMES = 10  # of images without a caption in the text
 MAX_SHOWN = 200  # findings of a kind in the page
 COLUMNS = 100
 TITLES = {  # of the kinds of findings, in the order of the report
     "unusable": "Unusable images",
+    "missing_captions": "Missing captions",
     "cut_captions": "Cut captions",
-    "enlarged": "Small images",
     "exact_duplicates": "Exact duplicates",
     "near_duplicates": "Near duplicates",
+    "enlarged": "Small images",
 }
 WIDE = {"cut_captions", "exact_duplicates", "near_duplicates"}  # in the page: two images or a long text
 
@@ -268,16 +272,30 @@ def find_cuts(rows, names, usable, tokenizer):
 
 
 def find_unusable(captions, names, results):
-    """Returns the findings, and the indices of the images that can be trained on."""
-    unusable, usable = [], []
+    """Returns the images that cannot be used, those with the rarest problems first, so that many of one kind hide no
+    other; those that lack a caption alone; and the indices of the images that can be trained on."""
+    unusable, without, usable = [], [], []
     for index, (_, _, _, problem) in enumerate(results):
-        if not problem and not captions[index]:
-            problem = NO_CAPTION
         if problem:
             unusable.append({"image": names[index], "problem": problem, "rows": [index]})
+        elif not captions[index]:
+            without.append({"image": names[index], "rows": [index]})
         else:
             usable.append(index)
-    return unusable, usable
+    rank = list(count_problems(unusable))
+    unusable.sort(key=lambda finding: rank.index(kind_of_problem(finding["problem"])))
+    return unusable, without, usable
+
+
+def kind_of_problem(problem):
+    """What is wrong with an image, without what differs from one to another: its sizes, and what a decoder said."""
+    return re.split("[:;]", re.sub(r"^[\d,]+( x \d+)? \w+[,;] ", "", problem))[0]
+
+
+def count_problems(unusable):
+    """How many images have a problem of each kind, the rarest first."""
+    counts = Counter(kind_of_problem(finding["problem"]) for finding in unusable)
+    return dict(reversed(counts.most_common()))
 
 
 def find_enlarged(names, results, usable, resolution):
@@ -297,7 +315,7 @@ def make_report(args, rows, names, results, tokenizer):
     looked for is None."""
     captions = list(rows["captions"])
     texts = [caption for found in captions for caption in found]
-    unusable, usable = find_unusable(captions, names, results)
+    unusable, without, usable = find_unusable(captions, names, results)
     exact, different = find_exact_duplicates(names, results)
     cut, near = None, None
     if tokenizer:
@@ -310,12 +328,14 @@ def make_report(args, rows, names, results, tokenizer):
         "num_usable": len(usable),
         "num_captions": len(texts),
         "resolution": args.resolution,
+        "near_duplicate_difference": args.near_duplicate_difference,
         "max_tokens": tokenizer.model_max_length if tokenizer else None,
         "unusable": unusable,
+        "missing_captions": without,
         "cut_captions": cut,
-        "enlarged": find_enlarged(names, results, usable, args.resolution),
         "exact_duplicates": exact,
         "near_duplicates": near,
+        "enlarged": find_enlarged(names, results, usable, args.resolution),
         **count_sizes(results),
         **count_words(texts),
     }
@@ -326,6 +346,8 @@ def describe(kind, finding):
     """One line about a finding, after the name of its image."""
     if kind == "unusable":
         return finding["problem"]
+    if kind == "missing_captions":
+        return "no caption"
     if kind == "cut_captions":
         return f"{finding['tokens']} tokens; lost: “{finding['lost']}”"
     if kind == "enlarged":
@@ -338,15 +360,23 @@ def describe(kind, finding):
 
 def consequence(kind, report):
     """What follows from the findings of a kind."""
+    stops = "training stops at these, or goes on without them by --skip_bad_images"
     if kind == "unusable":
-        return "training stops at these, or goes on without them by --skip_bad_images"
+        kinds = [f"{number} {problem}" for problem, number in count_problems(report[kind]).items()]
+        return f"{', '.join(kinds)}; {stops}" if len(kinds) > 1 else stops
+    if kind == "missing_captions":
+        return f"{remedy_for_captions(report['dataset'])}; {stops}"
     if kind == "cut_captions":
         return f"longer than {report['max_tokens']} tokens; what is quoted is never seen"
     if kind == "enlarged":
         return f"below --resolution={report['resolution']}; enlarging blurs them"
     if kind == "exact_duplicates":
         return "the same file again; it weighs double"
-    return "alike but for size, format, compression or mirroring"
+    return (
+        "alike but for size, format, compression or mirroring; they differ by so many of 255 shades in the mean (root "
+        "of squares): 0 is the same picture, JPEG of quality 75 makes up to 2.4, and what differs by more than "
+        f"{report['near_duplicate_difference']:g} is not named"
+    )
 
 
 def headline(kind, report):
@@ -362,7 +392,15 @@ def headline(kind, report):
 def filled(line):
     """A line, which may be indented, as lines of at most 100 columns."""
     margin = line[: len(line) - len(line.lstrip())]
-    return textwrap.fill(printable(line), COLUMNS, initial_indent=margin, subsequent_indent=margin + " " * 4)
+    margins = {"initial_indent": margin, "subsequent_indent": margin + " " * 4}
+    return textwrap.fill(printable(line), COLUMNS, **margins, break_on_hyphens=False)  # in paths and flags
+
+
+def list_names(findings):
+    """The first names of images that have nothing else to tell, in a line, and how many more there are."""
+    names = ", ".join(finding["image"] for finding in findings[:MAX_NAMES])
+    num_more = len(findings) - MAX_NAMES
+    return f"{names} and {num_more:,} more, which --json lists" if num_more > 0 else names
 
 
 def as_text(report):
@@ -373,6 +411,9 @@ def as_text(report):
         title, note = headline(kind, report)
         lines.append(f"{title} ({note})" if note else title)
         findings = report[kind] or []
+        if kind == "missing_captions" and findings:
+            lines.append(f"  {list_names(findings)}")
+            continue
         for finding in findings[:MAX_LINES]:
             if kind == "cut_captions":
                 finding = {**finding, "lost": textwrap.shorten(finding["lost"], 200)}

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from sdtune.arguments import SWITCH, new_parser, parse_flags, path_name
-from sdtune.errors import InputError, raise_problems, told_to_user
+from sdtune.errors import InputError, raise_problems, remedy_for_missing, told_to_user
 from sdtune.files import beside, read_json
 from sdtune.models import DTYPES, quiet_libraries, write_text_encoder
 from sdtune.pipeline_folder import PARTS, check_folder, check_place, class_of, read_models, read_weights
@@ -63,7 +63,8 @@ def check_args(args):
         return check_to_file(args, source, output)
     if source.suffix in (".safetensors", ".ckpt") and source.is_file():
         return check_to_folder(args, source, output)
-    return [f"{source}: is no pipeline folder and no .safetensors or .ckpt file; name one"]
+    remedy = remedy_for_missing(source) or "name one"
+    return [f"{source}: is no pipeline folder and no .safetensors or .ckpt file; {remedy}"]
 
 
 def check_to_file(args, source, output):

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 
 from sdtune.arguments import SWITCH, checked, new_parser, parse_flags, path_name
-from sdtune.errors import InputError, last_line, raise_problems, told_to_user
+from sdtune.errors import InputError, last_line, raise_problems, remedy_for_missing, told_to_user
 from sdtune.files import beside
 from sdtune.lora_layouts import (
     LORA_FILE,
@@ -70,7 +70,8 @@ def check_args(args):
     problems = []
     file, output = lora_file(args.input), Path(args.output)
     if not file.is_file():
-        problems.append(f"{file}: does not exist; give a LoRA file, or a folder with {LORA_FILE}")
+        remedy = remedy_for_missing(file) or f"give a LoRA file, or a folder with {LORA_FILE}"
+        problems.append(f"{file}: does not exist; {remedy}")
     if args.to and output.suffix != ".safetensors":
         problems.append(f"{output}: end the name of the file to write in .safetensors")
     if args.to and args.scale is not None:

@@ -1,7 +1,7 @@
 """Measure a fine-tuned Stable Diffusion 1 or 2: does it follow prompts, look like its data, or copy them?
 
     sdtune evaluate my_model my_images --base stable-diffusion-v1-5/stable-diffusion-v1-5 \
-        --num_validation_samples 20 --resolution 512
+        --num_validation_samples 20
     sdtune evaluate stable-diffusion-v1-5/stable-diffusion-v1-5 my_images --lora my_lora --base ...
 
 It draws --num_images pictures from the captions of the training images (or from --prompts), with the base from the
@@ -25,8 +25,12 @@ they are 1.96 standard errors to both sides, and the share of copies, where they
 
 import argparse
 import dataclasses
+import datetime
+import functools
 import hashlib
 import json
+import math
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -54,13 +58,15 @@ from sdtune.inference import (
     parse_with_config,
     read_configs,
     read_prompts,
+    split_scale,
 )
 from sdtune.measures import COPY_RATIO, Nearest, compare_kid, judge, paired
 from sdtune.models import quiet_libraries, vae_factor
-from sdtune.named_dataset import add_named_dataset_arguments, check_outside
-from sdtune.validation import encode_held_out, held_out_losses
+from sdtune.named_dataset import add_named_dataset_arguments, check_outside, named_dataset
+from sdtune.validation import HELD_OUT_TIMESTEPS, encode_held_out, held_out_losses
 
 PROGRAM = "sdtune evaluate"
+USUAL_RESOLUTION = 512  # of Stable Diffusion 1
 PAIRS = 8  # in the picture of the closest pairs
 
 
@@ -115,8 +121,8 @@ def make_parser():
     add(
         "--resolution",
         type=positive_int,
-        default=512,
-        help="side of the square images in pixels, as in training; after one in buckets squares all the same [1, inf)",
+        help="side of the square images in pixels; default: the training's, by args.json beside LoRA or model, else "
+        "the model's own; after one in buckets squares all the same [1, inf)",
     )
     add("--skip_bad_images", **SWITCH, help="go on without images that cannot be used, instead of stopping")
     add("--prompts", nargs="+", help="what to draw, in turn, instead of the training images' captions")
@@ -159,8 +165,44 @@ def check_args(args):
     if args.base:
         problems += check_pipeline(args, "--base", args.base)
     if not args.dataset:
-        problems.append("DATASET: name the folder or dataset that the model was trained on")
+        problems.append("DATASET is missing: name the folder or dataset that the model was trained on")
     return problems + check_clip(args.clip_model) + check_output(args)
+
+
+def with_resolution(args):
+    """The flags, with a resolution where none is given, that of the run which left its args.json beside a LoRA or the
+    model, or else the model's own; and what is to be said of it. One without is no model, as its check tells."""
+    if args.resolution:
+        return args, ""
+    loras = [split_scale(item)[0] for item in args.lora or []]
+    folders = [path if path.is_dir() else path.parent for path in loras] + [Path(args.model or "")]
+    for folder in folders:
+        resolution = read_resolution(folder / "args.json")
+        if resolution:
+            told = f"Resolution: {resolution}, as in the training that {folder / 'args.json'} tells of."
+            return argparse.Namespace(**{**vars(args), "resolution": resolution}), told
+    resolution = own_resolution(args.model) or USUAL_RESOLUTION
+    told = f"Resolution: {resolution}, the model's own."
+    return argparse.Namespace(**{**vars(args), "resolution": resolution}), told
+
+
+def read_resolution(settings):
+    """The resolution that a training left in its args.json, or None."""
+    try:
+        resolution = json.loads(settings.read_text(encoding="utf-8"))["resolution"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return resolution if type(resolution) is int and resolution > 0 else None
+
+
+def own_resolution(source):
+    """The side in pixels of the images that a pipeline's UNet was made for, or None where it does not say."""
+    try:
+        vae = diffusers.AutoencoderKL.load_config(source, subfolder="vae")
+        side = diffusers.UNet2DConditionModel.load_config(source, subfolder="unet")["sample_size"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return side * vae_factor(vae) if type(side) is int else None
 
 
 def read_given_prompts(args):
@@ -220,10 +262,8 @@ def load_images(args):
         offset_noise=False,
         input_perturbation=0,
     )
-    try:
+    with named_dataset(args.dataset):
         images, held_out, _ = load_data(settings, folder=None, default_caption=args.instance_prompt)
-    except InputError as error:
-        raise InputError(str(error).replace("--dataset_name=", "DATASET=")) from None
     return images, held_out
 
 
@@ -258,10 +298,53 @@ def draw(args, accelerator, pipeline, prompts):
             ).images
 
 
-def measure_model(args, conditions, source, loras, title):
-    """Draws with a model and measures it. Raises `InputError`."""
+def time_trial(args, conditions, pipeline):
+    """Draws a batch in one step and in three, and looks at it, of which nothing stays; returns the seconds that it
+    takes in one step, those of each further step, and those of a look by CLIP."""
+    seconds = []
+    for num_steps in (1, 1, 3):  # the first one takes longer, whatever it does
+        trial = argparse.Namespace(**{**vars(args), "num_inference_steps": num_steps})
+        start = time.perf_counter()
+        pictures = next(draw(trial, conditions.accelerator, pipeline, conditions.prompts))
+        seconds.append(time.perf_counter() - start)
+    for _ in range(2):
+        start = time.perf_counter()
+        image_features(conditions.clip, pictures)
+        look = time.perf_counter() - start
+    return seconds[1], max(seconds[2] - seconds[1], 0) / 2, look
+
+
+def estimate_seconds(args, num_images, num_held_out, first_step, step, look):
+    """How long all takes, by the seconds of a batch: drawn in one step, in each further one, looked at by CLIP."""
+    drawing = math.ceil(args.num_images / args.batch_size) * (
+        first_step + (args.num_inference_steps - 1) * step + look
+    )
+    passes = num_held_out * HELD_OUT_TIMESTEPS / args.batch_size
+    measuring = passes * (step / 2 if args.guidance_scale > 1 else step)  # guidance makes two passes of a step
+    looking = 2 * (num_images + num_held_out) / args.batch_size * look  # mirrored too
+    return (2 if args.base else 1) * (drawing + measuring) + looking
+
+
+def tell_time(args, conditions, num_images, pipeline):
+    """Prints how long all will take, before the first picture."""
+    seconds = estimate_seconds(args, num_images, len(conditions.held_out), *time_trial(args, conditions, pipeline))
+    duration = datetime.timedelta(seconds=math.ceil(seconds))
+    models = "model and base" if args.base else "the model"
+    until = f"{datetime.datetime.now() + duration:%Y-%m-%d %H:%M}"
+    print(
+        f"Takes about {duration}, until {until}, by a trial of a few steps:\n"
+        f"  {args.num_images:,} pictures by {models}, {args.num_inference_steps} steps each, at {args.resolution} "
+        f"pixels; CLIP looks at {num_images + len(conditions.held_out):,} images.",
+        flush=True,
+    )
+
+
+def measure_model(args, conditions, source, loras, title, tell=None):
+    """Draws with a model and measures it; `tell(pipeline)`, if given, is called before. Raises `InputError`."""
     accelerator, clip, prompts = conditions.accelerator, conditions.clip, conditions.prompts
     pipeline = load_pipeline(source, loras, torch.float32, accelerator.device, safety_checker=None)
+    if tell:
+        tell(pipeline)
     pictures, embeds, patches = [], [], []
     bar = tqdm(total=len(prompts), desc=title, unit="picture", disable=None)
     for drawn in draw(args, accelerator, pipeline, prompts):
@@ -356,19 +439,20 @@ def compare(measured, nearest, real, unseen):
 # ---------------------------------------------------------------------------------------------------------- report
 def print_table(figures, num_images, num_held_out):
     """Prints the figures, with standard errors, and the verdict."""
-    rows = {
-        "CLIP score": figures["clip_score"],
-        "CLIP image similarity": figures["clip_image_similarity"],
-        f"KID, {num_images} images": figures["kid"],
-        f"KID, {num_held_out} held out": figures["kid_held_out"],
-        "held-out loss": figures["held_out_loss"],
-        "to the nearest image": figures["nearest_similarity"],
+    rows = {  # with which figures are the better ones
+        "CLIP score": ("higher", figures["clip_score"]),
+        "CLIP image similarity": ("higher", figures["clip_image_similarity"]),
+        f"KID, {num_images} images": ("lower", figures["kid"]),
+        f"KID, {num_held_out} held out": ("lower", figures["kid_held_out"]),
+        "held-out loss": ("lower", figures["held_out_loss"]),
+        "to the nearest image": ("-", figures["nearest_similarity"]),
     }
-    print(f"{'':23}{'model':20}{'base':20}gain (95 % interval)")
-    for label, found in rows.items():
+    print(f"{'':22} {'better':7}{'model':17} {'base':17} gain (95 % interval)")
+    for label, (better, found) in rows.items():
         if found:
             cells = [mean_cell(found["model"]), mean_cell(found.get("base")), gain_cell(found.get("gain"))]
-            print(f"{label:23}" + "".join(f"{cell:20}" for cell in cells))
+            print(f"{label:22} {better:7}{cells[0]:17} {cells[1]:17} {cells[2]}")
+    print("A gain above 0 is for the better, but to the nearest image: there 1 is a copy, and more is nearer.")
     verdict = figures["memorisation"]
     for name in ("model", "base"):
         if name in verdict:
@@ -449,7 +533,8 @@ def evaluate(args):
     prompts = plan_prompts(read_given_prompts(args), images, args.num_images, args.seed)
 
     conditions = Conditions(accelerator, clip, prompts, held_out)
-    measured = [measure_model(args, conditions, args.model, find_loras(args.lora), "Model")]
+    tell = functools.partial(tell_time, args, conditions, len(images))
+    measured = [measure_model(args, conditions, args.model, find_loras(args.lora), "Model", tell)]
     if args.base:
         measured.append(measure_model(args, conditions, args.base, [], "Base"))
     patches = [part.patches for part in measured]
@@ -482,5 +567,8 @@ def main(argv=None):
     args, problems = parse_args(argv)
     quiet_libraries()
     with told_to_user(PROGRAM, errors=(InputError, OSError), stopped="Stopped; nothing was written."):
+        args, told = with_resolution(args)
         raise_problems(problems + check_args(args))
+        if told:
+            print(told)
         evaluate(args)

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from sdtune.arguments import SWITCH, new_parser, parse_flags, path_name
 from sdtune.checkpoints import AVERAGED, read_settings
 from sdtune.digests import find_damage
-from sdtune.errors import InputError, last_line, raise_problems, told_to_user
+from sdtune.errors import InputError, last_line, raise_problems, remedy_for_missing, told_to_user
 from sdtune.files import beside, read_json
 from sdtune.lora import add_adapters, file_of_adapters, lora_weights, save_lora
 from sdtune.lora_layouts import LORA_FILE
@@ -55,7 +55,8 @@ def check_args(args):
     checkpoint = Path(args.checkpoint)
     problems = check_place(Path(args.output), [checkpoint], is_folder=True, overwrite=args.overwrite)
     if not (checkpoint / "progress.json").is_file():
-        problems.append(f"{checkpoint}: is no whole checkpoint; give a folder checkpoint-N of a run")
+        remedy = remedy_for_missing(checkpoint) or "give a folder checkpoint-N of a run"
+        problems.append(f"{checkpoint}: is no whole checkpoint; {remedy}")
     elif damage := find_damage(checkpoint, UNUSED.get(args.weights, "")):
         problems.append(f"{checkpoint}: is damaged ({damage}); give another checkpoint of the run")
     elif args.weights != "trained" and not holds(checkpoint, AVERAGED):

@@ -29,7 +29,7 @@ from sdtune.arguments import (
 from sdtune.batches import StepCounts, number_buckets, steps_of_epoch
 from sdtune.buckets import check_bucket_rule, describe_buckets, fit_of
 from sdtune.dataset import CaptionedImages, choose_rows, split_rows
-from sdtune.errors import InputError, raise_problems, told_to_user
+from sdtune.errors import InputError, fitted, raise_problems, told_to_user
 from sdtune.files import beside, is_writable
 from sdtune.fonts import load_font, shorten, wrap
 from sdtune.images import check_images, path_of_findings, still_readable
@@ -38,10 +38,12 @@ from sdtune.named_dataset import (
     check_dataset_is_named,
     check_outside,
     read_named_rows,
+    remedy_for_captions,
 )
 from sdtune.randomness import SAMPLE, random_numbers
 
 PROGRAM = "sdtune show"
+SEE_CHECK = "`sdtune check` names them"
 MIN_CELL = 192  # pixels; a caption in less would be a column of single words
 INK, FAINT, FRAME, PAPER = (20, 20, 20), (110, 110, 110), (205, 205, 205), (255, 255, 255)
 
@@ -90,7 +92,7 @@ def check_args(args):
     problems = check_dataset_is_named(args) + check_bucket_rule(args)
     problems += check_requirements(args, {**BUCKETS_REQUIRES, "samples_per_step": "aspect_ratio_buckets"})
     if not args.output:
-        return [*problems, f"--output={args.output}: name a file that ends in .png"]
+        return [*problems, "--output is missing: name a file that ends in .png"]
     output = Path(args.output)
     if not args.output.lower().endswith(".png"):
         problems.append(f"--output={args.output}: name a file that ends in .png")
@@ -103,12 +105,18 @@ def check_args(args):
 
 # ------------------------------------------------------------------------------------------------------------ data
 def load_images(args):
-    """Reads the dataset and leaves out what training leaves out; returns the training images, and how many of all
-    cannot be used. Raises `InputError`."""
+    """Reads the dataset and leaves out what training leaves out; returns the training images, and what was left out,
+    as a text that is empty if nothing was. Raises `InputError`."""
     rows = choose_rows(read_named_rows(args), args.max_train_samples, args.seed)
     findings = check_images(rows, path_of_findings(args.dataset, args.cache_dir))
     captions = list(rows["captions"])
-    good = [index for index, (_, _, _, problem) in enumerate(findings) if captions[index] and not problem]
+    whole = [index for index, (_, _, _, problem) in enumerate(findings) if not problem]
+    good = [index for index in whole if captions[index]]
+    left_out = describe_left_out(len(rows) - len(whole), len(whole) - len(good))
+    if len(good) < len(whole):
+        left_out += f" ({remedy_for_captions(args.dataset)})"
+    if not good:
+        raise InputError(f"DATASET={args.dataset}: none of {len(rows)} images can be used: {left_out}; {SEE_CHECK}")
     training, _ = split_rows(len(good), args.num_validation_samples)
     training, fit = [good[index] for index in training], fit_of(args)
     picture_sizes = np.array([findings[index][1:3] for index in training])
@@ -130,7 +138,17 @@ def load_images(args):
         noise_offset=0,
         input_perturbation=0,
     )
-    return images, len(rows) - len(good)
+    return images, left_out
+
+
+def describe_left_out(num_broken, num_without):
+    """What is left out, by kind: images that cannot be opened or are too small, and those without a caption."""
+    kinds = []
+    if num_broken:
+        kinds.append(f"{num_broken} unreadable or too small")
+    if num_without:
+        kinds.append(f"{num_without} without a caption")
+    return ", ".join(kinds)
 
 
 def order_of(images, samples_per_step, seed, epoch):
@@ -219,7 +237,7 @@ def main(argv=None):
     with told_to_user(PROGRAM, errors=(InputError, OSError), stopped="Stopped."):
         raise_problems(problems + check_args(args))
         load_font(args.font, 16)
-        images, num_bad = load_images(args)
+        images, left_out = load_images(args)
         order = order_of(images, args.samples_per_step or 16, args.seed, args.epoch)
         seen = look_at(images, order[: args.num_images].tolist(), args.epoch)
         sheet, lacking = draw_sheet(seen, args.font, args.resolution, args.columns, args.caption_lines)
@@ -230,6 +248,6 @@ def main(argv=None):
         print("\n  ".join(["Images by width x height of their bucket:", *buckets]))
     if lacking:
         print(f"The font has no picture of {''.join(lacking[:20])} and draws boxes; give another by --font.")
-    if num_bad:
-        print(f"Left out {num_bad} images that cannot be used; `sdtune check` names them.")
+    if left_out:
+        print(fitted(f"Left out, since training cannot use them: {left_out}; {SEE_CHECK}."))
     print(f"Wrote {args.output}: {len(seen)} of {len(images)} images, as epoch {args.epoch} takes them.")
