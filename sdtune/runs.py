@@ -6,12 +6,8 @@ import math
 import re
 from pathlib import Path
 
-<<<<<<< HEAD
-from sdtune.errors import InputError
-from sdtune.model_card import INTERVAL, MIN_FOR_INTERVAL
-=======
 from sdtune.errors import InputError, remedy_for_missing
->>>>>>> w-commands
+from sdtune.model_card import INTERVAL, MIN_FOR_INTERVAL
 from sdtune.output import HISTORY_FILE
 
 # What has to be of a kind to be read, in the log, the history or the settings.
@@ -69,15 +65,10 @@ def read_run(folder, name):
     folder = Path(folder)
     log, settings = folder / "log.jsonl", folder / "args.json"
     if not log.is_file() and not settings.is_file():
-<<<<<<< HEAD
         told = "is no folder" if folder.exists() else "there is no such folder"
         told = "holds no log.jsonl of a training" if folder.is_dir() else told
-        raise InputError(f"{folder}: {told}; name the --output_dir of a run")
-=======
-        told = "holds no log.jsonl of a training" if folder.is_dir() else "there is no such folder"
         remedy = remedy_for_missing(folder) or "name the --output_dir of a run"
         raise InputError(f"{folder}: {told}; {remedy}")
->>>>>>> w-commands
     notes = []
     rows, history = read_rows_of(log, notes), read_rows_of(folder / HISTORY_FILE, notes)
     try:
