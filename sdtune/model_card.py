@@ -10,12 +10,11 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from sdtune.arguments import is_hub_id, is_place
+from sdtune.runs import INTERVAL, MIN_FOR_INTERVAL
 
 # What `sdtune push-model` knows the line by that names the model in a card's code.
 NAMES_MODEL = "  # its name on the Hub, or the path of its folder"
 TAGS = ["text-to-image", "stable-diffusion", "stable-diffusion-diffusers"]
-INTERVAL = 2  # standard errors on either side of a mean that are an interval of about 95 %
-MIN_FOR_INTERVAL = 10  # held-out images: of fewer they are none
 # Settings that say how a run was carried out, not what was trained; steps and epochs stand in the text.
 NOT_ON_CARD = set(
     """

@@ -1,7 +1,6 @@
 """Plots of runs as Vega-Lite describes them: data, which become pictures in a page."""
 
-from sdtune.model_card import INTERVAL
-from sdtune.runs import smoothed
+from sdtune.runs import INTERVAL, smoothed
 
 MAX_POINTS = 1000  # of a line; more are not told apart
 FEW_POINTS = 40  # which are drawn as points too

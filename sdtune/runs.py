@@ -7,9 +7,10 @@ import re
 from pathlib import Path
 
 from sdtune.errors import InputError, remedy_for_missing
-from sdtune.model_card import INTERVAL, MIN_FOR_INTERVAL
 from sdtune.output import HISTORY_FILE
 
+INTERVAL = 2  # standard errors on either side of a mean that are an interval of about 95 %
+MIN_FOR_INTERVAL = 10  # held-out images: of fewer they are none
 # What has to be of a kind to be read, in the log, the history or the settings.
 NUMBERS = set(
     "loss lr grad_norm images_per_second device_gb process_gb held_out_loss held_out_gain gain_error".split()

@@ -43,8 +43,11 @@ min-SNR (2303.09556), zero terminal SNR (2305.08891), input perturbation (2301.1
 #   sharding       FSDP2: what is trained is shared out over processes, each of which holds a shard of each tensor
 #   digests        Digests of the files in a folder, by which a damaged one is found
 #   output         The folder of a run: whether it may be used, its log, the pipeline that results
+#   runs           What a run left in its folder, read again: log, settings, samples, and whether it learnt
 #   plan           The plan that a run prints before its first step
+#   progress       How far a run has come: a bar in a terminal, a plain line every so many steps elsewhere
 #   model_card     The model card, README.md of a result: how to use it, what made it and how well it learnt
+#   endings        What a run says when it ends: what it made, whether it learnt, and what can be done with that
 #   hub            The upload of a result to the Hub
 #   validation     Look at a run: draw samples, and measure the loss on images that are not trained on
 #   signals        Signals that ask a run to stop or to save, and the death of the launcher, which asks it to stop
@@ -53,6 +56,7 @@ min-SNR (2303.09556), zero terminal SNR (2305.08891), input perturbation (2301.1
 #   cache          Encode images and captions once, into a cache on disk that later runs share
 
 import argparse
+import collections
 import contextlib
 import copy
 import csv
@@ -74,8 +78,10 @@ import math
 import operator
 import os
 import pkgutil
+import platform
 import re
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -158,7 +164,9 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.utils import validate_repo_id
 from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
-from torch.cuda import is_bf16_supported, max_memory_reserved
+from torch.backends.cpu import get_cpu_capability
+from torch.cpu import _is_amx_tile_supported, _is_avx512_bf16_supported
+from torch.cuda import get_device_name, get_device_properties, is_bf16_supported, max_memory_reserved
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -173,6 +181,17 @@ SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "COMET_API_KEY
 OUT_OF_MEMORY_TEXT = re.compile(r"out of memory|can't allocate memory|RESOURCE_EXHAUSTED", re.IGNORECASE)
 # What a process says whose connection to another one ends.
 LOST_PEER_TEXT = re.compile(r"Connection (closed|reset) by (peer|remote)|remote process exited", re.IGNORECASE)
+# What makes the folders that commands in the READMEs read.
+MAKERS = {
+    "demo/creatures": "make demo",
+    "demo/dreambooth": "make demo-dreambooth",
+    "demo/emoji": "make demo-emoji",
+    "demo/emoji_lora": "make demo-emoji",
+    "demo/flax": "make demo-flax",
+    "demo/lora": "make demo-lora",
+    "demo/model": "make demo",
+    "demo/subject": "make demo-dreambooth",
+}
 
 
 class InputError(ValueError):
@@ -336,6 +355,11 @@ MOST_USED = """
     pretrained_model_name_or_path instance_data_dir train_data_dir instance_prompt output_dir resolution
     train_batch_size learning_rate max_train_steps num_train_epochs mixed_precision validation_prompt use_ema
 """.split()
+# What people set first, of which `--help` begins with those ten that a script has.
+FIRST_FLAGS = """
+    pretrained_model_name_or_path train_data_dir instance_data_dir instance_prompt output_dir resolution
+    train_batch_size learning_rate max_train_steps mixed_precision rank validation_prompts dataset_name
+""".split()
 
 TEXT = "text"  # the kinds of metadata; this one is all that no viewer obeys
 PROFILE = "profile"
@@ -386,6 +410,8 @@ ROW_FEATURES = {
 }
 
 MAX_CAPTION_BYTES = 2**20  # of a .txt; a tokenizer takes a few hundred
+# Of pictures from phones and cameras, and for programs, that Pillow does not read or not as they are seen.
+FOREIGN_SUFFIXES = set(".arw .cr2 .cr3 .dng .heic .heif .jxl .nef .orf .psd .raf .rw2 .svg".split())
 METADATA_NAMES = {"metadata.jsonl", "metadata.csv"}
 SAVED_NAMES = {"state.json", "dataset_dict.json"}  # that tell of `save_to_disk`
 NO_DATA_NAMES = {*METADATA_NAMES, *SAVED_NAMES, "config.json", "dataset_info.json", "dataset_infos.json"}
@@ -421,6 +447,7 @@ class CheckedRows:
     digests: list  # of content and captions
     contents: np.ndarray  # (rows,), SHA-256 of each file
     sizes: np.ndarray  # (rows, 2), width and height in pixels
+    num_unusable: int = 0  # beside these, that were left out
 
 
 @dataclasses.dataclass
@@ -446,6 +473,7 @@ class CaptionedImages(torch.utils.data.Dataset):
     input_perturbation: float
     reads_pixels: bool = True
     picture_sizes: np.ndarray | None = None  # (rows, 2), before that, where it is known
+    num_unusable: int = 0  # beside these, that were left out
     cache: Cache | None = None
 
     def __len__(self):
@@ -542,6 +570,8 @@ class BucketRule:
     largest: int
     upscale: bool  # whether a picture that is smaller than its bucket is enlarged
 
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
 
 CLASS_RECORD = "class_image"  # the name of the text, in a PNG, that tells what drew it
 CLASS_STEPS = 25
@@ -683,11 +713,66 @@ HISTORY_FILE = "history.jsonl"  # when the run was started, stopped and resumed:
 HALF_FILE = re.compile(r"\.(args\.json|log\.jsonl|best\.json|history\.jsonl)\..+\.new")  # what a kill leaves of one
 NEW_RESULT = ".result.partial"  # a folder beside which the old result stays until the new one is whole
 
+INTERVAL = 2  # standard errors on either side of a mean that are an interval of about 95 %
+MIN_FOR_INTERVAL = 10  # held-out images: of fewer they are none
+# What has to be of a kind to be read, in the log, the history or the settings.
+NUMBERS = set(
+    "loss lr grad_norm images_per_second device_gb process_gb held_out_loss held_out_gain gain_error".split()
+)
+WHOLE_NUMBERS = set("last_step max_train_steps samples_per_step num_validation_samples max_train_samples seed".split())
+TEXTS = set(
+    """
+    train_data_dir instance_data_dir dataset_name dataset_config_name image_column caption_column cache_dir
+    instance_prompt validation_prompt
+    """.split()
+)
+LISTS = {"changed", "validation_prompts"}  # of texts
+
+
+@dataclasses.dataclass
+class RunRecord:
+    """What is there of a run; of an older one, or of one from the Hub, there may be the log alone."""
+
+    name: str
+    folder: Path
+    rows: list  # of log.jsonl: dictionaries with a step, in which no number is infinite or not a number
+    settings: dict  # of args.json
+    history: list  # of history.jsonl: dictionaries with time, event and step
+    samples: dict  # {step: path of the grid of samples}
+    notes: list  # sentences on what cannot be read
+
+    def with_number(self, *names):
+        """The rows in which there are all of these numbers."""
+        return [row for row in self.rows if all(row.get(name) is not None for name in names)]
+
+    def last_step(self):
+        """The last step that is told of; one that was done before the run went back counts no more."""
+        starts = [number for number, row in enumerate(self.history) if row.get("event") in ("started", "resumed")]
+        return max([row["step"] for row in self.rows + self.history[max(starts, default=0) :]], default=0)
+
+    def planned_step(self):
+        """The last step that was planned, or None where nobody knows."""
+        planned = [row["last_step"] for row in self.history if row.get("last_step")]
+        return planned[-1] if planned else self.settings.get("max_train_steps")
+
+    def changed(self):
+        """The flags that were changed from their defaults at the last start, or None where that was not noted."""
+        noted = [row["changed"] for row in self.history if row.get("changed") is not None]
+        return noted[-1] if noted else None
+
+    def has_interval(self):
+        """Whether so many images were held out that standard errors are an interval."""
+        return (self.settings.get("num_validation_samples") or 0) >= MIN_FOR_INTERVAL
+
+
+MARGIN = " " * 13  # before the text of a row
+
+NUM_RECENT = 100  # steps over which loss and speed are averaged: the loss of a single one says nothing
+BAR = "{percentage:3.0f}%|{bar}| {n:,}/{total:,}, {remaining} left{postfix}"
+
 # What `sdtune push-model` knows the line by that names the model in a card's code.
 NAMES_MODEL = "  # its name on the Hub, or the path of its folder"
 TAGS = ["text-to-image", "stable-diffusion", "stable-diffusion-diffusers"]
-INTERVAL = 2  # standard errors on either side of a mean that are an interval of about 95 %
-MIN_FOR_INTERVAL = 10  # held-out images: of fewer they are none
 # Settings that say how a run was carried out, not what was trained; steps and epochs stand in the text.
 NOT_ON_CARD = set(
     """
@@ -722,6 +807,9 @@ class Training:
     trigger: str | None  # what a prompt has to hold
     tags: list
 
+
+NOTHING_TRAINED = "Nothing was trained; the settings are fine."
+MAX_COLUMNS = 86  # of a command, beside the name of its row and what joins its lines
 
 HELD_OUT_TIMESTEPS = 4  # at which the loss of each held-out image is measured
 
@@ -892,6 +980,7 @@ def make_parser():
     parser.set_defaults(
         learning_rate=5e-6, output_dir="dreambooth-model", tracker_project_name="dreambooth", train_batch_size=4
     )
+    put_first(parser, FIRST_FLAGS)
     return parser
 
 
@@ -972,6 +1061,7 @@ def train(args, launcher):
     samples = with_class_rows(images, class_images)
     cache = plan_cache(args, accelerator, pipeline, [samples, held_out])
     about = {
+        "kinds": describe_kinds(images, args.instance_data_dir, args.repeats, args.instance_prompt),
         "trained": ", ".join(models),
         "frozen": ", ".join(sorted({"vae", "text_encoder"} - models.keys())),
         "result_bytes": count_result_bytes(args, pipeline, not args.skip_save_text_encoder),
@@ -994,6 +1084,7 @@ def train(args, launcher):
     if args.dry_run:
         try_steps(args, accelerator, run, work)
         end_training(accelerator)
+        print(NOTHING_TRAINED)
         return
 
     start_output(args, accelerator, run, make_parser())
@@ -1011,6 +1102,9 @@ def train(args, launcher):
     if repo_id:
         push(args, repo_id, files, counts.last_step)
     end_training(accelerator)
+    if accelerator.is_main_process:
+        prompt = (prompts or [args.instance_prompt or find_trigger(images.rows) or "a picture"])[0]
+        tell_end(args, run, files, command_to_draw(args, pipeline, noise_scheduler, prompt))
 
 
 def save_model(args, pipeline, models, noise_scheduler, run, images, photos, repo_id):
@@ -1329,7 +1423,7 @@ def tell_plan(args, accelerator, run, num_held_out, about):
     warnings = warn_of_precision(accelerator) + warn_of_rate(args, run.settings["peak_learning_rate"])
     about = {
         **about,
-        "images": "",
+        "device": describe_device(accelerator.device),
         "devices": f"{accelerator.num_processes} ranks",
         "weights": str(parameters[0].dtype).removeprefix("torch."),
         "optimizer": OPTIMIZERS[optimizer_of(args)],
@@ -1393,13 +1487,7 @@ def train_steps(args, accelerator, run, stop, work, look):
     if first_step % validation_steps == 0 or first_step == counts.last_step:
         look_and_keep(args, accelerator, run, stop, look)
     steps = passes_by_step(args, run, work.loader)
-    bar = tqdm(
-        range(first_step, counts.last_step),
-        initial=first_step,
-        total=counts.last_step,
-        unit="step",
-        disable=not accelerator.is_local_main_process,
-    )
+    bar, recent = start_bar(run, accelerator.is_local_main_process)
     for step in bar:
         started = time.perf_counter()
         num_samples, passes = next(steps)
@@ -1408,16 +1496,17 @@ def train_steps(args, accelerator, run, stop, work, look):
         seconds = time.perf_counter() - started
         done = run.progress["global_step"]
         if args.compile and step == first_step:
-            accelerator.print(f"\nCompiled: the first step took {seconds:.1f} s.")
+            tqdm.write(f"Compiled: the first step took {seconds:.1f} s.")
         if step == first_step + 2 and accelerator.is_main_process and not is_broken:
-            print()
             left = counts.last_step - done
-            tell_cost(counts, accelerator.device, num_samples, seconds, left, datetime.datetime.now())
+            with tqdm.external_write_mode():  # above the bar
+                tell_cost(counts, accelerator.device, num_samples, seconds, left, datetime.datetime.now())
 
         # Log
         if not is_broken:
             images_per_second = num_samples / seconds
-            bar.set_postfix(loss=f"{loss:.4f}", images_per_second=f"{images_per_second:.1f}", refresh=False)
+            recent.append((loss, num_samples, None if step == first_step else seconds))
+            tell_step(args, bar, run, accelerator.device, recent)
             if done % args.logging_steps == 0 or done == counts.last_step:
                 norm = None if grad_norm is None else grad_norm.item()
                 log_losses(accelerator, run, lr_scheduler.get_last_lr()[0], norm, images_per_second)
@@ -1481,7 +1570,7 @@ def take_step(args, accelerator, run, work, passes, requests):
     loss, weight, num_not_finite, *requests = exchange(accelerator, step_loss, weight, grad_norm, requests)
     if weight == 0:  # nothing of a stream could be used
         pass_over(accelerator, run, step)
-        return loss, None, False, requests
+        return math.nan, None, False, requests
     is_finite = num_not_finite == 0
     is_broken = not is_finite and run.progress["nan_steps"] >= max_nan_steps(args, accelerator)
     if not is_broken:
@@ -1682,14 +1771,17 @@ def check_data(args, folder_flag):
     """Lists what is wrong with where the images are; `folder_flag` names the flag for a folder."""
     problems, folder = [], getattr(args, folder_flag)
     source = folder or args.dataset_name
-    if bool(args.dataset_name) == bool(folder):
+    if not source:
+        problems.append(f"--{folder_flag} is missing: give a folder of images, or a dataset by --dataset_name")
+    if args.dataset_name and folder:
         problems.append(f"--{folder_flag}={folder}: give this or --dataset_name, not both")
     if args.image_column != "image" and not args.dataset_name:
         problems.append(
             f"--image_column={args.image_column}: does nothing without --dataset_name; add that or drop this"
         )
     if folder and not os.path.isdir(folder):
-        problems.append(f"--{folder_flag}={folder}: does not exist, or is no folder; name one")
+        remedy = remedy_for_missing(folder) or "name one"
+        problems.append(f"--{folder_flag}={folder}: does not exist, or is no folder; {remedy}")
     if source and Path(args.output_dir).resolve().is_relative_to(Path(source).resolve()):
         problems.append(
             f"--output_dir={args.output_dir}: lies in the folder of the images, or below its name; put it elsewhere"
@@ -1724,6 +1816,7 @@ def load_data(args, folder, default_caption=None, repeats=1, fit=None):
         noise_offset=noise_offset_of(args),
         input_perturbation=args.input_perturbation,
         picture_sizes=checked.sizes[training],
+        num_unusable=checked.num_unusable,
     )
     fingerprint = fingerprint_of(args.num_validation_samples, checked.digests)
     others = dataclasses.replace(
@@ -1808,6 +1901,8 @@ def read_folder(folder, caption_column, takes_train=False, follows_links=False):
     metadata = [path for path in files if path.name in METADATA_NAMES]
     if not captions:
         told = f"the folder {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}); name another"
+        if foreign := [path for path in files if path.suffix.lower() in FOREIGN_SUFFIXES]:
+            raise InputError(f"the folder {folder} holds no images but {tell_foreign_pictures(foreign)}")
         tables = [path.name for path in files if path.suffix.lower() in (".parquet", ".arrow")]
         raise InputError(f"{told}, or its {in_one_line(tables[0])} by --dataset_name={folder}" if tables else told)
     texts = {image.with_suffix(".txt") for image in captions}
@@ -1827,6 +1922,9 @@ def read_folder(folder, caption_column, takes_train=False, follows_links=False):
     for image in without:
         captions[image] += read_caption_beside(image)
     known = {*captions, *metadata}
+    if foreign := [path for path in files if path.suffix.lower() in FOREIGN_SUFFIXES]:
+        known.update(foreign)
+        print(f"Left aside in {folder}: {tell_foreign_pictures(foreign)}.")
     if aside := [path.name for path in files if path not in known and path.suffix != ".txt"]:
         some = in_one_line(", ".join(aside[:5]))
         print(f"Left aside in {folder}: {len(aside)} files of other kinds, such as {some}.")
@@ -1836,6 +1934,18 @@ def read_folder(folder, caption_column, takes_train=False, follows_links=False):
         raise InputError(f"{odd[0]!a}: its name is not UTF-8; rename it, or if it is, set PYTHONUTF8=1")
     rows = [{"image": str(path), "captions": found} for path, found in sorted(captions.items())]
     return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image(decode=False))
+
+
+def find_foreign_pictures(folder):
+    """The pictures below a folder, which may be None, that have to be converted before they can be read."""
+    return [path for path in list_files(folder) if path.suffix.lower() in FOREIGN_SUFFIXES] if folder else []
+
+
+def tell_foreign_pictures(pictures):
+    """What is to be done with pictures of a kind that is not read."""
+    kinds = ", ".join(sorted({path.suffix.lower()[1:].upper() for path in pictures}))
+    name = in_one_line(pictures[0].name)
+    return f"{len(pictures):,} of a kind that is not read ({kinds}), such as {name}; convert to JPEG or PNG first"
 
 
 def check_links(files, folder, follows_links):
@@ -2287,7 +2397,7 @@ def check_rows(rows, memory, skip_bad_images, tokenizer, resolution, fit=None, a
         small.append("{}: {} x {}".format(name_of(rows, good[number]), *sizes[number]))
     warn(f"images are smaller than {told} and are enlarged", small)
     warn(f"captions have more than {tokenizer.model_max_length} tokens and are cut", cut)
-    return CheckedRows(rows.select(good), list(digests.values()), np.array(contents), sizes)
+    return CheckedRows(rows.select(good), list(digests.values()), np.array(contents), sizes, len(bad))
 
 
 def name_of(rows, index):
@@ -2842,6 +2952,19 @@ def remedy_for(error):
     return "; check that path, and that you may use it" if isinstance(error, OSError) else ""
 
 
+def remedy_for_missing(path):
+    """What is to be done about a path of a command in the READMEs that is not there; "" for any other path."""
+    if not path or os.path.exists(path):
+        return ""
+    place = Path(os.path.normpath(path))
+    for made in (place, *place.parents):
+        if maker := MAKERS.get(made.as_posix()):
+            return f"run `{maker}` in the folder of the repository, which makes it"
+    if place.parts[0] in ("miniature", "examples"):
+        return "start in the folder of the repository, which it comes with"
+    return ""
+
+
 def is_lack_of_memory(error):
     """Whether an exception comes of too little memory, of the machine or of a device."""
     return isinstance(error, MemoryError) or bool(OUT_OF_MEMORY_TEXT.search(str(error)))
@@ -3095,6 +3218,17 @@ def new_parser(description, usage):
         exit_on_error=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+
+
+def put_first(parser, names):
+    """Moves the first ten of some flags that a parser has into a group at the head of its help."""
+    flags = {flag.dest: flag for flag in parser._actions}
+    wanted = [flags[name] for name in names if name in flags][:10]
+    for group in parser._action_groups:
+        group._group_actions = [flag for flag in group._group_actions if flag not in wanted]
+    first = parser.add_argument_group("set by most people")
+    first._group_actions = wanted
+    parser._action_groups.insert(0, parser._action_groups.pop())
 
 
 def add_model_arguments(parser):
@@ -3673,7 +3807,8 @@ def read_config(path, sections):
         return recipe, []
     except (OSError, ValueError, yaml.YAMLError, TypeError, RecursionError) as error:
         told = " ".join(str(error).split())[:300]
-        return {}, [f"--config={path}: is no YAML file of flags ({told}); write `flag: value`, a line each"]
+        remedy = remedy_for_missing(path) or "write `flag: value`, a line each"
+        return {}, [f"--config={path}: is no YAML file of flags ({told}); {remedy}"]
 
 
 def setting_words(settings, defaults):
@@ -4052,10 +4187,16 @@ def leave_out(bad, num_images, may_leave_out, remedy="", are_of_stream=False):
     may."""
     if not bad:
         return
-    unusable = "\n  ".join([f"{len(bad)} of {num_images} images are unusable:", *map(printable, bad[:100])])
+    without = [line for line in bad if line.endswith(NO_CAPTION)]
+    others = [line for line in bad if not line.endswith(NO_CAPTION)]  # first: a list is cut, and one of them may stop
+    number = f"{len(bad)} of {num_images} images are unusable"
+    if without:
+        number += f", {len(without)} of them for lack of a caption"
+    unusable = "\n  ".join([f"{number}:", *map(printable, (others + without)[:100])])
     if not may_leave_out:
         choice = "use a larger --num_validation_samples" if are_of_stream else "add --skip_bad_images"
-        raise InputError(f"{unusable}\nMend or remove them, or {choice}{remedy}.")
+        mend = "`sdtune caption FOLDER` writes captions; mend" if without else "Mend"
+        raise InputError(f"{unusable}\n{mend} or remove them, or {choice}{remedy}.")
     why = "of what is held out" if are_of_stream else "(--skip_bad_images)"
     print(f"Left out {why}: {unusable}")
 
@@ -4093,7 +4234,12 @@ def check_model(args):
         problems.append(f"--revision={args.revision}: does nothing without a model on the Hub; drop this")
     if args.variant and args.single_file_config:
         problems.append(f"--variant={args.variant}: does nothing with a single file; drop this")
-    if not source or (single_file and not Path(source).is_file()):
+    if not source:
+        told = "is missing: name a pipeline folder, a Hub id or a file"
+        return [*problems, f"--pretrained_model_name_or_path {told}"]
+    if remedy := remedy_for_missing(source):
+        return [*problems, f"{name}: does not exist; {remedy}"]
+    if single_file and not Path(source).is_file():
         return [*problems, f"{name}: there is no such file; name a pipeline folder, a Hub id or a file"]
     if single_file and not args.single_file_config:
         return [*problems, f"{name}: a single file needs --single_file_config (see --help); add that"]
@@ -4970,7 +5116,9 @@ def draw_class_images(args, accelerator, names):
     record = PngImagePlugin.PngInfo()
     record.add_text(CLASS_RECORD, json.dumps(record_of(args)))
     size = args.sample_batch_size or 4
-    for start in tqdm(range(0, len(mine), size), "Class images", disable=not accelerator.is_main_process):
+    for start in tqdm(
+        range(0, len(mine), size), "Class images", disable=None if accelerator.is_main_process else True
+    ):
         batch = mine[start : start + size]
         numbers = [int(name.removeprefix("class-").removesuffix(".png")) for name in batch]
         seeds = [random_numbers(args.seed, CLASS, 0, number).integers(2**63) for number in numbers]
@@ -5004,7 +5152,8 @@ def check_optimization(args):
     number = r"\d*\.?\d+(e-?\d+)?"
     rules = re.fullmatch(rf"({number}:\d+,)+{number}", args.lr_step_rules or "")
     if schedule == "piecewise_constant" and not rules:
-        problems.append(f"--lr_step_rules={args.lr_step_rules}: give rules such as 1:10,0.1:20,0.01")
+        given = f"--lr_step_rules={args.lr_step_rules}" if args.lr_step_rules else "--lr_step_rules is missing"
+        problems.append(f"{given}: give rules such as 1:10,0.1:20,0.01")
     if schedule == "polynomial" and args.learning_rate <= POLYNOMIAL_END:
         problems.append(f"--learning_rate={args.learning_rate}: must be above 1e-7, its end")
     used_by = {
@@ -5966,17 +6115,126 @@ def save_pipeline(args, folder, pipeline, noise_scheduler):
     return ["model_index.json", *[f"{name}/*" for name in pipeline.components]]
 
 
+# ---------------------------------------------------------------------------------------------------------------- runs
+def read_run(folder, name):
+    """Reads what a run left in its folder. Raises `InputError` if that holds no run."""
+    folder = Path(folder)
+    log, settings = folder / "log.jsonl", folder / "args.json"
+    if not log.is_file() and not settings.is_file():
+        told = "is no folder" if folder.exists() else "there is no such folder"
+        told = "holds no log.jsonl of a training" if folder.is_dir() else told
+        remedy = remedy_for_missing(folder) or "name the --output_dir of a run"
+        raise InputError(f"{folder}: {told}; {remedy}")
+    notes = []
+    rows, history = read_rows_of(log, notes), read_rows_of(folder / HISTORY_FILE, notes)
+    try:
+        known = {**json.loads(settings.read_text(encoding="utf-8"))} if settings.is_file() else {}
+    except (OSError, ValueError, TypeError):
+        known = {}
+        notes.append("args.json cannot be read, so that the settings are not known.")
+    (known,) = without_odd([known], settings, notes)
+    samples = {}
+    for path in sorted(folder.glob("samples/step-*.png")):
+        if number := re.fullmatch(r"step-(\d+)", path.stem):
+            samples[int(number[1])] = path
+    return RunRecord(name, folder, rows, known, history, samples, notes)
+
+
+def read_rows_of(path, notes):
+    """The lines of a JSON file with a step, without what is infinite or odd in it; a line that is none of these, such
+    as one that breaks off, is left out, and told in `notes`."""
+    rows, num_broken = [], 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        try:
+            row = json.loads(line)
+            if type(row["step"]) is not int:
+                raise ValueError
+            rows.append({name: None if is_infinite(value) else value for name, value in row.items()})
+        except (ValueError, TypeError, KeyError):
+            num_broken += 1
+    if num_broken:
+        lines = "1 line" if num_broken == 1 else f"{num_broken:,} lines"
+        notes.append(f"{lines} of {path.name} cannot be read, and left out.")
+    return without_odd(rows, path, notes)
+
+
+def without_odd(rows, path, notes):
+    """The rows of a file with None for what is not of its kind, which is told in `notes`."""
+    odd = {name for row in rows for name, value in row.items() if value is not None and not is_of_kind(name, value)}
+    if odd:
+        notes.append(
+            f"{path.name} has no number or text where there should be one, left out: {', '.join(sorted(odd))}."
+        )
+    return [{name: value if is_of_kind(name, value) else None for name, value in row.items()} for row in rows]
+
+
+def is_of_kind(name, value):
+    """Whether a value is of the kind that one of that name has to be."""
+    if name in NUMBERS:
+        return type(value) in (int, float)
+    if name in WHOLE_NUMBERS:
+        return type(value) is int
+    if name in TEXTS:
+        return isinstance(value, str)
+    return name not in LISTS or (isinstance(value, list) and all(isinstance(item, str) for item in value))
+
+
+def is_infinite(value):
+    """Whether a value is a number that JSON, and a plot, have no place for."""
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def smoothed(values):
+    """The means of values and their neighbours, of some fifteenth of all: of less at both ends."""
+    reach = max(1, len(values) // 30)
+    windows = [values[max(0, number - reach) : number + reach + 1] for number in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
+
+
+def judge(run):
+    """Whether the run learnt, as a sentence, and how that is: "good", "bad" or "open"."""
+    looks, losses = run.with_number("held_out_loss", "held_out_gain", "gain_error"), run.with_number("loss")
+    if not run.rows:
+        return "Nothing was logged yet.", "open"
+    if not looks:
+        told = "No images were held out, so that nothing can be said about learning"
+        if len(losses) > 1:
+            first, last = smoothed([row["loss"] for row in losses])[:: len(losses) - 1]
+            told += f"; the loss in training, smoothed, went from {first:.3f} to {last:.3f}"
+        return f"{told}. --num_validation_samples holds some out.", "open"
+    last, number = looks[-1], run.settings.get("num_validation_samples")
+    of_images = f"The loss on {number} images" if number else "The loss on images"
+    loss, gain, margin = last["held_out_loss"], last["held_out_gain"], INTERVAL * last["gain_error"]
+    if last["step"] == 0:
+        return f"{of_images} that are held out was {loss:.3f} before training, and not measured since.", "open"
+    digits = 3 if margin == 0 or margin >= 0.002 else 5
+    went = f"{'rose' if gain < 0 else 'fell'} from {loss + gain:.{digits}f} to {loss:.{digits}f}"
+    told = f"{of_images} that were not trained on {went} after step {last['step']:,}, by {abs(gain):.{digits}f}"
+    if not run.has_interval():
+        few = "these are too few to say how sure that is" if number else "how many is not known, nor how sure that is"
+        return f"{told}; {few}.", "open"
+    told += f" \N{PLUS-MINUS SIGN} {margin:.{digits}f} (95 %)"
+    best = min(looks, key=lambda row: row["held_out_loss"])
+    if abs(gain) <= margin:
+        return f"{told}: too little to say that it learnt anything, or that it did harm.", "open"
+    if gain < 0:
+        return f"{told}: what it draws of images like these got worse.", "bad"
+    told += ": it learnt"
+    if best["held_out_loss"] < loss - margin:
+        told += f", but that loss was lower after step {best['step']:,}, {best['held_out_loss']:.{digits}f}"
+    return f"{told}.", "good"
+
+
 # ---------------------------------------------------------------------------------------------------------------- plan
 def print_plan(args, run, num_held_out, num_trained, about):
     """Says, before the first step, what will be done. `about` says what only a script knows: `trained` and `frozen`
-    (which models), `devices` (how many share a pass), `images` (a remark), `optimizer` (its name), `warnings` (a
-    list), and maybe `stream` (how images are read), `precision` (of passes, if that is not the setting), `weights`
-    (their precision, if not float32), `result_bytes` (of the files that will be the result), `buckets` (lines on the
-    sizes of images) and `cache` (a text, or None)."""
+    (which models), `device` (its name), `devices` (how many share a pass), `optimizer` (its name), `warnings` (a
+    list), and maybe `images` (a remark), `kinds` (lines on which of them are used), `stream` (how they are read),
+    `precision` (of passes, if that is not the setting), `weights` (their precision, if not float32), `result_bytes`
+    (of the files that will be the result), `buckets` (lines on the sizes of images) and `cache` (a text, or None)."""
     counts, side, tracker = run.counts, args.resolution, chosen_tracker(args)
     first_step, precision = run.progress["global_step"], about.get("precision", run.settings["mixed_precision"])
-    gigabytes = checkpoint_bytes(run) / 1e9
-    buckets = about.get("buckets", ())
+    buckets, size = about.get("buckets", ()), tell_size(checkpoint_bytes(run))
     shape = f"in buckets of the area of {side} x {side}" if buckets else f"at {side} x {side}"
     number, epochs = "streamed, their number is not known", ""
     if counts.num_images is not None:
@@ -5985,7 +6243,8 @@ def print_plan(args, run, num_held_out, num_trained, about):
     images = f"{number}, {num_held_out:,} held out, {shape} pixels"
     passes = f"{args.train_batch_size} a pass x {args.gradient_accumulation_steps} passes x {about['devices']}"
     rows = {
-        "images": "\n             ".join([images + about["images"], *buckets]),
+        "device": about["device"],
+        "images": "\n".join([images + about.get("images", ""), *about.get("kinds", []), *buckets]),
         "stream": about.get("stream"),
         "steps": f"{first_step:,} to {counts.last_step:,}{epochs}",
         "per step": f"{counts.samples_per_step:,} images: {passes}",
@@ -5993,17 +6252,57 @@ def print_plan(args, run, num_held_out, num_trained, about):
         f"precision {precision!r}; frozen: {about['frozen']}",
         "optimizer": f"{about['optimizer']} at {run.settings['peak_learning_rate']:g}, {args.lr_scheduler}; "
         f"EMA: {args.use_ema}",
-        "output": f"{args.output_dir}, a checkpoint of {gigabytes:.2g} GB every {args.checkpointing_steps:,} steps",
+        "output": f"{args.output_dir}, a checkpoint of {size} every {args.checkpointing_steps:,} steps",
         "disk": tell_disk(args, run, about.get("result_bytes")),
         "log": f"log.jsonl and {tracker}" if tracker else "log.jsonl, no tracker",
     }
     if about.get("cache"):
         rows["cache"] = about["cache"]
-    lines = [f"  {name:<10} {text}" for name, text in rows.items() if text]
-    warned = about["warnings"] + warn_of_warm_up(args, counts) + warn_of_disk(args, run)
-    warnings = [f"  warning    {text}" for text in warned]
+    lines = [as_row(name, text) for name, text in rows.items() if text]
+    warned = about["warnings"] + warn_of_start(args) + warn_of_warm_up(args, counts) + warn_of_disk(args, run)
+    warnings = [as_row("warning", text) for text in warned]
     # At once: who is killed for what the first step takes has told it.
     print("\n".join(["Plan", *lines, *warnings]), flush=True)
+
+
+def as_row(name, text):
+    """A row of a plan: a name, and lines of text, which are broken where they are wider than the terminal."""
+    width = min(100, shutil.get_terminal_size((100, 24)).columns) - len(MARGIN)
+    words = {"break_long_words": False, "break_on_hyphens": False}  # paths and flags
+    lines = []
+    for line in text.split("\n"):
+        lines += [line] if len(line) <= width else textwrap.wrap(line, width, **words)
+    return f"  {name:<10} " + f"\n{MARGIN}".join(lines)
+
+
+def describe_device(device):
+    """What a device of PyTorch's is: which one, and how large."""
+    if device.type == "cpu":
+        number = torch.get_num_threads()
+        told = f"CPU, {number} thread{'' if number == 1 else 's'}, {get_cpu_capability()}"
+    elif is_cuda_available():
+        told = f"{get_device_name(device)}, {get_device_properties(device).total_memory / 1e9:.3g} GB"
+    else:
+        told = device.type
+    return f"{told}, by PyTorch {torch.__version__}"  # whose name says which GPUs it knows
+
+
+def describe_kinds(images, folder, repeats=1, prompt=None):
+    """Lines on images to train on, which may be a stream: how often each is there, how many have captions of their
+    own, where others get the `prompt`, and which of those in the `folder`, or of a dataset, are not used, and why."""
+    if not isinstance(images, CaptionedImages):
+        return []
+    lines, number = [], len(images) // repeats
+    if repeats > 1:
+        lines.append(f"{number:,} photos, each {repeats:,} times")
+    if prompt:
+        num_own = sum(captions != [prompt] for captions in images.rows["captions"]) // repeats
+        lines.append(f"{num_own:,} with captions of their own, {number - num_own:,} with --instance_prompt")
+    if images.num_unusable:
+        lines.append(f"left out: {images.num_unusable:,} that cannot be used, named above (--skip_bad_images)")
+    if foreign := find_foreign_pictures(folder):
+        lines.append(f"left out: {tell_foreign_pictures(foreign)}")
+    return lines
 
 
 def count_checkpoints(args, run):
@@ -6019,10 +6318,10 @@ def tell_disk(args, run, result_bytes):
     """What checkpoints and result will take of the disk; nothing if the size of the result is not known."""
     if result_bytes is None:
         return None
-    number, one = count_checkpoints(args, run), checkpoint_bytes(run) / 1e9
-    free = shutil.disk_usage(existing_place(args.output_dir)).free / 1e9
-    checkpoints = f"{number} checkpoint{'s at once' if number > 1 else ''}: {number * one:.2g} GB"
-    return f"{checkpoints}, result: {result_bytes / 1e9:.2g} GB; {free:,.3g} GB are free"
+    number, one = count_checkpoints(args, run), checkpoint_bytes(run)
+    free = shutil.disk_usage(existing_place(args.output_dir)).free
+    checkpoints = f"{number} checkpoint{'s at once' if number > 1 else ''}: {tell_size(number * one)}"
+    return f"{checkpoints}, result: {tell_size(result_bytes)}; {tell_size(free)} are free"
 
 
 def tell_cost(counts, device, num_samples, seconds, num_steps, now):
@@ -6056,6 +6355,13 @@ def warn_of_disk(args, run):
     ]
 
 
+def warn_of_start(args):
+    """Lists whether there is nothing to resume."""
+    if args.resume_from_checkpoint != "latest" or list_checkpoints(args.output_dir):
+        return []
+    return [f"--resume_from_checkpoint=latest: {args.output_dir} holds NO CHECKPOINT; this run starts from step 0"]
+
+
 def warn_of_warm_up(args, counts):
     """Lists whether the learning rate never arrives at what was asked for."""
     if args.lr_warmup_steps < counts.last_step:
@@ -6065,11 +6371,26 @@ def warn_of_warm_up(args, counts):
 
 
 def warn_of_precision(accelerator):
-    """Lists whether the GPU of a run in PyTorch computes in another precision than the one asked for."""
-    is_gpu = accelerator.device.type != "cpu" and is_cuda_available()
-    if accelerator.mixed_precision != "bf16" or not is_gpu or is_bf16_supported(including_emulation=False):
+    """Lists whether the device of a run in PyTorch has to emulate the precision that is asked for."""
+    precision = accelerator.mixed_precision
+    if accelerator.device.type == "cpu":
+        is_quick = _is_avx512_bf16_supported() or _is_amx_tile_supported()
+        # What others than Intel's and AMD's can, PyTorch does not tell.
+        return [] if is_quick else warn_of_slow_bf16(precision, platform.machine() in ("x86_64", "AMD64"))
+    if precision != "bf16" or not is_cuda_available() or is_bf16_supported(including_emulation=False):
         return []
     return ["bf16 is only emulated on this GPU, and slow; use --mixed_precision=fp16"]
+
+
+def warn_of_slow_bf16(precision, is_known=False):
+    """Lists whether a precision is slow on a CPU, or may be, unless it is known to have no instructions for it."""
+    if precision != "bf16":
+        return []
+    if is_known:
+        told = "bf16 is several times slower than float32 on this CPU, which lacks AVX512-BF16 and AMX"
+    else:
+        told = "bf16 may be slower than float32 on a CPU"
+    return [f"{told}; use --mixed_precision=no"]
 
 
 def checkpoint_bytes(run):
@@ -6108,6 +6429,14 @@ def moment_bytes(parameter, state, optimizer):
     return 2 * parameter.nbytes
 
 
+def tell_size(size):
+    """A number of bytes for people, in units of 1000."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if size >= unit:
+            return f"{size / unit:.3g} {name}"
+    return f"{size / 1e3:.3g} KB"
+
+
 def array_bytes(part):
     """How many bytes the tensors or arrays take in a nested structure."""
     if isinstance(part, dict):
@@ -6115,6 +6444,52 @@ def array_bytes(part):
     if isinstance(part, list | tuple):
         return sum(array_bytes(value) for value in part)
     return getattr(part, "nbytes", 0)
+
+
+# ------------------------------------------------------------------------------------------------------------ progress
+def start_bar(run, is_shown):
+    """A bar over the steps that are left, which shows in a terminal alone, and a place for the recent steps: of each
+    its loss, samples and seconds."""
+    first_step, last_step = run.progress["global_step"], run.counts.last_step
+    bar = tqdm(
+        range(first_step, last_step),
+        initial=first_step,
+        total=last_step,
+        unit="step",
+        bar_format=BAR,
+        disable=None if is_shown else True,  # None: unless it goes to a terminal
+    )
+    return bar, collections.deque(maxlen=NUM_RECENT)
+
+
+def tell_step(args, bar, run, device, recent):
+    """Tells what the `recent` steps come to: on the bar, or without one in a line every --logging_steps."""
+    done, last_step = run.progress["global_step"], run.counts.last_step
+    loss, rate, seconds = means_of(recent)
+    told = [] if loss is None else [f"mean loss {loss:.4f}"]
+    told += [] if rate is None else [f"{rate:.3g} images/s"]
+    memory = peak_memory(device)[0]
+    if not bar.disable:
+        bar.set_postfix_str(", ".join([*told, memory.partition(" of ")[0]]), refresh=False)
+    elif done % args.logging_steps == 0 or done == last_step:
+        left = []
+        if seconds is not None and done < last_step:
+            left = [f"{datetime.timedelta(seconds=round(seconds * (last_step - done)))} left"]
+        print(f"Step {done:,} of {last_step:,}: {', '.join([*told, memory, *left])}", flush=True)
+
+
+def means_of(recent):
+    """Of steps, each a tuple of loss, samples and seconds: the mean of those losses that are finite, the samples per
+    second and the seconds of a step; None for what is not known. The seconds of a first step, which compiles and warms
+    up, are None."""
+    losses = [loss for loss, _, _ in recent if math.isfinite(loss)]
+    timed = [(num_samples, seconds) for _, num_samples, seconds in recent if seconds is not None]
+    total = sum(seconds for _, seconds in timed)
+    return (
+        sum(losses) / len(losses) if losses else None,
+        sum(num_samples for num_samples, _ in timed) / total if total else None,
+        total / len(timed) if timed else None,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- model_card
@@ -6405,6 +6780,83 @@ def write_card(args, parser, folder, run, prompts, usage, training):
     Path(folder, "README.md").write_text("\n".join(lines), encoding="utf-8")
 
 
+# ------------------------------------------------------------------------------------------------------------- endings
+def tell_end(args, run, files, command):
+    """Says what a run has left in its folder, how long that took, whether it learnt, the words of the `command` that
+    draws with it, or None where only the code on the card does, and how the run is extended. `files` are patterns of
+    the result's files. For one process alone."""
+    folder = run.output_dir
+    record, checkpoints = read_run(folder, folder.name), list_checkpoints(folder)
+    result = [path for pattern in files for path in folder.glob(pattern)]
+    kind = "LoRA adapters" if (folder / LORA_FILE).is_file() else "a pipeline"
+    number = f"{len(checkpoints)} checkpoint{'' if len(checkpoints) == 1 else 's'}"
+    in_all = f"{tell_size(size_on_disk([folder]))} in all, of them {tell_size(size_on_disk(checkpoints))} in {number}"
+    code = f"the code in {in_one_line(folder / 'README.md')}"
+    rows = {
+        "made": f"{kind} in {in_one_line(folder)}: {tell_size(size_on_disk(result))} ({in_all})",
+        "took": tell_duration(record.history, run.progress["global_step"], datetime.datetime.now(datetime.UTC)),
+        "learnt": judge(record)[0],
+        "draw": f"{in_lines(command)}\nor by {code}" if command else f"by {code}",
+        "extend": f"the same command with {' '.join(words_to_extend(args, run))}",
+        "look": in_lines(["sdtune", "report", f"{folder}"]),
+    }
+    print("\n".join(["Done", *[as_row(name, text) for name, text in rows.items() if text]]), flush=True)
+
+
+def size_on_disk(paths):
+    """How many bytes files, and those in folders, have."""
+    total = 0
+    for path in paths:
+        files = path.rglob("*") if path.is_dir() else [path]
+        total += sum(file.stat().st_size for file in files if file.is_file())
+    return total
+
+
+def tell_duration(history, last_step, now):
+    """How long it took from the newest start or resume in a history to `last_step`; None if there is none."""
+    starts = [row for row in history if row.get("event") in ("started", "resumed")]
+    if not starts:
+        return None
+    seconds = (now - datetime.datetime.fromisoformat(starts[-1]["time"])).total_seconds()
+    return f"{datetime.timedelta(seconds=round(seconds))}, from step {starts[-1]['step']:,} to {last_step:,}"
+
+
+def command_to_draw(args, pipeline, noise_scheduler, prompt):
+    """The words of the `sdtune generate` that draws a prompt with the result, as samples were drawn; None where only
+    code does: a text encoder, or another schedule of noise, has to be fetched from somewhere."""
+    folder, base = Path(args.output_dir), args.pretrained_model_name_or_path
+    words = ["sdtune", "generate", f"{folder}"]
+    if (folder / LORA_FILE).is_file():
+        before, trained = pipeline.scheduler.config, noise_scheduler.config
+        is_same = trained.prediction_type == before.get("prediction_type", "epsilon")
+        is_same &= bool(trained.rescale_betas_zero_snr) == bool(before.get("rescale_betas_zero_snr"))
+        if not is_same or args.revision or args.variant or args.single_file_config:
+            return None
+        words = ["sdtune", "generate", base, f"--lora={folder}"]
+    elif not (folder / "text_encoder").is_dir():
+        return None
+    given = [f"--{name}={value}" for name, value in call_of(args, pipeline).items()]
+    return [*words, "--prompts", prompt, *given]
+
+
+def words_to_extend(args, run):
+    """What is added to the command of a run to go on to twice as many steps."""
+    words = ["--resume_from_checkpoint=latest", f"--max_train_steps={2 * run.counts.last_step}"]
+    if run.settings["schedule_steps"] is not None:  # the schedule is one over all steps
+        words.append("--allow_changed_resume")
+    return words + (["and without --overwrite_output_dir"] if args.overwrite_output_dir else [])
+
+
+def in_lines(words):
+    """A command as a shell takes it, in lines that fit a terminal."""
+    lines = [""]
+    for word in map(shlex.quote, words):
+        if lines[-1] and len(lines[-1]) + 1 + len(word) > MAX_COLUMNS:
+            lines.append("  ")
+        lines[-1] += word if not lines[-1].strip() else f" {word}"
+    return " \\\n".join(lines)
+
+
 # ----------------------------------------------------------------------------------------------------------------- hub
 def name_repo(args):
     """The full name of the repository to upload to, which is made when there is something to upload. Raises
@@ -6532,16 +6984,21 @@ def held_out_losses(
 
 
 def log_held_out_losses(accelerator, run, losses):
-    """Logs and prints the mean of held-out losses, and its gain over those before training, which the run's progress
-    keeps, with the standard error of the paired difference."""
-    progress = run.progress
+    """Logs the mean of held-out losses, and its gain over those before training, which the run's progress keeps, with
+    the standard error of the paired difference; says in a sentence what that means."""
+    progress, is_first = run.progress, not run.progress["base_losses"]
     progress["base_losses"] = progress["base_losses"] or losses.tolist()
     gain = torch.tensor(progress["base_losses"], dtype=losses.dtype) - losses
     error = gain.std().item() / len(gain) ** 0.5 if len(gain) > 1 else 0.0
     numbers = {"held_out_loss": losses.mean().item(), "held_out_gain": gain.mean().item(), "gain_error": error}
     write_log(accelerator, run.output_dir, progress["global_step"], numbers)
-    shown = [f"{name} {value:.5f}" for name, value in numbers.items()]
-    accelerator.print(f"\nStep {progress['global_step']}:", *shown)
+    if not accelerator.is_main_process:
+        return
+    images = f"{len(losses):,} held-out image{'' if len(losses) == 1 else 's'}"
+    told = f"Step {progress['global_step']:,}: the loss on {images} is {numbers['held_out_loss']:.4f}."
+    if not is_first:
+        told = judge(read_run(run.output_dir, run.output_dir.name))[0]
+    tqdm.write(fitted(told))  # above a bar
 
 
 @torch.no_grad()
