@@ -37,7 +37,7 @@ def held_out_captions(number):
         turns.setdefault(count[body], []).append((body, eyes))
         count[body] += 1
     ordered = [pair for turn in turns.values() for pair in turn]
-    return [render.creature_caption(body, eyes) for body, eyes in ordered[:number]]
+    return [render.caption({"body": body, "eyes": eyes}) for body, eyes in ordered[:number]]
 
 
 @torch.no_grad()
