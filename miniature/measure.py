@@ -30,7 +30,7 @@ import render
 from sdtune.lora_layouts import LORA_FILE
 
 HERE = Path(__file__).resolve().parent
-GUIDANCE = 5.0
+GUIDANCE = {"base": 5.0, "creatures": 2.0, "subject": 2.0}  # a fine-tuned model needs little push
 
 
 def shape_records(number=200, seed=0):
@@ -86,7 +86,7 @@ def load_pipeline(folder, base=None):
     return pipeline
 
 
-def draw(pipeline, records, steps=25, guidance=GUIDANCE, batch_size=50, seed=0):
+def draw(pipeline, records, steps=25, guidance=GUIDANCE["base"], batch_size=50, seed=0):
     """Draws one picture per record: (uint8 (n, 64, 64, 3), records). Picture k starts from seed + k."""
     pipeline.set_progress_bar_config(disable=True)
     images = []
@@ -312,7 +312,9 @@ def parse_args(argv=None):
         "--num_samples", type=int, help="pictures; 200 and 64 for base, 108 for creatures, 50 for subject"
     )
     parser.add_argument("--num_inference_steps", type=int, default=25)
-    parser.add_argument("--guidance_scale", type=float, default=GUIDANCE)
+    parser.add_argument(
+        "--guidance_scale", type=float, help=", ".join(f"{value:g} for {key}" for key, value in GUIDANCE.items())
+    )
     parser.add_argument("--output", help="also write the figures to this JSON file")
     parser.add_argument("--grid", help="also write the model's first 48 pictures to this PNG file")
     return parser.parse_args(argv)
@@ -321,7 +323,8 @@ def parse_args(argv=None):
 def main(argv=None):
     """Measures what the command line asks for, prints the figures and writes them where it says."""
     args = parse_args(argv)
-    settings = {"steps": args.num_inference_steps, "guidance": args.guidance_scale}
+    guidance = GUIDANCE[args.what] if args.guidance_scale is None else args.guidance_scale
+    settings = {"steps": args.num_inference_steps, "guidance": guidance}
     measured = {"base": measure_base, "creatures": measure_creatures, "subject": measure_subject}
     result, images = measured[args.what](args, settings)
     print_table(result)
