@@ -37,7 +37,7 @@ def held_out_captions(number):
         turns.setdefault(count[body], []).append((body, eyes))
         count[body] += 1
     ordered = [pair for turn in turns.values() for pair in turn]
-    return [render.creature_caption(body, eyes) for body, eyes in ordered[:number]]
+    return [render.caption({"body": body, "eyes": eyes}) for body, eyes in ordered[:number]]
 
 
 @torch.no_grad()
@@ -94,7 +94,7 @@ def parse_args(argv=None):
     parser.add_argument("--num_images", type=int, default=8, help="columns, where --prompts is not given")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num_inference_steps", type=int, default=25)
-    parser.add_argument("--guidance_scale", type=float, default=measure.GUIDANCE)
+    parser.add_argument("--guidance_scale", type=float, default=measure.GUIDANCE["creatures"])
     return parser.parse_args(argv)
 
 

@@ -4,8 +4,9 @@
     python miniature/measure.py creatures --model OUTPUT_FOLDER --base miniature/pipeline
     python miniature/measure.py subject --model OUTPUT_FOLDER --base miniature/pipeline
 
-`base`: 200 prompts of shapes whose combination of colour, shape and background was held out of training; the
-autoencoder on unseen creatures; CLIP's retrieval. `creatures`: prompts of held-out pairs of body and eye colour.
+`base`: 200 prompts of shapes whose combination of colour, shape and background was held out of training; 64 pictures
+of "a star", which should differ in what the prompt leaves open; the autoencoder on unseen creatures; CLIP's retrieval.
+`creatures`: prompts of held-out pairs of body and eye colour.
 `subject`: 50 prompts with the rare word on backgrounds that no view of the subject had, and 50 plain stars.
 Pictures are drawn in 25 DPM-Solver++ steps, prompt k with seed k, so two models see the same noise.
 """
@@ -29,7 +30,7 @@ import render
 from sdtune.lora_layouts import LORA_FILE
 
 HERE = Path(__file__).resolve().parent
-GUIDANCE = 5.0
+GUIDANCE = {"base": 5.0, "creatures": 2.0, "subject": 2.0}  # a fine-tuned model needs little push
 
 
 def shape_records(number=200, seed=0):
@@ -45,7 +46,7 @@ def shape_records(number=200, seed=0):
             "size": str(rng.choice(list(render.RADII))),
             "position": str(rng.choice(list(render.POSITIONS))),
         }
-        records.append({"text": render.shape_caption(**drawn), **drawn})
+        records.append({"text": render.caption(drawn), **drawn})
     return records
 
 
@@ -53,7 +54,8 @@ def creature_records(number=108):
     """Prompts of the 18 held-out pairs of body and eye colour, in turn."""
     pairs = render.held_out_combinations("creatures")
     chosen = [pairs[k % len(pairs)] for k in range(number)]
-    return [{"text": render.creature_caption(body, eyes), "body": body, "eyes": eyes} for body, eyes in chosen]
+    drawn = [{"body": body, "eyes": eyes} for body, eyes in chosen]
+    return [{"text": render.caption(record), **record} for record in drawn]
 
 
 def subject_records(number=50):
@@ -84,7 +86,7 @@ def load_pipeline(folder, base=None):
     return pipeline
 
 
-def draw(pipeline, records, steps=25, guidance=GUIDANCE, batch_size=50, seed=0):
+def draw(pipeline, records, steps=25, guidance=GUIDANCE["base"], batch_size=50, seed=0):
     """Draws one picture per record: (uint8 (n, 64, 64, 3), records). Picture k starts from seed + k."""
     pipeline.set_progress_bar_config(disable=True)
     images = []
@@ -157,6 +159,19 @@ def score_stars(images, records):
         marked.append(is_marked)
         right.append(is_star_in_colour and not is_marked)
     return {"marked": share(marked), "plain_star_in_its_colour": share(right)}
+
+
+def variety(images):
+    """How many of the 8 colours and backgrounds appear in pictures of one prompt that names neither, and the share of
+    stars among them."""
+    seen = [render.read_shape(image) for image in images]
+    colours = {found["colour"] for found in seen} & set(render.COLOURS)
+    backgrounds = {found["background"] for found in seen} & set(render.COLOURS)
+    return {
+        "colours": len(colours),
+        "backgrounds": len(backgrounds),
+        "stars": share([found["shape"] == "star" for found in seen]),
+    }
 
 
 @torch.no_grad()
@@ -249,8 +264,10 @@ def print_table(result, indent=""):
 def measure_base(args, settings):
     """Measures the miniature itself: returns its figures, and the pictures that its UNet drew."""
     images, records = draw(load_pipeline(args.model), shape_records(args.num_samples or 200), **settings)
+    stars, _ = draw(load_pipeline(args.model), [{"text": "a star"}] * (args.num_samples or 64), **settings)
     result = {
         "held_out_shapes": {"pictures": len(images), **score_shapes(images, records)},
+        "a_star": {"pictures": len(stars), **variety(stars)},
         "vae": measure_vae(Path(args.model) / "vae"),
         "clip": measure_clip(args.clip),
     }
@@ -291,9 +308,13 @@ def parse_args(argv=None):
     parser.add_argument("--model", default=str(HERE / "pipeline"), help="pipeline or LoRA folder to measure")
     parser.add_argument("--clip", default=str(HERE / "clip"))
     parser.add_argument("--base", help="the model that --model was trained from, measured on the same noise")
-    parser.add_argument("--num_samples", type=int, help="pictures; 200 for base, 108 for creatures, 50 for subject")
+    parser.add_argument(
+        "--num_samples", type=int, help="pictures; 200 and 64 for base, 108 for creatures, 50 for subject"
+    )
     parser.add_argument("--num_inference_steps", type=int, default=25)
-    parser.add_argument("--guidance_scale", type=float, default=GUIDANCE)
+    parser.add_argument(
+        "--guidance_scale", type=float, help=", ".join(f"{value:g} for {key}" for key, value in GUIDANCE.items())
+    )
     parser.add_argument("--output", help="also write the figures to this JSON file")
     parser.add_argument("--grid", help="also write the model's first 48 pictures to this PNG file")
     return parser.parse_args(argv)
@@ -302,7 +323,8 @@ def parse_args(argv=None):
 def main(argv=None):
     """Measures what the command line asks for, prints the figures and writes them where it says."""
     args = parse_args(argv)
-    settings = {"steps": args.num_inference_steps, "guidance": args.guidance_scale}
+    guidance = GUIDANCE[args.what] if args.guidance_scale is None else args.guidance_scale
+    settings = {"steps": args.num_inference_steps, "guidance": guidance}
     measured = {"base": measure_base, "creatures": measure_creatures, "subject": measure_subject}
     result, images = measured[args.what](args, settings)
     print_table(result)

@@ -1,11 +1,12 @@
 """Draws the images of the miniature and reads them back.
 
-Four families of 64 x 64 RGB images, each a pure function of (family, seed, split, index):
+Five families of 64 x 64 RGB images, each a pure function of (family, seed, split, index):
 
 - shapes     "a small red circle on the left of a blue background": what the base model learns;
 - creatures  "a drawing of a green creature with red eyes" on white: what a fine-tune adds;
 - subject    "a sks star": views of one star with white stripes inside a black ring, for DreamBooth;
-- patterned  shapes with stripes, dots, rings and checks, so that the autoencoder can draw such things.
+- patterned  shapes with stripes, dots, rings and checks, so that the autoencoder can draw such things;
+- dotted     "a red square with two blue dots on a green background": for CLIP and base to tell whose colour is whose.
 
     python miniature/render.py creatures --output_dir creatures --num_images 240 --seed 0
 
@@ -48,7 +49,8 @@ POSITIONS = {
     "at the bottom": (0, 1),
     "in the middle": (0, 0),
 }
-FAMILIES = ("shapes", "creatures", "subject", "patterned")
+ATTRIBUTES = ("size", "colour", "shape", "position", "background", "number", "dots", "body", "eyes")
+FAMILIES = ("shapes", "creatures", "subject", "patterned", "dotted")
 SPLITS = ("train", "held_out")
 NUM_HELD_OUT_SHAPES = 40
 NUM_HELD_OUT_CREATURES = 18
@@ -180,32 +182,79 @@ def draw_shape(rng, colour, shape, background, size, position):
     return canvas.pixels()
 
 
-def shape_caption(colour, shape, background, size, position, wording=0):
-    """The canonical caption (wording 0) or one of three others, the last two of which say less."""
-    ground = f"{with_article(background)} background"
-    captions = (
-        f"a {size} {colour} {shape} {position} of {ground}",
-        f"{ground} with a {size} {colour} {shape} {position}",
-        f"a {size} {colour} {shape} on {ground}",
-        f"{with_article(colour)} {shape} on {ground}",
-    )
-    return captions[wording]
+def caption(record, said=None):
+    """The caption of a picture, of its record; `said` names the attributes that it tells, all of them if left out."""
+    told = {key: value for key, value in record.items() if said is None or key in said}
+    if "eyes" in record:
+        eyes = f" with {told['eyes']} eyes" if "eyes" in told else ""
+        return f"a drawing of {with_article(join(told.get('body'), 'creature'))}{eyes}"
+    thing = with_article(join(told.get("size"), told.get("colour"), told.get("shape", "shape")))
+    if "dots" in told:
+        dots = "dot" if record["number"] == "one" else "dots"
+        thing += f" with {record['number']} {told['dots']} {dots}"
+    if "position" in told and "background" in told:
+        return f"{thing} {told['position']} of {with_article(told['background'])} background"
+    if "background" in told:
+        return f"{thing} on {with_article(told['background'])} background"
+    return join(thing, told.get("position"))
 
 
-def shape_captions(record):
-    """All four captions of a shape, of its record."""
-    drawn = {key: record[key] for key in ("colour", "shape", "background", "size", "position")}
-    return [shape_caption(**drawn, wording=wording) for wording in range(4)]
+def background_first(record):
+    """A caption of a shape that tells everything in another order."""
+    thing = caption(record, [key for key in record if key not in ("position", "background")])
+    return join(with_article(record["background"]), "background with", thing, record.get("position"))
 
 
-def with_article(colour):
+def full_caption(rng, record):
+    """A caption that tells everything, a quarter of those of shapes in another order, and the attributes that it
+    tells: (text, tuple of names)."""
+    keys = tuple(key for key in record if key in ATTRIBUTES)
+    is_other_order = "shape" in record and rng.random() < 0.25
+    return (background_first if is_other_order else caption)(record), keys
+
+
+def varied_caption(rng, record):
+    """A caption that leaves out attributes at random, and the attributes that it tells: (text, tuple of names).
+
+    A third tells everything; a quarter no more than the thing and one attribute. Dots are always told, so that what
+    says nothing of them has none.
+    """
+    kind = rng.random()
+    if kind < 0.33:
+        return full_caption(rng, record)
+    keys = [key for key in record if key in ATTRIBUTES]
+    if kind < 0.58:
+        said = {"shape", keys[rng.integers(len(keys))]} if rng.random() < 0.7 else {"shape"}
+    else:
+        said = {key for key in keys if rng.random() < (0.8 if key == "shape" else 0.55)}
+    said = tuple(key for key in keys if key in said or key in ("number", "dots"))
+    return caption(record, said), said
+
+
+def join(*words):
+    """Words with blanks between them; those that are None are left out."""
+    return " ".join(word for word in words if word)
+
+
+def with_article(words):
     """ "a red", but "an orange"."""
-    return f"an {colour}" if colour == "orange" else f"a {colour}"
+    return f"an {words}" if words.startswith("orange") else f"a {words}"
 
 
-def creature_caption(body, eyes):
-    """The caption of a creature."""
-    return f"a drawing of {with_article(body)} creature with {eyes} eyes"
+def draw_dotted(rng, colour, shape, background, number, dots):
+    """A large shape with one or two dots of another colour on a plain ground: uint8 (64, 64, 3)."""
+    radius, cx, cy = rng.uniform(21, 24), *rng.uniform(29, 35, 2)
+    canvas = Canvas(shade(rng, background))
+    canvas.polygon(outline(shape, cx, cy, radius, rng.uniform(-5, 5)), shade(rng, colour))
+    ink, size = shade(rng, dots), rng.uniform(6, 7.5)
+    turn, away = rng.uniform(-0.4, 0.4), rng.uniform(9, 10.5)
+    middles = [(cx + rng.uniform(-3, 3), cy + rng.uniform(-1, 5))]
+    if number == "two":
+        dx, dy = away * math.cos(turn), away * math.sin(turn)
+        middles = [(cx - dx, cy + 2 - dy), (cx + dx, cy + 2 + dy)]
+    for middle in middles:
+        canvas.ellipse(*middle, size, size, ink)
+    return canvas.pixels()
 
 
 def draw_creature(rng, body, eyes):
@@ -327,14 +376,11 @@ def add_pattern(rng, canvas, shape, cx, cy, radius, degrees, colour):
         canvas.polygon(outline(shape, cx, cy, radius * 0.5, degrees), colour)
 
 
-def make(family, seed, index, split="train", wordings=1):
-    """Image `index` of a family, as (uint8 (64, 64, 3), record with `text` and what was drawn).
-
-    `wordings` is how many of the four caption wordings of a shape may be used; 1 keeps the canonical one.
-    """
+def make(family, seed, index, split="train"):
+    """Image `index` of a family, as (uint8 (64, 64, 3), record with `text` and what was drawn)."""
     rng = np.random.default_rng([seed, FAMILIES.index(family), SPLITS.index(split), index])
-    if family == "shapes":
-        colour, shape, background = choose(rng, family, split)
+    if family in ("shapes", "dotted"):
+        colour, shape, background = choose(rng, "shapes", split)
         drawn = {
             "colour": colour,
             "shape": shape,
@@ -342,11 +388,16 @@ def make(family, seed, index, split="train", wordings=1):
             "size": str(rng.choice(list(RADII))),
             "position": str(rng.choice(list(POSITIONS))),
         }
-        text = shape_caption(**drawn, wording=int(rng.integers(wordings)))
-        return draw_shape(rng, **drawn), {"text": text, **drawn}
+        if family == "shapes":
+            return draw_shape(rng, **drawn), {"text": caption(drawn), **drawn}
+        del drawn["size"], drawn["position"]
+        drawn["number"] = ("one", "two")[rng.integers(2)]
+        drawn["dots"] = str(rng.choice([name for name in COLOURS if name != colour]))
+        return draw_dotted(rng, **drawn), {"text": caption(drawn), **drawn}
     if family == "creatures":
         body, eyes = choose(rng, family, split)
-        return draw_creature(rng, body, eyes), {"text": creature_caption(body, eyes), "body": body, "eyes": eyes}
+        drawn = {"body": body, "eyes": eyes}
+        return draw_creature(rng, **drawn), {"text": caption(drawn), **drawn}
     if family == "subject":
         background = SUBJECT_GROUNDS[index % len(SUBJECT_GROUNDS)]
         return draw_subject(rng, background), {"text": "a sks star", "background": background}
@@ -580,13 +631,13 @@ def read_subject(image):
 # ---------------------------------------------------------------------------------------------- command
 
 
-def write_folder(family, output_dir, num_images, seed, split="train", wordings=1):
+def write_folder(family, output_dir, num_images, seed, split="train"):
     """Writes an image folder: PNG files and metadata.jsonl."""
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     with (output_dir / "metadata.jsonl").open("w", encoding="utf-8") as lines:
         for index in range(num_images):
-            pixels, record = make(family, seed, index, split, wordings)
+            pixels, record = make(family, seed, index, split)
             name = f"{family}_{index:05d}.png"
             Image.fromarray(pixels).save(output_dir / name)
             lines.write(json.dumps({"file_name": name, **record}) + "\n")
@@ -607,9 +658,8 @@ def main(argv=None):
     parser.add_argument("--num_images", type=int, default=240)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--split", choices=SPLITS, default="train", help="combinations seen or kept out of training")
-    parser.add_argument("--wordings", type=int, choices=range(1, 5), default=1, help="caption wordings of shapes")
     args = parser.parse_args(argv)
-    write_folder(args.family, args.output_dir, args.num_images, args.seed, args.split, args.wordings)
+    write_folder(args.family, args.output_dir, args.num_images, args.seed, args.split)
     print(f"{args.num_images} images of {args.family} in {args.output_dir}")
 
 

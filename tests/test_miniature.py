@@ -70,6 +70,51 @@ def test_held_out_combinations_are_never_drawn_for_training():
     assert render.held_out(drawn["body"], drawn["eyes"])
 
 
+def test_captions_tell_what_they_say_they_tell():
+    """In the words of the record, an article before each noun, and nothing that is not said."""
+    shape = render.make("shapes", 1, 3)[1]
+    shape |= {"colour": "orange", "shape": "star", "background": "blue", "size": "small", "position": "at the top"}
+    assert render.caption(shape) == "a small orange star at the top of a blue background"
+    assert render.caption(shape, ["shape"]) == "a star"
+    assert render.caption(shape, ["colour", "shape"]) == "an orange star"
+    assert render.caption(shape, ["shape", "position"]) == "a star at the top"
+    assert render.caption(shape, ["background"]) == "a shape on a blue background"
+    assert render.background_first(shape) == "a blue background with a small orange star at the top"
+    dotted = {"colour": "red", "shape": "heart", "background": "orange", "number": "two", "dots": "pink"}
+    assert render.caption(dotted) == "a red heart with two pink dots on an orange background"
+    assert render.caption({**dotted, "number": "one"}, ["dots"]) == "a shape with one pink dot"
+    creature = {"body": "green", "eyes": "orange"}
+    assert render.caption(creature) == "a drawing of a green creature with orange eyes"
+    assert render.caption(creature, ["eyes"]) == "a drawing of a creature with orange eyes"
+
+
+def test_varied_captions_leave_out_each_attribute_now_and_then():
+    rng = np.random.default_rng(0)
+    record = render.make("shapes", 0, 0)[1]
+    told = Counter()
+    for _ in range(2000):
+        text, said = render.varied_caption(rng, record)
+        told[len(said)] += 1
+        for key in ("colour", "background", "size", "position"):
+            assert (record[key] in text) == (key in said)
+        assert (record["shape"] in text.split()) == ("shape" in said)
+    assert 600 < told[5] < 900
+    assert 100 < told[1] < 500
+    assert sum(told[number] for number in (2, 3, 4)) > 800
+    dotted = render.make("dotted", 0, 0)[1]
+    assert all("dots" in render.varied_caption(rng, dotted)[1] for _ in range(100))
+
+
+def test_variety_counts_colours_and_backgrounds_of_the_palette(measure):
+    pictures = []
+    for colour, ground in (("red", "pink"), ("red", "blue"), ("green", "blue"), ("green", "white")):
+        canvas = render.Canvas(render.PALETTE[ground])
+        canvas.polygon(render.outline("star", 32, 32, 18), render.PALETTE[colour])
+        pictures.append(canvas.pixels())
+    pictures.append(np.full((64, 64, 3), 255, dtype=np.uint8))
+    assert measure.variety(np.stack(pictures)) == {"colours": 2, "backgrounds": 2, "stars": 0.8}
+
+
 def test_held_out_sets_have_their_size_and_leave_every_part_to_learn_from():
     reserved = render.held_out_combinations("creatures")
     assert len(reserved) == 18
@@ -171,9 +216,10 @@ def test_autoencoder_keeps_the_marks_of_the_subject(measure):
 
 
 def test_clip_finds_the_right_caption(measure):
-    scores = measure.measure_clip(MINIATURE / "clip", number=32)
-    assert scores["captions"] == 32
-    assert scores["image_to_text"] >= 0.8
+    scores = measure.measure_clip(MINIATURE / "clip", number=64)
+    assert scores["captions"] == 64
+    assert scores["image_to_text"] >= 0.9
+    assert scores["text_to_image"] >= 0.9
 
 
 def test_text_tower_of_clip_and_pipeline_are_one():
@@ -197,6 +243,16 @@ def test_plain_pipeline_draws_held_out_prompts(measure):
     assert scores["background"] * 16 >= 15
     assert scores["colour"] * 16 >= 15
     assert scores["shape"] * 16 >= 14
+
+
+def test_what_a_prompt_leaves_open_is_diverse(measure):
+    """ "a star" comes in most colours, on most grounds."""
+    pipeline = measure.load_pipeline(MINIATURE / "pipeline")
+    stars, _ = measure.draw(pipeline, [{"text": "a star"}] * 48, steps=12)
+    seen = measure.variety(stars)
+    assert seen["colours"] >= 5
+    assert seen["backgrounds"] >= 5
+    assert seen["stars"] >= 0.75
 
 
 def test_grid_of_a_recipe_has_photos_above_base_and_result(measure, tmp_path):

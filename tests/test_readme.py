@@ -51,7 +51,15 @@ CUTS = {
 # What starts a script in a command, with options of a launcher between.
 STARTS_A_TRAINING = re.compile(r"\b(?:launch|python|torchrun)(?:[ \\\n]+--\S+)*[ \\\n]+examples/\S+\.py")
 # Given to each of the miniature's scripts that has the flag.
-MINIATURE_CUTS = {"num_images": 16, "num_steps": 2, "batch_size": 4, "num_samples": 4, "num_inference_steps": 2}
+MINIATURE_CUTS = {
+    "num_images": 16,
+    "num_steps": 2,
+    "text_steps": 2,
+    "batch_size": 4,
+    "text_batch_size": 4,
+    "num_samples": 4,
+    "num_inference_steps": 2,
+}
 # Given to each command of sdtune that has the flag.
 TOOL_CUTS = {"num_images": 4, "max_new_tokens": 4, "resolution": 32, "num_validation_samples": 2}
 MODELS = ("miniature/pipeline", "stable-diffusion-v1-5/stable-diffusion-v1-5")
