@@ -69,11 +69,11 @@ def test_the_plan_names_the_device(monkeypatch):
 
 
 def test_what_is_not_used_of_a_folder_of_photos_is_told_by_kind(tiny_pipeline, tmp_path, capsys):
-    """Six photos, of which one is held out and two have captions; a broken one, two of a telephone, a note."""
+    """Six photos, of which two have captions; a broken one, two of a telephone, a note."""
     folder = write_image_folder(tmp_path / "photos", 6)
     (folder / "metadata.jsonl").unlink()
     for number in (0, 1):
-        (folder / f"{number:03d}.txt").write_text(f"a drawing {number}")
+        (folder / f"{number:02d}.txt").write_text(f"a drawing {number}")
     for name in ("a.heic", "b.HEIC", "note.pdf", "broken.jpg"):
         (folder / name).write_bytes(b"none")
     script = load_script(TRAIN_DREAMBOOTH)
