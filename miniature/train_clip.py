@@ -184,9 +184,9 @@ def contrastive_loss(image_embeds, text_embeds, true, scale):
 class Attributes(torch.nn.Module):
     """An embedding of what is drawn, in the image tower's place: the sum of a vector for each attribute's value."""
 
-    def __init__(self, attributes, width):
+    def __init__(self, width, number=64):  # render.py has 54 values; few images may show not all of them
         super().__init__()
-        self.table = torch.nn.Embedding(int(attributes.max()) + 2, width)
+        self.table = torch.nn.Embedding(number + 1, width)
         self.table.weight.data.mul_(0.2)
 
     def forward(self, attributes):
@@ -320,7 +320,7 @@ def train(args):
     model.train()
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{num_parameters:,} parameters, {len(tokenizer)} tokens, {len(tokens):,} distinct captions")
-    oracle = Attributes(data["attributes"], model.projection_dim)
+    oracle = Attributes(model.projection_dim)
     text_parts = [*model.text_model.parameters(), *model.text_projection.parameters(), model.logit_scale]
 
     def embed_records(chosen, ids):
