@@ -178,7 +178,7 @@ def parse_args(argv=None):
     parser.add_argument("--data_dir", default="demo/emoji", help="folder that `emoji.py render` wrote")
     parser.add_argument("--num_seeds", type=int, default=4, help="pictures of each name seen; twice as many of others")
     parser.add_argument("--num_inference_steps", type=int, default=25)
-    parser.add_argument("--guidance_scale", type=float, default=measure.GUIDANCE)
+    parser.add_argument("--guidance_scale", type=float, default=3.0, help="that of examples/configs/emoji.yaml")
     parser.add_argument("--output", help="also write the figures to this JSON file")
     parser.add_argument("--picture", help="also show some of the pictures in this PNG file")
     return parser.parse_args(argv)

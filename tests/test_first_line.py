@@ -85,7 +85,7 @@ COMMANDS = {  # the words behind `sdtune`, and how the first line begins
     "push_dataset": ("push-dataset {images} me/mine --dry_run", "Would send 6 images"),
     "push_model": ("push-model {model} me/mine --dry_run", "Would send a pipeline: "),
     "find_batch_size": ("find-batch-size -- true", ""),
-    "report": ("report {full} --output={new}.html", "Wrote {new}.html"),
+    "report": ("report {full} --output={new}.html", "full: No images were held out"),
 }
 
 

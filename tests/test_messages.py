@@ -537,7 +537,7 @@ def test_a_full_disk(limit, path, scripts, tiny_pipeline, images, tmp_path, capf
 MISTAKES = {  # the words behind `sdtune`, with the places of a model, images and an empty folder, and what is named
     "no_such": (["chekc"], "there is no command 'chekc'; did you mean check?"),
     "check": (["check"], "DATASET is missing: name a folder"),
-    "check_gone": (["check", "{empty}/gone"], "DATASET={empty}/gone: cannot be loaded; check it"),
+    "check_gone": (["check", "{empty}/gone"], "DATASET={empty}/gone: there is no such folder or file; check its name"),
     "check_flag": (["check", "{images}", "--resolutoin=3"], "--resolutoin: is no flag; did you mean --resolution?"),
     "show": (["show", "{images}"], "--output is missing: name a file that ends in .png"),
     "caption": (["caption", "{empty}/gone"], "FOLDER={empty}/gone: does not exist, or is no folder; name a folder of"),
