@@ -307,7 +307,7 @@ def test_an_offloaded_average_gets_each_parameter_once_through_one_buffer(monkey
 
 @pytest.fixture(scope="module")
 def gain(tmp_path_factory):
-    """How far the miniature's held-out loss of creatures falls in 50 steps with these settings."""
+    """By which share the miniature's held-out loss of creatures falls in 50 steps with these settings."""
     script, folder = load_script(TRAIN_TEXT_TO_IMAGE), tmp_path_factory.mktemp("creatures")
     load_script(REPO / "miniature" / "render.py").write_folder("creatures", folder / "images", 64, seed=0)
 
@@ -315,7 +315,7 @@ def gain(tmp_path_factory):
     def measure(**settings):
         settings = {
             "resolution": 64,
-            "max_train_steps": 70,
+            "max_train_steps": 50,
             "train_batch_size": 8,
             "lr_scheduler": "constant_with_warmup",
             "lr_warmup_steps": 5,
@@ -327,7 +327,8 @@ def gain(tmp_path_factory):
             **settings,
         }
         assert train(script, REPO / "miniature" / "pipeline", folder / "images", folder / "out", **settings) == 0
-        return read_log(folder / "out")[-1]["held_out_gain"]
+        first, *_, last = [row for row in read_log(folder / "out") if "held_out_loss" in row]
+        return last["held_out_gain"] / first["held_out_loss"]
 
     return measure
 
@@ -340,5 +341,5 @@ def gain(tmp_path_factory):
 )
 def test_other_optimizers_learn_as_adamw_does(gain, settings):
     """At least 80 % of what AdamW in float32 gains in the same steps."""
-    assert gain() > 0.2
+    assert gain() > 0.5
     assert gain(**settings) >= 0.8 * gain()
