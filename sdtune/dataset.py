@@ -339,7 +339,8 @@ def read_folder(folder, caption_column, takes_train=False, follows_links=False):
         print(f"Left aside in {folder}: {tell_foreign_pictures(foreign)}.")
     if aside := [path.name for path in files if path not in known and path.suffix != ".txt"]:
         some = in_one_line(", ".join(aside[:5]))
-        print(f"Left aside in {folder}: {len(aside)} files of other kinds, such as {some}.")
+        number = "1 file" if len(aside) == 1 else f"{len(aside)} files"
+        print(f"Left aside in {folder}: {number} of other kinds, such as {some}.")
     captions = {image: captions[image] for image in of_split(captions, folder, takes_train)}
     names = [str(path) for path in captions]
     if odd := [name for name in names if not is_utf8(name)]:

@@ -44,7 +44,9 @@ class RunRecord:
     def last_step(self):
         """The last step that is told of; one that was done before the run went back counts no more."""
         starts = [number for number, row in enumerate(self.history) if row.get("event") in ("started", "resumed")]
-        return max([row["step"] for row in self.rows + self.history[max(starts, default=0) :]], default=0)
+        newest = starts[-1] if starts else 0
+        told = self.rows + self.history[newest:]
+        return max([row["step"] for row in told], default=0)
 
     def planned_step(self):
         """The last step that was planned, or None where nobody knows."""
@@ -144,8 +146,8 @@ def judge(run):
     if not looks:
         told = "No images were held out, so that nothing can be said about learning"
         if len(losses) > 1:
-            first, last = smoothed([row["loss"] for row in losses])[:: len(losses) - 1]
-            told += f"; the loss in training, smoothed, went from {first:.3f} to {last:.3f}"
+            means = smoothed([row["loss"] for row in losses])
+            told += f"; the loss in training, smoothed, went from {means[0]:.3f} to {means[-1]:.3f}"
         return f"{told}. --num_validation_samples holds some out.", "open"
     last, number = looks[-1], run.settings.get("num_validation_samples")
     of_images = f"The loss on {number} images" if number else "The loss on images"

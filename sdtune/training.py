@@ -306,7 +306,8 @@ def raised_together(accelerator):
     problems = []
     with gathered(problems):
         yield
-    raise_problems(next((found for found in gather_object([problems]) if found), []))
+    for found in gather_object([problems]):
+        raise_problems(found)
 
 
 def has_dropout(models):

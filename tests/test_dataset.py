@@ -231,7 +231,7 @@ def test_linked_folders_are_said_to_be_left_aside(image_folder, capsys):
     folder = image_folder(2)
     (folder / "more").symlink_to(image_folder(1, name="elsewhere"), target_is_directory=True)
     assert len(read_folder(folder, "text")) == 2
-    assert "1 files of other kinds, such as more." in capsys.readouterr().out
+    assert "1 file of other kinds, such as more." in capsys.readouterr().out
 
 
 def test_a_second_table_may_hold_other_columns_only(image_folder):
@@ -246,7 +246,7 @@ def test_unknown_files_are_said_to_be_left_aside(image_folder, capsys):
     (folder / "photo.heic").write_bytes(b"x")
     assert len(read_folder(folder, "text")) == 2
     said = capsys.readouterr().out
-    assert "1 files of other kinds, such as notes.docx" in said
+    assert "1 file of other kinds, such as notes.docx" in said
     assert "notes.docx" in said
     assert "photo.heic" in said
 

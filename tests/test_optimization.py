@@ -64,8 +64,8 @@ def test_schedules_that_warm_up(schedule):
 def test_piecewise_constant_needs_rules_that_can_be_read(rules):
     words = [] if rules is None else [f"--lr_step_rules={rules}"]
     (problem,) = check_optimization(parse("--lr_scheduler=piecewise_constant", *words))
-    told = f"={rules}: give" if rules else " is missing: give"
-    assert f"--lr_step_rules{told} rules such as 1:10,0.1:20,0.01" in problem
+    flag = f"--lr_step_rules={rules}" if rules else "--lr_step_rules is missing"
+    assert f"{flag}: give rules such as 1:10,0.1:20,0.01" in problem
 
 
 @pytest.mark.parametrize("rules", ["1:10,0.1", "1:10,0.1:20,1e-2", ".5:3,2"])

@@ -89,7 +89,7 @@ def test_what_is_not_used_of_a_folder_of_photos_is_told_by_kind(tiny_pipeline, t
     said = capsys.readouterr().out
     foreign = "2 of a kind that is not read (HEIC), such as a.heic; convert to JPEG or PNG first"
     assert f"Left aside in {folder}: {foreign}.\n" in said
-    assert f"Left aside in {folder}: 1 files of other kinds, such as note.pdf.\n" in said
+    assert f"Left aside in {folder}: 1 file of other kinds, such as note.pdf.\n" in said
     assert said[said.index("  images ") :].splitlines()[:5] == [
         "  images     18 to train on, 0 held out, at 32 x 32 pixels",
         "             6 photos, each 3 times",

@@ -982,7 +982,9 @@ class RunRecord:
     def last_step(self):
         """The last step that is told of; one that was done before the run went back counts no more."""
         starts = [number for number, row in enumerate(self.history) if row.get("event") in ("started", "resumed")]
-        return max([row["step"] for row in self.rows + self.history[max(starts, default=0) :]], default=0)
+        newest = starts[-1] if starts else 0
+        told = self.rows + self.history[newest:]
+        return max([row["step"] for row in told], default=0)
 
     def planned_step(self):
         """The last step that was planned, or None where nobody knows."""
@@ -1610,7 +1612,8 @@ def raised_together(accelerator):
     problems = []
     with gathered(problems):
         yield
-    raise_problems(next((found for found in gather_object([problems]) if found), []))
+    for found in gather_object([problems]):
+        raise_problems(found)
 
 
 def has_dropout(models):
@@ -2159,7 +2162,8 @@ def read_folder(folder, caption_column, takes_train=False, follows_links=False):
         print(f"Left aside in {folder}: {tell_foreign_pictures(foreign)}.")
     if aside := [path.name for path in files if path not in known and path.suffix != ".txt"]:
         some = in_one_line(", ".join(aside[:5]))
-        print(f"Left aside in {folder}: {len(aside)} files of other kinds, such as {some}.")
+        number = "1 file" if len(aside) == 1 else f"{len(aside)} files"
+        print(f"Left aside in {folder}: {number} of other kinds, such as {some}.")
     captions = {image: captions[image] for image in of_split(captions, folder, takes_train)}
     names = [str(path) for path in captions]
     if odd := [name for name in names if not is_utf8(name)]:
@@ -6455,8 +6459,8 @@ def judge(run):
     if not looks:
         told = "No images were held out, so that nothing can be said about learning"
         if len(losses) > 1:
-            first, last = smoothed([row["loss"] for row in losses])[:: len(losses) - 1]
-            told += f"; the loss in training, smoothed, went from {first:.3f} to {last:.3f}"
+            means = smoothed([row["loss"] for row in losses])
+            told += f"; the loss in training, smoothed, went from {means[0]:.3f} to {means[-1]:.3f}"
         return f"{told}. --num_validation_samples holds some out.", "open"
     last, number = looks[-1], run.settings.get("num_validation_samples")
     of_images = f"The loss on {number} images" if number else "The loss on images"

@@ -857,7 +857,9 @@ class RunRecord:
     def last_step(self):
         """The last step that is told of; one that was done before the run went back counts no more."""
         starts = [number for number, row in enumerate(self.history) if row.get("event") in ("started", "resumed")]
-        return max([row["step"] for row in self.rows + self.history[max(starts, default=0) :]], default=0)
+        newest = starts[-1] if starts else 0
+        told = self.rows + self.history[newest:]
+        return max([row["step"] for row in told], default=0)
 
     def planned_step(self):
         """The last step that was planned, or None where nobody knows."""
@@ -1579,6 +1581,7 @@ def train_steps(args, accelerator, run, write_state, stop, mesh, batches, traini
         is_broken = not is_finite and run.progress["nan_steps"] >= (args.max_nan_steps or 0)
         stop_now = asked == 2 or (is_asked(stop) and jax.process_count() == 1)
         if weight == 0:
+            loss = math.nan  # of nothing, which is no part of a mean
             note_passed_over(run, step)
         elif not is_broken:
             loss = mean_of_usable(loss, weight)
@@ -1590,7 +1593,7 @@ def train_steps(args, accelerator, run, write_state, stop, mesh, batches, traini
         if not is_broken:
             seconds = time.perf_counter() - started
             images_per_second = num_samples / seconds
-            recent.append((loss if weight else math.nan, num_samples, None if step == first_step else seconds))
+            recent.append((loss, num_samples, None if step == first_step else seconds))
             tell_step(args, bar, run, accelerator.device, recent)
             if is_first and (done % args.logging_steps == 0 or done == counts.last_step):
                 norm = grad_norm if is_finite else None
@@ -1868,7 +1871,8 @@ def read_folder(folder, caption_column, takes_train=False, follows_links=False):
         print(f"Left aside in {folder}: {tell_foreign_pictures(foreign)}.")
     if aside := [path.name for path in files if path not in known and path.suffix != ".txt"]:
         some = in_one_line(", ".join(aside[:5]))
-        print(f"Left aside in {folder}: {len(aside)} files of other kinds, such as {some}.")
+        number = "1 file" if len(aside) == 1 else f"{len(aside)} files"
+        print(f"Left aside in {folder}: {number} of other kinds, such as {some}.")
     captions = {image: captions[image] for image in of_split(captions, folder, takes_train)}
     names = [str(path) for path in captions]
     if odd := [name for name in names if not is_utf8(name)]:
@@ -5275,8 +5279,8 @@ def judge(run):
     if not looks:
         told = "No images were held out, so that nothing can be said about learning"
         if len(losses) > 1:
-            first, last = smoothed([row["loss"] for row in losses])[:: len(losses) - 1]
-            told += f"; the loss in training, smoothed, went from {first:.3f} to {last:.3f}"
+            means = smoothed([row["loss"] for row in losses])
+            told += f"; the loss in training, smoothed, went from {means[0]:.3f} to {means[-1]:.3f}"
         return f"{told}. --num_validation_samples holds some out.", "open"
     last, number = looks[-1], run.settings.get("num_validation_samples")
     of_images = f"The loss on {number} images" if number else "The loss on images"

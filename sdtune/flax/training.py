@@ -324,6 +324,7 @@ def train_steps(args, accelerator, run, write_state, stop, mesh, batches, traini
         is_broken = not is_finite and run.progress["nan_steps"] >= (args.max_nan_steps or 0)
         stop_now = asked == 2 or (is_asked(stop) and jax.process_count() == 1)
         if weight == 0:
+            loss = math.nan  # of nothing, which is no part of a mean
             note_passed_over(run, step)
         elif not is_broken:
             loss = mean_of_usable(loss, weight)
@@ -335,7 +336,7 @@ def train_steps(args, accelerator, run, write_state, stop, mesh, batches, traini
         if not is_broken:
             seconds = time.perf_counter() - started
             images_per_second = num_samples / seconds
-            recent.append((loss if weight else math.nan, num_samples, None if step == first_step else seconds))
+            recent.append((loss, num_samples, None if step == first_step else seconds))
             tell_step(args, bar, run, accelerator.device, recent)
             if is_first and (done % args.logging_steps == 0 or done == counts.last_step):
                 norm = grad_norm if is_finite else None
