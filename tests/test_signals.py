@@ -1,11 +1,13 @@
 """Signals are noted and answered, and afterwards do what they did before."""
 
 import contextlib
+import fcntl
 import os
 import signal
 import socket
 import subprocess
 import sys
+import termios
 import threading
 from pathlib import Path
 
@@ -211,6 +213,16 @@ def imports(process):
     return "libtorch" in maps or "jaxlib" in maps
 
 
+def count_unread(pipe):
+    """Bytes that were written to a pipe and that nobody has read."""
+    return int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
+
+
+def sleeps(process):
+    """Whether the main thread of a process waits for something."""
+    return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
+
+
 def check_end(process, path, number):
     """Asserts that a script has ended by a signal with its status and one line."""
     said, _ = process.communicate(timeout=60)
@@ -234,17 +246,20 @@ def test_a_signal_in_the_middle_of_imports(path, number, start, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", [TRAIN_TEXT_TO_IMAGE, TRAIN_TEXT_TO_IMAGE_FLAX], ids=lambda path: path.stem)
 def test_a_signal_while_flags_are_read(path, start, tmp_path):
-    """Which wait here for what a pipe is to say."""
+    """Which wait here for what a pipe is to say next."""
     os.mkfifo(tmp_path / "recipe.yaml")
     process = start(path, tmp_path, f"--config={tmp_path / 'recipe.yaml'}")
     writers = []
 
-    def is_read():
+    def is_opened():
         with contextlib.suppress(OSError):  # nobody reads yet
             writers.append(os.open(tmp_path / "recipe.yaml", os.O_WRONLY | os.O_NONBLOCK))
         return writers
 
-    wait_for(is_read, process)
+    wait_for(is_opened, process)
+    os.write(*writers, b"seed: 1\n")
+    # Python answers no signal that arrives between its opening of a file and its wait for what is in it.
+    wait_for(lambda: count_unread(*writers) == 0 and sleeps(process), process)
     for number in (*SAVES, signal.SIGINT):
         process.send_signal(number)
     check_end(process, path, signal.SIGINT)
