@@ -86,6 +86,7 @@ BUCKETS_REQUIRES = {
 CLASS_REQUIRES = {
     "class_data_dir": "with_prior_preservation",
     "class_prompt": "with_prior_preservation",
+    "class_prompts": "with_prior_preservation",
     "num_class_images": "with_prior_preservation",
     "prior_generation_precision": "with_prior_preservation",
     "prior_loss_weight": "with_prior_preservation",
@@ -465,6 +466,12 @@ def add_class_arguments(parser):
         help="their folder; the base draws what is missing; needs --with_prior_preservation",
     )
     add("--class_prompt", help="their caption: a photo of a dog; needs --with_prior_preservation")
+    add(
+        "--class_prompts",
+        nargs="+",
+        help="captions instead of it, that images are drawn from in turn, for more of what has to stay: a black dog, "
+        "a dog on a beach; needs --with_prior_preservation",
+    )
     add(
         "--num_class_images",
         type=positive_int,

@@ -335,6 +335,28 @@ def test_class_images_record_what_drew_them(fit, tmp_path, tiny_pipeline, quick_
             assert json.loads(image.text["class_image"]) == expected
 
 
+def test_class_images_are_drawn_from_several_prompts_in_turn(fit, tmp_path, quick_drawing, trained_on, capsys):
+    """Each is trained on with its own, and those that are there are kept when a prompt is added."""
+    classes, prompts = tmp_path / "classes", ["a dog", "a black dog"]
+    own = {"classes": classes, "class_prompt": None, "num_class_images": 5, "train_batch_size": 5}
+    assert fit(**own, class_prompts=prompts) == 0
+    before = snapshot(classes)
+    for number in range(5):
+        with Image.open(classes / f"class-{number:05d}.png") as image:
+            assert json.loads(image.text["class_image"])["prompt"] == prompts[number % 2]
+    assert sorted(sample["caption"] for sample in trained_on) == sorted([PROMPT] * 5 + prompts * 2 + prompts[:1])
+    capsys.readouterr()
+    assert fit("second", **{**own, "num_class_images": 6}, class_prompts=[*prompts, "a red dog"]) == 0
+    assert f"Class images in {classes}: 1 to be drawn" in capsys.readouterr().out
+    after = snapshot(classes)
+    assert after.keys() - before.keys() == {"class-00005.png", "class-00005.txt"}
+    assert all(after[name] == before[name] for name in before)
+    assert (classes / "class-00005.txt").read_text() == "a red dog"
+    assert fit("third", **own, class_prompts=["a cat", "a dog"]) == 2
+    told = f"--class_prompts=['a cat', 'a dog']: {classes / 'class-00001.png'} was drawn for 'a black dog'; name "
+    assert told in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("other", ["a photo of a cat", "Ein Foto von Bären"])
 def test_class_images_of_another_prompt_are_refused(fit, tmp_path, quick_drawing, capsys, other):
     classes = tmp_path / "classes"
@@ -599,7 +621,13 @@ def test_card_names_the_prompt(fit, tmp_path):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"class_prompt": None}, "--with_prior_preservation: needs --class_prompt"),
+        ({"class_prompt": None}, "--with_prior_preservation: needs --class_prompt, or --class_prompts of which"),
+        ({"class_prompt": " "}, "--with_prior_preservation: needs --class_prompt, or --class_prompts of which"),
+        (
+            {"class_prompt": None, "class_prompts": ["a dog", " "]},
+            "--with_prior_preservation: needs --class_prompt, or",
+        ),
+        ({"class_prompts": ["a dog"]}, "--class_prompt and --class_prompts: give one of them"),
         ({"class_data_dir": None}, "--with_prior_preservation: needs --class_data_dir"),
         ({"num_class_images": 0}, "--num_class_images: must be a whole number in [1, inf), not '0'"),
         ({"sample_batch_size": 0}, "--sample_batch_size: must be a whole number in [1, inf), not '0'"),
@@ -623,6 +651,7 @@ def test_wrong_flags_end_before_models_load(refused, tmp_path, settings, message
     [
         ("class_data_dir", "dogs"),
         ("class_prompt", "a dog"),
+        ("class_prompts", ["a dog"]),
         ("num_class_images", 10),
         ("sample_batch_size", 2),
         ("prior_loss_weight", 0.5),

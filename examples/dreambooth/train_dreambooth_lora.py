@@ -279,6 +279,7 @@ BUCKETS_REQUIRES = {
 CLASS_REQUIRES = {
     "class_data_dir": "with_prior_preservation",
     "class_prompt": "with_prior_preservation",
+    "class_prompts": "with_prior_preservation",
     "num_class_images": "with_prior_preservation",
     "prior_generation_precision": "with_prior_preservation",
     "prior_loss_weight": "with_prior_preservation",
@@ -3313,6 +3314,12 @@ def add_class_arguments(parser):
     )
     add("--class_prompt", help="their caption: a photo of a dog; needs --with_prior_preservation")
     add(
+        "--class_prompts",
+        nargs="+",
+        help="captions instead of it, that images are drawn from in turn, for more of what has to stay: a black dog, "
+        "a dog on a beach; needs --with_prior_preservation",
+    )
+    add(
         "--num_class_images",
         type=positive_int,
         help="how many; 100 if not given; needs --with_prior_preservation [1, inf)",
@@ -5140,8 +5147,11 @@ def check_subject(args):
     problems = []
     if args.with_prior_preservation and not args.class_data_dir:
         problems.append("--with_prior_preservation: needs --class_data_dir")
-    if args.with_prior_preservation and not (args.class_prompt or "").strip():
-        problems.append("--with_prior_preservation: needs --class_prompt")
+    prompts = class_prompts_of(args)
+    if args.with_prior_preservation and not all(prompt.strip() for prompt in prompts or [""]):
+        problems.append("--with_prior_preservation: needs --class_prompt, or --class_prompts of which none is blank")
+    if args.class_prompt is not None and args.class_prompts:
+        problems.append("--class_prompt and --class_prompts: give one of them")
     is_blank = bool(args.instance_prompt) and args.instance_prompt.isspace()
     lacks_prompt = args.instance_data_dir and not args.instance_prompt and not has_captions(args.instance_data_dir)
     if is_blank or lacks_prompt:
@@ -5152,6 +5162,11 @@ def check_subject(args):
     if args.class_data_dir:
         problems += check_class_folder(args)
     return problems
+
+
+def class_prompts_of(args):
+    """What class images are drawn from, in turn."""
+    return args.class_prompts or [args.class_prompt or ""]
 
 
 def has_captions(folder):
@@ -5200,11 +5215,11 @@ def load_class_images(args):
     return ClassImages(checked, fingerprint_of(0, checked.digests), missing)
 
 
-def record_of(args):
-    """What draws class images, as each of them records it; of a base in a folder its name alone."""
+def record_of(args, prompt):
+    """What draws a class image, as it records that; of a base in a folder its name alone."""
     base = args.pretrained_model_name_or_path
     return {
-        "prompt": args.class_prompt,
+        "prompt": prompt,
         "base": os.path.basename(os.path.abspath(base)) if os.path.exists(base) else base,
         "seed": args.seed,
         "steps": CLASS_STEPS,
@@ -5224,12 +5239,14 @@ def read_record(path):
 
 def check_records(args, paths):
     """Raises `InputError` if a class image was drawn for another prompt; warns of those that another base drew."""
-    wanted, of_another_base = record_of(args), []
+    prompts, of_another_base = class_prompts_of(args), []
+    wanted = record_of(args, prompts[0])
     for path in paths:
         record = {**wanted, **read_record(path)}
-        if record["prompt"] != wanted["prompt"]:
+        if record["prompt"] not in prompts:
+            flag = f"--class_prompts={prompts}" if args.class_prompts else f"--class_prompt={args.class_prompt}"
             raise InputError(
-                f"--class_prompt={wanted['prompt']}: {path} was drawn for {record['prompt']!r}; name another "
+                f"{flag}: {path} was drawn for {record['prompt']!r}; name another "
                 "--class_data_dir, or take that prompt"
             )
         if record["base"] != wanted["base"]:
@@ -5293,24 +5310,28 @@ def draw_class_images(args, accelerator, names):
     enable_memory_savers(args, pipeline.unet, accelerator.device, dtype)
     pipeline.to(accelerator.device, dtype).set_progress_bar_config(disable=True)
     pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
-    record = PngImagePlugin.PngInfo()
-    record.add_text(CLASS_RECORD, json.dumps(record_of(args)))
+    prompts = class_prompts_of(args)
     size = args.sample_batch_size or 4
     for start in tqdm(
         range(0, len(mine), size), "Class images", disable=None if accelerator.is_main_process else True
     ):
         batch = mine[start : start + size]
         numbers = [int(name.removeprefix("class-").removesuffix(".png")) for name in batch]
+        batch_prompts = [prompts[number % len(prompts)] for number in numbers]
         seeds = [random_numbers(args.seed, CLASS, 0, number).integers(2**63) for number in numbers]
         drawn = pipeline(
-            [args.class_prompt] * len(batch),
+            batch_prompts,
             height=args.resolution,
             width=args.resolution,
             num_inference_steps=CLASS_STEPS,
             guidance_scale=CLASS_GUIDANCE,
             generator=[torch.Generator().manual_seed(int(seed)) for seed in seeds],
         ).images
-        for name, image in zip(batch, drawn, strict=True):
+        for name, prompt, image in zip(batch, batch_prompts, drawn, strict=True):
+            if args.class_prompts:  # each image has a caption of its own then
+                (folder / name).with_suffix(".txt").write_text(prompt, encoding="utf-8")
+            record = PngImagePlugin.PngInfo()
+            record.add_text(CLASS_RECORD, json.dumps(record_of(args, prompt)))
             image.save(folder / f".{name}", "PNG", pnginfo=record)
             (folder / f".{name}").rename(folder / name)
     accelerator.wait_for_everyone()
