@@ -6,7 +6,9 @@ Five families of 64 x 64 RGB images, each a pure function of (family, seed, spli
 - creatures  "a drawing of a green creature with red eyes" on white: what a fine-tune adds;
 - subject    "a sks star": views of one star with white stripes inside a black ring, for DreamBooth;
 - patterned  shapes with stripes, dots, rings and checks, so that the autoencoder can draw such things;
-- dotted     "a red square with two blue dots on a green background": for CLIP and base to tell whose colour is whose.
+- dotted     "a red square with two blue dots on a green background": for CLIP and base to tell whose colour is whose;
+- marked     "a red heart with yellow stripes in a blue ring on a green background", for the base: a subject is made of
+             what a base knows apart.
 
     python miniature/render.py creatures --output_dir creatures --num_images 240 --seed 0
 
@@ -49,8 +51,9 @@ POSITIONS = {
     "at the bottom": (0, 1),
     "in the middle": (0, 0),
 }
-ATTRIBUTES = ("size", "colour", "shape", "position", "background", "number", "dots", "body", "eyes")
-FAMILIES = ("shapes", "creatures", "subject", "patterned", "dotted")
+ATTRIBUTES = ("size", "colour", "shape", "position", "background", "number", "dots", "stripes", "ring", "body", "eyes")
+ALWAYS_TOLD = ("number", "dots", "stripes", "ring")  # so that what says nothing of them has none
+FAMILIES = ("shapes", "creatures", "subject", "patterned", "dotted", "marked")
 SPLITS = ("train", "held_out")
 NUM_HELD_OUT_SHAPES = 40
 NUM_HELD_OUT_CREATURES = 18
@@ -192,6 +195,10 @@ def caption(record, said=None):
     if "dots" in told:
         dots = "dot" if record["number"] == "one" else "dots"
         thing += f" with {record['number']} {told['dots']} {dots}"
+    if "stripes" in told:
+        thing += f" with {told['stripes']} stripes"
+    if "ring" in told:
+        thing += f" in {with_article(told['ring'])} ring"
     if "position" in told and "background" in told:
         return f"{thing} {told['position']} of {with_article(told['background'])} background"
     if "background" in told:
@@ -216,8 +223,7 @@ def full_caption(rng, record):
 def varied_caption(rng, record):
     """A caption that leaves out attributes at random, and the attributes that it tells: (text, tuple of names).
 
-    A third tells everything; a quarter no more than the thing and one attribute. Dots are always told, so that what
-    says nothing of them has none.
+    A third tells everything; a quarter no more than the thing and one attribute. `ALWAYS_TOLD` is told by all.
     """
     kind = rng.random()
     if kind < 0.33:
@@ -227,7 +233,7 @@ def varied_caption(rng, record):
         said = {"shape", keys[rng.integers(len(keys))]} if rng.random() < 0.7 else {"shape"}
     else:
         said = {key for key in keys if rng.random() < (0.8 if key == "shape" else 0.55)}
-    said = tuple(key for key in keys if key in said or key in ("number", "dots"))
+    said = tuple(key for key in keys if key in said or key in ALWAYS_TOLD)
     return caption(record, said), said
 
 
@@ -254,6 +260,23 @@ def draw_dotted(rng, colour, shape, background, number, dots):
         middles = [(cx - dx, cy + 2 - dy), (cx + dx, cy + 2 + dy)]
     for middle in middles:
         canvas.ellipse(*middle, size, size, ink)
+    return canvas.pixels()
+
+
+def draw_marked(rng, colour, shape, background, stripes=None, ring=None):
+    """A large shape with stripes of another colour, inside a ring, or both: uint8 (64, 64, 3)."""
+    radius, degrees = rng.uniform(18, 21), rng.uniform(-15, 15)
+    cx, cy = rng.uniform(30, 34, 2)
+    canvas = Canvas(shade(rng, background))
+    points = outline(shape, cx, cy, radius, degrees)
+    canvas.polygon(points, shade(rng, colour))
+    if stripes:
+        turned = degrees + rng.choice([0, 0, 45, 90])
+        add_stripes(
+            canvas, mask_of(points), shade(rng, stripes), cx, cy, turned, radius * rng.uniform(0.6, 0.75), 0.55
+        )
+    if ring:
+        add_ring(canvas, cx, cy, radius * rng.uniform(1.25, 1.35), rng.uniform(4, 5), shade(rng, ring))
     return canvas.pixels()
 
 
@@ -320,7 +343,7 @@ def mask_of(points):
     return mask
 
 
-def ring(canvas, cx, cy, radius, width, colour):
+def add_ring(canvas, cx, cy, radius, width, colour):
     """Draws a ring around (cx, cy)."""
     points = ellipse_points(cx, cy, radius, radius)
     canvas.line(points + points[:2], colour, width)  # closed, the corner where it began rounded too
@@ -334,7 +357,7 @@ def draw_subject(rng, background):
     star = outline("star", cx, cy, radius, degrees)
     canvas.polygon(star, shade(rng, SUBJECT_COLOUR))
     add_stripes(canvas, mask_of(star), WHITE, cx, cy, degrees, period=radius * 0.65, duty=0.6)
-    ring(canvas, cx, cy, radius * 1.28, 4.5, BLACK)
+    add_ring(canvas, cx, cy, radius * 1.28, 4.5, BLACK)
     return canvas.pixels()
 
 
@@ -356,7 +379,7 @@ def draw_patterned(rng):
         add_pattern(rng, canvas, shape, cx, cy, radius, degrees, second)
         if rng.random() < 0.5:
             ink = "black" if rng.random() < 0.3 else inks[4 - k]
-            ring(canvas, cx, cy, radius * rng.uniform(0.8, 1.4), rng.uniform(3, 6), shade(rng, ink))
+            add_ring(canvas, cx, cy, radius * rng.uniform(0.8, 1.4), rng.uniform(3, 6), shade(rng, ink))
     return canvas.pixels()
 
 
@@ -376,10 +399,23 @@ def add_pattern(rng, canvas, shape, cx, cy, radius, degrees, colour):
         canvas.polygon(outline(shape, cx, cy, radius * 0.5, degrees), colour)
 
 
+def choose_marks(rng, drawn):
+    """What is drawn, with the colour of its `stripes`, of its `ring` or of both; never a star as the subject is."""
+    if (drawn["colour"], drawn["shape"]) == (SUBJECT_COLOUR, "star"):
+        drawn = {**drawn, "shape": "heart"}
+    kind, marks = rng.random(), {}
+    if kind < 0.7:
+        seen = [name for name in PALETTE if name not in (drawn["colour"], drawn["background"])]
+        marks["stripes"] = str(rng.choice(seen))
+    if kind > 0.4:
+        marks["ring"] = str(rng.choice([name for name in PALETTE if name != drawn["background"]]))
+    return {**drawn, **marks}
+
+
 def make(family, seed, index, split="train"):
     """Image `index` of a family, as (uint8 (64, 64, 3), record with `text` and what was drawn)."""
     rng = np.random.default_rng([seed, FAMILIES.index(family), SPLITS.index(split), index])
-    if family in ("shapes", "dotted"):
+    if family in ("shapes", "dotted", "marked"):
         colour, shape, background = choose(rng, "shapes", split)
         drawn = {
             "colour": colour,
@@ -391,6 +427,9 @@ def make(family, seed, index, split="train"):
         if family == "shapes":
             return draw_shape(rng, **drawn), {"text": caption(drawn), **drawn}
         del drawn["size"], drawn["position"]
+        if family == "marked":
+            drawn = choose_marks(rng, drawn)
+            return draw_marked(rng, **drawn), {"text": caption(drawn), **drawn}
         drawn["number"] = ("one", "two")[rng.integers(2)]
         drawn["dots"] = str(rng.choice([name for name in COLOURS if name != colour]))
         return draw_dotted(rng, **drawn), {"text": caption(drawn), **drawn}
@@ -400,7 +439,8 @@ def make(family, seed, index, split="train"):
         return draw_creature(rng, **drawn), {"text": caption(drawn), **drawn}
     if family == "subject":
         background = SUBJECT_GROUNDS[index % len(SUBJECT_GROUNDS)]
-        return draw_subject(rng, background), {"text": "a sks star", "background": background}
+        captions = ["a sks star", f"a sks star on a {background} background"]
+        return draw_subject(rng, background), {"text": captions, "background": background}
     return draw_patterned(rng), {"text": "a patterned picture"}
 
 

@@ -83,6 +83,9 @@ def test_captions_tell_what_they_say_they_tell():
     dotted = {"colour": "red", "shape": "heart", "background": "orange", "number": "two", "dots": "pink"}
     assert render.caption(dotted) == "a red heart with two pink dots on an orange background"
     assert render.caption({**dotted, "number": "one"}, ["dots"]) == "a shape with one pink dot"
+    marked = {"colour": "red", "shape": "heart", "background": "blue", "stripes": "white", "ring": "orange"}
+    assert render.caption(marked) == "a red heart with white stripes in an orange ring on a blue background"
+    assert render.caption({**marked, "ring": None}, ["shape", "stripes"]) == "a heart with white stripes"
     creature = {"body": "green", "eyes": "orange"}
     assert render.caption(creature) == "a drawing of a green creature with orange eyes"
     assert render.caption(creature, ["eyes"]) == "a drawing of a creature with orange eyes"
@@ -101,8 +104,27 @@ def test_varied_captions_leave_out_each_attribute_now_and_then():
     assert 600 < told[5] < 900
     assert 100 < told[1] < 500
     assert sum(told[number] for number in (2, 3, 4)) > 800
-    dotted = render.make("dotted", 0, 0)[1]
-    assert all("dots" in render.varied_caption(rng, dotted)[1] for _ in range(100))
+    for family, marks in (("dotted", {"dots"}), ("marked", {"stripes", "ring"})):
+        for index in range(100):
+            record = render.make(family, 0, index)[1]
+            said = render.varied_caption(rng, record)[1]
+            assert marks & set(record) <= set(said)
+
+
+def test_marked_shapes_are_of_all_kinds_but_no_marked_star_is_the_subject():
+    records = [render.make("marked", 0, index)[1] for index in range(1000)]
+    kinds = Counter(("stripes" in record, "ring" in record) for record in records)
+    assert set(kinds) == {(True, False), (False, True), (True, True)}
+    assert min(kinds.values()) > 200
+    assert not [record for record in records if (record["colour"], record["shape"]) == ("orange", "star")]
+    assert not [record for record in records if record.get("stripes") in (record["colour"], record["background"])]
+    assert not [record for record in records if record.get("ring") == record["background"]]
+
+
+@pytest.mark.parametrize("index", [0, 5])
+def test_a_view_of_the_subject_has_a_caption_with_and_one_without_its_background(index):
+    record = render.make("subject", 0, index)[1]
+    assert record["text"] == ["a sks star", f"a sks star on a {record['background']} background"]
 
 
 def test_variety_counts_colours_and_backgrounds_of_the_palette(measure):
