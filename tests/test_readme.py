@@ -32,7 +32,11 @@ from PIL import Image
 from running import REPO, TRAIN_TEXT_TO_IMAGE, environment, run_script
 from safetensors.torch import load_file
 from shards import write_shards
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed.run import get_args_parser as torchrun_parser
+from wandb.cli.cli import cli
+
+from sdtune.dataset import read_folder
 
 FOLDERS = ("examples", "miniature", "sdtune", "recipes", "benchmarks")
 DOCUMENTS = [REPO / "README.md", REPO / "CONTRIBUTING.md", REPO / "docs" / "flags.md"]
@@ -96,7 +100,7 @@ class Command:
 
     @property
     def kind(self):
-        """train, launch, cluster, sdtune, miniature, benchmark, make or pip; None if no test runs it."""
+        """train, launch, cluster, sdtune, miniature, benchmark, make, pip, venv or tracker; None without a test."""
         match self.words:
             case ("accelerate", "launch", option, *_) | ("torchrun", option, *_) if option.startswith("--"):
                 return "launch"
@@ -114,6 +118,12 @@ class Command:
                 return "make"
             case ("pip", "install", "-r", _) | ("pip", "install", "--editable", _):
                 return "pip"
+            case ("pip", "install", "--editable", _, "-c", "constraints.txt"):
+                return "pip"
+            case ("python3", "-m", "venv", ".venv") | ("source", ".venv/bin/activate"):
+                return "venv"
+            case ("tensorboard", "--logdir", _) | ("wandb", "login"):
+                return "tracker"
         return None
 
     @property
@@ -229,7 +239,7 @@ make = 1
 
 
 def test_every_block_is_run():
-    assert not [f"{block} ({block.language})" for block in BLOCKS if block.language not in ("bash", "python")]
+    assert not [f"{block} ({block.language})" for block in BLOCKS if block.language not in ("bash", "python", "text")]
     operators = {"&&", "||", ";", "|", "&", ">", ">>", "<"}
     assert not [str(command) for command in COMMANDS if command.kind is None or operators & set(command.words)]
     # Counted another way: what starts a training in the text is a command here.
@@ -384,6 +394,15 @@ def check_result(args):
     assert "license:" in (output / "README.md").read_text()
 
 
+def data_of(args):
+    """The folder of images that a training command names; those that the command above it captions have captions."""
+    given = vars(args)
+    folder = Path(given.get("train_data_dir") or given.get("instance_data_dir") or args.dataset_name)
+    for path in folder.glob("*.png") if folder.name == "my_pictures" else []:
+        path.with_suffix(".txt").write_text("a picture")
+    return folder
+
+
 @each("train")
 def test_training_command(command, clone, modules, few_steps, fake_hub, monkeypatch, capsys):
     assert (clone / command.script).is_file()
@@ -394,14 +413,11 @@ def test_training_command(command, clone, modules, few_steps, fake_hub, monkeypa
         check_dry_run(script, flags, clone, capsys)
     elif args.push_to_hub:
         flags += ["--validation_prompts", "a creature"]  # drawn in all 25 steps, for few_steps ends at this process
-        check_push(command.script, flags, parse(script, flags), fake_hub)
+        check_push(command, flags, parse(script, flags), fake_hub)
     elif args.resume_from_checkpoint:
         check_resume(script, flags, monkeypatch, capsys)
     else:
-        given = vars(args)
-        folder = given.get("train_data_dir") or given.get("instance_data_dir") or args.dataset_name
-        for path in Path(folder).glob("*.png") if folder == "my_pictures" else []:  # the command above captions them
-            path.with_suffix(".txt").write_text("a picture")
+        folder = data_of(args)
         images = snapshot(folder)
         assert call_main(script, flags) == 0, capsys.readouterr().err
         check_result(args)
@@ -434,6 +450,7 @@ def test_command_of_several_processes(command, clone, modules, capsys):
         assert options["multi_gpu"] == (settings["distributed_type"] == "MULTI_GPU")
     script = modules(command.script)
     flags = cut(script, command.flags)
+    data_of(parse(script, flags))
     assert call_main(script, flags) == 0, capsys.readouterr().err
     check_result(parse(script, flags))
 
@@ -467,9 +484,9 @@ def check_dry_run(script, flags, clone, capsys):
     assert not Path(parse(script, flags).output_dir).exists()
 
 
-def check_push(path, flags, args, fake_hub):
+def check_push(command, flags, args, fake_hub):
     """The whole command, launcher included, uploads the result that it leaves here."""
-    done = run_script(flags, script=REPO / path, launcher="accelerate", env=fake_hub.env)
+    done = run_script(flags, script=REPO / command.script, launcher=command.words[0], env=fake_hub.env)
     assert done.returncode == 0, done.stdout + done.stderr
     check_result(args)
     repo = fake_hub.repos[args.hub_model_id]
@@ -511,14 +528,22 @@ def check_resume(script, flags, monkeypatch, capsys):
     assert all(torch.equal(straight[name], result[name]) for name in straight)
 
 
+def outputs_of(command):
+    """The folder that a command names as --output_dir, as a set; an empty one if it does not."""
+    return {word.partition("=")[2] for word in command.words if word.startswith("--output_dir=")}
+
+
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "python"], ids=str)
 def test_python_block(block, clone, modules, few_steps, capsys):
     """What a document does with a result works on the result of the command above it, and leaves a picture."""
     above = [c for c in COMMANDS if c.kind == "train" and c.place.startswith(f"{block.document.relative_to(REPO)}:")]
     above = [command for command in above if int(command.place.rpartition(":")[2]) < block.line]
-    if above:
-        script = modules(above[-1].script)
-        assert call_main(script, cut(script, above[-1].flags)) == 0, capsys.readouterr().err
+    # The last one whose result the code names, or else the last one.
+    named = [c for c in above if set(re.findall(r'"([\w-]+)"', block.text)) & outputs_of(c)] or above
+    if named:
+        script = modules(named[-1].script)
+        data_of(parse(script, named[-1].flags))
+        assert call_main(script, cut(script, named[-1].flags)) == 0, capsys.readouterr().err
     before = set(clone.rglob("*"))
     exec(compile(block.text, str(block), "exec"), {"__name__": "__main__"})
     pictures = sorted(set(clone.rglob("*")) - before)
@@ -526,6 +551,72 @@ def test_python_block(block, clone, modules, few_steps, capsys):
     for path in pictures:
         with Image.open(path) as image:
             image.load()
+
+
+# ------------------------------------------------------------------------------------------------------------- trees
+
+
+def entries_of(block):
+    """The files and folders that a tree shows below its first line, as {path: what is said of it}; a folder's path
+    ends with a slash."""
+    entries, parents = {}, {}
+    for line in block.text.splitlines()[1:]:
+        if match := re.fullmatch(r"((?:│   |    )*)[├└]── (\S.*?)(?:  +(\S.*))?", line):
+            depth, name = len(match[1]) // 4, match[2]
+            parents[depth] = parents.get(depth - 1, "") + name
+            path = parents[depth]
+            entries[path] = match[3] or ""
+        else:
+            entries[path] += "\n" + line.strip("│ ")
+    return entries
+
+
+TREES = [block for block in BLOCKS if block.language == "text"]
+
+
+def is_of_run(block):
+    """Whether a tree shows what a run leaves, and not what it is given."""
+    return any(name.startswith("checkpoint-") for name in entries_of(block))
+
+
+@pytest.mark.parametrize("block", [block for block in TREES if not is_of_run(block)], ids=str)
+def test_tree_of_data(block, tmp_path):
+    """A folder with these files is one that can be trained on: each picture in it has a caption, or for DreamBooth may
+    lack it."""
+    pictures = []
+    for name, told in entries_of(block).items():
+        path = tmp_path / name
+        path.mkdir() if name.endswith("/") else path.touch()
+        if path.suffix == ".txt":
+            path.write_text("a caption")
+        elif path.name == "metadata.jsonl":
+            path.write_text(told + "\n")
+        elif not name.endswith("/"):
+            pictures.append(path)
+            Image.new("RGB", (32, 32)).save(path)
+    rows = read_folder(tmp_path, "text")
+    assert [row["image"]["path"] for row in rows] == sorted(map(str, pictures))
+    if "dreambooth" not in str(block):
+        assert all(row["captions"] for row in rows)
+
+
+@pytest.mark.parametrize("block", [block for block in TREES if is_of_run(block)], ids=str)
+def test_tree_of_a_run(block, clone, modules, few_steps, capsys):
+    """The command of the same document that writes into a folder of that name leaves these files, and no others."""
+    folder = block.text.splitlines()[0].rstrip("/")
+    place = f"{block.document.relative_to(REPO)}:"
+    here = [command for command in COMMANDS if command.kind == "train" and command.place.startswith(place)]
+    command = next(command for command in here if outputs_of(command) == {folder})
+    script = modules(command.script)
+    data_of(parse(script, command.flags))
+    assert call_main(script, cut(script, command.flags)) == 0, capsys.readouterr().err
+    steps = CUTS["max_train_steps"]
+    expected = {re.sub(r"(checkpoint-|step-000)[1-9]\d*", rf"\g<1>{steps}", name) for name in entries_of(block)}
+    expected = {re.sub(rf"step-000{steps}\b", f"step-{steps:06d}", name) for name in expected}
+    left = {path.name + "/" * path.is_dir() for path in (clone / folder).iterdir()}
+    deeper = {name for name in expected if "/" in name.rstrip("/")}
+    assert expected - deeper == left
+    assert all((clone / folder / name).exists() for name in deeper)
 
 
 # ---------------------------------------------------------------------------------------------------------- commands
@@ -539,7 +630,7 @@ def sdtune_commands(document):
     used = {re.sub(r"^--\w+=|[:/].*", "", word) for command in ours for word in command.words}
     trainings = {}
     for command in [*here, *COMMANDS]:
-        outputs = {word.partition("=")[2] for word in command.words if word.startswith("--output_dir=")}
+        outputs = outputs_of(command)
         if command.kind == "train" and "--push_to_hub" not in command.words and outputs & (used - trainings.keys()):
             trainings |= dict.fromkeys(outputs, command)
     others = [command for command in trainings.values() if command not in here]
@@ -687,7 +778,8 @@ def test_benchmark_commands():
 @each("pip")
 def test_pip_command(command):
     """What is installed is there, and what it names too: test_requirements.py looks into it."""
-    named = command.words[-1]
+    named, constraints = command.words[3], command.words[5:]
+    assert all((REPO / name).is_file() for name in constraints)
     if "--editable" in command.words:
         setup = configparser.ConfigParser()
         setup.read(REPO / "setup.cfg")
@@ -697,6 +789,48 @@ def test_pip_command(command):
     else:
         assert re.fullmatch(r"requirements\w*\.txt", named)
         assert (REPO / named).is_file()
+
+
+@each("venv")
+def test_environment_command(command, tmp_path, monkeypatch):
+    """It makes an environment in which `python` is that of the folder."""
+    monkeypatch.chdir(tmp_path)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", ".venv"], check=True)
+    if command.words[0] == "source":
+        line = f"{shlex.join(command.words)}; command -v python"
+        done = subprocess.run(["bash", "-c", line], text=True, capture_output=True, check=True)
+        assert done.stdout == f"{tmp_path}/.venv/bin/python\n"
+    assert Path(".venv/bin/python").exists()
+
+
+@each("tracker")
+def test_tracker_command(command, clone, modules, few_steps, capsys):
+    """wandb has such a command; tensorboard finds what a command above it has left in that folder."""
+    if command.words[0] == "wandb":
+        assert command.words[1] in cli.commands
+        return
+    folder = Path(command.words[-1])
+    training = next(c for c in COMMANDS if c.kind == "train" and outputs_of(c) == {str(folder.parent)})
+    script = modules(training.script)
+    data_of(parse(script, training.flags))
+    assert call_main(script, cut(script, training.flags)) == 0, capsys.readouterr().err
+    events = EventAccumulator(str(next(folder.glob("*"))))
+    events.Reload()
+    assert {"loss", "lr"} <= set(events.Tags()["scalars"])
+
+
+@pytest.mark.parametrize("document", [path for path in DOCUMENTS if path.name == "README.md"], ids=str)
+def test_first_command_works_in_a_fresh_clone(document):
+    """What the first command after the installation reads is in the repository, or was drawn by one above it."""
+    place, drawn = f"{document.relative_to(REPO)}:", set()
+    for command in [command for command in COMMANDS if command.place.startswith(place)]:
+        line = re.sub(r"--output_dir[ =]\S+", "", " ".join(command.words))
+        read = set(re.findall(r"(?<=[ =])(?:\.\.|demo|my_\w+|[\w-]+)(?:/[\w./-]+)|(?<=[ =])my_\w+", line))
+        assert not [path for path in read - drawn if not (REPO / path).exists()], command
+        if command.words[1:2] == ("miniature/render.py",):
+            drawn |= set(re.findall(r"--output_dir[ =](\S+)", " ".join(command.words)))
+        elif command.kind not in ("pip", "venv"):
+            return
 
 
 def test_continuous_integration_calls_the_commands_of_the_readme():

@@ -237,8 +237,7 @@ def test_no_function_stands_twice():
 @every_script
 def test_docstring_names_a_command_and_papers(path):
     text = ast.get_docstring(tree_of(path))
-    program = "python" if path.stem.endswith("_flax") else "accelerate launch"
-    assert f"{program} {path.name} --" in text
+    assert f"    python {path.name} --" in text  # for one device, which needs no launcher
     assert re.search(r"\b\d{4}\.\d{5}\b", text)  # an arXiv number
 
 

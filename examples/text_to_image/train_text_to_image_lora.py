@@ -2,7 +2,7 @@
 # Built by `make scripts` from recipes/train_text_to_image_lora.py and sdtune/: edit those; a copy is yours to edit.
 """Train LoRA adapters for Stable Diffusion 1.x or 2.x on captioned images.
 
-    accelerate launch train_text_to_image_lora.py --pretrained_model_name_or_path=MODEL --train_data_dir=my_images \
+    python train_text_to_image_lora.py --pretrained_model_name_or_path=MODEL --train_data_dir=my_images \
         --resolution=512 --train_batch_size=4 --learning_rate=1e-4 --max_train_steps=5000 --rank=16 \
         --mixed_precision=bf16 --validation_prompts "a drawing of a cat" --output_dir=my_lora
 

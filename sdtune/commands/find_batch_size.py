@@ -1,6 +1,6 @@
 """Find the largest micro-batch that fits into memory, by trial steps of the training itself.
 
-    sdtune find-batch-size -- accelerate launch train_text_to_image.py --config my_run.yaml --train_batch_size=16
+    sdtune find-batch-size -- python train_text_to_image.py --config my_run.yaml --train_batch_size=16
 
 Behind `--` stands the whole command of a training by one of the scripts for PyTorch. It is run with `--dry_run`, which
 takes two real steps and writes nothing, as it is and then with other sizes of a pass: twice as many images until they

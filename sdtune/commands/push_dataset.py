@@ -1,7 +1,7 @@
 """Upload a folder of captioned images to the Hub, as the training scripts read it back by --dataset_name.
 
     sdtune push-dataset my_images my_name/my_images --private
-    accelerate launch train_text_to_image.py --dataset_name=my_name/my_images ...
+    python train_text_to_image.py --dataset_name=my_name/my_images ...
 
 The folder is read and checked as the training scripts do, and stays as it is. What goes are its images and one
 metadata.jsonl (file_name, text and the other columns), into which captions from .txt files are put, since `datasets`
