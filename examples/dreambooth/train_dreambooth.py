@@ -2,7 +2,7 @@
 # Built by `make scripts` from recipes/train_dreambooth.py and sdtune/: edit those; a copy is yours to edit.
 """DreamBooth: teach Stable Diffusion 1.x or 2.x one subject from three to thirty photos.
 
-    accelerate launch train_dreambooth.py --pretrained_model_name_or_path=MODEL --instance_data_dir=my_dog \
+    python train_dreambooth.py --pretrained_model_name_or_path=MODEL --instance_data_dir=my_dog \
         --instance_prompt="a photo of sks dog" --with_prior_preservation --class_data_dir=dogs \
         --class_prompt="a photo of a dog" --resolution=512 --train_batch_size=1 --learning_rate=5e-6 \
         --max_train_steps=800 --mixed_precision=bf16 --validation_prompt="a sks dog on a beach" --output_dir=my_model

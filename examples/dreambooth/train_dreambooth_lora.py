@@ -2,7 +2,7 @@
 # Built by `make scripts` from recipes/train_dreambooth_lora.py and sdtune/: edit those; a copy is yours to edit.
 """DreamBooth with LoRA: teach Stable Diffusion 1.x or 2.x one subject from three to thirty photos, by adapters.
 
-    accelerate launch train_dreambooth_lora.py --pretrained_model_name_or_path=MODEL --instance_data_dir=my_dog \
+    python train_dreambooth_lora.py --pretrained_model_name_or_path=MODEL --instance_data_dir=my_dog \
         --instance_prompt="a photo of sks dog" --with_prior_preservation --class_data_dir=dogs \
         --class_prompt="a photo of a dog" --resolution=512 --train_batch_size=1 --learning_rate=1e-4 --rank=16 \
         --max_train_steps=500 --mixed_precision=bf16 --validation_prompt="a sks dog on a beach" --output_dir=my_lora
