@@ -10,7 +10,6 @@ import diffusers
 import huggingface_hub
 import torch
 import transformers
-from diffusers.models.attention_processor import Attention, XFormersAttnProcessor
 from safetensors import safe_open
 
 from sdtune.errors import InputError, last_line, remedy_for_missing
@@ -276,6 +275,8 @@ def enable_memory_savers(args, unet, device, dtype):
     """Turns on what makes a UNet's passes smaller, as the flags ask for; they will be on a device and in a precision.
     Raises `InputError`."""
     if args.enable_xformers_memory_efficient_attention:
+        from diffusers.models.attention_processor import XFormersAttnProcessor
+
         try:
             probe_xformers(unet, device, dtype)
         except Exception as error:  # xFormers has one for every mismatch
@@ -299,6 +300,7 @@ def make_faster(args, unet):
 def probe_xformers(unet, device, dtype):
     """Raises what xFormers raises, if it has no attention for the sizes of a UNet's heads, forward or backward. Where
     diffusers enables it, float32 is probed whatever the precision."""
+    from diffusers.models.attention_processor import Attention
     from xformers.ops import memory_efficient_attention
 
     attentions = [module for module in unet.modules() if isinstance(module, Attention)]

@@ -8,7 +8,6 @@ import diffusers
 import numpy as np
 import torch
 from accelerate.utils import gather_object, send_to_device
-from diffusers.utils import make_image_grid
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -194,7 +193,8 @@ def show_samples(accelerator, run, images):
     columns = min(len(images), 4)
     padding = [Image.new("RGB", images[0].size, "white")] * (-len(images) % columns)
     path.parent.mkdir(parents=True, exist_ok=True)
-    make_image_grid(images + padding, math.ceil(len(images) / columns), columns).save(path)
+    num_rows = math.ceil(len(images) / columns)
+    diffusers.utils.make_image_grid(images + padding, num_rows, columns).save(path)
     tell_trackers(accelerator, functools.partial(track_samples, np.stack(images), step))
 
 

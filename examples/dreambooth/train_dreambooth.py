@@ -70,6 +70,7 @@ import functools
 import gc
 import glob
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -126,8 +127,23 @@ def await_signals():
             signal.signal(number, stop_at_once)
 
 
+class Later:
+    """A library that is imported when something of it is used; `--help` and a wrong flag use nothing."""
+
+    def __init__(self, name):
+        self.__name__ = name
+        self.__spec__ = importlib.util.find_spec(name)  # by which other libraries see that it is there
+
+    def __getattr__(self, attribute):
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+        return getattr(importlib.import_module(self.__name__), attribute)
+
+
 if __name__ == "__main__":
     await_signals()
+    # What `import` finds under these names; together they take as long as all the others.
+    sys.modules.update({name: Later(name) for name in ("diffusers", "transformers")})
 
 import datasets
 import diffusers
@@ -155,9 +171,6 @@ from accelerate.utils import (
     parse_flag_from_env,
     send_to_device,
 )
-from diffusers.models.attention_processor import Attention, XFormersAttnProcessor
-from diffusers.optimization import get_scheduler
-from diffusers.utils import is_xformers_available, make_image_grid
 from filelock import FileLock, Timeout
 from huggingface_hub import DatasetCard, HfApi, ModelCard, ModelCardData
 from huggingface_hub.constants import HF_HUB_CACHE
@@ -213,6 +226,10 @@ SWITCH_ON = {**SWITCH, "default": True}
 # AdamW's own constants; another optimizer may not have them.
 ADAM_DEFAULTS = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 1e-2, "adam_epsilon": 1e-8}
 NUM_TRAIN_EPOCHS = 100
+# diffusers.optimization's, by its names: to ask it would take a second, for which --help does not wait.
+LR_SCHEDULERS = """
+    linear cosine cosine_with_restarts polynomial constant constant_with_warmup piecewise_constant
+""".split()
 OFFSET_NOISE = 0.1  # what --offset_noise means in diffusers' scripts
 MAX_NAME_BYTES = 255  # of a file or folder, on all usual file systems
 MAX_PATH_BYTES = 3000  # which leaves room for what is made below it
@@ -1197,7 +1214,7 @@ def check_hardware(args):
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     if args.allow_tf32 and on_cpu:
         problems.append("--allow_tf32=True: needs an NVIDIA GPU; drop this")
-    if args.enable_xformers_memory_efficient_attention and (on_cpu or not is_xformers_available()):
+    if args.enable_xformers_memory_efficient_attention and (on_cpu or not diffusers.utils.is_xformers_available()):
         problems.append(
             "--enable_xformers_memory_efficient_attention=True: needs a GPU and xformers; run "
             "`pip install -r requirements_xformers.txt` there, or drop this"
@@ -3391,14 +3408,10 @@ def add_objective_arguments(parser):
 
 def add_optimization_arguments(parser):
     """Adds the optimizer, its learning rate, the batch, the length of the run, and the average of the weights."""
-    from diffusers.optimization import (
-        SchedulerType,  # not above: it takes seconds
-    )
-
     add = parser.add_argument_group("optimization").add_argument
     add("--learning_rate", type=positive_float, default=1e-4, help="initial learning rate (0, inf)")
     add("--scale_lr", **SWITCH, help="multiply the learning rate by batch size, accumulation steps and processes")
-    add("--lr_scheduler", default="constant", choices=[kind.value for kind in SchedulerType], help="its schedule")
+    add("--lr_scheduler", default="constant", choices=LR_SCHEDULERS, help="its schedule")
     add(
         "--lr_warmup_steps",
         type=non_negative_int,
@@ -4453,6 +4466,8 @@ def enable_memory_savers(args, unet, device, dtype):
     """Turns on what makes a UNet's passes smaller, as the flags ask for; they will be on a device and in a precision.
     Raises `InputError`."""
     if args.enable_xformers_memory_efficient_attention:
+        from diffusers.models.attention_processor import XFormersAttnProcessor
+
         try:
             probe_xformers(unet, device, dtype)
         except Exception as error:  # xFormers has one for every mismatch
@@ -4476,6 +4491,7 @@ def make_faster(args, unet):
 def probe_xformers(unet, device, dtype):
     """Raises what xFormers raises, if it has no attention for the sizes of a UNet's heads, forward or backward. Where
     diffusers enables it, float32 is probed whatever the precision."""
+    from diffusers.models.attention_processor import Attention
     from xformers.ops import memory_efficient_attention
 
     attentions = [module for module in unet.modules() if isinstance(module, Attention)]
@@ -5262,7 +5278,7 @@ def keep_embeddings_whole(optimizer, models):
 def make_schedule(args, optimizer, last_step):
     """The learning rate's schedule, to be stepped once per optimizer step. It must not be prepared by accelerate,
     which would count processes."""
-    return get_scheduler(
+    return diffusers.optimization.get_scheduler(
         args.lr_scheduler,
         optimizer,  # whose default rate is where the polynomial starts
         step_rules=args.lr_step_rules,
@@ -7055,7 +7071,8 @@ def show_samples(accelerator, run, images):
     columns = min(len(images), 4)
     padding = [Image.new("RGB", images[0].size, "white")] * (-len(images) % columns)
     path.parent.mkdir(parents=True, exist_ok=True)
-    make_image_grid(images + padding, math.ceil(len(images) / columns), columns).save(path)
+    num_rows = math.ceil(len(images) / columns)
+    diffusers.utils.make_image_grid(images + padding, num_rows, columns).save(path)
     tell_trackers(accelerator, functools.partial(track_samples, np.stack(images), step))
 
 

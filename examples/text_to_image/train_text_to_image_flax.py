@@ -66,6 +66,7 @@ import functools
 import gc
 import glob
 import hashlib
+import importlib.util
 import inspect
 import io
 import itertools
@@ -122,8 +123,23 @@ def await_signals():
             signal.signal(number, stop_at_once)
 
 
+class Later:
+    """A library that is imported when something of it is used; `--help` and a wrong flag use nothing."""
+
+    def __init__(self, name):
+        self.__name__ = name
+        self.__spec__ = importlib.util.find_spec(name)  # by which other libraries see that it is there
+
+    def __getattr__(self, attribute):
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+        return getattr(importlib.import_module(self.__name__), attribute)
+
+
 if __name__ == "__main__":
     await_signals()
+    # What `import` finds under these names; together they take as long as all the others.
+    sys.modules.update({name: Later(name) for name in ("diffusers", "transformers")})
 
 import datasets
 import diffusers
@@ -139,8 +155,6 @@ import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather_object, is_cuda_available
-from diffusers.optimization import get_scheduler
-from diffusers.utils import make_image_grid
 from filelock import FileLock, Timeout
 from flax import serialization, traverse_util
 from huggingface_hub import DatasetCard, HfApi, ModelCard, ModelCardData, snapshot_download
@@ -193,6 +207,10 @@ SWITCH = {"action": argparse.BooleanOptionalAction, "default": False}  # so that
 # AdamW's own constants; another optimizer may not have them.
 ADAM_DEFAULTS = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 1e-2, "adam_epsilon": 1e-8}
 NUM_TRAIN_EPOCHS = 100
+# diffusers.optimization's, by its names: to ask it would take a second, for which --help does not wait.
+LR_SCHEDULERS = """
+    linear cosine cosine_with_restarts polynomial constant constant_with_warmup piecewise_constant
+""".split()
 OFFSET_NOISE = 0.1  # what --offset_noise means in diffusers' scripts
 MAX_NAME_BYTES = 255  # of a file or folder, on all usual file systems
 MAX_PATH_BYTES = 3000  # which leaves room for what is made below it
@@ -3252,14 +3270,10 @@ def add_objective_arguments(parser):
 
 def add_optimization_arguments(parser):
     """Adds the optimizer, its learning rate, the batch, the length of the run, and the average of the weights."""
-    from diffusers.optimization import (
-        SchedulerType,  # not above: it takes seconds
-    )
-
     add = parser.add_argument_group("optimization").add_argument
     add("--learning_rate", type=positive_float, default=1e-4, help="initial learning rate (0, inf)")
     add("--scale_lr", **SWITCH, help="multiply the learning rate by batch size, accumulation steps and processes")
-    add("--lr_scheduler", default="constant", choices=[kind.value for kind in SchedulerType], help="its schedule")
+    add("--lr_scheduler", default="constant", choices=LR_SCHEDULERS, help="its schedule")
     add(
         "--lr_warmup_steps",
         type=non_negative_int,
@@ -4811,7 +4825,7 @@ def peak_learning_rate(args, counts):
 def make_schedule(args, optimizer, last_step):
     """The learning rate's schedule, to be stepped once per optimizer step. It must not be prepared by accelerate,
     which would count processes."""
-    return get_scheduler(
+    return diffusers.optimization.get_scheduler(
         args.lr_scheduler,
         optimizer,  # whose default rate is where the polynomial starts
         step_rules=args.lr_step_rules,
@@ -6019,7 +6033,8 @@ def show_samples(accelerator, run, images):
     columns = min(len(images), 4)
     padding = [Image.new("RGB", images[0].size, "white")] * (-len(images) % columns)
     path.parent.mkdir(parents=True, exist_ok=True)
-    make_image_grid(images + padding, math.ceil(len(images) / columns), columns).save(path)
+    num_rows = math.ceil(len(images) / columns)
+    diffusers.utils.make_image_grid(images + padding, num_rows, columns).save(path)
     tell_trackers(accelerator, functools.partial(track_samples, np.stack(images), step))
 
 
