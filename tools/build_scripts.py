@@ -52,8 +52,6 @@ IMPORTS = (ast.Import, ast.ImportFrom)
 BEFORE_IMPORTS = '''\
 # Almost all that libraries define on import stays; to look for garbage among it takes a quarter of the time.
 gc.disable()
-# diffusers imports bitsandbytes, which warns on a CPU that it lacks a kernel for models in 4 bits: here are none.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def stop_at_once(number, _):
@@ -98,7 +96,6 @@ if __name__ == "__main__":
 NEEDED_BEFORE_IMPORTS = {
     "import gc",
     "import importlib.util",
-    "import logging",
     "import os",
     "import signal",
     "import sys",

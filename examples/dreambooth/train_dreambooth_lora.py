@@ -105,8 +105,6 @@ from pathlib import Path, PureWindowsPath
 
 # Almost all that libraries define on import stays; to look for garbage among it takes a quarter of the time.
 gc.disable()
-# diffusers imports bitsandbytes, which warns on a CPU that it lacks a kernel for models in 4 bits: here are none.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def stop_at_once(number, _):
@@ -4190,6 +4188,8 @@ def quiet_libraries():
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+    # diffusers imports bitsandbytes, which warns on a CPU that it lacks a kernel for models in 4 bits: here are none.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # diffusers itself gives this argument, when it reads a config from the Hub.
     warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument is deprecated")
     if huggingface_hub.constants.HF_HUB_OFFLINE:  # or it would say at each model that it is
