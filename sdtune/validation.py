@@ -134,7 +134,7 @@ def log_held_out_losses(accelerator, run, losses):
     error = gain.std().item() / len(gain) ** 0.5 if len(gain) > 1 else 0.0
     numbers = {"held_out_loss": losses.mean().item(), "held_out_gain": gain.mean().item(), "gain_error": error}
     write_log(accelerator, run.output_dir, progress["global_step"], numbers)
-    if not accelerator.is_main_process:
+    if not accelerator.is_main_process or progress["global_step"] == run.counts.last_step:  # the end tells it
         return
     images = f"{len(losses):,} held-out image{'' if len(losses) == 1 else 's'}"
     told = f"Step {progress['global_step']:,}: the loss on {images} is {numbers['held_out_loss']:.4f}."

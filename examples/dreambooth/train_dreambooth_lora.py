@@ -470,7 +470,6 @@ class CheckedRows:
     digests: list  # of content and captions
     contents: np.ndarray  # (rows,), SHA-256 of each file
     sizes: np.ndarray  # (rows, 2), width and height in pixels
-    num_unusable: int = 0  # beside these, that were left out
 
 
 @dataclasses.dataclass
@@ -496,7 +495,6 @@ class CaptionedImages(torch.utils.data.Dataset):
     input_perturbation: float
     reads_pixels: bool = True
     picture_sizes: np.ndarray | None = None  # (rows, 2), before that, where it is known
-    num_unusable: int = 0  # beside these, that were left out
     cache: Cache | None = None
 
     def __len__(self):
@@ -980,9 +978,11 @@ def check_args(args, problems=()):
 def train(args, launcher):
     """Trains as `args` say, which have been checked; `launcher` is the process that started this one, or None."""
     accelerator = make_accelerator(args)
-    images, held_out, fingerprint = load_data(
-        args, args.instance_data_dir, args.instance_prompt, args.repeats, fit_of(args)
-    )
+    told = []
+    with told_in_plan(told):
+        images, held_out, fingerprint = load_data(
+            args, args.instance_data_dir, args.instance_prompt, args.repeats, fit_of(args)
+        )
     class_images = load_class_images(args)
     agree_on_data(accelerator, {"photos": fingerprint, "class_images_to_draw": class_images.missing})
     if class_images.missing and not args.dry_run:
@@ -1014,7 +1014,8 @@ def train(args, launcher):
     samples = with_class_rows(images, class_images)
     cache = plan_cache(args, accelerator, pipeline, [samples, held_out])
     about = {
-        "kinds": describe_kinds(images, args.instance_data_dir, args.repeats, args.instance_prompt),
+        "kinds": describe_kinds(images, args.repeats, args.instance_prompt),
+        "data": told,
         "trained": f"LoRA of rank {args.rank} on {args.lora_target} of {' and '.join(models)}",
         "frozen": "all else",
         "result_bytes": count_adapter_bytes(args, weights.parameters),
@@ -1766,7 +1767,6 @@ def load_data(args, folder, default_caption=None, repeats=1, fit=None):
         noise_offset=noise_offset_of(args),
         input_perturbation=args.input_perturbation,
         picture_sizes=checked.sizes[training],
-        num_unusable=checked.num_unusable,
     )
     fingerprint = fingerprint_of(args.num_validation_samples, checked.digests)
     others = dataclasses.replace(
@@ -1885,11 +1885,6 @@ def read_folder(folder, caption_column, takes_train=False, follows_links=False):
         raise InputError(f"{odd[0]!a}: its name is not UTF-8; rename it, or if it is, set PYTHONUTF8=1")
     rows = [{"image": str(path), "captions": found} for path, found in sorted(captions.items())]
     return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image(decode=False))
-
-
-def find_foreign_pictures(folder):
-    """The pictures below a folder, which may be None, that have to be converted before they can be read."""
-    return [path for path in list_files(folder) if path.suffix.lower() in FOREIGN_SUFFIXES] if folder else []
 
 
 def tell_foreign_pictures(pictures):
@@ -2348,7 +2343,7 @@ def check_rows(rows, memory, skip_bad_images, tokenizer, resolution, fit=None, a
         small.append("{}: {} x {}".format(name_of(rows, good[number]), *sizes[number]))
     warn(f"images are smaller than {told} and are enlarged", small)
     warn(f"captions have more than {tokenizer.model_max_length} tokens and are cut", cut)
-    return CheckedRows(rows.select(good), list(digests.values()), np.array(contents), sizes, len(bad))
+    return CheckedRows(rows.select(good), list(digests.values()), np.array(contents), sizes)
 
 
 def name_of(rows, index):
@@ -6276,9 +6271,10 @@ def judge(run):
 def print_plan(args, run, num_held_out, num_trained, about):
     """Says, before the first step, what will be done. `about` says what only a script knows: `trained` and `frozen`
     (which models), `device` (its name), `devices` (how many share a pass), `optimizer` (its name), `warnings` (a
-    list), and maybe `images` (a remark), `kinds` (lines on which of them are used), `stream` (how they are read),
-    `precision` (of passes, if that is not the setting), `weights` (their precision, if not float32), `result_bytes`
-    (of the files that will be the result), `buckets` (lines on the sizes of images) and `cache` (a text, or None)."""
+    list), and maybe `images` (a remark), `kinds` (lines on them), `data` (texts that were told as they were read),
+    `stream` (how they are read), `precision` (of passes, if that is not the setting), `weights` (their precision, if
+    not float32), `result_bytes` (of the files that will be the result), `buckets` (lines on the sizes of images) and
+    `cache` (a text, or None)."""
     counts, side, tracker = run.counts, args.resolution, chosen_tracker(args)
     first_step, precision = run.progress["global_step"], about.get("precision", run.settings["mixed_precision"])
     buckets, size = about.get("buckets", ()), tell_size(checkpoint_bytes(run))
@@ -6303,8 +6299,8 @@ def print_plan(args, run, num_held_out, num_trained, about):
         "disk": tell_disk(args, run, about.get("result_bytes")),
         "log": f"log.jsonl and {tracker}" if tracker else "log.jsonl, no tracker",
     }
-    if about.get("cache"):
-        rows["cache"] = about["cache"]
+    rows["cache"] = about.get("cache")
+    rows["data"] = "".join(about.get("data", [])).rstrip("\n")
     lines = [as_row(name, text) for name, text in rows.items() if text]
     warned = about["warnings"] + warn_of_start(args) + warn_of_warm_up(args, counts) + warn_of_disk(args, run)
     warnings = [as_row("warning", text) for text in warned]
@@ -6334,21 +6330,29 @@ def describe_device(device):
     return f"{told}, by PyTorch {torch.__version__}"  # whose name says which GPUs it knows
 
 
-def describe_kinds(images, folder, repeats=1, prompt=None):
-    """Lines on images to train on, which may be a stream: how often each is there, how many have captions of their
-    own, where others get the `prompt`, and which of those in the `folder`, or of a dataset, are not used, and why."""
-    if not isinstance(images, CaptionedImages):
-        return []
+@contextlib.contextmanager
+def told_in_plan(texts):
+    """Adds to `texts` what is printed meanwhile, as images are read, for a row of the plan; if that fails, and there
+    will be no plan, it is printed at once."""
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(told):
+            yield
+    except BaseException:
+        print(told.getvalue(), end="", flush=True)
+        raise
+    texts.append(told.getvalue())
+
+
+def describe_kinds(images, repeats, prompt):
+    """Lines on photos to train on: how often each is there, and how many have captions of their own, where others get
+    the `prompt`."""
     lines, number = [], len(images) // repeats
     if repeats > 1:
         lines.append(f"{number:,} photos, each {repeats:,} times")
     if prompt:
         num_own = sum(captions != [prompt] for captions in images.rows["captions"]) // repeats
         lines.append(f"{num_own:,} with captions of their own, {number - num_own:,} with --instance_prompt")
-    if images.num_unusable:
-        lines.append(f"left out: {images.num_unusable:,} that cannot be used, named above (--skip_bad_images)")
-    if foreign := find_foreign_pictures(folder):
-        lines.append(f"left out: {tell_foreign_pictures(foreign)}")
     return lines
 
 
@@ -7053,7 +7057,7 @@ def log_held_out_losses(accelerator, run, losses):
     error = gain.std().item() / len(gain) ** 0.5 if len(gain) > 1 else 0.0
     numbers = {"held_out_loss": losses.mean().item(), "held_out_gain": gain.mean().item(), "gain_error": error}
     write_log(accelerator, run.output_dir, progress["global_step"], numbers)
-    if not accelerator.is_main_process:
+    if not accelerator.is_main_process or progress["global_step"] == run.counts.last_step:  # the end tells it
         return
     images = f"{len(losses):,} held-out image{'' if len(losses) == 1 else 's'}"
     told = f"Step {progress['global_step']:,}: the loss on {images} is {numbers['held_out_loss']:.4f}."
