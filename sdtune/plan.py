@@ -21,6 +21,7 @@ from sdtune.models import numel_of
 from sdtune.output import chosen_tracker, peak_gigabytes
 
 MARGIN = " " * 13  # before the text of a row
+PASSES_IN = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}  # by --mixed_precision
 
 
 def print_plan(args, run, num_held_out, num_trained, about):
@@ -47,7 +48,7 @@ def print_plan(args, run, num_held_out, num_trained, about):
         "steps": f"{first_step:,} to {counts.last_step:,}{epochs}",
         "per step": f"{counts.samples_per_step:,} images: {passes}",
         "trained": f"{about['trained']}, {num_trained:,} parameters in {about.get('weights', 'float32')}, passes in "
-        f"precision {precision!r}; frozen: {about['frozen']}",
+        f"{PASSES_IN[precision]}; frozen: {about['frozen']}",
         "optimizer": f"{about['optimizer']} at {run.settings['peak_learning_rate']:g}, {args.lr_scheduler}; "
         f"EMA: {args.use_ema}",
         "output": f"{args.output_dir}, a checkpoint of {size} every {args.checkpointing_steps:,} steps",

@@ -752,6 +752,7 @@ class RunRecord:
 
 
 MARGIN = " " * 13  # before the text of a row
+PASSES_IN = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}  # by --mixed_precision
 
 NUM_RECENT = 100  # steps over which loss and speed are averaged: the loss of a single one says nothing
 BAR = "{percentage:3.0f}%|{bar}| {n:,}/{total:,}, {remaining} left{postfix}"
@@ -6292,7 +6293,7 @@ def print_plan(args, run, num_held_out, num_trained, about):
         "steps": f"{first_step:,} to {counts.last_step:,}{epochs}",
         "per step": f"{counts.samples_per_step:,} images: {passes}",
         "trained": f"{about['trained']}, {num_trained:,} parameters in {about.get('weights', 'float32')}, passes in "
-        f"precision {precision!r}; frozen: {about['frozen']}",
+        f"{PASSES_IN[precision]}; frozen: {about['frozen']}",
         "optimizer": f"{about['optimizer']} at {run.settings['peak_learning_rate']:g}, {args.lr_scheduler}; "
         f"EMA: {args.use_ema}",
         "output": f"{args.output_dir}, a checkpoint of {size} every {args.checkpointing_steps:,} steps",
@@ -6509,6 +6510,7 @@ def start_bar(run, is_shown):
         unit="step",
         bar_format=BAR,
         disable=None if is_shown else True,  # None: unless it goes to a terminal
+        leave=False,  # of a run that ends early it would be drawn once more, below what says why
     )
     return bar, collections.deque(maxlen=NUM_RECENT)
 
@@ -6522,6 +6524,7 @@ def tell_step(args, bar, run, device, recent):
     memory = peak_memory(device)[0]
     if not bar.disable:
         bar.set_postfix_str(", ".join([*told, memory.partition(" of ")[0]]), refresh=False)
+        bar.leave = done == last_step
     elif done % args.logging_steps == 0 or done == last_step:
         left = []
         if seconds is not None and done < last_step:
