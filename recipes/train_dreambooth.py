@@ -269,8 +269,8 @@ def train(args, launcher):
     about = {
         "kinds": describe_kinds(images, args.repeats, args.instance_prompt),
         "data": told,
-        "trained": ", ".join(models),
-        "frozen": ", ".join(sorted({"vae", "text_encoder"} - models.keys())),
+        "trained": "UNet, text encoder" if args.train_text_encoder else "UNet",
+        "frozen": "VAE" if args.train_text_encoder else "VAE, text encoder",
         "result_bytes": count_result_bytes(args, pipeline, not args.skip_save_text_encoder),
         "buckets": describe_buckets(args, images),
         "cache": describe_cache(cache),

@@ -14,7 +14,7 @@ from training import parse, train
 
 from sdtune import endings
 from sdtune.commands import generate
-from sdtune.plan import tell_size
+from sdtune.plan import as_row, tell_size
 from sdtune.runs import judge, read_run
 
 MINIATURE = REPO / "miniature" / "pipeline"
@@ -185,9 +185,11 @@ def test_long_commands_come_in_lines_that_a_shell_joins():
     words = ["sdtune", "generate", "a model's folder", *["a picture of a cat that sleeps"] * 6]
     lines = endings.in_lines(words).split("\n")
     assert len(lines) > 2
-    assert max(map(len, lines)) <= 88
     assert all(line.endswith(" \\") for line in lines[:-1])
     assert words_of("\n".join(lines)) == words
+    for length in range(1, 80):  # a row of the end breaks no line once more
+        command = endings.in_lines(["sdtune", "generate", "x" * length, "a picture of a cat", "--height=64"])
+        assert as_row("draw", command).splitlines()[0] == f"  draw       {command.splitlines()[0]}"
 
 
 @pytest.mark.slow

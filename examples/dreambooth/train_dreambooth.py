@@ -825,7 +825,7 @@ class Training:
 
 
 NOTHING_TRAINED = "Nothing was trained; the settings are fine."
-MAX_COLUMNS = 86  # of a command, beside the name of its row and what joins its lines
+MAX_COLUMNS = 85  # of a command, beside the name of its row and what joins its lines
 
 HELD_OUT_TIMESTEPS = 4  # at which the loss of each held-out image is measured
 
@@ -1081,8 +1081,8 @@ def train(args, launcher):
     about = {
         "kinds": describe_kinds(images, args.repeats, args.instance_prompt),
         "data": told,
-        "trained": ", ".join(models),
-        "frozen": ", ".join(sorted({"vae", "text_encoder"} - models.keys())),
+        "trained": "UNet, text encoder" if args.train_text_encoder else "UNet",
+        "frozen": "VAE" if args.train_text_encoder else "VAE, text encoder",
         "result_bytes": count_result_bytes(args, pipeline, not args.skip_save_text_encoder),
         "buckets": describe_buckets(args, images),
         "cache": describe_cache(cache),

@@ -935,7 +935,7 @@ class Training:
 
 
 NOTHING_TRAINED = "Nothing was trained; the settings are fine."
-MAX_COLUMNS = 86  # of a command, beside the name of its row and what joins its lines
+MAX_COLUMNS = 85  # of a command, beside the name of its row and what joins its lines
 
 HELD_OUT_TIMESTEPS = 4  # at which the loss of each held-out image is measured
 
