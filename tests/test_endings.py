@@ -88,6 +88,16 @@ def test_the_end_of_a_run(path, images, tmp_path, monkeypatch, capsys):
     assert "after step 4" in " ".join(rows["learnt"].split())
 
 
+def test_each_held_out_loss_is_told_once(train_script, tiny_pipeline, images, tmp_path, capsys):
+    settings = {"max_train_steps": 3, "num_validation_samples": 2, "validation_steps": 1, "lr_scheduler": "constant"}
+    assert train(train_script, tiny_pipeline, images, tmp_path / "out", **settings) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    told = re.findall(
+        r"Step 0: the loss on 2 held-out|not trained on \w+ from [\d.]+ to [\d.]+ after step \d|Done", said
+    )
+    assert [words.split()[-1] for words in told] == ["held-out", "1", "2", "Done", "3"]
+
+
 def test_what_a_run_without_held_out_images_says(train_script, tiny_pipeline, images, tmp_path, capsys):
     assert train(train_script, tiny_pipeline, images, tmp_path / "out") == 0
     learnt = " ".join(ending_of(capsys.readouterr().out)["learnt"].split())

@@ -13,6 +13,7 @@ from running import REPO, TRAIN_DREAMBOOTH, TRAIN_TEXT_TO_IMAGE, TRAIN_TEXT_TO_I
 from training import parse, train, words
 
 from sdtune import output, plan
+from sdtune.errors import InputError
 from sdtune.plan import warn_of_precision, warn_of_warm_up
 
 FULL_BF16 = {"full_bf16": True, "mixed_precision": "bf16", "max_grad_norm": "inf"}
@@ -103,6 +104,20 @@ def test_what_is_not_used_of_a_folder_of_photos_is_told_by_kind(tiny_pipeline, t
     ]
     assert said.endswith("\nNothing was trained; the settings are fine.\n")
     assert max(map(len, said[said.index("Plan") :].replace(str(tmp_path), "").splitlines())) <= 100
+
+
+def test_what_is_told_of_images_is_told_at_once_where_there_will_be_no_plan(capsys):
+    def fail():
+        print("Left aside: two.")
+        raise InputError("a mistake")
+
+    told = []
+    with pytest.raises(InputError), plan.told_in_plan(told):
+        fail()
+    assert (told, capsys.readouterr().out) == ([], "Left aside: two.\n")
+    with plan.told_in_plan(told):
+        print("Left aside: three.")
+    assert (told, capsys.readouterr().out) == (["Left aside: three.\n"], "")
 
 
 def test_a_folder_of_other_kinds_of_photos_alone_is_told_to_be_converted(
