@@ -20,6 +20,7 @@ import measure
 import render
 
 from sdtune.fonts import wrap
+from sdtune.models import quiet_libraries
 
 TILE = 160  # pixels of a column: 64-pixel images are enlarged to be seen
 MARGIN = 8
@@ -101,6 +102,7 @@ def parse_args(argv=None):
 def main(argv=None):
     """Draws and writes the grid that the command line asks for."""
     args = parse_args(argv)
+    quiet_libraries()
     settings = {
         "prompts": args.prompts,
         "seed": args.seed,

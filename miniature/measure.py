@@ -17,17 +17,18 @@ import math
 import sys
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline
+import transformers
 from PIL import Image
-from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # found by whoever imports this file by its path
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # and sdtune also where it is not installed
 import render
 
 from sdtune.lora_layouts import LORA_FILE
+from sdtune.models import quiet_libraries
 
 HERE = Path(__file__).resolve().parent
 GUIDANCE = {"base": 5.0, "creatures": 2.0, "subject": 2.0}  # a fine-tuned model needs little push
@@ -76,12 +77,12 @@ def star_records(number=50):
 def load_pipeline(folder, base=None):
     """A pipeline in float32 with DPM-Solver++ and no progress bar; a folder of LoRA weights goes onto `base`."""
     is_lora = Path(folder, LORA_FILE).exists()
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        base if is_lora else folder, safety_checker=None, torch_dtype=torch.float32
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
+        base if is_lora else folder, safety_checker=None, dtype=torch.float32
     )
     if is_lora:
         pipeline.load_lora_weights(folder, weight_name=LORA_FILE)
-    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -194,7 +195,7 @@ def psnr(made, wanted):
 
 def measure_vae(folder, number=128, seed=7):
     """Mean PSNR per family, and what the renderer still reads in reconstructions of held-out images."""
-    vae = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).eval()
+    vae = diffusers.AutoencoderKL.from_pretrained(folder, dtype=torch.float32).eval()
     splits = {"creatures": "held_out", "shapes": "held_out", "patterned": "train", "subject": "train"}
     result = {}
     for family, split in splits.items():
@@ -227,8 +228,9 @@ def clip_pairs(number, seed):
 @torch.no_grad()
 def measure_clip(folder, number=64, seed=11):
     """Share of held-out images whose own caption scores highest among `number` distinct ones, and the reverse."""
-    model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer, processor = CLIPTokenizer.from_pretrained(folder), CLIPImageProcessorPil.from_pretrained(folder)
+    model = transformers.CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
+    processor = transformers.CLIPImageProcessorPil.from_pretrained(folder)
     images = clip_pairs(number, seed)
     pixels = processor([Image.fromarray(image) for image in images.values()], return_tensors="pt")
     tokens = tokenizer(list(images), padding=True, return_tensors="pt")
@@ -323,6 +325,7 @@ def parse_args(argv=None):
 def main(argv=None):
     """Measures what the command line asks for, prints the figures and writes them where it says."""
     args = parse_args(argv)
+    quiet_libraries()
     guidance = GUIDANCE[args.what] if args.guidance_scale is None else args.guidance_scale
     settings = {"steps": args.num_inference_steps, "guidance": guidance}
     measured = {"base": measure_base, "creatures": measure_creatures, "subject": measure_subject}

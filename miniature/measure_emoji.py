@@ -26,6 +26,7 @@ import measure
 import render
 
 from sdtune.measures import COPY_RATIO
+from sdtune.models import quiet_libraries
 
 BATCH = 50  # pictures at once
 # Rows of the picture: names seen, and combinations that were not.
@@ -187,6 +188,7 @@ def parse_args(argv=None):
 def main(argv=None):
     """Measures both models, prints the figures and writes what the command line asks for."""
     args = parse_args(argv)
+    quiet_libraries()
     settings = {"steps": args.num_inference_steps, "guidance": args.guidance_scale}
     data = Path(args.data_dir)
     views = read_folder(data / "train") | read_folder(data / "held_out")

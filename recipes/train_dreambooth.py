@@ -94,7 +94,7 @@ from sdtune.output import (
     save_pipeline,
     start_trackers,
 )
-from sdtune.plan import describe_kinds
+from sdtune.plan import describe_kinds, told_in_plan
 from sdtune.script import run_launched_script
 from sdtune.sharding import whole_models
 from sdtune.signals import Stop
@@ -226,9 +226,11 @@ def load_models(args, accelerator):
 def train(args, launcher):
     """Trains as `args` say, which have been checked; `launcher` is the process that started this one, or None."""
     accelerator = make_accelerator(args)
-    images, held_out, fingerprint = load_data(
-        args, args.instance_data_dir, args.instance_prompt, args.repeats, fit_of(args)
-    )
+    told = []
+    with told_in_plan(told):
+        images, held_out, fingerprint = load_data(
+            args, args.instance_data_dir, args.instance_prompt, args.repeats, fit_of(args)
+        )
     class_images = load_class_images(args)
     agree_on_data(accelerator, {"photos": fingerprint, "class_images_to_draw": class_images.missing})
     if class_images.missing and not args.dry_run:
@@ -265,9 +267,10 @@ def train(args, launcher):
     samples = with_class_rows(images, class_images)
     cache = plan_cache(args, accelerator, pipeline, [samples, held_out])
     about = {
-        "kinds": describe_kinds(images, args.instance_data_dir, args.repeats, args.instance_prompt),
-        "trained": ", ".join(models),
-        "frozen": ", ".join(sorted({"vae", "text_encoder"} - models.keys())),
+        "kinds": describe_kinds(images, args.repeats, args.instance_prompt),
+        "data": told,
+        "trained": "UNet, text encoder" if args.train_text_encoder else "UNet",
+        "frozen": "VAE" if args.train_text_encoder else "VAE, text encoder",
         "result_bytes": count_result_bytes(args, pipeline, not args.skip_save_text_encoder),
         "buckets": describe_buckets(args, images),
         "cache": describe_cache(cache),

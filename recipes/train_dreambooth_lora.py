@@ -80,7 +80,7 @@ from sdtune.model_card import Training, describe_subject, find_trigger, use_of_a
 from sdtune.models import check_model, make_faster
 from sdtune.optimization import check_optimization, check_optimizer, make_optimizer, peak_learning_rate
 from sdtune.output import check_output, check_trackers, end_training, new_result, start_trackers
-from sdtune.plan import describe_kinds
+from sdtune.plan import describe_kinds, told_in_plan
 from sdtune.script import run_launched_script
 from sdtune.sharding import whole_models
 from sdtune.signals import Stop
@@ -182,9 +182,11 @@ def check_args(args, problems=()):
 def train(args, launcher):
     """Trains as `args` say, which have been checked; `launcher` is the process that started this one, or None."""
     accelerator = make_accelerator(args)
-    images, held_out, fingerprint = load_data(
-        args, args.instance_data_dir, args.instance_prompt, args.repeats, fit_of(args)
-    )
+    told = []
+    with told_in_plan(told):
+        images, held_out, fingerprint = load_data(
+            args, args.instance_data_dir, args.instance_prompt, args.repeats, fit_of(args)
+        )
     class_images = load_class_images(args)
     agree_on_data(accelerator, {"photos": fingerprint, "class_images_to_draw": class_images.missing})
     if class_images.missing and not args.dry_run:
@@ -216,7 +218,8 @@ def train(args, launcher):
     samples = with_class_rows(images, class_images)
     cache = plan_cache(args, accelerator, pipeline, [samples, held_out])
     about = {
-        "kinds": describe_kinds(images, args.instance_data_dir, args.repeats, args.instance_prompt),
+        "kinds": describe_kinds(images, args.repeats, args.instance_prompt),
+        "data": told,
         "trained": f"LoRA of rank {args.rank} on {args.lora_target} of {' and '.join(models)}",
         "frozen": "all else",
         "result_bytes": count_adapter_bytes(args, weights.parameters),

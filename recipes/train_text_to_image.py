@@ -82,7 +82,7 @@ from sdtune.output import (
     save_pipeline,
     start_trackers,
 )
-from sdtune.plan import describe_kinds
+from sdtune.plan import told_in_plan
 from sdtune.script import run_launched_script
 from sdtune.sharding import whole_models
 from sdtune.signals import Stop
@@ -207,7 +207,9 @@ def load_models(args, accelerator):
 def train(args, launcher):
     """Trains as `args` say, which have been checked; `launcher` is the process that started this one, or None."""
     accelerator = make_accelerator(args)
-    images, held_out, fingerprint = load_images(args, fit=fit_of(args))
+    told = []
+    with told_in_plan(told):
+        images, held_out, fingerprint = load_images(args, fit=fit_of(args))
     num_processes, num_workers = accelerator.num_processes, choose_num_workers(args.dataloader_num_workers)
     stream = split_of_stream(args, num_processes, num_workers, args.train_batch_size)
     fingerprints = {"captioned_images": fingerprint, "stream": stream}
@@ -234,7 +236,7 @@ def train(args, launcher):
     run = start_run(args, accelerator, counts, state, fingerprints, weights, FREE_ON_RESUME, FIXED_ON_RESUME)
     cache = plan_cache(args, accelerator, pipeline, [images, held_out])
     about = {
-        "kinds": describe_kinds(images, args.train_data_dir),
+        "data": told,
         "trained": "UNet",
         "frozen": "VAE, text encoder",
         "result_bytes": count_result_bytes(args, pipeline),

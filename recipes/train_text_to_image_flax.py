@@ -90,7 +90,7 @@ from sdtune.output import (
     save_pipeline,
     start_trackers,
 )
-from sdtune.plan import describe_kinds
+from sdtune.plan import told_in_plan
 from sdtune.script import run_script, work_of
 from sdtune.signals import Stop
 from sdtune.streaming import (
@@ -203,7 +203,9 @@ def train(args, mesh):
     """Trains as `args` say, which have been checked, on the devices of `mesh`."""
     check_shared_output(args)
     is_first = jax.process_index() == 0
-    images, held_out, fingerprint = load_images(args)
+    told = []
+    with told_in_plan(told):
+        images, held_out, fingerprint = load_images(args)
     accelerator = make_accelerator(args)
     repo_id = None
     if is_first and not args.dry_run:
@@ -232,8 +234,7 @@ def train(args, mesh):
     stream = split_of_stream(args, jax.process_count(), 1, batch_size)
     fingerprints = {"captioned_images": fingerprint, "stream": stream}
     run = start_run(args, counts, state, fingerprints, pipeline, FREE_ON_RESUME, FIXED_ON_RESUME)
-    kinds = describe_kinds(images, args.train_data_dir)
-    tell_plan(args, run, len(held_out), describe_stream(args, images, jax.process_count(), 1), kinds)
+    tell_plan(args, run, len(held_out), describe_stream(args, images, jax.process_count(), 1), told)
     if args.dry_run:
         end_training(accelerator)
         print(NOTHING_TRAINED)

@@ -75,7 +75,7 @@ from sdtune.model_card import Training, describe_images, find_trigger, use_of_ad
 from sdtune.models import check_model, make_faster
 from sdtune.optimization import check_optimization, check_optimizer, make_optimizer, peak_learning_rate
 from sdtune.output import check_output, check_trackers, end_training, new_result, start_trackers
-from sdtune.plan import describe_kinds
+from sdtune.plan import told_in_plan
 from sdtune.script import run_launched_script
 from sdtune.sharding import whole_models
 from sdtune.signals import Stop
@@ -177,7 +177,9 @@ def check_args(args, problems=()):
 def train(args, launcher):
     """Trains as `args` say, which have been checked; `launcher` is the process that started this one, or None."""
     accelerator = make_accelerator(args)
-    images, held_out, fingerprint = load_images(args, fit=fit_of(args))
+    told = []
+    with told_in_plan(told):
+        images, held_out, fingerprint = load_images(args, fit=fit_of(args))
     num_processes, num_workers = accelerator.num_processes, choose_num_workers(args.dataloader_num_workers)
     stream = split_of_stream(args, num_processes, num_workers, args.train_batch_size)
     fingerprints = {"captioned_images": fingerprint, "stream": stream}
@@ -203,7 +205,7 @@ def train(args, launcher):
     run = start_run(args, accelerator, counts, state, fingerprints, weights, FREE_ON_RESUME, FIXED_ON_RESUME)
     cache = plan_cache(args, accelerator, pipeline, [images, held_out])
     about = {
-        "kinds": describe_kinds(images, args.train_data_dir),
+        "data": told,
         "trained": f"LoRA of rank {args.rank} on {args.lora_target} of {' and '.join(models)}",
         "frozen": "all else",
         "result_bytes": count_adapter_bytes(args, weights.parameters),

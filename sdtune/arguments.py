@@ -21,6 +21,10 @@ SWITCH_ON = {**SWITCH, "default": True}
 # AdamW's own constants; another optimizer may not have them.
 ADAM_DEFAULTS = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 1e-2, "adam_epsilon": 1e-8}
 NUM_TRAIN_EPOCHS = 100
+# diffusers.optimization's, by its names: to ask it would take a second, for which --help does not wait.
+LR_SCHEDULERS = """
+    linear cosine cosine_with_restarts polynomial constant constant_with_warmup piecewise_constant
+""".split()
 OFFSET_NOISE = 0.1  # what --offset_noise means in diffusers' scripts
 MAX_NAME_BYTES = 255  # of a file or folder, on all usual file systems
 MAX_PATH_BYTES = 3000  # which leaves room for what is made below it
@@ -517,14 +521,10 @@ def add_objective_arguments(parser):
 
 def add_optimization_arguments(parser):
     """Adds the optimizer, its learning rate, the batch, the length of the run, and the average of the weights."""
-    from diffusers.optimization import (
-        SchedulerType,  # not above: it takes seconds
-    )
-
     add = parser.add_argument_group("optimization").add_argument
     add("--learning_rate", type=positive_float, default=1e-4, help="initial learning rate (0, inf)")
     add("--scale_lr", **SWITCH, help="multiply the learning rate by batch size, accumulation steps and processes")
-    add("--lr_scheduler", default="constant", choices=[kind.value for kind in SchedulerType], help="its schedule")
+    add("--lr_scheduler", default="constant", choices=LR_SCHEDULERS, help="its schedule")
     add(
         "--lr_warmup_steps",
         type=non_negative_int,

@@ -84,7 +84,6 @@ class CheckedRows:
     digests: list  # of content and captions
     contents: np.ndarray  # (rows,), SHA-256 of each file
     sizes: np.ndarray  # (rows, 2), width and height in pixels
-    num_unusable: int = 0  # beside these, that were left out
 
 
 @dataclasses.dataclass
@@ -110,7 +109,6 @@ class CaptionedImages(torch.utils.data.Dataset):
     input_perturbation: float
     reads_pixels: bool = True
     picture_sizes: np.ndarray | None = None  # (rows, 2), before that, where it is known
-    num_unusable: int = 0  # beside these, that were left out
     cache: Cache | None = None
 
     def __len__(self):
@@ -228,7 +226,6 @@ def load_data(args, folder, default_caption=None, repeats=1, fit=None):
         noise_offset=noise_offset_of(args),
         input_perturbation=args.input_perturbation,
         picture_sizes=checked.sizes[training],
-        num_unusable=checked.num_unusable,
     )
     fingerprint = fingerprint_of(args.num_validation_samples, checked.digests)
     others = dataclasses.replace(
@@ -347,11 +344,6 @@ def read_folder(folder, caption_column, takes_train=False, follows_links=False):
         raise InputError(f"{odd[0]!a}: its name is not UTF-8; rename it, or if it is, set PYTHONUTF8=1")
     rows = [{"image": str(path), "captions": found} for path, found in sorted(captions.items())]
     return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image(decode=False))
-
-
-def find_foreign_pictures(folder):
-    """The pictures below a folder, which may be None, that have to be converted before they can be read."""
-    return [path for path in list_files(folder) if path.suffix.lower() in FOREIGN_SUFFIXES] if folder else []
 
 
 def tell_foreign_pictures(pictures):
@@ -810,7 +802,7 @@ def check_rows(rows, memory, skip_bad_images, tokenizer, resolution, fit=None, a
         small.append("{}: {} x {}".format(name_of(rows, good[number]), *sizes[number]))
     warn(f"images are smaller than {told} and are enlarged", small)
     warn(f"captions have more than {tokenizer.model_max_length} tokens and are cut", cut)
-    return CheckedRows(rows.select(good), list(digests.values()), np.array(contents), sizes, len(bad))
+    return CheckedRows(rows.select(good), list(digests.values()), np.array(contents), sizes)
 
 
 def name_of(rows, index):

@@ -12,7 +12,7 @@ from sdtune.plan import as_row, tell_size
 from sdtune.runs import judge, read_run
 
 NOTHING_TRAINED = "Nothing was trained; the settings are fine."
-MAX_COLUMNS = 86  # of a command, beside the name of its row and what joins its lines
+MAX_COLUMNS = 85  # of a command, beside the name of its row and what joins its lines
 
 
 def tell_end(args, run, files, command):

@@ -1,6 +1,7 @@
 """Check and load the models of a Stable Diffusion pipeline."""
 
 import contextlib
+import logging
 import os
 import re
 import warnings
@@ -10,7 +11,6 @@ import diffusers
 import huggingface_hub
 import torch
 import transformers
-from diffusers.models.attention_processor import Attention, XFormersAttnProcessor
 from safetensors import safe_open
 
 from sdtune.errors import InputError, last_line, remedy_for_missing
@@ -24,6 +24,8 @@ def quiet_libraries():
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+    # diffusers imports bitsandbytes, which warns on a CPU that it lacks a kernel for models in 4 bits: here are none.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # diffusers itself gives this argument, when it reads a config from the Hub.
     warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument is deprecated")
     if huggingface_hub.constants.HF_HUB_OFFLINE:  # or it would say at each model that it is
@@ -276,6 +278,8 @@ def enable_memory_savers(args, unet, device, dtype):
     """Turns on what makes a UNet's passes smaller, as the flags ask for; they will be on a device and in a precision.
     Raises `InputError`."""
     if args.enable_xformers_memory_efficient_attention:
+        from diffusers.models.attention_processor import XFormersAttnProcessor
+
         try:
             probe_xformers(unet, device, dtype)
         except Exception as error:  # xFormers has one for every mismatch
@@ -299,6 +303,7 @@ def make_faster(args, unet):
 def probe_xformers(unet, device, dtype):
     """Raises what xFormers raises, if it has no attention for the sizes of a UNet's heads, forward or backward. Where
     diffusers enables it, float32 is probed whatever the precision."""
+    from diffusers.models.attention_processor import Attention
     from xformers.ops import memory_efficient_attention
 
     attentions = [module for module in unet.modules() if isinstance(module, Attention)]

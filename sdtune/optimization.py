@@ -5,7 +5,6 @@ import re
 
 import diffusers
 import torch
-from diffusers.optimization import get_scheduler
 
 from sdtune.arguments import ADAM_DEFAULTS
 
@@ -134,7 +133,7 @@ def keep_embeddings_whole(optimizer, models):
 def make_schedule(args, optimizer, last_step):
     """The learning rate's schedule, to be stepped once per optimizer step. It must not be prepared by accelerate,
     which would count processes."""
-    return get_scheduler(
+    return diffusers.optimization.get_scheduler(
         args.lr_scheduler,
         optimizer,  # whose default rate is where the polynomial starts
         step_rules=args.lr_step_rules,

@@ -1,6 +1,8 @@
 """The plan that a run prints before its first step."""
 
+import contextlib
 import datetime
+import io
 import math
 import platform
 import shutil
@@ -14,20 +16,21 @@ from torch.cuda import get_device_name, get_device_properties, is_bf16_supported
 
 from sdtune.batches import mean_samples_per_step
 from sdtune.checkpoints import list_checkpoints
-from sdtune.dataset import CaptionedImages, find_foreign_pictures, tell_foreign_pictures
 from sdtune.files import existing_place
 from sdtune.models import numel_of
 from sdtune.output import chosen_tracker, peak_gigabytes
 
 MARGIN = " " * 13  # before the text of a row
+PASSES_IN = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}  # by --mixed_precision
 
 
 def print_plan(args, run, num_held_out, num_trained, about):
     """Says, before the first step, what will be done. `about` says what only a script knows: `trained` and `frozen`
     (which models), `device` (its name), `devices` (how many share a pass), `optimizer` (its name), `warnings` (a
-    list), and maybe `images` (a remark), `kinds` (lines on which of them are used), `stream` (how they are read),
-    `precision` (of passes, if that is not the setting), `weights` (their precision, if not float32), `result_bytes`
-    (of the files that will be the result), `buckets` (lines on the sizes of images) and `cache` (a text, or None)."""
+    list), and maybe `images` (a remark), `kinds` (lines on them), `data` (texts that were told as they were read),
+    `stream` (how they are read), `precision` (of passes, if that is not the setting), `weights` (their precision, if
+    not float32), `result_bytes` (of the files that will be the result), `buckets` (lines on the sizes of images) and
+    `cache` (a text, or None)."""
     counts, side, tracker = run.counts, args.resolution, chosen_tracker(args)
     first_step, precision = run.progress["global_step"], about.get("precision", run.settings["mixed_precision"])
     buckets, size = about.get("buckets", ()), tell_size(checkpoint_bytes(run))
@@ -45,15 +48,15 @@ def print_plan(args, run, num_held_out, num_trained, about):
         "steps": f"{first_step:,} to {counts.last_step:,}{epochs}",
         "per step": f"{counts.samples_per_step:,} images: {passes}",
         "trained": f"{about['trained']}, {num_trained:,} parameters in {about.get('weights', 'float32')}, passes in "
-        f"precision {precision!r}; frozen: {about['frozen']}",
+        f"{PASSES_IN[precision]}; frozen: {about['frozen']}",
         "optimizer": f"{about['optimizer']} at {run.settings['peak_learning_rate']:g}, {args.lr_scheduler}; "
         f"EMA: {args.use_ema}",
         "output": f"{args.output_dir}, a checkpoint of {size} every {args.checkpointing_steps:,} steps",
         "disk": tell_disk(args, run, about.get("result_bytes")),
         "log": f"log.jsonl and {tracker}" if tracker else "log.jsonl, no tracker",
     }
-    if about.get("cache"):
-        rows["cache"] = about["cache"]
+    rows["cache"] = about.get("cache")
+    rows["data"] = "".join(about.get("data", [])).rstrip("\n")
     lines = [as_row(name, text) for name, text in rows.items() if text]
     warned = about["warnings"] + warn_of_start(args) + warn_of_warm_up(args, counts) + warn_of_disk(args, run)
     warnings = [as_row("warning", text) for text in warned]
@@ -83,21 +86,29 @@ def describe_device(device):
     return f"{told}, by PyTorch {torch.__version__}"  # whose name says which GPUs it knows
 
 
-def describe_kinds(images, folder, repeats=1, prompt=None):
-    """Lines on images to train on, which may be a stream: how often each is there, how many have captions of their
-    own, where others get the `prompt`, and which of those in the `folder`, or of a dataset, are not used, and why."""
-    if not isinstance(images, CaptionedImages):
-        return []
+@contextlib.contextmanager
+def told_in_plan(texts):
+    """Adds to `texts` what is printed meanwhile, as images are read, for a row of the plan; if that fails, and there
+    will be no plan, it is printed at once."""
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(told):
+            yield
+    except BaseException:
+        print(told.getvalue(), end="", flush=True)
+        raise
+    texts.append(told.getvalue())
+
+
+def describe_kinds(images, repeats, prompt):
+    """Lines on photos to train on: how often each is there, and how many have captions of their own, where others get
+    the `prompt`."""
     lines, number = [], len(images) // repeats
     if repeats > 1:
         lines.append(f"{number:,} photos, each {repeats:,} times")
     if prompt:
         num_own = sum(captions != [prompt] for captions in images.rows["captions"]) // repeats
         lines.append(f"{num_own:,} with captions of their own, {number - num_own:,} with --instance_prompt")
-    if images.num_unusable:
-        lines.append(f"left out: {images.num_unusable:,} that cannot be used, named above (--skip_bad_images)")
-    if foreign := find_foreign_pictures(folder):
-        lines.append(f"left out: {tell_foreign_pictures(foreign)}")
     return lines
 
 

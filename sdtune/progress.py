@@ -23,6 +23,7 @@ def start_bar(run, is_shown):
         unit="step",
         bar_format=BAR,
         disable=None if is_shown else True,  # None: unless it goes to a terminal
+        leave=False,  # of a run that ends early it would be drawn once more, below what says why
     )
     return bar, collections.deque(maxlen=NUM_RECENT)
 
@@ -36,6 +37,7 @@ def tell_step(args, bar, run, device, recent):
     memory = peak_memory(device)[0]
     if not bar.disable:
         bar.set_postfix_str(", ".join([*told, memory.partition(" of ")[0]]), refresh=False)
+        bar.leave = done == last_step
     elif done % args.logging_steps == 0 or done == last_step:
         left = []
         if seconds is not None and done < last_step:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import diffusers
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
@@ -27,7 +28,6 @@ from accelerate.utils import (
     parse_flag_from_env,
     send_to_device,
 )
-from diffusers.utils import is_xformers_available
 from tqdm.auto import tqdm
 
 from sdtune.arguments import changed_flags
@@ -104,7 +104,7 @@ def check_hardware(args):
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     if args.allow_tf32 and on_cpu:
         problems.append("--allow_tf32=True: needs an NVIDIA GPU; drop this")
-    if args.enable_xformers_memory_efficient_attention and (on_cpu or not is_xformers_available()):
+    if args.enable_xformers_memory_efficient_attention and (on_cpu or not diffusers.utils.is_xformers_available()):
         problems.append(
             "--enable_xformers_memory_efficient_attention=True: needs a GPU and xformers; run "
             "`pip install -r requirements_xformers.txt` there, or drop this"

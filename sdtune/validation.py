@@ -8,7 +8,6 @@ import diffusers
 import numpy as np
 import torch
 from accelerate.utils import gather_object, send_to_device
-from diffusers.utils import make_image_grid
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -135,7 +134,7 @@ def log_held_out_losses(accelerator, run, losses):
     error = gain.std().item() / len(gain) ** 0.5 if len(gain) > 1 else 0.0
     numbers = {"held_out_loss": losses.mean().item(), "held_out_gain": gain.mean().item(), "gain_error": error}
     write_log(accelerator, run.output_dir, progress["global_step"], numbers)
-    if not accelerator.is_main_process:
+    if not accelerator.is_main_process or progress["global_step"] == run.counts.last_step:  # the end tells it
         return
     images = f"{len(losses):,} held-out image{'' if len(losses) == 1 else 's'}"
     told = f"Step {progress['global_step']:,}: the loss on {images} is {numbers['held_out_loss']:.4f}."
@@ -194,7 +193,8 @@ def show_samples(accelerator, run, images):
     columns = min(len(images), 4)
     padding = [Image.new("RGB", images[0].size, "white")] * (-len(images) % columns)
     path.parent.mkdir(parents=True, exist_ok=True)
-    make_image_grid(images + padding, math.ceil(len(images) / columns), columns).save(path)
+    num_rows = math.ceil(len(images) / columns)
+    diffusers.utils.make_image_grid(images + padding, num_rows, columns).save(path)
     tell_trackers(accelerator, functools.partial(track_samples, np.stack(images), step))
 
 

@@ -2,14 +2,15 @@
 
 import re
 
+import diffusers
 import pytest
 from conftest import load_script
 from running import SCRIPTS, TRAIN_TEXT_TO_IMAGE, TRAIN_TEXT_TO_IMAGE_FLAX, TRAIN_TEXT_TO_IMAGE_LORA
 from tiny import changed_pipeline
 from training import parse
 
-from sdtune import training
 from sdtune.arguments import (
+    LR_SCHEDULERS,
     check_old_flags,
     check_requirements,
     nearest,
@@ -425,7 +426,7 @@ def test_what_needs_a_gpu_is_refused_without(train_script, command, flag):
 @pytest.mark.parametrize("has_gpu, has_xformers", [(True, False), (False, True)])
 def test_xformers_is_asked_for_by_its_file(monkeypatch, has_gpu, has_xformers):
     monkeypatch.setattr("torch.accelerator.is_available", lambda: has_gpu)
-    monkeypatch.setattr(training, "is_xformers_available", lambda: has_xformers)
+    monkeypatch.setattr(diffusers.utils, "is_xformers_available", lambda: has_xformers)
     assert check_hardware(parse("--enable_xformers_memory_efficient_attention")) == [
         "--enable_xformers_memory_efficient_attention=True: needs a GPU and xformers; run "
         "`pip install -r requirements_xformers.txt` there, or drop this"
@@ -795,6 +796,10 @@ def test_help_begins_with_ten_flags_and_has_all_others_in_groups(scripts, path, 
     found = [flag for flags in groups.values() for flag in flags]
     assert len(found) == len(set(found))
     assert {*found, "help"} == {flag.dest for flag in scripts[path].make_parser()._actions}
+
+
+def test_the_schedules_of_the_rate_are_those_of_diffusers():
+    assert [kind.value for kind in diffusers.optimization.SchedulerType] == LR_SCHEDULERS
 
 
 def groups_of(text):

@@ -326,6 +326,17 @@ def test_only_some_findings_are_shown_and_all_written(tmp_path, capsys):
     assert "and 5 more, which --json lists" in text
 
 
+def test_small_images_are_found_before_they_have_captions(tmp_path, capsys):
+    """Who has read of them does not write captions for them first."""
+    images = {"a.png": make_image(0, (64, 64)), "b.png": make_image(1, (32, 40)), "c.png": make_image(2, (16, 80))}
+    folder = write_images(tmp_path / "bare", images)
+    (folder / "metadata.jsonl").unlink()
+    _, report = check(folder, tmp_path)
+    assert named(report["missing_captions"]) == [("a.png",), ("b.png",), ("c.png",)]
+    assert named(report["enlarged"], "factor") == [("b.png", 2.0), ("c.png", 4.0)]
+    assert "Small images: 2 (" in capsys.readouterr().out
+
+
 def test_wrong_usage_is_named_at_once_before_anything_is_read(image_folder, tmp_path, capsys):
     folder, there = image_folder(2), tmp_path / "there.html"
     there.write_text("mine")

@@ -3,6 +3,7 @@ true."""
 
 import re
 
+import diffusers
 import pytest
 from conftest import load_script
 from flags_page import read_flags
@@ -342,7 +343,7 @@ def test_a_whole_old_command_line_passes_where_there_is_a_gpu(
     train_script, tiny_pipeline, image_folder, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(train_script.torch.accelerator, "is_available", lambda: True)
-    monkeypatch.setattr(train_script, "is_xformers_available", lambda: True)
+    monkeypatch.setattr(diffusers.utils, "is_xformers_available", lambda: True)
     argv = OLD.format(images=image_folder(), output=tmp_path / "out", model=tiny_pipeline).split()
     assert train_script.check_args(parse(train_script, argv)) == []
 
@@ -368,7 +369,7 @@ def test_an_old_command_line_for_dreambooth_passes(
     script, name, tiny_pipeline, image_folder, tmp_path, monkeypatch, more
 ):
     monkeypatch.setattr(script.torch.accelerator, "is_available", lambda: True)
-    monkeypatch.setattr(script, "is_xformers_available", lambda: True)
+    monkeypatch.setattr(diffusers.utils, "is_xformers_available", lambda: True)
     places = {"images": image_folder(), "output": tmp_path / "out", "classes": tmp_path / "classes"}
     argv = OLD_DREAMBOOTH.format(model=tiny_pipeline, **places).split()
     argv += ["--instance_prompt=a photo of sks dog", "--class_prompt=a photo of dog", *more]

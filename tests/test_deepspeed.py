@@ -157,7 +157,7 @@ def test_weights_stay_in_float32_under_bf16(train_script, tiny_pipeline, images,
     said, settings = tmp_path / "said", {"mixed_precision": "bf16", "learning_rate": 1e-6, "lr_scheduler": "constant"}
     line = words(tiny_pipeline, images, tmp_path / "two", train_batch_size=1, **settings)
     assert run_zero(stage, train_script, line, said) == [0, 0], said.read_text()
-    assert "passes in precision 'bf16'" in said.read_text()
+    assert "passes in bfloat16" in said.read_text()
     assert train(train_script, tiny_pipeline, images, tmp_path / "one", train_batch_size=2, **settings) == 0
     one, two, base = unet(tmp_path / "one"), unet(tmp_path / "two"), unet(tiny_pipeline)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=2e-3)  # bfloat16 has 8 bits

@@ -263,7 +263,8 @@ def test_other_files_are_ignored_and_said(fit, tmp_path, trained_on, capsys):
     (photos / ".DS_Store").write_bytes(bytes(range(256)))
     before = snapshot(photos)
     assert fit(instance_data_dir=photos) == 0
-    assert f"Left aside in {photos}: 2 files of other kinds, such as .DS_Store, README.md." in capsys.readouterr().out
+    told = f"Left aside in {photos}: 2 files of other kinds, such as .DS_Store, README.md."
+    assert told in " ".join(capsys.readouterr().out.split())  # lines are broken by the length of the path
     assert len(trained_on) == 2
     assert snapshot(photos) == before
 

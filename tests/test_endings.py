@@ -14,7 +14,7 @@ from training import parse, train
 
 from sdtune import endings
 from sdtune.commands import generate
-from sdtune.plan import tell_size
+from sdtune.plan import as_row, tell_size
 from sdtune.runs import judge, read_run
 
 MINIATURE = REPO / "miniature" / "pipeline"
@@ -86,6 +86,16 @@ def test_the_end_of_a_run(path, images, tmp_path, monkeypatch, capsys):
     assert rows["took"].endswith(", from step 2 to 4")
     assert rows["extend"].endswith(" --max_train_steps=8")
     assert "after step 4" in " ".join(rows["learnt"].split())
+
+
+def test_each_held_out_loss_is_told_once(train_script, tiny_pipeline, images, tmp_path, capsys):
+    settings = {"max_train_steps": 3, "num_validation_samples": 2, "validation_steps": 1, "lr_scheduler": "constant"}
+    assert train(train_script, tiny_pipeline, images, tmp_path / "out", **settings) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    told = re.findall(
+        r"Step 0: the loss on 2 held-out|not trained on \w+ from [\d.]+ to [\d.]+ after step \d|Done", said
+    )
+    assert [words.split()[-1] for words in told] == ["held-out", "1", "2", "Done", "3"]
 
 
 def test_what_a_run_without_held_out_images_says(train_script, tiny_pipeline, images, tmp_path, capsys):
@@ -185,9 +195,11 @@ def test_long_commands_come_in_lines_that_a_shell_joins():
     words = ["sdtune", "generate", "a model's folder", *["a picture of a cat that sleeps"] * 6]
     lines = endings.in_lines(words).split("\n")
     assert len(lines) > 2
-    assert max(map(len, lines)) <= 88
     assert all(line.endswith(" \\") for line in lines[:-1])
     assert words_of("\n".join(lines)) == words
+    for length in range(1, 80):  # a row of the end breaks no line once more
+        command = endings.in_lines(["sdtune", "generate", "x" * length, "a picture of a cat", "--height=64"])
+        assert as_row("draw", command).splitlines()[0] == f"  draw       {command.splitlines()[0]}"
 
 
 @pytest.mark.slow

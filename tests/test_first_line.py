@@ -9,7 +9,6 @@ from running import (
     REPO,
     SCRIPTS,
     TRAIN_TEXT_TO_IMAGE,
-    TRAIN_TEXT_TO_IMAGE_FLAX,
     TRAIN_TEXT_TO_IMAGE_LORA,
     run_command,
     run_script,
@@ -48,13 +47,15 @@ def hub_cache(tiny_pipeline, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "path, is_trial",
-    [(TRAIN_TEXT_TO_IMAGE, False), *[(path, True) for path in SCRIPTS]],
-    ids=["run", *[path.stem for path in SCRIPTS]],
+    [*[(path, False) for path in SCRIPTS], (TRAIN_TEXT_TO_IMAGE_LORA, True)],
+    ids=[*[path.stem for path in SCRIPTS], "trial"],
 )
 def test_of_a_script_it_is_the_plan(path, is_trial, hub_cache, tmp_path):
-    """With a model of the Hub's, a tracker and samples to draw."""
+    """With a model of the Hub's, a tracker, samples to draw, images held out, and files that are left aside."""
     folder = write_image_folder(tmp_path / "images", 4)
+    (folder / "notes.pdf").write_text("of another kind")
     settings = {"validation_prompts": ["a cat"], "validation_num_inference_steps": 1, "report_to": "tensorboard"}
+    settings |= {"num_validation_samples": 1}
     if "dreambooth" in path.stem:
         settings |= {"train_data_dir": None, "instance_data_dir": folder, "instance_prompt": "a sks photo"}
     line = words("me/tiny", folder, tmp_path / "out", dry_run=is_trial, max_train_steps=1, **settings)
@@ -104,8 +105,14 @@ def test_of_a_command_it_is_its_own(case, places):
     assert done.stderr == said
 
 
-@pytest.mark.parametrize("path", [TRAIN_TEXT_TO_IMAGE, TRAIN_TEXT_TO_IMAGE_FLAX], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SCRIPTS, ids=[path.stem for path in SCRIPTS])
 def test_of_a_mistake_it_is_the_message(path):
+    """One that is seen before libraries are asked, and one that is seen after."""
+    missing = "--pretrained_model_name_or_path=no/such/model"
     done = run_script(["--lr=1"], script=path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"{path.name}: --lr: is no flag; did you mean --learning_rate?\n"
+    done = run_script([missing], script=path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"{path.name}: \n")
+    assert all(line.startswith(("  --", "    ", "  no/such/model: ")) for line in done.stderr.splitlines()[1:])

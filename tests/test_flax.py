@@ -416,10 +416,10 @@ def test_fp16_is_the_precision_of_what_is_frozen(script, fit, fit_once, base, mo
 def test_the_plan_says_what_fp16_is_for(fit, capsys):
     fit(mixed_precision="fp16", dry_run=True)
     said = capsys.readouterr().out
-    assert "passes in precision 'no'; frozen: VAE, text encoder, in float16" in " ".join(said.split())
+    assert "passes in float32; frozen: VAE, text encoder, in float16" in " ".join(said.split())
     fit(mixed_precision="bf16", dry_run=True)
     said = " ".join(capsys.readouterr().out.split())
-    assert "passes in precision 'bf16'; frozen: VAE, text encoder optimizer" in said  # the next row
+    assert "passes in bfloat16; frozen: VAE, text encoder optimizer" in said  # the next row
 
 
 def test_flags_of_the_torch_script_are_refused(script, capsys):

@@ -1,6 +1,8 @@
 """The miniature: its renderer draws and reads right, its parts load, are small, and do what its README says."""
 
 import importlib.util
+import os
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -293,3 +295,15 @@ def test_grid_of_a_recipe_has_photos_above_base_and_result(measure, tmp_path):
     base, result = (grid[-row * step :][:side, left : left + 2 * side] for row in (2, 1))
     assert np.array_equal(base, result)
     assert base.std() > 20
+
+
+def test_the_end_of_the_demo_says_nothing_but_its_line(tmp_path):
+    """No library speaks, in a process of its own as `make demo` starts it."""
+    model, output = MINIATURE / "pipeline", tmp_path / "grid.png"
+    flags = [f"--base={model}", f"--model={model}", f"--output={output}", "--num_images=1", "--num_inference_steps=1"]
+    command = [sys.executable, MINIATURE / "compare.py", *flags]
+    done = subprocess.run(
+        command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, text=True, capture_output=True, check=True
+    )
+    assert done.stdout == f"Base above result, for prompts that no training image has: {output}\n"
+    assert done.stderr == ""

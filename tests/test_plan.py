@@ -13,6 +13,7 @@ from running import REPO, TRAIN_DREAMBOOTH, TRAIN_TEXT_TO_IMAGE, TRAIN_TEXT_TO_I
 from training import parse, train, words
 
 from sdtune import output, plan
+from sdtune.errors import InputError
 from sdtune.plan import warn_of_precision, warn_of_warm_up
 
 FULL_BF16 = {"full_bf16": True, "mixed_precision": "bf16", "max_grad_norm": "inf"}
@@ -88,17 +89,35 @@ def test_what_is_not_used_of_a_folder_of_photos_is_told_by_kind(tiny_pipeline, t
     assert train(script, tiny_pipeline, folder, tmp_path / "out", **settings) == 0
     said = capsys.readouterr().out
     foreign = "2 of a kind that is not read (HEIC), such as a.heic; convert to JPEG or PNG first"
-    assert f"Left aside in {folder}: {foreign}.\n" in said
-    assert f"Left aside in {folder}: 1 file of other kinds, such as note.pdf.\n" in said
-    assert said[said.index("  images ") :].splitlines()[:5] == [
+    assert said.startswith("Plan\n")
+    assert said[said.index("  images ") :].splitlines()[:3] == [
         "  images     18 to train on, 0 held out, at 32 x 32 pixels",
         "             6 photos, each 3 times",
         "             2 with captions of their own, 4 with --instance_prompt",
-        "             left out: 1 that cannot be used, named above (--skip_bad_images)",
-        "             left out: 2 of a kind that is not read (HEIC), such as a.heic; convert to JPEG or PNG",
+    ]
+    assert said[said.index("  data ") : said.index("  time ")].split() == [
+        "data",
+        *f"Left aside in {folder}: {foreign}.".split(),
+        *f"Left aside in {folder}: 1 file of other kinds, such as note.pdf.".split(),
+        *"Left out (--skip_bad_images): 1 of 7 images are unusable:".split(),
+        *f"{folder}/broken.jpg: no image that Pillow knows".split(),
     ]
     assert said.endswith("\nNothing was trained; the settings are fine.\n")
     assert max(map(len, said[said.index("Plan") :].replace(str(tmp_path), "").splitlines())) <= 100
+
+
+def test_what_is_told_of_images_is_told_at_once_where_there_will_be_no_plan(capsys):
+    def fail():
+        print("Left aside: two.")
+        raise InputError("a mistake")
+
+    told = []
+    with pytest.raises(InputError), plan.told_in_plan(told):
+        fail()
+    assert (told, capsys.readouterr().out) == ([], "Left aside: two.\n")
+    with plan.told_in_plan(told):
+        print("Left aside: three.")
+    assert (told, capsys.readouterr().out) == (["Left aside: three.\n"], "")
 
 
 def test_a_folder_of_other_kinds_of_photos_alone_is_told_to_be_converted(

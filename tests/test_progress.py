@@ -87,6 +87,21 @@ def test_in_a_terminal_there_is_a_bar_alone(told):
     assert told(True, is_shown=False)[0] == ""
 
 
+def test_of_a_run_that_ends_early_no_bar_stands_below_what_says_why(monkeypatch):
+    """Which its process prints, and ends, within a step."""
+    err = Terminal(True)
+    monkeypatch.setattr("sys.stderr", err)
+    run = SimpleNamespace(progress={"global_step": 0}, counts=SimpleNamespace(last_step=9))
+    bar, recent = progress.start_bar(run, is_shown=True)
+    for _ in bar:
+        run.progress["global_step"] += 1
+        progress.tell_step(parse(), bar, run, torch.device("cpu"), recent)
+        print("\nStopped.", file=err)
+        break
+    bar.close()  # as Python does when it lets go of it
+    assert err.getvalue().rpartition("\nStopped.\n")[2].strip(" \r\n") == ""
+
+
 def test_a_run_tells_the_means_of_its_log(train_script, tiny_pipeline, tmp_path, capsys):
     images = write_image_folder(tmp_path / "images", 4)
     assert train(train_script, tiny_pipeline, images, tmp_path / "out", max_train_steps=3) == 0

@@ -308,6 +308,19 @@ def test_of_paths_only_the_last_part_is_shown(run, path):
         assert private not in text
 
 
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("step 3/8: no space left", "step 3/8: no space left"),
+        ("read 1,024/2,048.", "read 1,024/2,048."),
+        ("(3/8) of 2026/11/27.png", "(3/8) of 27.png"),
+        ("3/8/x.png", "x.png"),
+    ],
+)
+def test_a_number_of_a_total_is_no_path(text, shown):
+    assert command.without_paths(text, {}) == shown
+
+
 def test_names_of_the_hub_are_shown_whole(run):
     settings = json.loads((run / "args.json").read_text())
     settings |= {"pretrained_model_name_or_path": "owner/base-v1.5", "train_data_dir": None, "output_dir": "out/mine"}

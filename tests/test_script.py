@@ -10,6 +10,7 @@ from conftest import load_script
 from copies import free_port
 from image_data import write_image_folder
 from running import (
+    SCRIPTS,
     TRAIN_DREAMBOOTH_LORA,
     TRAIN_TEXT_TO_IMAGE,
     TRAIN_TEXT_TO_IMAGE_LORA,
@@ -194,6 +195,19 @@ def test_launcher_is_asked_for_before_anything_is_checked(monkeypatch, capsys, r
     script.run_launched_script("train.py", make_parser(), [], {}, check_args, train)
     assert order == ["launcher", "checks", 12]
     assert capsys.readouterr().out == ("Plan\n" if speaks else "")
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=[path.stem for path in SCRIPTS])
+@pytest.mark.parametrize("flag, status", [("--help", 0), ("--lr=1", 2)], ids=["help", "wrong"])
+def test_who_does_not_train_waits_for_no_pipeline_to_be_imported(path, flag, status):
+    """That would double the time until an answer. datasets shows that imports are told at all."""
+    done = run_script([flag], {"PYTHONPROFILEIMPORTTIME": "1"}, script=path)
+    assert done.returncode == status
+    imported = set(re.findall(r"^import time:.*\| +(\w+)$", done.stderr, re.MULTILINE))
+    assert imported & {"datasets", "torch", "diffusers", "transformers", "peft", "bitsandbytes"} == {
+        "datasets",
+        "torch",
+    }
 
 
 IN_A_NOTEBOOK = """

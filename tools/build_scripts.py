@@ -52,8 +52,6 @@ IMPORTS = (ast.Import, ast.ImportFrom)
 BEFORE_IMPORTS = '''\
 # Almost all that libraries define on import stays; to look for garbage among it takes a quarter of the time.
 gc.disable()
-# diffusers imports bitsandbytes, which warns on a CPU that it lacks a kernel for models in 4 bits: here are none.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def stop_at_once(number, _):
@@ -77,10 +75,31 @@ def await_signals():
             signal.signal(number, stop_at_once)
 
 
+class Later:
+    """A library that is imported when something of it is used; `--help` and a wrong flag use nothing."""
+
+    def __init__(self, name):
+        self.__name__ = name
+        self.__spec__ = importlib.util.find_spec(name)  # by which other libraries see that it is there
+
+    def __getattr__(self, attribute):
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+        return getattr(importlib.import_module(self.__name__), attribute)
+
+
 if __name__ == "__main__":
     await_signals()
+    # What `import` finds under these names; together they take as long as all the others.
+    sys.modules.update({name: Later(name) for name in ("diffusers", "transformers")})
 '''.split("\n")
-NEEDED_BEFORE_IMPORTS = {"import gc", "import logging", "import os", "import signal"}
+NEEDED_BEFORE_IMPORTS = {
+    "import gc",
+    "import importlib.util",
+    "import os",
+    "import signal",
+    "import sys",
+}
 AFTER_IMPORTS = """
 gc.freeze()  # nor is it looked through later
 if __name__ != "__main__":  # else when the flags are checked, for which libraries import more of themselves

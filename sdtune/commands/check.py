@@ -298,12 +298,11 @@ def count_problems(unusable):
     return dict(reversed(counts.most_common()))
 
 
-def find_enlarged(names, results, usable, resolution):
-    """Lists the usable images that training enlarges."""
+def find_enlarged(names, results, resolution):
+    """Lists the images that training enlarges, or would with a caption."""
     enlarged = []
-    for index in usable:
-        _, width, height, _ = results[index]
-        if min(width, height) < resolution:
+    for index, (_, width, height, problem) in enumerate(results):
+        if not problem and min(width, height) < resolution:
             factor = round(resolution / min(width, height), 2)
             finding = {"image": names[index], "width": width, "height": height, "factor": factor, "rows": [index]}
             enlarged.append(finding)
@@ -335,7 +334,7 @@ def make_report(args, rows, names, results, tokenizer):
         "cut_captions": cut,
         "exact_duplicates": exact,
         "near_duplicates": near,
-        "enlarged": find_enlarged(names, results, usable, args.resolution),
+        "enlarged": find_enlarged(names, results, args.resolution),
         **count_sizes(results),
         **count_words(texts),
     }

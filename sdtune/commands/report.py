@@ -315,14 +315,19 @@ def last_part(path):
 
 
 def without_paths(text, settings):
-    """A text with the last part of whatever looks like a path, and of the places that settings name."""
+    """A text with the last part of whatever looks like a path, as no number of a total does (3/8), and of the places
+    that settings name."""
     for name in PLACES:
         place = settings.get(name)
         if isinstance(place, str) and last_part(place):
             text = text.replace(os.path.abspath(place), last_part(place)).replace(place, last_part(place))
     quoted = r"(?<!\w)(['\"])([^'\"\n]*[/\\][^'\"\n]*)\1"
     text = re.sub(quoted, lambda found: found[1] + last_part(found[2]) + found[1], text)
-    return re.sub(r"[^\s'\"=(]*[/\\][^\s'\"]*", lambda found: last_part(found[0]), text)
+
+    def shortened(found):
+        return found[0] if re.match(r"[\d.,]+/[\d.,]+\W*$", found[0]) else last_part(found[0])
+
+    return re.sub(r"[^\s'\"=(]*[/\\][^\s'\"]*", shortened, text)
 
 
 def shown_value(name, value):

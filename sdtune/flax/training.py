@@ -229,15 +229,15 @@ def precision_of_passes(args):
     return "bf16" if args.mixed_precision == "bf16" else "no"
 
 
-def tell_plan(args, run, num_held_out, stream, kinds):
-    """Prints what will be done; `stream` says how images are read, if they are a stream, and `kinds` are lines on
-    which of them are used."""
+def tell_plan(args, run, num_held_out, stream, told):
+    """Prints what will be done; `stream` says how images are read, if they are a stream, and `told` are texts
+    that were told as they were read."""
     num_trained = sum(weight.size for weight in run.state["unet"].values())
     encoded = "once" if args.center_crop else "in every step; once with --center_crop"
     about = {
         "device": f"{jax.devices()[0].device_kind}, by JAX {jax.__version__}",
         "images": "" if stream else f", encoded {encoded}",
-        "kinds": kinds,
+        "data": told,
         "stream": stream,
         "devices": f"{jax.device_count()} {jax.default_backend()} devices",
         "trained": "UNet",
