@@ -70,6 +70,7 @@ import functools
 import gc
 import glob
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -101,8 +102,6 @@ from pathlib import Path, PureWindowsPath
 
 # Almost all that libraries define on import stays; to look for garbage among it takes a quarter of the time.
 gc.disable()
-# diffusers imports bitsandbytes, which warns on a CPU that it lacks a kernel for models in 4 bits: here are none.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def stop_at_once(number, _):
@@ -126,8 +125,23 @@ def await_signals():
             signal.signal(number, stop_at_once)
 
 
+class Later:
+    """A library that is imported when something of it is used; `--help` and a wrong flag use nothing."""
+
+    def __init__(self, name):
+        self.__name__ = name
+        self.__spec__ = importlib.util.find_spec(name)  # by which other libraries see that it is there
+
+    def __getattr__(self, attribute):
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+        return getattr(importlib.import_module(self.__name__), attribute)
+
+
 if __name__ == "__main__":
     await_signals()
+    # What `import` finds under these names; together they take as long as all the others.
+    sys.modules.update({name: Later(name) for name in ("diffusers", "transformers")})
 
 import datasets
 import diffusers
@@ -155,9 +169,6 @@ from accelerate.utils import (
     parse_flag_from_env,
     send_to_device,
 )
-from diffusers.models.attention_processor import Attention, XFormersAttnProcessor
-from diffusers.optimization import get_scheduler
-from diffusers.utils import is_xformers_available, make_image_grid
 from filelock import FileLock, Timeout
 from huggingface_hub import DatasetCard, HfApi, ModelCard, ModelCardData
 from huggingface_hub.constants import HF_HUB_CACHE
@@ -213,6 +224,10 @@ SWITCH_ON = {**SWITCH, "default": True}
 # AdamW's own constants; another optimizer may not have them.
 ADAM_DEFAULTS = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 1e-2, "adam_epsilon": 1e-8}
 NUM_TRAIN_EPOCHS = 100
+# diffusers.optimization's, by its names: to ask it would take a second, for which --help does not wait.
+LR_SCHEDULERS = """
+    linear cosine cosine_with_restarts polynomial constant constant_with_warmup piecewise_constant
+""".split()
 OFFSET_NOISE = 0.1  # what --offset_noise means in diffusers' scripts
 MAX_NAME_BYTES = 255  # of a file or folder, on all usual file systems
 MAX_PATH_BYTES = 3000  # which leaves room for what is made below it
@@ -448,7 +463,6 @@ class CheckedRows:
     digests: list  # of content and captions
     contents: np.ndarray  # (rows,), SHA-256 of each file
     sizes: np.ndarray  # (rows, 2), width and height in pixels
-    num_unusable: int = 0  # beside these, that were left out
 
 
 @dataclasses.dataclass
@@ -474,7 +488,6 @@ class CaptionedImages(torch.utils.data.Dataset):
     input_perturbation: float
     reads_pixels: bool = True
     picture_sizes: np.ndarray | None = None  # (rows, 2), before that, where it is known
-    num_unusable: int = 0  # beside these, that were left out
     cache: Cache | None = None
 
     def __len__(self):
@@ -769,6 +782,7 @@ class RunRecord:
 
 
 MARGIN = " " * 13  # before the text of a row
+PASSES_IN = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}  # by --mixed_precision
 
 NUM_RECENT = 100  # steps over which loss and speed are averaged: the loss of a single one says nothing
 BAR = "{percentage:3.0f}%|{bar}| {n:,}/{total:,}, {remaining} left{postfix}"
@@ -812,7 +826,7 @@ class Training:
 
 
 NOTHING_TRAINED = "Nothing was trained; the settings are fine."
-MAX_COLUMNS = 86  # of a command, beside the name of its row and what joins its lines
+MAX_COLUMNS = 85  # of a command, beside the name of its row and what joins its lines
 
 HELD_OUT_TIMESTEPS = 4  # at which the loss of each held-out image is measured
 
@@ -1025,9 +1039,11 @@ def load_models(args, accelerator):
 def train(args, launcher):
     """Trains as `args` say, which have been checked; `launcher` is the process that started this one, or None."""
     accelerator = make_accelerator(args)
-    images, held_out, fingerprint = load_data(
-        args, args.instance_data_dir, args.instance_prompt, args.repeats, fit_of(args)
-    )
+    told = []
+    with told_in_plan(told):
+        images, held_out, fingerprint = load_data(
+            args, args.instance_data_dir, args.instance_prompt, args.repeats, fit_of(args)
+        )
     class_images = load_class_images(args)
     agree_on_data(accelerator, {"photos": fingerprint, "class_images_to_draw": class_images.missing})
     if class_images.missing and not args.dry_run:
@@ -1064,9 +1080,10 @@ def train(args, launcher):
     samples = with_class_rows(images, class_images)
     cache = plan_cache(args, accelerator, pipeline, [samples, held_out])
     about = {
-        "kinds": describe_kinds(images, args.instance_data_dir, args.repeats, args.instance_prompt),
-        "trained": ", ".join(models),
-        "frozen": ", ".join(sorted({"vae", "text_encoder"} - models.keys())),
+        "kinds": describe_kinds(images, args.repeats, args.instance_prompt),
+        "data": told,
+        "trained": "UNet, text encoder" if args.train_text_encoder else "UNet",
+        "frozen": "VAE" if args.train_text_encoder else "VAE, text encoder",
         "result_bytes": count_result_bytes(args, pipeline, not args.skip_save_text_encoder),
         "buckets": describe_buckets(args, images),
         "cache": describe_cache(cache),
@@ -1198,7 +1215,7 @@ def check_hardware(args):
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     if args.allow_tf32 and on_cpu:
         problems.append("--allow_tf32=True: needs an NVIDIA GPU; drop this")
-    if args.enable_xformers_memory_efficient_attention and (on_cpu or not is_xformers_available()):
+    if args.enable_xformers_memory_efficient_attention and (on_cpu or not diffusers.utils.is_xformers_available()):
         problems.append(
             "--enable_xformers_memory_efficient_attention=True: needs a GPU and xformers; run "
             "`pip install -r requirements_xformers.txt` there, or drop this"
@@ -1820,7 +1837,6 @@ def load_data(args, folder, default_caption=None, repeats=1, fit=None):
         noise_offset=noise_offset_of(args),
         input_perturbation=args.input_perturbation,
         picture_sizes=checked.sizes[training],
-        num_unusable=checked.num_unusable,
     )
     fingerprint = fingerprint_of(args.num_validation_samples, checked.digests)
     others = dataclasses.replace(
@@ -1939,11 +1955,6 @@ def read_folder(folder, caption_column, takes_train=False, follows_links=False):
         raise InputError(f"{odd[0]!a}: its name is not UTF-8; rename it, or if it is, set PYTHONUTF8=1")
     rows = [{"image": str(path), "captions": found} for path, found in sorted(captions.items())]
     return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image(decode=False))
-
-
-def find_foreign_pictures(folder):
-    """The pictures below a folder, which may be None, that have to be converted before they can be read."""
-    return [path for path in list_files(folder) if path.suffix.lower() in FOREIGN_SUFFIXES] if folder else []
 
 
 def tell_foreign_pictures(pictures):
@@ -2402,7 +2413,7 @@ def check_rows(rows, memory, skip_bad_images, tokenizer, resolution, fit=None, a
         small.append("{}: {} x {}".format(name_of(rows, good[number]), *sizes[number]))
     warn(f"images are smaller than {told} and are enlarged", small)
     warn(f"captions have more than {tokenizer.model_max_length} tokens and are cut", cut)
-    return CheckedRows(rows.select(good), list(digests.values()), np.array(contents), sizes, len(bad))
+    return CheckedRows(rows.select(good), list(digests.values()), np.array(contents), sizes)
 
 
 def name_of(rows, index):
@@ -3398,14 +3409,10 @@ def add_objective_arguments(parser):
 
 def add_optimization_arguments(parser):
     """Adds the optimizer, its learning rate, the batch, the length of the run, and the average of the weights."""
-    from diffusers.optimization import (
-        SchedulerType,  # not above: it takes seconds
-    )
-
     add = parser.add_argument_group("optimization").add_argument
     add("--learning_rate", type=positive_float, default=1e-4, help="initial learning rate (0, inf)")
     add("--scale_lr", **SWITCH, help="multiply the learning rate by batch size, accumulation steps and processes")
-    add("--lr_scheduler", default="constant", choices=[kind.value for kind in SchedulerType], help="its schedule")
+    add("--lr_scheduler", default="constant", choices=LR_SCHEDULERS, help="its schedule")
     add(
         "--lr_warmup_steps",
         type=non_negative_int,
@@ -4218,6 +4225,8 @@ def quiet_libraries():
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+    # diffusers imports bitsandbytes, which warns on a CPU that it lacks a kernel for models in 4 bits: here are none.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # diffusers itself gives this argument, when it reads a config from the Hub.
     warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument is deprecated")
     if huggingface_hub.constants.HF_HUB_OFFLINE:  # or it would say at each model that it is
@@ -4460,6 +4469,8 @@ def enable_memory_savers(args, unet, device, dtype):
     """Turns on what makes a UNet's passes smaller, as the flags ask for; they will be on a device and in a precision.
     Raises `InputError`."""
     if args.enable_xformers_memory_efficient_attention:
+        from diffusers.models.attention_processor import XFormersAttnProcessor
+
         try:
             probe_xformers(unet, device, dtype)
         except Exception as error:  # xFormers has one for every mismatch
@@ -4483,6 +4494,7 @@ def make_faster(args, unet):
 def probe_xformers(unet, device, dtype):
     """Raises what xFormers raises, if it has no attention for the sizes of a UNet's heads, forward or backward. Where
     diffusers enables it, float32 is probed whatever the precision."""
+    from diffusers.models.attention_processor import Attention
     from xformers.ops import memory_efficient_attention
 
     attentions = [module for module in unet.modules() if isinstance(module, Attention)]
@@ -5283,7 +5295,7 @@ def keep_embeddings_whole(optimizer, models):
 def make_schedule(args, optimizer, last_step):
     """The learning rate's schedule, to be stepped once per optimizer step. It must not be prepared by accelerate,
     which would count processes."""
-    return get_scheduler(
+    return diffusers.optimization.get_scheduler(
         args.lr_scheduler,
         optimizer,  # whose default rate is where the polynomial starts
         step_rules=args.lr_step_rules,
@@ -6254,9 +6266,10 @@ def judge(run):
 def print_plan(args, run, num_held_out, num_trained, about):
     """Says, before the first step, what will be done. `about` says what only a script knows: `trained` and `frozen`
     (which models), `device` (its name), `devices` (how many share a pass), `optimizer` (its name), `warnings` (a
-    list), and maybe `images` (a remark), `kinds` (lines on which of them are used), `stream` (how they are read),
-    `precision` (of passes, if that is not the setting), `weights` (their precision, if not float32), `result_bytes`
-    (of the files that will be the result), `buckets` (lines on the sizes of images) and `cache` (a text, or None)."""
+    list), and maybe `images` (a remark), `kinds` (lines on them), `data` (texts that were told as they were read),
+    `stream` (how they are read), `precision` (of passes, if that is not the setting), `weights` (their precision, if
+    not float32), `result_bytes` (of the files that will be the result), `buckets` (lines on the sizes of images) and
+    `cache` (a text, or None)."""
     counts, side, tracker = run.counts, args.resolution, chosen_tracker(args)
     first_step, precision = run.progress["global_step"], about.get("precision", run.settings["mixed_precision"])
     buckets, size = about.get("buckets", ()), tell_size(checkpoint_bytes(run))
@@ -6274,15 +6287,15 @@ def print_plan(args, run, num_held_out, num_trained, about):
         "steps": f"{first_step:,} to {counts.last_step:,}{epochs}",
         "per step": f"{counts.samples_per_step:,} images: {passes}",
         "trained": f"{about['trained']}, {num_trained:,} parameters in {about.get('weights', 'float32')}, passes in "
-        f"precision {precision!r}; frozen: {about['frozen']}",
+        f"{PASSES_IN[precision]}; frozen: {about['frozen']}",
         "optimizer": f"{about['optimizer']} at {run.settings['peak_learning_rate']:g}, {args.lr_scheduler}; "
         f"EMA: {args.use_ema}",
         "output": f"{args.output_dir}, a checkpoint of {size} every {args.checkpointing_steps:,} steps",
         "disk": tell_disk(args, run, about.get("result_bytes")),
         "log": f"log.jsonl and {tracker}" if tracker else "log.jsonl, no tracker",
     }
-    if about.get("cache"):
-        rows["cache"] = about["cache"]
+    rows["cache"] = about.get("cache")
+    rows["data"] = "".join(about.get("data", [])).rstrip("\n")
     lines = [as_row(name, text) for name, text in rows.items() if text]
     warned = about["warnings"] + warn_of_start(args) + warn_of_warm_up(args, counts) + warn_of_disk(args, run)
     warnings = [as_row("warning", text) for text in warned]
@@ -6312,21 +6325,29 @@ def describe_device(device):
     return f"{told}, by PyTorch {torch.__version__}"  # whose name says which GPUs it knows
 
 
-def describe_kinds(images, folder, repeats=1, prompt=None):
-    """Lines on images to train on, which may be a stream: how often each is there, how many have captions of their
-    own, where others get the `prompt`, and which of those in the `folder`, or of a dataset, are not used, and why."""
-    if not isinstance(images, CaptionedImages):
-        return []
+@contextlib.contextmanager
+def told_in_plan(texts):
+    """Adds to `texts` what is printed meanwhile, as images are read, for a row of the plan; if that fails, and there
+    will be no plan, it is printed at once."""
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(told):
+            yield
+    except BaseException:
+        print(told.getvalue(), end="", flush=True)
+        raise
+    texts.append(told.getvalue())
+
+
+def describe_kinds(images, repeats, prompt):
+    """Lines on photos to train on: how often each is there, and how many have captions of their own, where others get
+    the `prompt`."""
     lines, number = [], len(images) // repeats
     if repeats > 1:
         lines.append(f"{number:,} photos, each {repeats:,} times")
     if prompt:
         num_own = sum(captions != [prompt] for captions in images.rows["captions"]) // repeats
         lines.append(f"{num_own:,} with captions of their own, {number - num_own:,} with --instance_prompt")
-    if images.num_unusable:
-        lines.append(f"left out: {images.num_unusable:,} that cannot be used, named above (--skip_bad_images)")
-    if foreign := find_foreign_pictures(folder):
-        lines.append(f"left out: {tell_foreign_pictures(foreign)}")
     return lines
 
 
@@ -6483,6 +6504,7 @@ def start_bar(run, is_shown):
         unit="step",
         bar_format=BAR,
         disable=None if is_shown else True,  # None: unless it goes to a terminal
+        leave=False,  # of a run that ends early it would be drawn once more, below what says why
     )
     return bar, collections.deque(maxlen=NUM_RECENT)
 
@@ -6496,6 +6518,7 @@ def tell_step(args, bar, run, device, recent):
     memory = peak_memory(device)[0]
     if not bar.disable:
         bar.set_postfix_str(", ".join([*told, memory.partition(" of ")[0]]), refresh=False)
+        bar.leave = done == last_step
     elif done % args.logging_steps == 0 or done == last_step:
         left = []
         if seconds is not None and done < last_step:
@@ -7017,7 +7040,7 @@ def log_held_out_losses(accelerator, run, losses):
     error = gain.std().item() / len(gain) ** 0.5 if len(gain) > 1 else 0.0
     numbers = {"held_out_loss": losses.mean().item(), "held_out_gain": gain.mean().item(), "gain_error": error}
     write_log(accelerator, run.output_dir, progress["global_step"], numbers)
-    if not accelerator.is_main_process:
+    if not accelerator.is_main_process or progress["global_step"] == run.counts.last_step:  # the end tells it
         return
     images = f"{len(losses):,} held-out image{'' if len(losses) == 1 else 's'}"
     told = f"Step {progress['global_step']:,}: the loss on {images} is {numbers['held_out_loss']:.4f}."
@@ -7076,7 +7099,8 @@ def show_samples(accelerator, run, images):
     columns = min(len(images), 4)
     padding = [Image.new("RGB", images[0].size, "white")] * (-len(images) % columns)
     path.parent.mkdir(parents=True, exist_ok=True)
-    make_image_grid(images + padding, math.ceil(len(images) / columns), columns).save(path)
+    num_rows = math.ceil(len(images) / columns)
+    diffusers.utils.make_image_grid(images + padding, num_rows, columns).save(path)
     tell_trackers(accelerator, functools.partial(track_samples, np.stack(images), step))
 
 
