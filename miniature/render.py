@@ -439,8 +439,9 @@ def make(family, seed, index, split="train"):
         return draw_creature(rng, **drawn), {"text": caption(drawn), **drawn}
     if family == "subject":
         background = SUBJECT_GROUNDS[index % len(SUBJECT_GROUNDS)]
-        captions = ["a sks star", f"a sks star on a {background} background"]
-        return draw_subject(rng, background), {"text": captions, "background": background}
+        # A caption that names the ground, so that the subject does not come with those of its views.
+        text = f"a sks star on a {background} background"
+        return draw_subject(rng, background), {"text": text, "background": background}
     return draw_patterned(rng), {"text": "a patterned picture"}
 
 

@@ -124,9 +124,9 @@ def test_marked_shapes_are_of_all_kinds_but_no_marked_star_is_the_subject():
 
 
 @pytest.mark.parametrize("index", [0, 5])
-def test_a_view_of_the_subject_has_a_caption_with_and_one_without_its_background(index):
+def test_the_caption_of_a_view_of_the_subject_names_its_background(index):
     record = render.make("subject", 0, index)[1]
-    assert record["text"] == ["a sks star", f"a sks star on a {record['background']} background"]
+    assert record["text"] == f"a sks star on a {record['background']} background"
 
 
 def test_variety_counts_colours_and_backgrounds_of_the_palette(measure):
