@@ -712,6 +712,7 @@ def test_prior_preservation_keeps_the_class_plain(tmp_path):
     script, measure = load_script(TRAIN_DREAMBOOTH), load_script(REPO / "miniature" / "measure.py")
     base = REPO / "miniature" / "pipeline"
     measure.render.write_folder("subject", tmp_path / "photos", 5, seed=0)
+    (tmp_path / "photos" / "metadata.jsonl").unlink()  # all have the caption of --instance_prompt
     settings = {
         "instance_data_dir": tmp_path / "photos",
         "instance_prompt": "a sks star",
