@@ -900,7 +900,7 @@ def make_look(base, output_dir, encoded):
     measure = make_measure(losses_of, mesh, held_out, 2)
     output_dir.mkdir()
     progress = {"global_step": 3, "base_losses": None, "losses": []}
-    run = Run(output_dir, {}, progress, {"unet": arrays_of(pipeline.unet)}, None)
+    run = Run(output_dir, {}, progress, {"unet": arrays_of(pipeline.unet)}, SimpleNamespace(last_step=4))
     args = parse("--resolution=32", "--train_batch_size=1", "--validation_num_inference_steps=2")
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     prompts = ["a red circle", "a blue square"]

@@ -189,7 +189,7 @@ def test_a_ring_of_any_colour_is_one(ink):
     canvas = render.Canvas(render.COLOURS["green"])
     canvas.polygon(render.outline("star", 32, 32, 20), render.COLOURS["yellow"])
     assert not render.read_subject(canvas.pixels())["circled"]
-    render.ring(canvas, 32, 32, 25, 4.5, render.PALETTE[ink])
+    render.add_ring(canvas, 32, 32, 25, 4.5, render.PALETTE[ink])
     seen = render.read_subject(canvas.pixels())
     assert seen["circled"]
     assert seen["ring"] == (ink == "black")

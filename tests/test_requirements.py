@@ -84,7 +84,7 @@ def test_commands_require_what_they_import_beside():
 def test_development_requires_what_tests_and_miniature_import_beside():
     known = importable("requirements.txt", "requirements_flax.txt", "requirements_tools.txt", "requirements_emoji.txt")
     ours = imported(python_files("tests/*.py", "tools/*.py", "miniature/*.py"))
-    assert ours - known - {"tensorboard"} == importable("requirements_dev.txt")
+    assert ours - known - {"tensorboard", "wandb"} == importable("requirements_dev.txt")
 
 
 @every_file

@@ -349,7 +349,8 @@ def look(pipeline, loaded, tmp_path):
     parameters = list(pipeline.unet.parameters())
     ema = EMAModel([parameter * 0.5 for parameter in parameters])
     progress = {"global_step": 3, "base_losses": None, "losses": []}
-    run = Run(tmp_path / "out", {}, progress, {"ema": ema}, None, Weights({}, {}, parameters, None, None, {}))
+    counts = SimpleNamespace(last_step=4)
+    run = Run(tmp_path / "out", {}, progress, {"ema": ema}, counts, Weights({}, {}, parameters, None, None, {}))
     run.output_dir.mkdir()
     held_out = encode_held_out(accelerator, parts["vae"], parts["text_encoder"], loaded[1], 2)
 
@@ -421,7 +422,8 @@ def test_two_real_processes_end_a_look_together(pipeline, loaded, tmp_path, stop
         accelerator = Accelerator(cpu=True)
         assert accelerator.num_processes == 2
         held_out = encode_held_out(accelerator, parts["vae"], parts["text_encoder"], loaded[1], 4)
-        run = Run(output_dir, {}, {"global_step": 3, "base_losses": None, "losses": []}, {}, None)
+        counts = SimpleNamespace(last_step=4)
+        run = Run(output_dir, {}, {"global_step": 3, "base_losses": None, "losses": []}, {}, counts)
         run.weights = Weights({}, {}, [], None, None, {})
         stop = Stop(2) if accelerator.process_index in stopped else Stop(math.inf)
         look = (drawing("--train_batch_size=4"), accelerator, run, parts, held_out, PROMPTS, stop)

@@ -304,7 +304,7 @@ NAMES_ELSEWHERE = {
     "prompts": "prompt validation_prompt validation_prompts",
     "instance_prompt": "prompt trigger_word trigger token_word instance_token concept",
     "validation_prompt": "prompt sample_prompt test_prompt preview_prompt",
-    "validation_prompts": "sample_prompts test_prompts eval_prompts",
+    "validation_prompts": "prompts sample_prompts test_prompts eval_prompts",
     "output_dir": "output out save_dir output_path output_name",
     "resolution": "size image_size img_size width height reso",
     "height": "size image_size resolution",
