@@ -40,8 +40,8 @@ def check_subject(args):
     problems = []
     if args.with_prior_preservation and not args.class_data_dir:
         problems.append("--with_prior_preservation: needs --class_data_dir")
-    prompts = class_prompts_of(args)
-    if args.with_prior_preservation and not all(prompt.strip() for prompt in prompts or [""]):
+    has_blank_prompt = any(not prompt.strip() for prompt in class_prompts_of(args))
+    if args.with_prior_preservation and has_blank_prompt:
         problems.append("--with_prior_preservation: needs --class_prompt, or --class_prompts of which none is blank")
     if args.class_prompt is not None and args.class_prompts:
         problems.append("--class_prompt and --class_prompts: give one of them")
@@ -58,7 +58,7 @@ def check_subject(args):
 
 
 def class_prompts_of(args):
-    """What class images are drawn from, in turn."""
+    """What class images are drawn from, in turn: of no prompt a blank one, which `check_subject` refuses."""
     return args.class_prompts or [args.class_prompt or ""]
 
 

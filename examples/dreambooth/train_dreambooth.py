@@ -133,7 +133,7 @@ class Later:
         self.__spec__ = importlib.util.find_spec(name)  # by which other libraries see that it is there
 
     def __getattr__(self, attribute):
-        if sys.modules.get(self.__name__) is self:
+        if sys.modules.get(self.__name__) is self:  # the first use: the library takes this one's place
             del sys.modules[self.__name__]
         return getattr(importlib.import_module(self.__name__), attribute)
 
@@ -4983,8 +4983,8 @@ def check_subject(args):
     problems = []
     if args.with_prior_preservation and not args.class_data_dir:
         problems.append("--with_prior_preservation: needs --class_data_dir")
-    prompts = class_prompts_of(args)
-    if args.with_prior_preservation and not all(prompt.strip() for prompt in prompts or [""]):
+    has_blank_prompt = any(not prompt.strip() for prompt in class_prompts_of(args))
+    if args.with_prior_preservation and has_blank_prompt:
         problems.append("--with_prior_preservation: needs --class_prompt, or --class_prompts of which none is blank")
     if args.class_prompt is not None and args.class_prompts:
         problems.append("--class_prompt and --class_prompts: give one of them")
@@ -5001,7 +5001,7 @@ def check_subject(args):
 
 
 def class_prompts_of(args):
-    """What class images are drawn from, in turn."""
+    """What class images are drawn from, in turn: of no prompt a blank one, which `check_subject` refuses."""
     return args.class_prompts or [args.class_prompt or ""]
 
 

@@ -129,7 +129,7 @@ class Later:
         self.__spec__ = importlib.util.find_spec(name)  # by which other libraries see that it is there
 
     def __getattr__(self, attribute):
-        if sys.modules.get(self.__name__) is self:
+        if sys.modules.get(self.__name__) is self:  # the first use: the library takes this one's place
             del sys.modules[self.__name__]
         return getattr(importlib.import_module(self.__name__), attribute)
 
