@@ -327,6 +327,21 @@ def test_own_class_images_are_kept_and_count(fit, tmp_path, quick_drawing, train
     assert trained == list(range(10))  # five photos, and all five of the class
 
 
+def test_no_caption_of_ones_own_class_images_is_replaced(fit, tmp_path, quick_drawing):
+    """Even if one of them is called as a drawn one."""
+    classes = write_images(tmp_path / "classes", [10])
+    with Image.open(classes / "10.png") as image:
+        image.convert("RGB").save(classes / "class-00000.jpg")
+    (classes / "10.png").unlink()
+    (classes / "class-00000.txt").write_text("my own dog")
+    before = snapshot(classes)
+    assert fit(classes=classes, class_prompt=None, class_prompts=["a dog", "a cat"], num_class_images=2) == 0
+    after = snapshot(classes)
+    assert all(after[name] == before[name] for name in before)
+    assert after.keys() - before.keys() == {"class-00001.png", "class-00001.txt"}
+    assert (classes / "class-00001.txt").read_text() == "a cat"
+
+
 def test_class_images_record_what_drew_them(fit, tmp_path, tiny_pipeline, quick_drawing):
     classes = tmp_path / "classes"
     assert fit(classes=classes, seed=3) == 0

@@ -5218,7 +5218,9 @@ def load_class_images(args):
     check_records(args, paths)
     there = [path.name for path in paths]
     others = [name for name in there if not re.fullmatch(r"class-\d{5}\.png", name)]
-    wanted = [f"class-{k:05d}.png" for k in range(number - len(others))]
+    taken = {Path(name).stem for name in others}  # class-00000.jpg may have a caption in class-00000.txt
+    free = (k for k in itertools.count() if f"class-{k:05d}" not in taken)
+    wanted = [f"class-{k:05d}.png" for k in itertools.islice(free, max(0, number - len(others)))]
     missing = [name for name in wanted if name not in there]
     print(f"Class images in {folder}: {len(missing)} to be drawn, for {number} at least; a pass has one per photo")
     if not there:
