@@ -1,6 +1,6 @@
 """Draws the images of the miniature and reads them back.
 
-Five families of 64 x 64 RGB images, each a pure function of (family, seed, split, index):
+Seven families of 64 x 64 RGB images, each a pure function of (family, seed, split, index):
 
 - shapes     "a small red circle on the left of a blue background": what the base model learns;
 - creatures  "a drawing of a green creature with red eyes" on white: what a fine-tune adds;
@@ -8,7 +8,8 @@ Five families of 64 x 64 RGB images, each a pure function of (family, seed, spli
 - patterned  shapes with stripes, dots, rings and checks, so that the autoencoder can draw such things;
 - dotted     "a red square with two blue dots on a green background": for CLIP and base to tell whose colour is whose;
 - marked     "a red heart with yellow stripes in a blue ring on a green background", for the base: a subject is made of
-             what a base knows apart.
+             what a base knows apart;
+- eyed       "a red heart with yellow eyes on a green background", for the base: what eyes are.
 
     python miniature/render.py creatures --output_dir creatures --num_images 240 --seed 0
 
@@ -52,8 +53,8 @@ POSITIONS = {
     "in the middle": (0, 0),
 }
 ATTRIBUTES = ("size", "colour", "shape", "position", "background", "number", "dots", "stripes", "ring", "body", "eyes")
-ALWAYS_TOLD = ("number", "dots", "stripes", "ring")  # so that what says nothing of them has none
-FAMILIES = ("shapes", "creatures", "subject", "patterned", "dotted", "marked")
+ALWAYS_TOLD = ("number", "dots", "stripes", "ring", "eyes")  # of shapes, so that what says nothing of them has none
+FAMILIES = ("shapes", "creatures", "subject", "patterned", "dotted", "marked", "eyed")
 SPLITS = ("train", "held_out")
 NUM_HELD_OUT_SHAPES = 40
 NUM_HELD_OUT_CREATURES = 18
@@ -188,10 +189,10 @@ def draw_shape(rng, colour, shape, background, size, position):
 def caption(record, said=None):
     """The caption of a picture, of its record; `said` names the attributes that it tells, all of them if left out."""
     told = {key: value for key, value in record.items() if said is None or key in said}
-    if "eyes" in record:
-        eyes = f" with {told['eyes']} eyes" if "eyes" in told else ""
+    eyes = f" with {told['eyes']} eyes" if "eyes" in told else ""
+    if "body" in record:
         return f"a drawing of {with_article(join(told.get('body'), 'creature'))}{eyes}"
-    thing = with_article(join(told.get("size"), told.get("colour"), told.get("shape", "shape")))
+    thing = with_article(join(told.get("size"), told.get("colour"), told.get("shape", "shape"))) + eyes
     if "dots" in told:
         dots = "dot" if record["number"] == "one" else "dots"
         thing += f" with {record['number']} {told['dots']} {dots}"
@@ -233,7 +234,9 @@ def varied_caption(rng, record):
         said = {"shape", keys[rng.integers(len(keys))]} if rng.random() < 0.7 else {"shape"}
     else:
         said = {key for key in keys if rng.random() < (0.8 if key == "shape" else 0.55)}
-    said = tuple(key for key in keys if key in said or key in ALWAYS_TOLD)
+    if "shape" in record:
+        said = {*said, *ALWAYS_TOLD}
+    said = tuple(key for key in keys if key in said)
     return caption(record, said), said
 
 
@@ -280,6 +283,22 @@ def draw_marked(rng, colour, shape, background, stripes=None, ring=None):
     return canvas.pixels()
 
 
+def draw_eyed(rng, colour, shape, background, eyes):
+    """A large shape with two eyes as creatures have them: uint8 (64, 64, 3)."""
+    cx, cy = rng.uniform(29, 35, 2)
+    canvas = Canvas(shade(rng, background))
+    canvas.polygon(outline(shape, cx, cy, rng.uniform(20, 24), rng.uniform(-5, 5)), shade(rng, colour))
+    add_eyes(canvas, cx, cy + rng.uniform(-3, 3), rng.uniform(8.2, 9.2), shade(rng, eyes))
+    return canvas.pixels()
+
+
+def add_eyes(canvas, cx, cy, apart, colour):
+    """Draws two white eyes, each `apart` from (cx, cy), with irises of a colour."""
+    for side in (-1, 1):
+        canvas.ellipse(cx + side * apart, cy, 6.6, 6.6, WHITE)
+        canvas.ellipse(cx + side * apart, cy, 4.4, 4.4, colour)
+
+
 def draw_creature(rng, body, eyes):
     """One creature with two big eyes and a smile on plain white: uint8 (64, 64, 3)."""
     canvas, colour = Canvas(WHITE), shade(rng, body)
@@ -287,9 +306,7 @@ def draw_creature(rng, body, eyes):
     wide, high = rng.uniform(18.5, 21.5), rng.uniform(17.5, 20)
     draw_body(canvas, rng.integers(5), colour, cx, cy, wide, high)
     iris, apart = shade(rng, eyes), rng.uniform(8.2, 9.2)
-    for side in (-1, 1):
-        canvas.ellipse(cx + side * apart, cy - 3, 6.6, 6.6, WHITE)
-        canvas.ellipse(cx + side * apart, cy - 3, 4.4, 4.4, iris)
+    add_eyes(canvas, cx, cy - 3, apart, iris)
     smile = [(cx + 6 * math.sin(turn), cy + 4.5 + 4.5 * math.cos(turn)) for turn in np.linspace(-1.2, 1.2, 13)]
     canvas.line(smile, BLACK, 2)
     return canvas.pixels()
@@ -415,7 +432,7 @@ def choose_marks(rng, drawn):
 def make(family, seed, index, split="train"):
     """Image `index` of a family, as (uint8 (64, 64, 3), record with `text` and what was drawn)."""
     rng = np.random.default_rng([seed, FAMILIES.index(family), SPLITS.index(split), index])
-    if family in ("shapes", "dotted", "marked"):
+    if family in ("shapes", "dotted", "marked", "eyed"):
         colour, shape, background = choose(rng, "shapes", split)
         drawn = {
             "colour": colour,
@@ -430,6 +447,9 @@ def make(family, seed, index, split="train"):
         if family == "marked":
             drawn = choose_marks(rng, drawn)
             return draw_marked(rng, **drawn), {"text": caption(drawn), **drawn}
+        if family == "eyed":
+            drawn["eyes"] = str(rng.choice([name for name in COLOURS if name != colour]))
+            return draw_eyed(rng, **drawn), {"text": caption(drawn), **drawn}
         drawn["number"] = ("one", "two")[rng.integers(2)]
         drawn["dots"] = str(rng.choice([name for name in COLOURS if name != colour]))
         return draw_dotted(rng, **drawn), {"text": caption(drawn), **drawn}

@@ -1,4 +1,4 @@
-"""Trains the miniature's UNet from nothing on rendered shapes, dotted and marked ones, completing the pipeline folder.
+"""Trains the miniature's UNet from nothing on shapes, dotted, marked and eyed ones too, completing the pipeline.
 
     python miniature/train_unet.py --pipeline_dir miniature/pipeline
 
@@ -52,6 +52,7 @@ def parse_args(argv=None):
     parser.add_argument("--num_images", type=int, default=16_000)
     parser.add_argument("--dotted", type=float, default=0.2, help="the share of the images that are dotted shapes")
     parser.add_argument("--marked", type=float, default=0.25, help="the share that has stripes, a ring or both")
+    parser.add_argument("--eyed", type=float, default=0.15, help="the share that has eyes")
     parser.add_argument("--num_steps", type=int, default=6_000)
     parser.add_argument("--max_minutes", type=float, default=math.inf, help="ends earlier, the rate decayed in time")
     parser.add_argument("--batch_size", type=int, default=64)
@@ -92,7 +93,8 @@ def load_data(args, vae, tokenizer, text_encoder):
 
     Embedding 0 is that of the empty caption.
     """
-    numbers = {"dotted": round(args.num_images * args.dotted), "marked": round(args.num_images * args.marked)}
+    shares = {"dotted": args.dotted, "marked": args.marked, "eyed": args.eyed}
+    numbers = {family: round(args.num_images * share) for family, share in shares.items()}
     numbers["shapes"] = args.num_images - sum(numbers.values())
     jobs = [(family, args.seed + 3000, index) for family, number in numbers.items() for index in range(number)]
     images, records = render.make_images(jobs)

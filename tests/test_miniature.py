@@ -88,6 +88,9 @@ def test_captions_tell_what_they_say_they_tell():
     marked = {"colour": "red", "shape": "heart", "background": "blue", "stripes": "white", "ring": "orange"}
     assert render.caption(marked) == "a red heart with white stripes in an orange ring on a blue background"
     assert render.caption({**marked, "ring": None}, ["shape", "stripes"]) == "a heart with white stripes"
+    eyed = {"colour": "red", "shape": "heart", "background": "blue", "eyes": "orange"}
+    assert render.caption(eyed) == "a red heart with orange eyes on a blue background"
+    assert render.background_first(eyed) == "a blue background with a red heart with orange eyes"
     creature = {"body": "green", "eyes": "orange"}
     assert render.caption(creature) == "a drawing of a green creature with orange eyes"
     assert render.caption(creature, ["eyes"]) == "a drawing of a creature with orange eyes"
@@ -106,11 +109,13 @@ def test_varied_captions_leave_out_each_attribute_now_and_then():
     assert 600 < told[5] < 900
     assert 100 < told[1] < 500
     assert sum(told[number] for number in (2, 3, 4)) > 800
-    for family, marks in (("dotted", {"dots"}), ("marked", {"stripes", "ring"})):
+    for family, marks in (("dotted", {"dots"}), ("marked", {"stripes", "ring"}), ("eyed", {"eyes"})):
         for index in range(100):
             record = render.make(family, 0, index)[1]
             said = render.varied_caption(rng, record)[1]
             assert marks & set(record) <= set(said)
+    record = render.make("creatures", 0, 0)[1]
+    assert sum("eyes" in render.varied_caption(rng, record)[1] for _ in range(100)) < 90
 
 
 def test_marked_shapes_are_of_all_kinds_but_no_marked_star_is_the_subject():
@@ -121,6 +126,15 @@ def test_marked_shapes_are_of_all_kinds_but_no_marked_star_is_the_subject():
     assert not [record for record in records if (record["colour"], record["shape"]) == ("orange", "star")]
     assert not [record for record in records if record.get("stripes") in (record["colour"], record["background"])]
     assert not [record for record in records if record.get("ring") == record["background"]]
+
+
+@pytest.mark.parametrize("index", [3, 7])  # whose eyes lie inside the shape
+def test_eyes_of_eyed_shapes_have_the_colour_that_is_said(index):
+    image, record = render.make("eyed", 0, index)
+    seen = render.read_creature(image)
+    assert record["eyes"] != record["colour"]
+    assert seen["eyes_visible"]
+    assert (seen["body"], seen["eyes"]) == (record["colour"], record["eyes"])
 
 
 @pytest.mark.parametrize("index", [0, 5])
