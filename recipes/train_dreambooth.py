@@ -37,6 +37,7 @@ from sdtune.arguments import (
     SUBJECT_FREE_ON_RESUME,
     SUBJECT_REPLACED_FLAGS,
     SWITCH,
+    TEXT_ENCODER_REQUIRES,
     VALIDATION_FREE_ON_RESUME,
     add_bucket_arguments,
     add_cache_arguments,
@@ -48,6 +49,7 @@ from sdtune.arguments import (
     add_output_arguments,
     add_run_arguments,
     add_subject_arguments,
+    add_text_encoder_rate,
     add_validation_arguments,
     check_old_flags,
     check_requirements,
@@ -80,6 +82,7 @@ from sdtune.optimization import (
     check_layout,
     check_optimization,
     check_optimizer,
+    group_parameters,
     keep_embeddings_whole,
     make_optimizer,
     optimizer_of,
@@ -127,6 +130,7 @@ from sdtune.training import (
 from sdtune.validation import check_validation, encode_held_out, prompts_of, validate
 
 REQUIRES = {
+    **TEXT_ENCODER_REQUIRES,
     **DATASET_REQUIRES,
     **BUCKETS_REQUIRES,
     **AVERAGE_REQUIRES,
@@ -153,6 +157,7 @@ FIXED_ON_RESUME = {
     "optimizer",
     "sharding",
     "state",
+    "text_encoder_apart",
     "train_text_encoder",
 }  # the checkpoint's state would not fit
 
@@ -164,6 +169,7 @@ def make_parser():
     add_model_arguments(parser)
     add = parser.add_argument_group("trained models").add_argument
     add("--train_text_encoder", **SWITCH, help="train the text encoder too: a closer likeness, more memory")
+    add_text_encoder_rate(add)
     add("--skip_save_text_encoder", **SWITCH, help="leave the text encoder out of the result, which needs the base's")
     add(
         "--full_bf16",
@@ -246,8 +252,11 @@ def train(args, launcher):
     make_faster(args, pipeline.unet)
     parts = {**pipeline.components, "scheduler": noise_scheduler}
     counts = count_steps(args, len(images), accelerator.num_processes, images.sizes)
-    parameters = [parameter for model in models.values() for parameter in model.parameters()]
-    groups = [{"params": parameters, "lr": peak_learning_rate(args, counts)}]
+    groups = group_parameters(args, models, peak_learning_rate(args, counts))
+    if args.text_encoder_lr is None:  # one group of all, which is what checkpoints of such runs have always held
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        groups = [{**groups[0], "params": parameters}]
+    fingerprints["text_encoder_apart"] = len(groups) > 1  # by which the optimizer's state differs
     optimizer = make_fused_optimizer(args, groups) if args.full_bf16 else make_optimizer(args, groups)
     weights, optimizer = prepare(accelerator, models, optimizer, write_models, read_models)
     unet, text_encoder = weights.prepared["unet"], weights.prepared.get("text_encoder", pipeline.text_encoder)

@@ -64,7 +64,6 @@ from sdtune.lora import (
     LORA_TARGETS,
     check_adapters,
     count_adapter_bytes,
-    group_parameters,
     load_models_with_adapters,
     read_adapters_into,
     save_adapters,
@@ -73,7 +72,13 @@ from sdtune.lora import (
 from sdtune.lora_layouts import LORA_FILE
 from sdtune.model_card import Training, describe_images, find_trigger, use_of_adapters, write_card
 from sdtune.models import check_model, make_faster
-from sdtune.optimization import check_optimization, check_optimizer, make_optimizer, peak_learning_rate
+from sdtune.optimization import (
+    check_optimization,
+    check_optimizer,
+    group_parameters,
+    make_optimizer,
+    peak_learning_rate,
+)
 from sdtune.output import check_output, check_trackers, end_training, new_result, start_trackers
 from sdtune.plan import told_in_plan
 from sdtune.script import run_launched_script

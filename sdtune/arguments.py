@@ -96,7 +96,8 @@ CLASS_REQUIRES = {
     "prior_loss_weight": "with_prior_preservation",
     "sample_batch_size": "with_prior_preservation",
 }
-ADAPTERS_REQUIRES = {"kohya_file_name": "output_kohya_format", "text_encoder_lr": "train_text_encoder"}
+TEXT_ENCODER_REQUIRES = {"text_encoder_lr": "train_text_encoder"}
+ADAPTERS_REQUIRES = {"kohya_file_name": "output_kohya_format", **TEXT_ENCODER_REQUIRES}
 AVERAGE_REQUIRES = {"ema_decay": "use_ema", "ema_warmup": "use_ema"}
 MEMORY_REQUIRES = {"offload_ema": "use_ema"}
 OUTPUT_REQUIRES = {
@@ -354,11 +355,7 @@ def add_adapter_arguments(parser, targets):
     add("--use_dora", **SWITCH, help="train the magnitude of the weights apart from their direction")
     add("--lora_target", default="attention", choices=targets, help="layers with adapters")
     add("--train_text_encoder", **SWITCH, help="adapters on the text encoder too")
-    add(
-        "--text_encoder_lr",
-        type=positive_float,
-        help="default: --learning_rate; needs --train_text_encoder (0, inf)",
-    )
+    add_text_encoder_rate(add)
     add(
         "--init_lora_weights",
         type=path_name,
@@ -370,6 +367,15 @@ def add_adapter_arguments(parser, targets):
         "--kohya_file_name",
         type=path_name,
         help="name of that file; default: that of --output_dir; needs --output_kohya_format",
+    )
+
+
+def add_text_encoder_rate(add):
+    """Adds, to the group whose method `add` is, how fast the text encoder is trained."""
+    add(
+        "--text_encoder_lr",
+        type=positive_float,
+        help="default: --learning_rate; needs --train_text_encoder (0, inf)",
     )
 
 

@@ -142,17 +142,6 @@ def load_models_with_adapters(args, accelerator):
     return pipeline, models, make_noise_scheduler(args, pipeline)
 
 
-def group_parameters(args, models, learning_rate):
-    """The adapters' parameters of each model, with their learning rates: the UNet's first."""
-    asked = args.text_encoder_lr or args.learning_rate
-    rates = {"unet": learning_rate, "text_encoder": learning_rate * asked / args.learning_rate}  # both are scaled
-    groups = []
-    for name, model in models.items():
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        groups.append({"params": trained, "lr": rates[name]})
-    return groups
-
-
 def lora_weights(models):
     """The adapters' tensors as peft names them, such as unet.<layer>.lora_A.weight."""
     import peft

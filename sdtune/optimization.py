@@ -95,6 +95,17 @@ def peak_learning_rate(args, counts):
     return args.learning_rate * counts.samples_per_step if args.scale_lr else args.learning_rate
 
 
+def group_parameters(args, models, learning_rate):
+    """The parameters of each model that are trained, with their learning rates: the UNet's first."""
+    asked = args.text_encoder_lr or args.learning_rate
+    rates = {"unet": learning_rate, "text_encoder": learning_rate * asked / args.learning_rate}  # both are scaled
+    groups = []
+    for name, model in models.items():
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        groups.append({"params": trained, "lr": rates[name]})
+    return groups
+
+
 def make_optimizer(args, groups):
     """The optimizer for groups of parameters with their rates: AdamW (arXiv 1711.05101), its 8-bit form (2110.02861),
     Adafactor with rates that are given (1804.04235), or Prodigy (2306.06101)."""

@@ -27,10 +27,10 @@ PASSES_IN = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}  # by --mix
 def print_plan(args, run, num_held_out, num_trained, about):
     """Says, before the first step, what will be done. `about` says what only a script knows: `trained` and `frozen`
     (which models), `device` (its name), `devices` (how many share a pass), `optimizer` (its name), `warnings` (a
-    list), and maybe `images` (a remark), `kinds` (lines on them), `data` (texts that were told as they were read),
-    `stream` (how they are read), `precision` (of passes, if that is not the setting), `weights` (their precision, if
-    not float32), `result_bytes` (of the files that will be the result), `buckets` (lines on the sizes of images) and
-    `cache` (a text, or None)."""
+    list), and maybe `other_rate` (what stands behind the learning rate), `images` (a remark), `kinds` (lines on
+    them), `data` (texts that were told as they were read), `stream` (how they are read), `precision` (of passes, if
+    that is not the setting), `weights` (their precision, if not float32), `result_bytes` (of the files that will be
+    the result), `buckets` (lines on the sizes of images) and `cache` (a text, or None)."""
     counts, side, tracker = run.counts, args.resolution, chosen_tracker(args)
     first_step, precision = run.progress["global_step"], about.get("precision", run.settings["mixed_precision"])
     buckets, size = about.get("buckets", ()), tell_size(checkpoint_bytes(run))
@@ -49,8 +49,8 @@ def print_plan(args, run, num_held_out, num_trained, about):
         "per step": f"{counts.samples_per_step:,} images: {passes}",
         "trained": f"{about['trained']}, {num_trained:,} parameters in {about.get('weights', 'float32')}, passes in "
         f"{PASSES_IN[precision]}; frozen: {about['frozen']}",
-        "optimizer": f"{about['optimizer']} at {run.settings['peak_learning_rate']:g}, {args.lr_scheduler}; "
-        f"EMA: {args.use_ema}",
+        "optimizer": f"{about['optimizer']} at {run.settings['peak_learning_rate']:g}{about.get('other_rate', '')}, "
+        f"{args.lr_scheduler}; EMA: {args.use_ema}",
         "output": f"{args.output_dir}, a checkpoint of {size} every {args.checkpointing_steps:,} steps",
         "disk": tell_disk(args, run, about.get("result_bytes")),
         "log": f"log.jsonl and {tracker}" if tracker else "log.jsonl, no tracker",

@@ -330,6 +330,7 @@ def tell_plan(args, accelerator, run, num_held_out, about):
     `result_bytes`, `buckets` (lines on the sizes of images), and of the `cache` a text, or None, and warnings."""
     parameters, (about_cache, cache_warnings) = run.weights.parameters, about["cache"]
     num_trained = sum(numel_of(parameter) for parameter in parameters)
+    rates = run.state["lr_scheduler"].base_lrs  # the UNet's first
     warnings = warn_of_precision(accelerator) + warn_of_rate(args, run.settings["peak_learning_rate"])
     about = {
         **about,
@@ -337,6 +338,7 @@ def tell_plan(args, accelerator, run, num_held_out, about):
         "devices": f"{accelerator.num_processes} ranks",
         "weights": str(parameters[0].dtype).removeprefix("torch."),
         "optimizer": OPTIMIZERS[optimizer_of(args)],
+        "other_rate": f", text encoder at {rates[-1]:g}" if rates[-1] != rates[0] else "",
         "cache": about_cache,
         "warnings": warnings + warn_of_short_steps(run.counts) + cache_warnings,
     }

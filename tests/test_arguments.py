@@ -391,6 +391,8 @@ def test_settings_that_a_resume_may_or_cannot_change_are_flags(scripts, path):
     made = (
         {"state"} | ({"stream"} if "streaming" in flags else set()) | ({"sharding"} if "optimizer" in flags else set())
     )
+    if "skip_save_text_encoder" in flags:  # the script that trains all of the text encoder, or not
+        made.add("text_encoder_apart")
     assert script.FIXED_ON_RESUME - flags == made
     assert not script.FREE_ON_RESUME & script.FIXED_ON_RESUME
 

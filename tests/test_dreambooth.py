@@ -21,8 +21,9 @@ from running import REPO, TRAIN_DREAMBOOTH, TRAIN_DREAMBOOTH_LORA
 from safetensors.torch import load_file
 from test_lora_layouts import draw, largest_difference, load, merged, with_lora
 from test_training import encode_by_hand
-from training import checkpoint_state, draws, losses, read_log, same, text_encoder, train, words
+from training import checkpoint_state, draws, losses, read_log, same, text_encoder, train, unet, words
 
+from sdtune.digests import write_digests
 from sdtune.lora_layouts import LORA_FILE
 
 PROMPT = "a photo of sks star"
@@ -517,6 +518,77 @@ def test_text_encoder_is_trained_saved_and_loaded(fit, trains_lora, tiny_pipelin
     tokens = before.tokenizer(PROMPT, return_tensors="pt").input_ids
     embeddings = [pipeline.text_encoder(tokens).last_hidden_state for pipeline in (before, after)]
     assert (embeddings[0] - embeddings[1]).abs().max() > 1e-4
+
+
+def largest_changes(folder, base):
+    """By how much a weight of the UNet and one of the text encoder have moved at most; of adapters those that begin
+    as zeros."""
+    file = folder / LORA_FILE
+    if file.exists():
+        weights = load_file(file)
+        parts = [
+            [value for key, value in weights.items() if key.startswith(name) and "lora_B" in key]
+            for name in ("unet.", "text_encoder.")
+        ]
+    else:
+        parts = []
+        for read in (unet, text_encoder):
+            before, after = read(base), read(folder)
+            parts.append([after[key] - value for key, value in before.items() if value.is_floating_point()])
+    return [max(value.abs().max().item() for value in part) for part in parts]
+
+
+@pytest.mark.parametrize("rate, expected", [(None, 1e-3), (1e-4, 1e-4), (4e-3, 4e-3)])
+def test_the_text_encoder_has_a_rate_of_its_own(fit, tiny_pipeline, tmp_path, capsys, rate, expected):
+    """Adam's first step is as long as the rate in every weight whose gradient is not tiny."""
+    settings = {"train_text_encoder": True, "learning_rate": 1e-3, "adam_weight_decay": 0}
+    assert fit(text_encoder_lr=rate, **settings) == 0
+    assert largest_changes(tmp_path / "out", tiny_pipeline) == pytest.approx([1e-3, expected], rel=1e-2)
+    told = f", text encoder at {expected:g}" if rate else ""
+    assert f"AdamW at 0.001{told}, constant" in capsys.readouterr().out
+
+
+def test_a_rate_of_its_own_is_scaled_too(fit, tiny_pipeline, tmp_path):
+    """By the two photos of a step."""
+    settings = {"train_text_encoder": True, "learning_rate": 1e-3, "adam_weight_decay": 0, "scale_lr": True}
+    assert fit(text_encoder_lr=5e-4, **settings) == 0
+    assert largest_changes(tmp_path / "out", tiny_pipeline) == pytest.approx([2e-3, 1e-3], rel=1e-2)
+
+
+@pytest.mark.parametrize("script", [TRAIN_DREAMBOOTH], indirect=True)  # adapters are in two groups always
+def test_a_resume_of_the_text_encoders_rate(fit, tmp_path, capsys):
+    """Without the flag all weights are one group, as in checkpoints from before it was there, and such go on. With it
+    they are two, of which a rate may change by --allow_changed_resume, but not whether there are two."""
+    settings = {"train_text_encoder": True, "max_train_steps": 2, "checkpointing_steps": 1}
+    for name, rate, num_groups in (("one", None, 1), ("two", 1e-4, 2)):
+        assert fit(name, text_encoder_lr=rate, **settings) == 0
+        (tmp_path / name / "README.md").unlink()
+        state = checkpoint_state(tmp_path / name / "checkpoint-2")
+        assert len(state["optimizer"]["param_groups"]) == num_groups
+        copy = f"{name}_resumed"
+        shutil.copytree(tmp_path / name / "checkpoint-1", tmp_path / copy / "checkpoint-1")
+        path = tmp_path / copy / "checkpoint-1" / "args.json"
+        before = json.loads(path.read_text())
+        if rate is None:
+            assert (before.pop("text_encoder_lr"), before.pop("text_encoder_apart")) == (None, False)
+            path.write_text(json.dumps(before))
+            write_digests(path.parent)
+        shutil.copy(tmp_path / name / "args.json", tmp_path / copy)
+        assert fit(copy, text_encoder_lr=rate, resume_from_checkpoint="checkpoint-1", **settings) == 0
+        assert same(state, checkpoint_state(tmp_path / copy / "checkpoint-2"))
+    capsys.readouterr()
+    again = {**settings, "max_train_steps": 3, "allow_changed_resume": True, "resume_from_checkpoint": "checkpoint-2"}
+    for name, rate, lines in (
+        ("one", 1e-4, ["text_encoder_lr: None there, 0.0001 now", "text_encoder_apart: False there, True now"]),
+        ("two", None, ["text_encoder_lr: 0.0001 there, None now", "text_encoder_apart: True there, False now"]),
+    ):
+        assert fit(name, text_encoder_lr=rate, **again) == 2
+        told = capsys.readouterr().err
+        assert "was made under other settings; use those\n" in told
+        assert [line.strip() for line in told.splitlines()[1:]] == lines
+    assert fit("two", text_encoder_lr=2e-4, **again) == 0
+    groups = checkpoint_state(tmp_path / "two" / "checkpoint-3")["optimizer"]["param_groups"]
+    assert [group["lr"] for group in groups] == [1e-3, 2e-4]
 
 
 def test_text_encoder_is_left_to_the_bit(fit, trains_lora, tiny_pipeline, tmp_path):

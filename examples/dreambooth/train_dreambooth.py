@@ -293,6 +293,7 @@ CLASS_REQUIRES = {
     "prior_loss_weight": "with_prior_preservation",
     "sample_batch_size": "with_prior_preservation",
 }
+TEXT_ENCODER_REQUIRES = {"text_encoder_lr": "train_text_encoder"}
 AVERAGE_REQUIRES = {"ema_decay": "use_ema", "ema_warmup": "use_ema"}
 MEMORY_REQUIRES = {"offload_ema": "use_ema"}
 OUTPUT_REQUIRES = {
@@ -939,6 +940,7 @@ class ImagesToEncode(torch.utils.data.Dataset):
 
 
 REQUIRES = {
+    **TEXT_ENCODER_REQUIRES,
     **DATASET_REQUIRES,
     **BUCKETS_REQUIRES,
     **AVERAGE_REQUIRES,
@@ -965,6 +967,7 @@ FIXED_ON_RESUME = {
     "optimizer",
     "sharding",
     "state",
+    "text_encoder_apart",
     "train_text_encoder",
 }  # the checkpoint's state would not fit
 
@@ -977,6 +980,7 @@ def make_parser():
     add_model_arguments(parser)
     add = parser.add_argument_group("trained models").add_argument
     add("--train_text_encoder", **SWITCH, help="train the text encoder too: a closer likeness, more memory")
+    add_text_encoder_rate(add)
     add("--skip_save_text_encoder", **SWITCH, help="leave the text encoder out of the result, which needs the base's")
     add(
         "--full_bf16",
@@ -1059,8 +1063,11 @@ def train(args, launcher):
     make_faster(args, pipeline.unet)
     parts = {**pipeline.components, "scheduler": noise_scheduler}
     counts = count_steps(args, len(images), accelerator.num_processes, images.sizes)
-    parameters = [parameter for model in models.values() for parameter in model.parameters()]
-    groups = [{"params": parameters, "lr": peak_learning_rate(args, counts)}]
+    groups = group_parameters(args, models, peak_learning_rate(args, counts))
+    if args.text_encoder_lr is None:  # one group of all, which is what checkpoints of such runs have always held
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        groups = [{**groups[0], "params": parameters}]
+    fingerprints["text_encoder_apart"] = len(groups) > 1  # by which the optimizer's state differs
     optimizer = make_fused_optimizer(args, groups) if args.full_bf16 else make_optimizer(args, groups)
     weights, optimizer = prepare(accelerator, models, optimizer, write_models, read_models)
     unet, text_encoder = weights.prepared["unet"], weights.prepared.get("text_encoder", pipeline.text_encoder)
@@ -1441,6 +1448,7 @@ def tell_plan(args, accelerator, run, num_held_out, about):
     `result_bytes`, `buckets` (lines on the sizes of images), and of the `cache` a text, or None, and warnings."""
     parameters, (about_cache, cache_warnings) = run.weights.parameters, about["cache"]
     num_trained = sum(numel_of(parameter) for parameter in parameters)
+    rates = run.state["lr_scheduler"].base_lrs  # the UNet's first
     warnings = warn_of_precision(accelerator) + warn_of_rate(args, run.settings["peak_learning_rate"])
     about = {
         **about,
@@ -1448,6 +1456,7 @@ def tell_plan(args, accelerator, run, num_held_out, about):
         "devices": f"{accelerator.num_processes} ranks",
         "weights": str(parameters[0].dtype).removeprefix("torch."),
         "optimizer": OPTIMIZERS[optimizer_of(args)],
+        "other_rate": f", text encoder at {rates[-1]:g}" if rates[-1] != rates[0] else "",
         "cache": about_cache,
         "warnings": warnings + warn_of_short_steps(run.counts) + cache_warnings,
     }
@@ -3276,6 +3285,15 @@ def add_model_arguments(parser):
         "--cache_dir",
         type=path_name,
         help="where downloads and remembered checks go, instead of the Hugging Face cache",
+    )
+
+
+def add_text_encoder_rate(add):
+    """Adds, to the group whose method `add` is, how fast the text encoder is trained."""
+    add(
+        "--text_encoder_lr",
+        type=positive_float,
+        help="default: --learning_rate; needs --train_text_encoder (0, inf)",
     )
 
 
@@ -5259,6 +5277,17 @@ def peak_learning_rate(args, counts):
     return args.learning_rate * counts.samples_per_step if args.scale_lr else args.learning_rate
 
 
+def group_parameters(args, models, learning_rate):
+    """The parameters of each model that are trained, with their learning rates: the UNet's first."""
+    asked = args.text_encoder_lr or args.learning_rate
+    rates = {"unet": learning_rate, "text_encoder": learning_rate * asked / args.learning_rate}  # both are scaled
+    groups = []
+    for name, model in models.items():
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        groups.append({"params": trained, "lr": rates[name]})
+    return groups
+
+
 def make_optimizer(args, groups):
     """The optimizer for groups of parameters with their rates: AdamW (arXiv 1711.05101), its 8-bit form (2110.02861),
     Adafactor with rates that are given (1804.04235), or Prodigy (2306.06101)."""
@@ -6268,10 +6297,10 @@ def judge(run):
 def print_plan(args, run, num_held_out, num_trained, about):
     """Says, before the first step, what will be done. `about` says what only a script knows: `trained` and `frozen`
     (which models), `device` (its name), `devices` (how many share a pass), `optimizer` (its name), `warnings` (a
-    list), and maybe `images` (a remark), `kinds` (lines on them), `data` (texts that were told as they were read),
-    `stream` (how they are read), `precision` (of passes, if that is not the setting), `weights` (their precision, if
-    not float32), `result_bytes` (of the files that will be the result), `buckets` (lines on the sizes of images) and
-    `cache` (a text, or None)."""
+    list), and maybe `other_rate` (what stands behind the learning rate), `images` (a remark), `kinds` (lines on
+    them), `data` (texts that were told as they were read), `stream` (how they are read), `precision` (of passes, if
+    that is not the setting), `weights` (their precision, if not float32), `result_bytes` (of the files that will be
+    the result), `buckets` (lines on the sizes of images) and `cache` (a text, or None)."""
     counts, side, tracker = run.counts, args.resolution, chosen_tracker(args)
     first_step, precision = run.progress["global_step"], about.get("precision", run.settings["mixed_precision"])
     buckets, size = about.get("buckets", ()), tell_size(checkpoint_bytes(run))
@@ -6290,8 +6319,8 @@ def print_plan(args, run, num_held_out, num_trained, about):
         "per step": f"{counts.samples_per_step:,} images: {passes}",
         "trained": f"{about['trained']}, {num_trained:,} parameters in {about.get('weights', 'float32')}, passes in "
         f"{PASSES_IN[precision]}; frozen: {about['frozen']}",
-        "optimizer": f"{about['optimizer']} at {run.settings['peak_learning_rate']:g}, {args.lr_scheduler}; "
-        f"EMA: {args.use_ema}",
+        "optimizer": f"{about['optimizer']} at {run.settings['peak_learning_rate']:g}{about.get('other_rate', '')}, "
+        f"{args.lr_scheduler}; EMA: {args.use_ema}",
         "output": f"{args.output_dir}, a checkpoint of {size} every {args.checkpointing_steps:,} steps",
         "disk": tell_disk(args, run, about.get("result_bytes")),
         "log": f"log.jsonl and {tracker}" if tracker else "log.jsonl, no tracker",

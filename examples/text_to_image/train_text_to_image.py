@@ -1652,6 +1652,7 @@ def tell_plan(args, accelerator, run, num_held_out, about):
     `result_bytes`, `buckets` (lines on the sizes of images), and of the `cache` a text, or None, and warnings."""
     parameters, (about_cache, cache_warnings) = run.weights.parameters, about["cache"]
     num_trained = sum(numel_of(parameter) for parameter in parameters)
+    rates = run.state["lr_scheduler"].base_lrs  # the UNet's first
     warnings = warn_of_precision(accelerator) + warn_of_rate(args, run.settings["peak_learning_rate"])
     about = {
         **about,
@@ -1659,6 +1660,7 @@ def tell_plan(args, accelerator, run, num_held_out, about):
         "devices": f"{accelerator.num_processes} ranks",
         "weights": str(parameters[0].dtype).removeprefix("torch."),
         "optimizer": OPTIMIZERS[optimizer_of(args)],
+        "other_rate": f", text encoder at {rates[-1]:g}" if rates[-1] != rates[0] else "",
         "cache": about_cache,
         "warnings": warnings + warn_of_short_steps(run.counts) + cache_warnings,
     }
@@ -6500,10 +6502,10 @@ def judge(run):
 def print_plan(args, run, num_held_out, num_trained, about):
     """Says, before the first step, what will be done. `about` says what only a script knows: `trained` and `frozen`
     (which models), `device` (its name), `devices` (how many share a pass), `optimizer` (its name), `warnings` (a
-    list), and maybe `images` (a remark), `kinds` (lines on them), `data` (texts that were told as they were read),
-    `stream` (how they are read), `precision` (of passes, if that is not the setting), `weights` (their precision, if
-    not float32), `result_bytes` (of the files that will be the result), `buckets` (lines on the sizes of images) and
-    `cache` (a text, or None)."""
+    list), and maybe `other_rate` (what stands behind the learning rate), `images` (a remark), `kinds` (lines on
+    them), `data` (texts that were told as they were read), `stream` (how they are read), `precision` (of passes, if
+    that is not the setting), `weights` (their precision, if not float32), `result_bytes` (of the files that will be
+    the result), `buckets` (lines on the sizes of images) and `cache` (a text, or None)."""
     counts, side, tracker = run.counts, args.resolution, chosen_tracker(args)
     first_step, precision = run.progress["global_step"], about.get("precision", run.settings["mixed_precision"])
     buckets, size = about.get("buckets", ()), tell_size(checkpoint_bytes(run))
@@ -6522,8 +6524,8 @@ def print_plan(args, run, num_held_out, num_trained, about):
         "per step": f"{counts.samples_per_step:,} images: {passes}",
         "trained": f"{about['trained']}, {num_trained:,} parameters in {about.get('weights', 'float32')}, passes in "
         f"{PASSES_IN[precision]}; frozen: {about['frozen']}",
-        "optimizer": f"{about['optimizer']} at {run.settings['peak_learning_rate']:g}, {args.lr_scheduler}; "
-        f"EMA: {args.use_ema}",
+        "optimizer": f"{about['optimizer']} at {run.settings['peak_learning_rate']:g}{about.get('other_rate', '')}, "
+        f"{args.lr_scheduler}; EMA: {args.use_ema}",
         "output": f"{args.output_dir}, a checkpoint of {size} every {args.checkpointing_steps:,} steps",
         "disk": tell_disk(args, run, about.get("result_bytes")),
         "log": f"log.jsonl and {tracker}" if tracker else "log.jsonl, no tracker",

@@ -283,7 +283,8 @@ BUCKETS_REQUIRES = {
     "bucket_no_upscale": "aspect_ratio_buckets",
     "bucket_step": "aspect_ratio_buckets",
 }
-ADAPTERS_REQUIRES = {"kohya_file_name": "output_kohya_format", "text_encoder_lr": "train_text_encoder"}
+TEXT_ENCODER_REQUIRES = {"text_encoder_lr": "train_text_encoder"}
+ADAPTERS_REQUIRES = {"kohya_file_name": "output_kohya_format", **TEXT_ENCODER_REQUIRES}
 AVERAGE_REQUIRES = {"ema_decay": "use_ema", "ema_warmup": "use_ema"}
 MEMORY_REQUIRES = {"offload_ema": "use_ema"}
 OUTPUT_REQUIRES = {
@@ -1596,6 +1597,7 @@ def tell_plan(args, accelerator, run, num_held_out, about):
     `result_bytes`, `buckets` (lines on the sizes of images), and of the `cache` a text, or None, and warnings."""
     parameters, (about_cache, cache_warnings) = run.weights.parameters, about["cache"]
     num_trained = sum(numel_of(parameter) for parameter in parameters)
+    rates = run.state["lr_scheduler"].base_lrs  # the UNet's first
     warnings = warn_of_precision(accelerator) + warn_of_rate(args, run.settings["peak_learning_rate"])
     about = {
         **about,
@@ -1603,6 +1605,7 @@ def tell_plan(args, accelerator, run, num_held_out, about):
         "devices": f"{accelerator.num_processes} ranks",
         "weights": str(parameters[0].dtype).removeprefix("torch."),
         "optimizer": OPTIMIZERS[optimizer_of(args)],
+        "other_rate": f", text encoder at {rates[-1]:g}" if rates[-1] != rates[0] else "",
         "cache": about_cache,
         "warnings": warnings + warn_of_short_steps(run.counts) + cache_warnings,
     }
@@ -3468,11 +3471,7 @@ def add_adapter_arguments(parser, targets):
     add("--use_dora", **SWITCH, help="train the magnitude of the weights apart from their direction")
     add("--lora_target", default="attention", choices=targets, help="layers with adapters")
     add("--train_text_encoder", **SWITCH, help="adapters on the text encoder too")
-    add(
-        "--text_encoder_lr",
-        type=positive_float,
-        help="default: --learning_rate; needs --train_text_encoder (0, inf)",
-    )
+    add_text_encoder_rate(add)
     add(
         "--init_lora_weights",
         type=path_name,
@@ -3484,6 +3483,15 @@ def add_adapter_arguments(parser, targets):
         "--kohya_file_name",
         type=path_name,
         help="name of that file; default: that of --output_dir; needs --output_kohya_format",
+    )
+
+
+def add_text_encoder_rate(add):
+    """Adds, to the group whose method `add` is, how fast the text encoder is trained."""
+    add(
+        "--text_encoder_lr",
+        type=positive_float,
+        help="default: --learning_rate; needs --train_text_encoder (0, inf)",
     )
 
 
@@ -5485,17 +5493,6 @@ def load_models_with_adapters(args, accelerator):
     return pipeline, models, make_noise_scheduler(args, pipeline)
 
 
-def group_parameters(args, models, learning_rate):
-    """The adapters' parameters of each model, with their learning rates: the UNet's first."""
-    asked = args.text_encoder_lr or args.learning_rate
-    rates = {"unet": learning_rate, "text_encoder": learning_rate * asked / args.learning_rate}  # both are scaled
-    groups = []
-    for name, model in models.items():
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        groups.append({"params": trained, "lr": rates[name]})
-    return groups
-
-
 def lora_weights(models):
     """The adapters' tensors as peft names them, such as unet.<layer>.lora_A.weight."""
     import peft
@@ -5672,6 +5669,17 @@ def warn_of_rate(args, peak):
 def peak_learning_rate(args, counts):
     """The learning rate after warm-up, scaled by the samples of a step if that is asked for."""
     return args.learning_rate * counts.samples_per_step if args.scale_lr else args.learning_rate
+
+
+def group_parameters(args, models, learning_rate):
+    """The parameters of each model that are trained, with their learning rates: the UNet's first."""
+    asked = args.text_encoder_lr or args.learning_rate
+    rates = {"unet": learning_rate, "text_encoder": learning_rate * asked / args.learning_rate}  # both are scaled
+    groups = []
+    for name, model in models.items():
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        groups.append({"params": trained, "lr": rates[name]})
+    return groups
 
 
 def make_optimizer(args, groups):
@@ -6541,10 +6549,10 @@ def judge(run):
 def print_plan(args, run, num_held_out, num_trained, about):
     """Says, before the first step, what will be done. `about` says what only a script knows: `trained` and `frozen`
     (which models), `device` (its name), `devices` (how many share a pass), `optimizer` (its name), `warnings` (a
-    list), and maybe `images` (a remark), `kinds` (lines on them), `data` (texts that were told as they were read),
-    `stream` (how they are read), `precision` (of passes, if that is not the setting), `weights` (their precision, if
-    not float32), `result_bytes` (of the files that will be the result), `buckets` (lines on the sizes of images) and
-    `cache` (a text, or None)."""
+    list), and maybe `other_rate` (what stands behind the learning rate), `images` (a remark), `kinds` (lines on
+    them), `data` (texts that were told as they were read), `stream` (how they are read), `precision` (of passes, if
+    that is not the setting), `weights` (their precision, if not float32), `result_bytes` (of the files that will be
+    the result), `buckets` (lines on the sizes of images) and `cache` (a text, or None)."""
     counts, side, tracker = run.counts, args.resolution, chosen_tracker(args)
     first_step, precision = run.progress["global_step"], about.get("precision", run.settings["mixed_precision"])
     buckets, size = about.get("buckets", ()), tell_size(checkpoint_bytes(run))
@@ -6563,8 +6571,8 @@ def print_plan(args, run, num_held_out, num_trained, about):
         "per step": f"{counts.samples_per_step:,} images: {passes}",
         "trained": f"{about['trained']}, {num_trained:,} parameters in {about.get('weights', 'float32')}, passes in "
         f"{PASSES_IN[precision]}; frozen: {about['frozen']}",
-        "optimizer": f"{about['optimizer']} at {run.settings['peak_learning_rate']:g}, {args.lr_scheduler}; "
-        f"EMA: {args.use_ema}",
+        "optimizer": f"{about['optimizer']} at {run.settings['peak_learning_rate']:g}{about.get('other_rate', '')}, "
+        f"{args.lr_scheduler}; EMA: {args.use_ema}",
         "output": f"{args.output_dir}, a checkpoint of {size} every {args.checkpointing_steps:,} steps",
         "disk": tell_disk(args, run, about.get("result_bytes")),
         "log": f"log.jsonl and {tracker}" if tracker else "log.jsonl, no tracker",
