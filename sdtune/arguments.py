@@ -657,7 +657,7 @@ def add_output_arguments(parser):
     add(
         "--hub_token",
         type=secret_token,
-        help="token for dataset and upload; default: the one that `hf auth login` stored",
+        help="token for models, dataset and upload; default: the one that `hf auth login` stored",
     )
     add("--hub_private_repo", **SWITCH, help="make the repository private; needs --push_to_hub")
 
