@@ -13,6 +13,7 @@ import torch
 import transformers
 from safetensors import safe_open
 
+from sdtune.arguments import missing_here
 from sdtune.errors import InputError, last_line, remedy_for_missing
 
 LIBRARIES = (None, "diffusers", "transformers", "stable_diffusion")  # of a pipeline's parts; the last is diffusers'
@@ -91,9 +92,7 @@ def check_model(args):
         if len(transformers.CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)) < 3:
             raise OSError("its tokenizer knows no words")  # nor does transformers' for a folder without one
     except (OSError, ValueError) as error:
-        told = f"no whole pipeline, no name of one on the Hub, or no connection ({last_line(error)})"
-        told += "; name one that is whole"
-        return [*problems, f"{source}: {told}"]
+        return [*problems, f"{source}: {tell_no_pipeline(source, error)}"]
 
     problems += check_tokenizer(args, text_config)
     factor = vae_factor(vae)
@@ -120,6 +119,14 @@ def check_model(args):
             f"no weight (arXiv 2305.08891 trains by the plain loss); {remedy}"
         )
     return problems
+
+
+def tell_no_pipeline(source, error):
+    """What is wrong with a folder or Hub id whose configs cannot be read, for an exception."""
+    told = "no whole pipeline, no name of one on the Hub, or no connection"
+    if missing := missing_here(source):
+        told = f"{missing}; looked for a model of that name on the Hub too, which cannot be loaded"
+    return f"{told} ({last_line(error)}); name one that is whole"
 
 
 def foreign_code(parts):

@@ -17,6 +17,7 @@ from tiny import changed_pipeline, make_scheduler
 from training import parse, same
 
 from sdtune.errors import InputError
+from sdtune.inference import read_configs
 from sdtune.models import (
     check_model,
     drop_weights,
@@ -31,6 +32,7 @@ from sdtune.models import (
     read_num_timesteps,
     with_whole_parts,
 )
+from sdtune.plan import warn_of_name
 
 
 def flags(model, *words):
@@ -74,6 +76,25 @@ def test_a_token_is_not_saved_with_a_tokenizer(tiny_pipeline, tmp_path):
     load_base(args).save_pretrained(tmp_path / "model")
     assert (tmp_path / "model" / "tokenizer" / "tokenizer_config.json").is_file()
     assert not [path for path, content in files_of(tmp_path / "model").items() if b"hf_other" in content]
+
+
+def test_a_mistyped_folder_is_looked_for_on_the_hub_and_said(tmp_path, monkeypatch):
+    """Where a folder lies that has the first part of the name; the base of a plan, which the Hub had, is warned of."""
+    (tmp_path / "clients" / "acme-1").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for name, meant in (("clients/acme", " (did you mean clients/acme-1?)"), ("clients/other", "")):
+        told = f"there is no such folder here{meant}; "
+        looked = f"{told}looked for a model of that name on the Hub too, which cannot be loaded ("
+        (problem,) = check_model(flags(name))
+        assert problem.startswith(f"{name}: {looked}")
+        assert problem.endswith("); name one that is whole")
+        with pytest.raises(InputError) as error:
+            read_configs("MODEL", name)
+        assert str(error.value).startswith(f"MODEL={name}: {looked}")
+        flag = f"--pretrained_model_name_or_path={name}"
+        assert warn_of_name(flags(name)) == [f"{flag}: {told}it is the Hub's model of that name"]
+    for name in ("clients/acme-1", "somebody/acme", "acme"):
+        assert warn_of_name(flags(name)) == []
 
 
 @pytest.mark.parametrize("part", ["tokenizer", "text_encoder", "unet", "vae", "scheduler"])

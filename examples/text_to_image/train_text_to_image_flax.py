@@ -3125,6 +3125,22 @@ def is_hub_id(name):
     return isinstance(name, str) and bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)) and not os.path.exists(name)
 
 
+def missing_here(name):
+    """Says that there is no such folder, of a name which may be one of the Hub or a mistyped path, since there is the
+    folder that it would lie in; "" of any other name."""
+    if not is_hub_id(name) or not os.path.isdir(os.path.dirname(name)):
+        return ""
+    return f"there is no such folder here{nearest_beside(name)}"
+
+
+def nearest_beside(name):
+    """Asks whether that is meant which has the name most like it of what lies where it would; "" if nothing has."""
+    folder, own_name = os.path.split(name.rstrip("/"))
+    there = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
+    alike = difflib.get_close_matches(own_name, sorted(there), 1)
+    return f" (did you mean {os.path.join(folder, alike[0])}?)" if alike else ""
+
+
 def is_place(flag):
     """Whether a flag of a parser takes what says where something is, or a secret: nothing for others to read."""
     return flag.type in (path_name, repo_name, secret_token)
@@ -4105,9 +4121,7 @@ def check_model(args):
         if len(transformers.CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)) < 3:
             raise OSError("its tokenizer knows no words")  # nor does transformers' for a folder without one
     except (OSError, ValueError) as error:
-        told = f"no whole pipeline, no name of one on the Hub, or no connection ({last_line(error)})"
-        told += "; name one that is whole"
-        return [*problems, f"{source}: {told}"]
+        return [*problems, f"{source}: {tell_no_pipeline(source, error)}"]
 
     problems += check_tokenizer(args, text_config)
     factor = vae_factor(vae)
@@ -4134,6 +4148,14 @@ def check_model(args):
             f"no weight (arXiv 2305.08891 trains by the plain loss); {remedy}"
         )
     return problems
+
+
+def tell_no_pipeline(source, error):
+    """What is wrong with a folder or Hub id whose configs cannot be read, for an exception."""
+    told = "no whole pipeline, no name of one on the Hub, or no connection"
+    if missing := missing_here(source):
+        told = f"{missing}; looked for a model of that name on the Hub too, which cannot be loaded"
+    return f"{told} ({last_line(error)}); name one that is whole"
 
 
 def foreign_code(parts):
@@ -5352,7 +5374,13 @@ def print_plan(args, run, num_held_out, num_trained, about):
     rows["cache"] = about.get("cache")
     rows["data"] = "".join(about.get("data", [])).rstrip("\n")
     lines = [as_row(name, text) for name, text in rows.items() if text]
-    warned = about["warnings"] + warn_of_start(args) + warn_of_warm_up(args, counts) + warn_of_disk(args, run)
+    warned = (
+        warn_of_name(args)
+        + about["warnings"]
+        + warn_of_start(args)
+        + warn_of_warm_up(args, counts)
+        + warn_of_disk(args, run)
+    )
     warnings = [as_row("warning", text) for text in warned]
     # At once: who is killed for what the first step takes has told it.
     print("\n".join(["Plan", *lines, *warnings]), flush=True)
@@ -5418,6 +5446,15 @@ def warn_of_disk(args, run):
         f"{number} checkpoints take {needed / 1e9:.2g} GB, where {free / 1e9:.2g} are free; make room, or use a "
         "smaller --checkpoints_total_limit"
     ]
+
+
+def warn_of_name(args):
+    """Lists whether the base came from the Hub, though its name looks like that of a folder here, mistyped."""
+    name = args.pretrained_model_name_or_path
+    missing = missing_here(name)
+    return (
+        [f"--pretrained_model_name_or_path={name}: {missing}; it is the Hub's model of that name"] if missing else []
+    )
 
 
 def warn_of_start(args):
