@@ -374,6 +374,29 @@ def test_class_images_are_drawn_from_several_prompts_in_turn(fit, tmp_path, quic
     assert told in capsys.readouterr().err
 
 
+def test_class_images_of_one_prompt_go_on_with_several(fit, tmp_path, quick_drawing, trained_on, capsys):
+    """Those that have no caption are trained on with the prompt that they record; nothing is written beside them."""
+    classes, told = tmp_path / "classes", "take the prompt which they were drawn for: "
+    assert fit(classes=classes, class_prompt="a dog", num_class_images=3) == 0
+    (classes / "class-00001.txt").write_text("my own caption")
+    before = snapshot(classes)
+    trained_on.clear()
+    capsys.readouterr()
+    own = {"class_prompt": None, "num_class_images": 5, "train_batch_size": 5}
+    assert fit("second", classes=classes, class_prompts=["a black dog", "a dog"], **own) == 0
+    captions = {sample["index"]: sample["caption"] for sample in trained_on if sample["index"] >= 5}
+    assert captions == {5: "a dog", 6: "my own caption", 7: "a dog", 8: "a dog", 9: "a black dog"}
+    assert f"{told}2" in " ".join(capsys.readouterr().out.split())
+    after = snapshot(classes)
+    assert all(after[name] == before[name] for name in before)
+    assert after.keys() - before.keys() == {
+        f"class-0000{number}.{kind}" for number in (3, 4) for kind in ("png", "txt")
+    }
+    make_image(12).save(classes / "mine.png")  # of which nobody knows what it shows
+    assert fit("third", classes=classes, class_prompts=["a black dog", "a dog"], **own) == 2
+    assert f"{classes / 'mine.png'}: has no caption" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("other", ["a photo of a cat", "Ein Foto von Bären"])
 def test_class_images_of_another_prompt_are_refused(fit, tmp_path, quick_drawing, capsys, other):
     classes = tmp_path / "classes"
