@@ -192,11 +192,14 @@ def train(args, launcher):
         images, held_out, fingerprint = load_data(
             args, args.instance_data_dir, args.instance_prompt, args.repeats, fit_of(args)
         )
-    class_images = load_class_images(args)
+    with told_in_plan(told):
+        class_images = load_class_images(args)
     agree_on_data(accelerator, {"photos": fingerprint, "class_images_to_draw": class_images.missing})
     if class_images.missing and not args.dry_run:
+        print(told.pop(), end="", flush=True)  # the plan comes when they are there
         draw_class_images(args, accelerator, class_images.missing)
-        class_images = load_class_images(args)
+        with told_in_plan(told):
+            class_images = load_class_images(args)
     fingerprints = {"captioned_images": fingerprint, "class_data": class_images.fingerprint}
     agree_on_data(accelerator, fingerprints)
     repo_id = None

@@ -274,6 +274,22 @@ def is_hub_id(name):
     return isinstance(name, str) and bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)) and not os.path.exists(name)
 
 
+def missing_here(name):
+    """Says that there is no such folder, of a name which may be one of the Hub or a mistyped path, since there is the
+    folder that it would lie in; "" of any other name."""
+    if not is_hub_id(name) or not os.path.isdir(os.path.dirname(name)):
+        return ""
+    return f"there is no such folder here{nearest_beside(name)}"
+
+
+def nearest_beside(name):
+    """Asks whether that is meant which has the name most like it of what lies where it would; "" if nothing has."""
+    folder, own_name = os.path.split(name.rstrip("/"))
+    there = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
+    alike = difflib.get_close_matches(own_name, sorted(there), 1)
+    return f" (did you mean {os.path.join(folder, alike[0])}?)" if alike else ""
+
+
 def is_place(flag):
     """Whether a flag of a parser takes what says where something is, or a secret: nothing for others to read."""
     return flag.type in (path_name, repo_name, secret_token)
@@ -657,7 +673,7 @@ def add_output_arguments(parser):
     add(
         "--hub_token",
         type=secret_token,
-        help="token for dataset and upload; default: the one that `hf auth login` stored",
+        help="token for models, dataset and upload; default: the one that `hf auth login` stored",
     )
     add("--hub_private_repo", **SWITCH, help="make the repository private; needs --push_to_hub")
 

@@ -13,7 +13,7 @@ from sdtune.arguments import check_keys, parse_words, path_name, read_config, se
 from sdtune.errors import InputError, is_utf8, last_line, remedy_for_missing
 from sdtune.files import existing_place
 from sdtune.lora_layouts import LORA_FILE
-from sdtune.models import foreign_code, reason_of, refuse_foreign_code
+from sdtune.models import foreign_code, reason_of, refuse_foreign_code, tell_no_pipeline
 
 # The section `evaluation:` of a recipe is for two commands. These are the flags that one of them alone has.
 GENERATE_KEYS = {"height", "negative_prompt", "scheduler", "seeds", "width"}
@@ -168,9 +168,7 @@ def read_configs(flag, source):
         vae = diffusers.AutoencoderKL.load_config(source, subfolder="vae")
         scheduler = diffusers.DDPMScheduler.load_config(source, subfolder="scheduler")
     except (OSError, ValueError) as error:
-        told = f"no whole pipeline, no name of one on the Hub, or no connection ({last_line(error)})"
-        told += "; name one that is whole"
-        raise InputError(f"{name}: {told}") from None
+        raise InputError(f"{name}: {tell_no_pipeline(source, error)}") from None
     if foreign := {"text_encoder_2", "transformer"} & parts.keys():
         remedy = "use a Stable Diffusion 1 or 2"
         raise InputError(f"{name}: has a {min(foreign)} (SDXL, SD 3 or the like); {remedy}")

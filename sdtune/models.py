@@ -13,6 +13,7 @@ import torch
 import transformers
 from safetensors import safe_open
 
+from sdtune.arguments import missing_here
 from sdtune.errors import InputError, last_line, remedy_for_missing
 
 LIBRARIES = (None, "diffusers", "transformers", "stable_diffusion")  # of a pipeline's parts; the last is diffusers'
@@ -39,8 +40,13 @@ def config_source(args):
     """Where the configs and the tokenizer of the base are read from: (folder or Hub id, keywords of its loaders)."""
     return (
         args.single_file_config or args.pretrained_model_name_or_path,
-        {"revision": args.revision, "cache_dir": args.cache_dir},
+        {"revision": args.revision, **how_to_reach(args)},
     )
+
+
+def how_to_reach(args):
+    """Keywords of what loads from the Hub: where that is kept, and a token, by which private models are reached."""
+    return {"cache_dir": args.cache_dir, "token": args.hub_token}
 
 
 def check_model(args):
@@ -86,9 +92,7 @@ def check_model(args):
         if len(transformers.CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)) < 3:
             raise OSError("its tokenizer knows no words")  # nor does transformers' for a folder without one
     except (OSError, ValueError) as error:
-        told = f"no whole pipeline, no name of one on the Hub, or no connection ({last_line(error)})"
-        told += "; name one that is whole"
-        return [*problems, f"{source}: {told}"]
+        return [*problems, f"{source}: {tell_no_pipeline(source, error)}"]
 
     problems += check_tokenizer(args, text_config)
     factor = vae_factor(vae)
@@ -115,6 +119,14 @@ def check_model(args):
             f"no weight (arXiv 2305.08891 trains by the plain loss); {remedy}"
         )
     return problems
+
+
+def tell_no_pipeline(source, error):
+    """What is wrong with a folder or Hub id whose configs cannot be read, for an exception."""
+    told = "no whole pipeline, no name of one on the Hub, or no connection"
+    if missing := missing_here(source):
+        told = f"{missing}; looked for a model of that name on the Hub too, which cannot be loaded"
+    return f"{told} ({last_line(error)}); name one that is whole"
 
 
 def foreign_code(parts):
@@ -146,13 +158,19 @@ def load_tokenizer(args):
     """The tokenizer, the base's or that of --tokenizer_name, which cuts captions where the text encoder has to."""
     source, where = config_source(args)
     if args.tokenizer_name:
-        where = {"trust_remote_code": False, "cache_dir": args.cache_dir}  # else transformers asks in the terminal
-        tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer_name, **where)
+        tokenizer = load_named_tokenizer(args)
     else:
         tokenizer = transformers.CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)
     text_config = transformers.CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where)
     tokenizer.model_max_length = args.tokenizer_max_length or text_config.max_position_embeddings
     return tokenizer
+
+
+def load_named_tokenizer(args):
+    """The tokenizer of --tokenizer_name, whose own code is not run: else transformers asks in the terminal."""
+    return transformers.AutoTokenizer.from_pretrained(
+        args.tokenizer_name, trust_remote_code=False, **how_to_reach(args)
+    )
 
 
 def parts_instead(args):
@@ -171,13 +189,7 @@ def check_tokenizer(args, text_config):
         return problems
     name = f"--tokenizer_name={args.tokenizer_name}"
     try:
-        highest = max(
-            transformers.AutoTokenizer.from_pretrained(
-                args.tokenizer_name, trust_remote_code=False, cache_dir=args.cache_dir
-            )
-            .get_vocab()
-            .values()
-        )
+        highest = max(load_named_tokenizer(args).get_vocab().values())
     except Exception as error:  # every format has its own way of being broken
         told = "no folder of a tokenizer, no name of one on the Hub, or no connection"
         return [*problems, f"{name}: {told} ({last_line(error)}); name another"]
@@ -207,17 +219,16 @@ def read_num_timesteps(args):
 def load_base(args, **given):
     """Loads the base's pipeline in float32, without its safety checker; parts that are `given`, by name, take the
     place of the base's, which are not loaded. Raises `InputError`."""
-    base, where = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
-    where |= {**parts_instead(args), **given}
-    options = {**where, "dtype": torch.float32, "variant": args.variant, "safety_checker": None}
+    base, (source, where) = args.pretrained_model_name_or_path, config_source(args)
+    parts = {**parts_instead(args), **given}
     try:
-        source, place = config_source(args)
-        refuse_foreign_code(source, **place)
+        refuse_foreign_code(source, **where)
         if args.single_file_config:  # a .ckpt is read as weights only
             return diffusers.StableDiffusionPipeline.from_single_file(
-                base, config=args.single_file_config, dtype=torch.float32, safety_checker=None, **where
+                base, config=args.single_file_config, dtype=torch.float32, safety_checker=None, **where, **parts
             )
-        return diffusers.StableDiffusionPipeline.from_pretrained(base, **options)
+        options = {"dtype": torch.float32, "variant": args.variant, "safety_checker": None}
+        return diffusers.StableDiffusionPipeline.from_pretrained(base, **where, **options, **parts)
     except Exception as error:  # every format has its own way of being broken
         if list(Path(base).glob("unet/*.msgpack")) and not list(Path(base).glob("unet/*.[sb]*")):
             told = "has Flax weights alone; use train_text_to_image_flax.py, whose result has PyTorch's too"
@@ -261,7 +272,7 @@ def load_unet(args, revision):
     """Loads the UNet that the base has at a revision, in float32. Raises `InputError`."""
     base = args.pretrained_model_name_or_path
     try:
-        where = {"subfolder": "unet", "revision": revision, "cache_dir": args.cache_dir}
+        where = {"subfolder": "unet", "revision": revision, **how_to_reach(args)}
         return diffusers.UNet2DConditionModel.from_pretrained(base, dtype=torch.float32, **where)
     except Exception as error:  # every format has its own way of being broken
         raise InputError(f"{base}: its UNet of {revision} cannot be loaded ({reason_of(error)})") from None

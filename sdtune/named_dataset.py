@@ -2,14 +2,13 @@
 
 import argparse
 import contextlib
-import difflib
 import os
 import shlex
 from pathlib import Path
 
 from huggingface_hub.utils import validate_repo_id
 
-from sdtune.arguments import SWITCH, path_name, secret_token
+from sdtune.arguments import SWITCH, nearest_beside, path_name, secret_token
 from sdtune.dataset import read_rows
 from sdtune.errors import InputError, remedy_for_missing
 from sdtune.images import is_image_file
@@ -89,14 +88,6 @@ def check_hub_name(name, meant):
         remedy = remedy or f"check its name{meant}"
     if remedy:
         raise InputError(f"DATASET={name}: there is no such folder or file; {remedy}")
-
-
-def nearest_beside(name):
-    """Asks whether that is meant which has the name most like it of what lies where it would; "" if nothing has."""
-    folder, own_name = os.path.split(name.rstrip("/"))
-    there = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
-    alike = difflib.get_close_matches(own_name, sorted(there), 1)
-    return f" (did you mean {os.path.join(folder, alike[0])}?)" if alike else ""
 
 
 def remedy_for_captions(dataset):

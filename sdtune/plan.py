@@ -14,6 +14,7 @@ from torch.backends.cpu import get_cpu_capability
 from torch.cpu import _is_amx_tile_supported, _is_avx512_bf16_supported
 from torch.cuda import get_device_name, get_device_properties, is_bf16_supported
 
+from sdtune.arguments import missing_here
 from sdtune.batches import mean_samples_per_step
 from sdtune.checkpoints import list_checkpoints
 from sdtune.files import existing_place
@@ -58,7 +59,13 @@ def print_plan(args, run, num_held_out, num_trained, about):
     rows["cache"] = about.get("cache")
     rows["data"] = "".join(about.get("data", [])).rstrip("\n")
     lines = [as_row(name, text) for name, text in rows.items() if text]
-    warned = about["warnings"] + warn_of_start(args) + warn_of_warm_up(args, counts) + warn_of_disk(args, run)
+    warned = (
+        warn_of_name(args)
+        + about["warnings"]
+        + warn_of_start(args)
+        + warn_of_warm_up(args, counts)
+        + warn_of_disk(args, run)
+    )
     warnings = [as_row("warning", text) for text in warned]
     # At once: who is killed for what the first step takes has told it.
     print("\n".join(["Plan", *lines, *warnings]), flush=True)
@@ -160,6 +167,15 @@ def warn_of_disk(args, run):
         f"{number} checkpoints take {needed / 1e9:.2g} GB, where {free / 1e9:.2g} are free; make room, or use a "
         "smaller --checkpoints_total_limit"
     ]
+
+
+def warn_of_name(args):
+    """Lists whether the base came from the Hub, though its name looks like that of a folder here, mistyped."""
+    name = args.pretrained_model_name_or_path
+    missing = missing_here(name)
+    return (
+        [f"--pretrained_model_name_or_path={name}: {missing}; it is the Hub's model of that name"] if missing else []
+    )
 
 
 def warn_of_start(args):

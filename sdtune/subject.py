@@ -15,10 +15,10 @@ import torch
 from PIL import Image, PngImagePlugin
 from tqdm.auto import tqdm
 
-from sdtune.dataset import METADATA_NAMES, CheckedRows, fingerprint_of, load_rows, warn
+from sdtune.dataset import METADATA_NAMES, CheckedRows, check_rows, fingerprint_of, read_rows, warn
 from sdtune.errors import InputError, last_line
 from sdtune.files import existing_place
-from sdtune.images import IMAGE_SUFFIXES, is_hidden, is_image_file
+from sdtune.images import IMAGE_SUFFIXES, is_hidden, is_image_file, path_of_findings
 from sdtune.models import DTYPES, enable_memory_savers, load_base, load_tokenizer
 from sdtune.randomness import CLASS, random_numbers
 
@@ -107,7 +107,9 @@ def load_class_images(args):
     print(f"Class images in {folder}: {len(missing)} to be drawn, for {number} at least; a pass has one per photo")
     if not there:
         return ClassImages(None, None, missing)
-    checked = load_rows(args, load_tokenizer(args), args.class_data_dir, args.class_prompt)
+    rows = with_recorded_prompts(read_rows(args, args.class_data_dir, args.class_prompt))
+    memory = path_of_findings(args.class_data_dir, args.cache_dir)
+    checked = check_rows(rows, memory, args.skip_bad_images, load_tokenizer(args), args.resolution)
     return ClassImages(checked, fingerprint_of(0, checked.digests), missing)
 
 
@@ -131,6 +133,19 @@ def read_record(path):
         with Image.open(path, formats=["PNG"]) as image:
             return dict(json.loads(image.info[CLASS_RECORD]))
     return {}
+
+
+def with_recorded_prompts(rows):
+    """Class images, of which those that have no caption get the prompt that they were drawn for, as they record it:
+    of --class_prompt the images have no .txt."""
+    captions, num_recorded = [], 0
+    for row in rows:
+        prompt = None if row["captions"] else read_record(Path(row["image"]["path"])).get("prompt")
+        captions.append([prompt] if prompt else row["captions"])
+        num_recorded += bool(prompt)
+    if num_recorded:
+        print(f"Class images without a caption that take the prompt which they were drawn for: {num_recorded:,}")
+    return rows.remove_columns("captions").add_column("captions", captions)
 
 
 def check_records(args, paths):

@@ -44,7 +44,7 @@ class Repo:
 class FakeHub:
     """`repos` maps "owner/name" to what was uploaded; `fail` maps a stage to the HTTP status that it answers, and
     `hang` to how many requests it answers before it lets the others wait (`waiting` counts them), so that a client
-    can be killed there.
+    can be killed there. `readers` maps "owner/name" to the one token that it is there for.
 
     Stages: whoami, create, validate, preupload, lfs, upload, commit, info, resolve. Answer 4xx: the client repeats a
     request that got 5xx, for minutes.
@@ -54,6 +54,7 @@ class FakeHub:
         self.repos = {}
         self.fail = {}
         self.hang = {}
+        self.readers = {}
         self.answered = Counter()  # requests by stage
         self.waiting = 0
         self.requests = []  # (method, path) in the order of arrival
@@ -95,6 +96,11 @@ class FakeHub:
         self._thread.join()
 
 
+def files_of(folder):
+    """The files below a folder, by their paths, as `add_repo` takes them."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 class Handler(BaseHTTPRequestHandler):
     """Answers the requests of the clients of `server.hub`."""
 
@@ -113,8 +119,12 @@ class Handler(BaseHTTPRequestHandler):
         parts = [unquote(part) for part in url.path.strip("/").split("/")]
         with hub._lock:
             hub.requests.append((self.command, url.path))
-            if self.headers.get("Authorization"):
-                hub.tokens.add(self.headers["Authorization"].removeprefix("Bearer "))
+            token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+            if token:
+                hub.tokens.add(token)
+            if any(f"/{name}/" in f"{url.path}/" and token != reader for name, reader in hub.readers.items()):
+                self.reply(*_not_found("RepoNotFound"))
+                return
             stage, answer = _route(hub, self.command, parts, parse_qs(url.query), body)
             if stage in hub.fail:
                 self.reply(hub.fail[stage], {"error": f"the stand-in was told to fail at {stage}"})

@@ -3,8 +3,9 @@
 import contextlib
 
 import datasets
+import transformers.utils.hub
 from fake_hub import TOKEN
-from huggingface_hub import close_session, constants
+from huggingface_hub import close_session, constants, hf_api
 from running import status_of
 
 
@@ -13,6 +14,8 @@ def reaching(hub, monkeypatch):
     """Undoes, for a while, that the tests are offline: huggingface_hub and datasets look it up at every call."""
     with monkeypatch.context() as patch:
         patch.setattr(constants, "ENDPOINT", hub.url)
+        patch.setattr(hf_api.api, "endpoint", hub.url)  # which was made on import; diffusers asks it for models
+        patch.setattr(transformers.utils.hub, "_hf_api", None)  # which transformers makes when it asks first
         patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
         patch.setattr(constants, "HF_HUB_DISABLE_XET", True)

@@ -152,6 +152,16 @@ def result(folder):
     return {path.relative_to(folder).as_posix(): load_file(path) for path in folder.rglob("*.safetensors")}
 
 
+def plan_in(said):
+    """The plan in what a run said, with its rows."""
+    return said.split("Plan\n", 1)[1].split("\nStep ", 1)[0]
+
+
+def unbroken(said):
+    """A text in one line: those of a plan are broken by the length of paths."""
+    return " ".join(said.split())
+
+
 def contents(folder):
     """SHA-256 of the files in a folder, by name."""
     return {name: digest for name, (_, _, digest) in snapshot(folder).items()}
@@ -312,7 +322,7 @@ def test_one_that_is_missing_is_made_again_alone(fit, tmp_path, quick_drawing, c
     assert digests[0] == digests[1]
     assert after == before
     assert fit("third", classes=classes, num_class_images=5, dry_run=True) == 0
-    assert f"Class images in {classes}: 0 to be drawn" in capsys.readouterr().out
+    assert f"Class images in {classes}: 0 to be drawn" in unbroken(plan_in(capsys.readouterr().out))
 
 
 def test_own_class_images_are_kept_and_count(fit, tmp_path, quick_drawing, trained_on, capsys):
@@ -320,7 +330,11 @@ def test_own_class_images_are_kept_and_count(fit, tmp_path, quick_drawing, train
     write_images(classes / "more", [12])
     before = snapshot(classes)
     assert fit(classes=classes, num_class_images=5, train_batch_size=5) == 0
-    assert f"Class images in {classes}: 2 to be drawn, for 5 at least" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.startswith(f"Class images in {classes}: 2 to be drawn, for 5 at least")
+    plan = unbroken(plan_in(said))
+    assert f" data Class images in {classes}: 0 to be drawn, for 5 at least; a pass has one per photo" in plan
+    assert "2 to be drawn" not in plan
     after = snapshot(classes)
     assert after.keys() - before.keys() == {"class-00000.png", "class-00001.png"}
     assert all(after[name] == before[name] for name in before)
@@ -374,6 +388,29 @@ def test_class_images_are_drawn_from_several_prompts_in_turn(fit, tmp_path, quic
     assert told in capsys.readouterr().err
 
 
+def test_class_images_of_one_prompt_go_on_with_several(fit, tmp_path, quick_drawing, trained_on, capsys):
+    """Those that have no caption are trained on with the prompt that they record; nothing is written beside them."""
+    classes, told = tmp_path / "classes", "take the prompt which they were drawn for: "
+    assert fit(classes=classes, class_prompt="a dog", num_class_images=3) == 0
+    (classes / "class-00001.txt").write_text("my own caption")
+    before = snapshot(classes)
+    trained_on.clear()
+    capsys.readouterr()
+    own = {"class_prompt": None, "num_class_images": 5, "train_batch_size": 5}
+    assert fit("second", classes=classes, class_prompts=["a black dog", "a dog"], **own) == 0
+    captions = {sample["index"]: sample["caption"] for sample in trained_on if sample["index"] >= 5}
+    assert captions == {5: "a dog", 6: "my own caption", 7: "a dog", 8: "a dog", 9: "a black dog"}
+    assert f"{told}2" in " ".join(capsys.readouterr().out.split())
+    after = snapshot(classes)
+    assert all(after[name] == before[name] for name in before)
+    assert after.keys() - before.keys() == {
+        f"class-0000{number}.{kind}" for number in (3, 4) for kind in ("png", "txt")
+    }
+    make_image(12).save(classes / "mine.png")  # of which nobody knows what it shows
+    assert fit("third", classes=classes, class_prompts=["a black dog", "a dog"], **own) == 2
+    assert f"{classes / 'mine.png'}: has no caption" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("other", ["a photo of a cat", "Ein Foto von Bären"])
 def test_class_images_of_another_prompt_are_refused(fit, tmp_path, quick_drawing, capsys, other):
     classes = tmp_path / "classes"
@@ -393,7 +430,9 @@ def test_class_images_of_another_base_are_warned_of(fit, tmp_path, tiny_pipeline
     assert "another base" not in capsys.readouterr().out
     assert fit("second", base=other, classes=classes) == 0
     told = f"2 class images were drawn by another base than another, such as\n  {classes / 'class-00000.png'}: "
-    assert f"Warning: {told}{tiny_pipeline.name}\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.startswith("Plan\n")
+    assert unbroken(f"Warning: {told}{tiny_pipeline.name}") in unbroken(said)
 
 
 def test_more_class_images_than_asked_for_are_enough(fit, tmp_path, quick_drawing):
@@ -412,7 +451,9 @@ def test_class_images_differ_by_seed_and_number(fit, tmp_path, quick_drawing):
 
 def test_a_dry_run_draws_nothing(fit, tmp_path, quick_drawing, capsys):
     assert fit(classes=tmp_path / "classes", dry_run=True) == 0
-    assert ": 2 to be drawn, for" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.startswith("Plan\n")
+    assert ": 2 to be drawn, for" in unbroken(said)
     assert not quick_drawing
     assert not list(tmp_path.iterdir())
 
@@ -434,7 +475,9 @@ def test_a_dry_run_takes_photos_for_class_images_that_are_not_there(script, fit,
 def test_hidden_folders_hold_no_class_images(fit, tmp_path, capsys):
     write_images(tmp_path / "classes" / ".thumbnails", [10, 11])
     assert fit(classes=tmp_path / "classes", dry_run=True) == 0
-    assert ": 2 to be drawn, for" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.startswith("Plan\n")
+    assert ": 2 to be drawn, for" in unbroken(said)
 
 
 def test_class_images_are_drawn_without_dropout(fit, tmp_path, quick_drawing):

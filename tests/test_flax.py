@@ -21,10 +21,12 @@ from accelerate import Accelerator
 from cards import code_in, run_code
 from conftest import load_script
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from fake_hub import files_of
 from flax import serialization, traverse_util
 from image_data import write_image_folder
 from jax.sharding import Mesh
 from PIL import Image
+from reach_hub import reaching
 from running import REPO, run_script, start_script
 from running import TRAIN_TEXT_TO_IMAGE_FLAX as FLAX
 from safetensors.numpy import load_file
@@ -41,7 +43,7 @@ from sdtune.flax.encoding import encode_once
 from sdtune.flax.networks import apply_text_encoder, apply_unet, apply_vae_encoder, check_networks
 from sdtune.flax.training import check_agreement, check_shared_output, choose_checkpoint, start_run, told_by_first
 from sdtune.flax.validation import make_measure, validate
-from sdtune.flax.weights import arrays_of, read_flax, write_flax
+from sdtune.flax.weights import arrays_of, load_flax, read_flax, reads_flax, write_flax
 from sdtune.validation import LookGivenUp
 
 MINIATURE = REPO / "miniature" / "pipeline"
@@ -228,7 +230,7 @@ def change_config(folder, part, changes):
 
 def model_args(folder, **flags):
     """The flags that name a base, for tests of parts."""
-    unset = ("single_file_config", "revision", "variant", "cache_dir", "tokenizer_name", "tokenizer_max_length")
+    unset = "single_file_config revision variant cache_dir hub_token tokenizer_name tokenizer_max_length".split()
     defaults = {**dict.fromkeys(unset), "from_flax": False, "from_pt": False}
     return SimpleNamespace(**{"pretrained_model_name_or_path": str(folder), **defaults, **flags})
 
@@ -778,6 +780,21 @@ def test_a_repository_of_flax_weights_loads_from_the_cache(script, base, images,
     args, problems = script.parse_flags(script.make_parser(), line, {})
     assert problems + script.check_args(args) == []
     pipeline, _ = script.load_models(args)
+    source = StableDiffusionPipeline.from_pretrained(base)
+    for part in FILES:
+        assert_equal(getattr(pipeline, part).state_dict(), getattr(source, part).state_dict())
+
+
+def test_private_flax_weights_are_reached_by_the_token(base, tmp_path, fake_hub, monkeypatch):
+    """What there is, and the weights; the stored token is another one."""
+    fake_hub.add_repo("user/base", files_of(write_flax_pipeline(base, tmp_path / "base", monkeypatch)), private=True)
+    fake_hub.readers = {"user/base": "hf_reader"}
+    args = model_args("user/base", cache_dir=tmp_path / "cache")
+    with reaching(fake_hub, monkeypatch):
+        assert not reads_flax(args)  # since nothing is known of it
+        args.hub_token = "hf_reader"
+        assert reads_flax(args)
+        pipeline = load_flax(args)
     source = StableDiffusionPipeline.from_pretrained(base)
     for part in FILES:
         assert_equal(getattr(pipeline, part).state_dict(), getattr(source, part).state_dict())

@@ -8,13 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import load_script
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import XFormersAttnProcessor
+from fake_hub import files_of
+from reach_hub import reaching
 from running import TRAIN_DREAMBOOTH, TRAIN_TEXT_TO_IMAGE, TRAIN_TEXT_TO_IMAGE_LORA
 from tiny import changed_pipeline, make_scheduler
-from training import parse
+from training import parse, same
 
 from sdtune.errors import InputError
+from sdtune.inference import read_configs
 from sdtune.models import (
     check_model,
     drop_weights,
@@ -22,12 +25,14 @@ from sdtune.models import (
     frozen,
     load_base,
     load_tokenizer,
+    load_unet,
     make_noise_scheduler,
     on_device,
     read_latent_layout,
     read_num_timesteps,
     with_whole_parts,
 )
+from sdtune.plan import warn_of_name
 
 
 def flags(model, *words):
@@ -43,6 +48,53 @@ def test_stable_diffusion_is_right(tiny_pipeline, tiny_pipeline_v, tiny_pipeline
 def test_a_model_that_is_nowhere_is_named(model):
     (problem,) = check_model(flags(model))
     assert problem.startswith(f"{model}: no whole pipeline, no name of one on the Hub, or no connection (")
+
+
+def test_private_models_are_reached_by_the_token(tiny_pipeline, tiny_pipeline_v, tmp_path, fake_hub, monkeypatch):
+    """As configs are checked, and as weights and another tokenizer are loaded; the stored token is another one."""
+    fake_hub.add_repo("somebody/base", files_of(tiny_pipeline), private=True)
+    fake_hub.add_repo("somebody/words", files_of(tiny_pipeline_v / "tokenizer"), private=True)
+    fake_hub.readers = {"somebody/base": "hf_reader", "somebody/words": "hf_reader"}
+    words = ["--tokenizer_name=somebody/words", f"--cache_dir={tmp_path / 'cache'}"]
+    args = flags("somebody/base", *words, "--hub_token=hf_reader")
+    with reaching(fake_hub, monkeypatch):
+        (problem,) = check_model(flags("somebody/base", *words))
+        assert problem.startswith("somebody/base: no whole pipeline, no name of one on the Hub, or no connection (")
+        (problem,) = check_model(flags(tiny_pipeline, *words))
+        assert problem.startswith("--tokenizer_name=somebody/words: no folder of a tokenizer, no name of one on the ")
+        assert check_model(args) == []
+        loaded, again = load_base(args), load_unet(args, None)
+        vocabulary = load_tokenizer(args).get_vocab()
+    whole = StableDiffusionPipeline.from_pretrained(tiny_pipeline, safety_checker=None)
+    assert same(loaded.unet.state_dict(), whole.unet.state_dict())
+    assert same(again.state_dict(), whole.unet.state_dict())
+    assert loaded.tokenizer.get_vocab() == vocabulary == whole.tokenizer.get_vocab()
+
+
+def test_a_token_is_not_saved_with_a_tokenizer(tiny_pipeline, tmp_path):
+    args = flags(tiny_pipeline, f"--tokenizer_name={tiny_pipeline / 'tokenizer'}", "--hub_token=hf_other")
+    load_base(args).save_pretrained(tmp_path / "model")
+    assert (tmp_path / "model" / "tokenizer" / "tokenizer_config.json").is_file()
+    assert not [path for path, content in files_of(tmp_path / "model").items() if b"hf_other" in content]
+
+
+def test_a_mistyped_folder_is_looked_for_on_the_hub_and_said(tmp_path, monkeypatch):
+    """Where a folder lies that has the first part of the name; the base of a plan, which the Hub had, is warned of."""
+    (tmp_path / "clients" / "acme-1").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for name, meant in (("clients/acme", " (did you mean clients/acme-1?)"), ("clients/other", "")):
+        told = f"there is no such folder here{meant}; "
+        looked = f"{told}looked for a model of that name on the Hub too, which cannot be loaded ("
+        (problem,) = check_model(flags(name))
+        assert problem.startswith(f"{name}: {looked}")
+        assert problem.endswith("); name one that is whole")
+        with pytest.raises(InputError) as error:
+            read_configs("MODEL", name)
+        assert str(error.value).startswith(f"MODEL={name}: {looked}")
+        flag = f"--pretrained_model_name_or_path={name}"
+        assert warn_of_name(flags(name)) == [f"{flag}: {told}it is the Hub's model of that name"]
+    for name in ("clients/acme-1", "somebody/acme", "acme"):
+        assert warn_of_name(flags(name)) == []
 
 
 @pytest.mark.parametrize("part", ["tokenizer", "text_encoder", "unet", "vae", "scheduler"])

@@ -14,18 +14,9 @@ import pytest
 from image_data import caption_of, make_image, snapshot, write_image_folder, write_metadata
 from PIL import Image, ImageDraw, ImageFont
 from running import status_of
+from training import parse
 
 from sdtune import fonts
-from sdtune.arguments import (
-    add_bucket_arguments,
-    add_data_arguments,
-    add_model_arguments,
-    add_objective_arguments,
-    add_run_arguments,
-    add_validation_arguments,
-    new_parser,
-    parse_flags,
-)
 from sdtune.batches import StepCounts, count_steps, micro_batches
 from sdtune.buckets import fit_of
 from sdtune.commands import show as command
@@ -44,23 +35,6 @@ def errors(capsys, *flags):
     """What the command says on the standard error, having ended with status 2."""
     assert status_of(command.main, *flags) == 2
     return capsys.readouterr().err
-
-
-def training_flags(flags):
-    """The flags of a training run, as a script reads them."""
-    parser = new_parser("", "")
-    for add_arguments in (
-        add_model_arguments,
-        add_data_arguments,
-        add_bucket_arguments,
-        add_objective_arguments,
-        add_validation_arguments,
-        add_run_arguments,
-    ):
-        add_arguments(parser)
-    args, problems = parse_flags(parser, flags, {})
-    assert not problems
-    return args
 
 
 @pytest.fixture
@@ -89,7 +63,7 @@ def test_the_sheet_is_what_training_sees(tiny_pipeline, odd_images, tmp_path, na
     """The same images in the same order, cropped, mirrored and captioned as the samples that are trained on."""
     settings = [*SETTINGS[name], "--resolution=32", f"--cache_dir={tmp_path / 'cache'}"]
     base = f"--pretrained_model_name_or_path={tiny_pipeline}"
-    args = training_flags([base, f"--train_data_dir={odd_images}", "--skip_bad_images", *settings])
+    args = parse(base, f"--train_data_dir={odd_images}", "--skip_bad_images", *settings)
     images, _, _ = load_data(args, args.train_data_dir)
     num = len(images)
     counts = StepCounts(num, num, num, 1, epoch + 1)
@@ -122,7 +96,7 @@ def test_images_in_buckets_have_their_shapes(tiny_pipeline, odd_images, tmp_path
     """In the order of a run with as many images a step, each at the top left of its cell in six times its size."""
     settings = [*flags, "--resolution=32", f"--cache_dir={tmp_path / 'cache'}", "--aspect_ratio_buckets"]
     base = f"--pretrained_model_name_or_path={tiny_pipeline}"
-    args = training_flags([base, f"--train_data_dir={odd_images}", "--skip_bad_images", *settings])
+    args = parse(base, f"--train_data_dir={odd_images}", "--skip_bad_images", *settings)
     images, _, _ = load_data(args, args.train_data_dir, fit=fit_of(args))
     layout = SimpleNamespace(
         train_batch_size=1, gradient_accumulation_steps=3, max_train_steps=None, num_train_epochs=2

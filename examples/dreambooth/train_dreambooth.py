@@ -1048,11 +1048,14 @@ def train(args, launcher):
         images, held_out, fingerprint = load_data(
             args, args.instance_data_dir, args.instance_prompt, args.repeats, fit_of(args)
         )
-    class_images = load_class_images(args)
+    with told_in_plan(told):
+        class_images = load_class_images(args)
     agree_on_data(accelerator, {"photos": fingerprint, "class_images_to_draw": class_images.missing})
     if class_images.missing and not args.dry_run:
+        print(told.pop(), end="", flush=True)  # the plan comes when they are there
         draw_class_images(args, accelerator, class_images.missing)
-        class_images = load_class_images(args)
+        with told_in_plan(told):
+            class_images = load_class_images(args)
     fingerprints = {"captioned_images": fingerprint, "class_data": class_images.fingerprint}
     agree_on_data(accelerator, fingerprints)
     repo_id = None
@@ -3222,6 +3225,22 @@ def is_hub_id(name):
     return isinstance(name, str) and bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)) and not os.path.exists(name)
 
 
+def missing_here(name):
+    """Says that there is no such folder, of a name which may be one of the Hub or a mistyped path, since there is the
+    folder that it would lie in; "" of any other name."""
+    if not is_hub_id(name) or not os.path.isdir(os.path.dirname(name)):
+        return ""
+    return f"there is no such folder here{nearest_beside(name)}"
+
+
+def nearest_beside(name):
+    """Asks whether that is meant which has the name most like it of what lies where it would; "" if nothing has."""
+    folder, own_name = os.path.split(name.rstrip("/"))
+    there = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
+    alike = difflib.get_close_matches(own_name, sorted(there), 1)
+    return f" (did you mean {os.path.join(folder, alike[0])}?)" if alike else ""
+
+
 def is_place(flag):
     """Whether a flag of a parser takes what says where something is, or a secret: nothing for others to read."""
     return flag.type in (path_name, repo_name, secret_token)
@@ -3557,7 +3576,7 @@ def add_output_arguments(parser):
     add(
         "--hub_token",
         type=secret_token,
-        help="token for dataset and upload; default: the one that `hf auth login` stored",
+        help="token for models, dataset and upload; default: the one that `hf auth login` stored",
     )
     add("--hub_private_repo", **SWITCH, help="make the repository private; needs --push_to_hub")
 
@@ -4258,8 +4277,13 @@ def config_source(args):
     """Where the configs and the tokenizer of the base are read from: (folder or Hub id, keywords of its loaders)."""
     return (
         args.single_file_config or args.pretrained_model_name_or_path,
-        {"revision": args.revision, "cache_dir": args.cache_dir},
+        {"revision": args.revision, **how_to_reach(args)},
     )
+
+
+def how_to_reach(args):
+    """Keywords of what loads from the Hub: where that is kept, and a token, by which private models are reached."""
+    return {"cache_dir": args.cache_dir, "token": args.hub_token}
 
 
 def check_model(args):
@@ -4305,9 +4329,7 @@ def check_model(args):
         if len(transformers.CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)) < 3:
             raise OSError("its tokenizer knows no words")  # nor does transformers' for a folder without one
     except (OSError, ValueError) as error:
-        told = f"no whole pipeline, no name of one on the Hub, or no connection ({last_line(error)})"
-        told += "; name one that is whole"
-        return [*problems, f"{source}: {told}"]
+        return [*problems, f"{source}: {tell_no_pipeline(source, error)}"]
 
     problems += check_tokenizer(args, text_config)
     factor = vae_factor(vae)
@@ -4334,6 +4356,14 @@ def check_model(args):
             f"no weight (arXiv 2305.08891 trains by the plain loss); {remedy}"
         )
     return problems
+
+
+def tell_no_pipeline(source, error):
+    """What is wrong with a folder or Hub id whose configs cannot be read, for an exception."""
+    told = "no whole pipeline, no name of one on the Hub, or no connection"
+    if missing := missing_here(source):
+        told = f"{missing}; looked for a model of that name on the Hub too, which cannot be loaded"
+    return f"{told} ({last_line(error)}); name one that is whole"
 
 
 def foreign_code(parts):
@@ -4365,13 +4395,19 @@ def load_tokenizer(args):
     """The tokenizer, the base's or that of --tokenizer_name, which cuts captions where the text encoder has to."""
     source, where = config_source(args)
     if args.tokenizer_name:
-        where = {"trust_remote_code": False, "cache_dir": args.cache_dir}  # else transformers asks in the terminal
-        tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer_name, **where)
+        tokenizer = load_named_tokenizer(args)
     else:
         tokenizer = transformers.CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **where)
     text_config = transformers.CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **where)
     tokenizer.model_max_length = args.tokenizer_max_length or text_config.max_position_embeddings
     return tokenizer
+
+
+def load_named_tokenizer(args):
+    """The tokenizer of --tokenizer_name, whose own code is not run: else transformers asks in the terminal."""
+    return transformers.AutoTokenizer.from_pretrained(
+        args.tokenizer_name, trust_remote_code=False, **how_to_reach(args)
+    )
 
 
 def parts_instead(args):
@@ -4390,13 +4426,7 @@ def check_tokenizer(args, text_config):
         return problems
     name = f"--tokenizer_name={args.tokenizer_name}"
     try:
-        highest = max(
-            transformers.AutoTokenizer.from_pretrained(
-                args.tokenizer_name, trust_remote_code=False, cache_dir=args.cache_dir
-            )
-            .get_vocab()
-            .values()
-        )
+        highest = max(load_named_tokenizer(args).get_vocab().values())
     except Exception as error:  # every format has its own way of being broken
         told = "no folder of a tokenizer, no name of one on the Hub, or no connection"
         return [*problems, f"{name}: {told} ({last_line(error)}); name another"]
@@ -4426,17 +4456,16 @@ def read_num_timesteps(args):
 def load_base(args, **given):
     """Loads the base's pipeline in float32, without its safety checker; parts that are `given`, by name, take the
     place of the base's, which are not loaded. Raises `InputError`."""
-    base, where = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
-    where |= {**parts_instead(args), **given}
-    options = {**where, "dtype": torch.float32, "variant": args.variant, "safety_checker": None}
+    base, (source, where) = args.pretrained_model_name_or_path, config_source(args)
+    parts = {**parts_instead(args), **given}
     try:
-        source, place = config_source(args)
-        refuse_foreign_code(source, **place)
+        refuse_foreign_code(source, **where)
         if args.single_file_config:  # a .ckpt is read as weights only
             return diffusers.StableDiffusionPipeline.from_single_file(
-                base, config=args.single_file_config, dtype=torch.float32, safety_checker=None, **where
+                base, config=args.single_file_config, dtype=torch.float32, safety_checker=None, **where, **parts
             )
-        return diffusers.StableDiffusionPipeline.from_pretrained(base, **options)
+        options = {"dtype": torch.float32, "variant": args.variant, "safety_checker": None}
+        return diffusers.StableDiffusionPipeline.from_pretrained(base, **where, **options, **parts)
     except Exception as error:  # every format has its own way of being broken
         if list(Path(base).glob("unet/*.msgpack")) and not list(Path(base).glob("unet/*.[sb]*")):
             told = "has Flax weights alone; use train_text_to_image_flax.py, whose result has PyTorch's too"
@@ -5067,7 +5096,9 @@ def load_class_images(args):
     print(f"Class images in {folder}: {len(missing)} to be drawn, for {number} at least; a pass has one per photo")
     if not there:
         return ClassImages(None, None, missing)
-    checked = load_rows(args, load_tokenizer(args), args.class_data_dir, args.class_prompt)
+    rows = with_recorded_prompts(read_rows(args, args.class_data_dir, args.class_prompt))
+    memory = path_of_findings(args.class_data_dir, args.cache_dir)
+    checked = check_rows(rows, memory, args.skip_bad_images, load_tokenizer(args), args.resolution)
     return ClassImages(checked, fingerprint_of(0, checked.digests), missing)
 
 
@@ -5091,6 +5122,19 @@ def read_record(path):
         with Image.open(path, formats=["PNG"]) as image:
             return dict(json.loads(image.info[CLASS_RECORD]))
     return {}
+
+
+def with_recorded_prompts(rows):
+    """Class images, of which those that have no caption get the prompt that they were drawn for, as they record it:
+    of --class_prompt the images have no .txt."""
+    captions, num_recorded = [], 0
+    for row in rows:
+        prompt = None if row["captions"] else read_record(Path(row["image"]["path"])).get("prompt")
+        captions.append([prompt] if prompt else row["captions"])
+        num_recorded += bool(prompt)
+    if num_recorded:
+        print(f"Class images without a caption that take the prompt which they were drawn for: {num_recorded:,}")
+    return rows.remove_columns("captions").add_column("captions", captions)
 
 
 def check_records(args, paths):
@@ -6328,7 +6372,13 @@ def print_plan(args, run, num_held_out, num_trained, about):
     rows["cache"] = about.get("cache")
     rows["data"] = "".join(about.get("data", [])).rstrip("\n")
     lines = [as_row(name, text) for name, text in rows.items() if text]
-    warned = about["warnings"] + warn_of_start(args) + warn_of_warm_up(args, counts) + warn_of_disk(args, run)
+    warned = (
+        warn_of_name(args)
+        + about["warnings"]
+        + warn_of_start(args)
+        + warn_of_warm_up(args, counts)
+        + warn_of_disk(args, run)
+    )
     warnings = [as_row("warning", text) for text in warned]
     # At once: who is killed for what the first step takes has told it.
     print("\n".join(["Plan", *lines, *warnings]), flush=True)
@@ -6430,6 +6480,15 @@ def warn_of_disk(args, run):
         f"{number} checkpoints take {needed / 1e9:.2g} GB, where {free / 1e9:.2g} are free; make room, or use a "
         "smaller --checkpoints_total_limit"
     ]
+
+
+def warn_of_name(args):
+    """Lists whether the base came from the Hub, though its name looks like that of a folder here, mistyped."""
+    name = args.pretrained_model_name_or_path
+    missing = missing_here(name)
+    return (
+        [f"--pretrained_model_name_or_path={name}: {missing}; it is the Hub's model of that name"] if missing else []
+    )
 
 
 def warn_of_start(args):

@@ -14,7 +14,7 @@ from huggingface_hub import HfApi, snapshot_download
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sdtune.errors import InputError, last_line
-from sdtune.models import parts_instead
+from sdtune.models import how_to_reach, parts_instead
 
 FLAX_FILES = {
     "unet": "diffusion_flax_model.msgpack",
@@ -71,11 +71,10 @@ def list_base_files(args):
     base = args.pretrained_model_name_or_path or ""
     if not Path(base).exists():
         try:
-            return HfApi().list_repo_files(base, revision=args.revision)
+            return HfApi(token=args.hub_token).list_repo_files(base, revision=args.revision)
         except Exception:  # no connection, or no such name, which `check_model` tells
             try:
-                where = {"revision": args.revision, "cache_dir": args.cache_dir}
-                base = snapshot_download(base, **where, local_files_only=True)
+                base = snapshot_download(base, revision=args.revision, **how_to_reach(args), local_files_only=True)
             except Exception:
                 return []
     return [path.relative_to(base).as_posix() for path in Path(base).glob("*/*")]
@@ -89,7 +88,8 @@ def load_flax(args):
         folder = Path(source)
         if not folder.is_dir():
             wanted = ["*.json", "tokenizer/*", "*/*.msgpack"]
-            folder = snapshot_download(source, revision=args.revision, cache_dir=args.cache_dir, allow_patterns=wanted)
+            where = {"revision": args.revision, **how_to_reach(args)}
+            folder = snapshot_download(source, **where, allow_patterns=wanted)
         pipeline = read_flax(Path(folder))
     except Exception as error:  # every format has its own way of being broken
         raise InputError(f"{source}: cannot be loaded ({last_line(error)})") from None
