@@ -3,7 +3,7 @@
 Seven families of 64 x 64 RGB images, each a pure function of (family, seed, split, index):
 
 - shapes     "a small red circle on the left of a blue background": what the base model learns;
-- creatures  "a drawing of a green creature with red eyes" on white: what a fine-tune adds;
+- creatures  "a green creature with red eyes" on white: what a fine-tune adds;
 - subject    "a sks star": views of one star with white stripes inside a black ring, for DreamBooth;
 - patterned  shapes with stripes, dots, rings and checks, so that the autoencoder can draw such things;
 - dotted     "a red square with two blue dots on a green background": for CLIP and base to tell whose colour is whose;
@@ -191,7 +191,7 @@ def caption(record, said=None):
     told = {key: value for key, value in record.items() if said is None or key in said}
     eyes = f" with {told['eyes']} eyes" if "eyes" in told else ""
     if "body" in record:
-        return f"a drawing of {with_article(join(told.get('body'), 'creature'))}{eyes}"
+        return f"{with_article(join(told.get('body'), 'creature'))}{eyes}"
     thing = with_article(join(told.get("size"), told.get("colour"), told.get("shape", "shape"))) + eyes
     if "dots" in told:
         dots = "dot" if record["number"] == "one" else "dots"

@@ -232,7 +232,7 @@ def test_the_closest_pictures_show_every_image_first(monkeypatch):
 # -------------------------------------------------------------------------------------------------------- features
 def test_features_are_those_of_transformers(clip, render):
     images = [Image.fromarray(render.make("creatures", 0, k)[0]) for k in range(3)]
-    prompts = ["a drawing of a red creature with blue eyes", "a small red circle on the left of a blue background"]
+    prompts = ["a red creature with blue eyes", "a small red circle on the left of a blue background"]
     embeds, patches = image_features(clip, images)
     texts = text_features(clip, prompts)
     pixels = clip.processor(images, return_tensors="pt")

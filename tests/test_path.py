@@ -24,7 +24,7 @@ from sdtune.lora_layouts import LORA_FILE
 MINIATURE = REPO / "miniature"
 BASE, CLIP = MINIATURE / "pipeline", MINIATURE / "clip"
 NUM_IMAGES = 30
-PROMPTS = ["a drawing of a green creature with red eyes", "a drawing of a blue creature with yellow eyes"]
+PROMPTS = ["a green creature with red eyes", "a blue creature with yellow eyes"]
 
 
 def picture(path):
