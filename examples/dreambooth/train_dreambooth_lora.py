@@ -6430,7 +6430,10 @@ def as_row(name, text):
 def describe_device(device):
     """What a device of PyTorch's is: which one, and how large."""
     if device.type == "cpu":
-        told = f"CPU, {counted(torch.get_num_threads(), 'thread')}, {get_cpu_capability()}"
+        number = torch.get_num_threads()
+        # On a busy machine many wait for each other: a step may take a hundred times as long as by one.
+        told = f"{counted(number, 'thread')}{' (set by OMP_NUM_THREADS)' if number > 1 else ''}"
+        told = f"CPU, {told}, {get_cpu_capability()}"
     elif is_cuda_available():
         told = f"{get_device_name(device)}, {get_device_properties(device).total_memory / 1e9:.3g} GB"
     else:
