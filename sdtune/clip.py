@@ -21,29 +21,30 @@ class Clip:
     processor: CLIPImageProcessorPil
 
 
-def check_clip(source):
-    """Lists whether a folder or Hub id is no CLIP; reads no weights."""
+def check_clip(source, token=None):
+    """Lists whether a folder or Hub id, reached by a `token`, is no CLIP; reads no weights."""
     if remedy := remedy_for_missing(source):
         return [f"--clip_model={source}: does not exist; {remedy}"]
     try:
-        if strange := foreign_kernel(CLIPConfig.get_config_dict(source)[0]):
+        if strange := foreign_kernel(CLIPConfig.get_config_dict(source, token=token)[0]):
             return [f"--clip_model={source}: {strange}"]
-        CLIPConfig.from_pretrained(source)
-        CLIPTokenizer.from_pretrained(source)
-        CLIPImageProcessorPil.from_pretrained(source)
+        for part in (CLIPConfig, CLIPTokenizer, CLIPImageProcessorPil):
+            part.from_pretrained(source, token=token)
     except (OSError, ValueError) as error:
         told = f"no whole CLIP, no name of one on the Hub, or no connection ({last_line(error)}); name another"
         return [f"--clip_model={source}: {told}"]
     return []
 
 
-def load_clip(source, device):
-    """Loads a CLIP with its tokenizer and its image processor. Raises `InputError`."""
+def load_clip(source, device, token=None):
+    """Loads a CLIP with its tokenizer and its image processor; a `token` reaches a private one on the Hub. Raises
+    `InputError`."""
     try:
-        model = CLIPModel.from_pretrained(source, dtype=torch.float32).eval().to(device)
+        model = CLIPModel.from_pretrained(source, dtype=torch.float32, token=token).eval().to(device)
     except Exception as error:  # every format has its own way of being broken
         raise InputError(f"--clip_model={source}: cannot be loaded ({last_line(error)})") from None
-    return Clip(model, CLIPTokenizer.from_pretrained(source), CLIPImageProcessorPil.from_pretrained(source))
+    tokenizer = CLIPTokenizer.from_pretrained(source, token=token)
+    return Clip(model, tokenizer, CLIPImageProcessorPil.from_pretrained(source, token=token))
 
 
 @torch.no_grad()

@@ -152,9 +152,9 @@ def split_scale(item):
     return Path(os.path.expanduser(item)), 1.0
 
 
-def read_configs(flag, source):
-    """The configs of the VAE and the scheduler of a pipeline, which `flag` names; reads no weights. Raises
-    `InputError` for what is no whole pipeline of Stable Diffusion 1 or 2."""
+def read_configs(flag, source, token=None):
+    """The configs of the VAE and the scheduler of a pipeline, which `flag` names; reads no weights. A `token` reaches
+    a private one on the Hub. Raises `InputError` for what is no whole pipeline of Stable Diffusion 1 or 2."""
     if not source:
         raise InputError(f"{flag} is missing: name a pipeline folder or Hub id")
     name = f"{flag}={source}"
@@ -164,9 +164,9 @@ def read_configs(flag, source):
         remedy = f"give the model that they were trained on, and --lora={source}"
         raise InputError(f"{name}: holds LoRA weights; {remedy}")
     try:
-        parts = diffusers.StableDiffusionPipeline.load_config(source)
-        vae = diffusers.AutoencoderKL.load_config(source, subfolder="vae")
-        scheduler = diffusers.DDPMScheduler.load_config(source, subfolder="scheduler")
+        parts = diffusers.StableDiffusionPipeline.load_config(source, token=token)
+        vae = diffusers.AutoencoderKL.load_config(source, subfolder="vae", token=token)
+        scheduler = diffusers.DDPMScheduler.load_config(source, subfolder="scheduler", token=token)
     except (OSError, ValueError) as error:
         raise InputError(f"{name}: {tell_no_pipeline(source, error)}") from None
     if foreign := {"text_encoder_2", "transformer"} & parts.keys():
@@ -193,12 +193,12 @@ def check_output_dir(output_dir):
     return [f"--output_dir={output}: {existing} is a file or cannot be written to; name another folder"]
 
 
-def load_pipeline(source, loras, dtype, device, **parts):
-    """Loads a pipeline, with `parts` instead of its own, and LoRAs, [(file, scale)], onto the device. Raises
-    `InputError`."""
+def load_pipeline(source, loras, dtype, device, token=None, **parts):
+    """Loads a pipeline, with `parts` instead of its own, and LoRAs, [(file, scale)], onto the device. A `token`
+    reaches a private one on the Hub. Raises `InputError`."""
     try:
-        refuse_foreign_code(source)
-        pipeline = diffusers.StableDiffusionPipeline.from_pretrained(source, dtype=dtype, **parts)
+        refuse_foreign_code(source, token=token)
+        pipeline = diffusers.StableDiffusionPipeline.from_pretrained(source, dtype=dtype, token=token, **parts)
     except Exception as error:  # every format has its own way of being broken
         raise InputError(f"{source}: cannot be loaded ({reason_of(error)})") from None
     names = [f"lora_{number}" for number in range(len(loras))]

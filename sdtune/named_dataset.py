@@ -31,7 +31,11 @@ def add_named_dataset_arguments(parser):
     add("--caption_column", default="text", help="column with a caption, or a list of them: one is drawn per epoch")
     add("--follow_symlinks", **SWITCH, help="read what links in the folder lead to elsewhere, too")
     add("--instance_prompt", help="caption of images without one, as in DreamBooth")
-    add("--hub_token", type=secret_token, help="token for the dataset; default: the one that `hf auth login` stored")
+    add(
+        "--hub_token",
+        type=secret_token,
+        help="token for what is private on the Hub; default: the one that `hf auth login` stored",
+    )
     add(
         "--cache_dir",
         type=path_name,

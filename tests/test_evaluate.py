@@ -15,9 +15,11 @@ import torch
 import training
 from conftest import load_script
 from diffusers import StableDiffusionPipeline
+from fake_hub import files_of
 from image_data import snapshot, write_metadata
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image, ImageOps
+from reach_hub import reaching
 from running import REPO, status_of
 
 from sdtune.clip import PATCHES, image_features, load_clip, text_features
@@ -362,6 +364,33 @@ def test_recipes_that_are_refused(tmp_path, capsys, text, told):
 
 
 # ------------------------------------------------------------------------------------------------------------- runs
+def test_private_models_are_reached_by_the_token(folder_of_five, tmp_path, fake_hub, monkeypatch, capsys):
+    """The stored token is another one."""
+    for name, folder in (("base", BASE), ("clip", CLIP)):
+        fake_hub.add_repo(f"somebody/{name}", files_of(folder), private=True)
+        fake_hub.readers[f"somebody/{name}"] = "hf_reader"
+    words = [
+        "somebody/base",
+        folder_of_five,
+        *SHORT,
+        "--clip_model",
+        "somebody/clip",
+        "--output_dir",
+        tmp_path / "out",
+    ]
+    with reaching(fake_hub, monkeypatch):
+        assert run(*words) == 2
+        told = capsys.readouterr().err
+        assert "MODEL=somebody/base: no whole pipeline, no name of one on the Hub" in told
+        assert "--clip_model=somebody/clip: no whole CLIP, no name of one on the Hub" in told
+        assert run(*words, "--hub_token", "hf_reader") == 0
+    assert run(BASE, folder_of_five, *SHORT, "--output_dir", tmp_path / "same") == 0
+    private, local = (read_figures(tmp_path / name) for name in ("out", "same"))
+    assert private.keys() == local.keys()
+    for key in private.keys() - {"settings"}:
+        assert private[key] == local[key], key
+
+
 def test_a_run_measures_what_training_measured(train_script, render, tmp_path, capsys):
     folder = creatures(render, tmp_path / "images", 9)
     settings = {"max_train_steps": 3, "validation_steps": 3, "learning_rate": 1e-3}

@@ -44,7 +44,7 @@ from tqdm.auto import tqdm
 from sdtune.arguments import SWITCH, checked, guidance_number, new_parser, non_negative_int, positive_int, random_seed
 from sdtune.clip import Clip, check_clip, image_features, load_clip, text_features
 from sdtune.dataset import CaptionedImages, load_data, name_of
-from sdtune.errors import InputError, gathered, last_line, raise_problems, told_to_user
+from sdtune.errors import InputError, counted, gathered, last_line, raise_problems, told_to_user
 from sdtune.files import beside
 from sdtune.fonts import load_font
 from sdtune.grids import FONT_SIZE, PAIR_TILE, draw_pairs
@@ -166,7 +166,7 @@ def check_args(args):
         problems += check_pipeline(args, "--base", args.base)
     if not args.dataset:
         problems.append("DATASET is missing: name the folder or dataset that the model was trained on")
-    return problems + check_clip(args.clip_model) + check_output(args)
+    return problems + check_clip(args.clip_model, args.hub_token) + check_output(args)
 
 
 def with_resolution(args):
@@ -181,7 +181,7 @@ def with_resolution(args):
         if resolution:
             told = f"Resolution: {resolution}, as in the training that {folder / 'args.json'} tells of."
             return argparse.Namespace(**{**vars(args), "resolution": resolution}), told
-    resolution = own_resolution(args.model) or USUAL_RESOLUTION
+    resolution = own_resolution(args.model, args.hub_token) or USUAL_RESOLUTION
     told = f"Resolution: {resolution}, the model's own."
     return argparse.Namespace(**{**vars(args), "resolution": resolution}), told
 
@@ -195,11 +195,11 @@ def read_resolution(settings):
     return resolution if type(resolution) is int and resolution > 0 else None
 
 
-def own_resolution(source):
+def own_resolution(source, token=None):
     """The side in pixels of the images that a pipeline's UNet was made for, or None where it does not say."""
     try:
-        vae = diffusers.AutoencoderKL.load_config(source, subfolder="vae")
-        side = diffusers.UNet2DConditionModel.load_config(source, subfolder="unet")["sample_size"]
+        vae = diffusers.AutoencoderKL.load_config(source, subfolder="vae", token=token)
+        side = diffusers.UNet2DConditionModel.load_config(source, subfolder="unet", token=token)["sample_size"]
     except (OSError, ValueError, LookupError, TypeError):
         return None
     return side * vae_factor(vae) if type(side) is int else None
@@ -213,7 +213,7 @@ def read_given_prompts(args):
 def check_pipeline(args, flag, source):
     """Lists what is wrong with a model's configs, or between them and the flags; reads no weights."""
     try:
-        vae, _ = read_configs(flag, source)
+        vae, _ = read_configs(flag, source, args.hub_token)
     except InputError as error:
         return [str(error)]
     factor = vae_factor(vae)
@@ -333,8 +333,8 @@ def tell_time(args, conditions, num_images, pipeline):
     until = f"{datetime.datetime.now() + duration:%Y-%m-%d %H:%M}"
     print(
         f"Takes about {duration}, until {until}, by a trial of a few steps:\n"
-        f"  {args.num_images:,} pictures by {models}, {args.num_inference_steps} steps each, at {args.resolution} "
-        f"pixels; CLIP looks at {num_images + len(conditions.held_out):,} images.",
+        f"  {counted(args.num_images, 'picture')} by {models}, {counted(args.num_inference_steps, 'step')} each, at "
+        f"{args.resolution} pixels; CLIP looks at {counted(num_images + len(conditions.held_out), 'image')}.",
         flush=True,
     )
 
@@ -342,7 +342,7 @@ def tell_time(args, conditions, num_images, pipeline):
 def measure_model(args, conditions, source, loras, title, tell=None):
     """Draws with a model and measures it; `tell(pipeline)`, if given, is called before. Raises `InputError`."""
     accelerator, clip, prompts = conditions.accelerator, conditions.clip, conditions.prompts
-    pipeline = load_pipeline(source, loras, torch.float32, accelerator.device, safety_checker=None)
+    pipeline = load_pipeline(source, loras, torch.float32, accelerator.device, args.hub_token, safety_checker=None)
     if tell:
         tell(pipeline)
     pictures, embeds, patches = [], [], []
@@ -529,7 +529,7 @@ def evaluate(args):
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     if accelerator.num_processes > 1:
         raise InputError(f"runs as one process; start it by `{PROGRAM}`")
-    clip = load_clip(args.clip_model, accelerator.device)
+    clip = load_clip(args.clip_model, accelerator.device, args.hub_token)
     prompts = plan_prompts(read_given_prompts(args), images, args.num_images, args.seed)
 
     conditions = Conditions(accelerator, clip, prompts, held_out)
