@@ -5,10 +5,10 @@
 Needs the folder's vae (train_vae.py), text_encoder and tokenizer (train_clip.py); both stay frozen. Latents are
 cached as the posterior's mean and deviation, and sampled anew each time; prompt embeddings are computed once for each
 distinct caption. Each image has several captions, most of which leave out attributes at random, so that what a prompt
-does not say is diverse; half of the shapes with eyes are called creatures, which it never sees. The objective is
-that of Stable Diffusion 1, epsilon prediction on 1000 scaled-linear steps with 10 % empty captions, weighted by
-min-SNR (arXiv 2303.09556) because that learns faster. Every `--save_steps` the averaged weights are saved in float16
-with a complete pipeline around them, and a few held-out prompts are drawn and read back.
+does not say is diverse. The objective is that of Stable Diffusion 1, epsilon prediction on 1000 scaled-linear steps
+with 10 % empty captions, weighted by min-SNR (arXiv 2303.09556) because that learns faster. Every `--save_steps` the
+averaged weights are saved in float16 with a complete pipeline around them, and a few held-out prompts are drawn and
+read back.
 """
 
 import argparse
@@ -88,15 +88,6 @@ def encode_captions(tokenizer, text_encoder, captions, batch_size=200):
     return torch.cat(hidden)
 
 
-def worded_caption(rng, record):
-    """A caption that leaves out attributes at random; half of the shapes with eyes are called creatures, so that the
-    word is known before the thing."""
-    text = render.varied_caption(rng, record)[0]
-    if "eyes" in record and rng.random() < 0.5:
-        return text.replace(record["shape"], "creature").replace("shape", "creature")
-    return text
-
-
 def load_data(args, vae, tokenizer, text_encoder):
     """Everything a step needs: latent means and deviations, ids of each image's captions, embeddings by id.
 
@@ -111,7 +102,7 @@ def load_data(args, vae, tokenizer, text_encoder):
     rng, number = np.random.default_rng(args.seed), {"": 0}
     caption_ids = []
     for record in records:
-        captions = [worded_caption(rng, record) for _ in range(NUM_CAPTIONS)]
+        captions = [render.varied_caption(rng, record)[0] for _ in range(NUM_CAPTIONS)]
         caption_ids.append([number.setdefault(text, len(number)) for text in captions])
     print(f"{len(images):,} images, {len(number):,} distinct captions")
     return means, deviations, torch.tensor(caption_ids), encode_captions(tokenizer, text_encoder, list(number))
