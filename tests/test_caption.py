@@ -395,7 +395,11 @@ def test_folder_that_cannot_be_captioned(images, tiny_captioner, capsys, name, t
 
 def test_folder_without_images(tmp_path, tiny_captioner, capsys):
     assert run(tmp_path, tiny_captioner) == 2
-    assert f"{tmp_path} holds no images" in capsys.readouterr().err
+    assert f"{tmp_path} holds no images (.avif, " in capsys.readouterr().err
+    (tmp_path / "a.heic").write_bytes(b"x")
+    assert run(tmp_path, tiny_captioner) == 2
+    told = "holds no images but 1 of a kind that is not read (HEIC), such as a.heic; convert to JPEG or PNG first\n"
+    assert capsys.readouterr().err.endswith(told)
 
 
 def test_default_model_without_a_connection(tmp_path, capsys):

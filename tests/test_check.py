@@ -466,6 +466,16 @@ def test_a_mistyped_folder_is_looked_for_on_the_hub_in_so_many_words(tmp_path, m
         assert told in " ".join(said.err.split())
 
 
+@pytest.mark.parametrize("name, kind", [("a.heic", "HEIC"), ("below/b.NEF", "NEF")])
+def test_a_folder_of_photos_of_another_kind_alone(name, kind, tmp_path, capsys):
+    photo = tmp_path / "photos" / name
+    photo.parent.mkdir(parents=True)
+    photo.write_bytes(b"x")
+    told = f"1 of a kind that is not read ({kind}), such as {photo.name}; convert to JPEG or PNG first"
+    said = errors(capsys, tmp_path / "photos")
+    assert said == f"sdtune check: the folder {tmp_path / 'photos'} holds no images but {told}\n"
+
+
 def test_what_cannot_be_a_name_on_the_hub_is_not_looked_for_there(tmp_path, monkeypatch, capsys):
     (tmp_path / "photos").mkdir()
     monkeypatch.chdir(tmp_path)

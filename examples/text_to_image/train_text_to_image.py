@@ -2152,11 +2152,9 @@ def read_folder(folder, caption_column, takes_train=False, follows_links=False):
     captions = {path: [] for path in files if is_image_file(path, folder)}
     metadata = [path for path in files if path.name in METADATA_NAMES]
     if not captions:
-        told = f"the folder {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}); name another"
-        if foreign := [path for path in files if path.suffix.lower() in FOREIGN_SUFFIXES]:
-            raise InputError(f"the folder {folder} holds no images but {tell_foreign_pictures(foreign)}")
         tables = [path.name for path in files if path.suffix.lower() in (".parquet", ".arrow")]
-        raise InputError(f"{told}, or its {in_one_line(tables[0])} by --dataset_name={folder}" if tables else told)
+        more = f", or its {in_one_line(tables[0])} by --dataset_name={folder}" if tables else ""
+        raise InputError(tell_no_images(folder, files) + more)
     texts = {image.with_suffix(".txt") for image in captions}
     check_links(
         [path for path in files if path in captions or path in metadata or path in texts], folder, follows_links
@@ -2174,7 +2172,7 @@ def read_folder(folder, caption_column, takes_train=False, follows_links=False):
     for image in without:
         captions[image] += read_caption_beside(image)
     known = {*captions, *metadata}
-    if foreign := [path for path in files if path.suffix.lower() in FOREIGN_SUFFIXES]:
+    if foreign := foreign_pictures(files):
         known.update(foreign)
         print(f"Left aside in {folder}: {tell_foreign_pictures(foreign)}.")
     if aside := [path.name for path in files if path not in known and path.suffix != ".txt"]:
@@ -2187,6 +2185,18 @@ def read_folder(folder, caption_column, takes_train=False, follows_links=False):
         raise InputError(f"{odd[0]!a}: its name is not UTF-8; rename it, or if it is, set PYTHONUTF8=1")
     rows = [{"image": str(path), "captions": found} for path, found in sorted(captions.items())]
     return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image(decode=False))
+
+
+def tell_no_images(folder, files):
+    """Why a folder with these files cannot be trained on, which holds no images."""
+    if foreign := foreign_pictures(files):
+        return f"the folder {folder} holds no images but {tell_foreign_pictures(foreign)}"
+    return f"the folder {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}); name another"
+
+
+def foreign_pictures(files):
+    """Of some files the pictures of a kind that is not read."""
+    return [path for path in files if path.suffix.lower() in FOREIGN_SUFFIXES]
 
 
 def tell_foreign_pictures(pictures):
@@ -2340,6 +2350,8 @@ def read_dataset(args, name, default_caption=None):
             raise InputError(f"--dataset_name={name}: holds images; drop --dataset_config_name and --image_column")
         return read_folder(name, args.caption_column, takes_train=True, follows_links=args.follow_symlinks)
     saved = [path for path in files if path.name in SAVED_NAMES]
+    if foreign_pictures(files) and not (pictures or data_files or saved):
+        raise InputError(tell_no_images(name, files))
     check_data_files([*data_files, *saved], name, args.follow_symlinks)
     whole = without_empty(data_files, name)
     are_aside = bool(pictures) or len(whole) < len(data_files)

@@ -19,11 +19,10 @@ import transformers
 from tqdm.auto import tqdm
 
 from sdtune.arguments import SWITCH, new_parser, parse_flags, path_name, positive_int
-from sdtune.dataset import METADATA_NAMES, check_links, list_files, read_metadata
+from sdtune.dataset import METADATA_NAMES, check_links, list_files, read_metadata, tell_no_images
 from sdtune.errors import InputError, in_one_line, last_line, raise_problems, remedy_for_missing, told_to_user
 from sdtune.files import beside, name_in
 from sdtune.images import (
-    IMAGE_SUFFIXES,
     check_images,
     is_image_file,
     leave_out,
@@ -126,7 +125,7 @@ def read_captions(folder, caption_column, overwrite, form, follows_links=False):
     used = [path for path in names if path in images or path in written or path.name in METADATA_NAMES]
     check_links(used, folder, follows_links)
     if not images:
-        raise InputError(f"the folder {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}); name another")
+        raise InputError(tell_no_images(folder, names))
 
     own_metadata = folder / "metadata.jsonl"
     for path in [path for path in files if path.name in METADATA_NAMES]:
