@@ -201,8 +201,9 @@ def path_of_findings(place, cache_dir):
 
 
 def check_images(rows, memory):
-    """Opens every image once, in parallel, and remembers `check_image`'s findings, which it returns, in the file
-    `memory`. Of several processes the first one does it, the others read what it remembers. Raises `InputError`."""
+    """Opens every image once, in parallel, and remembers `check_image`'s findings in the file `memory`; returns them,
+    with what was wrong with a row as it was read, its `problem`, if it has that column. Of several processes the first
+    one does it, the others read what it remembers. Raises `InputError`."""
     try:
         memory.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{memory}.lock").acquire()
@@ -216,7 +217,9 @@ def check_images(rows, memory):
         if new:
             with contextlib.suppress(OSError), beside(memory) as unfinished:  # a full disk only costs time
                 unfinished.write_text(json.dumps({**known, **new}), encoding="utf-8")
-    return findings
+    if "problem" not in getattr(rows, "column_names", ()):
+        return findings
+    return [[*found, told or problem] for (*found, problem), told in zip(findings, rows["problem"], strict=True)]
 
 
 def look_at_all(rows, known):

@@ -466,6 +466,23 @@ def test_a_mistyped_folder_is_looked_for_on_the_hub_in_so_many_words(tmp_path, m
         assert told in " ".join(said.err.split())
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+def test_captions_in_other_encodings_are_findings_beside_others(encoding, tmp_path, capsys):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(4):
+        noise(number).save(folder / f"{number}.png")
+    for number in (0, 2):
+        (folder / f"{number}.txt").write_bytes("ein Mädchen".encode(encoding))
+    (folder / "3.txt").write_text("a girl")
+    status, report = check(folder, tmp_path)
+    told = "its caption, a .txt, is not UTF-8; convert it"
+    assert (status, report["num_usable"]) == (1, 1)
+    assert named(report["unusable"], "problem") == [("0.png", told), ("2.png", told)]
+    assert named(report["missing_captions"]) == [("1.png",)]
+    assert "Unusable images: 2 (training stops at these" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name, kind", [("a.heic", "HEIC"), ("below/b.NEF", "NEF")])
 def test_a_folder_of_photos_of_another_kind_alone(name, kind, tmp_path, capsys):
     photo = tmp_path / "photos" / name

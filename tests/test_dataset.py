@@ -188,12 +188,30 @@ def test_file_name_in_another_encoding_is_named(image_folder):
         read_folder(folder, "text")
 
 
-def test_text_file_in_another_encoding_is_named(image_folder):
-    folder = image_folder(1)
-    (folder / "metadata.jsonl").unlink()
-    (folder / "00.txt").write_bytes("ein Mädchen".encode("latin-1"))
-    with pytest.raises(InputError, match=r"00\.txt: cannot be read as UTF-8"):
-        read_folder(folder, "text")
+def test_text_files_in_other_encodings_are_named_together_with_all_else(tmp_path):
+    """As Notepad may write them; and a prompt for all is no answer to a caption that is there."""
+    folder = write_images(tmp_path / "images", "a.png", "b.png", "c.png", "d.png")
+    (folder / "a.txt").write_bytes("ein Mädchen".encode("latin-1"))
+    (folder / "b.txt").write_text("ein Mädchen", encoding="utf-8-sig")
+    (folder / "c.txt").write_bytes("ein Mädchen".encode("utf-16"))
+    (folder / "e.png").write_bytes(b"")
+    told = "its caption, a .txt, is not UTF-8; convert it"
+    rows = read_folder(folder, "text")
+    assert list(rows["problem"]) == [told, None, told, None, None]
+    assert list(rows["captions"]) == [[], ["ein Mädchen"], [], [], []]
+    args = parse(f"--train_data_dir={folder}")
+    checked = functools.partial(check_rows, memory=tmp_path / "a.json", tokenizer=make_tokenizer(), resolution=32)
+    with pytest.raises(InputError) as caught:
+        checked(read_rows(args, folder, None), skip_bad_images=False)
+    lines = [line.replace(f"{folder}{os.sep}", "") for line in str(caught.value).splitlines()]
+    assert lines[0] == "4 of 5 images are unusable, 1 of them for lack of a caption:"
+    assert lines[1:4] == [f"  a.png: {told}", f"  c.png: {told}", "  e.png: no image that Pillow knows"]
+    assert lines[4].startswith("  d.png: has no caption")
+    kept = checked(read_rows(args, folder, "a girl"), skip_bad_images=True)
+    assert list(kept.rows["captions"]) == [["ein Mädchen"], ["a girl"]]
+    (folder / "a.txt").write_text("a")
+    (folder / "c.txt").write_text("c")
+    assert read_folder(folder, "text").column_names == ["image", "captions"]
 
 
 def test_folder_is_found_however_it_is_written(image_folder, monkeypatch):

@@ -368,7 +368,7 @@ def numbers(folder):
 def text_of_bytes(folder):
     (folder / "metadata.jsonl").unlink()
     (folder / "00.txt").write_bytes(b"\xff\xfe")
-    return "cannot be read as UTF-8"
+    return "00.png: its caption, a .txt, is not UTF-8; convert it"
 
 
 def outside(folder):

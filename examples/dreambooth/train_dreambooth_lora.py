@@ -1850,9 +1850,9 @@ def split_rows(num_rows, num_held_out):
 
 def read_folder(folder, caption_column, takes_train=False, follows_links=False):
     """Reads a folder into rows of `image` and `captions`, from metadata.jsonl or .csv or a .txt beside the image. What
-    is missing gives a row too, so that the check names it. With `takes_train` a folder of that name in it is read
-    alone. Raises `InputError` for what cannot be read as text, and unless it `follows_links` for links that lead out
-    of the folder."""
+    is missing gives a row too, so that the check names it. Where a .txt cannot be read as text there is a column
+    `problem` too, which says so. With `takes_train` a folder of that name in it is read alone. Raises `InputError` for
+    metadata that cannot be read as text, and unless it `follows_links` for links that lead out of the folder."""
     folder = Path(os.path.abspath(folder))
     files = list_files(folder)
     captions = {path: [] for path in files if is_image_file(path, folder)}
@@ -1875,8 +1875,10 @@ def read_folder(folder, caption_column, takes_train=False, follows_links=False):
     without = [image for image, found in captions.items() if not found]
     beside = [image.with_suffix(".txt") for image in without]  # of images that metadata names, too
     check_links([path for path in beside if path not in texts], folder, follows_links)
+    problems = {}
     for image in without:
-        captions[image] += read_caption_beside(image)
+        found, problems[image] = read_caption_beside(image)
+        captions[image] += found
     known = {*captions, *metadata}
     if foreign := foreign_pictures(files):
         known.update(foreign)
@@ -1890,6 +1892,8 @@ def read_folder(folder, caption_column, takes_train=False, follows_links=False):
     if odd := [name for name in names if not is_utf8(name)]:
         raise InputError(f"{odd[0]!a}: its name is not UTF-8; rename it, or if it is, set PYTHONUTF8=1")
     rows = [{"image": str(path), "captions": found} for path, found in sorted(captions.items())]
+    if any(problems.values()):
+        rows = [{**row, "problem": problems.get(Path(row["image"]))} for row in rows]
     return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image(decode=False))
 
 
@@ -2036,14 +2040,19 @@ def locate(file_name, metadata, folder, follows_links, places, parents):
 
 
 def read_caption_beside(image):
-    """The caption in the .txt beside an image, as a list that is empty if there is none. Raises `InputError`."""
+    """The caption in the .txt beside an image, as a list that is empty if there is none; and what is wrong with it, or
+    None."""
     beside = image.with_suffix(".txt")
-    if beside.is_file() and beside.stat().st_size > MAX_CAPTION_BYTES:
-        raise InputError(f"{beside}: has {beside.stat().st_size:,} bytes, which is no caption; shorten or remove it")
+    if not beside.is_file():
+        return [], None
+    if beside.stat().st_size > MAX_CAPTION_BYTES:
+        return [], f"its caption, a .txt, has more than {MAX_CAPTION_BYTES:,} bytes; shorten or remove it"
     try:
-        return [beside.read_text("utf-8-sig").strip()] if beside.is_file() else []
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{beside}: cannot be read as UTF-8 ({last_line(error)}); convert or remove it") from None
+        return [beside.read_text("utf-8-sig").strip()], None
+    except UnicodeDecodeError:
+        return [], "its caption, a .txt, is not UTF-8; convert it"  # as of tar shards
+    except OSError as error:
+        return [], f"its caption, a .txt, cannot be read ({error.strerror}); grant access"
 
 
 def read_dataset(args, name, default_caption=None):
@@ -2340,9 +2349,7 @@ def check_rows(rows, memory, skip_bad_images, tokenizer, resolution, fit=None, a
     and of captions that are cut."""
     bad, cut, digests, contents, sizes = [], [], {}, [], []
     captions = list(rows["captions"])
-    problems = list(rows["problem"]) if "problem" in rows.column_names else [None] * len(rows)  # of tar shards
     for index, (digest, width, height, problem) in enumerate(check_images(rows, memory)):
-        problem = problems[index] or problem
         if not problem and not captions[index]:
             problem = NO_CAPTION
         if problem:
@@ -4165,8 +4172,9 @@ def path_of_findings(place, cache_dir):
 
 
 def check_images(rows, memory):
-    """Opens every image once, in parallel, and remembers `check_image`'s findings, which it returns, in the file
-    `memory`. Of several processes the first one does it, the others read what it remembers. Raises `InputError`."""
+    """Opens every image once, in parallel, and remembers `check_image`'s findings in the file `memory`; returns them,
+    with what was wrong with a row as it was read, its `problem`, if it has that column. Of several processes the first
+    one does it, the others read what it remembers. Raises `InputError`."""
     try:
         memory.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{memory}.lock").acquire()
@@ -4180,7 +4188,9 @@ def check_images(rows, memory):
         if new:
             with contextlib.suppress(OSError), beside(memory) as unfinished:  # a full disk only costs time
                 unfinished.write_text(json.dumps({**known, **new}), encoding="utf-8")
-    return findings
+    if "problem" not in getattr(rows, "column_names", ()):
+        return findings
+    return [[*found, told or problem] for (*found, problem), told in zip(findings, rows["problem"], strict=True)]
 
 
 def look_at_all(rows, known):
