@@ -130,6 +130,13 @@ def test_text_files(images, tiny_captioner):
     assert (images / "03.txt").read_text().strip() == f"{said(images)['03.png']} new"
 
 
+def test_text_files_count_whatever_the_case_of_their_suffix(images, tiny_captioner):
+    (images / "03.TXT").write_text("mine")
+    assert run(images, tiny_captioner) == 0
+    assert captions(images) == {name: caption for name, caption in said(images).items() if name != "03.png"}
+    assert seen_by_training(images)[str(images / "03.png")] == ["mine"]
+
+
 def test_existing_metadata_is_kept(images, tiny_captioner):
     """Its rows and columns, to the byte where nothing is added, and its order; captions from elsewhere count too."""
     first = '{"file_name":"00.png",  "text": "mine", "score": 1.50}'

@@ -269,6 +269,36 @@ def test_unknown_files_are_said_to_be_left_aside(image_folder, capsys):
     assert "photo.heic" in said
 
 
+def test_captions_are_found_whatever_the_case_of_their_suffix(tmp_path, capsys):
+    folder = write_images(tmp_path / "images", "a.png", "b.JPG", "c.png", "below/d.png")
+    for name in ("a.TXT", "b.Txt", "c.txt", "c.TXT", "below/d.TXT"):
+        (folder / name).write_text(f"in {name}")
+    assert as_dict(read_folder(folder, "text")) == {
+        "a.png": ["in a.TXT"],
+        "b.JPG": ["in b.Txt"],
+        "c.png": ["in c.txt"],
+        "d.png": ["in below/d.TXT"],
+    }
+    told = f"Left aside in {folder}: 1 .txt without a picture of that name, such as c.TXT.\n"
+    assert capsys.readouterr().out == told
+
+
+@pytest.mark.parametrize(
+    "names, told",
+    [
+        (["a.png.txt", "a.jpg.txt"], "2 .txt without a picture of that name, such as a.png.txt; call it a.txt."),
+        (["LICENSE.txt", "b.JPEG.TXT"], "2 .txt without a picture of that name, such as b.JPEG.TXT; call it b.txt."),
+        (["LICENSE.txt"], "1 .txt without a picture of that name, such as LICENSE.txt."),
+    ],
+)
+def test_texts_of_other_names_are_said_to_be_left_aside(tmp_path, capsys, names, told):
+    folder = write_images(tmp_path / "images", "a.png", "b.JPEG")
+    for name in names:
+        (folder / name).write_text("a star")
+    assert as_dict(read_folder(folder, "text")) == {"a.png": [], "b.JPEG": []}
+    assert capsys.readouterr().out == f"Left aside in {folder}: {told}\n"
+
+
 def test_nothing_is_said_about_an_ordinary_folder(image_folder, capsys):
     read_folder(image_folder(2), "text")
     assert capsys.readouterr().out == ""
@@ -1083,7 +1113,8 @@ def test_links_that_lead_out_of_a_folder_are_refused_or_warned_of(tmp_path, imag
         assert rows["linked.png"] == ["private words"]
         (warning,) = capsys.readouterr().out.split("Warning: ")[1:]
         told = "pictures, captions or data files are links that lead out of the folder, and are used"
-        assert warning.splitlines() == [f"2 {told}, such as", *names]
+        aside = f"Left aside in {folder}: 1 .txt without a picture of that name, such as notes.txt."
+        assert warning.splitlines() == [f"2 {told}, such as", *names, aside]
         return
     with pytest.raises(InputError) as caught:
         read_folder(folder, "text")

@@ -1861,10 +1861,9 @@ def read_folder(folder, caption_column, takes_train=False, follows_links=False):
         tables = [path.name for path in files if path.suffix.lower() in (".parquet", ".arrow")]
         more = f", or its {in_one_line(tables[0])} by --dataset_name={folder}" if tables else ""
         raise InputError(tell_no_images(folder, files) + more)
-    texts = {image.with_suffix(".txt") for image in captions}
-    check_links(
-        [path for path in files if path in captions or path in metadata or path in texts], folder, follows_links
-    )
+    texts = texts_by_name(files)
+    used = {*captions, *metadata, *[text_beside(image, texts) for image in captions]}
+    check_links([path for path in files if path in used], folder, follows_links)
     columns = set()
     for path in metadata:
         for row in read_metadata(path, caption_column, folder, follows_links):
@@ -1873,20 +1872,13 @@ def read_folder(folder, caption_column, takes_train=False, follows_links=False):
     if metadata and caption_column not in columns:
         raise InputError(f"{metadata[0]}: has no {caption_column!r} but {sorted(columns)}; set --caption_column")
     without = [image for image, found in captions.items() if not found]
-    beside = [image.with_suffix(".txt") for image in without]  # of images that metadata names, too
-    check_links([path for path in beside if path not in texts], folder, follows_links)
+    beside = {image: text_beside(image, texts) for image in captions}  # of images that metadata names, too
+    check_links([beside[image] for image in without if beside[image] not in used], folder, follows_links)
     problems = {}
     for image in without:
-        found, problems[image] = read_caption_beside(image)
+        found, problems[image] = read_caption(beside[image])
         captions[image] += found
-    known = {*captions, *metadata}
-    if foreign := foreign_pictures(files):
-        known.update(foreign)
-        print(f"Left aside in {folder}: {tell_foreign_pictures(foreign)}.")
-    if aside := [path.name for path in files if path not in known and path.suffix != ".txt"]:
-        some = in_one_line(", ".join(aside[:5]))
-        number = "1 file" if len(aside) == 1 else f"{len(aside)} files"
-        print(f"Left aside in {folder}: {number} of other kinds, such as {some}.")
+    tell_left_aside(folder, files, {*captions, *metadata, *beside.values()})
     captions = {image: captions[image] for image in of_split(captions, folder, takes_train)}
     names = [str(path) for path in captions]
     if odd := [name for name in names if not is_utf8(name)]:
@@ -1895,6 +1887,23 @@ def read_folder(folder, caption_column, takes_train=False, follows_links=False):
     if any(problems.values()):
         rows = [{**row, "problem": problems.get(Path(row["image"]))} for row in rows]
     return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image(decode=False))
+
+
+def tell_left_aside(folder, files, known):
+    """Prints which of the files in a folder are not among those that are `known`, and so not used."""
+    aside = [path for path in files if path not in known]
+    if foreign := foreign_pictures(aside):
+        print(f"Left aside in {folder}: {tell_foreign_pictures(foreign)}.")
+    if texts := [path for path in aside if path.suffix.lower() == ".txt"]:
+        meant = [path for path in texts if path.with_suffix("") in known]  # such as a.png.txt
+        some = in_one_line((meant or texts)[0].name)
+        remedy = f"; call it {in_one_line(Path(meant[0].stem).with_suffix('.txt'))}" if meant else ""
+        print(f"Left aside in {folder}: {len(texts):,} .txt without a picture of that name, such as {some}{remedy}.")
+    told = {*foreign, *texts}
+    if others := [path.name for path in aside if path not in told]:
+        some = in_one_line(", ".join(others[:5]))
+        number = "1 file" if len(others) == 1 else f"{len(others)} files"
+        print(f"Left aside in {folder}: {number} of other kinds, such as {some}.")
 
 
 def tell_no_images(folder, files):
@@ -2039,10 +2048,19 @@ def locate(file_name, metadata, folder, follows_links, places, parents):
     return file
 
 
-def read_caption_beside(image):
+def texts_by_name(files):
+    """{path without its suffix: path} of the .txt among some files, of which .txt goes before .TXT."""
+    return {path.with_suffix(""): path for path in sorted(files) if path.suffix.lower() == ".txt"}
+
+
+def text_beside(image, texts):
+    """The path of the .txt beside an image, one of `texts_by_name`, or that of one which is not there."""
+    return texts.get(image.with_suffix(""), image.with_suffix(".txt"))
+
+
+def read_caption(beside):
     """The caption in the .txt beside an image, as a list that is empty if there is none; and what is wrong with it, or
     None."""
-    beside = image.with_suffix(".txt")
     if not beside.is_file():
         return [], None
     if beside.stat().st_size > MAX_CAPTION_BYTES:
@@ -2140,8 +2158,9 @@ def columns_of(features, image_column, caption_column):
 def is_picture_folder(name, files, pictures, data_files):
     """Whether a folder's pictures are what is to be trained on, not those that go with its data files. Raises
     `InputError` where nobody can tell."""
-    beside = {path.with_suffix(".txt") for path in pictures}
-    if not data_files or any(path.name in METADATA_NAMES or path in beside for path in files):
+    texts = texts_by_name(files)
+    has_captions = any(path.name in METADATA_NAMES for path in files)
+    if not data_files or has_captions or any(path.with_suffix("") in texts for path in pictures):
         return True
     some, picture = [os.path.relpath(path, name) for path in (data_files[0], pictures[0])]
     if any(path.suffix.lower() in (".parquet", ".arrow") for path in data_files):

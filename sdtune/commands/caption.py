@@ -19,7 +19,15 @@ import transformers
 from tqdm.auto import tqdm
 
 from sdtune.arguments import SWITCH, new_parser, parse_flags, path_name, positive_int
-from sdtune.dataset import METADATA_NAMES, check_links, list_files, read_metadata, tell_no_images
+from sdtune.dataset import (
+    METADATA_NAMES,
+    check_links,
+    list_files,
+    read_metadata,
+    tell_no_images,
+    text_beside,
+    texts_by_name,
+)
 from sdtune.errors import InputError, in_one_line, last_line, raise_problems, remedy_for_missing, told_to_user
 from sdtune.files import beside, name_in
 from sdtune.images import (
@@ -121,8 +129,10 @@ def read_captions(folder, caption_column, overwrite, form, follows_links=False):
     names = list_files(folder)
     files = [path for path in names if path.is_file()]
     images = {path: False for path in files if is_image_file(path, folder)}
+    texts = texts_by_name(files)
     written = {image.with_suffix(".txt") for image in images} | {folder / JOURNAL}  # even where a link is broken
-    used = [path for path in names if path in images or path in written or path.name in METADATA_NAMES]
+    read = {*images, *written, *[text_beside(image, texts) for image in images]}
+    used = [path for path in names if path in read or path.name in METADATA_NAMES]
     check_links(used, folder, follows_links)
     if not images:
         raise InputError(tell_no_images(folder, names))
@@ -142,7 +152,7 @@ def read_captions(folder, caption_column, overwrite, form, follows_links=False):
 
     owners = {}  # of a .txt
     for image in images:
-        owners.setdefault(image.with_suffix(".txt"), []).append(image)
+        owners.setdefault(text_beside(image, texts), []).append(image)
     for text, sharing in owners.items():
         if form == "txt" and len(sharing) > 1:
             names = " and ".join(map(str, sharing))
