@@ -10,11 +10,11 @@ import io
 import json
 from pathlib import Path
 
+import diffusers  # as a whole, and used in functions alone: its parts load when they are used, and warn then
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+import transformers
 from PIL import Image, ImageDraw
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 REPO = Path(__file__).resolve().parents[1]
 MINIATURE = REPO / "miniature" / "pipeline"
@@ -59,7 +59,7 @@ def make_unet(size, **changes):
     """A UNet of a size; all its levels but the last have cross-attention."""
     config = {"attention_head_dim": 8, "layers_per_block": 2, **SIZES[size]["unet"], **changes}
     below = len(config["block_out_channels"]) - 1
-    return UNet2DConditionModel(
+    return diffusers.UNet2DConditionModel(
         down_block_types=("CrossAttnDownBlock2D",) * below + ("DownBlock2D",),
         up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * below,
         **config,
@@ -69,7 +69,7 @@ def make_unet(size, **changes):
 def make_vae(size):
     """An autoencoder of a size, which makes a latent of 8 x 8 pixels."""
     config = {"layers_per_block": 2, "latent_channels": 4, **SIZES[size]["vae"]}
-    return AutoencoderKL(
+    return diffusers.AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, **config
     )
 
@@ -79,7 +79,9 @@ def make_text_encoder(size, tokenizer):
     config = {"vocab_size": 49408, **SIZES[size]["text_encoder"]}
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     width = config["hidden_size"]
-    return CLIPTextModel(CLIPTextConfig(intermediate_size=4 * width, projection_dim=width, **ids, **config))
+    return transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(intermediate_size=4 * width, projection_dim=width, **ids, **config)
+    )
 
 
 def make_pipeline(size, folder, seed=0):
@@ -88,13 +90,13 @@ def make_pipeline(size, folder, seed=0):
     if (folder / "model_index.json").exists():
         return folder
     torch.manual_seed(seed)
-    tokenizer = CLIPTokenizer.from_pretrained(MINIATURE / "tokenizer")
-    pipeline = StableDiffusionPipeline(
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(MINIATURE / "tokenizer")
+    pipeline = diffusers.StableDiffusionPipeline(
         vae=make_vae(size),
         text_encoder=make_text_encoder(size, tokenizer),
         tokenizer=tokenizer,
         unet=make_unet(size),
-        scheduler=DDPMScheduler(
+        scheduler=diffusers.DDPMScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
         ),
         safety_checker=None,

@@ -36,6 +36,14 @@ def run_tool(name, *words):
     return result.stdout
 
 
+@pytest.mark.parametrize("name", ["sweep", "profile_step"])
+def test_help_comes_without_warnings_of_libraries(name):
+    """As of all tools that import models.py: parts of diffusers and transformers, which warn, are loaded when used."""
+    result = run_script(["--help"], {"OMP_NUM_THREADS": "1"}, script=BENCHMARKS / f"{name}.py")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith(f"usage: {name}.py ")
+
+
 # ------------------------------------------------------------------------------------------------------ statistics
 @pytest.mark.parametrize(
     "number, low, high, confidence",
