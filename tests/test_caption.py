@@ -409,6 +409,15 @@ def test_folder_without_images(tmp_path, tiny_captioner, capsys):
     assert capsys.readouterr().err.endswith(told)
 
 
+@pytest.mark.parametrize("photos, kinds", [(["a.heic"], "HEIC"), (["a.DNG", "below/b.heic"], "DNG, HEIC")])
+def test_photos_of_another_kind_are_said_to_be_left_aside(images, tiny_captioner, capsys, photos, kinds):
+    for name in photos:
+        (images / name).write_bytes(b"x")
+    assert run(images, tiny_captioner, "--dry_run") == 0
+    told = f"{len(photos)} of a kind that is not read ({kinds}), such as {photos[0]}; convert to JPEG or PNG first."
+    assert capsys.readouterr().out.startswith(f"Left aside in {images}: {told}\n8 images: ")
+
+
 def test_default_model_without_a_connection(tmp_path, capsys):
     """The command ends with one message."""
     make_image(0).save(tmp_path / "a.png")

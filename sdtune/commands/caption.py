@@ -22,8 +22,10 @@ from sdtune.arguments import SWITCH, new_parser, parse_flags, path_name, positiv
 from sdtune.dataset import (
     METADATA_NAMES,
     check_links,
+    foreign_pictures,
     list_files,
     read_metadata,
+    tell_foreign_pictures,
     tell_no_images,
     text_beside,
     texts_by_name,
@@ -136,6 +138,8 @@ def read_captions(folder, caption_column, overwrite, form, follows_links=False):
     check_links(used, folder, follows_links)
     if not images:
         raise InputError(tell_no_images(folder, names))
+    if foreign := foreign_pictures(names):
+        print(f"Left aside in {folder}: {tell_foreign_pictures(foreign)}.")
 
     own_metadata = folder / "metadata.jsonl"
     for path in [path for path in files if path.name in METADATA_NAMES]:
