@@ -300,7 +300,12 @@ def test_texts_of_other_names_are_said_to_be_left_aside(tmp_path, capsys, names,
 
 
 def test_nothing_is_said_about_an_ordinary_folder(image_folder, capsys):
-    read_folder(image_folder(2), "text")
+    """With what systems and editors leave in it."""
+    folder = image_folder(2)
+    (folder / "below").mkdir()
+    for name in (".DS_Store", "._00.png", "._photo.heic", ".notes.txt", "below/._a.txt"):
+        (folder / name).write_bytes(b"x")
+    read_folder(folder, "text")
     assert capsys.readouterr().out == ""
 
 

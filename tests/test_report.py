@@ -264,6 +264,20 @@ def test_several_runs_are_compared(whole, other, tmp_path, monkeypatch, capsys):
     assert "my_model, my_other Images 6 to train on" in text
 
 
+def test_what_is_said_of_the_images_of_several_runs_is_said_once(run, images, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    first, second = [shutil.copytree(images, tmp_path / name) for name in ("first", "second")]
+    settings = json.loads((run / "args.json").read_text())
+    runs = []
+    for number, folder in enumerate((first, second, first)):
+        (folder / "note.docx").write_text("x")
+        runs.append(shutil.copytree(run, tmp_path / f"run{number}"))
+        (runs[-1] / "args.json").write_text(json.dumps(settings | {"train_data_dir": str(folder)}))
+    assert status_of(command.main, *runs) == 0
+    aside = [f"Left aside in {folder}: 1 file of other kinds, such as note.docx." for folder in (first, second)]
+    assert capsys.readouterr().out.splitlines()[:3] == [*aside, f"run0: {judge(read_run(run, 'x'))[0]}"]
+
+
 def test_runs_of_one_name_are_told_apart(whole, run, tmp_path):
     page = page_of(whole, run, output=tmp_path / "page.html")
     names = [f"{folder.parent.name}/my_model" for folder in (whole, run)]

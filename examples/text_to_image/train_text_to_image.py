@@ -2186,8 +2186,9 @@ def read_folder(folder, caption_column, takes_train=False, follows_links=False):
 
 
 def tell_left_aside(folder, files, known):
-    """Prints which of the files in a folder are not among those that are `known`, and so not used."""
-    aside = [path for path in files if path not in known]
+    """Prints which of the files in a folder, but for hidden ones, are not among those that are `known`, and so not
+    used."""
+    aside = [path for path in files if path not in known and not is_hidden(path, folder)]
     if foreign := foreign_pictures(aside):
         print(f"Left aside in {folder}: {tell_foreign_pictures(foreign)}.")
     if texts := [path for path in aside if path.suffix.lower() == ".txt"]:

@@ -288,6 +288,19 @@ def data_section(run, num_images):
     return table(counts.items()) + '<div class="cards">\n' + "".join(cards) + "</div>\n"
 
 
+def data_sections(runs, num_images):
+    """The parts of the page on the images, by the name of the run. What is to be said of the images is printed once
+    for all runs that have the same."""
+    parts, told = {}, []
+    for run in runs:
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            parts[run.name] = data_section(run, num_images)
+        told.append(said.getvalue())
+    print("".join(dict.fromkeys(told)), end="")
+    return parts
+
+
 # ------------------------------------------------------------------------------------------------------------ page
 def table(rows):
     """A table of rows, whose first cell is a heading."""
@@ -599,7 +612,7 @@ def main(argv=None):
     with told_to_user(PROGRAM, errors=(InputError, OSError), stopped="Stopped."):
         raise_problems(problems + check_args(args))
         runs = read_runs(args.folders)
-        data = {run.name: data_section(run, args.num_images) for run in runs}
+        data = data_sections(runs, args.num_images)
         if args.watch:
             with make_server(8008 if args.port is None else args.port, args.folders, data) as server:
                 print(f"The report is at http://127.0.0.1:{server.server_port}/ until Ctrl-C.", flush=True)
