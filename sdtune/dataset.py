@@ -19,7 +19,7 @@ from huggingface_hub import DatasetCard
 from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image, ImageOps
 
-from sdtune.arguments import noise_offset_of
+from sdtune.arguments import nearest_beside, noise_offset_of
 from sdtune.entries import Cache, path_of_caption, path_of_image, read_whole_entry
 from sdtune.errors import InputError, counted, in_one_line, is_utf8, last_line, remedy_for_missing
 from sdtune.files import read_json
@@ -192,7 +192,7 @@ def check_data(args, folder_flag):
         )
     if folder and not os.path.isdir(folder):
         remedy = remedy_for_missing(folder) or "name one"
-        problems.append(f"--{folder_flag}={folder}: does not exist, or is no folder; {remedy}")
+        problems.append(f"--{folder_flag}={folder}: does not exist, or is no folder{nearest_beside(folder)}; {remedy}")
     if source and Path(args.output_dir).resolve().is_relative_to(Path(source).resolve()):
         problems.append(
             f"--output_dir={args.output_dir}: lies in the folder of the images, or below its name; put it elsewhere"

@@ -9,7 +9,7 @@ import diffusers
 import torch
 from safetensors import SafetensorError, safe_open
 
-from sdtune.arguments import check_keys, parse_words, path_name, read_config, setting_words
+from sdtune.arguments import check_keys, nearest_beside, parse_words, path_name, read_config, setting_words
 from sdtune.errors import InputError, is_utf8, last_line, remedy_for_missing
 from sdtune.files import existing_place
 from sdtune.lora_layouts import LORA_FILE
@@ -131,8 +131,10 @@ def find_loras(loras):
             with safe_open(path, "pt") as file:
                 keys = list(file.keys())
         except (OSError, SafetensorError) as error:
-            remedy = remedy_for_missing(path)
-            told = f"does not exist; {remedy}" if remedy else f"is no LoRA in a .safetensors file ({last_line(error)})"
+            told = f"is no LoRA in a .safetensors file ({last_line(error)})"
+            if not path.exists():
+                remedy = remedy_for_missing(path) or f"name a LoRA file, or a folder with {LORA_FILE}"
+                told = f"does not exist{nearest_beside(path)}; {remedy}"
             problems.append(f"--lora={item}: {path} {told}")
             continue
         if any(key.endswith(".dora_scale") for key in keys):  # diffusers would leave them out, and draw something else

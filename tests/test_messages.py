@@ -185,6 +185,53 @@ def test_a_path_of_the_readmes_says_how_it_is_made(
     assert f"{model}: does not exist" not in capsys.readouterr().err
 
 
+MISTYPED = {  # the words behind `sdtune`, and what is named
+    "caption": (["caption", "my_pictres"], "FOLDER=my_pictres: does not exist, or is no folder{}; name a folder of"),
+    "report": (["report", "./my_pictres"], "my_pictres: there is no such folder{}; name the --output_dir of a run"),
+    "generate": (
+        ["generate", "x", "--lora=my_pictres:0.5"],
+        "--lora=my_pictres:0.5: my_pictres does not exist{}; name",
+    ),
+    "evaluate": (
+        ["evaluate", "x", "--lora=my_pictres/"],
+        "--lora=my_pictres/: my_pictres does not exist{}; name a Lo",
+    ),
+    "push_model": (["push-model", "my_pictres", "me/mine"], "FOLDER=my_pictres: is no folder{}; name "),
+    "push_dataset": (["push-dataset", "my_pictres/", "me/mine"], "FOLDER=my_pictres/: is no folder{}; name "),
+    "convert": (
+        ["convert", "my_pictres", "x"],
+        "my_pictres: is no pipeline folder and no .safetensors or .ckpt file{};",
+    ),
+    "convert_lora": (
+        ["convert-lora", "my_pictres", "x", "--to=kohya"],
+        "my_pictres: does not exist{}; give a LoRA file",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MISTYPED)
+def test_a_mistyped_path_of_a_command_is_corrected(case, tmp_path, capsys, monkeypatch):
+    argv, told = MISTYPED[case]
+    monkeypatch.chdir(tmp_path)
+    for name, meant in (("my_pictures", " (did you mean my_pictures?)"), ("other", "")):
+        (tmp_path / name).mkdir()
+        assert status_of(sdtune.main, *argv) == 2
+        raw = capsys.readouterr().err
+        assert told.format(meant) in re.sub(r"\n {4,}", " ", raw)
+        check_message(raw, [tmp_path])
+        (tmp_path / name).rmdir()
+
+
+@every_script
+def test_a_mistyped_folder_of_images_is_corrected(path, scripts, tiny_pipeline, images, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(images.parent)
+    for folder, meant in ((f"{images.name[:-1]}/", f" (did you mean {images.name}?)"), ("x", "")):
+        flag = "instance_data_dir" if "dreambooth" in path.stem else "train_data_dir"
+        assert run(scripts, path, tiny_pipeline, folder, tmp_path / "out", **{flag: folder}) == 2
+        said = re.sub(r"\n {4,}", " ", capsys.readouterr().err)
+        assert f"--{flag}={folder}: does not exist, or is no folder{meant}; name one\n" in said
+
+
 @pytest.mark.parametrize("path", ["demo/creature", "my/demo/creatures", "demo", "miniatures/pipeline", "", None])
 def test_other_paths_are_the_users_own(path, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

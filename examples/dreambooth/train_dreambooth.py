@@ -1814,7 +1814,7 @@ def check_data(args, folder_flag):
         )
     if folder and not os.path.isdir(folder):
         remedy = remedy_for_missing(folder) or "name one"
-        problems.append(f"--{folder_flag}={folder}: does not exist, or is no folder; {remedy}")
+        problems.append(f"--{folder_flag}={folder}: does not exist, or is no folder{nearest_beside(folder)}; {remedy}")
     if source and Path(args.output_dir).resolve().is_relative_to(Path(source).resolve()):
         problems.append(
             f"--output_dir={args.output_dir}: lies in the folder of the images, or below its name; put it elsewhere"
@@ -3298,8 +3298,11 @@ def missing_here(name):
 
 
 def nearest_beside(name):
-    """Asks whether that is meant which has the name most like it of what lies where it would; "" if nothing has."""
-    folder, own_name = os.path.split(name.rstrip("/"))
+    """Asks, of a path that is not there, whether that is meant which has the name most like it of what lies where it
+    would; "" if nothing has."""
+    if os.path.exists(name):
+        return ""
+    folder, own_name = os.path.split(str(name).rstrip("/"))
     there = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
     alike = difflib.get_close_matches(own_name, sorted(there), 1)
     return f" (did you mean {os.path.join(folder, alike[0])}?)" if alike else ""
@@ -6301,7 +6304,7 @@ def read_run(folder, name):
     folder = Path(folder)
     log, settings = folder / "log.jsonl", folder / "args.json"
     if not log.is_file() and not settings.is_file():
-        told = "is no folder" if folder.exists() else "there is no such folder"
+        told = "is no folder" if folder.exists() else f"there is no such folder{nearest_beside(folder)}"
         told = "holds no log.jsonl of a training" if folder.is_dir() else told
         remedy = remedy_for_missing(folder) or "name the --output_dir of a run"
         raise InputError(f"{folder}: {told}; {remedy}")

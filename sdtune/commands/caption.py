@@ -18,7 +18,7 @@ import torch
 import transformers
 from tqdm.auto import tqdm
 
-from sdtune.arguments import SWITCH, new_parser, parse_flags, path_name, positive_int
+from sdtune.arguments import SWITCH, nearest_beside, new_parser, parse_flags, path_name, positive_int
 from sdtune.dataset import (
     METADATA_NAMES,
     check_links,
@@ -99,7 +99,9 @@ def check_args(args):
         problems.append("FOLDER is missing: name a folder of images")
     elif not Path(args.folder).is_dir():
         remedy = remedy_for_missing(args.folder) or "name a folder of images"
-        problems.append(f"FOLDER={args.folder}: does not exist, or is no folder; {remedy}")
+        problems.append(
+            f"FOLDER={args.folder}: does not exist, or is no folder{nearest_beside(args.folder)}; {remedy}"
+        )
     elif not args.dry_run and not os.access(args.folder, os.W_OK):
         problems.append(f"FOLDER={args.folder}: cannot be written to; grant access, or caption a copy")
     if args.precision == "fp16" and not torch.accelerator.is_available():

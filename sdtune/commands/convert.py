@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from sdtune.arguments import SWITCH, new_parser, parse_flags, path_name
+from sdtune.arguments import SWITCH, nearest_beside, new_parser, parse_flags, path_name
 from sdtune.errors import InputError, counted, raise_problems, remedy_for_missing, told_to_user
 from sdtune.files import beside, read_json
 from sdtune.models import DTYPES, quiet_libraries, write_text_encoder
@@ -64,7 +64,7 @@ def check_args(args):
     if source.suffix in (".safetensors", ".ckpt") and source.is_file():
         return check_to_folder(args, source, output)
     remedy = remedy_for_missing(source) or "name one"
-    return [f"{source}: is no pipeline folder and no .safetensors or .ckpt file; {remedy}"]
+    return [f"{source}: is no pipeline folder and no .safetensors or .ckpt file{nearest_beside(source)}; {remedy}"]
 
 
 def check_to_file(args, source, output):

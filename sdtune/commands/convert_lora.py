@@ -18,7 +18,7 @@ import peft
 import torch
 from safetensors import SafetensorError
 
-from sdtune.arguments import SWITCH, checked, new_parser, parse_flags, path_name
+from sdtune.arguments import SWITCH, checked, nearest_beside, new_parser, parse_flags, path_name
 from sdtune.errors import InputError, counted, last_line, raise_problems, remedy_for_missing, told_to_user
 from sdtune.files import beside
 from sdtune.lora_layouts import (
@@ -71,7 +71,7 @@ def check_args(args):
     file, output = lora_file(args.input), Path(args.output)
     if not file.is_file():
         remedy = remedy_for_missing(file) or f"give a LoRA file, or a folder with {LORA_FILE}"
-        problems.append(f"{file}: does not exist; {remedy}")
+        problems.append(f"{file}: does not exist{nearest_beside(file)}; {remedy}")
     if args.to and output.suffix != ".safetensors":
         problems.append(f"{output}: end the name of the file to write in .safetensors")
     if args.to and args.scale is not None:
