@@ -11,7 +11,7 @@ from huggingface_hub.utils import validate_repo_id
 from sdtune.arguments import SWITCH, nearest_beside, path_name, secret_token
 from sdtune.dataset import read_rows
 from sdtune.errors import InputError, remedy_for_missing
-from sdtune.images import is_image_file
+from sdtune.images import HOW_TO_CAPTION, is_image_file
 
 
 def add_named_dataset_arguments(parser):
@@ -70,6 +70,7 @@ def named_dataset(name):
         yield
     except InputError as error:
         told = str(error).replace("--dataset_name=", "DATASET=")
+        told = told.replace(HOW_TO_CAPTION, remedy_for_captions(name))
         if not is_here:
             fails = f"DATASET={name}: cannot be loaded; "
             looked = (

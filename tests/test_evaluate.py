@@ -323,8 +323,10 @@ def test_images_without_captions_are_those_of_a_subject(render, tmp_path):
     (folder / "metadata.jsonl").unlink()
     (folder / "002.txt").write_text("a sks star at night")
     words = [BASE, folder, "--resolution", 64]
-    with pytest.raises(InputError, match="3 of 4 images are unusable"):
+    with pytest.raises(InputError, match="3 of 4 images are unusable") as caught:
         evaluate.load_images(parse(*words))
+    told = f"`sdtune caption {folder}` writes them, or give one for all by --instance_prompt; mend or remove them, or"
+    assert str(caught.value).splitlines()[-1] == f"{told} add --skip_bad_images."
     images, _ = evaluate.load_images(parse(*words, "--instance_prompt", "a sks star"))
     assert sorted(evaluate.plan_prompts(None, images, 4, 0)) == [*["a sks star"] * 3, "a sks star at night"]
 
@@ -455,6 +457,26 @@ def test_a_resolution_that_is_not_given_is_the_runs_or_the_models(tmp_path, caps
     said = capsys.readouterr()
     assert said.out == ""
     assert "--batch_size: must be" in said.err
+
+
+def test_a_prompt_that_is_not_given_is_the_runs(tmp_path):
+    """Of the LoRA's before the model's, whatever that was trained with."""
+    for name, settings in (("dog", {"instance_prompt": "a sks dog"}), ("cat", {"instance_prompt": "a zwx cat"})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "args.json").write_text(json.dumps(settings | {"resolution": 64}))
+    (tmp_path / "style").mkdir()
+    (tmp_path / "style" / "args.json").write_text(json.dumps({"resolution": 64}))
+    dog, cat, style = tmp_path / "dog", tmp_path / "cat", tmp_path / "style"
+    for words, prompt, place in (
+        ([dog], "a sks dog", dog),
+        ([dog, f"--lora={cat}:0.5"], "a zwx cat", cat),
+        ([dog, f"--lora={style}"], None, None),
+        ([dog, "--instance_prompt=a dog"], "a dog", None),
+        ([BASE], None, None),
+    ):
+        args, told = evaluate.with_instance_prompt(parse(*words))
+        expected = f"Caption of images without one: {prompt}, as in the training that {place}/args.json tells of."
+        assert (args.instance_prompt, told) == (prompt, expected if place else "")
 
 
 def test_a_lora_is_measured_against_the_same_model_without_it(folder_of_five, tmp_path, capsys):
