@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -165,6 +166,9 @@ def read_configs(flag, source):
     if Path(source, LORA_FILE).is_file() and not Path(source, "model_index.json").is_file():
         remedy = f"give the model that they were trained on, and --lora={source}"
         raise InputError(f"{name}: holds LoRA weights; {remedy}")
+    if Path(source, "progress.json").is_file():
+        remedy = f"make a model of it by `sdtune export {shlex.quote(str(source))} OUTPUT`"
+        raise InputError(f"{name}: is a checkpoint of a training; {remedy}")
     try:
         parts = diffusers.StableDiffusionPipeline.load_config(source)
         vae = diffusers.AutoencoderKL.load_config(source, subfolder="vae")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from training import read_log, same, train, trains_into, unet
 
 from sdtune.checkpoints import read_best
-from sdtune.commands import export
+from sdtune.commands import evaluate, export, generate
 from sdtune.digests import write_digests
 from sdtune.lora_layouts import LORA_FILE
 
@@ -99,6 +99,25 @@ def test_parts_of_a_checkpoint_load_by_themselves(fit, tmp_path):
     trained = UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet").state_dict()
     assert not same(trained, averaged)
     assert json.loads((checkpoint / "unet" / "config.json").read_text())["_name_or_path"] is None
+
+
+def test_a_checkpoint_is_no_model_yet(fit, lora_script, tiny_pipeline, images, tmp_path, capsys):
+    """Of a LoRA's it is told that it goes with a model."""
+    fit_lora = trains_into(lora_script, tiny_pipeline, images)
+    assert fit(tmp_path / "my run", max_train_steps=1) == 0
+    assert fit_lora(tmp_path / "lora", max_train_steps=1) == 0
+    whole, adapters = tmp_path / "my run" / "checkpoint-1", tmp_path / "lora" / "checkpoint-1"
+    told = f"MODEL={whole}: is a checkpoint of a training; make a model of it by `sdtune export '{whole}' OUTPUT`"
+    capsys.readouterr()
+    for command, words in ((generate, ["--prompts=a"]), (evaluate, [images, "--clip_model=miniature/clip"])):
+        assert status_of(command.main, whole, *words, "--output_dir", tmp_path / "out") == 2
+        assert told in capsys.readouterr().err
+        assert status_of(command.main, adapters, *words, "--output_dir", tmp_path / "out") == 2
+        assert (
+            f"MODEL={adapters}: holds LoRA weights; give the model that they were trained on"
+            in capsys.readouterr().err
+        )
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_base_that_moved_is_named(fit, tiny_pipeline, tmp_path, capsys):
