@@ -32,7 +32,7 @@ from sdtune.lora_layouts import (
     write_diffusers,
     write_kohya,
 )
-from sdtune.models import reason_of, refuse_foreign_code
+from sdtune.models import quiet_libraries, reason_of, refuse_foreign_code
 from sdtune.pipeline_folder import check_place
 
 PROGRAM = "sdtune convert-lora"
@@ -104,8 +104,6 @@ def merge(weights, alphas, base, output, scale):
     """Merges the adapters at `scale` into the pipeline in the folder `base`, and writes it in float32 to `output`:
     complete beside it, then renamed. DoRA is scaled as diffusers does: before the weights get their length. Raises
     `InputError`."""
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
     try:
         refuse_foreign_code(base)
         pipeline = diffusers.StableDiffusionPipeline.from_pretrained(base, dtype=torch.float32, local_files_only=True)
@@ -142,6 +140,7 @@ def check_fit(weights, alphas, base, pipeline):
 def main(argv=None):
     """Runs the command; a mistake of the user's ends with status 2 and its message."""
     args, problems = parse_flags(make_parser(), argv, {})
+    quiet_libraries()
     with told_to_user(PROGRAM, errors=(InputError, OSError, SafetensorError), stopped="Stopped."):
         raise_problems(problems + check_args(args))
         output = Path(args.output)
