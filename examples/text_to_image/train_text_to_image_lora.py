@@ -3260,6 +3260,8 @@ def told_to_user(program, speaks=True, errors=InputError, stopped=None, patience
         try:
             with contextlib.redirect_stdout(sys.stdout if speaks else io.StringIO()):
                 yield
+        except BrokenPipeError:  # nobody reads what is printed, which is no mistake
+            raise
         except errors as error:
             time.sleep(patience)  # in which the launcher's signal may come
             print(fitted(f"{program}: {error}{remedy_for(error)}"), file=sys.stderr)
