@@ -89,7 +89,15 @@ def test_captions_of_all_images(images, tiny_captioner, capsys):
     after = snapshot(images)
     assert after.pop("metadata.jsonl")
     assert after == before
-    assert "Captioned 8 images" in capsys.readouterr().out
+    assert capsys.readouterr().out.splitlines() == [
+        "8 images: 0 keep their captions, 8 to be captioned.",
+        f"Wrote {images / 'metadata.jsonl'}: 8 new captions.",
+    ]
+    assert run(images, tiny_captioner) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "8 images: 8 keep their captions, 0 to be captioned.",
+        f"Nothing was written in {images}.",
+    ]
 
 
 def test_beams_and_words_around(images, tiny_captioner):
@@ -118,9 +126,13 @@ def test_words_around_a_caption(given, expected):
     assert command.compose(**{**none, **given}) == expected
 
 
-def test_text_files(images, tiny_captioner):
+def test_text_files(images, tiny_captioner, capsys):
     (images / "03.txt").write_text("mine")
     assert run(images, tiny_captioner, "--format=txt") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "8 images: 1 keeps its caption, 7 to be captioned.",
+        f"Wrote 7 new captions in {images}, each into a .txt beside its image.",
+    ]
     expected = {**said(images), "03.png": "mine"}
     assert not (images / "metadata.jsonl").exists()
     assert captions_beside(images) == expected
@@ -267,6 +279,10 @@ def test_interrupted_overwriting_goes_on(images, tiny_captioner, monkeypatch, ca
     seen = note_batches(monkeypatch)
     assert run(images, tiny_captioner, *flags) == 0
     assert seen == [["06.png", "07.png"]]
+    assert capsys.readouterr().out.splitlines() == [
+        "8 images: 0 keep their captions, 6 were captioned before a stop, 2 to be captioned.",
+        f"Wrote {images / 'metadata.jsonl'}: 8 new captions.",
+    ]
     assert captions(images) == said(images)
     assert not (images / JOURNAL).exists()
 

@@ -30,7 +30,16 @@ from sdtune.dataset import (
     text_beside,
     texts_by_name,
 )
-from sdtune.errors import InputError, counted, in_one_line, last_line, raise_problems, remedy_for_missing, told_to_user
+from sdtune.errors import (
+    InputError,
+    counted,
+    fitted,
+    in_one_line,
+    last_line,
+    raise_problems,
+    remedy_for_missing,
+    told_to_user,
+)
 from sdtune.files import beside, name_in
 from sdtune.images import (
     check_images,
@@ -341,11 +350,8 @@ def caption_folder(args):
     left = [path for name, path in wanted.items() if name not in made]
     todo = usable(left, folder, args.cache_dir, args.skip_bad_images)
     num_kept = counted(len(images) - len(wanted), "keeps its caption", "keep their captions")
-    num_made = counted(len(made), "was", "were")
-    print(
-        f"{counted(len(images), 'image')}: {num_kept}, {num_made} captioned before a stop, "
-        f"{len(todo):,} to be captioned."
-    )
+    before = f"{counted(len(made), 'was', 'were')} captioned before a stop, " if made else ""
+    print(f"{counted(len(images), 'image')}: {num_kept}, {before}{len(todo):,} to be captioned.")
     if args.dry_run:
         if todo:
             for batch in captions_by_name(args, folder, todo[:5], load_models(args)):
@@ -362,7 +368,17 @@ def caption_folder(args):
         print(
             "\n  ".join([f"Warning: the model says nothing of {counted(len(silent), 'image')}, such as", *silent[:5]])
         )
-    print(f"Captioned {counted(len(made), 'image')} in {folder}.")
+    print(fitted(tell_written(args, len(made))))
+
+
+def tell_written(args, number):
+    """What was written of so many captions, and where."""
+    if not number:
+        return f"Nothing was written in {args.folder}."
+    captions = counted(number, "new caption")
+    if args.format == "txt":
+        return f"Wrote {captions} in {args.folder}, each into a .txt beside its image."
+    return f"Wrote {Path(args.folder, 'metadata.jsonl')}: {captions}."
 
 
 def main(argv=None):
