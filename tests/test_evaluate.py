@@ -412,7 +412,7 @@ def test_a_run_measures_what_training_measured(train_script, render, tmp_path, c
 def check_what_is_told(told):
     """First the time, then a table that says which figures are the better ones."""
     time = r"Takes about \d:\d\d:\d\d, until \d{4}-\d\d-\d\d \d\d:\d\d, by a trial of a few steps:\n"
-    parts = "  4 pictures by model and base, 2 steps each, at 64 pixels; CLIP looks at 9 images.\n"
+    parts = "  4 pictures by each of model and base, 2 steps each, at 64 pixels; CLIP looks at 9 images.\n"
     place = re.search(time + re.escape(parts), told).end()
     better = dict(re.findall(r"^(.{22}) (higher|lower|-) ", told[place:], re.M))
     assert {label.strip(): way for label, way in better.items()} == {
@@ -423,7 +423,23 @@ def check_what_is_told(told):
         "held-out loss": "lower",
         "to the nearest image": "-",
     }
-    assert "A gain above 0 is for the better, but to the nearest image: " in told[place:]
+    assert (
+        "\nA gain above 0 is for the better, except in the line “to the nearest image”: there 1 is a copy.\n"
+        "Of fewer than 30 images, such as 4, KID may be further off than it says here.\n"
+    ) in told[place:]
+    assert re.search(r"^CLIP score +higher +[\d.]+ \xb1 [\d.e-]+ +[\d.]+ \xb1 ", told, re.M)
+    assert "+-" not in told
+
+
+@pytest.mark.parametrize("numbers, told", [((30, 29), "such as 29"), ((8, 9), "such as 8"), ((30, 31), None)])
+def test_kid_of_few_images_is_said_to_be_uncertain(numbers, told, capsys):
+    figures = {name: {} for name in ("clip_score", "clip_image_similarity", "held_out_loss", "nearest_similarity")}
+    kid = {"model": {"mean": 1.0, "standard_error": 0.1}}
+    verdict = {"limit": 0.1, "verdict": "none"}
+    evaluate.print_table({**figures, "kid": kid, "kid_held_out": kid, "memorisation": verdict}, *numbers)
+    said = capsys.readouterr().out
+    assert ("Of fewer than 30 images" in said) == bool(told)
+    assert not told or f"{told}, KID may be further off" in said
 
 
 def test_the_time_is_that_of_all_batches():

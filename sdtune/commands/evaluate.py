@@ -67,6 +67,7 @@ from sdtune.validation import HELD_OUT_TIMESTEPS, encode_held_out, held_out_loss
 
 PROGRAM = "sdtune evaluate"
 USUAL_RESOLUTION = 512  # of Stable Diffusion 1
+MIN_FOR_KID = 30  # images: of so many the error that KID says is right within a fifth (tests/test_evaluate.py)
 PAIRS = 8  # in the picture of the closest pairs
 
 
@@ -345,7 +346,7 @@ def tell_time(args, conditions, num_images, pipeline):
     """Prints how long all will take, before the first picture."""
     seconds = estimate_seconds(args, num_images, len(conditions.held_out), *time_trial(args, conditions, pipeline))
     duration = datetime.timedelta(seconds=math.ceil(seconds))
-    models = "model and base" if args.base else "the model"
+    models = "each of model and base" if args.base else "the model"
     until = f"{datetime.datetime.now() + duration:%Y-%m-%d %H:%M}"
     print(
         f"Takes about {duration}, until {until}, by a trial of a few steps:\n"
@@ -468,7 +469,11 @@ def print_table(figures, num_images, num_held_out):
         if found:
             cells = [mean_cell(found["model"]), mean_cell(found.get("base")), gain_cell(found.get("gain"))]
             print(f"{label:22} {better:7}{cells[0]:17} {cells[1]:17} {cells[2]}")
-    print("A gain above 0 is for the better, but to the nearest image: there 1 is a copy, and more is nearer.")
+    print("A gain above 0 is for the better, except in the line “to the nearest image”: there 1 is a copy.")
+    of_kid = {num_images: figures["kid"], num_held_out: figures["kid_held_out"]}
+    if few := [number for number, found in of_kid.items() if found and number < MIN_FOR_KID]:
+        told = f"Of fewer than {MIN_FOR_KID} images, such as {min(few)}, KID may be further off than it says here."
+        print(told)
     verdict = figures["memorisation"]
     for name in ("model", "base"):
         if name in verdict:
@@ -482,7 +487,7 @@ def mean_cell(numbers):
     """A mean and its standard error, in a cell of the table."""
     if not numbers:
         return "-"
-    error = f" +- {numbers['standard_error']:.2g}" if "standard_error" in numbers else ""
+    error = f" \N{PLUS-MINUS SIGN} {numbers['standard_error']:.2g}" if "standard_error" in numbers else ""
     return f"{numbers['mean']:.4g}{error}"
 
 
