@@ -94,6 +94,18 @@ def fitted(text):
     return "\n".join(lines if len(lines) <= MAX_LINES else [*lines[: MAX_LINES - 1], "  ..."])
 
 
+@contextlib.contextmanager
+def told_in_lines():
+    """Prints what is printed inside as `fitted` breaks each line of it, at the end."""
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(told):
+            yield
+    finally:
+        for line in told.getvalue().splitlines():
+            print(fitted(line))
+
+
 def last_line(error):
     """The last line of an exception's text, for a message of one line."""
     lines = str(error).strip().splitlines() or [type(error).__name__]

@@ -10,7 +10,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from sdtune.arguments import SWITCH, nearest_beside, path_name, secret_token
 from sdtune.dataset import read_rows
-from sdtune.errors import InputError, remedy_for_missing
+from sdtune.errors import InputError, fitted, remedy_for_missing, told_in_lines
 from sdtune.images import HOW_TO_CAPTION, is_image_file
 
 
@@ -65,9 +65,10 @@ def named_dataset(name):
     if not is_here:
         meant = nearest_beside(name)
         check_hub_name(name, meant)
-        print(f"There is no folder or file {name} here{meant}; looking for a dataset of that name on the Hub.")
+        print(fitted(f"There is no folder or file {name} here{meant}; looking for a dataset of that name on the Hub."))
     try:
-        yield
+        with told_in_lines():
+            yield
     except InputError as error:
         told = str(error).replace("--dataset_name=", "DATASET=")
         told = told.replace(HOW_TO_CAPTION, remedy_for_captions(name))

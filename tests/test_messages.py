@@ -652,6 +652,38 @@ def test_a_disk_that_is_full_while_a_command_writes(tiny_pipeline, tmp_path, cap
 # ---------------------------------------------------------------------------------------------------- how they fit
 
 
+SAYS_MUCH = {  # the words behind `sdtune`, and how what they say begins that is longer than a line
+    "check": (["check", "photos"], "Left aside in {here}/photos: 1 of a kind that is not read (HEIC), such as "),
+    "caption": (["caption", "photos", "--dry_run", "--model={captioner}"], "Left aside in {here}/photos: 1 of a kind"),
+    "push_dataset": (["push-dataset", "photos", "me/mine", "--dry_run"], "Left aside in {here}/photos: 1 of a kind "),
+    "push_model": (["push-model", "model", "me/mine", "--dry_run"], "Not sent: 0note.md, 10note.md, 11note.md, 12n"),
+    "report": (
+        ["report", "run"],
+        "run: No images were held out, so that nothing can be said about learning; the loss",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SAYS_MUCH)
+def test_what_commands_say_is_broken_too(
+    case, tiny_pipeline, tiny_captioner, image_folder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (image_folder(2, 512, name="photos") / "photo.heic").write_bytes(b"x")
+    shutil.copytree(tiny_pipeline, "model")
+    for number in range(20):
+        Path("model", f"{number}note.md").write_text("x")
+    Path("run").mkdir()
+    rows = [json.dumps({"step": number, "loss": 0.5}) for number in (1, 2)]
+    Path("run", "log.jsonl").write_text("\n".join(rows))
+    argv, told = SAYS_MUCH[case]
+    assert status_of(sdtune.main, *[word.format(captioner=tiny_captioner) for word in argv]) == 0
+    said = capsys.readouterr().out
+    assert all(len(line) <= COLUMNS or str(tmp_path) in line for line in said.splitlines())
+    assert told.format(here=tmp_path) in re.sub(r"\n {4,}", " ", said)
+    assert re.search(r"\n {4}\S", said)
+
+
 def test_a_message_is_broken_where_the_terminal_ends(monkeypatch):
     monkeypatch.setenv("COLUMNS", "30")
     assert fitted("train.py: --a=1: is not what it could be; drop it") == (

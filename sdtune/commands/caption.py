@@ -38,6 +38,7 @@ from sdtune.errors import (
     last_line,
     raise_problems,
     remedy_for_missing,
+    told_in_lines,
     told_to_user,
 )
 from sdtune.files import beside, name_in
@@ -343,12 +344,14 @@ def caption_folder(args):
     """Captions as `args` say. Whatever ends it, the captions that were made are written or in the journal."""
     folder = Path(os.path.abspath(args.folder))
     settings = {name: getattr(args, name) for name in CAPTION_SETTINGS}
-    images = read_captions(folder, args.caption_column, args.overwrite, args.format, args.follow_symlinks)
+    with told_in_lines():
+        images = read_captions(folder, args.caption_column, args.overwrite, args.format, args.follow_symlinks)
     wanted = {name_in(folder, path): path for path, has_one in images.items() if args.overwrite or not has_one}
     noted = read_journal(folder / JOURNAL, settings)
     made = {name: text for name, text in noted.items() if name in wanted}
     left = [path for name, path in wanted.items() if name not in made]
-    todo = usable(left, folder, args.cache_dir, args.skip_bad_images)
+    with told_in_lines():
+        todo = usable(left, folder, args.cache_dir, args.skip_bad_images)
     num_kept = counted(len(images) - len(wanted), "keeps its caption", "keep their captions")
     before = f"{counted(len(made), 'was', 'were')} captioned before a stop, " if made else ""
     print(f"{counted(len(images), 'image')}: {num_kept}, {before}{len(todo):,} to be captioned.")

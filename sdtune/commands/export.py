@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from sdtune.arguments import SWITCH, new_parser, parse_flags, path_name
 from sdtune.checkpoints import AVERAGED, read_settings
 from sdtune.digests import find_damage
-from sdtune.errors import InputError, last_line, raise_problems, remedy_for_missing, told_to_user
+from sdtune.errors import InputError, fitted, last_line, raise_problems, remedy_for_missing, told_to_user
 from sdtune.files import beside, read_json
 from sdtune.lora import add_adapters, file_of_adapters, lora_weights, save_lora
 from sdtune.lora_layouts import LORA_FILE
@@ -158,4 +158,4 @@ def main(argv=None):
             else:
                 export_pipeline(args, checkpoint, unfinished, suffix)
                 loader = f'StableDiffusionPipeline.from_pretrained("{output}")'
-        print(f"Wrote {output}: the {weights} weights of {checkpoint}. Load it with {loader}.")
+        print(fitted(f"Wrote {output}: the {weights} weights of {checkpoint}. Load it with {loader}."))

@@ -50,10 +50,12 @@ from sdtune.dataset import choose_rows, name_of, read_rows, split_rows
 from sdtune.errors import (
     InputError,
     counted,
+    fitted,
     gathered,
     in_one_line,
     last_line,
     raise_problems,
+    told_in_lines,
     told_to_user,
     without_secrets,
 )
@@ -297,7 +299,8 @@ def data_sections(runs, num_images):
         with contextlib.redirect_stdout(said):
             parts[run.name] = data_section(run, num_images)
         told.append(said.getvalue())
-    print("".join(dict.fromkeys(told)), end="")
+    with told_in_lines():
+        print("".join(dict.fromkeys(told)), end="")
     return parts
 
 
@@ -619,5 +622,5 @@ def main(argv=None):
                 server.serve_forever()
         write_text(output_of(args), as_page(runs, data))
     for run in runs:
-        print(f"{in_one_line(run.name)}: {judge(run)[0]}")
-    print(f"Wrote {in_one_line(output_of(args))}; a browser shows it.")
+        print(fitted(f"{in_one_line(run.name)}: {judge(run)[0]}"))
+    print(fitted(f"Wrote {in_one_line(output_of(args))}; a browser shows it."))
