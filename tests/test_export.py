@@ -141,6 +141,21 @@ def test_mistakes_are_named(fit, tmp_path, capsys):
     message = capsys.readouterr().err
     assert "is no whole checkpoint" in message
     assert "holds notes.txt" in message
+    run, there = tmp_path / "run", f"take {tmp_path / 'run' / 'checkpoint-1'}\n"
+    meant = f" (did you mean {run}?); give a folder checkpoint-N of a run\n"
+    for wrong, told in (
+        (run, f"is no whole checkpoint; {there}"),
+        (run / "checkpoint-99", f"does not exist; {there}"),
+        (run / "samples", f"does not exist; {there}"),
+        (tmp_path / "rum" / "checkpoint-1", f"does not exist{meant}"),
+        (tmp_path / "mine", "is no whole checkpoint; give a folder checkpoint-N of a run\n"),
+    ):
+        assert status_of(export.main, wrong, tmp_path / "out") == 2
+        assert capsys.readouterr().err == f"sdtune export: {wrong}: {told}"
+    shutil.copytree(run / "checkpoint-1", run / "checkpoint-10")
+    shutil.copytree(run / "checkpoint-1", run / "checkpoint-9")
+    assert status_of(export.main, run, tmp_path / "out") == 2
+    assert f"take {run}/checkpoint-1 or {run}/checkpoint-9 or {run}/checkpoint-10\n" in capsys.readouterr().err
     words = [tmp_path / "run" / "checkpoint-1", tmp_path / "out", "--weights=averaged"]
     assert status_of(export.main, *words) == 2
     assert "has no average" in capsys.readouterr().err
