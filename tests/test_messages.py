@@ -12,6 +12,7 @@ import torch
 from conftest import load_script
 from image_data import write_image_folder
 from running import REPO, SCRIPTS, TRAIN_TEXT_TO_IMAGE, TRAIN_TEXT_TO_IMAGE_LORA, status_of
+from shards import make_rows, write_tar
 from training import train, words
 
 from sdtune import __main__ as sdtune
@@ -391,6 +392,13 @@ def tables(folder):
     return f"or its train.parquet by --dataset_name={folder}"
 
 
+def shards(folder):
+    shutil.rmtree(folder)
+    write_tar(folder / "0.TAR", make_rows(1))
+    write_tar(folder / "1.tar", make_rows(1))
+    return f"or its 0.TAR by --dataset_name={folder}"
+
+
 def many_bad_images(folder):
     for number in range(30):
         (folder / f"bad{number:02d}.png").write_bytes(b"no image")
@@ -434,6 +442,7 @@ DATA = [
     a_file,
     empty,
     tables,
+    shards,
     many_bad_images,
     bad_json,
     another_column,

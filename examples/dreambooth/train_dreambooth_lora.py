@@ -1861,7 +1861,7 @@ def read_folder(folder, caption_column, takes_train=False, follows_links=False):
     captions = {path: [] for path in files if is_image_file(path, folder)}
     metadata = [path for path in files if path.name in METADATA_NAMES]
     if not captions:
-        tables = [path.name for path in files if path.suffix.lower() in (".parquet", ".arrow")]
+        tables = [path.name for path in files if path.suffix.lower() in (".parquet", ".arrow", ".tar")]
         more = f", or its {in_one_line(tables[0])} by --dataset_name={folder}" if tables else ""
         raise InputError(tell_no_images(folder, files) + more)
     texts = texts_by_name(files)
