@@ -92,6 +92,13 @@ def check_hub_name(name, meant):
         raise InputError(f"DATASET={name}: there is no such folder or file; {remedy}")
 
 
+def name_below(name, dataset):
+    """The name of an image, below the folder where the dataset is one and holds it."""
+    root = Path(os.path.abspath(dataset))
+    is_inside = os.path.isabs(name) and Path(name).is_relative_to(root)
+    return Path(name).relative_to(root).as_posix() if is_inside else name
+
+
 def remedy_for_captions(dataset):
     """How images of a dataset that have no captions get some."""
     if os.path.isdir(dataset) and any(is_image_file(path, dataset) for path in Path(dataset).rglob("*")):

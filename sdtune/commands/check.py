@@ -34,6 +34,7 @@ from sdtune.named_dataset import (
     add_named_dataset_arguments,
     check_dataset_is_named,
     check_outside,
+    name_below,
     read_named_rows,
     remedy_for_captions,
 )
@@ -145,12 +146,7 @@ def load_clip_tokenizer(args):
 
 def short_names(rows, dataset):
     """The names of the images, below the folder where the dataset is one."""
-    root, names = Path(os.path.abspath(dataset)), []
-    for index in range(len(rows)):
-        name = name_of(rows, index)
-        is_inside = os.path.isabs(name) and Path(name).is_relative_to(root)
-        names.append(Path(name).relative_to(root).as_posix() if is_inside else name)
-    return names
+    return [name_below(name_of(rows, index), dataset) for index in range(len(rows))]
 
 
 # -------------------------------------------------------------------------------------------------------- findings
