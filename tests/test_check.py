@@ -15,6 +15,7 @@ from running import REPO, status_of
 from tiny import make_tokenizer
 
 from sdtune.commands import check as command
+from sdtune.counts import count_sizes
 
 KINDS = ("unusable", "missing_captions", "cut_captions", "exact_duplicates", "near_duplicates", "enlarged")
 
@@ -427,6 +428,12 @@ def test_the_rarest_problem_comes_first(tmp_path, capsys):
 )
 def test_kinds_of_problems(problem, kind):
     assert command.kind_of_problem(problem) == kind
+
+
+def test_ratios_beyond_the_usual_ones_are_not_called_by_the_last_of_them():
+    sizes = [(90, 600), (600, 90), (100, 250), (250, 100), (100, 230), (230, 100), (100, 200), (64, 64)]
+    found = count_sizes([("", width, height, "") for width, height in sizes])["aspect_ratios"]
+    assert found == {"taller than 1:2": 2, "1:2": 2, "1:1": 1, "2:1": 1, "wider than 2:1": 2}
 
 
 @pytest.mark.parametrize("limit", ["2.5", "4"])
