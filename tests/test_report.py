@@ -878,6 +878,21 @@ def test_the_slider_shows_the_picture_of_its_step(page_in_browser, whole, other,
 
 
 @in_a_browser
+@pytest.mark.parametrize("width, are_beside", [(1400, True), (400, False)])
+def test_small_samples_of_several_runs_are_side_by_side(page_in_browser, whole, other, tmp_path, width, are_beside):
+    """Enlarged four times at most; one below the other where there is no room."""
+    page_of(whole, other, output=tmp_path / "page.html")
+    tab = page_in_browser(tmp_path / "page.html", width, "light")
+    places = tab.run(
+        "[...document.querySelectorAll('.grid')].map(grid => { const image = grid.querySelector(':scope > img');"
+        "return [image.width, image.naturalWidth, grid.getBoundingClientRect().top] })"
+    )
+    assert [shown / own for shown, own, _ in places] == [4, 4]
+    assert (places[0][2] == places[1][2]) == are_beside
+    assert tab.said == []
+
+
+@in_a_browser
 def test_a_page_that_is_watched_loads_again(page_in_browser, served, run):
     tab = page_in_browser(served)
     tab.run("slider.value = 1; slider.dispatchEvent(new Event('input'))")
