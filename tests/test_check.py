@@ -430,6 +430,20 @@ def test_kinds_of_problems(problem, kind):
     assert command.kind_of_problem(problem) == kind
 
 
+@pytest.mark.parametrize("photos", [["below/a.heic", "b.NEF"], []])
+def test_photos_of_another_kind_are_on_the_page_too(photos, tmp_path):
+    """Beside others they are no findings: training leaves them aside."""
+    folder = write_images(tmp_path / "images", {"a.png": noise(1)})
+    (folder / "below").mkdir()
+    for name in [*photos, "._a.heic"]:
+        (folder / name).write_bytes(b"x")
+    page = tmp_path / "page.html"
+    status, report = check(folder, tmp_path, f"--html={page}")
+    assert (status, report["left_aside"]) == (0, photos[::-1])
+    told = "2 of a kind that is not read (HEIC, NEF), such as b.NEF; convert to JPEG or PNG first"
+    assert (f"<tr><th>Left aside</th><td>{told}</td></tr>" in page.read_text(encoding="utf-8")) == bool(photos)
+
+
 def test_ratios_beyond_the_usual_ones_are_not_called_by_the_last_of_them():
     sizes = [(90, 600), (600, 90), (100, 250), (250, 100), (100, 230), (230, 100), (100, 200), (64, 64)]
     found = count_sizes([("", width, height, "") for width, height in sizes])["aspect_ratios"]

@@ -2190,7 +2190,7 @@ def tell_left_aside(folder, files, known):
     """Prints which of the files in a folder, but for hidden ones, are not among those that are `known`, and so not
     used."""
     aside = [path for path in files if path not in known and not is_hidden(path, folder)]
-    if foreign := foreign_pictures(aside):
+    if foreign := foreign_pictures(aside, folder):
         print(f"Left aside in {folder}: {tell_foreign_pictures(foreign)}.")
     if texts := [path for path in aside if path.suffix.lower() == ".txt"]:
         meant = [path for path in texts if path.with_suffix("") in known]  # such as a.png.txt
@@ -2205,14 +2205,14 @@ def tell_left_aside(folder, files, known):
 
 def tell_no_images(folder, files):
     """Why a folder with these files cannot be trained on, which holds no images."""
-    if foreign := foreign_pictures(files):
+    if foreign := foreign_pictures(files, folder):
         return f"the folder {folder} holds no images but {tell_foreign_pictures(foreign)}"
     return f"the folder {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}); name another"
 
 
-def foreign_pictures(files):
-    """Of some files the pictures of a kind that is not read."""
-    return [path for path in files if path.suffix.lower() in FOREIGN_SUFFIXES]
+def foreign_pictures(files, folder):
+    """Of some files in a folder the pictures of a kind that is not read, but for hidden ones."""
+    return [path for path in files if path.suffix.lower() in FOREIGN_SUFFIXES and not is_hidden(path, folder)]
 
 
 def tell_foreign_pictures(pictures):
@@ -2392,7 +2392,7 @@ def read_dataset(args, name, default_caption=None):
             raise InputError(f"--dataset_name={name}: holds images; drop --dataset_config_name and --image_column")
         return read_folder(name, args.caption_column, takes_train=True, follows_links=args.follow_symlinks)
     saved = [path for path in files if path.name in SAVED_NAMES]
-    if foreign_pictures(files) and not (pictures or data_files or saved):
+    if foreign_pictures(files, name) and not (pictures or data_files or saved):
         raise InputError(tell_no_images(name, files))
     check_data_files([*data_files, *saved], name, args.follow_symlinks)
     whole = without_empty(data_files, name)

@@ -150,7 +150,7 @@ def read_captions(folder, caption_column, overwrite, form, follows_links=False):
     check_links(used, folder, follows_links)
     if not images:
         raise InputError(tell_no_images(folder, names))
-    if foreign := foreign_pictures(names):
+    if foreign := foreign_pictures(names, folder):
         print(f"Left aside in {folder}: {tell_foreign_pictures(foreign)}.")
 
     own_metadata = folder / "metadata.jsonl"
