@@ -4,8 +4,10 @@ import argparse
 import contextlib
 import os
 import shlex
+import sys
 from pathlib import Path
 
+import datasets
 from huggingface_hub.utils import validate_repo_id
 
 from sdtune.arguments import SWITCH, nearest_beside, path_name, secret_token
@@ -61,6 +63,8 @@ def read_named_rows(args):
 def named_dataset(name):
     """Reads, inside, the dataset that a command's first word names: says before if it is looked for on the Hub, since
     it is no path here. Raises `InputError`, which calls it by that word, and at once for what the Hub cannot have."""
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()  # which show themselves in a file of what was said, too
     is_here, meant = os.path.exists(name), ""
     if not is_here:
         meant = nearest_beside(name)

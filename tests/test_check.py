@@ -12,6 +12,7 @@ from conftest import load_script
 from image_data import make_image, snapshot, write_messy_folder, write_metadata
 from PIL import Image, ImageOps
 from running import REPO, status_of
+from shards import make_rows, write_parquet, write_tar
 from tiny import make_tokenizer
 
 from sdtune.commands import check as command
@@ -442,6 +443,16 @@ def test_photos_of_another_kind_are_on_the_page_too(photos, tmp_path):
     assert (status, report["left_aside"]) == (0, photos[::-1])
     told = "2 of a kind that is not read (HEIC, NEF), such as b.NEF; convert to JPEG or PNG first"
     assert (f"<tr><th>Left aside</th><td>{told}</td></tr>" in page.read_text(encoding="utf-8")) == bool(photos)
+
+
+@pytest.mark.parametrize("write, name", [(write_tar, "0.tar"), (write_parquet, "train.parquet")])
+def test_libraries_draw_no_bars_outside_of_a_terminal(write, name, tmp_path, capsys):
+    write(tmp_path / "shards" / name, make_rows(3, size=(64, 64)))
+    datasets.enable_progress_bars()
+    assert check(tmp_path / "shards", tmp_path)[0] == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert said.out.startswith(f"{tmp_path / 'shards'}: 3 images, 3 usable, 3 captions\n")
 
 
 def test_ratios_beyond_the_usual_ones_are_not_called_by_the_last_of_them():
