@@ -391,6 +391,17 @@ def test_wrong_words_are_listed_together(tiny_pipeline, tmp_path, capsys):
     assert f"--model={tmp_path / 'no_model'}: no model's folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name, told", [("a.heic", "holds no images but 1 of a kind"), ("metadata.jsonl", "row 1 is")])
+def test_a_folder_is_looked_at_before_the_model_is_missed(name, told, tiny_pipeline, tmp_path, capsys):
+    (tmp_path / name).write_text("x")
+    if name == "metadata.jsonl":
+        make_image(0).save(tmp_path / "a.png")
+    assert run(tmp_path, tiny_pipeline / "text_encoder") == 2
+    message = capsys.readouterr()
+    assert (message.out, told in message.err) == ("", True)
+    assert "is a clip_text_model, no image-to-text model" in message.err
+
+
 @pytest.mark.parametrize("flag", ["--batch_size=0", "--max_new_tokens=0", "--num_beams=0", "--format=csv"])
 def test_wrong_flag_is_refused(images, tiny_captioner, capsys, flag):
     assert run(images, tiny_captioner, flag) == 2

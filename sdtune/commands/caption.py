@@ -8,6 +8,8 @@ batch is noted in my_images/.caption_images.jsonl until the captions are in thei
 where a run was stopped. BLIP: arXiv 2201.12086.
 """
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -34,6 +36,7 @@ from sdtune.errors import (
     InputError,
     counted,
     fitted,
+    gathered,
     in_one_line,
     last_line,
     raise_problems,
@@ -103,7 +106,7 @@ def make_parser():
 
 
 def check_args(args):
-    """Lists every setting that is wrong; opens no image and loads no weights."""
+    """Lists every setting that is wrong, and what is wrong with the folder; opens no image and loads no weights."""
     problems = []
     if not args.folder:
         problems.append("FOLDER is missing: name a folder of images")
@@ -114,6 +117,10 @@ def check_args(args):
         )
     elif not args.dry_run and not os.access(args.folder, os.W_OK):
         problems.append(f"FOLDER={args.folder}: cannot be written to; grant access, or caption a copy")
+    else:
+        with gathered(problems), contextlib.redirect_stdout(io.StringIO()):  # it is told when they are captioned
+            folder = Path(os.path.abspath(args.folder))
+            read_captions(folder, args.caption_column, args.overwrite, args.format, args.follow_symlinks)
     if args.precision == "fp16" and not torch.accelerator.is_available():
         problems.append("--precision=fp16: cannot be used on a CPU; use bf16 or no")
     if args.caption_column == "file_name":
