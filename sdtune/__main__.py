@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import logging
+import os
 import sys
 
 from sdtune.errors import is_utf8, print_any_character, told_to_user
@@ -31,9 +32,21 @@ def overview():
 
 
 def main(argv=None):
-    """Runs the command that the first word names, with the others as its own; returns its status."""
+    """Runs the command that the first word names, with the others as its own; returns its status. Where nobody reads
+    its output any more, as of `head`, it ends without a word."""
     print_any_character()
-    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        try:
+            return run(sys.argv[1:] if argv is None else list(argv))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain as it ends
+        return 141  # 128 + SIGPIPE, as of other programs
+
+
+def run(argv):
+    """Runs the command that the first of the words names, with the others as its own; returns its status."""
     name = argv[0] if argv else ""
     if odd := [word for word in argv if not is_utf8(word)]:
         print(f"sdtune: {odd[0]!a} is not UTF-8; if it is, set PYTHONUTF8=1", file=sys.stderr)

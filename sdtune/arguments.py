@@ -283,8 +283,11 @@ def missing_here(name):
 
 
 def nearest_beside(name):
-    """Asks whether that is meant which has the name most like it of what lies where it would; "" if nothing has."""
-    folder, own_name = os.path.split(name.rstrip("/"))
+    """Asks, of a path that is not there, whether that is meant which has the name most like it of what lies where it
+    would; "" if nothing has."""
+    if os.path.exists(name):
+        return ""
+    folder, own_name = os.path.split(str(name).rstrip("/"))
     there = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
     alike = difflib.get_close_matches(own_name, sorted(there), 1)
     return f" (did you mean {os.path.join(folder, alike[0])}?)" if alike else ""

@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 
 RATIOS = {  # width / height
+    "taller than 1:2": 1 / 3,  # and beyond
     "1:2": 1 / 2,
     "9:16": 9 / 16,
     "2:3": 2 / 3,
@@ -18,6 +19,7 @@ RATIOS = {  # width / height
     "3:2": 3 / 2,
     "16:9": 16 / 9,
     "2:1": 2,
+    "wider than 2:1": 3,  # and beyond
 }
 MAX_WORDS = 40  # that are shown
 

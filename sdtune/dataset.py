@@ -19,7 +19,7 @@ from huggingface_hub import DatasetCard
 from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image, ImageOps
 
-from sdtune.arguments import noise_offset_of
+from sdtune.arguments import nearest_beside, noise_offset_of
 from sdtune.entries import Cache, path_of_caption, path_of_image, read_whole_entry
 from sdtune.errors import InputError, counted, in_one_line, is_utf8, last_line, remedy_for_missing
 from sdtune.files import read_json
@@ -27,6 +27,7 @@ from sdtune.images import (
     IMAGE_SUFFIXES,
     NO_CAPTION,
     check_images,
+    is_hidden,
     is_image_file,
     leave_out,
     open_fitted,
@@ -191,7 +192,7 @@ def check_data(args, folder_flag):
         )
     if folder and not os.path.isdir(folder):
         remedy = remedy_for_missing(folder) or "name one"
-        problems.append(f"--{folder_flag}={folder}: does not exist, or is no folder; {remedy}")
+        problems.append(f"--{folder_flag}={folder}: does not exist, or is no folder{nearest_beside(folder)}; {remedy}")
     if source and Path(args.output_dir).resolve().is_relative_to(Path(source).resolve()):
         problems.append(
             f"--output_dir={args.output_dir}: lies in the folder of the images, or below its name; put it elsewhere"
@@ -303,23 +304,20 @@ def split_rows(num_rows, num_held_out):
 
 def read_folder(folder, caption_column, takes_train=False, follows_links=False):
     """Reads a folder into rows of `image` and `captions`, from metadata.jsonl or .csv or a .txt beside the image. What
-    is missing gives a row too, so that the check names it. With `takes_train` a folder of that name in it is read
-    alone. Raises `InputError` for what cannot be read as text, and unless it `follows_links` for links that lead out
-    of the folder."""
+    is missing gives a row too, so that the check names it. Where a .txt cannot be read as text there is a column
+    `problem` too, which says so. With `takes_train` a folder of that name in it is read alone. Raises `InputError` for
+    metadata that cannot be read as text, and unless it `follows_links` for links that lead out of the folder."""
     folder = Path(os.path.abspath(folder))
     files = list_files(folder)
     captions = {path: [] for path in files if is_image_file(path, folder)}
     metadata = [path for path in files if path.name in METADATA_NAMES]
     if not captions:
-        told = f"the folder {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}); name another"
-        if foreign := [path for path in files if path.suffix.lower() in FOREIGN_SUFFIXES]:
-            raise InputError(f"the folder {folder} holds no images but {tell_foreign_pictures(foreign)}")
-        tables = [path.name for path in files if path.suffix.lower() in (".parquet", ".arrow")]
-        raise InputError(f"{told}, or its {in_one_line(tables[0])} by --dataset_name={folder}" if tables else told)
-    texts = {image.with_suffix(".txt") for image in captions}
-    check_links(
-        [path for path in files if path in captions or path in metadata or path in texts], folder, follows_links
-    )
+        tables = [path.name for path in files if path.suffix.lower() in (".parquet", ".arrow", ".tar")]
+        more = f", or its {in_one_line(tables[0])} by --dataset_name={folder}" if tables else ""
+        raise InputError(tell_no_images(folder, files) + more)
+    texts = texts_by_name(files)
+    used = {*captions, *metadata, *[text_beside(image, texts) for image in captions]}
+    check_links([path for path in files if path in used], folder, follows_links)
     columns = set()
     for path in metadata:
         for row in read_metadata(path, caption_column, folder, follows_links):
@@ -328,23 +326,50 @@ def read_folder(folder, caption_column, takes_train=False, follows_links=False):
     if metadata and caption_column not in columns:
         raise InputError(f"{metadata[0]}: has no {caption_column!r} but {sorted(columns)}; set --caption_column")
     without = [image for image, found in captions.items() if not found]
-    beside = [image.with_suffix(".txt") for image in without]  # of images that metadata names, too
-    check_links([path for path in beside if path not in texts], folder, follows_links)
+    beside = {image: text_beside(image, texts) for image in captions}  # of images that metadata names, too
+    check_links([beside[image] for image in without if beside[image] not in used], folder, follows_links)
+    problems = {}
     for image in without:
-        captions[image] += read_caption_beside(image)
-    known = {*captions, *metadata}
-    if foreign := [path for path in files if path.suffix.lower() in FOREIGN_SUFFIXES]:
-        known.update(foreign)
-        print(f"Left aside in {folder}: {tell_foreign_pictures(foreign)}.")
-    if aside := [path.name for path in files if path not in known and path.suffix != ".txt"]:
-        some = in_one_line(", ".join(aside[:5]))
-        print(f"Left aside in {folder}: {counted(len(aside), 'file')} of other kinds, such as {some}.")
+        found, problems[image] = read_caption(beside[image])
+        captions[image] += found
+    tell_left_aside(folder, files, {*captions, *metadata, *beside.values()})
     captions = {image: captions[image] for image in of_split(captions, folder, takes_train)}
     names = [str(path) for path in captions]
     if odd := [name for name in names if not is_utf8(name)]:
         raise InputError(f"{odd[0]!a}: its name is not UTF-8; rename it, or if it is, set PYTHONUTF8=1")
     rows = [{"image": str(path), "captions": found} for path, found in sorted(captions.items())]
+    if any(problems.values()):
+        rows = [{**row, "problem": problems.get(Path(row["image"]))} for row in rows]
     return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image(decode=False))
+
+
+def tell_left_aside(folder, files, known):
+    """Prints which of the files in a folder, but for hidden ones, are not among those that are `known`, and so not
+    used."""
+    aside = [path for path in files if path not in known and not is_hidden(path, folder)]
+    if foreign := foreign_pictures(aside, folder):
+        print(f"Left aside in {folder}: {tell_foreign_pictures(foreign)}.")
+    if texts := [path for path in aside if path.suffix.lower() == ".txt"]:
+        meant = [path for path in texts if path.with_suffix("") in known]  # such as a.png.txt
+        some = in_one_line((meant or texts)[0].name)
+        remedy = f"; call it {in_one_line(Path(meant[0].stem).with_suffix('.txt'))}" if meant else ""
+        print(f"Left aside in {folder}: {len(texts):,} .txt without a picture of that name, such as {some}{remedy}.")
+    told = {*foreign, *texts}
+    if others := [path.name for path in aside if path not in told]:
+        some = in_one_line(", ".join(others[:5]))
+        print(f"Left aside in {folder}: {counted(len(others), 'file')} of other kinds, such as {some}.")
+
+
+def tell_no_images(folder, files):
+    """Why a folder with these files cannot be trained on, which holds no images."""
+    if foreign := foreign_pictures(files, folder):
+        return f"the folder {folder} holds no images but {tell_foreign_pictures(foreign)}"
+    return f"the folder {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}); name another"
+
+
+def foreign_pictures(files, folder):
+    """Of some files in a folder the pictures of a kind that is not read, but for hidden ones."""
+    return [path for path in files if path.suffix.lower() in FOREIGN_SUFFIXES and not is_hidden(path, folder)]
 
 
 def tell_foreign_pictures(pictures):
@@ -489,15 +514,29 @@ def locate(file_name, metadata, folder, follows_links, places, parents):
     return file
 
 
-def read_caption_beside(image):
-    """The caption in the .txt beside an image, as a list that is empty if there is none. Raises `InputError`."""
-    beside = image.with_suffix(".txt")
-    if beside.is_file() and beside.stat().st_size > MAX_CAPTION_BYTES:
-        raise InputError(f"{beside}: has {beside.stat().st_size:,} bytes, which is no caption; shorten or remove it")
+def texts_by_name(files):
+    """{path without its suffix: path} of the .txt among some files, of which .txt goes before .TXT."""
+    return {path.with_suffix(""): path for path in sorted(files) if path.suffix.lower() == ".txt"}
+
+
+def text_beside(image, texts):
+    """The path of the .txt beside an image, one of `texts_by_name`, or that of one which is not there."""
+    return texts.get(image.with_suffix(""), image.with_suffix(".txt"))
+
+
+def read_caption(beside):
+    """The caption in the .txt beside an image, as a list that is empty if there is none; and what is wrong with it, or
+    None."""
+    if not beside.is_file():
+        return [], None
+    if beside.stat().st_size > MAX_CAPTION_BYTES:
+        return [], f"its caption, a .txt, has more than {MAX_CAPTION_BYTES:,} bytes; shorten or remove it"
     try:
-        return [beside.read_text("utf-8-sig").strip()] if beside.is_file() else []
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{beside}: cannot be read as UTF-8 ({last_line(error)}); convert or remove it") from None
+        return [beside.read_text("utf-8-sig").strip()], None
+    except UnicodeDecodeError:
+        return [], "its caption, a .txt, is not UTF-8; convert it"  # as of tar shards
+    except OSError as error:
+        return [], f"its caption, a .txt, cannot be read ({error.strerror}); grant access"
 
 
 def read_dataset(args, name, default_caption=None):
@@ -510,6 +549,8 @@ def read_dataset(args, name, default_caption=None):
             raise InputError(f"--dataset_name={name}: holds images; drop --dataset_config_name and --image_column")
         return read_folder(name, args.caption_column, takes_train=True, follows_links=args.follow_symlinks)
     saved = [path for path in files if path.name in SAVED_NAMES]
+    if foreign_pictures(files, name) and not (pictures or data_files or saved):
+        raise InputError(tell_no_images(name, files))
     check_data_files([*data_files, *saved], name, args.follow_symlinks)
     whole = without_empty(data_files, name)
     are_aside = bool(pictures) or len(whole) < len(data_files)
@@ -583,8 +624,9 @@ def columns_of(features, image_column, caption_column):
 def is_picture_folder(name, files, pictures, data_files):
     """Whether a folder's pictures are what is to be trained on, not those that go with its data files. Raises
     `InputError` where nobody can tell."""
-    beside = {path.with_suffix(".txt") for path in pictures}
-    if not data_files or any(path.name in METADATA_NAMES or path in beside for path in files):
+    texts = texts_by_name(files)
+    has_captions = any(path.name in METADATA_NAMES for path in files)
+    if not data_files or has_captions or any(path.with_suffix("") in texts for path in pictures):
         return True
     some, picture = [os.path.relpath(path, name) for path in (data_files[0], pictures[0])]
     if any(path.suffix.lower() in (".parquet", ".arrow") for path in data_files):
@@ -795,9 +837,7 @@ def check_rows(rows, memory, skip_bad_images, tokenizer, resolution, fit=None, a
     and of captions that are cut."""
     bad, cut, digests, contents, sizes = [], [], {}, [], []
     captions = list(rows["captions"])
-    problems = list(rows["problem"]) if "problem" in rows.column_names else [None] * len(rows)  # of tar shards
     for index, (digest, width, height, problem) in enumerate(check_images(rows, memory)):
-        problem = problems[index] or problem
         if not problem and not captions[index]:
             problem = NO_CAPTION
         if problem:

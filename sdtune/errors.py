@@ -94,6 +94,18 @@ def fitted(text):
     return "\n".join(lines if len(lines) <= MAX_LINES else [*lines[: MAX_LINES - 1], "  ..."])
 
 
+@contextlib.contextmanager
+def told_in_lines():
+    """Prints what is printed inside as `fitted` breaks each line of it, at the end."""
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(told):
+            yield
+    finally:
+        for line in told.getvalue().splitlines():
+            print(fitted(line))
+
+
 def last_line(error):
     """The last line of an exception's text, for a message of one line."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -159,6 +171,8 @@ def told_to_user(program, speaks=True, errors=InputError, stopped=None, patience
         try:
             with contextlib.redirect_stdout(sys.stdout if speaks else io.StringIO()):
                 yield
+        except BrokenPipeError:  # nobody reads what is printed, which is no mistake
+            raise
         except errors as error:
             time.sleep(patience)  # in which the launcher's signal may come
             print(fitted(f"{program}: {error}{remedy_for(error)}"), file=sys.stderr)

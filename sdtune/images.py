@@ -24,6 +24,7 @@ IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".p
 # What is looked for in a file, whatever its suffix. Pillow knows more, and runs Ghostscript for some.
 FORMATS = ["AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP"]
 NO_CAPTION = "has no caption, in metadata or a .txt beside it"
+HOW_TO_CAPTION = "`sdtune caption FOLDER` writes captions"
 MAX_FILE_BYTES = 2**32  # of 16-bit pixels as many as are opened have a third
 MIN_SIDE = 16  # pixels; anything smaller is an icon or a broken file
 LISTINGS = "listings"  # the place, in what is remembered, of the keys of datasets that hold their images
@@ -201,8 +202,9 @@ def path_of_findings(place, cache_dir):
 
 
 def check_images(rows, memory):
-    """Opens every image once, in parallel, and remembers `check_image`'s findings, which it returns, in the file
-    `memory`. Of several processes the first one does it, the others read what it remembers. Raises `InputError`."""
+    """Opens every image once, in parallel, and remembers `check_image`'s findings in the file `memory`; returns them,
+    with what was wrong with a row as it was read, its `problem`, if it has that column. Of several processes the first
+    one does it, the others read what it remembers. Raises `InputError`."""
     try:
         memory.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{memory}.lock").acquire()
@@ -216,7 +218,9 @@ def check_images(rows, memory):
         if new:
             with contextlib.suppress(OSError), beside(memory) as unfinished:  # a full disk only costs time
                 unfinished.write_text(json.dumps({**known, **new}), encoding="utf-8")
-    return findings
+    if "problem" not in getattr(rows, "column_names", ()):
+        return findings
+    return [[*found, told or problem] for (*found, problem), told in zip(findings, rows["problem"], strict=True)]
 
 
 def look_at_all(rows, known):
@@ -255,7 +259,7 @@ def leave_out(bad, num_images, may_leave_out, remedy="", are_of_stream=False):
     unusable = "\n  ".join([f"{number}:", *map(printable, (others + without)[:100])])
     if not may_leave_out:
         choice = "use a larger --num_validation_samples" if are_of_stream else "add --skip_bad_images"
-        mend = "`sdtune caption FOLDER` writes captions; mend" if without else "Mend"
+        mend = f"{HOW_TO_CAPTION}; mend" if without else "Mend"
         raise InputError(f"{unusable}\n{mend} or remove them, or {choice}{remedy}.")
     why = "of what is held out" if are_of_stream else "(--skip_bad_images)"
     print(f"Left out {why}: {unusable}")

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import diffusers
 import torch
 from safetensors import SafetensorError, safe_open
 
-from sdtune.arguments import check_keys, parse_words, path_name, read_config, setting_words
+from sdtune.arguments import check_keys, nearest_beside, parse_words, path_name, read_config, setting_words
 from sdtune.errors import InputError, is_utf8, last_line, remedy_for_missing
 from sdtune.files import existing_place
 from sdtune.lora_layouts import LORA_FILE
@@ -131,8 +132,10 @@ def find_loras(loras):
             with safe_open(path, "pt") as file:
                 keys = list(file.keys())
         except (OSError, SafetensorError) as error:
-            remedy = remedy_for_missing(path)
-            told = f"does not exist; {remedy}" if remedy else f"is no LoRA in a .safetensors file ({last_line(error)})"
+            told = f"is no LoRA in a .safetensors file ({last_line(error)})"
+            if not path.exists():
+                remedy = remedy_for_missing(path) or f"name a LoRA file, or a folder with {LORA_FILE}"
+                told = f"does not exist{nearest_beside(path)}; {remedy}"
             problems.append(f"--lora={item}: {path} {told}")
             continue
         if any(key.endswith(".dora_scale") for key in keys):  # diffusers would leave them out, and draw something else
@@ -163,6 +166,9 @@ def read_configs(flag, source, token=None):
     if Path(source, LORA_FILE).is_file() and not Path(source, "model_index.json").is_file():
         remedy = f"give the model that they were trained on, and --lora={source}"
         raise InputError(f"{name}: holds LoRA weights; {remedy}")
+    if Path(source, "progress.json").is_file():
+        remedy = f"make a model of it by `sdtune export {shlex.quote(str(source))} OUTPUT`"
+        raise InputError(f"{name}: is a checkpoint of a training; {remedy}")
     try:
         parts = diffusers.StableDiffusionPipeline.load_config(source, token=token)
         vae = diffusers.AutoencoderKL.load_config(source, subfolder="vae", token=token)

@@ -4,14 +4,16 @@ import argparse
 import contextlib
 import os
 import shlex
+import sys
 from pathlib import Path
 
+import datasets
 from huggingface_hub.utils import validate_repo_id
 
 from sdtune.arguments import SWITCH, nearest_beside, path_name, secret_token
 from sdtune.dataset import read_rows
-from sdtune.errors import InputError, remedy_for_missing
-from sdtune.images import is_image_file
+from sdtune.errors import InputError, fitted, remedy_for_missing, told_in_lines
+from sdtune.images import HOW_TO_CAPTION, is_image_file
 
 
 def add_named_dataset_arguments(parser):
@@ -65,15 +67,19 @@ def read_named_rows(args):
 def named_dataset(name):
     """Reads, inside, the dataset that a command's first word names: says before if it is looked for on the Hub, since
     it is no path here. Raises `InputError`, which calls it by that word, and at once for what the Hub cannot have."""
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()  # which show themselves in a file of what was said, too
     is_here, meant = os.path.exists(name), ""
     if not is_here:
         meant = nearest_beside(name)
         check_hub_name(name, meant)
-        print(f"There is no folder or file {name} here{meant}; looking for a dataset of that name on the Hub.")
+        print(fitted(f"There is no folder or file {name} here{meant}; looking for a dataset of that name on the Hub."))
     try:
-        yield
+        with told_in_lines():
+            yield
     except InputError as error:
         told = str(error).replace("--dataset_name=", "DATASET=")
+        told = told.replace(HOW_TO_CAPTION, remedy_for_captions(name))
         if not is_here:
             fails = f"DATASET={name}: cannot be loaded; "
             looked = (
@@ -92,6 +98,13 @@ def check_hub_name(name, meant):
         remedy = remedy or f"check its name{meant}"
     if remedy:
         raise InputError(f"DATASET={name}: there is no such folder or file; {remedy}")
+
+
+def name_below(name, dataset):
+    """The name of an image, below the folder where the dataset is one and holds it."""
+    root = Path(os.path.abspath(dataset))
+    is_inside = os.path.isabs(name) and Path(name).is_relative_to(root)
+    return Path(name).relative_to(root).as_posix() if is_inside else name
 
 
 def remedy_for_captions(dataset):

@@ -6,6 +6,7 @@ import math
 import re
 from pathlib import Path
 
+from sdtune.arguments import nearest_beside
 from sdtune.errors import InputError, counted, remedy_for_missing
 from sdtune.output import HISTORY_FILE
 
@@ -68,7 +69,7 @@ def read_run(folder, name):
     folder = Path(folder)
     log, settings = folder / "log.jsonl", folder / "args.json"
     if not log.is_file() and not settings.is_file():
-        told = "is no folder" if folder.exists() else "there is no such folder"
+        told = "is no folder" if folder.exists() else f"there is no such folder{nearest_beside(folder)}"
         told = "holds no log.jsonl of a training" if folder.is_dir() else told
         remedy = remedy_for_missing(folder) or "name the --output_dir of a run"
         raise InputError(f"{folder}: {told}; {remedy}")

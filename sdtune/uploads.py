@@ -6,7 +6,7 @@ from pathlib import Path
 
 import huggingface_hub
 
-from sdtune.arguments import SWITCH, secret_token
+from sdtune.arguments import SWITCH, nearest_beside, secret_token
 from sdtune.errors import InputError, last_line, remedy_for_missing
 
 CARD = "README.md"
@@ -30,7 +30,8 @@ def check_upload(args, what):
     if not args.folder:
         problems.append(f"FOLDER is missing: name {what}")
     elif not Path(args.folder).is_dir():
-        problems.append(f"FOLDER={args.folder}: {remedy_for_missing(args.folder) or f'is no folder; name {what}'}")
+        remedy = remedy_for_missing(args.folder) or f"name {what}"
+        problems.append(f"FOLDER={args.folder}: is no folder{nearest_beside(args.folder)}; {remedy}")
     try:
         huggingface_hub.utils.validate_repo_id(args.repo_id or "")
     except ValueError:

@@ -89,7 +89,15 @@ def test_captions_of_all_images(images, tiny_captioner, capsys):
     after = snapshot(images)
     assert after.pop("metadata.jsonl")
     assert after == before
-    assert "Captioned 8 images" in capsys.readouterr().out
+    assert capsys.readouterr().out.splitlines() == [
+        "8 images: 0 keep their captions, 8 to be captioned.",
+        f"Wrote {images / 'metadata.jsonl'}: 8 new captions.",
+    ]
+    assert run(images, tiny_captioner) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "8 images: 8 keep their captions, 0 to be captioned.",
+        f"Nothing was written in {images}.",
+    ]
 
 
 def test_beams_and_words_around(images, tiny_captioner):
@@ -118,9 +126,13 @@ def test_words_around_a_caption(given, expected):
     assert command.compose(**{**none, **given}) == expected
 
 
-def test_text_files(images, tiny_captioner):
+def test_text_files(images, tiny_captioner, capsys):
     (images / "03.txt").write_text("mine")
     assert run(images, tiny_captioner, "--format=txt") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "8 images: 1 keeps its caption, 7 to be captioned.",
+        f"Wrote 7 new captions in {images}, each into a .txt beside its image.",
+    ]
     expected = {**said(images), "03.png": "mine"}
     assert not (images / "metadata.jsonl").exists()
     assert captions_beside(images) == expected
@@ -128,6 +140,13 @@ def test_text_files(images, tiny_captioner):
     assert seen_by_training(images) == {str(images / name): [caption] for name, caption in expected.items()}
     assert run(images, tiny_captioner, "--format=txt", "--overwrite", "--suffix=new") == 0
     assert (images / "03.txt").read_text().strip() == f"{said(images)['03.png']} new"
+
+
+def test_text_files_count_whatever_the_case_of_their_suffix(images, tiny_captioner):
+    (images / "03.TXT").write_text("mine")
+    assert run(images, tiny_captioner) == 0
+    assert captions(images) == {name: caption for name, caption in said(images).items() if name != "03.png"}
+    assert seen_by_training(images)[str(images / "03.png")] == ["mine"]
 
 
 def test_existing_metadata_is_kept(images, tiny_captioner):
@@ -260,6 +279,10 @@ def test_interrupted_overwriting_goes_on(images, tiny_captioner, monkeypatch, ca
     seen = note_batches(monkeypatch)
     assert run(images, tiny_captioner, *flags) == 0
     assert seen == [["06.png", "07.png"]]
+    assert capsys.readouterr().out.splitlines() == [
+        "8 images: 0 keep their captions, 6 were captioned before a stop, 2 to be captioned.",
+        f"Wrote {images / 'metadata.jsonl'}: 8 new captions.",
+    ]
     assert captions(images) == said(images)
     assert not (images / JOURNAL).exists()
 
@@ -368,6 +391,17 @@ def test_wrong_words_are_listed_together(tiny_pipeline, tmp_path, capsys):
     assert f"--model={tmp_path / 'no_model'}: no model's folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name, told", [("a.heic", "holds no images but 1 of a kind"), ("metadata.jsonl", "row 1 is")])
+def test_a_folder_is_looked_at_before_the_model_is_missed(name, told, tiny_pipeline, tmp_path, capsys):
+    (tmp_path / name).write_text("x")
+    if name == "metadata.jsonl":
+        make_image(0).save(tmp_path / "a.png")
+    assert run(tmp_path, tiny_pipeline / "text_encoder") == 2
+    message = capsys.readouterr()
+    assert (message.out, told in message.err) == ("", True)
+    assert "is a clip_text_model, no image-to-text model" in message.err
+
+
 @pytest.mark.parametrize("flag", ["--batch_size=0", "--max_new_tokens=0", "--num_beams=0", "--format=csv"])
 def test_wrong_flag_is_refused(images, tiny_captioner, capsys, flag):
     assert run(images, tiny_captioner, flag) == 2
@@ -395,7 +429,20 @@ def test_folder_that_cannot_be_captioned(images, tiny_captioner, capsys, name, t
 
 def test_folder_without_images(tmp_path, tiny_captioner, capsys):
     assert run(tmp_path, tiny_captioner) == 2
-    assert f"{tmp_path} holds no images" in capsys.readouterr().err
+    assert f"{tmp_path} holds no images (.avif, " in capsys.readouterr().err
+    (tmp_path / "a.heic").write_bytes(b"x")
+    assert run(tmp_path, tiny_captioner) == 2
+    told = "holds no images but 1 of a kind that is not read (HEIC), such as a.heic; convert to JPEG or PNG first\n"
+    assert capsys.readouterr().err.endswith(told)
+
+
+@pytest.mark.parametrize("photos, kinds", [(["a.heic"], "HEIC"), (["a.DNG", "below/b.heic"], "DNG, HEIC")])
+def test_photos_of_another_kind_are_said_to_be_left_aside(images, tiny_captioner, capsys, photos, kinds):
+    for name in photos:
+        (images / name).write_bytes(b"x")
+    assert run(images, tiny_captioner, "--dry_run") == 0
+    told = f"{len(photos)} of a kind that is not read ({kinds}), such as {photos[0]}; convert to JPEG or PNG first."
+    assert capsys.readouterr().out.startswith(f"Left aside in {images}: {told}\n8 images: ")
 
 
 def test_default_model_without_a_connection(tmp_path, capsys):

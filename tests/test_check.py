@@ -12,9 +12,11 @@ from conftest import load_script
 from image_data import make_image, snapshot, write_messy_folder, write_metadata
 from PIL import Image, ImageOps
 from running import REPO, status_of
+from shards import make_rows, write_parquet, write_tar
 from tiny import make_tokenizer
 
 from sdtune.commands import check as command
+from sdtune.counts import count_sizes
 
 KINDS = ("unusable", "missing_captions", "cut_captions", "exact_duplicates", "near_duplicates", "enlarged")
 
@@ -429,6 +431,36 @@ def test_kinds_of_problems(problem, kind):
     assert command.kind_of_problem(problem) == kind
 
 
+@pytest.mark.parametrize("photos", [["below/a.heic", "b.NEF"], []])
+def test_photos_of_another_kind_are_on_the_page_too(photos, tmp_path):
+    """Beside others they are no findings: training leaves them aside."""
+    folder = write_images(tmp_path / "images", {"a.png": noise(1)})
+    (folder / "below").mkdir()
+    for name in [*photos, "._a.heic"]:
+        (folder / name).write_bytes(b"x")
+    page = tmp_path / "page.html"
+    status, report = check(folder, tmp_path, f"--html={page}")
+    assert (status, report["left_aside"]) == (0, photos[::-1])
+    told = "2 of a kind that is not read (HEIC, NEF), such as b.NEF; convert to JPEG or PNG first"
+    assert (f"<tr><th>Left aside</th><td>{told}</td></tr>" in page.read_text(encoding="utf-8")) == bool(photos)
+
+
+@pytest.mark.parametrize("write, name", [(write_tar, "0.tar"), (write_parquet, "train.parquet")])
+def test_libraries_draw_no_bars_outside_of_a_terminal(write, name, tmp_path, capsys):
+    write(tmp_path / "shards" / name, make_rows(3, size=(64, 64)))
+    datasets.enable_progress_bars()
+    assert check(tmp_path / "shards", tmp_path)[0] == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert said.out.startswith(f"{tmp_path / 'shards'}: 3 images, 3 usable, 3 captions\n")
+
+
+def test_ratios_beyond_the_usual_ones_are_not_called_by_the_last_of_them():
+    sizes = [(90, 600), (600, 90), (100, 250), (250, 100), (100, 230), (230, 100), (100, 200), (64, 64)]
+    found = count_sizes([("", width, height, "") for width, height in sizes])["aspect_ratios"]
+    assert found == {"taller than 1:2": 2, "1:2": 2, "1:1": 1, "2:1": 1, "wider than 2:1": 2}
+
+
 @pytest.mark.parametrize("limit", ["2.5", "4"])
 def test_duplicates_come_before_small_images_and_say_what_their_distance_means(limit, tmp_path, capsys):
     images = {"a.png": noise(1), "b.png": noise(2), "small.png": noise(3, (60, 40))}
@@ -464,6 +496,33 @@ def test_a_mistyped_folder_is_looked_for_on_the_hub_in_so_many_words(tmp_path, m
         assert said.out == looking
         told = f"DATASET={name}: no such folder here{meant}; looked for a dataset of that name on the Hub too, which"
         assert told in " ".join(said.err.split())
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+def test_captions_in_other_encodings_are_findings_beside_others(encoding, tmp_path, capsys):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(4):
+        noise(number).save(folder / f"{number}.png")
+    for number in (0, 2):
+        (folder / f"{number}.txt").write_bytes("ein Mädchen".encode(encoding))
+    (folder / "3.txt").write_text("a girl")
+    status, report = check(folder, tmp_path)
+    told = "its caption, a .txt, is not UTF-8; convert it"
+    assert (status, report["num_usable"]) == (1, 1)
+    assert named(report["unusable"], "problem") == [("0.png", told), ("2.png", told)]
+    assert named(report["missing_captions"]) == [("1.png",)]
+    assert "Unusable images: 2 (training stops at these" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, kind", [("a.heic", "HEIC"), ("below/b.NEF", "NEF")])
+def test_a_folder_of_photos_of_another_kind_alone(name, kind, tmp_path, capsys):
+    photo = tmp_path / "photos" / name
+    photo.parent.mkdir(parents=True)
+    photo.write_bytes(b"x")
+    told = f"1 of a kind that is not read ({kind}), such as {photo.name}; convert to JPEG or PNG first"
+    said = errors(capsys, tmp_path / "photos")
+    assert said == f"sdtune check: the folder {tmp_path / 'photos'} holds no images but {told}\n"
 
 
 def test_what_cannot_be_a_name_on_the_hub_is_not_looked_for_there(tmp_path, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """`sdtune` names its commands without importing what they need, and passes words and status on."""
 
+import os
 import subprocess
 import sys
 from configparser import ConfigParser
@@ -10,6 +11,7 @@ from image_data import write_image_folder
 from running import REPO, run_command, status_of
 
 from sdtune import __main__ as sdtune
+from sdtune.errors import told_to_user
 
 every_command = pytest.mark.parametrize("name", sdtune.COMMANDS)
 # Runs `sdtune --help`, then says what it has imported.
@@ -95,6 +97,27 @@ def test_words_and_status_are_passed_on(tmp_path):
     assert ran.returncode == 1, ran.stderr
     assert "01.png: 64 x 64, enlarged 1.02 times" in ran.stdout
     assert "Traceback" not in ran.stderr
+
+
+@pytest.mark.parametrize("words", [["--help"], ["check", "data", "--cache_dir=cache"]])
+def test_a_reader_that_has_gone_ends_it_without_a_word(words, tmp_path):
+    """As `head` does."""
+    write_image_folder(tmp_path / "data", 2, 64)
+    command = [sys.executable, "-m", "sdtune", *words]
+    job = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(REPO)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    job.stdout.close()
+    said, status = job.stderr.read(), job.wait()
+    job.stderr.close()
+    assert (said, status) == ("", 141)
+    with pytest.raises(BrokenPipeError), told_to_user("sdtune check", errors=OSError):
+        raise BrokenPipeError
 
 
 def test_the_installed_command_is_this_one():

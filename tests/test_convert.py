@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 
 import numpy as np
@@ -587,6 +588,26 @@ def test_paths_and_flags_that_are_wrong(tiny_pipeline, whole_file, copy, tmp_pat
     assert len(text) == 3
     assert f"{copy}: lacks vae/config.json, scheduler/scheduler_config.json, {UNET}" in text[1]
     assert names(tmp_path) == ["copy", "existing.safetensors", "model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "file, told",
+    [
+        (
+            "pytorch_lora_weights.safetensors",
+            "holds LoRA weights; use `sdtune convert-lora {} OUTPUT.safetensors --to",
+        ),
+        ("progress.json", "is a checkpoint of a training; make a model of it by `sdtune export {} OUTPUT`"),
+    ],
+)
+def test_what_other_commands_are_for_is_said(tmp_path, refused, file, told):
+    for name in ("mine", "my own"):
+        source = tmp_path / name
+        source.mkdir()
+        (source / file).write_bytes(b"")
+        assert refused(source, tmp_path / "a.safetensors").startswith(
+            f"{source}: {told.format(shlex.quote(str(source)))}"
+        )
 
 
 def test_flags_come_from_a_file_too(tiny_pipeline, tmp_path):

@@ -188,12 +188,30 @@ def test_file_name_in_another_encoding_is_named(image_folder):
         read_folder(folder, "text")
 
 
-def test_text_file_in_another_encoding_is_named(image_folder):
-    folder = image_folder(1)
-    (folder / "metadata.jsonl").unlink()
-    (folder / "00.txt").write_bytes("ein Mädchen".encode("latin-1"))
-    with pytest.raises(InputError, match=r"00\.txt: cannot be read as UTF-8"):
-        read_folder(folder, "text")
+def test_text_files_in_other_encodings_are_named_together_with_all_else(tmp_path):
+    """As Notepad may write them; and a prompt for all is no answer to a caption that is there."""
+    folder = write_images(tmp_path / "images", "a.png", "b.png", "c.png", "d.png")
+    (folder / "a.txt").write_bytes("ein Mädchen".encode("latin-1"))
+    (folder / "b.txt").write_text("ein Mädchen", encoding="utf-8-sig")
+    (folder / "c.txt").write_bytes("ein Mädchen".encode("utf-16"))
+    (folder / "e.png").write_bytes(b"")
+    told = "its caption, a .txt, is not UTF-8; convert it"
+    rows = read_folder(folder, "text")
+    assert list(rows["problem"]) == [told, None, told, None, None]
+    assert list(rows["captions"]) == [[], ["ein Mädchen"], [], [], []]
+    args = parse(f"--train_data_dir={folder}")
+    checked = functools.partial(check_rows, memory=tmp_path / "a.json", tokenizer=make_tokenizer(), resolution=32)
+    with pytest.raises(InputError) as caught:
+        checked(read_rows(args, folder, None), skip_bad_images=False)
+    lines = [line.replace(f"{folder}{os.sep}", "") for line in str(caught.value).splitlines()]
+    assert lines[0] == "4 of 5 images are unusable, 1 of them for lack of a caption:"
+    assert lines[1:4] == [f"  a.png: {told}", f"  c.png: {told}", "  e.png: no image that Pillow knows"]
+    assert lines[4].startswith("  d.png: has no caption")
+    kept = checked(read_rows(args, folder, "a girl"), skip_bad_images=True)
+    assert list(kept.rows["captions"]) == [["ein Mädchen"], ["a girl"]]
+    (folder / "a.txt").write_text("a")
+    (folder / "c.txt").write_text("c")
+    assert read_folder(folder, "text").column_names == ["image", "captions"]
 
 
 def test_folder_is_found_however_it_is_written(image_folder, monkeypatch):
@@ -251,8 +269,43 @@ def test_unknown_files_are_said_to_be_left_aside(image_folder, capsys):
     assert "photo.heic" in said
 
 
+def test_captions_are_found_whatever_the_case_of_their_suffix(tmp_path, capsys):
+    folder = write_images(tmp_path / "images", "a.png", "b.JPG", "c.png", "below/d.png")
+    for name in ("a.TXT", "b.Txt", "c.txt", "c.TXT", "below/d.TXT"):
+        (folder / name).write_text(f"in {name}")
+    assert as_dict(read_folder(folder, "text")) == {
+        "a.png": ["in a.TXT"],
+        "b.JPG": ["in b.Txt"],
+        "c.png": ["in c.txt"],
+        "d.png": ["in below/d.TXT"],
+    }
+    told = f"Left aside in {folder}: 1 .txt without a picture of that name, such as c.TXT.\n"
+    assert capsys.readouterr().out == told
+
+
+@pytest.mark.parametrize(
+    "names, told",
+    [
+        (["a.png.txt", "a.jpg.txt"], "2 .txt without a picture of that name, such as a.png.txt; call it a.txt."),
+        (["LICENSE.txt", "b.JPEG.TXT"], "2 .txt without a picture of that name, such as b.JPEG.TXT; call it b.txt."),
+        (["LICENSE.txt"], "1 .txt without a picture of that name, such as LICENSE.txt."),
+    ],
+)
+def test_texts_of_other_names_are_said_to_be_left_aside(tmp_path, capsys, names, told):
+    folder = write_images(tmp_path / "images", "a.png", "b.JPEG")
+    for name in names:
+        (folder / name).write_text("a star")
+    assert as_dict(read_folder(folder, "text")) == {"a.png": [], "b.JPEG": []}
+    assert capsys.readouterr().out == f"Left aside in {folder}: {told}\n"
+
+
 def test_nothing_is_said_about_an_ordinary_folder(image_folder, capsys):
-    read_folder(image_folder(2), "text")
+    """With what systems and editors leave in it."""
+    folder = image_folder(2)
+    (folder / "below").mkdir()
+    for name in (".DS_Store", "._00.png", "._photo.heic", ".notes.txt", "below/._a.txt"):
+        (folder / name).write_bytes(b"x")
+    read_folder(folder, "text")
     assert capsys.readouterr().out == ""
 
 
@@ -1065,7 +1118,8 @@ def test_links_that_lead_out_of_a_folder_are_refused_or_warned_of(tmp_path, imag
         assert rows["linked.png"] == ["private words"]
         (warning,) = capsys.readouterr().out.split("Warning: ")[1:]
         told = "pictures, captions or data files are links that lead out of the folder, and are used"
-        assert warning.splitlines() == [f"2 {told}, such as", *names]
+        aside = f"Left aside in {folder}: 1 .txt without a picture of that name, such as notes.txt."
+        assert warning.splitlines() == [f"2 {told}, such as", *names, aside]
         return
     with pytest.raises(InputError) as caught:
         read_folder(folder, "text")

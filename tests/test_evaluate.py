@@ -325,8 +325,10 @@ def test_images_without_captions_are_those_of_a_subject(render, tmp_path):
     (folder / "metadata.jsonl").unlink()
     (folder / "002.txt").write_text("a sks star at night")
     words = [BASE, folder, "--resolution", 64]
-    with pytest.raises(InputError, match="3 of 4 images are unusable"):
+    with pytest.raises(InputError, match="3 of 4 images are unusable") as caught:
         evaluate.load_images(parse(*words))
+    told = f"`sdtune caption {folder}` writes them, or give one for all by --instance_prompt; mend or remove them, or"
+    assert str(caught.value).splitlines()[-1] == f"{told} add --skip_bad_images."
     images, _ = evaluate.load_images(parse(*words, "--instance_prompt", "a sks star"))
     assert sorted(evaluate.plan_prompts(None, images, 4, 0)) == [*["a sks star"] * 3, "a sks star at night"]
 
@@ -439,7 +441,7 @@ def test_a_run_measures_what_training_measured(train_script, render, tmp_path, c
 def check_what_is_told(told):
     """First the time, then a table that says which figures are the better ones."""
     time = r"Takes about \d:\d\d:\d\d, until \d{4}-\d\d-\d\d \d\d:\d\d, by a trial of a few steps:\n"
-    parts = "  4 pictures by model and base, 2 steps each, at 64 pixels; CLIP looks at 9 images.\n"
+    parts = "  4 pictures by each of model and base, 2 steps each, at 64 pixels; CLIP looks at 9 images.\n"
     place = re.search(time + re.escape(parts), told).end()
     better = dict(re.findall(r"^(.{22}) (higher|lower|-) ", told[place:], re.M))
     assert {label.strip(): way for label, way in better.items()} == {
@@ -450,7 +452,23 @@ def check_what_is_told(told):
         "held-out loss": "lower",
         "to the nearest image": "-",
     }
-    assert "A gain above 0 is for the better, but to the nearest image: " in told[place:]
+    assert (
+        "\nA gain above 0 is for the better, except in the line “to the nearest image”: there 1 is a copy.\n"
+        "Of fewer than 30 images, such as 4, KID may be further off than it says here.\n"
+    ) in told[place:]
+    assert re.search(r"^CLIP score +higher +[\d.]+ \xb1 [\d.e-]+ +[\d.]+ \xb1 ", told, re.M)
+    assert "+-" not in told
+
+
+@pytest.mark.parametrize("numbers, told", [((30, 29), "such as 29"), ((8, 9), "such as 8"), ((30, 31), None)])
+def test_kid_of_few_images_is_said_to_be_uncertain(numbers, told, capsys):
+    figures = {name: {} for name in ("clip_score", "clip_image_similarity", "held_out_loss", "nearest_similarity")}
+    kid = {"model": {"mean": 1.0, "standard_error": 0.1}}
+    verdict = {"limit": 0.1, "verdict": "none"}
+    evaluate.print_table({**figures, "kid": kid, "kid_held_out": kid, "memorisation": verdict}, *numbers)
+    said = capsys.readouterr().out
+    assert ("Of fewer than 30 images" in said) == bool(told)
+    assert not told or f"{told}, KID may be further off" in said
 
 
 def test_the_time_is_that_of_all_batches():
@@ -484,6 +502,26 @@ def test_a_resolution_that_is_not_given_is_the_runs_or_the_models(tmp_path, caps
     said = capsys.readouterr()
     assert said.out == ""
     assert "--batch_size: must be" in said.err
+
+
+def test_a_prompt_that_is_not_given_is_the_runs(tmp_path):
+    """Of the LoRA's before the model's, whatever that was trained with."""
+    for name, settings in (("dog", {"instance_prompt": "a sks dog"}), ("cat", {"instance_prompt": "a zwx cat"})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "args.json").write_text(json.dumps(settings | {"resolution": 64}))
+    (tmp_path / "style").mkdir()
+    (tmp_path / "style" / "args.json").write_text(json.dumps({"resolution": 64}))
+    dog, cat, style = tmp_path / "dog", tmp_path / "cat", tmp_path / "style"
+    for words, prompt, place in (
+        ([dog], "a sks dog", dog),
+        ([dog, f"--lora={cat}:0.5"], "a zwx cat", cat),
+        ([dog, f"--lora={style}"], None, None),
+        ([dog, "--instance_prompt=a dog"], "a dog", None),
+        ([BASE], None, None),
+    ):
+        args, told = evaluate.with_instance_prompt(parse(*words))
+        expected = f"Caption of images without one: {prompt}, as in the training that {place}/args.json tells of."
+        assert (args.instance_prompt, told) == (prompt, expected if place else "")
 
 
 def test_a_lora_is_measured_against_the_same_model_without_it(folder_of_five, tmp_path, capsys):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from training import read_log, same, train, trains_into, unet
 
 from sdtune.checkpoints import read_best
-from sdtune.commands import export
+from sdtune.commands import evaluate, export, generate
 from sdtune.digests import write_digests
 from sdtune.lora_layouts import LORA_FILE
 
@@ -101,6 +101,25 @@ def test_parts_of_a_checkpoint_load_by_themselves(fit, tmp_path):
     assert json.loads((checkpoint / "unet" / "config.json").read_text())["_name_or_path"] is None
 
 
+def test_a_checkpoint_is_no_model_yet(fit, lora_script, tiny_pipeline, images, tmp_path, capsys):
+    """Of a LoRA's it is told that it goes with a model."""
+    fit_lora = trains_into(lora_script, tiny_pipeline, images)
+    assert fit(tmp_path / "my run", max_train_steps=1) == 0
+    assert fit_lora(tmp_path / "lora", max_train_steps=1) == 0
+    whole, adapters = tmp_path / "my run" / "checkpoint-1", tmp_path / "lora" / "checkpoint-1"
+    told = f"MODEL={whole}: is a checkpoint of a training; make a model of it by `sdtune export '{whole}' OUTPUT`"
+    capsys.readouterr()
+    for command, words in ((generate, ["--prompts=a"]), (evaluate, [images, "--clip_model=miniature/clip"])):
+        assert status_of(command.main, whole, *words, "--output_dir", tmp_path / "out") == 2
+        assert told in capsys.readouterr().err
+        assert status_of(command.main, adapters, *words, "--output_dir", tmp_path / "out") == 2
+        assert (
+            f"MODEL={adapters}: holds LoRA weights; give the model that they were trained on"
+            in capsys.readouterr().err
+        )
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_base_that_moved_is_named(fit, tiny_pipeline, tmp_path, capsys):
     base = shutil.copytree(tiny_pipeline, tmp_path / "base")
     assert fit(tmp_path / "run", base=base, max_train_steps=1) == 0
@@ -122,6 +141,21 @@ def test_mistakes_are_named(fit, tmp_path, capsys):
     message = capsys.readouterr().err
     assert "is no whole checkpoint" in message
     assert "holds notes.txt" in message
+    run, there = tmp_path / "run", f"take {tmp_path / 'run' / 'checkpoint-1'}\n"
+    meant = f" (did you mean {run}?); give a folder checkpoint-N of a run\n"
+    for wrong, told in (
+        (run, f"is no whole checkpoint; {there}"),
+        (run / "checkpoint-99", f"does not exist; {there}"),
+        (run / "samples", f"does not exist; {there}"),
+        (tmp_path / "rum" / "checkpoint-1", f"does not exist{meant}"),
+        (tmp_path / "mine", "is no whole checkpoint; give a folder checkpoint-N of a run\n"),
+    ):
+        assert status_of(export.main, wrong, tmp_path / "out") == 2
+        assert capsys.readouterr().err == f"sdtune export: {wrong}: {told}"
+    shutil.copytree(run / "checkpoint-1", run / "checkpoint-10")
+    shutil.copytree(run / "checkpoint-1", run / "checkpoint-9")
+    assert status_of(export.main, run, tmp_path / "out") == 2
+    assert f"take {run}/checkpoint-1 or {run}/checkpoint-9 or {run}/checkpoint-10\n" in capsys.readouterr().err
     words = [tmp_path / "run" / "checkpoint-1", tmp_path / "out", "--weights=averaged"]
     assert status_of(export.main, *words) == 2
     assert "has no average" in capsys.readouterr().err

@@ -19,7 +19,7 @@ from conftest import load_script
 from diffusers import StableDiffusionPipeline
 from image_data import snapshot, write_image_folder
 from peft.tuners.tuners_utils import BaseTunerLayer
-from running import REPO, TRAIN_TEXT_TO_IMAGE_LORA
+from running import REPO, TRAIN_TEXT_TO_IMAGE_LORA, run_command
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import make_text_encoder, make_tokenizer, make_unet
@@ -460,6 +460,13 @@ def test_headers_tell_rank_and_alpha_and_no_secrets(trained, tmp_path):
         for secret in ("secretcaption", "circle", "secretfolder", tempfile.gettempdir(), str(REPO)):
             assert secret not in text
         assert not re.search(r"/(?!lora)", text)  # no path at all: the one slash is in stable-diffusion-v1/lora
+
+
+def test_a_merge_says_one_line(trained, tiny_pipeline, tmp_path):
+    """Whatever libraries would say, as they are first imported."""
+    result = run_command(["convert-lora", trained("attention").folder, "out", "--merge", tiny_pipeline], cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert re.fullmatch(r"Wrote out: \d+ layers of rank \d+\.\n", result.stdout)
 
 
 # ------------------------------------------------------------------------------------------------------------ mistakes

@@ -12,6 +12,7 @@ import torch
 from conftest import load_script
 from image_data import write_image_folder
 from running import REPO, SCRIPTS, TRAIN_TEXT_TO_IMAGE, TRAIN_TEXT_TO_IMAGE_LORA, status_of
+from shards import make_rows, write_tar
 from training import train, words
 
 from sdtune import __main__ as sdtune
@@ -185,6 +186,53 @@ def test_a_path_of_the_readmes_says_how_it_is_made(
     assert f"{model}: does not exist" not in capsys.readouterr().err
 
 
+MISTYPED = {  # the words behind `sdtune`, and what is named
+    "caption": (["caption", "my_pictres"], "FOLDER=my_pictres: does not exist, or is no folder{}; name a folder of"),
+    "report": (["report", "./my_pictres"], "my_pictres: there is no such folder{}; name the --output_dir of a run"),
+    "generate": (
+        ["generate", "x", "--lora=my_pictres:0.5"],
+        "--lora=my_pictres:0.5: my_pictres does not exist{}; name",
+    ),
+    "evaluate": (
+        ["evaluate", "x", "--lora=my_pictres/"],
+        "--lora=my_pictres/: my_pictres does not exist{}; name a Lo",
+    ),
+    "push_model": (["push-model", "my_pictres", "me/mine"], "FOLDER=my_pictres: is no folder{}; name "),
+    "push_dataset": (["push-dataset", "my_pictres/", "me/mine"], "FOLDER=my_pictres/: is no folder{}; name "),
+    "convert": (
+        ["convert", "my_pictres", "x"],
+        "my_pictres: is no pipeline folder and no .safetensors or .ckpt file{};",
+    ),
+    "convert_lora": (
+        ["convert-lora", "my_pictres", "x", "--to=kohya"],
+        "my_pictres: does not exist{}; give a LoRA file",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MISTYPED)
+def test_a_mistyped_path_of_a_command_is_corrected(case, tmp_path, capsys, monkeypatch):
+    argv, told = MISTYPED[case]
+    monkeypatch.chdir(tmp_path)
+    for name, meant in (("my_pictures", " (did you mean my_pictures?)"), ("other", "")):
+        (tmp_path / name).mkdir()
+        assert status_of(sdtune.main, *argv) == 2
+        raw = capsys.readouterr().err
+        assert told.format(meant) in re.sub(r"\n {4,}", " ", raw)
+        check_message(raw, [tmp_path])
+        (tmp_path / name).rmdir()
+
+
+@every_script
+def test_a_mistyped_folder_of_images_is_corrected(path, scripts, tiny_pipeline, images, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(images.parent)
+    for folder, meant in ((f"{images.name[:-1]}/", f" (did you mean {images.name}?)"), ("x", "")):
+        flag = "instance_data_dir" if "dreambooth" in path.stem else "train_data_dir"
+        assert run(scripts, path, tiny_pipeline, folder, tmp_path / "out", **{flag: folder}) == 2
+        said = re.sub(r"\n {4,}", " ", capsys.readouterr().err)
+        assert f"--{flag}={folder}: does not exist, or is no folder{meant}; name one\n" in said
+
+
 @pytest.mark.parametrize("path", ["demo/creature", "my/demo/creatures", "demo", "miniatures/pipeline", "", None])
 def test_other_paths_are_the_users_own(path, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
@@ -344,6 +392,13 @@ def tables(folder):
     return f"or its train.parquet by --dataset_name={folder}"
 
 
+def shards(folder):
+    shutil.rmtree(folder)
+    write_tar(folder / "0.TAR", make_rows(1))
+    write_tar(folder / "1.tar", make_rows(1))
+    return f"or its 0.TAR by --dataset_name={folder}"
+
+
 def many_bad_images(folder):
     for number in range(30):
         (folder / f"bad{number:02d}.png").write_bytes(b"no image")
@@ -368,7 +423,7 @@ def numbers(folder):
 def text_of_bytes(folder):
     (folder / "metadata.jsonl").unlink()
     (folder / "00.txt").write_bytes(b"\xff\xfe")
-    return "cannot be read as UTF-8"
+    return "00.png: its caption, a .txt, is not UTF-8; convert it"
 
 
 def outside(folder):
@@ -387,6 +442,7 @@ DATA = [
     a_file,
     empty,
     tables,
+    shards,
     many_bad_images,
     bad_json,
     another_column,
@@ -603,6 +659,38 @@ def test_a_disk_that_is_full_while_a_command_writes(tiny_pipeline, tmp_path, cap
 
 
 # ---------------------------------------------------------------------------------------------------- how they fit
+
+
+SAYS_MUCH = {  # the words behind `sdtune`, and how what they say begins that is longer than a line
+    "check": (["check", "photos"], "Left aside in {here}/photos: 1 of a kind that is not read (HEIC), such as "),
+    "caption": (["caption", "photos", "--dry_run", "--model={captioner}"], "Left aside in {here}/photos: 1 of a kind"),
+    "push_dataset": (["push-dataset", "photos", "me/mine", "--dry_run"], "Left aside in {here}/photos: 1 of a kind "),
+    "push_model": (["push-model", "model", "me/mine", "--dry_run"], "Not sent: 0note.md, 10note.md, 11note.md, 12n"),
+    "report": (
+        ["report", "run"],
+        "run: No images were held out, so that nothing can be said about learning; the loss",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SAYS_MUCH)
+def test_what_commands_say_is_broken_too(
+    case, tiny_pipeline, tiny_captioner, image_folder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (image_folder(2, 512, name="photos") / "photo.heic").write_bytes(b"x")
+    shutil.copytree(tiny_pipeline, "model")
+    for number in range(20):
+        Path("model", f"{number}note.md").write_text("x")
+    Path("run").mkdir()
+    rows = [json.dumps({"step": number, "loss": 0.5}) for number in (1, 2)]
+    Path("run", "log.jsonl").write_text("\n".join(rows))
+    argv, told = SAYS_MUCH[case]
+    assert status_of(sdtune.main, *[word.format(captioner=tiny_captioner) for word in argv]) == 0
+    said = capsys.readouterr().out
+    assert all(len(line) <= COLUMNS or str(tmp_path) in line for line in said.splitlines())
+    assert told.format(here=tmp_path) in re.sub(r"\n {4,}", " ", said)
+    assert re.search(r"\n {4}\S", said)
 
 
 def test_a_message_is_broken_where_the_terminal_ends(monkeypatch):

@@ -264,6 +264,20 @@ def test_several_runs_are_compared(whole, other, tmp_path, monkeypatch, capsys):
     assert "my_model, my_other Images 6 to train on" in text
 
 
+def test_what_is_said_of_the_images_of_several_runs_is_said_once(run, images, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    first, second = [shutil.copytree(images, tmp_path / name) for name in ("first", "second")]
+    settings = json.loads((run / "args.json").read_text())
+    runs = []
+    for number, folder in enumerate((first, second, first)):
+        (folder / "note.docx").write_text("x")
+        runs.append(shutil.copytree(run, tmp_path / f"run{number}"))
+        (runs[-1] / "args.json").write_text(json.dumps(settings | {"train_data_dir": str(folder)}))
+    assert status_of(command.main, *runs) == 0
+    aside = [f"Left aside in {folder}: 1 file of other kinds, such as note.docx." for folder in (first, second)]
+    assert capsys.readouterr().out.splitlines()[:3] == [*aside, f"run0: {judge(read_run(run, 'x'))[0]}"]
+
+
 def test_runs_of_one_name_are_told_apart(whole, run, tmp_path):
     page = page_of(whole, run, output=tmp_path / "page.html")
     names = [f"{folder.parent.name}/my_model" for folder in (whole, run)]
@@ -860,6 +874,21 @@ def test_the_slider_shows_the_picture_of_its_step(page_in_browser, whole, other,
     tab.run("document.querySelectorAll('.strip button')[1].click()")
     assert shown() == files(2)
     assert tab.run("slider.value") == "1"
+    assert tab.said == []
+
+
+@in_a_browser
+@pytest.mark.parametrize("width, are_beside", [(1400, True), (400, False)])
+def test_small_samples_of_several_runs_are_side_by_side(page_in_browser, whole, other, tmp_path, width, are_beside):
+    """Enlarged four times at most; one below the other where there is no room."""
+    page_of(whole, other, output=tmp_path / "page.html")
+    tab = page_in_browser(tmp_path / "page.html", width, "light")
+    places = tab.run(
+        "[...document.querySelectorAll('.grid')].map(grid => { const image = grid.querySelector(':scope > img');"
+        "return [image.width, image.naturalWidth, grid.getBoundingClientRect().top] })"
+    )
+    assert [shown / own for shown, own, _ in places] == [4, 4]
+    assert (places[0][2] == places[1][2]) == are_beside
     assert tab.said == []
 
 

@@ -91,6 +91,21 @@ def test_the_sheet_is_what_training_sees(tiny_pipeline, odd_images, tmp_path, na
         assert 0 < sum(caption == "" for _, caption, _ in seen) < len(seen)
 
 
+def test_pictures_of_one_name_are_told_apart_by_their_folders(image_folder, tmp_path, monkeypatch):
+    image_folder(2, name="all/2023")
+    image_folder(1, name="all/2024")
+    seen = []
+    monkeypatch.setattr(command, "draw_sheet", lambda cells, *rest: (seen.extend(cells) or make_image(0), []))
+    monkeypatch.chdir(tmp_path)
+    for folder in ("all", f"../{tmp_path.name}/all/2023"):
+        seen.append((None, None, folder))
+        words = [folder, "--output=sheet.png", "--overwrite", "--resolution=32", "--cache_dir=cache"]
+        assert status_of(command.main, *words) == 0
+    names = [name for _, _, name in seen]
+    assert sorted(names[1:4]) == ["2023/00.png", "2023/01.png", "2024/00.png"]
+    assert sorted(names[5:]) == ["00.png", "01.png"]
+
+
 @pytest.mark.parametrize("flags", [[], ["--bucket_no_upscale", "--random_flip", "--num_validation_samples=2"]])
 def test_images_in_buckets_have_their_shapes(tiny_pipeline, odd_images, tmp_path, flags, capsys, monkeypatch):
     """In the order of a run with as many images a step, each at the top left of its cell in six times its size."""

@@ -379,6 +379,7 @@ IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".p
 # What is looked for in a file, whatever its suffix. Pillow knows more, and runs Ghostscript for some.
 FORMATS = ["AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP"]
 NO_CAPTION = "has no caption, in metadata or a .txt beside it"
+HOW_TO_CAPTION = "`sdtune caption FOLDER` writes captions"
 MAX_FILE_BYTES = 2**32  # of 16-bit pixels as many as are opened have a third
 MIN_SIDE = 16  # pixels; anything smaller is an icon or a broken file
 LISTINGS = "listings"  # the place, in what is remembered, of the keys of datasets that hold their images
@@ -1979,7 +1980,7 @@ def check_data(args, folder_flag):
         )
     if folder and not os.path.isdir(folder):
         remedy = remedy_for_missing(folder) or "name one"
-        problems.append(f"--{folder_flag}={folder}: does not exist, or is no folder; {remedy}")
+        problems.append(f"--{folder_flag}={folder}: does not exist, or is no folder{nearest_beside(folder)}; {remedy}")
     if source and Path(args.output_dir).resolve().is_relative_to(Path(source).resolve()):
         problems.append(
             f"--output_dir={args.output_dir}: lies in the folder of the images, or below its name; put it elsewhere"
@@ -2091,23 +2092,20 @@ def split_rows(num_rows, num_held_out):
 
 def read_folder(folder, caption_column, takes_train=False, follows_links=False):
     """Reads a folder into rows of `image` and `captions`, from metadata.jsonl or .csv or a .txt beside the image. What
-    is missing gives a row too, so that the check names it. With `takes_train` a folder of that name in it is read
-    alone. Raises `InputError` for what cannot be read as text, and unless it `follows_links` for links that lead out
-    of the folder."""
+    is missing gives a row too, so that the check names it. Where a .txt cannot be read as text there is a column
+    `problem` too, which says so. With `takes_train` a folder of that name in it is read alone. Raises `InputError` for
+    metadata that cannot be read as text, and unless it `follows_links` for links that lead out of the folder."""
     folder = Path(os.path.abspath(folder))
     files = list_files(folder)
     captions = {path: [] for path in files if is_image_file(path, folder)}
     metadata = [path for path in files if path.name in METADATA_NAMES]
     if not captions:
-        told = f"the folder {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}); name another"
-        if foreign := [path for path in files if path.suffix.lower() in FOREIGN_SUFFIXES]:
-            raise InputError(f"the folder {folder} holds no images but {tell_foreign_pictures(foreign)}")
-        tables = [path.name for path in files if path.suffix.lower() in (".parquet", ".arrow")]
-        raise InputError(f"{told}, or its {in_one_line(tables[0])} by --dataset_name={folder}" if tables else told)
-    texts = {image.with_suffix(".txt") for image in captions}
-    check_links(
-        [path for path in files if path in captions or path in metadata or path in texts], folder, follows_links
-    )
+        tables = [path.name for path in files if path.suffix.lower() in (".parquet", ".arrow", ".tar")]
+        more = f", or its {in_one_line(tables[0])} by --dataset_name={folder}" if tables else ""
+        raise InputError(tell_no_images(folder, files) + more)
+    texts = texts_by_name(files)
+    used = {*captions, *metadata, *[text_beside(image, texts) for image in captions]}
+    check_links([path for path in files if path in used], folder, follows_links)
     columns = set()
     for path in metadata:
         for row in read_metadata(path, caption_column, folder, follows_links):
@@ -2116,23 +2114,50 @@ def read_folder(folder, caption_column, takes_train=False, follows_links=False):
     if metadata and caption_column not in columns:
         raise InputError(f"{metadata[0]}: has no {caption_column!r} but {sorted(columns)}; set --caption_column")
     without = [image for image, found in captions.items() if not found]
-    beside = [image.with_suffix(".txt") for image in without]  # of images that metadata names, too
-    check_links([path for path in beside if path not in texts], folder, follows_links)
+    beside = {image: text_beside(image, texts) for image in captions}  # of images that metadata names, too
+    check_links([beside[image] for image in without if beside[image] not in used], folder, follows_links)
+    problems = {}
     for image in without:
-        captions[image] += read_caption_beside(image)
-    known = {*captions, *metadata}
-    if foreign := [path for path in files if path.suffix.lower() in FOREIGN_SUFFIXES]:
-        known.update(foreign)
-        print(f"Left aside in {folder}: {tell_foreign_pictures(foreign)}.")
-    if aside := [path.name for path in files if path not in known and path.suffix != ".txt"]:
-        some = in_one_line(", ".join(aside[:5]))
-        print(f"Left aside in {folder}: {counted(len(aside), 'file')} of other kinds, such as {some}.")
+        found, problems[image] = read_caption(beside[image])
+        captions[image] += found
+    tell_left_aside(folder, files, {*captions, *metadata, *beside.values()})
     captions = {image: captions[image] for image in of_split(captions, folder, takes_train)}
     names = [str(path) for path in captions]
     if odd := [name for name in names if not is_utf8(name)]:
         raise InputError(f"{odd[0]!a}: its name is not UTF-8; rename it, or if it is, set PYTHONUTF8=1")
     rows = [{"image": str(path), "captions": found} for path, found in sorted(captions.items())]
+    if any(problems.values()):
+        rows = [{**row, "problem": problems.get(Path(row["image"]))} for row in rows]
     return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image(decode=False))
+
+
+def tell_left_aside(folder, files, known):
+    """Prints which of the files in a folder, but for hidden ones, are not among those that are `known`, and so not
+    used."""
+    aside = [path for path in files if path not in known and not is_hidden(path, folder)]
+    if foreign := foreign_pictures(aside, folder):
+        print(f"Left aside in {folder}: {tell_foreign_pictures(foreign)}.")
+    if texts := [path for path in aside if path.suffix.lower() == ".txt"]:
+        meant = [path for path in texts if path.with_suffix("") in known]  # such as a.png.txt
+        some = in_one_line((meant or texts)[0].name)
+        remedy = f"; call it {in_one_line(Path(meant[0].stem).with_suffix('.txt'))}" if meant else ""
+        print(f"Left aside in {folder}: {len(texts):,} .txt without a picture of that name, such as {some}{remedy}.")
+    told = {*foreign, *texts}
+    if others := [path.name for path in aside if path not in told]:
+        some = in_one_line(", ".join(others[:5]))
+        print(f"Left aside in {folder}: {counted(len(others), 'file')} of other kinds, such as {some}.")
+
+
+def tell_no_images(folder, files):
+    """Why a folder with these files cannot be trained on, which holds no images."""
+    if foreign := foreign_pictures(files, folder):
+        return f"the folder {folder} holds no images but {tell_foreign_pictures(foreign)}"
+    return f"the folder {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}); name another"
+
+
+def foreign_pictures(files, folder):
+    """Of some files in a folder the pictures of a kind that is not read, but for hidden ones."""
+    return [path for path in files if path.suffix.lower() in FOREIGN_SUFFIXES and not is_hidden(path, folder)]
 
 
 def tell_foreign_pictures(pictures):
@@ -2277,15 +2302,29 @@ def locate(file_name, metadata, folder, follows_links, places, parents):
     return file
 
 
-def read_caption_beside(image):
-    """The caption in the .txt beside an image, as a list that is empty if there is none. Raises `InputError`."""
-    beside = image.with_suffix(".txt")
-    if beside.is_file() and beside.stat().st_size > MAX_CAPTION_BYTES:
-        raise InputError(f"{beside}: has {beside.stat().st_size:,} bytes, which is no caption; shorten or remove it")
+def texts_by_name(files):
+    """{path without its suffix: path} of the .txt among some files, of which .txt goes before .TXT."""
+    return {path.with_suffix(""): path for path in sorted(files) if path.suffix.lower() == ".txt"}
+
+
+def text_beside(image, texts):
+    """The path of the .txt beside an image, one of `texts_by_name`, or that of one which is not there."""
+    return texts.get(image.with_suffix(""), image.with_suffix(".txt"))
+
+
+def read_caption(beside):
+    """The caption in the .txt beside an image, as a list that is empty if there is none; and what is wrong with it, or
+    None."""
+    if not beside.is_file():
+        return [], None
+    if beside.stat().st_size > MAX_CAPTION_BYTES:
+        return [], f"its caption, a .txt, has more than {MAX_CAPTION_BYTES:,} bytes; shorten or remove it"
     try:
-        return [beside.read_text("utf-8-sig").strip()] if beside.is_file() else []
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{beside}: cannot be read as UTF-8 ({last_line(error)}); convert or remove it") from None
+        return [beside.read_text("utf-8-sig").strip()], None
+    except UnicodeDecodeError:
+        return [], "its caption, a .txt, is not UTF-8; convert it"  # as of tar shards
+    except OSError as error:
+        return [], f"its caption, a .txt, cannot be read ({error.strerror}); grant access"
 
 
 def read_dataset(args, name, default_caption=None):
@@ -2298,6 +2337,8 @@ def read_dataset(args, name, default_caption=None):
             raise InputError(f"--dataset_name={name}: holds images; drop --dataset_config_name and --image_column")
         return read_folder(name, args.caption_column, takes_train=True, follows_links=args.follow_symlinks)
     saved = [path for path in files if path.name in SAVED_NAMES]
+    if foreign_pictures(files, name) and not (pictures or data_files or saved):
+        raise InputError(tell_no_images(name, files))
     check_data_files([*data_files, *saved], name, args.follow_symlinks)
     whole = without_empty(data_files, name)
     are_aside = bool(pictures) or len(whole) < len(data_files)
@@ -2371,8 +2412,9 @@ def columns_of(features, image_column, caption_column):
 def is_picture_folder(name, files, pictures, data_files):
     """Whether a folder's pictures are what is to be trained on, not those that go with its data files. Raises
     `InputError` where nobody can tell."""
-    beside = {path.with_suffix(".txt") for path in pictures}
-    if not data_files or any(path.name in METADATA_NAMES or path in beside for path in files):
+    texts = texts_by_name(files)
+    has_captions = any(path.name in METADATA_NAMES for path in files)
+    if not data_files or has_captions or any(path.with_suffix("") in texts for path in pictures):
         return True
     some, picture = [os.path.relpath(path, name) for path in (data_files[0], pictures[0])]
     if any(path.suffix.lower() in (".parquet", ".arrow") for path in data_files):
@@ -2583,9 +2625,7 @@ def check_rows(rows, memory, skip_bad_images, tokenizer, resolution, fit=None, a
     and of captions that are cut."""
     bad, cut, digests, contents, sizes = [], [], {}, [], []
     captions = list(rows["captions"])
-    problems = list(rows["problem"]) if "problem" in rows.column_names else [None] * len(rows)  # of tar shards
     for index, (digest, width, height, problem) in enumerate(check_images(rows, memory)):
-        problem = problems[index] or problem
         if not problem and not captions[index]:
             problem = NO_CAPTION
         if problem:
@@ -3220,6 +3260,8 @@ def told_to_user(program, speaks=True, errors=InputError, stopped=None, patience
         try:
             with contextlib.redirect_stdout(sys.stdout if speaks else io.StringIO()):
                 yield
+        except BrokenPipeError:  # nobody reads what is printed, which is no mistake
+            raise
         except errors as error:
             time.sleep(patience)  # in which the launcher's signal may come
             print(fitted(f"{program}: {error}{remedy_for(error)}"), file=sys.stderr)
@@ -3424,8 +3466,11 @@ def missing_here(name):
 
 
 def nearest_beside(name):
-    """Asks whether that is meant which has the name most like it of what lies where it would; "" if nothing has."""
-    folder, own_name = os.path.split(name.rstrip("/"))
+    """Asks, of a path that is not there, whether that is meant which has the name most like it of what lies where it
+    would; "" if nothing has."""
+    if os.path.exists(name):
+        return ""
+    folder, own_name = os.path.split(str(name).rstrip("/"))
     there = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
     alike = difflib.get_close_matches(own_name, sorted(there), 1)
     return f" (did you mean {os.path.join(folder, alike[0])}?)" if alike else ""
@@ -4383,8 +4428,9 @@ def path_of_findings(place, cache_dir):
 
 
 def check_images(rows, memory):
-    """Opens every image once, in parallel, and remembers `check_image`'s findings, which it returns, in the file
-    `memory`. Of several processes the first one does it, the others read what it remembers. Raises `InputError`."""
+    """Opens every image once, in parallel, and remembers `check_image`'s findings in the file `memory`; returns them,
+    with what was wrong with a row as it was read, its `problem`, if it has that column. Of several processes the first
+    one does it, the others read what it remembers. Raises `InputError`."""
     try:
         memory.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{memory}.lock").acquire()
@@ -4398,7 +4444,9 @@ def check_images(rows, memory):
         if new:
             with contextlib.suppress(OSError), beside(memory) as unfinished:  # a full disk only costs time
                 unfinished.write_text(json.dumps({**known, **new}), encoding="utf-8")
-    return findings
+    if "problem" not in getattr(rows, "column_names", ()):
+        return findings
+    return [[*found, told or problem] for (*found, problem), told in zip(findings, rows["problem"], strict=True)]
 
 
 def look_at_all(rows, known):
@@ -4437,7 +4485,7 @@ def leave_out(bad, num_images, may_leave_out, remedy="", are_of_stream=False):
     unusable = "\n  ".join([f"{number}:", *map(printable, (others + without)[:100])])
     if not may_leave_out:
         choice = "use a larger --num_validation_samples" if are_of_stream else "add --skip_bad_images"
-        mend = "`sdtune caption FOLDER` writes captions; mend" if without else "Mend"
+        mend = f"{HOW_TO_CAPTION}; mend" if without else "Mend"
         raise InputError(f"{unusable}\n{mend} or remove them, or {choice}{remedy}.")
     why = "of what is held out" if are_of_stream else "(--skip_bad_images)"
     print(f"Left out {why}: {unusable}")
@@ -6494,7 +6542,7 @@ def read_run(folder, name):
     folder = Path(folder)
     log, settings = folder / "log.jsonl", folder / "args.json"
     if not log.is_file() and not settings.is_file():
-        told = "is no folder" if folder.exists() else "there is no such folder"
+        told = "is no folder" if folder.exists() else f"there is no such folder{nearest_beside(folder)}"
         told = "holds no log.jsonl of a training" if folder.is_dir() else told
         remedy = remedy_for_missing(folder) or "name the --output_dir of a run"
         raise InputError(f"{folder}: {told}; {remedy}")

@@ -8,6 +8,8 @@ batch is noted in my_images/.caption_images.jsonl until the captions are in thei
 where a run was stopped. BLIP: arXiv 2201.12086.
 """
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -18,12 +20,32 @@ import torch
 import transformers
 from tqdm.auto import tqdm
 
-from sdtune.arguments import SWITCH, new_parser, parse_flags, path_name, positive_int
-from sdtune.dataset import METADATA_NAMES, check_links, list_files, read_metadata
-from sdtune.errors import InputError, counted, in_one_line, last_line, raise_problems, remedy_for_missing, told_to_user
+from sdtune.arguments import SWITCH, nearest_beside, new_parser, parse_flags, path_name, positive_int
+from sdtune.dataset import (
+    METADATA_NAMES,
+    check_links,
+    foreign_pictures,
+    list_files,
+    read_metadata,
+    tell_foreign_pictures,
+    tell_no_images,
+    text_beside,
+    texts_by_name,
+)
+from sdtune.errors import (
+    InputError,
+    counted,
+    fitted,
+    gathered,
+    in_one_line,
+    last_line,
+    raise_problems,
+    remedy_for_missing,
+    told_in_lines,
+    told_to_user,
+)
 from sdtune.files import beside, name_in
 from sdtune.images import (
-    IMAGE_SUFFIXES,
     check_images,
     is_image_file,
     leave_out,
@@ -84,15 +106,21 @@ def make_parser():
 
 
 def check_args(args):
-    """Lists every setting that is wrong; opens no image and loads no weights."""
+    """Lists every setting that is wrong, and what is wrong with the folder; opens no image and loads no weights."""
     problems = []
     if not args.folder:
         problems.append("FOLDER is missing: name a folder of images")
     elif not Path(args.folder).is_dir():
         remedy = remedy_for_missing(args.folder) or "name a folder of images"
-        problems.append(f"FOLDER={args.folder}: does not exist, or is no folder; {remedy}")
+        problems.append(
+            f"FOLDER={args.folder}: does not exist, or is no folder{nearest_beside(args.folder)}; {remedy}"
+        )
     elif not args.dry_run and not os.access(args.folder, os.W_OK):
         problems.append(f"FOLDER={args.folder}: cannot be written to; grant access, or caption a copy")
+    else:
+        with gathered(problems), contextlib.redirect_stdout(io.StringIO()):  # it is told when they are captioned
+            folder = Path(os.path.abspath(args.folder))
+            read_captions(folder, args.caption_column, args.overwrite, args.format, args.follow_symlinks)
     if args.precision == "fp16" and not torch.accelerator.is_available():
         problems.append("--precision=fp16: cannot be used on a CPU; use bf16 or no")
     if args.caption_column == "file_name":
@@ -122,11 +150,15 @@ def read_captions(folder, caption_column, overwrite, form, follows_links=False):
     names = list_files(folder)
     files = [path for path in names if path.is_file()]
     images = {path: False for path in files if is_image_file(path, folder)}
+    texts = texts_by_name(files)
     written = {image.with_suffix(".txt") for image in images} | {folder / JOURNAL}  # even where a link is broken
-    used = [path for path in names if path in images or path in written or path.name in METADATA_NAMES]
+    read = {*images, *written, *[text_beside(image, texts) for image in images]}
+    used = [path for path in names if path in read or path.name in METADATA_NAMES]
     check_links(used, folder, follows_links)
     if not images:
-        raise InputError(f"the folder {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}); name another")
+        raise InputError(tell_no_images(folder, names))
+    if foreign := foreign_pictures(names, folder):
+        print(f"Left aside in {folder}: {tell_foreign_pictures(foreign)}.")
 
     own_metadata = folder / "metadata.jsonl"
     for path in [path for path in files if path.name in METADATA_NAMES]:
@@ -143,7 +175,7 @@ def read_captions(folder, caption_column, overwrite, form, follows_links=False):
 
     owners = {}  # of a .txt
     for image in images:
-        owners.setdefault(image.with_suffix(".txt"), []).append(image)
+        owners.setdefault(text_beside(image, texts), []).append(image)
     for text, sharing in owners.items():
         if form == "txt" and len(sharing) > 1:
             names = " and ".join(map(str, sharing))
@@ -319,18 +351,17 @@ def caption_folder(args):
     """Captions as `args` say. Whatever ends it, the captions that were made are written or in the journal."""
     folder = Path(os.path.abspath(args.folder))
     settings = {name: getattr(args, name) for name in CAPTION_SETTINGS}
-    images = read_captions(folder, args.caption_column, args.overwrite, args.format, args.follow_symlinks)
+    with told_in_lines():
+        images = read_captions(folder, args.caption_column, args.overwrite, args.format, args.follow_symlinks)
     wanted = {name_in(folder, path): path for path, has_one in images.items() if args.overwrite or not has_one}
     noted = read_journal(folder / JOURNAL, settings)
     made = {name: text for name, text in noted.items() if name in wanted}
     left = [path for name, path in wanted.items() if name not in made]
-    todo = usable(left, folder, args.cache_dir, args.skip_bad_images)
+    with told_in_lines():
+        todo = usable(left, folder, args.cache_dir, args.skip_bad_images)
     num_kept = counted(len(images) - len(wanted), "keeps its caption", "keep their captions")
-    num_made = counted(len(made), "was", "were")
-    print(
-        f"{counted(len(images), 'image')}: {num_kept}, {num_made} captioned before a stop, "
-        f"{len(todo):,} to be captioned."
-    )
+    before = f"{counted(len(made), 'was', 'were')} captioned before a stop, " if made else ""
+    print(f"{counted(len(images), 'image')}: {num_kept}, {before}{len(todo):,} to be captioned.")
     if args.dry_run:
         if todo:
             for batch in captions_by_name(args, folder, todo[:5], load_models(args)):
@@ -347,7 +378,17 @@ def caption_folder(args):
         print(
             "\n  ".join([f"Warning: the model says nothing of {counted(len(silent), 'image')}, such as", *silent[:5]])
         )
-    print(f"Captioned {counted(len(made), 'image')} in {folder}.")
+    print(fitted(tell_written(args, len(made))))
+
+
+def tell_written(args, number):
+    """What was written of so many captions, and where."""
+    if not number:
+        return f"Nothing was written in {args.folder}."
+    captions = counted(number, "new caption")
+    if args.format == "txt":
+        return f"Wrote {captions} in {args.folder}, each into a .txt beside its image."
+    return f"Wrote {Path(args.folder, 'metadata.jsonl')}: {captions}."
 
 
 def main(argv=None):

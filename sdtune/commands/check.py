@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from sdtune.arguments import SWITCH, checked, new_parser, parse_flags, positive_int
 from sdtune.counts import count_sizes, count_words, statistics
-from sdtune.dataset import name_of
+from sdtune.dataset import foreign_pictures, list_files, name_of, tell_foreign_pictures
 from sdtune.errors import InputError, counted, last_line, raise_problems, told_to_user
 from sdtune.files import is_writable, write_text
 from sdtune.images import check_images, path_of_findings
@@ -34,6 +34,7 @@ from sdtune.named_dataset import (
     add_named_dataset_arguments,
     check_dataset_is_named,
     check_outside,
+    name_below,
     read_named_rows,
     remedy_for_captions,
 )
@@ -145,12 +146,7 @@ def load_clip_tokenizer(args):
 
 def short_names(rows, dataset):
     """The names of the images, below the folder where the dataset is one."""
-    root, names = Path(os.path.abspath(dataset)), []
-    for index in range(len(rows)):
-        name = name_of(rows, index)
-        is_inside = os.path.isabs(name) and Path(name).is_relative_to(root)
-        names.append(Path(name).relative_to(root).as_posix() if is_inside else name)
-    return names
+    return [name_below(name_of(rows, index), dataset) for index in range(len(rows))]
 
 
 # -------------------------------------------------------------------------------------------------------- findings
@@ -309,6 +305,11 @@ def find_enlarged(names, results, resolution):
     return enlarged
 
 
+def find_left_aside(dataset):
+    """The pictures in a folder of a kind that is not read, which no row is of."""
+    return foreign_pictures(list_files(dataset), dataset) if os.path.isdir(dataset) else []
+
+
 def make_report(args, rows, names, results, tokenizer):
     """Gathers findings and counts into what --json writes; `rows` of a finding are numbers in the dataset. What is not
     looked for is None."""
@@ -335,6 +336,7 @@ def make_report(args, rows, names, results, tokenizer):
         "exact_duplicates": exact,
         "near_duplicates": near,
         "enlarged": find_enlarged(names, results, args.resolution),
+        "left_aside": [name_below(os.path.abspath(path), args.dataset) for path in find_left_aside(args.dataset)],
         **count_sizes(results),
         **count_words(texts),
     }
@@ -474,6 +476,9 @@ def as_page(report, rows, names, results):
     ]
     for name, text in statistics(report).items():
         parts.append(f"<tr><th>{name}</th><td>{escaped(text)}</td></tr>")
+    if report["left_aside"]:
+        told = tell_foreign_pictures([Path(name) for name in report["left_aside"]])
+        parts.append(f"<tr><th>Left aside</th><td>{escaped(told)}</td></tr>")
     parts.append("\n</table>\n")
     for kind in TITLES:
         parts.append(findings_section(kind, report, rows, results))

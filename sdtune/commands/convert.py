@@ -12,6 +12,7 @@ resblocks.23, text_projection and logit_scale; nothing that draws uses them.
 """
 
 import json
+import shlex
 import shutil
 import textwrap
 from pathlib import Path
@@ -20,9 +21,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from sdtune.arguments import SWITCH, new_parser, parse_flags, path_name
+from sdtune.arguments import SWITCH, nearest_beside, new_parser, parse_flags, path_name
 from sdtune.errors import InputError, counted, raise_problems, remedy_for_missing, told_to_user
 from sdtune.files import beside, read_json
+from sdtune.lora_layouts import LORA_FILE
 from sdtune.models import DTYPES, quiet_libraries, write_text_encoder
 from sdtune.pipeline_folder import PARTS, check_folder, check_place, class_of, read_models, read_weights
 from sdtune.single_file import (
@@ -64,7 +66,7 @@ def check_args(args):
     if source.suffix in (".safetensors", ".ckpt") and source.is_file():
         return check_to_folder(args, source, output)
     remedy = remedy_for_missing(source) or "name one"
-    return [f"{source}: is no pipeline folder and no .safetensors or .ckpt file; {remedy}"]
+    return [f"{source}: is no pipeline folder and no .safetensors or .ckpt file{nearest_beside(source)}; {remedy}"]
 
 
 def check_to_file(args, source, output):
@@ -72,11 +74,23 @@ def check_to_file(args, source, output):
     problems = []
     if args.config_folder is not None:
         problems.append(f"--config_folder={args.config_folder}: is for a file as SOURCE; leave it out")
-    problems += check_folder(source, args.variant, with_weights=True)
+    problems += check_kind(source) or check_folder(source, args.variant, with_weights=True)
     if output.suffix != ".safetensors":
         problems.append(f"{output}: end the name of the file to write in .safetensors")
     sources = [Path(path) for path in (args.source, args.config_folder) if path]
     return problems + check_place(output, sources, is_folder=False, overwrite=args.overwrite)
+
+
+def check_kind(source):
+    """Lists whether a folder holds what another command is for: LoRA weights, or a checkpoint."""
+    name = shlex.quote(str(source))
+    if (source / "model_index.json").is_file():
+        return []
+    if (source / LORA_FILE).is_file():
+        return [f"{source}: holds LoRA weights; use `sdtune convert-lora {name} OUTPUT.safetensors --to=kohya`"]
+    if (source / "progress.json").is_file():
+        return [f"{source}: is a checkpoint of a training; make a model of it by `sdtune export {name} OUTPUT`"]
+    return []
 
 
 def check_to_folder(args, source, output):

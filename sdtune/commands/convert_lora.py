@@ -18,7 +18,7 @@ import peft
 import torch
 from safetensors import SafetensorError
 
-from sdtune.arguments import SWITCH, checked, new_parser, parse_flags, path_name
+from sdtune.arguments import SWITCH, checked, nearest_beside, new_parser, parse_flags, path_name
 from sdtune.errors import InputError, counted, last_line, raise_problems, remedy_for_missing, told_to_user
 from sdtune.files import beside
 from sdtune.lora_layouts import (
@@ -32,7 +32,7 @@ from sdtune.lora_layouts import (
     write_diffusers,
     write_kohya,
 )
-from sdtune.models import reason_of, refuse_foreign_code
+from sdtune.models import quiet_libraries, reason_of, refuse_foreign_code
 from sdtune.pipeline_folder import check_place
 
 PROGRAM = "sdtune convert-lora"
@@ -71,7 +71,7 @@ def check_args(args):
     file, output = lora_file(args.input), Path(args.output)
     if not file.is_file():
         remedy = remedy_for_missing(file) or f"give a LoRA file, or a folder with {LORA_FILE}"
-        problems.append(f"{file}: does not exist; {remedy}")
+        problems.append(f"{file}: does not exist{nearest_beside(file)}; {remedy}")
     if args.to and output.suffix != ".safetensors":
         problems.append(f"{output}: end the name of the file to write in .safetensors")
     if args.to and args.scale is not None:
@@ -104,8 +104,6 @@ def merge(weights, alphas, base, output, scale):
     """Merges the adapters at `scale` into the pipeline in the folder `base`, and writes it in float32 to `output`:
     complete beside it, then renamed. DoRA is scaled as diffusers does: before the weights get their length. Raises
     `InputError`."""
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
     try:
         refuse_foreign_code(base)
         pipeline = diffusers.StableDiffusionPipeline.from_pretrained(base, dtype=torch.float32, local_files_only=True)
@@ -142,6 +140,7 @@ def check_fit(weights, alphas, base, pipeline):
 def main(argv=None):
     """Runs the command; a mistake of the user's ends with status 2 and its message."""
     args, problems = parse_flags(make_parser(), argv, {})
+    quiet_libraries()
     with told_to_user(PROGRAM, errors=(InputError, OSError, SafetensorError), stopped="Stopped."):
         raise_problems(problems + check_args(args))
         output = Path(args.output)

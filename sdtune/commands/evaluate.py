@@ -44,7 +44,7 @@ from tqdm.auto import tqdm
 from sdtune.arguments import SWITCH, checked, guidance_number, new_parser, non_negative_int, positive_int, random_seed
 from sdtune.clip import Clip, check_clip, image_features, load_clip, text_features
 from sdtune.dataset import CaptionedImages, load_data, name_of
-from sdtune.errors import InputError, counted, gathered, last_line, raise_problems, told_to_user
+from sdtune.errors import InputError, counted, gathered, in_one_line, last_line, raise_problems, told_to_user
 from sdtune.files import beside
 from sdtune.fonts import load_font
 from sdtune.grids import FONT_SIZE, PAIR_TILE, draw_pairs
@@ -67,6 +67,7 @@ from sdtune.validation import HELD_OUT_TIMESTEPS, encode_held_out, held_out_loss
 
 PROGRAM = "sdtune evaluate"
 USUAL_RESOLUTION = 512  # of Stable Diffusion 1
+MIN_FOR_KID = 30  # images: of so many the error that KID says is right within a fifth (tests/test_evaluate.py)
 PAIRS = 8  # in the picture of the closest pairs
 
 
@@ -174,11 +175,9 @@ def with_resolution(args):
     model, or else the model's own; and what is to be said of it. One without is no model, as its check tells."""
     if args.resolution:
         return args, ""
-    loras = [split_scale(item)[0] for item in args.lora or []]
-    folders = [path if path.is_dir() else path.parent for path in loras] + [Path(args.model or "")]
-    for folder in folders:
-        resolution = read_resolution(folder / "args.json")
-        if resolution:
+    for folder in folders_of_training(args):
+        resolution = read_settings(folder).get("resolution")
+        if type(resolution) is int and resolution > 0:
             told = f"Resolution: {resolution}, as in the training that {folder / 'args.json'} tells of."
             return argparse.Namespace(**{**vars(args), "resolution": resolution}), told
     resolution = own_resolution(args.model, args.hub_token) or USUAL_RESOLUTION
@@ -186,13 +185,31 @@ def with_resolution(args):
     return argparse.Namespace(**{**vars(args), "resolution": resolution}), told
 
 
-def read_resolution(settings):
-    """The resolution that a training left in its args.json, or None."""
+def with_instance_prompt(args):
+    """The flags, with a caption for images without one where none is given, that of the run which left its args.json
+    beside a LoRA or the model, if it had one; and what is to be said of it."""
+    if args.instance_prompt:
+        return args, ""
+    known = [folder for folder in folders_of_training(args) if read_settings(folder)]
+    prompt = read_settings(known[0]).get("instance_prompt") if known else None
+    if not (prompt and isinstance(prompt, str)):
+        return args, ""
+    told = f"Caption of images without one: {in_one_line(prompt)}, as in the training that {known[0] / 'args.json'}"
+    return argparse.Namespace(**{**vars(args), "instance_prompt": prompt}), f"{told} tells of."
+
+
+def folders_of_training(args):
+    """The folders in which a training may have left its args.json: those of LoRAs, then the model's."""
+    loras = [split_scale(item)[0] for item in args.lora or []]
+    return [path if path.is_dir() else path.parent for path in loras] + [Path(args.model or "")]
+
+
+def read_settings(folder):
+    """The settings that a training left in its folder; none where there are none that can be read."""
     try:
-        resolution = json.loads(settings.read_text(encoding="utf-8"))["resolution"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-    return resolution if type(resolution) is int and resolution > 0 else None
+        return dict(json.loads((folder / "args.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def own_resolution(source, token=None):
@@ -329,7 +346,7 @@ def tell_time(args, conditions, num_images, pipeline):
     """Prints how long all will take, before the first picture."""
     seconds = estimate_seconds(args, num_images, len(conditions.held_out), *time_trial(args, conditions, pipeline))
     duration = datetime.timedelta(seconds=math.ceil(seconds))
-    models = "model and base" if args.base else "the model"
+    models = "each of model and base" if args.base else "the model"
     until = f"{datetime.datetime.now() + duration:%Y-%m-%d %H:%M}"
     print(
         f"Takes about {duration}, until {until}, by a trial of a few steps:\n"
@@ -452,7 +469,11 @@ def print_table(figures, num_images, num_held_out):
         if found:
             cells = [mean_cell(found["model"]), mean_cell(found.get("base")), gain_cell(found.get("gain"))]
             print(f"{label:22} {better:7}{cells[0]:17} {cells[1]:17} {cells[2]}")
-    print("A gain above 0 is for the better, but to the nearest image: there 1 is a copy, and more is nearer.")
+    print("A gain above 0 is for the better, except in the line “to the nearest image”: there 1 is a copy.")
+    of_kid = {num_images: figures["kid"], num_held_out: figures["kid_held_out"]}
+    if few := [number for number, found in of_kid.items() if found and number < MIN_FOR_KID]:
+        told = f"Of fewer than {MIN_FOR_KID} images, such as {min(few)}, KID may be further off than it says here."
+        print(told)
     verdict = figures["memorisation"]
     for name in ("model", "base"):
         if name in verdict:
@@ -466,7 +487,7 @@ def mean_cell(numbers):
     """A mean and its standard error, in a cell of the table."""
     if not numbers:
         return "-"
-    error = f" +- {numbers['standard_error']:.2g}" if "standard_error" in numbers else ""
+    error = f" \N{PLUS-MINUS SIGN} {numbers['standard_error']:.2g}" if "standard_error" in numbers else ""
     return f"{numbers['mean']:.4g}{error}"
 
 
@@ -567,8 +588,9 @@ def main(argv=None):
     args, problems = parse_args(argv)
     quiet_libraries()
     with told_to_user(PROGRAM, errors=(InputError, OSError), stopped="Stopped; nothing was written."):
-        args, told = with_resolution(args)
+        args, of_resolution = with_resolution(args)
+        args, of_prompt = with_instance_prompt(args)
         raise_problems(problems + check_args(args))
-        if told:
+        for told in filter(None, (of_resolution, of_prompt)):
             print(told)
         evaluate(args)

@@ -16,10 +16,10 @@ from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from sdtune.arguments import SWITCH, new_parser, parse_flags, path_name
-from sdtune.checkpoints import AVERAGED, read_settings
+from sdtune.arguments import SWITCH, nearest_beside, new_parser, parse_flags, path_name
+from sdtune.checkpoints import AVERAGED, list_checkpoints, read_settings
 from sdtune.digests import find_damage
-from sdtune.errors import InputError, last_line, raise_problems, remedy_for_missing, told_to_user
+from sdtune.errors import InputError, fitted, last_line, raise_problems, remedy_for_missing, told_to_user
 from sdtune.files import beside, read_json
 from sdtune.lora import add_adapters, file_of_adapters, lora_weights, save_lora
 from sdtune.lora_layouts import LORA_FILE
@@ -55,8 +55,14 @@ def check_args(args):
     checkpoint = Path(args.checkpoint)
     problems = check_place(Path(args.output), [checkpoint], is_folder=True, overwrite=args.overwrite)
     if not (checkpoint / "progress.json").is_file():
+        there = list_checkpoints(checkpoint) or list_checkpoints(checkpoint.parent)
+        told = "is no whole checkpoint" if checkpoint.exists() else "does not exist"
         remedy = remedy_for_missing(checkpoint) or "give a folder checkpoint-N of a run"
-        problems.append(f"{checkpoint}: is no whole checkpoint; {remedy}")
+        if there:
+            remedy = f"take {' or '.join(map(str, there[-5:]))}"
+        elif not checkpoint.parent.exists():
+            told += nearest_beside(checkpoint.parent)
+        problems.append(f"{checkpoint}: {told}; {remedy}")
     elif damage := find_damage(checkpoint, UNUSED.get(args.weights, "")):
         problems.append(f"{checkpoint}: is damaged ({damage}); give another checkpoint of the run")
     elif args.weights != "trained" and not holds(checkpoint, AVERAGED):
@@ -158,4 +164,4 @@ def main(argv=None):
             else:
                 export_pipeline(args, checkpoint, unfinished, suffix)
                 loader = f'StableDiffusionPipeline.from_pretrained("{output}")'
-        print(f"Wrote {output}: the {weights} weights of {checkpoint}. Load it with {loader}.")
+        print(fitted(f"Wrote {output}: the {weights} weights of {checkpoint}. Load it with {loader}."))

@@ -22,7 +22,7 @@ from huggingface_hub import CommitOperationAdd, DatasetCard, DatasetCardData, Hf
 
 from sdtune.arguments import SWITCH, new_parser, parse_flags, path_name
 from sdtune.dataset import METADATA_NAMES, all_captions, list_files, read_folder, read_metadata
-from sdtune.errors import InputError, counted, last_line, raise_problems, told_to_user
+from sdtune.errors import InputError, counted, last_line, raise_problems, told_in_lines, told_to_user
 from sdtune.files import name_in
 from sdtune.images import NO_CAPTION, check_images, leave_out, path_of_findings
 from sdtune.uploads import CARD, add_upload_arguments, check_upload, make_repo, silence_hub, told_if_upload_fails
@@ -221,7 +221,8 @@ def push_folder(args):
     folder = Path(os.path.abspath(args.folder))
     column, follows_links = args.caption_column, args.follow_symlinks
     where = (args.cache_dir, args.skip_bad_images, follows_links)
-    captions = usable_rows(folder, column, args.without_captions, *where)
+    with told_in_lines():
+        captions = usable_rows(folder, column, args.without_captions, *where)
     metadata = None
     if not args.without_captions:
         columns = other_columns(folder, column, follows_links)

@@ -17,7 +17,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData
 from safetensors import SafetensorError, safe_open
 
 from sdtune.arguments import is_hub_id, new_parser, parse_flags, path_name
-from sdtune.errors import InputError, counted, in_one_line, last_line, raise_problems, told_to_user
+from sdtune.errors import InputError, counted, in_one_line, last_line, raise_problems, told_in_lines, told_to_user
 from sdtune.files import read_json
 from sdtune.lora_layouts import LORA_FILE
 from sdtune.model_card import NAMES_MODEL, TAGS, Usage, code_of, in_python
@@ -176,6 +176,7 @@ def main(argv=None):
         left = sorted(path.name for path in folder.iterdir() if path.name not in sent)
         does, kind = "Would send" if args.dry_run else "Sending", "LoRA weights" if is_lora else "a pipeline"
         sent, left = in_one_line(", ".join(names)), in_one_line(", ".join(left)) or "nothing"
-        print(f"{does} {kind}: {sent}\nNot sent: {left}")
+        with told_in_lines():
+            print(f"{does} {kind}: {sent}\nNot sent: {left}")
         if not args.dry_run:
             push_files(args, folder, names, is_lora)

@@ -50,10 +50,12 @@ from sdtune.dataset import choose_rows, name_of, read_rows, split_rows
 from sdtune.errors import (
     InputError,
     counted,
+    fitted,
     gathered,
     in_one_line,
     last_line,
     raise_problems,
+    told_in_lines,
     told_to_user,
     without_secrets,
 )
@@ -98,6 +100,9 @@ h3 {{ font-size: 1em; margin: 1em 0 .2em; }} .plots h3 {{ margin: 0; }} p {{ mar
 .plot.none {{ min-height: 0; border: 1px dashed var(--line); padding: 1em; color: var(--faint); }}
 #slider {{ width: 100%; margin: .6em 0; }} .grid {{ margin: 0 0 1.4em; }}
 .grid > img {{ display: block; max-width: 100%; image-rendering: pixelated; }}
+.grids {{ display: flex; flex-wrap: wrap; gap: 0 32px; }}
+.grids .grid {{ min-width: min(320px, 100%); max-width: 100%; }}
+.grids .strip {{ width: 0; min-width: 100%; }}  /* as wide as the picture, or each run would fill a line */
 .strip {{ display: flex; gap: 6px; overflow-x: auto; margin-top: 8px; padding-bottom: 4px; }}
 .strip button {{ flex: none; padding: 2px; border: 2px solid transparent; background: none; color: inherit;
   font: 12px system-ui, sans-serif; cursor: pointer; }}
@@ -129,7 +134,7 @@ SCRIPT = """
       const small = shown.querySelector("img"), large = grid.querySelector(":scope > img");
       large.src = small.src;
       large.alt = small.alt;
-      large.width = small.naturalWidth * Math.max(1, Math.floor(1000 / small.naturalWidth));
+      large.width = small.naturalWidth * Math.max(1, Math.min(4, Math.floor(1000 / small.naturalWidth)));
       const strip = grid.querySelector(".strip");
       strip.scrollLeft = shown.offsetLeft - strip.offsetLeft - strip.clientWidth / 2;
     }
@@ -288,6 +293,20 @@ def data_section(run, num_images):
     return table(counts.items()) + '<div class="cards">\n' + "".join(cards) + "</div>\n"
 
 
+def data_sections(runs, num_images):
+    """The parts of the page on the images, by the name of the run. What is to be said of the images is printed once
+    for all runs that have the same."""
+    parts, told = {}, []
+    for run in runs:
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            parts[run.name] = data_section(run, num_images)
+        told.append(said.getvalue())
+    with told_in_lines():
+        print("".join(dict.fromkeys(told)), end="")
+    return parts
+
+
 # ------------------------------------------------------------------------------------------------------------ page
 def table(rows):
     """A table of rows, whose first cell is a heading."""
@@ -430,6 +449,7 @@ def samples_section(runs):
         f'<h2>Samples after step <span id="step">{steps[-1]:,}</span></h2>\n',
         f'<input type="range" id="slider" max="{len(steps) - 1}" value="{len(steps) - 1}" aria-label="step">\n',
     ]
+    parts.append('<div class="grids">\n' if len(runs) > 1 else "")
     for run in runs:
         buttons = []
         for step, url in grids[run.name].items():
@@ -440,6 +460,7 @@ def samples_section(runs):
             continue
         name = f"<h3>{escaped(run.name)}</h3>" if len(runs) > 1 else ""
         parts.append(f'<div class="grid">{name}<img alt=""><div class="strip">{"".join(buttons)}</div></div>\n')
+    parts.append("</div>\n" if len(runs) > 1 else "")
     prompts = dict.fromkeys(prompt for run in runs for prompt in prompts_in(run.settings))
     listed = "; ".join(prompts)
     parts.append(f'<p class="faint">Left to right: {escaped(listed)}.{told}</p>\n' if listed else f"<p>{told}</p>\n")
@@ -599,12 +620,12 @@ def main(argv=None):
     with told_to_user(PROGRAM, errors=(InputError, OSError), stopped="Stopped."):
         raise_problems(problems + check_args(args))
         runs = read_runs(args.folders)
-        data = {run.name: data_section(run, args.num_images) for run in runs}
+        data = data_sections(runs, args.num_images)
         if args.watch:
             with make_server(8008 if args.port is None else args.port, args.folders, data) as server:
                 print(f"The report is at http://127.0.0.1:{server.server_port}/ until Ctrl-C.", flush=True)
                 server.serve_forever()
         write_text(output_of(args), as_page(runs, data))
     for run in runs:
-        print(f"{in_one_line(run.name)}: {judge(run)[0]}")
-    print(f"Wrote {in_one_line(output_of(args))}; a browser shows it.")
+        print(fitted(f"{in_one_line(run.name)}: {judge(run)[0]}"))
+    print(fitted(f"Wrote {in_one_line(output_of(args))}; a browser shows it."))

@@ -37,6 +37,7 @@ from sdtune.named_dataset import (
     add_named_dataset_arguments,
     check_dataset_is_named,
     check_outside,
+    name_below,
     read_named_rows,
     remedy_for_captions,
 )
@@ -166,8 +167,8 @@ def order_of(images, samples_per_step, seed, epoch):
     return np.concatenate(steps_of_epoch(counts, seed, epoch))
 
 
-def look_at(images, indices, epoch):
-    """What an epoch sees of some images: a list of (image, caption, name). Raises `InputError`."""
+def look_at(images, indices, epoch, dataset):
+    """What an epoch sees of some images of a dataset: a list of (image, caption, name). Raises `InputError`."""
     seen = []
     for index in tqdm(indices, "Reading images", unit="image", disable=None, leave=False):
         row = images.rows[index]
@@ -175,7 +176,7 @@ def look_at(images, indices, epoch):
         with still_readable(path):
             place, is_mirrored, caption = images.choose(row, random_numbers(images.seed, SAMPLE, epoch, index))
             image = images.open(index, row, place, is_mirrored)
-        seen.append((image, caption, Path(path).name))
+        seen.append((image, caption, name_below(path, dataset)))
     return seen
 
 
@@ -241,7 +242,7 @@ def main(argv=None):
         load_font(args.font, 16)
         images, left_out = load_images(args)
         order = order_of(images, args.samples_per_step or 16, args.seed, args.epoch)
-        seen = look_at(images, order[: args.num_images].tolist(), args.epoch)
+        seen = look_at(images, order[: args.num_images].tolist(), args.epoch, args.dataset)
         sheet, lacking = draw_sheet(seen, args.font, args.resolution, args.columns, args.caption_lines)
         with beside(args.output) as unfinished:
             sheet.save(unfinished, "PNG")
