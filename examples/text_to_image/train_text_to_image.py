@@ -1482,6 +1482,7 @@ def make_accelerator(args):
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # else every gradient is there twice
             ],
         )
+    check_company(accelerator)
     set_up_sharding(accelerator)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
@@ -1493,6 +1494,18 @@ def make_accelerator(args):
     if accelerator.num_processes > 1 and not args.dry_run:  # which writes nothing
         check_shared_output(accelerator, args.output_dir)
     return accelerator
+
+
+def check_company(accelerator):
+    """Raises `InputError` where a launcher started several processes, but accelerate leaves each alone, as it does
+    without a GPU: all would train the same, and write into one output folder."""
+    number = get_int_from_env(["WORLD_SIZE"], 1)
+    if number > 1 and accelerator.num_processes == 1:
+        raise InputError(
+            f"{number} processes were started (WORLD_SIZE), but PyTorch {torch.__version__} finds no GPUs for them, "
+            "and each would train alone; use `python` for one process, install a PyTorch that knows your GPUs, or set "
+            "ACCELERATE_USE_CPU=true to share CPUs"
+        )
 
 
 def keep_freed_memory():
