@@ -27,7 +27,7 @@ from sdtune.entries import (
     path_of_image,
     write_entry,
 )
-from sdtune.errors import InputError, last_line
+from sdtune.errors import InputError, counted, last_line
 from sdtune.failures import is_disk_full
 from sdtune.files import existing_place
 from sdtune.images import read_content, still_readable
@@ -167,7 +167,8 @@ def find_missing(accelerator, wanted):
     everywhere = gather_object([(missing, broken)])
     broken = sorted({path for _, damaged in everywhere for path in damaged})
     if broken:
-        accelerator.print(f"Warning: {len(broken)} entries of the cache are broken and made anew, such as {broken[0]}")
+        number = counted(len(broken), "entry of the cache is", "entries of the cache are")
+        accelerator.print(f"Warning: {number} broken and made anew, such as {broken[0]}")
     return [wanted[name] for name in sorted({name_of_entry(path) for lacking, _ in everywhere for path in lacking})]
 
 
@@ -230,9 +231,8 @@ def fill_cache(args, accelerator, pipeline, sources, plan):
         raise InputError(f"{folder}: {told}; make room, or {remedy}") from None
     accelerator.wait_for_everyone()  # patiently: they need not be done at the same time
     if lost := [entry.path for entry in plan.missing if not os.path.exists(entry.path)]:
-        raise InputError(
-            f"{plan.cache.folder}: {len(lost)} new entries are not there; all machines need the same --cache_dir"
-        )
+        number = counted(len(lost), "new entry is", "new entries are")
+        raise InputError(f"{plan.cache.folder}: {number} not there; all machines need the same --cache_dir")
     return [with_cache(images, plan.cache) for images in sources]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from sdtune.batches import StepCounts
 from sdtune.digests import find_damage, write_digests
-from sdtune.errors import InputError, in_one_line, is_lack_of_memory, is_lost_peer, last_line
+from sdtune.errors import InputError, counted, in_one_line, is_lack_of_memory, is_lost_peer, last_line
 from sdtune.files import beside, copy_mode, read_json, sync, sync_folder
 from sdtune.optimization import peak_learning_rate
 
@@ -263,8 +263,8 @@ def tell_skipped(run):
     """Prints how many of the run's steps changed nothing, if there are such: a result may be less than it seems."""
     number = run.progress.get("skipped_steps", 0)
     if number:
-        told = "were skipped, since loss or gradient was not finite"
-        print(f"\n{number:,} of {run.progress['global_step']:,} steps {told}.")
+        steps = f"{number:,} of {counted(run.progress['global_step'], 'step')} {'was' if number == 1 else 'were'}"
+        print(f"\n{steps} skipped, since loss or gradient was not finite.")
 
 
 def read_undamaged(checkpoint, read):

@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 
 from sdtune.arguments import noise_offset_of
 from sdtune.entries import Cache, path_of_caption, path_of_image, read_whole_entry
-from sdtune.errors import InputError, in_one_line, is_utf8, last_line, remedy_for_missing
+from sdtune.errors import InputError, counted, in_one_line, is_utf8, last_line, remedy_for_missing
 from sdtune.files import read_json
 from sdtune.images import (
     IMAGE_SUFFIXES,
@@ -294,7 +294,9 @@ def choose_rows(rows, max_samples, seed):
 def split_rows(num_rows, num_held_out):
     """The indices of the rows to train on and of those held out, which no seed changes. Raises `InputError`."""
     if num_held_out >= num_rows:
-        raise InputError(f"--num_validation_samples={num_held_out}: must leave some of {num_rows} images; use fewer")
+        raise InputError(
+            f"--num_validation_samples={num_held_out}: must leave some of {counted(num_rows, 'image')}; use fewer"
+        )
     order = np.random.default_rng(HELD_OUT).permutation(num_rows)
     return np.sort(order[num_held_out:]), np.sort(order[:num_held_out])
 
@@ -336,8 +338,7 @@ def read_folder(folder, caption_column, takes_train=False, follows_links=False):
         print(f"Left aside in {folder}: {tell_foreign_pictures(foreign)}.")
     if aside := [path.name for path in files if path not in known and path.suffix != ".txt"]:
         some = in_one_line(", ".join(aside[:5]))
-        number = "1 file" if len(aside) == 1 else f"{len(aside)} files"
-        print(f"Left aside in {folder}: {number} of other kinds, such as {some}.")
+        print(f"Left aside in {folder}: {counted(len(aside), 'file')} of other kinds, such as {some}.")
     captions = {image: captions[image] for image in of_split(captions, folder, takes_train)}
     names = [str(path) for path in captions]
     if odd := [name for name in names if not is_utf8(name)]:
@@ -359,11 +360,16 @@ def check_links(files, folder, follows_links):
     places, parents = places_of(folder), {}
     links = [str(path) for path in files if path.is_symlink() and not is_inside(path, places, parents)]
     if follows_links:
-        warn("pictures, captions or data files are links that lead out of the folder, and are used", links)
+        warn(
+            "picture, caption or data file is a link that leads out of the folder, and is used",
+            "pictures, captions or data files are links that lead out of the folder, and are used",
+            links,
+        )
     elif links:
         some = "\n  ".join(["", *map(in_one_line, links[:5])])
+        number = counted(len(links), "file in it is a link that leads", "files in it are links that lead")
         raise InputError(
-            f"{folder}: {len(links)} files in it are links that lead out of it, such as{some}\n"
+            f"{folder}: {number} out of it, such as{some}\n"
             "Copy what they lead to, or add --follow_symlinks if you trust whoever made them."
         )
 
@@ -405,12 +411,19 @@ def of_split(images, folder, takes_train):
     splits = {image: split_of(image, folder) for image in images}
     aside = [image for image, split in splits.items() if split != "train"]
     if takes_train and aside and "train" in splits.values():
-        print(f"Left aside in {folder}: {len(aside)} images that are not in its train folder, as a dataset's.")
+        number = counted(len(aside), "image that is", "images that are")
+        print(f"Left aside in {folder}: {number} not in its train folder, as a dataset's.")
         return [image for image, split in splits.items() if split == "train"]
     held_out = [image for image, split in splits.items() if split in ("validation", "test")]
     if held_out and len(held_out) < len(splits):
         places = sorted({f"{os.path.relpath(image.parent, folder)}{os.sep}" for image in held_out})
-        warn("images are trained on although their folders are named for validation or tests", places, len(held_out))
+        named = "named for validation or tests"
+        warn(
+            f"image is trained on although its folder is {named}",
+            f"images are trained on although their folders are {named}",
+            places,
+            len(held_out),
+        )
     return list(images)
 
 
@@ -575,10 +588,13 @@ def is_picture_folder(name, files, pictures, data_files):
         return True
     some, picture = [os.path.relpath(path, name) for path in (data_files[0], pictures[0])]
     if any(path.suffix.lower() in (".parquet", ".arrow") for path in data_files):
-        print(f"Left aside in {name}: {len(pictures)} pictures, such as {picture}; its data files are read.")
+        print(
+            f"Left aside in {name}: {counted(len(pictures), 'picture')}, such as {picture}; its data files are read."
+        )
         return False
+    num_files, num_pictures = counted(len(data_files), "data file"), counted(len(pictures), "picture")
     raise InputError(
-        f"--dataset_name={name}: holds {len(data_files)} data files, such as {some}, and {len(pictures)} pictures, "
+        f"--dataset_name={name}: holds {num_files}, such as {some}, and {num_pictures}, "
         f"such as {picture}; move the ones away that are not meant"
     )
 
@@ -796,12 +812,14 @@ def check_rows(rows, memory, skip_bad_images, tokenizer, resolution, fit=None, a
 
     leave_out(bad, len(rows), skip_bad_images and bool(digests), are_of_stream=are_of_stream)
     good, sizes = list(digests), np.array(sizes, int).reshape(-1, 2)
-    wanted, told = (fit(sizes), "their bucket") if fit else (resolution, f"--resolution={resolution}")
+    wanted = fit(sizes) if fit else resolution
+    its, their = ("its bucket", "their bucket") if fit else 2 * (f"--resolution={resolution}",)
     small = []
     for number in np.flatnonzero((sizes < wanted).any(axis=1)).tolist():
         small.append("{}: {} x {}".format(name_of(rows, good[number]), *sizes[number]))
-    warn(f"images are smaller than {told} and are enlarged", small)
-    warn(f"captions have more than {tokenizer.model_max_length} tokens and are cut", cut)
+    warn(f"image is smaller than {its} and is enlarged", f"images are smaller than {their} and are enlarged", small)
+    limit = f"more than {tokenizer.model_max_length} tokens"
+    warn(f"caption has {limit} and is cut", f"captions have {limit} and are cut", cut)
     return CheckedRows(rows.select(good), list(digests.values()), np.array(contents), sizes)
 
 
@@ -816,8 +834,9 @@ def name_of_row(row, index):
     return in_one_line(path) if path else f"row {index}"
 
 
-def warn(what, found, number=None):
-    """Warns of what was found, by number, that of `found` if none is given, and the first five."""
+def warn(one, many, found, number=None):
+    """Warns of what was found, by number, that of `found` if none is given, in the words for `one` or for `many`, and
+    the first five."""
     if found:
         some = map(in_one_line, found[:5])  # names and captions of others
-        print("\n  ".join([f"Warning: {number or len(found)} {what}, such as", *some]))
+        print("\n  ".join([f"Warning: {counted(number or len(found), one, many)}, such as", *some]))

@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 from sdtune.checkpoints import list_checkpoints
-from sdtune.errors import in_one_line
+from sdtune.errors import counted, in_one_line
 from sdtune.lora_layouts import LORA_FILE
 from sdtune.model_card import call_of
 from sdtune.plan import as_row, tell_size
@@ -23,7 +23,7 @@ def tell_end(args, run, files, command):
     record, checkpoints = read_run(folder, folder.name), list_checkpoints(folder)
     result = [path for pattern in files for path in folder.glob(pattern)]
     kind = "LoRA adapters" if (folder / LORA_FILE).is_file() else "a pipeline"
-    number = f"{len(checkpoints)} checkpoint{'' if len(checkpoints) == 1 else 's'}"
+    number = counted(len(checkpoints), "checkpoint")
     in_all = f"{tell_size(size_on_disk([folder]))} in all, of them {tell_size(size_on_disk(checkpoints))} in {number}"
     code = f"the code in {in_one_line(folder / 'README.md')}"
     rows = {

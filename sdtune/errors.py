@@ -57,6 +57,12 @@ def in_one_line(name):
     return printable(str(name)).replace("\n", "\\n")
 
 
+def counted(number, one, many=None):
+    """A number and what it counts, such as 1 image or 1,234 images; `many` is the plural of a word, or of a phrase,
+    that does not end in an s more."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
 def without_secrets(text):
     """A text with stars in the place of tokens: those of the environment, and what looks like one of the Hub's."""
     for name in SECRETS:

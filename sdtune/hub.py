@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 
-from sdtune.errors import InputError, last_line
+from sdtune.errors import InputError, counted, last_line
 
 
 def name_repo(args):
@@ -36,7 +36,7 @@ def push(args, repo_id, files, step):
         api = HfApi(token=args.hub_token)
         api.create_repo(repo_id, private=args.hub_private_repo or None, exist_ok=True)
         api.upload_folder(
-            repo_id=repo_id, folder_path=folder, commit_message=f"Train {step} steps", allow_patterns=files
+            repo_id=repo_id, folder_path=folder, commit_message=f"Train {counted(step, 'step')}", allow_patterns=files
         )
     except (Exception, KeyboardInterrupt) as error:  # whatever it is, the result is safe, which the user should hear
         include = " ".join(map(repr, files))

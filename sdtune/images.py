@@ -16,7 +16,7 @@ from filelock import FileLock
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 
-from sdtune.errors import InputError, last_line, printable
+from sdtune.errors import InputError, counted, last_line, printable
 from sdtune.files import beside
 from sdtune.metadata import EXIF, PROFILE, TEXT, without_metadata
 
@@ -248,7 +248,8 @@ def leave_out(bad, num_images, may_leave_out, remedy="", are_of_stream=False):
         return
     without = [line for line in bad if line.endswith(NO_CAPTION)]
     others = [line for line in bad if not line.endswith(NO_CAPTION)]  # first: a list is cut, and one of them may stop
-    number = f"{len(bad)} of {num_images} images are unusable"
+    are = "is" if len(bad) == 1 else "are"
+    number = f"{len(bad)} of {counted(num_images, 'image')} {are} unusable"
     if without:
         number += f", {len(without)} of them for lack of a caption"
     unusable = "\n  ".join([f"{number}:", *map(printable, (others + without)[:100])])

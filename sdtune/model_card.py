@@ -10,6 +10,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from sdtune.arguments import is_hub_id, is_place
+from sdtune.errors import counted
 from sdtune.runs import INTERVAL, MIN_FOR_INTERVAL
 
 # What `sdtune push-model` knows the line by that names the model in a card's code.
@@ -87,14 +88,14 @@ def describe_images(run):
     number = run.counts.num_images
     if number is None:
         return "a stream of images with captions"
-    return f"{number:,} {'image' if number == 1 else 'images'} with captions"
+    return f"{counted(number, 'image')} with captions"
 
 
 def describe_subject(args, num_photos, num_class_images):
     """What DreamBooth is trained on, as a text; a photo counts --repeats times in `num_photos`."""
     number = num_photos // args.repeats
-    text = f"{number:,} {'photo' if number == 1 else 'photos'} of one subject"
-    return text + (f", beside {num_class_images:,} images of its class" if num_class_images else "")
+    text = f"{counted(number, 'photo')} of one subject"
+    return text + (f", beside {counted(num_class_images, 'image')} of its class" if num_class_images else "")
 
 
 def name_result(args, repo_id):
@@ -230,7 +231,7 @@ def code_of(usage, prompt):
 def describe_steps(args, run):
     """How long a run was, as it was: one that was resumed counts its steps from the first one."""
     counts, steps = run.counts, run.progress["global_step"]
-    text = f"{steps:,} {'step' if steps == 1 else 'steps'} of {counts.samples_per_step:,} images each"
+    text = f"{counted(steps, 'step')} of {counted(counts.samples_per_step, 'image')} each"
     if counts.steps_per_epoch:
         epochs = f"{steps / counts.steps_per_epoch:,.1f}".removesuffix(".0")
         text += f", which is {epochs} {'epoch' if epochs == '1' else 'epochs'}"
@@ -252,7 +253,7 @@ def describe_gain(args, run):
         return None
     number, last = len(run.progress["base_losses"]), rows[-1]
     loss, gain, error = last["held_out_loss"], last["held_out_gain"], last["gain_error"]
-    images = "1 image that was" if number == 1 else f"{number:,} images that were"
+    images = counted(number, "image that was", "images that were")
     change = f"fell by {gain:.4f}" if gain >= 0 else f"rose by {-gain:.4f}"
     text = f"On {images} not trained on, the loss {change}, from {loss + gain:.4f} to {loss:.4f}"
     if number < MIN_FOR_INTERVAL:

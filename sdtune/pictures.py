@@ -9,7 +9,7 @@ import diffusers
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from sdtune.errors import InputError, last_line
+from sdtune.errors import InputError, counted, last_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +116,9 @@ def missing(pictures, shared, output_dir, overwrite):
         if found is not None:
             others.append(path)
     if others and not overwrite:
+        number = counted(len(others), "picture is", "pictures are")
         told = (
-            f"{len(others)} pictures are there that other settings or weights drew; add --overwrite to replace them, "
+            f"{number} there that other settings or weights drew; add --overwrite to replace them, "
             "or give another --output_dir:"
         )
         raise InputError("\n  ".join([told, *map(str, others[:5])]))

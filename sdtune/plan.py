@@ -17,6 +17,7 @@ from torch.cuda import get_device_name, get_device_properties, is_bf16_supported
 from sdtune.arguments import missing_here
 from sdtune.batches import mean_samples_per_step
 from sdtune.checkpoints import list_checkpoints
+from sdtune.errors import counted
 from sdtune.files import existing_place
 from sdtune.models import numel_of
 from sdtune.output import chosen_tracker, peak_gigabytes
@@ -41,18 +42,20 @@ def print_plan(args, run, num_held_out, num_trained, about):
         number = f"{counts.num_images:,} to train on"
         epochs = f", {counts.last_step / counts.steps_per_epoch:,.1f} epochs"
     images = f"{number}, {num_held_out:,} held out, {shape} pixels"
-    passes = f"{args.train_batch_size} a pass x {args.gradient_accumulation_steps} passes x {about['devices']}"
+    num_passes = counted(args.gradient_accumulation_steps, "pass", "passes")
+    passes = f"{args.train_batch_size} a pass x {num_passes} x {about['devices']}"
+    often = "step" if args.checkpointing_steps == 1 else f"{args.checkpointing_steps:,} steps"
     rows = {
         "device": about["device"],
         "images": "\n".join([images + about.get("images", ""), *about.get("kinds", []), *buckets]),
         "stream": about.get("stream"),
         "steps": f"{first_step:,} to {counts.last_step:,}{epochs}",
-        "per step": f"{counts.samples_per_step:,} images: {passes}",
+        "per step": f"{counted(counts.samples_per_step, 'image')}: {passes}",
         "trained": f"{about['trained']}, {num_trained:,} parameters in {about.get('weights', 'float32')}, passes in "
         f"{PASSES_IN[precision]}; frozen: {about['frozen']}",
         "optimizer": f"{about['optimizer']} at {run.settings['peak_learning_rate']:g}{about.get('other_rate', '')}, "
-        f"{args.lr_scheduler}; EMA: {args.use_ema}",
-        "output": f"{args.output_dir}, a checkpoint of {size} every {args.checkpointing_steps:,} steps",
+        f"{args.lr_scheduler}; {'an average of the weights (EMA)' if args.use_ema else 'no average of the weights'}",
+        "output": f"{args.output_dir}, a checkpoint of {size} every {often}",
         "disk": tell_disk(args, run, about.get("result_bytes")),
         "log": f"log.jsonl and {tracker}" if tracker else "log.jsonl, no tracker",
     }
@@ -84,8 +87,7 @@ def as_row(name, text):
 def describe_device(device):
     """What a device of PyTorch's is: which one, and how large."""
     if device.type == "cpu":
-        number = torch.get_num_threads()
-        told = f"CPU, {number} thread{'' if number == 1 else 's'}, {get_cpu_capability()}"
+        told = f"CPU, {counted(torch.get_num_threads(), 'thread')}, {get_cpu_capability()}"
     elif is_cuda_available():
         told = f"{get_device_name(device)}, {get_device_properties(device).total_memory / 1e9:.3g} GB"
     else:
@@ -112,7 +114,7 @@ def describe_kinds(images, repeats, prompt):
     the `prompt`."""
     lines, number = [], len(images) // repeats
     if repeats > 1:
-        lines.append(f"{number:,} photos, each {repeats:,} times")
+        lines.append(f"{counted(number, 'photo')}, each {repeats:,} times")
     if prompt:
         num_own = sum(captions != [prompt] for captions in images.rows["captions"]) // repeats
         lines.append(f"{num_own:,} with captions of their own, {number - num_own:,} with --instance_prompt")
@@ -144,8 +146,8 @@ def tell_cost(counts, device, num_samples, seconds, num_steps, now):
     rate = num_samples / seconds
     duration = datetime.timedelta(seconds=round(num_steps * mean_samples_per_step(counts) / rate))
     print(
-        f"  time       {seconds:.3g} s per step, {rate:.4g} images/s; {num_steps:,} steps take {duration}, until "
-        f"{now + duration:%Y-%m-%d %H:%M}"
+        f"  time       {seconds:.3g} s per step, {rate:.4g} images/s; "
+        f"{counted(num_steps, 'step takes', 'steps take')} {duration}, until {now + duration:%Y-%m-%d %H:%M}"
     )
     print(f"  memory     {', '.join(peak_memory(device))} at most")
 
@@ -164,8 +166,8 @@ def warn_of_disk(args, run):
     if needed <= free:
         return []
     return [
-        f"{number} checkpoints take {needed / 1e9:.2g} GB, where {free / 1e9:.2g} are free; make room, or use a "
-        "smaller --checkpoints_total_limit"
+        f"{counted(number, 'checkpoint takes', 'checkpoints take')} {needed / 1e9:.2g} GB, where {free / 1e9:.2g} are "
+        "free; make room, or use a smaller --checkpoints_total_limit"
     ]
 
 
@@ -189,7 +191,7 @@ def warn_of_warm_up(args, counts):
     """Lists whether the learning rate never arrives at what was asked for."""
     if args.lr_warmup_steps < counts.last_step:
         return []
-    told = f"in {counts.last_step:,} steps the learning rate never arrives; use fewer"
+    told = f"in {counted(counts.last_step, 'step')} the learning rate never arrives; use fewer"
     return [f"--lr_warmup_steps={args.lr_warmup_steps}: {told}"]
 
 

@@ -6,7 +6,7 @@ import math
 import re
 from pathlib import Path
 
-from sdtune.errors import InputError, remedy_for_missing
+from sdtune.errors import InputError, counted, remedy_for_missing
 from sdtune.output import HISTORY_FILE
 
 INTERVAL = 2  # standard errors on either side of a mean that are an interval of about 95 %
@@ -100,8 +100,7 @@ def read_rows_of(path, notes):
         except (ValueError, TypeError, KeyError):
             num_broken += 1
     if num_broken:
-        lines = "1 line" if num_broken == 1 else f"{num_broken:,} lines"
-        notes.append(f"{lines} of {path.name} cannot be read, and left out.")
+        notes.append(f"{counted(num_broken, 'line')} of {path.name} cannot be read, and left out.")
     return without_odd(rows, path, notes)
 
 
@@ -150,7 +149,7 @@ def judge(run):
             told += f"; the loss in training, smoothed, went from {means[0]:.3f} to {means[-1]:.3f}"
         return f"{told}. --num_validation_samples holds some out.", "open"
     last, number = looks[-1], run.settings.get("num_validation_samples")
-    of_images = f"The loss on {number} images" if number else "The loss on images"
+    of_images = f"The loss on {counted(number, 'image')}" if number else "The loss on images"
     loss, gain, margin = last["held_out_loss"], last["held_out_gain"], INTERVAL * last["gain_error"]
     if last["step"] == 0:
         return f"{of_images} that are held out was {loss:.3f} before training, and not measured since.", "open"

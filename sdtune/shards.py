@@ -10,7 +10,7 @@ import zlib
 import datasets
 import pyarrow.parquet
 
-from sdtune.errors import InputError, in_one_line, last_line
+from sdtune.errors import InputError, counted, in_one_line, last_line
 from sdtune.images import IMAGE_SUFFIXES
 
 NUM_LOOKED_AT = 100  # samples, for columns of these names
@@ -55,7 +55,7 @@ def without_empty(data_files, dataset_name):
         raise InputError(f"{told}: holds nothing but empty shards, such as {in_one_line(empty[0].name)}; name another")
     if empty:
         names = ", ".join(in_one_line(path.name) for path in empty[:5])
-        print(f"Left out of {in_one_line(dataset_name)}: {len(empty)} empty shards, such as {names}.")
+        print(f"Left out of {in_one_line(dataset_name)}: {counted(len(empty), 'empty shard')}, such as {names}.")
     return [path for path in data_files if path not in empty]
 
 

@@ -6,7 +6,7 @@ import re
 import diffusers
 import torch
 
-from sdtune.errors import InputError, last_line
+from sdtune.errors import InputError, counted, last_line
 from sdtune.models import DTYPES
 from sdtune.pipeline_folder import read_tensors
 
@@ -251,9 +251,9 @@ def check_names(source, needed, given, remedy, allowed=()):
     """Raises `InputError` unless the names in `given` are those needed and, at most, those `allowed` besides."""
     missing, surplus = needed - given, given - needed - set(allowed)
     if missing:
-        raise InputError(f"{source}: lacks {len(missing):,} tensors, such as {min(missing)}; {remedy}")
+        raise InputError(f"{source}: lacks {counted(len(missing), 'tensor')}, such as {min(missing)}; {remedy}")
     if surplus:
-        told = f"has, unlike its config, {len(surplus):,} tensors, such as {min(surplus)}"
+        told = f"has, unlike its config, {counted(len(surplus), 'tensor')}, such as {min(surplus)}"
         raise InputError(f"{source}: {told}; {remedy}")
 
 

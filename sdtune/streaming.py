@@ -26,7 +26,7 @@ from sdtune.dataset import (
     names_of_files,
     seen_alike,
 )
-from sdtune.errors import InputError, fitted, in_one_line, last_line
+from sdtune.errors import InputError, counted, fitted, in_one_line, last_line
 from sdtune.images import MIN_SIDE, check_image, open_encoded, path_of_findings
 from sdtune.models import load_tokenizer, read_latent_layout, read_num_timesteps
 from sdtune.randomness import BUFFER, SAMPLE, SHARDS_ORDER, random_numbers
@@ -524,8 +524,9 @@ def describe_stream(args, images, num_processes, num_workers):
     """What the plan says of a stream; None without one."""
     if not args.streaming:
         return None
-    shards = f"{len(images.shard_names):,} shards for {num_processes} processes x {num_workers or 1} workers"
-    return f"{shards}, buffers of {images.buffer_size:,} rows; unusable images are left out"
+    shards, processes = counted(len(images.shard_names), "shard"), counted(num_processes, "process", "processes")
+    shards = f"{shards} for {processes} x {counted(num_workers or 1, 'worker')}"
+    return f"{shards}, buffers of {counted(images.buffer_size, 'row')}; unusable images are left out"
 
 
 def without_left_out(batches, left_out):

@@ -16,7 +16,7 @@ from PIL import Image, PngImagePlugin
 from tqdm.auto import tqdm
 
 from sdtune.dataset import METADATA_NAMES, CheckedRows, check_rows, fingerprint_of, read_rows, warn
-from sdtune.errors import InputError, last_line
+from sdtune.errors import InputError, counted, last_line
 from sdtune.files import existing_place
 from sdtune.images import IMAGE_SUFFIXES, is_hidden, is_image_file, path_of_findings
 from sdtune.models import DTYPES, enable_memory_savers, load_base, load_tokenizer
@@ -162,7 +162,8 @@ def check_records(args, paths):
             )
         if record["base"] != wanted["base"]:
             of_another_base.append(f"{path}: {record['base']}")
-    warn(f"class images were drawn by another base than {wanted['base']}", of_another_base)
+    by_another = f"drawn by another base than {wanted['base']}"
+    warn(f"class image was {by_another}", f"class images were {by_another}", of_another_base)
 
 
 def stand_ins(class_images, images):
@@ -247,6 +248,5 @@ def draw_class_images(args, accelerator, names):
             (folder / f".{name}").rename(folder / name)
     accelerator.wait_for_everyone()
     if lost := [name for name in names if not (folder / name).exists()]:
-        raise InputError(
-            f"--class_data_dir={folder}: {len(lost)} drawn images are not there; all machines need the same folder"
-        )
+        number = counted(len(lost), "drawn image is", "drawn images are")
+        raise InputError(f"--class_data_dir={folder}: {number} not there; all machines need the same folder")

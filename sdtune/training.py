@@ -54,7 +54,7 @@ from sdtune.deepspeed import (
     step_by_engine,
     uses_deepspeed,
 )
-from sdtune.errors import InputError, gathered, raise_problems
+from sdtune.errors import InputError, counted, gathered, raise_problems
 from sdtune.failures import leave, told_in_a_line
 from sdtune.models import DTYPES, numel_of
 from sdtune.optimization import (
@@ -230,10 +230,10 @@ def check_shared_output(accelerator, output_dir):
         remove_token(output_dir)
     first, blind = everywhere[0], [rank for rank, there in enumerate(everywhere) if not there["sees"]]
     if blind:
-        there = everywhere[blind[0]]
+        there, number = everywhere[blind[0]], f"{len(blind)} of {counted(len(everywhere), 'process', 'processes')}"
         raise InputError(
-            f"--output_dir={output_dir}: {len(blind)} of {len(everywhere)} processes do not see what rank 0 writes to "
-            f"{first['folder']} on {first['host']}, such as rank {blind[0]}, which looks into {there['folder']} on "
+            f"--output_dir={output_dir}: {number} {'does' if len(blind) == 1 else 'do'} not see what rank 0 writes "
+            f"to {first['folder']} on {first['host']}, such as rank {blind[0]}, which looks into {there['folder']} on "
             f"{there['host']}; name one folder that all machines share, by its whole path"
         )
 
@@ -348,7 +348,7 @@ def tell_plan(args, accelerator, run, num_held_out, about):
     about = {
         **about,
         "device": describe_device(accelerator.device),
-        "devices": f"{accelerator.num_processes} ranks",
+        "devices": counted(accelerator.num_processes, "rank"),
         "weights": str(parameters[0].dtype).removeprefix("torch."),
         "optimizer": OPTIMIZERS[optimizer_of(args)],
         "other_rate": f", text encoder at {rates[-1]:g}" if rates[-1] != rates[0] else "",

@@ -15,7 +15,7 @@ from sdtune.batches import batches_of_one_size
 from sdtune.dataset import CaptionedImages, unopened
 from sdtune.deepspeed import passing_alone
 from sdtune.diffusion import diffusion_losses, draw_latents, encode_posterior
-from sdtune.errors import fitted
+from sdtune.errors import counted, fitted
 from sdtune.models import on_device
 from sdtune.output import tell_trackers, write_log
 from sdtune.runs import judge, read_run
@@ -136,7 +136,7 @@ def log_held_out_losses(accelerator, run, losses):
     write_log(accelerator, run.output_dir, progress["global_step"], numbers)
     if not accelerator.is_main_process or progress["global_step"] == run.counts.last_step:  # the end tells it
         return
-    images = f"{len(losses):,} held-out image{'' if len(losses) == 1 else 's'}"
+    images = counted(len(losses), "held-out image")
     told = f"Step {progress['global_step']:,}: the loss on {images} is {numbers['held_out_loss']:.4f}."
     if not is_first:
         told = judge(read_run(run.output_dir, run.output_dir.name))[0]

@@ -539,7 +539,7 @@ def test_pictures_that_are_enlarged_are_warned_of(loaded, tmp_path, capsys):
     data = write_image_folder(tmp_path / "data", 3, [(100, 100), (100, 20), (39, 24)])
     loaded(data=data)
     said = capsys.readouterr().out
-    assert "Warning: 1 images are smaller than their bucket and are enlarged, such as\n" in said
+    assert "Warning: 1 image is smaller than its bucket and is enlarged, such as\n" in said
     assert f"{data / '02.png'}: 39 x 24" in said
     loaded("--bucket_no_upscale", data=data)
     assert "enlarged" not in capsys.readouterr().out

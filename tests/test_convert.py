@@ -508,9 +508,9 @@ def test_files_of_other_tensors_are_refused(tiny_pipeline, whole_file, tmp_path,
     whole = load_file(whole_file)
     without_bias = {key: value for key, value in whole.items() if key != OUT_BIAS}
     cases = {
-        f"lacks 1 tensors, such as {OUT_BIAS}": without_bias,
+        f"lacks 1 tensor, such as {OUT_BIAS}": without_bias,
         f"{OUT_BIAS}: has the shape (5,), its config says (4,)": {**whole, OUT_BIAS: torch.ones(5)},
-        f"has, unlike its config, 1 tensors, such as {OUT_BIAS}2": {**whole, f"{OUT_BIAS}2": torch.ones(5)},
+        f"has, unlike its config, 1 tensor, such as {OUT_BIAS}2": {**whole, f"{OUT_BIAS}2": torch.ones(5)},
         f"{OUT_BIAS}: is int8; only weights in float32": {**whole, OUT_BIAS: torch.ones(4, dtype=torch.int8)},
     }
     for expected, tensors in cases.items():
@@ -526,7 +526,7 @@ def test_folders_of_broken_or_other_weights_are_refused(copy, tiny_pipeline, tmp
     state = load_file(tiny_pipeline / UNET)
     del state["conv_in.weight"]
     save_file(state, copy / UNET)
-    assert f"{copy}: lacks 1 tensors, such as unet.conv_in.weight" in refused(copy, tmp_path / "model.safetensors")
+    assert f"{copy}: lacks 1 tensor, such as unet.conv_in.weight" in refused(copy, tmp_path / "model.safetensors")
     assert names(tmp_path) == ["copy"]
 
 

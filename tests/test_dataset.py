@@ -576,7 +576,7 @@ def test_arrow_at_the_top_wins_too(tmp_path, capsys):
     folder = write_images(tmp_path / "set", "preview.png")
     rows_of(range(2)).save_to_disk(folder)
     assert captions_in(folder) == in_words(range(2))
-    assert "1 pictures, such as preview.png; its data files are read" in capsys.readouterr().out
+    assert "1 picture, such as preview.png; its data files are read" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["train.csv", "captions.jsonl"])
@@ -586,7 +586,7 @@ def test_tables_and_pictures_together_are_refused(tmp_path, name):
     (folder / name).write_text("image,text\nhttps://example.org/a.png,a\n")
     with pytest.raises(InputError) as caught:
         captions_in(folder)
-    told = f"holds 1 data files, such as {name}, and 2 pictures, such as a.png; move the ones away that are not meant"
+    told = f"holds 1 data file, such as {name}, and 2 pictures, such as a.png; move the ones away that are not meant"
     assert str(caught.value) == f"--dataset_name={folder}: {told}"
     (folder / "a.txt").write_text("beside")
     assert captions_in(folder) == ["beside"]
@@ -619,7 +619,7 @@ def test_the_train_folder_of_a_dataset_is_taken(tmp_path, capsys, train, other):
     told = f"Left aside in {folder}: 2 images that are not in its train folder, as a dataset's.\n"
     assert capsys.readouterr().out == told
     assert len(read_folder(folder, "text")) == 4  # as --train_data_dir
-    told = f"1 images are trained on although their folders are named for validation or tests, such as\n  {other}/\n"
+    told = f"1 image is trained on although its folder is named for validation or tests, such as\n  {other}/\n"
     assert capsys.readouterr().out == f"Warning: {told}"
 
 
@@ -1041,7 +1041,7 @@ def test_long_captions_and_small_images_are_warned_of_and_trained_on(
     assert "2 images are smaller than --resolution=32" in said
     assert f"{folder / '01.png'}: 20 x 32" in said
     assert f"{folder / '03.png'}: 200 x 24" in said
-    assert "1 captions have more than 77 tokens" in said
+    assert "1 caption has more than 77 tokens and is cut" in said
     assert "word word" in said
     log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert log[-1]["step"] == 2

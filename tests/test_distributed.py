@@ -438,7 +438,7 @@ def test_machines_that_share_no_output_folder_are_told(
     assert statuses == [2, 2], said
     host = os.uname().nodename
     told = (
-        f": --output_dir=out: 1 of 2 processes do not see what rank 0 writes to {here / 'out'} on {host}, such as "
+        f": --output_dir=out: 1 of 2 processes does not see what rank 0 writes to {here / 'out'} on {host}, such as "
         f"rank 1, which looks into {there / 'out'} on {host}; name one folder that all machines share, by its whole "
         "path"
     )

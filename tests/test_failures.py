@@ -449,7 +449,7 @@ def test_skipped_steps_are_counted_over_a_resume(train_script, fit, tmp_path, mo
     with monkeypatch.context() as patch:
         patch.setattr(train_script, "diffusion_losses", broken_in({1, 3, 4, 5}))
         assert fit(tmp_path, **settings, max_train_steps=2) == 0
-        assert "\n1 of 2 steps were skipped" in capsys.readouterr().out
+        assert "\n1 of 2 steps was skipped" in capsys.readouterr().out
         assert fit(tmp_path, **settings, max_train_steps=4, resume_from_checkpoint="latest") == 0
         assert "\n3 of 4 steps were skipped" in capsys.readouterr().out
         older = tmp_path / "checkpoint-4" / "progress.json"
@@ -458,7 +458,7 @@ def test_skipped_steps_are_counted_over_a_resume(train_script, fit, tmp_path, mo
         older.write_text(json.dumps(progress))
         write_digests(older.parent)
         assert fit(tmp_path, **settings, max_train_steps=6, resume_from_checkpoint="latest") == 0
-        assert "\n1 of 6 steps were skipped" in capsys.readouterr().out
+        assert "\n1 of 6 steps was skipped" in capsys.readouterr().out
     assert fit(tmp_path / "other") == 0
     assert "were skipped" not in capsys.readouterr().out
 

@@ -69,10 +69,10 @@ COMMANDS = {  # the words behind `sdtune`, and how the first line begins
     "caption": ("caption {images} --model={captioner} --overwrite --dry_run", "6 images: 0 keep their captions"),
     "check": ("check {images} --pretrained_model_name_or_path={model} --resolution=32", "{images}: 6 images"),
     "show": ("show {images} --resolution=32 --output={new}.png", "Wrote {new}.png: 6 of 6 images"),
-    "generate": ("generate {model} --prompts cat --num_inference_steps=1 --output_dir={new}", "1 pictures drawn"),
+    "generate": ("generate {model} --prompts cat --num_inference_steps=1 --output_dir={new}", "1 picture drawn"),
     "generate_lora": (
         "generate {model} --lora={lora} --prompts cat --num_inference_steps=1 --output_dir={new}_lora",
-        "1 pictures drawn",
+        "1 picture drawn",
     ),
     "evaluate": (
         "evaluate {model} {images} --prompts cat --num_images=3 --num_inference_steps=1 --resolution=32 "

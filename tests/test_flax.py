@@ -855,7 +855,7 @@ def test_plan_without_training(script, fit, base, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "  warning    --lr_warmup_steps=9: in 4 steps the learning rate never arrives; use fewer" in said
     num_trained = sum(weight.numel() for weight in unet(base).values())
-    assert "4 images: 2 a pass x 2 passes x 1 cpu devices" in said
+    assert "4 images: 2 a pass x 2 passes x 1 cpu device" in said
     assert f"trained    UNet, {num_trained:,} parameters in float32" in said
     assert set(told) == {4 * (3 * num_trained + 1)}  # weights, two moments, a count
     assert "encoded in every step; once with --center_crop" in " ".join(said.split())

@@ -158,7 +158,7 @@ def test_a_rerun_goes_on_and_replaces_nothing(tiny_pipeline, tmp_path, capsys):
     first = pictures(tmp_path)[0]
     first.unlink()
     assert run(*common) == 0
-    assert "1 pictures drawn, 1 were there" in capsys.readouterr().out
+    assert "1 picture drawn, 1 was there" in capsys.readouterr().out
     after = snapshot(tmp_path)
     digests = [{name: digest for name, (_, _, digest) in files.items()} for files in (before, after)]
     assert digests[0] == digests[1]

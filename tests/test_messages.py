@@ -15,7 +15,7 @@ from running import REPO, SCRIPTS, TRAIN_TEXT_TO_IMAGE, TRAIN_TEXT_TO_IMAGE_LORA
 from training import train, words
 
 from sdtune import __main__ as sdtune
-from sdtune.errors import MAKERS, InputError, fitted, raise_problems, remedy_for_missing
+from sdtune.errors import MAKERS, InputError, counted, fitted, raise_problems, remedy_for_missing
 from sdtune.images import NO_CAPTION, leave_out
 
 MAX_LINES, COLUMNS = 12, 100  # the second one is what conftest.py sets
@@ -637,6 +637,27 @@ def test_many_missing_captions_hide_no_other_bad_image(num_without):
     number = f"{num_without + 1} of 60 images are unusable, {num_without} of them for lack of a caption:"
     assert lines[:3] == [f"train.py: {number}", "  zebra.jpg: cannot be read: image file is truncated", f"  {bad[0]}"]
     assert lines[-1] == "`sdtune caption FOLDER` writes captions; mend or remove them, or add --skip_bad_images."
+
+
+@pytest.mark.parametrize(
+    "number, words, told",
+    [
+        (1, ["image"], "1 image"),
+        (0, ["image"], "0 images"),
+        (1234, ["image"], "1,234 images"),
+        (1, ["pass", "passes"], "1 pass"),
+        (2, ["pass", "passes"], "2 passes"),
+    ],
+)
+def test_what_is_counted_is_in_the_singular_or_in_the_plural(number, words, told):
+    assert counted(number, *words) == told
+
+
+def test_one_unusable_image_is_told_in_the_singular():
+    for num_images, told in ((25, "1 of 25 images is unusable:"), (1, "1 of 1 image is unusable:")):
+        with pytest.raises(InputError) as caught:
+            leave_out(["a.png: broken"], num_images, may_leave_out=False)
+        assert str(caught.value).splitlines()[0] == told
 
 
 def test_many_mistakes_are_cut_too():

@@ -183,7 +183,7 @@ def test_an_old_launcher_says_the_rank_to_each_process(tiny_pipeline, images, tm
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 images: 1 a pass x 1 passes x 2 ranks" in done.stdout
+    assert "2 images: 1 a pass x 1 pass x 2 ranks" in done.stdout
     assert_moved(tmp_path / "out", tiny_pipeline)
 
 

@@ -99,7 +99,7 @@ def test_what_is_not_used_of_a_folder_of_photos_is_told_by_kind(tiny_pipeline, t
         "data",
         *f"Left aside in {folder}: {foreign}.".split(),
         *f"Left aside in {folder}: 1 file of other kinds, such as note.pdf.".split(),
-        *"Left out (--skip_bad_images): 1 of 7 images are unusable:".split(),
+        *"Left out (--skip_bad_images): 1 of 7 images is unusable:".split(),
         *f"{folder}/broken.jpg: no image that Pillow knows".split(),
     ]
     assert said.endswith("\nNothing was trained; the settings are fine.\n")
@@ -164,7 +164,8 @@ def test_a_disk_without_room_for_the_checkpoints_is_warned_of(tmp_path, monkeypa
     assert plan.warn_of_disk(args, run) == []
     free -= 1
     (told,) = plan.warn_of_disk(args, run)
-    assert told.startswith(f"{number} checkpoints take {2 * number} GB, where ")
+    takes = "checkpoint takes" if number == 1 else "checkpoints take"
+    assert told.startswith(f"{number} {takes} {2 * number} GB, where ")
     assert "--checkpoints_total_limit" in told
     assert asked == [tmp_path, tmp_path]
 
@@ -301,7 +302,7 @@ def test_a_dry_run_takes_two_steps_and_tells_what_a_run_would(images, tmp_path, 
     assert re.search(r"  memory +[\d.]+ GB of this process at most", said)
     assert train(script, MINIATURE, images, folder, **settings) == 0
     said = capsys.readouterr().out
-    assert len(re.findall(r"  time +.*; 1 steps take ", said)) == 1  # after the third of four
+    assert len(re.findall(r"  time +.*; 1 step takes ", said)) == 1  # after the third of four
     files = [file for file in folder.rglob("*.safetensors") if "checkpoint" not in str(file)]
     size = float(told) * {"K": 1e3, "M": 1e6}[unit]
     assert size == pytest.approx(sum(file.stat().st_size for file in files), rel=0.06)
@@ -327,6 +328,6 @@ def test_a_dry_run_of_two_processes_measures_too(tiny_pipeline, images, tmp_path
     line = words(tiny_pipeline, images, tmp_path / "out", train_batch_size=1, mixed_precision="no", dry_run=True)
     done = run_script(line, launcher="torchrun", nproc=2)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 images: 1 a pass x 1 passes x 2 ranks" in done.stdout
+    assert "2 images: 1 a pass x 1 pass x 2 ranks" in done.stdout
     assert len(re.findall(r"  time +[\d.e-]+ s per step, .*; 4 steps take ", done.stdout)) == 1
     assert not (tmp_path / "out").exists()

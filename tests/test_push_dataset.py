@@ -216,7 +216,7 @@ def test_captions_are_not_asked_for_photos_of_a_subject(tmp_path, capsys):
     assert run(tmp_path, NAME, "--dry_run") == 2
     assert "`sdtune caption` or sent --without_captions" in capsys.readouterr().err
     assert run(tmp_path, NAME, "--dry_run", "--without_captions") == 0
-    assert "Would send 1 images and a card" in capsys.readouterr().out
+    assert "Would send 1 image and a card" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

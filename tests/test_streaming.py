@@ -347,7 +347,7 @@ def test_what_is_left_out_of_those_held_out_is_told(open_stream, tmp_path, capsy
     write_tar(tmp_path / "set" / "a.tar", [(b"note", "n.png", "words"), *make_rows(3)])
     _, held_out, _ = open_stream(tmp_path / "set", "--num_validation_samples=2")
     assert [text for (text,) in held_out.rows["captions"]] == [caption_of(0)]
-    told = "Left out of what is held out: 1 of 2 images are unusable:\n  a.tar: n.png: no image that Pillow knows\n"
+    told = "Left out of what is held out: 1 of 2 images is unusable:\n  a.tar: n.png: no image that Pillow knows\n"
     assert told in capsys.readouterr().out
 
 
@@ -628,7 +628,7 @@ def test_a_run_that_was_stopped_ends_in_the_same_bits(fit, tmp_path, capsys):
     assert fit(tmp_path / "whole") == 0
     told = capsys.readouterr().out
     assert "images     streamed, their number is not known, 2 held out, at 32 x 32 pixels" in told
-    assert "stream     2 shards for 1 processes x 1 workers, buffers of 4 rows; unusable images are left out" in told
+    assert "stream     2 shards for 1 process x 1 worker, buffers of 4 rows; unusable images are left out" in told
     assert "steps      0 to 8\n" in told
     assert fit(tmp_path / "parts", max_train_steps=3) == 0
     assert fit(tmp_path / "parts", max_train_steps=5, resume_from_checkpoint="latest") == 0

@@ -472,10 +472,10 @@ def test_plan_gives_the_numbers_of_the_run(train_script, tiny_pipeline, images, 
     for part in (
         "5 to train on, 1 held out, at 32 x 32 pixels",
         "0 to 8, 4.0 epochs",
-        "3 images: 1 a pass x 3 passes x 1 ranks",
+        "3 images: 1 a pass x 3 passes x 1 rank",
         f"UNet, {parameters:,} parameters in float32",
         "AdamW at 0.001, constant",
-        "EMA: True",
+        "; an average of the weights (EMA)",
         str(folder),
     ):
         assert part in said

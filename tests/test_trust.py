@@ -450,7 +450,7 @@ def test_links_out_of_a_folder_are_refused_by_every_command(command, image_folde
     }[command]
     assert status_of(main, folder, *more) == 2
     told = capsys.readouterr().err
-    assert f"{folder}: 1 files in it are links that lead out of it, such as\n  {folder / 'linked.png'}\n" in told
+    assert f"{folder}: 1 file in it is a link that leads out of it, such as\n  {folder / 'linked.png'}\n" in told
     assert "add --follow_symlinks" in told
     assert status_of(main, folder, *more, "--follow_symlinks") in (0, 1)
 
@@ -788,5 +788,5 @@ def test_a_caption_beside_an_image_that_metadata_alone_names_is_no_way_out(tmp_p
     place.with_suffix(".txt").symlink_to(tmp_path / "secret.txt")
     with (folder / "metadata.jsonl").open("a") as file:
         file.write(json.dumps({"file_name": name, "text": ""}) + "\n")
-    with pytest.raises(InputError, match=r"1 files in it are links that lead out of it, such as\n  .*picture\.txt"):
+    with pytest.raises(InputError, match=r"1 file in it is a link that leads out of it, such as\n  .*picture\.txt"):
         read_folder(folder, "text")

@@ -1512,7 +1512,7 @@ def tell_plan(args, run, num_held_out, stream, told):
         "images": "" if stream else f", encoded {encoded}",
         "data": told,
         "stream": stream,
-        "devices": f"{jax.device_count()} {jax.default_backend()} devices",
+        "devices": counted(jax.device_count(), f"{jax.default_backend()} device"),
         "trained": "UNet",
         "frozen": "VAE, text encoder, in float16" if args.mixed_precision == "fp16" else "VAE, text encoder",
         "precision": precision_of_passes(args),
@@ -1844,7 +1844,9 @@ def choose_rows(rows, max_samples, seed):
 def split_rows(num_rows, num_held_out):
     """The indices of the rows to train on and of those held out, which no seed changes. Raises `InputError`."""
     if num_held_out >= num_rows:
-        raise InputError(f"--num_validation_samples={num_held_out}: must leave some of {num_rows} images; use fewer")
+        raise InputError(
+            f"--num_validation_samples={num_held_out}: must leave some of {counted(num_rows, 'image')}; use fewer"
+        )
     order = np.random.default_rng(HELD_OUT).permutation(num_rows)
     return np.sort(order[num_held_out:]), np.sort(order[:num_held_out])
 
@@ -1886,8 +1888,7 @@ def read_folder(folder, caption_column, takes_train=False, follows_links=False):
         print(f"Left aside in {folder}: {tell_foreign_pictures(foreign)}.")
     if aside := [path.name for path in files if path not in known and path.suffix != ".txt"]:
         some = in_one_line(", ".join(aside[:5]))
-        number = "1 file" if len(aside) == 1 else f"{len(aside)} files"
-        print(f"Left aside in {folder}: {number} of other kinds, such as {some}.")
+        print(f"Left aside in {folder}: {counted(len(aside), 'file')} of other kinds, such as {some}.")
     captions = {image: captions[image] for image in of_split(captions, folder, takes_train)}
     names = [str(path) for path in captions]
     if odd := [name for name in names if not is_utf8(name)]:
@@ -1909,11 +1910,16 @@ def check_links(files, folder, follows_links):
     places, parents = places_of(folder), {}
     links = [str(path) for path in files if path.is_symlink() and not is_inside(path, places, parents)]
     if follows_links:
-        warn("pictures, captions or data files are links that lead out of the folder, and are used", links)
+        warn(
+            "picture, caption or data file is a link that leads out of the folder, and is used",
+            "pictures, captions or data files are links that lead out of the folder, and are used",
+            links,
+        )
     elif links:
         some = "\n  ".join(["", *map(in_one_line, links[:5])])
+        number = counted(len(links), "file in it is a link that leads", "files in it are links that lead")
         raise InputError(
-            f"{folder}: {len(links)} files in it are links that lead out of it, such as{some}\n"
+            f"{folder}: {number} out of it, such as{some}\n"
             "Copy what they lead to, or add --follow_symlinks if you trust whoever made them."
         )
 
@@ -1955,12 +1961,19 @@ def of_split(images, folder, takes_train):
     splits = {image: split_of(image, folder) for image in images}
     aside = [image for image, split in splits.items() if split != "train"]
     if takes_train and aside and "train" in splits.values():
-        print(f"Left aside in {folder}: {len(aside)} images that are not in its train folder, as a dataset's.")
+        number = counted(len(aside), "image that is", "images that are")
+        print(f"Left aside in {folder}: {number} not in its train folder, as a dataset's.")
         return [image for image, split in splits.items() if split == "train"]
     held_out = [image for image, split in splits.items() if split in ("validation", "test")]
     if held_out and len(held_out) < len(splits):
         places = sorted({f"{os.path.relpath(image.parent, folder)}{os.sep}" for image in held_out})
-        warn("images are trained on although their folders are named for validation or tests", places, len(held_out))
+        named = "named for validation or tests"
+        warn(
+            f"image is trained on although its folder is {named}",
+            f"images are trained on although their folders are {named}",
+            places,
+            len(held_out),
+        )
     return list(images)
 
 
@@ -2125,10 +2138,13 @@ def is_picture_folder(name, files, pictures, data_files):
         return True
     some, picture = [os.path.relpath(path, name) for path in (data_files[0], pictures[0])]
     if any(path.suffix.lower() in (".parquet", ".arrow") for path in data_files):
-        print(f"Left aside in {name}: {len(pictures)} pictures, such as {picture}; its data files are read.")
+        print(
+            f"Left aside in {name}: {counted(len(pictures), 'picture')}, such as {picture}; its data files are read."
+        )
         return False
+    num_files, num_pictures = counted(len(data_files), "data file"), counted(len(pictures), "picture")
     raise InputError(
-        f"--dataset_name={name}: holds {len(data_files)} data files, such as {some}, and {len(pictures)} pictures, "
+        f"--dataset_name={name}: holds {num_files}, such as {some}, and {num_pictures}, "
         f"such as {picture}; move the ones away that are not meant"
     )
 
@@ -2346,12 +2362,14 @@ def check_rows(rows, memory, skip_bad_images, tokenizer, resolution, fit=None, a
 
     leave_out(bad, len(rows), skip_bad_images and bool(digests), are_of_stream=are_of_stream)
     good, sizes = list(digests), np.array(sizes, int).reshape(-1, 2)
-    wanted, told = (fit(sizes), "their bucket") if fit else (resolution, f"--resolution={resolution}")
+    wanted = fit(sizes) if fit else resolution
+    its, their = ("its bucket", "their bucket") if fit else 2 * (f"--resolution={resolution}",)
     small = []
     for number in np.flatnonzero((sizes < wanted).any(axis=1)).tolist():
         small.append("{}: {} x {}".format(name_of(rows, good[number]), *sizes[number]))
-    warn(f"images are smaller than {told} and are enlarged", small)
-    warn(f"captions have more than {tokenizer.model_max_length} tokens and are cut", cut)
+    warn(f"image is smaller than {its} and is enlarged", f"images are smaller than {their} and are enlarged", small)
+    limit = f"more than {tokenizer.model_max_length} tokens"
+    warn(f"caption has {limit} and is cut", f"captions have {limit} and are cut", cut)
     return CheckedRows(rows.select(good), list(digests.values()), np.array(contents), sizes)
 
 
@@ -2366,11 +2384,12 @@ def name_of_row(row, index):
     return in_one_line(path) if path else f"row {index}"
 
 
-def warn(what, found, number=None):
-    """Warns of what was found, by number, that of `found` if none is given, and the first five."""
+def warn(one, many, found, number=None):
+    """Warns of what was found, by number, that of `found` if none is given, in the words for `one` or for `many`, and
+    the first five."""
     if found:
         some = map(in_one_line, found[:5])  # names and captions of others
-        print("\n  ".join([f"Warning: {number or len(found)} {what}, such as", *some]))
+        print("\n  ".join([f"Warning: {counted(number or len(found), one, many)}, such as", *some]))
 
 
 # ------------------------------------------------------------------------------------------------------- flax.encoding
@@ -2686,8 +2705,8 @@ def tell_skipped(run):
     """Prints how many of the run's steps changed nothing, if there are such: a result may be less than it seems."""
     number = run.progress.get("skipped_steps", 0)
     if number:
-        told = "were skipped, since loss or gradient was not finite"
-        print(f"\n{number:,} of {run.progress['global_step']:,} steps {told}.")
+        steps = f"{number:,} of {counted(run.progress['global_step'], 'step')} {'was' if number == 1 else 'were'}"
+        print(f"\n{steps} skipped, since loss or gradient was not finite.")
 
 
 def read_undamaged(checkpoint, read):
@@ -2832,6 +2851,12 @@ def printable(text):
 def in_one_line(name):
     """As `printable`, for a name that may hold line ends."""
     return printable(str(name)).replace("\n", "\\n")
+
+
+def counted(number, one, many=None):
+    """A number and what it counts, such as 1 image or 1,234 images; `many` is the plural of a word, or of a phrase,
+    that does not end in an s more."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 def without_secrets(text):
@@ -4036,7 +4061,8 @@ def leave_out(bad, num_images, may_leave_out, remedy="", are_of_stream=False):
         return
     without = [line for line in bad if line.endswith(NO_CAPTION)]
     others = [line for line in bad if not line.endswith(NO_CAPTION)]  # first: a list is cut, and one of them may stop
-    number = f"{len(bad)} of {num_images} images are unusable"
+    are = "is" if len(bad) == 1 else "are"
+    number = f"{len(bad)} of {counted(num_images, 'image')} {are} unusable"
     if without:
         number += f", {len(without)} of them for lack of a caption"
     unusable = "\n  ".join([f"{number}:", *map(printable, (others + without)[:100])])
@@ -4428,7 +4454,7 @@ def without_empty(data_files, dataset_name):
         raise InputError(f"{told}: holds nothing but empty shards, such as {in_one_line(empty[0].name)}; name another")
     if empty:
         names = ", ".join(in_one_line(path.name) for path in empty[:5])
-        print(f"Left out of {in_one_line(dataset_name)}: {len(empty)} empty shards, such as {names}.")
+        print(f"Left out of {in_one_line(dataset_name)}: {counted(len(empty), 'empty shard')}, such as {names}.")
     return [path for path in data_files if path not in empty]
 
 
@@ -4805,8 +4831,9 @@ def describe_stream(args, images, num_processes, num_workers):
     """What the plan says of a stream; None without one."""
     if not args.streaming:
         return None
-    shards = f"{len(images.shard_names):,} shards for {num_processes} processes x {num_workers or 1} workers"
-    return f"{shards}, buffers of {images.buffer_size:,} rows; unusable images are left out"
+    shards, processes = counted(len(images.shard_names), "shard"), counted(num_processes, "process", "processes")
+    shards = f"{shards} for {processes} x {counted(num_workers or 1, 'worker')}"
+    return f"{shards}, buffers of {counted(images.buffer_size, 'row')}; unusable images are left out"
 
 
 # -------------------------------------------------------------------------------------------------------- optimization
@@ -5267,8 +5294,7 @@ def read_rows_of(path, notes):
         except (ValueError, TypeError, KeyError):
             num_broken += 1
     if num_broken:
-        lines = "1 line" if num_broken == 1 else f"{num_broken:,} lines"
-        notes.append(f"{lines} of {path.name} cannot be read, and left out.")
+        notes.append(f"{counted(num_broken, 'line')} of {path.name} cannot be read, and left out.")
     return without_odd(rows, path, notes)
 
 
@@ -5317,7 +5343,7 @@ def judge(run):
             told += f"; the loss in training, smoothed, went from {means[0]:.3f} to {means[-1]:.3f}"
         return f"{told}. --num_validation_samples holds some out.", "open"
     last, number = looks[-1], run.settings.get("num_validation_samples")
-    of_images = f"The loss on {number} images" if number else "The loss on images"
+    of_images = f"The loss on {counted(number, 'image')}" if number else "The loss on images"
     loss, gain, margin = last["held_out_loss"], last["held_out_gain"], INTERVAL * last["gain_error"]
     if last["step"] == 0:
         return f"{of_images} that are held out was {loss:.3f} before training, and not measured since.", "open"
@@ -5356,18 +5382,20 @@ def print_plan(args, run, num_held_out, num_trained, about):
         number = f"{counts.num_images:,} to train on"
         epochs = f", {counts.last_step / counts.steps_per_epoch:,.1f} epochs"
     images = f"{number}, {num_held_out:,} held out, {shape} pixels"
-    passes = f"{args.train_batch_size} a pass x {args.gradient_accumulation_steps} passes x {about['devices']}"
+    num_passes = counted(args.gradient_accumulation_steps, "pass", "passes")
+    passes = f"{args.train_batch_size} a pass x {num_passes} x {about['devices']}"
+    often = "step" if args.checkpointing_steps == 1 else f"{args.checkpointing_steps:,} steps"
     rows = {
         "device": about["device"],
         "images": "\n".join([images + about.get("images", ""), *about.get("kinds", []), *buckets]),
         "stream": about.get("stream"),
         "steps": f"{first_step:,} to {counts.last_step:,}{epochs}",
-        "per step": f"{counts.samples_per_step:,} images: {passes}",
+        "per step": f"{counted(counts.samples_per_step, 'image')}: {passes}",
         "trained": f"{about['trained']}, {num_trained:,} parameters in {about.get('weights', 'float32')}, passes in "
         f"{PASSES_IN[precision]}; frozen: {about['frozen']}",
         "optimizer": f"{about['optimizer']} at {run.settings['peak_learning_rate']:g}{about.get('other_rate', '')}, "
-        f"{args.lr_scheduler}; EMA: {args.use_ema}",
-        "output": f"{args.output_dir}, a checkpoint of {size} every {args.checkpointing_steps:,} steps",
+        f"{args.lr_scheduler}; {'an average of the weights (EMA)' if args.use_ema else 'no average of the weights'}",
+        "output": f"{args.output_dir}, a checkpoint of {size} every {often}",
         "disk": tell_disk(args, run, about.get("result_bytes")),
         "log": f"log.jsonl and {tracker}" if tracker else "log.jsonl, no tracker",
     }
@@ -5443,8 +5471,8 @@ def warn_of_disk(args, run):
     if needed <= free:
         return []
     return [
-        f"{number} checkpoints take {needed / 1e9:.2g} GB, where {free / 1e9:.2g} are free; make room, or use a "
-        "smaller --checkpoints_total_limit"
+        f"{counted(number, 'checkpoint takes', 'checkpoints take')} {needed / 1e9:.2g} GB, where {free / 1e9:.2g} are "
+        "free; make room, or use a smaller --checkpoints_total_limit"
     ]
 
 
@@ -5468,7 +5496,7 @@ def warn_of_warm_up(args, counts):
     """Lists whether the learning rate never arrives at what was asked for."""
     if args.lr_warmup_steps < counts.last_step:
         return []
-    told = f"in {counts.last_step:,} steps the learning rate never arrives; use fewer"
+    told = f"in {counted(counts.last_step, 'step')} the learning rate never arrives; use fewer"
     return [f"--lr_warmup_steps={args.lr_warmup_steps}: {told}"]
 
 
@@ -5622,7 +5650,7 @@ def describe_images(run):
     number = run.counts.num_images
     if number is None:
         return "a stream of images with captions"
-    return f"{number:,} {'image' if number == 1 else 'images'} with captions"
+    return f"{counted(number, 'image')} with captions"
 
 
 def name_result(args, repo_id):
@@ -5720,7 +5748,7 @@ def code_of(usage, prompt):
 def describe_steps(args, run):
     """How long a run was, as it was: one that was resumed counts its steps from the first one."""
     counts, steps = run.counts, run.progress["global_step"]
-    text = f"{steps:,} {'step' if steps == 1 else 'steps'} of {counts.samples_per_step:,} images each"
+    text = f"{counted(steps, 'step')} of {counted(counts.samples_per_step, 'image')} each"
     if counts.steps_per_epoch:
         epochs = f"{steps / counts.steps_per_epoch:,.1f}".removesuffix(".0")
         text += f", which is {epochs} {'epoch' if epochs == '1' else 'epochs'}"
@@ -5742,7 +5770,7 @@ def describe_gain(args, run):
         return None
     number, last = len(run.progress["base_losses"]), rows[-1]
     loss, gain, error = last["held_out_loss"], last["held_out_gain"], last["gain_error"]
-    images = "1 image that was" if number == 1 else f"{number:,} images that were"
+    images = counted(number, "image that was", "images that were")
     change = f"fell by {gain:.4f}" if gain >= 0 else f"rose by {-gain:.4f}"
     text = f"On {images} not trained on, the loss {change}, from {loss + gain:.4f} to {loss:.4f}"
     if number < MIN_FOR_INTERVAL:
@@ -5882,7 +5910,7 @@ def tell_end(args, run, files, command):
     record, checkpoints = read_run(folder, folder.name), list_checkpoints(folder)
     result = [path for pattern in files for path in folder.glob(pattern)]
     kind = "LoRA adapters" if (folder / LORA_FILE).is_file() else "a pipeline"
-    number = f"{len(checkpoints)} checkpoint{'' if len(checkpoints) == 1 else 's'}"
+    number = counted(len(checkpoints), "checkpoint")
     in_all = f"{tell_size(size_on_disk([folder]))} in all, of them {tell_size(size_on_disk(checkpoints))} in {number}"
     code = f"the code in {in_one_line(folder / 'README.md')}"
     rows = {
@@ -5978,7 +6006,7 @@ def push(args, repo_id, files, step):
         api = HfApi(token=args.hub_token)
         api.create_repo(repo_id, private=args.hub_private_repo or None, exist_ok=True)
         api.upload_folder(
-            repo_id=repo_id, folder_path=folder, commit_message=f"Train {step} steps", allow_patterns=files
+            repo_id=repo_id, folder_path=folder, commit_message=f"Train {counted(step, 'step')}", allow_patterns=files
         )
     except (Exception, KeyboardInterrupt) as error:  # whatever it is, the result is safe, which the user should hear
         include = " ".join(map(repr, files))
@@ -6010,7 +6038,7 @@ def log_held_out_losses(accelerator, run, losses):
     write_log(accelerator, run.output_dir, progress["global_step"], numbers)
     if not accelerator.is_main_process or progress["global_step"] == run.counts.last_step:  # the end tells it
         return
-    images = f"{len(losses):,} held-out image{'' if len(losses) == 1 else 's'}"
+    images = counted(len(losses), "held-out image")
     told = f"Step {progress['global_step']:,}: the loss on {images} is {numbers['held_out_loss']:.4f}."
     if not is_first:
         told = judge(read_run(run.output_dir, run.output_dir.name))[0]

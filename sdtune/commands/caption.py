@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from sdtune.arguments import SWITCH, new_parser, parse_flags, path_name, positive_int
 from sdtune.dataset import METADATA_NAMES, check_links, list_files, read_metadata
-from sdtune.errors import InputError, in_one_line, last_line, raise_problems, remedy_for_missing, told_to_user
+from sdtune.errors import InputError, counted, in_one_line, last_line, raise_problems, remedy_for_missing, told_to_user
 from sdtune.files import beside, name_in
 from sdtune.images import (
     IMAGE_SUFFIXES,
@@ -325,9 +325,11 @@ def caption_folder(args):
     made = {name: text for name, text in noted.items() if name in wanted}
     left = [path for name, path in wanted.items() if name not in made]
     todo = usable(left, folder, args.cache_dir, args.skip_bad_images)
+    num_kept = counted(len(images) - len(wanted), "keeps its caption", "keep their captions")
+    num_made = counted(len(made), "was", "were")
     print(
-        f"{len(images)} images: {len(images) - len(wanted)} keep their captions, {len(made)} were captioned before "
-        f"a stop, {len(todo)} are to be captioned."
+        f"{counted(len(images), 'image')}: {num_kept}, {num_made} captioned before a stop, "
+        f"{len(todo):,} to be captioned."
     )
     if args.dry_run:
         if todo:
@@ -342,8 +344,10 @@ def caption_folder(args):
     (folder / JOURNAL).unlink(missing_ok=True)
     silent = [in_one_line(path) for path in todo if name_in(folder, path) not in made]
     if silent:
-        print("\n  ".join([f"Warning: the model says nothing of {len(silent)} images, such as", *silent[:5]]))
-    print(f"Captioned {len(made)} images in {folder}.")
+        print(
+            "\n  ".join([f"Warning: the model says nothing of {counted(len(silent), 'image')}, such as", *silent[:5]])
+        )
+    print(f"Captioned {counted(len(made), 'image')} in {folder}.")
 
 
 def main(argv=None):

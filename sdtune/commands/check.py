@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from sdtune.arguments import SWITCH, checked, new_parser, parse_flags, positive_int
 from sdtune.counts import count_sizes, count_words, statistics
 from sdtune.dataset import name_of
-from sdtune.errors import InputError, last_line, raise_problems, told_to_user
+from sdtune.errors import InputError, counted, last_line, raise_problems, told_to_user
 from sdtune.files import is_writable, write_text
 from sdtune.images import check_images, path_of_findings
 from sdtune.models import load_tokenizer
@@ -404,8 +404,8 @@ def list_names(findings):
 
 def as_text(report):
     """The report in lines of at most 100 columns."""
-    counts = f"{report['num_images']:,} images, {report['num_usable']:,} usable, {report['num_captions']:,} captions"
-    lines = [f"{report['dataset']}: {counts}", ""]
+    images, captions = counted(report["num_images"], "image"), counted(report["num_captions"], "caption")
+    lines = [f"{report['dataset']}: {images}, {report['num_usable']:,} usable, {captions}", ""]
     for kind in TITLES:
         title, note = headline(kind, report)
         lines.append(f"{title} ({note})" if note else title)
@@ -466,11 +466,11 @@ def gallery(rows, names, results):
 
 def as_page(report, rows, names, results):
     """The report as one HTML page: all of the text, thumbnails of findings and of images from all over the dataset."""
-    title = f"{report['dataset']}: {report['num_images']:,} images"
+    title = f"{report['dataset']}: {counted(report['num_images'], 'image')}"
     parts = [
         page_head(PROGRAM, title, STYLE),
         f"<h1>{escaped(title)}</h1>\n",
-        f"<p>{report['num_usable']:,} usable, {report['num_captions']:,} captions</p>\n<table>\n",
+        f"<p>{report['num_usable']:,} usable, {counted(report['num_captions'], 'caption')}</p>\n<table>\n",
     ]
     for name, text in statistics(report).items():
         parts.append(f"<tr><th>{name}</th><td>{escaped(text)}</td></tr>")

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from sdtune.arguments import SWITCH, new_parser, parse_flags, path_name
-from sdtune.errors import InputError, raise_problems, remedy_for_missing, told_to_user
+from sdtune.errors import InputError, counted, raise_problems, remedy_for_missing, told_to_user
 from sdtune.files import beside, read_json
 from sdtune.models import DTYPES, quiet_libraries, write_text_encoder
 from sdtune.pipeline_folder import PARTS, check_folder, check_place, class_of, read_models, read_weights
@@ -171,7 +171,8 @@ def write_folder(source, output, config_folder, dtype):
     examples = ", ".join(left_out[:3])
     if len(left_out) > 3:
         examples += ", ..."
-    return [f"{len(left_out):,} tensors of the file have no place in a folder: {examples}."]
+    number = counted(len(left_out), "tensor of the file has", "tensors of the file have")
+    return [f"{number} no place in a folder: {examples}."]
 
 
 def check_objective(source, header, zero_snr, noise_config):

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 
 from sdtune.arguments import SWITCH, checked, new_parser, parse_flags, path_name
-from sdtune.errors import InputError, last_line, raise_problems, remedy_for_missing, told_to_user
+from sdtune.errors import InputError, counted, last_line, raise_problems, remedy_for_missing, told_to_user
 from sdtune.files import beside
 from sdtune.lora_layouts import (
     LORA_FILE,
@@ -156,4 +156,4 @@ def main(argv=None):
             write_diffusers(output, weights, alphas)
     is_dora = any(".lora_magnitude_vector" in name for name in weights)
     kind = f"rank {most_common(ranks(weights))}" + (", DoRA" if is_dora else "")
-    print(f"Wrote {output}: {len(alphas)} layers of {kind}.")
+    print(f"Wrote {output}: {counted(len(alphas), 'layer')} of {kind}.")

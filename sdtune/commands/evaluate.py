@@ -44,7 +44,7 @@ from tqdm.auto import tqdm
 from sdtune.arguments import SWITCH, checked, guidance_number, new_parser, non_negative_int, positive_int, random_seed
 from sdtune.clip import Clip, check_clip, image_features, load_clip, text_features
 from sdtune.dataset import CaptionedImages, load_data, name_of
-from sdtune.errors import InputError, gathered, last_line, raise_problems, told_to_user
+from sdtune.errors import InputError, counted, gathered, last_line, raise_problems, told_to_user
 from sdtune.files import beside
 from sdtune.fonts import load_font
 from sdtune.grids import FONT_SIZE, PAIR_TILE, draw_pairs
@@ -333,8 +333,8 @@ def tell_time(args, conditions, num_images, pipeline):
     until = f"{datetime.datetime.now() + duration:%Y-%m-%d %H:%M}"
     print(
         f"Takes about {duration}, until {until}, by a trial of a few steps:\n"
-        f"  {args.num_images:,} pictures by {models}, {args.num_inference_steps} steps each, at {args.resolution} "
-        f"pixels; CLIP looks at {num_images + len(conditions.held_out):,} images.",
+        f"  {counted(args.num_images, 'picture')} by {models}, {counted(args.num_inference_steps, 'step')} each, at "
+        f"{args.resolution} pixels; CLIP looks at {counted(num_images + len(conditions.held_out), 'image')}.",
         flush=True,
     )
 

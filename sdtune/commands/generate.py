@@ -21,7 +21,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from sdtune.arguments import SWITCH, guidance_number, new_parser, positive_int, random_seed
-from sdtune.errors import InputError, gathered, last_line, raise_problems, told_to_user
+from sdtune.errors import InputError, counted, gathered, last_line, raise_problems, told_to_user
 from sdtune.fonts import load_font
 from sdtune.grids import FONT_SIZE, save_grids
 from sdtune.inference import (
@@ -233,7 +233,10 @@ def warn_of_cut_prompts(tokenizer, prompts):
     limit = tokenizer.model_max_length
     cut = [prompt for prompt in prompts if len(tokenizer(prompt, verbose=False).input_ids) > limit]
     if cut:
-        told = f"Warning: {len(cut)} prompts have more than {limit} tokens and are cut, such as"
+        limit = f"more than {limit} tokens"
+        told = (
+            f"Warning: {counted(len(cut), f'prompt has {limit} and is', f'prompts have {limit} and are')} cut, such as"
+        )
         print("\n  ".join([told, *[f"{prompt[:80]}..." for prompt in cut[:5]]]))
 
 
@@ -295,7 +298,8 @@ def generate(args):
     state.wait_for_everyone()
     if state.is_main_process:
         grids = save_grids(pictures, shared, output_dir, args.font) if len(pictures) > 1 else []
-        print(f"{len(left)} pictures drawn, {len(pictures) - len(left)} were there: {output_dir}")
+        num_others = counted(len(pictures) - len(left), "was", "were")
+        print(f"{counted(len(left), 'picture')} drawn, {num_others} there: {output_dir}")
         for path in grids:
             print(f"Grid: {path}")
     if num_blackened:

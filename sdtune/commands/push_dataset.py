@@ -22,7 +22,7 @@ from huggingface_hub import CommitOperationAdd, DatasetCard, DatasetCardData, Hf
 
 from sdtune.arguments import SWITCH, new_parser, parse_flags, path_name
 from sdtune.dataset import METADATA_NAMES, all_captions, list_files, read_folder, read_metadata
-from sdtune.errors import InputError, last_line, raise_problems, told_to_user
+from sdtune.errors import InputError, counted, last_line, raise_problems, told_to_user
 from sdtune.files import name_in
 from sdtune.images import NO_CAPTION, check_images, leave_out, path_of_findings
 from sdtune.uploads import CARD, add_upload_arguments, check_upload, make_repo, silence_hub, told_if_upload_fails
@@ -143,7 +143,7 @@ def make_card(repo_id, num_images, caption_column, without_captions):
     data = DatasetCardData(task_categories=["text-to-image"], size_categories=sizes, configs=CONFIGS)
     captions = "" if without_captions else f", each with a caption in the column `{caption_column}`"
     return (
-        f"---\n{data.to_yaml()}\n---\n\n# {repo_id.split('/')[-1]}\n\n{num_images:,} images{captions}.\n\n"
+        f"---\n{data.to_yaml()}\n---\n\n# {repo_id.split('/')[-1]}\n\n{counted(num_images, 'image')}{captions}.\n\n"
         f'```python\nimport datasets\n\ndatasets.load_dataset("{repo_id}", split="train")\n```\n'
     )
 
@@ -193,7 +193,7 @@ def push_all(args, folder, captions, metadata):
     where = {
         "repo_id": repo_id,
         "repo_type": "dataset",
-        "commit_message": args.commit_message or f"Add {len(captions)} images",
+        "commit_message": args.commit_message or f"Add {counted(len(captions), 'image')}",
     }
     with tempfile.TemporaryDirectory() as staging:
         link_images(folder, captions, staging)
@@ -211,7 +211,7 @@ def push_all(args, folder, captions, metadata):
     if keeps_card:
         print("The dataset card on the Hub is kept; --overwrite_card replaces it.")
     print(
-        f"Sent {len(captions)} images to {api.endpoint}/datasets/{repo_id}; train on them with "
+        f"Sent {counted(len(captions), 'image')} to {api.endpoint}/datasets/{repo_id}; train on them with "
         f"--dataset_name={repo_id}"
     )
 
@@ -230,7 +230,7 @@ def push_folder(args):
             print(f"Captions in .txt files go into {METADATA} on the Hub; {folder} stays as it is.")
     if args.dry_run:
         also = f", {METADATA}" if metadata else ""
-        print(f"Would send {len(captions)} images{also} and a card to {args.repo_id}.")
+        print(f"Would send {counted(len(captions), 'image')}{also} and a card to {args.repo_id}.")
     else:
         push_all(args, folder, captions, metadata)
 

@@ -17,7 +17,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData
 from safetensors import SafetensorError, safe_open
 
 from sdtune.arguments import is_hub_id, new_parser, parse_flags, path_name
-from sdtune.errors import InputError, in_one_line, last_line, raise_problems, told_to_user
+from sdtune.errors import InputError, counted, in_one_line, last_line, raise_problems, told_to_user
 from sdtune.files import read_json
 from sdtune.lora_layouts import LORA_FILE
 from sdtune.model_card import NAMES_MODEL, TAGS, Usage, code_of, in_python
@@ -160,7 +160,7 @@ def push_files(args, folder, names, is_lora):
         api.create_commit(repo_id, operations, commit_message=args.commit_message or "Add the trained weights")
     if keeps_card:
         print("The model card on the Hub is kept; --overwrite_card replaces it.")
-    print(f"Sent {len(operations)} files to {api.endpoint}/{repo_id}")
+    print(f"Sent {counted(len(operations), 'file')} to {api.endpoint}/{repo_id}")
 
 
 def main(argv=None):

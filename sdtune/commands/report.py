@@ -47,7 +47,16 @@ from sdtune.arguments import (
 )
 from sdtune.counts import count_sizes, count_words, statistics
 from sdtune.dataset import choose_rows, name_of, read_rows, split_rows
-from sdtune.errors import InputError, gathered, in_one_line, last_line, raise_problems, told_to_user, without_secrets
+from sdtune.errors import (
+    InputError,
+    counted,
+    gathered,
+    in_one_line,
+    last_line,
+    raise_problems,
+    told_to_user,
+    without_secrets,
+)
 from sdtune.files import is_writable, write_text
 from sdtune.images import check_images, path_of_findings
 from sdtune.pages import CARD_STYLE, as_jpeg, card, data_url, escaped, is_own_page, page_head
@@ -356,8 +365,8 @@ def describe(run):
         ]
         parts.append(f"{trained} of {base} on {place}{called}, at {settings.get('resolution')} pixels")
     step, planned = run.last_step(), run.planned_step()
-    of_images = f" of {settings['samples_per_step']:,} images" if settings.get("samples_per_step") else ""
-    parts.append((f"{step:,} of {planned:,} steps" if planned else f"{step:,} steps") + of_images)
+    of_images = f" of {counted(settings['samples_per_step'], 'image')}" if settings.get("samples_per_step") else ""
+    parts.append((f"{step:,} of {counted(planned, 'step')}" if planned else counted(step, "step")) + of_images)
     if run.history:
         event = run.history[-1].get("event")
         parts.append(event if event in ("finished", "stopped") else "no end is noted")

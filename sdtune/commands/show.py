@@ -29,7 +29,7 @@ from sdtune.arguments import (
 from sdtune.batches import StepCounts, number_buckets, steps_of_epoch
 from sdtune.buckets import check_bucket_rule, describe_buckets, fit_of
 from sdtune.dataset import CaptionedImages, choose_rows, split_rows
-from sdtune.errors import InputError, fitted, raise_problems, told_to_user
+from sdtune.errors import InputError, counted, fitted, raise_problems, told_to_user
 from sdtune.files import beside, is_writable
 from sdtune.fonts import load_font, shorten, wrap
 from sdtune.images import check_images, path_of_findings, still_readable
@@ -116,7 +116,9 @@ def load_images(args):
     if len(good) < len(whole):
         left_out += f" ({remedy_for_captions(args.dataset)})"
     if not good:
-        raise InputError(f"DATASET={args.dataset}: none of {len(rows)} images can be used: {left_out}; {SEE_CHECK}")
+        raise InputError(
+            f"DATASET={args.dataset}: none of {counted(len(rows), 'image')} can be used: {left_out}; {SEE_CHECK}"
+        )
     training, _ = split_rows(len(good), args.num_validation_samples)
     training, fit = [good[index] for index in training], fit_of(args)
     picture_sizes = np.array([findings[index][1:3] for index in training])
@@ -250,4 +252,4 @@ def main(argv=None):
         print(f"The font has no picture of {''.join(lacking[:20])} and draws boxes; give another by --font.")
     if left_out:
         print(fitted(f"Left out, since training cannot use them: {left_out}; {SEE_CHECK}."))
-    print(f"Wrote {args.output}: {len(seen)} of {len(images)} images, as epoch {args.epoch} takes them.")
+    print(f"Wrote {args.output}: {len(seen)} of {counted(len(images), 'image')}, as epoch {args.epoch} takes them.")

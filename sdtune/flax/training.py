@@ -35,7 +35,7 @@ from sdtune.checkpoints import (
     save_checkpoint,
     tell_skipped,
 )
-from sdtune.errors import InputError, gathered, last_line, raise_problems
+from sdtune.errors import InputError, counted, gathered, last_line, raise_problems
 from sdtune.failures import leave
 from sdtune.flax.checkpoints import resume
 from sdtune.flax.encoding import step_batches
@@ -239,7 +239,7 @@ def tell_plan(args, run, num_held_out, stream, told):
         "images": "" if stream else f", encoded {encoded}",
         "data": told,
         "stream": stream,
-        "devices": f"{jax.device_count()} {jax.default_backend()} devices",
+        "devices": counted(jax.device_count(), f"{jax.default_backend()} device"),
         "trained": "UNet",
         "frozen": "VAE, text encoder, in float16" if args.mixed_precision == "fp16" else "VAE, text encoder",
         "precision": precision_of_passes(args),
