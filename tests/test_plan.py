@@ -140,6 +140,18 @@ def test_a_warm_up_that_is_not_shorter_than_the_run_is_warned_of(warmup, last_st
 
 
 @pytest.mark.parametrize(
+    "num_images, num_held_out, is_short", [(3, 10, True), (10, 10, True), (11, 10, False), (1, 0, False)]
+)
+def test_more_images_held_out_than_trained_on_are_warned_of(num_images, num_held_out, is_short):
+    args = parse(f"--num_validation_samples={num_held_out}")
+    told = f"--num_validation_samples={num_held_out}: leaves {num_images} to train on, no more than are held out; "
+    told += "use fewer, or more images"
+    counts = SimpleNamespace(num_images=num_images)
+    assert plan.warn_of_held_out(args, counts, num_held_out) == ([told] if is_short else [])
+    assert plan.warn_of_held_out(args, SimpleNamespace(num_images=None), num_held_out) == []  # of a stream
+
+
+@pytest.mark.parametrize(
     "words, first_step, number",
     [
         (["--checkpointing_steps=4"], 0, 3),  # at 4, 8 and the last
@@ -186,8 +198,13 @@ def test_the_plan_ends_with_its_warnings(train_script, tiny_pipeline, images, tm
     ]
     assert [line.split()[0] for line in said[-3:-1]] == ["time", "memory"]
     assert said[-1] == "Nothing was trained; the settings are fine."
-    settings["lr_warmup_steps"] = 2
+    settings |= {"lr_warmup_steps": 2, "num_validation_samples": 1}
     monkeypatch.setattr(train_script, "warn_of_precision", lambda accelerator: [])
+    assert train(train_script, tiny_pipeline, images, tmp_path / "out", **settings) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert told.count("warning") == 1
+    assert "warning --num_validation_samples=1: leaves 1 to train on, no more than are held out; use fewer, " in told
+    del settings["num_validation_samples"]
     assert train(train_script, tiny_pipeline, images, tmp_path / "out", **settings) == 0
     assert "warning" not in capsys.readouterr().out
 

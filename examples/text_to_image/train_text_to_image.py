@@ -6604,6 +6604,7 @@ def print_plan(args, run, num_held_out, num_trained, about):
         warn_of_name(args)
         + about["warnings"]
         + warn_of_start(args)
+        + warn_of_held_out(args, counts, num_held_out)
         + warn_of_warm_up(args, counts)
         + warn_of_disk(args, run)
     )
@@ -6711,6 +6712,14 @@ def warn_of_start(args):
     if args.resume_from_checkpoint != "latest" or list_checkpoints(args.output_dir):
         return []
     return [f"--resume_from_checkpoint=latest: {args.output_dir} holds NO CHECKPOINT; this run starts from step 0"]
+
+
+def warn_of_held_out(args, counts, num_held_out):
+    """Lists whether no more images are left to train on than are held out."""
+    if counts.num_images is None or num_held_out < counts.num_images:
+        return []
+    told = f"leaves {counts.num_images:,} to train on, no more than are held out; use fewer, or more images"
+    return [f"--num_validation_samples={args.num_validation_samples}: {told}"]
 
 
 def warn_of_warm_up(args, counts):
