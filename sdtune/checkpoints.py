@@ -298,6 +298,8 @@ def compare_settings(run, checkpoint, before, free, fixed):
         is_new = name not in before and value in (None, False, "adamw")
         if name not in free and not is_new and before.get(name) != value:
             changed[name] = tell_difference(name, before.get(name), value)
+    if changed.keys() & {"learning_rate", "samples_per_step", "scale_lr"}:
+        changed.pop("peak_learning_rate", None)  # which follows from these
     if is_digest(settings.get("captioned_images")) and "captioned_images" in changed:
         changed["captioned_images"] += tell_choice(before, settings)
     if "sharding" in changed:

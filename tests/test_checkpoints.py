@@ -384,6 +384,21 @@ def test_changed_flags_are_refused_unless_allowed(fit, stopped, capsys, changes,
     refused_unless_allowed(fit, stopped, capsys, named, **changes)
 
 
+@pytest.mark.parametrize(
+    "changes, lines",
+    [
+        ({"learning_rate": 1e-4}, ["learning_rate: 0.001 there, 0.0001 now"]),
+        ({"scale_lr": True}, ["scale_lr: False there, True now"]),
+        ({"learning_rate": 1e-4, "seed": 3}, ["learning_rate: 0.001 there, 0.0001 now", "seed: 0 there, 3 now"]),
+    ],
+)
+def test_what_follows_from_a_changed_flag_is_not_told_again(fit, stopped, capsys, changes, lines):
+    """As the peak of the learning rate does, which is no flag."""
+    assert fit(stopped, checkpointing_steps=1, resume_from_checkpoint="latest", **changes) == 2
+    told = re.sub(r"\n {4,}", " ", capsys.readouterr().err).splitlines()
+    assert sorted(line.strip() for line in told[1:]) == sorted(lines)
+
+
 @pytest.mark.parametrize("edit", [edit_caption, edit_image])
 def test_changed_images_are_refused_unless_allowed(fit, images, stopped, tmp_path, capsys, edit):
     data = tmp_path / "changed"
