@@ -111,7 +111,7 @@ VALUES = {  # words, and what the message has to name
     "resume": ("--resume_from_checkpoint=gone", "--resume_from_checkpoint=gone: is no whole checkpoint folder; name"),
     "allow": ("--allow_changed_resume", "--allow_changed_resume=True: does nothing without --resume_from_checkpoint"),
     "held_out": ("--num_validation_samples=4", "--num_validation_samples=4: must leave some of 4 images"),
-    "no_config": ("--config=gone.yaml", "--config=gone.yaml: is no YAML file of flags ("),
+    "no_config": ("--config=gone.yaml", "--config=gone.yaml: there is no such file; name one\n"),
 }
 
 
@@ -183,6 +183,27 @@ def test_a_path_of_the_readmes_says_how_it_is_made(
     shutil.copytree(tiny_pipeline, Path(model))  # then it is not missed
     assert status_of(scripts[TRAIN_TEXT_TO_IMAGE].main, *words(model, data, tmp_path / "out")) == 2
     assert f"{model}: does not exist" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flag, name, meant",
+    [
+        ("pretrained_model_name_or_path", "miniature/pipelin", "miniature/pipeline"),
+        ("config", "examples/configs/demo_creature.yaml", "examples/configs/demo_creatures.yaml"),
+    ],
+)
+def test_a_mistyped_path_in_the_repository_is_corrected(
+    flag, name, meant, scripts, tiny_pipeline, images, tmp_path, capsys, monkeypatch
+):
+    """And not said to be of another folder than this one."""
+    monkeypatch.chdir(REPO)
+    line = words(tiny_pipeline, images, tmp_path / "out", **{flag: name})
+    assert status_of(scripts[TRAIN_TEXT_TO_IMAGE].main, *line) == 2
+    said = re.sub(r"\n {4,}", " ", capsys.readouterr().err)
+    assert (
+        f"{name}: there is no such {'file' if flag == 'config' else 'folder here'} (did you mean {meant}?); " in said
+    )
+    assert "start in the folder" not in said
 
 
 @pytest.mark.parametrize("path", ["demo/creature", "my/demo/creatures", "demo", "miniatures/pipeline", "", None])

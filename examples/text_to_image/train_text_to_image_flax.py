@@ -2929,7 +2929,7 @@ def remedy_for_missing(path):
     for made in (place, *place.parents):
         if maker := MAKERS.get(made.as_posix()):
             return f"run `{maker}` in the folder of the repository, which makes it"
-    if place.parts[0] in ("miniature", "examples"):
+    if place.parts[0] in ("miniature", "examples") and not os.path.isdir(place.parts[0]):
         return "start in the folder of the repository, which it comes with"
     return ""
 
@@ -3693,10 +3693,12 @@ def read_config(path, sections):
         if not all(isinstance(recipe[name], dict) for name in sections & recipe.keys()):
             raise TypeError("a section holds something else")
         return recipe, []
+    except FileNotFoundError:
+        told = f"there is no such file{nearest_beside(path)}"
+        return {}, [f"--config={path}: {told}; {remedy_for_missing(path) or 'name one'}"]
     except (OSError, ValueError, yaml.YAMLError, TypeError, RecursionError) as error:
         told = " ".join(str(error).split())[:300]
-        remedy = remedy_for_missing(path) or "write `flag: value`, a line each"
-        return {}, [f"--config={path}: is no YAML file of flags ({told}); {remedy}"]
+        return {}, [f"--config={path}: is no YAML file of flags ({told}); write `flag: value`, a line each"]
 
 
 def setting_words(settings, defaults):
