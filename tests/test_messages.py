@@ -104,8 +104,11 @@ VALUES = {  # words, and what the message has to name
     "warm_up": ("--validation_steps=3", "--validation_steps=3: does nothing without --validation_prompt"),
     "best": ("--keep_best", "--keep_best=True: does nothing without --num_validation_samples; add that or drop this"),
     "divided": ("--resolution=33", "--resolution=33: must be a multiple of 8 for this VAE; use 32"),
-    "model": ("--pretrained_model_name_or_path=nobody/nothing", "nobody/nothing: no whole pipeline"),
-    "tokenizer": ("--tokenizer_name=no/where", "--tokenizer_name=no/where: no folder of a tokenizer"),
+    "model": (
+        "--pretrained_model_name_or_path=nobody/nothing",
+        "nobody/nothing: there is no such folder here, no whole c",
+    ),
+    "tokenizer": ("--tokenizer_name=no/where", "--tokenizer_name=no/where: there is no such folder here, n"),
     "single": ("--single_file_config=x", "--single_file_config=x: is for a single file alone; drop this, or name one"),
     "no_file": ("--pretrained_model_name_or_path=gone.ckpt", "gone.ckpt: there is no such file; name a pipeline"),
     "resume": ("--resume_from_checkpoint=gone", "--resume_from_checkpoint=gone: is no whole checkpoint folder; name"),
@@ -200,9 +203,7 @@ def test_a_mistyped_path_in_the_repository_is_corrected(
     line = words(tiny_pipeline, images, tmp_path / "out", **{flag: name})
     assert status_of(scripts[TRAIN_TEXT_TO_IMAGE].main, *line) == 2
     said = re.sub(r"\n {4,}", " ", capsys.readouterr().err)
-    assert (
-        f"{name}: there is no such {'file' if flag == 'config' else 'folder here'} (did you mean {meant}?); " in said
-    )
+    assert f"{name}: there is no such {'file' if flag == 'config' else 'folder here'} (did you mean {meant}?)" in said
     assert "start in the folder" not in said
 
 
@@ -579,7 +580,10 @@ MISTAKES = {  # the words behind `sdtune`, with the places of a model, images an
     "export": (["export", "{empty}", "{empty}/out"], "{empty}: is no whole checkpoint; give a folder checkpoint-N"),
     "generate": (["generate", "{model}"], "--prompts is missing: give this, --prompts_file or a recipe with prompts"),
     "generate_model": (["generate", "{empty}", "--prompts", "a"], "MODEL={empty}: no whole pipeline"),
-    "evaluate": (["evaluate", "{empty}/gone", "{images}"], "MODEL={empty}/gone: no whole pipeline"),
+    "evaluate": (
+        ["evaluate", "{empty}/gone", "{images}"],
+        "MODEL={empty}/gone: there is no such folder here; name one",
+    ),
     "push_model": (
         ["push-model", "{empty}", "me/mine"],
         "{empty}: holds neither a pipeline with model_index.json nor",
