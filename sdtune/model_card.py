@@ -10,6 +10,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from sdtune.arguments import is_hub_id, is_place
+from sdtune.batches import max_samples_per_step
 from sdtune.errors import counted
 from sdtune.runs import INTERVAL, MIN_FOR_INTERVAL
 
@@ -231,7 +232,7 @@ def code_of(usage, prompt):
 def describe_steps(args, run):
     """How long a run was, as it was: one that was resumed counts its steps from the first one."""
     counts, steps = run.counts, run.progress["global_step"]
-    text = f"{counted(steps, 'step')} of {counted(counts.samples_per_step, 'image')} each"
+    text = f"{counted(steps, 'step')} of {counted(max_samples_per_step(counts), 'image')} each"
     if counts.steps_per_epoch:
         epochs = f"{steps / counts.steps_per_epoch:,.1f}".removesuffix(".0")
         text += f", which is {epochs} {'epoch' if epochs == '1' else 'epochs'}"

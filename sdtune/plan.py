@@ -15,7 +15,7 @@ from torch.cpu import _is_amx_tile_supported, _is_avx512_bf16_supported
 from torch.cuda import get_device_name, get_device_properties, is_bf16_supported
 
 from sdtune.arguments import missing_here
-from sdtune.batches import mean_samples_per_step
+from sdtune.batches import max_samples_per_step, mean_samples_per_step
 from sdtune.checkpoints import list_checkpoints
 from sdtune.errors import counted
 from sdtune.files import existing_place
@@ -50,7 +50,7 @@ def print_plan(args, run, num_held_out, num_trained, about):
         "images": "\n".join([images + about.get("images", ""), *about.get("kinds", []), *buckets]),
         "stream": about.get("stream"),
         "steps": f"{first_step:,} to {counts.last_step:,}{epochs}",
-        "per step": f"{counted(counts.samples_per_step, 'image')}: {passes}",
+        "per step": f"{tell_images_of_step(counts)}: {passes}",
         "trained": f"{about['trained']}, {num_trained:,} parameters in {about.get('weights', 'float32')}, passes in "
         f"{PASSES_IN[precision]}; frozen: {about['frozen']}",
         "optimizer": f"{about['optimizer']} at {run.settings['peak_learning_rate']:g}{about.get('other_rate', '')}, "
@@ -73,6 +73,12 @@ def print_plan(args, run, num_held_out, num_trained, about):
     warnings = [as_row("warning", text) for text in warned]
     # At once: who is killed for what the first step takes has told it.
     print("\n".join(["Plan", *lines, *warnings]), flush=True)
+
+
+def tell_images_of_step(counts):
+    """How many images a step has, as a text: no more than there are."""
+    most = max_samples_per_step(counts)
+    return counted(most, "image") + (" at most" if most < counts.samples_per_step else "")
 
 
 def as_row(name, text):

@@ -1670,6 +1670,14 @@ def count_stream_steps(args, num_processes):
     return StepCounts(None, samples_per_pass, samples_per_step, None, args.max_train_steps)
 
 
+def max_samples_per_step(counts):
+    """How many samples a step has at most: of fewer images than it could take, all of them or of a bucket."""
+    if counts.num_images is None:
+        return counts.samples_per_step
+    largest = counts.num_images if counts.buckets is None else int(np.bincount(counts.buckets).max())
+    return min(counts.samples_per_step, largest)
+
+
 def number_buckets(sizes):
     """The number of each image's bucket (num_images,), by the order of their `sizes` (num_images, 2); None if all are
     in the same."""
@@ -5436,7 +5444,7 @@ def print_plan(args, run, num_held_out, num_trained, about):
         "images": "\n".join([images + about.get("images", ""), *about.get("kinds", []), *buckets]),
         "stream": about.get("stream"),
         "steps": f"{first_step:,} to {counts.last_step:,}{epochs}",
-        "per step": f"{counted(counts.samples_per_step, 'image')}: {passes}",
+        "per step": f"{tell_images_of_step(counts)}: {passes}",
         "trained": f"{about['trained']}, {num_trained:,} parameters in {about.get('weights', 'float32')}, passes in "
         f"{PASSES_IN[precision]}; frozen: {about['frozen']}",
         "optimizer": f"{about['optimizer']} at {run.settings['peak_learning_rate']:g}{about.get('other_rate', '')}, "
@@ -5459,6 +5467,12 @@ def print_plan(args, run, num_held_out, num_trained, about):
     warnings = [as_row("warning", text) for text in warned]
     # At once: who is killed for what the first step takes has told it.
     print("\n".join(["Plan", *lines, *warnings]), flush=True)
+
+
+def tell_images_of_step(counts):
+    """How many images a step has, as a text: no more than there are."""
+    most = max_samples_per_step(counts)
+    return counted(most, "image") + (" at most" if most < counts.samples_per_step else "")
 
 
 def as_row(name, text):
@@ -5803,7 +5817,7 @@ def code_of(usage, prompt):
 def describe_steps(args, run):
     """How long a run was, as it was: one that was resumed counts its steps from the first one."""
     counts, steps = run.counts, run.progress["global_step"]
-    text = f"{counted(steps, 'step')} of {counted(counts.samples_per_step, 'image')} each"
+    text = f"{counted(steps, 'step')} of {counted(max_samples_per_step(counts), 'image')} each"
     if counts.steps_per_epoch:
         epochs = f"{steps / counts.steps_per_epoch:,.1f}".removesuffix(".0")
         text += f", which is {epochs} {'epoch' if epochs == '1' else 'epochs'}"
