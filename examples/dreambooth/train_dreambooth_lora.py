@@ -3803,9 +3803,12 @@ def nearest(name, names):
     likely.sort(key=lambda known: (known not in MOST_USED, len(known)))
     words = wanted.split("_")
     for is_like in (operator.eq, is_begun_by, is_alike):
-        for known in likely:
-            if has_in_order(known.split("_"), words, is_like):
-                return plain[known]
+        fitting = [known for known in likely if has_in_order(known.split("_"), words, is_like)]
+        of_as_many = [known for known in fitting if len(known.split("_")) == len(words)]
+        if of_as_many:  # a misspelling of one of these, of the one with the most of its letters
+            return plain[max(of_as_many, key=lambda known: difflib.SequenceMatcher(None, wanted, known).ratio())]
+        if fitting:
+            return plain[fitting[0]]
     for known in sorted(likely, key=len, reverse=True):
         if has_in_order(words, known.split("_"), operator.eq):
             return plain[known]
