@@ -474,8 +474,6 @@ def try_steps(args, accelerator, run, work):
             if accelerator.device.type != "cpu":
                 torch.accelerator.synchronize()
             num_samples, seconds = step_samples, time.perf_counter() - started
-    if not num_steps:
-        accelerator.print("  time       no step is left; --max_train_steps says how many there are")
     if seconds and accelerator.is_main_process:
         tell_cost(run.counts, accelerator.device, num_samples, seconds, num_steps, datetime.datetime.now())
         if (args.cache_latents or args.cache_text_embeddings) and not work.loader.dataset.cache:

@@ -140,6 +140,16 @@ def test_a_warm_up_that_is_not_shorter_than_the_run_is_warned_of(warmup, last_st
 
 
 @pytest.mark.parametrize(
+    "first_step, last_step, done",
+    [(60, 60, "all of 60 steps are"), (1, 1, "the one step is"), (59, 60, None), (0, 1, None)],
+)
+def test_a_run_without_a_step_left_is_warned_of(first_step, last_step, done):
+    run = SimpleNamespace(progress={"global_step": first_step}, counts=SimpleNamespace(last_step=last_step))
+    told = f"{done} done, and only the result is written again; raise --max_train_steps to train on"
+    assert plan.warn_of_no_step(run) == ([told] if done else [])
+
+
+@pytest.mark.parametrize(
     "num_images, num_held_out, is_short", [(3, 10, True), (10, 10, True), (11, 10, False), (1, 0, False)]
 )
 def test_more_images_held_out_than_trained_on_are_warned_of(num_images, num_held_out, is_short):

@@ -1800,8 +1800,6 @@ def try_steps(args, accelerator, run, work):
             if accelerator.device.type != "cpu":
                 torch.accelerator.synchronize()
             num_samples, seconds = step_samples, time.perf_counter() - started
-    if not num_steps:
-        accelerator.print("  time       no step is left; --max_train_steps says how many there are")
     if seconds and accelerator.is_main_process:
         tell_cost(run.counts, accelerator.device, num_samples, seconds, num_steps, datetime.datetime.now())
         if (args.cache_latents or args.cache_text_embeddings) and not work.loader.dataset.cache:
@@ -6657,6 +6655,7 @@ def print_plan(args, run, num_held_out, num_trained, about):
         warn_of_name(args)
         + about["warnings"]
         + warn_of_start(args)
+        + warn_of_no_step(run)
         + warn_of_held_out(args, counts, num_held_out)
         + warn_of_warm_up(args, counts)
         + warn_of_disk(args, run)
@@ -6771,6 +6770,15 @@ def warn_of_start(args):
     if args.resume_from_checkpoint != "latest" or list_checkpoints(args.output_dir):
         return []
     return [f"--resume_from_checkpoint=latest: {args.output_dir} holds NO CHECKPOINT; this run starts from step 0"]
+
+
+def warn_of_no_step(run):
+    """Lists whether nothing is left to train of a run that is gone on with."""
+    last_step = run.counts.last_step
+    if run.progress["global_step"] < last_step:
+        return []
+    done = "the one step is" if last_step == 1 else f"all of {last_step:,} steps are"
+    return [f"{done} done, and only the result is written again; raise --max_train_steps to train on"]
 
 
 def warn_of_held_out(args, counts, num_held_out):

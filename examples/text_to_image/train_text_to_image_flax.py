@@ -5463,6 +5463,7 @@ def print_plan(args, run, num_held_out, num_trained, about):
         warn_of_name(args)
         + about["warnings"]
         + warn_of_start(args)
+        + warn_of_no_step(run)
         + warn_of_held_out(args, counts, num_held_out)
         + warn_of_warm_up(args, counts)
         + warn_of_disk(args, run)
@@ -5554,6 +5555,15 @@ def warn_of_start(args):
     if args.resume_from_checkpoint != "latest" or list_checkpoints(args.output_dir):
         return []
     return [f"--resume_from_checkpoint=latest: {args.output_dir} holds NO CHECKPOINT; this run starts from step 0"]
+
+
+def warn_of_no_step(run):
+    """Lists whether nothing is left to train of a run that is gone on with."""
+    last_step = run.counts.last_step
+    if run.progress["global_step"] < last_step:
+        return []
+    done = "the one step is" if last_step == 1 else f"all of {last_step:,} steps are"
+    return [f"{done} done, and only the result is written again; raise --max_train_steps to train on"]
 
 
 def warn_of_held_out(args, counts, num_held_out):
