@@ -8130,16 +8130,15 @@ def describe_cache(plan):
         return None, []
     needed = sum(bytes_of(entry) for entry in plan.missing)
     free = shutil.disk_usage(existing_place(plan.cache.folder)).free
+    size = f", {tell_size(needed)}" if needed else ""
     row = (
-        f"{plan.num_entries:,} entries, {plan.num_bytes / 1e6:,.2f} MB; {len(plan.missing):,} to be made, "
-        f"{needed / 1e6:,.2f} MB of {free / 1e6:,.2f} that are free, in\n             {plan.cache.folder}"
+        f"{counted(plan.num_entries, 'entry', 'entries')}, {tell_size(plan.num_bytes)}, in {plan.cache.folder}\n"
+        f"{len(plan.missing):,} to be made{size}; {tell_size(free)} are free"
     )
     if needed <= free:
         return row, []
-    return row, [
-        f"the cache takes {needed / 1e6:,.2f} MB more, where {free / 1e6:,.2f} are free; make room, or name another "
-        "--cache_dir"
-    ]
+    told = f"the cache takes {tell_size(needed)} more, where {tell_size(free)} are free"
+    return row, [f"{told}; make room, or name another --cache_dir"]
 
 
 @torch.no_grad()
