@@ -288,6 +288,15 @@ def test_the_time_of_all_steps(monkeypatch, capsys, num_samples, seconds, num_st
     assert max(map(len, lines)) <= 105
 
 
+def test_the_time_of_a_step_is_that_of_the_mean_step(monkeypatch, capsys):
+    """Of 13 images in steps of 4 that is 3.25 / 4 of the step that was measured: 1,000 such steps take as long."""
+    monkeypatch.setattr(plan, "peak_memory", lambda device: ["1 GB of a"])
+    counts = SimpleNamespace(num_images=13, steps_per_epoch=4)
+    plan.tell_cost(counts, None, 4, 0.8, 1000, datetime.datetime(2026, 11, 27, 23, 0))
+    told = "  time       0.65 s per step, 5 images/s; 1,000 steps take 0:10:50, until 2026-11-27 23:10"
+    assert capsys.readouterr().out.splitlines()[0] == told
+
+
 def test_the_memory_of_device_and_process(monkeypatch):
     (told,) = plan.peak_memory(torch.device("cpu"))
     (kilobytes,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())

@@ -6726,10 +6726,11 @@ def tell_disk(args, run, result_bytes):
 
 
 def tell_cost(counts, device, num_samples, seconds, num_steps, now):
-    """Prints what was measured of a step of `num_samples`, which took so many seconds: the time that the samples of
-    `num_steps` steps take from `now` on, and the peak of the memory so far."""
+    """Prints what was measured of a step of `num_samples`, which took so many seconds: the time of a step that has as
+    many as the mean, and of `num_steps` from `now` on, and the peak of the memory so far."""
     rate = num_samples / seconds
-    duration = datetime.timedelta(seconds=round(num_steps * mean_samples_per_step(counts) / rate))
+    seconds = mean_samples_per_step(counts) / rate  # those at the end of an epoch, or of a bucket, may be short
+    duration = datetime.timedelta(seconds=round(num_steps * seconds))
     print(
         f"  time       {seconds:.3g} s per step, {rate:.4g} images/s; "
         f"{counted(num_steps, 'step takes', 'steps take')} {duration}, until {now + duration:%Y-%m-%d %H:%M}"
