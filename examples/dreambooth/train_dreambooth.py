@@ -6924,7 +6924,7 @@ def list_settings(args, parser, run):
         is_private = is_place(flag) or flag.dest in NOT_ON_CARD
         is_file = isinstance(value, str) and os.path.exists(value)
         if flag.dest in used and value != default and not is_private and not is_file:
-            rows.append(f"| `--{flag.dest}` | {plain(value)} | {'' if default is None else plain(default)} |")
+            rows.append(f"| `--{flag.dest}` | {plain(value)} | {'-' if default is None else plain(default)} |")
     return rows if len(rows) > 4 else ["All settings are the script's defaults."]
 
 

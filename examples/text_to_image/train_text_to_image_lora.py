@@ -7059,7 +7059,8 @@ def use_of_adapters(args, pipeline, noise_scheduler, file, repo_id):
         notes=["`scale` is the strength of the adapters: 1 as trained, less for less of them, 0 for the base."],
     )
     if args.output_kohya_format:
-        usage.notes.append(f"The other file beside `{file}` holds the same adapters for A1111, Forge and ComfyUI.")
+        other = plain(f"{kohya_name(args)}.safetensors")
+        usage.notes.append(f"Beside `{file}` *{other}* holds the same adapters for A1111, Forge and ComfyUI.")
     base, trained = pipeline.scheduler.config, noise_scheduler.config
     kind, changes = "type(pipe.scheduler)", {}
     if trained.prediction_type != base.get("prediction_type", "epsilon"):
@@ -7162,7 +7163,7 @@ def list_settings(args, parser, run):
         is_private = is_place(flag) or flag.dest in NOT_ON_CARD
         is_file = isinstance(value, str) and os.path.exists(value)
         if flag.dest in used and value != default and not is_private and not is_file:
-            rows.append(f"| `--{flag.dest}` | {plain(value)} | {'' if default is None else plain(default)} |")
+            rows.append(f"| `--{flag.dest}` | {plain(value)} | {'-' if default is None else plain(default)} |")
     return rows if len(rows) > 4 else ["All settings are the script's defaults."]
 
 
