@@ -302,6 +302,14 @@ def secret_token(text):
     return text
 
 
+class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that ends, of each flag that has a default, with that."""
+
+    def _get_help_string(self, action):
+        text = super()._get_help_string(action)
+        return text.removesuffix(" (default: %(default)s)") if action.default is None else text
+
+
 def new_parser(description, usage):
     """A parser that takes no shortened flags, and leaves it to `parse_flags` to tell what is wrong."""
     return argparse.ArgumentParser(
@@ -309,7 +317,7 @@ def new_parser(description, usage):
         description=description.split("\n")[0],
         allow_abbrev=False,
         exit_on_error=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpWithDefaults,
     )
 
 

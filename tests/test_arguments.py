@@ -787,6 +787,17 @@ FIRST_IN_HELP = {  # by the script's name
 }
 
 
+@every_script
+def test_help_tells_the_defaults_that_there_are(scripts, path):
+    """And not of flags that are nothing unless they are given."""
+    parser = scripts[path].make_parser()
+    said = " ".join(parser.format_help().split())
+    shown = [str(action.default) for action in parser._actions if action.default not in (None, "==SUPPRESS==")]
+    assert len(shown) > 25
+    assert "512" in shown  # of --resolution
+    assert sorted(re.findall(r"\(default: ([^)]*)\)", said)) == sorted(shown)
+
+
 @pytest.mark.parametrize("path", SCRIPTS, ids=[path.stem for path in SCRIPTS])
 def test_help_begins_with_ten_flags_and_has_all_others_in_groups(scripts, path, capsys):
     with pytest.raises(SystemExit) as caught:

@@ -369,6 +369,15 @@ FIRST_FLAGS = """
     train_batch_size learning_rate max_train_steps mixed_precision rank validation_prompts dataset_name
 """.split()
 
+
+class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that ends, of each flag that has a default, with that."""
+
+    def _get_help_string(self, action):
+        text = super()._get_help_string(action)
+        return text.removesuffix(" (default: %(default)s)") if action.default is None else text
+
+
 TEXT = "text"  # the kinds of metadata; this one is all that no viewer obeys
 PROFILE = "profile"
 EXIF = "exif"
@@ -3485,7 +3494,7 @@ def new_parser(description, usage):
         description=description.split("\n")[0],
         allow_abbrev=False,
         exit_on_error=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpWithDefaults,
     )
 
 
