@@ -305,6 +305,14 @@ def secret_token(text):
     return text
 
 
+class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that ends, of each flag that has a default, with that."""
+
+    def _get_help_string(self, action):
+        text = super()._get_help_string(action)
+        return text.removesuffix(" (default: %(default)s)") if action.default is None else text
+
+
 def new_parser(description, usage):
     """A parser that takes no shortened flags, and leaves it to `parse_flags` to tell what is wrong."""
     return argparse.ArgumentParser(
@@ -312,7 +320,7 @@ def new_parser(description, usage):
         description=description.split("\n")[0],
         allow_abbrev=False,
         exit_on_error=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpWithDefaults,
     )
 
 
@@ -885,9 +893,12 @@ def nearest(name, names):
     likely.sort(key=lambda known: (known not in MOST_USED, len(known)))
     words = wanted.split("_")
     for is_like in (operator.eq, is_begun_by, is_alike):
-        for known in likely:
-            if has_in_order(known.split("_"), words, is_like):
-                return plain[known]
+        fitting = [known for known in likely if has_in_order(known.split("_"), words, is_like)]
+        of_as_many = [known for known in fitting if len(known.split("_")) == len(words)]
+        if of_as_many:  # a misspelling of one of these, of the one with the most of its letters
+            return plain[max(of_as_many, key=lambda known: difflib.SequenceMatcher(None, wanted, known).ratio())]
+        if fitting:
+            return plain[fitting[0]]
     for known in sorted(likely, key=len, reverse=True):
         if has_in_order(words, known.split("_"), operator.eq):
             return plain[known]
@@ -960,10 +971,12 @@ def read_config(path, sections):
         if not all(isinstance(recipe[name], dict) for name in sections & recipe.keys()):
             raise TypeError("a section holds something else")
         return recipe, []
+    except FileNotFoundError:
+        told = f"there is no such file{nearest_beside(path)}"
+        return {}, [f"--config={path}: {told}; {remedy_for_missing(path) or 'name one'}"]
     except (OSError, ValueError, yaml.YAMLError, TypeError, RecursionError) as error:
         told = " ".join(str(error).split())[:300]
-        remedy = remedy_for_missing(path) or "write `flag: value`, a line each"
-        return {}, [f"--config={path}: is no YAML file of flags ({told}); {remedy}"]
+        return {}, [f"--config={path}: is no YAML file of flags ({told}); write `flag: value`, a line each"]
 
 
 def setting_words(settings, defaults):

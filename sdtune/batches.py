@@ -50,6 +50,14 @@ def mean_samples_per_step(counts):
     return counts.num_images / counts.steps_per_epoch
 
 
+def max_samples_per_step(counts):
+    """How many samples a step has at most: of fewer images than it could take, all of them or of a bucket."""
+    if counts.num_images is None:
+        return counts.samples_per_step
+    largest = counts.num_images if counts.buckets is None else int(np.bincount(counts.buckets).max())
+    return min(counts.samples_per_step, largest)
+
+
 def number_buckets(sizes):
     """The number of each image's bucket (num_images,), by the order of their `sizes` (num_images, 2); None if all are
     in the same."""

@@ -32,6 +32,7 @@ from sdtune.failures import is_disk_full
 from sdtune.files import existing_place
 from sdtune.images import read_content, still_readable
 from sdtune.models import drop_weights
+from sdtune.plan import tell_size
 from sdtune.training import check_agreement, make_loader
 
 CHUNK = 1000  # captions that are cut into tokens at once, and entries that a thread checks
@@ -199,16 +200,15 @@ def describe_cache(plan):
         return None, []
     needed = sum(bytes_of(entry) for entry in plan.missing)
     free = shutil.disk_usage(existing_place(plan.cache.folder)).free
+    size = f", {tell_size(needed)}" if needed else ""
     row = (
-        f"{plan.num_entries:,} entries, {plan.num_bytes / 1e6:,.2f} MB; {len(plan.missing):,} to be made, "
-        f"{needed / 1e6:,.2f} MB of {free / 1e6:,.2f} that are free, in\n             {plan.cache.folder}"
+        f"{counted(plan.num_entries, 'entry', 'entries')}, {tell_size(plan.num_bytes)}, in {plan.cache.folder}\n"
+        f"{len(plan.missing):,} to be made{size}; {tell_size(free)} are free"
     )
     if needed <= free:
         return row, []
-    return row, [
-        f"the cache takes {needed / 1e6:,.2f} MB more, where {free / 1e6:,.2f} are free; make room, or name another "
-        "--cache_dir"
-    ]
+    told = f"the cache takes {tell_size(needed)} more, where {tell_size(free)} are free"
+    return row, [f"{told}; make room, or name another --cache_dir"]
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from sdtune.batches import StepCounts
 from sdtune.digests import find_damage, write_digests
-from sdtune.errors import InputError, counted, in_one_line, is_lack_of_memory, is_lost_peer, last_line
+from sdtune.errors import InputError, counted, fitted, in_one_line, is_lack_of_memory, is_lost_peer, last_line
 from sdtune.files import beside, copy_mode, read_json, sync, sync_folder
 from sdtune.optimization import peak_learning_rate
 
@@ -21,6 +21,10 @@ AVERAGED = "_ema"  # ends the names of averaged weights in a checkpoint
 # What settings are digests of, or dictionaries of digests.
 DIGESTED = {"captioned_images": "images or captions", "class_data": "class images", "photos": "images or captions"}
 WHOLE_WEIGHT = 0.999  # of the samples of a step in all, which is 1 but for rounding
+# Flags that choose images and captions, of which only the outcome is compared.
+CHOOSE_IMAGES = """
+    num_validation_samples max_train_samples skip_bad_images dataset_config_name image_column caption_column
+""".split()
 MAX_NAMED = 5  # of what differs in a setting
 REMEDY_FOR_SHARDING = (
     "use the accelerate config of there, under ZeRO with as many processes (accelerate launch --num_processes=N), or "
@@ -294,6 +298,10 @@ def compare_settings(run, checkpoint, before, free, fixed):
         is_new = name not in before and value in (None, False, "adamw")
         if name not in free and not is_new and before.get(name) != value:
             changed[name] = tell_difference(name, before.get(name), value)
+    if changed.keys() & {"learning_rate", "samples_per_step", "scale_lr"}:
+        changed.pop("peak_learning_rate", None)  # which follows from these
+    if is_digest(settings.get("captioned_images")) and "captioned_images" in changed:
+        changed["captioned_images"] += tell_choice(before, settings)
     if "sharding" in changed:
         changed["sharding"] += f"; {REMEDY_FOR_SHARDING}"
     cannot_change = changed.keys() & fixed
@@ -302,8 +310,16 @@ def compare_settings(run, checkpoint, before, free, fixed):
         remedy = "use those" if cannot_change else "use those, or add --allow_changed_resume"
         raise InputError("\n  ".join([f"--resume_from_checkpoint: {told}; {remedy}", *changed.values()]))
     if changed:
-        print("\n  ".join([f"{told}; from here on those of now hold (--allow_changed_resume)", *changed.values()]))
+        lines = [f"{told}; from here on those of now hold (--allow_changed_resume)", *changed.values()]
+        print(fitted("\n  ".join(lines)))
     return changed.keys()
+
+
+def tell_choice(before, settings):
+    """Says which flags choose other images than they did `before`, in brackets; "" where none does."""
+    flags = [name for name in CHOOSE_IMAGES if settings.get(name) != before.get(name)]
+    told = [f"--{tell_difference(name, before.get(name), settings.get(name))}" for name in flags]
+    return f" ({'; '.join(told)})" if told else ""
 
 
 def tell_difference(name, first, second, first_place="there", second_place="now"):

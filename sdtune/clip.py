@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from sdtune.errors import InputError, last_line, remedy_for_missing
-from sdtune.models import foreign_kernel
+from sdtune.models import foreign_kernel, tell_unread
 
 PATCHES = 8  # patch features are averaged down to so many a side: enough to tell a copy, and small enough to compare
 
@@ -31,8 +31,7 @@ def check_clip(source, token=None):
         for part in (CLIPConfig, CLIPTokenizer, CLIPImageProcessorPil):
             part.from_pretrained(source, token=token)
     except (OSError, ValueError) as error:
-        told = f"no whole CLIP, no name of one on the Hub, or no connection ({last_line(error)}); name another"
-        return [f"--clip_model={source}: {told}"]
+        return [f"--clip_model={source}: {tell_unread('whole CLIP', source, error)}"]
     return []
 
 

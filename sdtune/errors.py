@@ -129,7 +129,7 @@ def remedy_for_missing(path):
     for made in (place, *place.parents):
         if maker := MAKERS.get(made.as_posix()):
             return f"run `{maker}` in the folder of the repository, which makes it"
-    if place.parts[0] in ("miniature", "examples"):
+    if place.parts[0] in ("miniature", "examples") and not os.path.isdir(place.parts[0]):
         return "start in the folder of the repository, which it comes with"
     return ""
 

@@ -10,7 +10,9 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from sdtune.arguments import is_hub_id, is_place
+from sdtune.batches import max_samples_per_step
 from sdtune.errors import counted
+from sdtune.lora import kohya_name
 from sdtune.runs import INTERVAL, MIN_FOR_INTERVAL
 
 # What `sdtune push-model` knows the line by that names the model in a card's code.
@@ -170,7 +172,8 @@ def use_of_adapters(args, pipeline, noise_scheduler, file, repo_id):
         notes=["`scale` is the strength of the adapters: 1 as trained, less for less of them, 0 for the base."],
     )
     if args.output_kohya_format:
-        usage.notes.append(f"The other file beside `{file}` holds the same adapters for A1111, Forge and ComfyUI.")
+        other = plain(f"{kohya_name(args)}.safetensors")
+        usage.notes.append(f"Beside `{file}` *{other}* holds the same adapters for A1111, Forge and ComfyUI.")
     base, trained = pipeline.scheduler.config, noise_scheduler.config
     kind, changes = "type(pipe.scheduler)", {}
     if trained.prediction_type != base.get("prediction_type", "epsilon"):
@@ -231,7 +234,7 @@ def code_of(usage, prompt):
 def describe_steps(args, run):
     """How long a run was, as it was: one that was resumed counts its steps from the first one."""
     counts, steps = run.counts, run.progress["global_step"]
-    text = f"{counted(steps, 'step')} of {counted(counts.samples_per_step, 'image')} each"
+    text = f"{counted(steps, 'step')} of {counted(max_samples_per_step(counts), 'image')} each"
     if counts.steps_per_epoch:
         epochs = f"{steps / counts.steps_per_epoch:,.1f}".removesuffix(".0")
         text += f", which is {epochs} {'epoch' if epochs == '1' else 'epochs'}"
@@ -274,7 +277,7 @@ def list_settings(args, parser, run):
         is_private = is_place(flag) or flag.dest in NOT_ON_CARD
         is_file = isinstance(value, str) and os.path.exists(value)
         if flag.dest in used and value != default and not is_private and not is_file:
-            rows.append(f"| `--{flag.dest}` | {plain(value)} | {'' if default is None else plain(default)} |")
+            rows.append(f"| `--{flag.dest}` | {plain(value)} | {'-' if default is None else plain(default)} |")
     return rows if len(rows) > 4 else ["All settings are the script's defaults."]
 
 

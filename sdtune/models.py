@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from sdtune.arguments import missing_here
+from sdtune.arguments import missing_here, nearest_beside
 from sdtune.errors import InputError, last_line, remedy_for_missing
 
 LIBRARIES = (None, "diffusers", "transformers", "stable_diffusion")  # of a pipeline's parts; the last is diffusers'
@@ -123,10 +123,33 @@ def check_model(args):
 
 def tell_no_pipeline(source, error):
     """What is wrong with a folder or Hub id whose configs cannot be read, for an exception."""
-    told = "no whole pipeline, no name of one on the Hub, or no connection"
-    if missing := missing_here(source):
-        told = f"{missing}; looked for a model of that name on the Hub too, which cannot be loaded"
-    return f"{told} ({last_line(error)}); name one that is whole"
+    return tell_unread("whole pipeline", source, error, "name one that is whole")
+
+
+def tell_unread(what, source, error, remedy="name another"):
+    """What is wrong with a folder or Hub id that should be a `what` and cannot be read, for an exception. Libraries
+    speak of a connection where a path is wrong, too, and where nobody wants one."""
+    if os.path.exists(source):
+        return f"no {what} ({last_line(error)}); {remedy}"
+    told = f"there is no such folder here{nearest_beside(source)}"
+    if not is_repo_name(source):
+        return f"{told}; {remedy}"
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return f"{told}, no whole copy in the Hub's cache, and HF_HUB_OFFLINE=1 is set; drop that, or {remedy}"
+    if missing_here(source):
+        told += "; looked for a model of that name on the Hub too, which cannot be loaded"
+    else:
+        told = f"no {what}, no name of one on the Hub, or no connection"
+    return f"{told} ({last_line(error)}); {remedy}"
+
+
+def is_repo_name(source):
+    """Whether the Hub can have a repository of that name, with or without an owner."""
+    try:
+        huggingface_hub.utils.validate_repo_id(source)
+    except ValueError:
+        return False
+    return True
 
 
 def foreign_code(parts):
@@ -191,8 +214,7 @@ def check_tokenizer(args, text_config):
     try:
         highest = max(load_named_tokenizer(args).get_vocab().values())
     except Exception as error:  # every format has its own way of being broken
-        told = "no folder of a tokenizer, no name of one on the Hub, or no connection"
-        return [*problems, f"{name}: {told} ({last_line(error)}); name another"]
+        return [*problems, f"{name}: {tell_unread('folder of a tokenizer', args.tokenizer_name, error)}"]
     if highest >= text_config.vocab_size:
         told = (
             f"has {highest + 1:,} tokens, the text encoder knows {text_config.vocab_size:,}; use the one that it had"

@@ -58,10 +58,12 @@ def check_output(args, foreign_result):
         told = "holds no run of this script, which alone --overwrite_output_dir writes over; name another folder"
         problems.append(f"--output_dir={args.output_dir}: {told}")
     elif is_used and not is_own and not args.overwrite_output_dir:
-        problems.append(
-            f"--output_dir={args.output_dir}: is in use; name another, go on with its run by "
-            "--resume_from_checkpoint=latest, or, if of this kind, use --overwrite_output_dir"
-        )
+        remedy = "name another (it holds no run of this script)"
+        if is_run:
+            remedy = (
+                "name another, go on with its run by --resume_from_checkpoint=latest, or use --overwrite_output_dir"
+            )
+        problems.append(f"--output_dir={args.output_dir}: is in use; {remedy}")
     kind = kind_of_checkpoint(checkpoint) if checkpoint else None
     if kind not in (None, "LoRA adapters" if foreign_result == "model_index.json" else "whole models"):
         remedy = "use the script that wrote it, or another checkpoint"

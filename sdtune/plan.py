@@ -15,7 +15,7 @@ from torch.cpu import _is_amx_tile_supported, _is_avx512_bf16_supported
 from torch.cuda import get_device_name, get_device_properties, is_bf16_supported
 
 from sdtune.arguments import missing_here
-from sdtune.batches import mean_samples_per_step
+from sdtune.batches import max_samples_per_step, mean_samples_per_step
 from sdtune.checkpoints import list_checkpoints
 from sdtune.errors import counted
 from sdtune.files import existing_place
@@ -50,7 +50,7 @@ def print_plan(args, run, num_held_out, num_trained, about):
         "images": "\n".join([images + about.get("images", ""), *about.get("kinds", []), *buckets]),
         "stream": about.get("stream"),
         "steps": f"{first_step:,} to {counts.last_step:,}{epochs}",
-        "per step": f"{counted(counts.samples_per_step, 'image')}: {passes}",
+        "per step": f"{tell_images_of_step(counts)}: {passes}",
         "trained": f"{about['trained']}, {num_trained:,} parameters in {about.get('weights', 'float32')}, passes in "
         f"{PASSES_IN[precision]}; frozen: {about['frozen']}",
         "optimizer": f"{about['optimizer']} at {run.settings['peak_learning_rate']:g}{about.get('other_rate', '')}, "
@@ -66,12 +66,20 @@ def print_plan(args, run, num_held_out, num_trained, about):
         warn_of_name(args)
         + about["warnings"]
         + warn_of_start(args)
+        + warn_of_no_step(run)
+        + warn_of_held_out(args, counts, num_held_out)
         + warn_of_warm_up(args, counts)
         + warn_of_disk(args, run)
     )
     warnings = [as_row("warning", text) for text in warned]
     # At once: who is killed for what the first step takes has told it.
     print("\n".join(["Plan", *lines, *warnings]), flush=True)
+
+
+def tell_images_of_step(counts):
+    """How many images a step has, as a text: no more than there are."""
+    most = max_samples_per_step(counts)
+    return counted(most, "image") + (" at most" if most < counts.samples_per_step else "")
 
 
 def as_row(name, text):
@@ -144,10 +152,11 @@ def tell_disk(args, run, result_bytes):
 
 
 def tell_cost(counts, device, num_samples, seconds, num_steps, now):
-    """Prints what was measured of a step of `num_samples`, which took so many seconds: the time that the samples of
-    `num_steps` steps take from `now` on, and the peak of the memory so far."""
+    """Prints what was measured of a step of `num_samples`, which took so many seconds: the time of a step that has as
+    many as the mean, and of `num_steps` from `now` on, and the peak of the memory so far."""
     rate = num_samples / seconds
-    duration = datetime.timedelta(seconds=round(num_steps * mean_samples_per_step(counts) / rate))
+    seconds = mean_samples_per_step(counts) / rate  # those at the end of an epoch, or of a bucket, may be short
+    duration = datetime.timedelta(seconds=round(num_steps * seconds))
     print(
         f"  time       {seconds:.3g} s per step, {rate:.4g} images/s; "
         f"{counted(num_steps, 'step takes', 'steps take')} {duration}, until {now + duration:%Y-%m-%d %H:%M}"
@@ -188,6 +197,23 @@ def warn_of_start(args):
     if args.resume_from_checkpoint != "latest" or list_checkpoints(args.output_dir):
         return []
     return [f"--resume_from_checkpoint=latest: {args.output_dir} holds NO CHECKPOINT; this run starts from step 0"]
+
+
+def warn_of_no_step(run):
+    """Lists whether nothing is left to train of a run that is gone on with."""
+    last_step = run.counts.last_step
+    if run.progress["global_step"] < last_step:
+        return []
+    done = "the one step is" if last_step == 1 else f"all of {last_step:,} steps are"
+    return [f"{done} done, and only the result is written again; raise --max_train_steps to train on"]
+
+
+def warn_of_held_out(args, counts, num_held_out):
+    """Lists whether no more images are left to train on than are held out."""
+    if counts.num_images is None or num_held_out < counts.num_images:
+        return []
+    told = f"leaves {counts.num_images:,} to train on, no more than are held out; use fewer, or more images"
+    return [f"--num_validation_samples={args.num_validation_samples}: {told}"]
 
 
 def warn_of_warm_up(args, counts):

@@ -160,6 +160,7 @@ def make_accelerator(args):
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # else every gradient is there twice
             ],
         )
+    check_company(accelerator)
     set_up_sharding(accelerator)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
@@ -171,6 +172,18 @@ def make_accelerator(args):
     if accelerator.num_processes > 1 and not args.dry_run:  # which writes nothing
         check_shared_output(accelerator, args.output_dir)
     return accelerator
+
+
+def check_company(accelerator):
+    """Raises `InputError` where a launcher started several processes, but accelerate leaves each alone, as it does
+    without a GPU: all would train the same, and write into one output folder."""
+    number = get_int_from_env(["WORLD_SIZE"], 1)
+    if number > 1 and accelerator.num_processes == 1:
+        raise InputError(
+            f"{number} processes were started (WORLD_SIZE), but PyTorch {torch.__version__} finds no GPUs for them, "
+            "and each would train alone; use `python` for one process, install a PyTorch that knows your GPUs, or set "
+            "ACCELERATE_USE_CPU=true to share CPUs"
+        )
 
 
 def keep_freed_memory():
@@ -461,8 +474,6 @@ def try_steps(args, accelerator, run, work):
             if accelerator.device.type != "cpu":
                 torch.accelerator.synchronize()
             num_samples, seconds = step_samples, time.perf_counter() - started
-    if not num_steps:
-        accelerator.print("  time       no step is left; --max_train_steps says how many there are")
     if seconds and accelerator.is_main_process:
         tell_cost(run.counts, accelerator.device, num_samples, seconds, num_steps, datetime.datetime.now())
         if (args.cache_latents or args.cache_text_embeddings) and not work.loader.dataset.cache:

@@ -691,6 +691,10 @@ MEANT = {  # what somebody writes, and the flag of every script that they mean; 
     "token": "hub_token",
     "log_with": "report_to",
     "zero_terminal_snr": "rescale_betas_zero_snr",
+    "validation_promts": "validation_prompts",
+    "validation_promt": "validation_prompt",
+    "num_validation_sample": "num_validation_samples",
+    "nun_validation_imags": "num_validation_images",
     "frobnicate": "",
     "optimizer_args": "",
     "clip_skip": "",
@@ -781,6 +785,17 @@ FIRST_IN_HELP = {  # by the script's name
     "train_dreambooth": f"{FIRST} mixed_precision validation_prompts".format("instance_data_dir instance_prompt"),
     "train_dreambooth_lora": f"{FIRST} mixed_precision rank".format("instance_data_dir instance_prompt"),
 }
+
+
+@every_script
+def test_help_tells_the_defaults_that_there_are(scripts, path):
+    """And not of flags that are nothing unless they are given."""
+    parser = scripts[path].make_parser()
+    said = " ".join(parser.format_help().split())
+    shown = [str(action.default) for action in parser._actions if action.default not in (None, "==SUPPRESS==")]
+    assert len(shown) > 25
+    assert "512" in shown  # of --resolution
+    assert sorted(re.findall(r"\(default: ([^)]*)\)", said)) == sorted(shown)
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=[path.stem for path in SCRIPTS])

@@ -13,6 +13,7 @@ from sdtune.batches import (
     batches_of_one_size,
     count_steps,
     find_largest_step,
+    max_samples_per_step,
     micro_batches,
     number_buckets,
     step_sizes,
@@ -261,6 +262,15 @@ def test_batches_of_held_out_images_are_of_one_size_each():
     assert [[index for _, index, _ in batch] for batch in batches] == [[0, 2], [4], [1, 5], [3]]
     same = batches_of_one_size(items, np.full((6, 2), 8), 4)
     assert same == [items[:4], items[4:]]  # as a loader cuts them
+
+
+@pytest.mark.parametrize(
+    "num_images, batch_size, in_buckets, most",
+    [(3, 4, None, 3), (4, 4, None, 4), (9, 4, None, 4), (None, 4, None, 4), (8, 6, [3, 5], 5), (8, 4, [3, 5], 4)],
+)
+def test_a_step_has_no_more_samples_than_there_are(num_images, batch_size, in_buckets, most):
+    buckets = None if in_buckets is None else np.repeat([0, 1], in_buckets)
+    assert max_samples_per_step(StepCounts(num_images, batch_size, batch_size, 1, 1, buckets)) == most
 
 
 def test_the_largest_step_has_the_most_pixels():

@@ -278,15 +278,20 @@ def test_a_dry_run_makes_nothing_and_tells_what_is_missing(fit, encoded, tmp_pat
     assert fit(tmp_path / "out", **CACHED, dry_run=True) == 0
     assert not (tmp_path / "cache" / "encoded").exists()
     said = capsys.readouterr().out
-    told = "  cache      16 entries, 0.09 MB; 16 to be made, 0.09 MB of "
-    assert re.search(f"{told}.* that are free, in\n             {tmp_path / 'cache' / 'encoded'}\n", said)
+    folder = tmp_path / "cache" / "encoded"
+    told = rf"  cache +16 entries, ([\d.]+ KB), in\s+{folder}\n {{13}}16 to be made, \1; [\d.]+ [GT]B are free\n"
+    assert re.search(told, said)
     assert "  cache      not used by these two steps; a run takes less time and memory" in said
     assert taken(encoded) == (4, 4)  # by two steps of two images
     assert fit(tmp_path / "out", **CACHED) == 0
     capsys.readouterr()
     assert fit(tmp_path / "dry", **CACHED, dry_run=True) == 0
     said = capsys.readouterr().out
-    assert "; 0 to be made, 0.00 MB of " in said
+    told = rf"  cache +16 entries, ([\d.]+) KB, in\s+{folder}\n {{13}}0 to be made; [\d.]+ [GT]B are free\n"
+    (size,) = re.findall(told, said)
+    entries = [load_file(path) for path in folder.rglob("*.safetensors")]
+    num_bytes = sum(array.numel() * 4 for entry in entries for array in entry.values())
+    assert size == f"{num_bytes / 1e3:.3g}"
     assert "not used" not in said
     assert taken(encoded) == (7, 9)  # by the run before: the two steps took what is there
 
@@ -295,7 +300,7 @@ def test_a_disk_that_is_too_small_is_warned_of(fit, tmp_path, monkeypatch, capsy
     usage = SimpleNamespace(total=100, used=100, free=50)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)
     assert fit(tmp_path / "out", **CACHED, dry_run=True) == 0
-    told = "warning the cache takes 0.09 MB more, where 0.00 are free; make room, or name another --cache_dir"
+    told = "warning the cache takes 92.3 KB more, where 0.05 KB are free; make room, or name another --cache_dir"
     assert told in " ".join(capsys.readouterr().out.split())
 
 

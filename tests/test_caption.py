@@ -388,7 +388,7 @@ def test_wrong_words_are_listed_together(tiny_pipeline, tmp_path, capsys):
     assert "--batch_size: must be a whole number in [1, inf), not '0'" in message
     assert "is a clip_text_model, no image-to-text model" in message
     assert run(tmp_path, tmp_path / "no_model") == 2
-    assert f"--model={tmp_path / 'no_model'}: no model's folder" in capsys.readouterr().err
+    assert f"--model={tmp_path / 'no_model'}: there is no such folder here; name another\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name, told", [("a.heic", "holds no images but 1 of a kind"), ("metadata.jsonl", "row 1 is")])
@@ -449,10 +449,9 @@ def test_default_model_without_a_connection(tmp_path, capsys):
     """The command ends with one message."""
     make_image(0).save(tmp_path / "a.png")
     assert status_of(command.main, tmp_path) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(
-        "sdtune caption: --model=Salesforce/blip-image-captioning-large: no model's folder, no name"
-    )
+    told = "--model=Salesforce/blip-image-captioning-large: there is no such folder here, no whole copy in the Hub's "
+    told += "cache, and HF_HUB_OFFLINE=1 is set; drop that, or name another"
+    assert " ".join(capsys.readouterr().err.split()) == f"sdtune caption: {told}"
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 

@@ -86,6 +86,25 @@ def copy_half(straight, folder):
     return folder
 
 
+# ------------------------------------------------------------------------------------------------------- none alone
+
+
+@pytest.mark.parametrize("number, is_trial", [(2, False), (3, True)])
+def test_processes_that_would_train_alone_are_refused(train_script, tiny_pipeline, images, tmp_path, number, is_trial):
+    """As accelerate leaves them that find no GPU, on a machine without one."""
+    folder, files = tmp_path / "out", [tmp_path / f"said.{rank}" for rank in range(number)]
+    line = words(tiny_pipeline, images, folder, dry_run=is_trial)
+    copies = start_ranks(train_script, [line] * number, files, 1, ACCELERATE_USE_CPU="false", CUDA_VISIBLE_DEVICES="")
+    assert [end_of(copy) for copy in copies] == [2] * number
+    told = f"{number} processes were started (WORLD_SIZE), but PyTorch {torch.__version__} finds no GPUs for them, "
+    told += "and each would train alone; use `python` for one process, install a PyTorch that knows your GPUs, or set "
+    told += "ACCELERATE_USE_CPU=true to share CPUs"
+    for file in files:
+        _, _, said = " ".join(file.read_text().split()).partition(": ")
+        assert said == told
+    assert not folder.exists()
+
+
 # ------------------------------------------------------------------------------------------------- one of several
 
 

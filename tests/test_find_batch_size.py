@@ -22,7 +22,10 @@ size, passes = args.train_batch_size, args.gradient_accumulation_steps
 with open({log!r}, "a") as file:
     print(size, passes, file=file)
 print("Plan")
-print(f"  per step   {{size * passes}} images: {{size}} a pass x {{passes}} passes x 1 rank")
+images = "image" if size * passes == 1 else "images"
+images += " at most" if size > 4 else ""  # of fewer images
+passes = f"{{passes}} pass" if passes == 1 else f"{{passes}} passes"
+print(f"  per step   {{size * args.gradient_accumulation_steps}} {{images}}: {{size}} a pass x {{passes}} x 1 rank")
 print("  trained    UNet, 5 parameters in {weights}, passes in float32", flush=True)
 used = int(open("/proc/self/statm").read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
 resource.setrlimit(resource.RLIMIT_AS, (used + {fits} * 40_000_000 + 20_000_000,) * 2)

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -607,6 +608,16 @@ def test_skipped_steps_are_told_at_the_end(fit, capsys):
     """After the first step, whose rate leaves nothing to compute with."""
     fit(learning_rate=1e30, max_nan_steps=100)
     assert "\n3 of 4 steps were skipped, since loss or gradient was not finite.\n" in capsys.readouterr().out
+
+
+def test_a_run_says_that_it_compiles_and_how_long_that_took(fit, capsys):
+    """Before its first line on a step, be it the first of all or not; a run without one compiles nothing."""
+    for last_step, first_line in ((1, "Step 1 of 1: "), (2, "Step 2 of 2: ")):
+        fit(max_train_steps=last_step, checkpointing_steps=1, resume_from_checkpoint="latest")
+        told = "Compiling the step, which may take minutes.\nCompiled: the first step took "
+        assert re.search(rf"\n{told}\d+\.\d s\.\n{first_line}", capsys.readouterr().out)
+    fit(max_train_steps=2, checkpointing_steps=1, resume_from_checkpoint="latest")
+    assert "Compil" not in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------------------------- Flax's own files

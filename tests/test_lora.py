@@ -429,6 +429,7 @@ def test_the_hub_gets_the_result_alone(lora_script, fit, tmp_path, monkeypatch):
     assert files == {"README.md", "log.jsonl", "pytorch_lora_weights.safetensors", "new[1].safetensors"}
     modes = {name: (out / name).stat().st_mode & 0o777 for name in files}
     assert set(modes.values()) == {modes["README.md"]}
+    assert r" *new\[1\].safetensors* holds the same adapters" in (out / "README.md").read_text()
     assert (out / "mine.safetensors").stat().st_mode & 0o777 == 0o600
 
 
@@ -437,7 +438,8 @@ def test_card_and_kohya_file(fit, tmp_path):
     assert fit(folder, output_kohya_format=True, max_train_steps=1) == 0
     card = (folder / "README.md").read_text()
     assert 'pipe.load_lora_weights(model, weight_name="pytorch_lora_weights.safetensors")' in card
-    assert "The other file beside `pytorch_lora_weights.safetensors` holds the same adapters for A1111" in card
+    beside = "\nBeside `pytorch_lora_weights.safetensors` *{}* holds the same adapters for A1111, Forge and ComfyUI.\n"
+    assert beside.format("my-lora.safetensors") in card
     assert "- lora" in card
     with safe_open(folder / "my-lora.safetensors", "pt") as file:
         header = file.metadata()

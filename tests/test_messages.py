@@ -105,14 +105,17 @@ VALUES = {  # words, and what the message has to name
     "warm_up": ("--validation_steps=3", "--validation_steps=3: does nothing without --validation_prompt"),
     "best": ("--keep_best", "--keep_best=True: does nothing without --num_validation_samples; add that or drop this"),
     "divided": ("--resolution=33", "--resolution=33: must be a multiple of 8 for this VAE; use 32"),
-    "model": ("--pretrained_model_name_or_path=nobody/nothing", "nobody/nothing: no whole pipeline"),
-    "tokenizer": ("--tokenizer_name=no/where", "--tokenizer_name=no/where: no folder of a tokenizer"),
+    "model": (
+        "--pretrained_model_name_or_path=nobody/nothing",
+        "nobody/nothing: there is no such folder here, no whole c",
+    ),
+    "tokenizer": ("--tokenizer_name=no/where", "--tokenizer_name=no/where: there is no such folder here, n"),
     "single": ("--single_file_config=x", "--single_file_config=x: is for a single file alone; drop this, or name one"),
     "no_file": ("--pretrained_model_name_or_path=gone.ckpt", "gone.ckpt: there is no such file; name a pipeline"),
     "resume": ("--resume_from_checkpoint=gone", "--resume_from_checkpoint=gone: is no whole checkpoint folder; name"),
     "allow": ("--allow_changed_resume", "--allow_changed_resume=True: does nothing without --resume_from_checkpoint"),
     "held_out": ("--num_validation_samples=4", "--num_validation_samples=4: must leave some of 4 images"),
-    "no_config": ("--config=gone.yaml", "--config=gone.yaml: is no YAML file of flags ("),
+    "no_config": ("--config=gone.yaml", "--config=gone.yaml: there is no such file; name one\n"),
 }
 
 
@@ -231,6 +234,25 @@ def test_a_mistyped_folder_of_images_is_corrected(path, scripts, tiny_pipeline, 
         assert run(scripts, path, tiny_pipeline, folder, tmp_path / "out", **{flag: folder}) == 2
         said = re.sub(r"\n {4,}", " ", capsys.readouterr().err)
         assert f"--{flag}={folder}: does not exist, or is no folder{meant}; name one\n" in said
+
+
+@pytest.mark.parametrize(
+    "flag, name, meant",
+    [
+        ("pretrained_model_name_or_path", "miniature/pipelin", "miniature/pipeline"),
+        ("config", "examples/configs/demo_creature.yaml", "examples/configs/demo_creatures.yaml"),
+    ],
+)
+def test_a_mistyped_path_in_the_repository_is_corrected(
+    flag, name, meant, scripts, tiny_pipeline, images, tmp_path, capsys, monkeypatch
+):
+    """And not said to be of another folder than this one."""
+    monkeypatch.chdir(REPO)
+    line = words(tiny_pipeline, images, tmp_path / "out", **{flag: name})
+    assert status_of(scripts[TRAIN_TEXT_TO_IMAGE].main, *line) == 2
+    said = re.sub(r"\n {4,}", " ", capsys.readouterr().err)
+    assert f"{name}: there is no such {'file' if flag == 'config' else 'folder here'} (did you mean {meant}?)" in said
+    assert "start in the folder" not in said
 
 
 @pytest.mark.parametrize("path", ["demo/creature", "my/demo/creatures", "demo", "miniatures/pipeline", "", None])
@@ -554,7 +576,7 @@ def test_an_allowed_change_is_no_refusal(scripts, runs, tiny_pipeline, images, t
     assert run(scripts, TRAIN_TEXT_TO_IMAGE, tiny_pipeline, images, out, **settings) == 0
     said = capsys.readouterr().out
     told = f"{out / 'checkpoint-2'} was made under other settings; from here on those of now hold"
-    assert f"{told} (--allow_changed_resume)\n  seed: 0 there, 7 now\n" in said
+    assert f"{told} (--allow_changed_resume)\n  seed: 0 there, 7 now\n" in re.sub(r"\n {4,}", " ", said)
     assert "use those" not in said
 
 
@@ -614,7 +636,10 @@ MISTAKES = {  # the words behind `sdtune`, with the places of a model, images an
     "export": (["export", "{empty}", "{empty}/out"], "{empty}: is no whole checkpoint; give a folder checkpoint-N"),
     "generate": (["generate", "{model}"], "--prompts is missing: give this, --prompts_file or a recipe with prompts"),
     "generate_model": (["generate", "{empty}", "--prompts", "a"], "MODEL={empty}: no whole pipeline"),
-    "evaluate": (["evaluate", "{empty}/gone", "{images}"], "MODEL={empty}/gone: no whole pipeline"),
+    "evaluate": (
+        ["evaluate", "{empty}/gone", "{images}"],
+        "MODEL={empty}/gone: there is no such folder here; name one",
+    ),
     "push_model": (
         ["push-model", "{empty}", "me/mine"],
         "{empty}: holds neither a pipeline with model_index.json nor",

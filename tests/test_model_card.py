@@ -164,10 +164,10 @@ def test_card_says_what_was_trained(results, name):
 SETTINGS = {
     "train_text_to_image": [],
     "train_text_to_image_lora": [],
-    "train_dreambooth": ["instance_prompt | a sks star | ", "repeats | 2 | 1"],
-    "train_dreambooth_lora": ["instance_prompt | a sks star | ", "repeats | 2 | 1"],
+    "train_dreambooth": ["instance_prompt | a sks star | -", "repeats | 2 | 1"],
+    "train_dreambooth_lora": ["instance_prompt | a sks star | -", "repeats | 2 | 1"],
 }
-OF_CLASS = ["with_prior_preservation | True | False", "class_prompt | a star | ", "num_class_images | 3 | "]
+OF_CLASS = ["with_prior_preservation | True | False", "class_prompt | a star | -", "num_class_images | 3 | -"]
 RATES = {"train_dreambooth": "5e-06"}
 
 

@@ -16,6 +16,7 @@ from running import TRAIN_DREAMBOOTH, TRAIN_TEXT_TO_IMAGE, TRAIN_TEXT_TO_IMAGE_L
 from tiny import changed_pipeline, make_scheduler
 from training import parse, same
 
+from sdtune.clip import check_clip
 from sdtune.errors import InputError
 from sdtune.inference import read_configs
 from sdtune.models import (
@@ -47,7 +48,28 @@ def test_stable_diffusion_is_right(tiny_pipeline, tiny_pipeline_v, tiny_pipeline
 @pytest.mark.parametrize("model", ["no/such_folder/at_all", "nobody/nothing", "./nowhere"])
 def test_a_model_that_is_nowhere_is_named(model):
     (problem,) = check_model(flags(model))
-    assert problem.startswith(f"{model}: no whole pipeline, no name of one on the Hub, or no connection (")
+    told = "there is no such folder here"
+    if model == "nobody/nothing":  # which the Hub could have
+        told += ", no whole copy in the Hub's cache, and HF_HUB_OFFLINE=1 is set; drop that, or name one that is whole"
+    else:
+        told += "; name one that is whole"
+    assert problem == f"{model}: {told}"
+
+
+@pytest.mark.parametrize("name, meant", [("tiny_pipelin", "tiny_pipeline"), ("another", None)])
+def test_a_model_that_is_not_here_is_told_by_what_is(tiny_pipeline, name, meant, tmp_path, monkeypatch):
+    """By its path, and by a name that the Hub could have, too, which is not asked."""
+    (tmp_path / "tiny_pipeline").symlink_to(tiny_pipeline)
+    beside = f" (did you mean {tmp_path / meant}?)" if meant else ""
+    (problem,) = check_model(flags(tmp_path / name))
+    assert problem == f"{tmp_path / name}: there is no such folder here{beside}; name one that is whole"
+    monkeypatch.chdir(tmp_path)
+    beside = f" (did you mean {meant}?)" if meant else ""
+    offline = "no whole copy in the Hub's cache, and HF_HUB_OFFLINE=1 is set; drop that, or name "
+    (problem,) = check_model(flags(name))
+    assert problem == f"{name}: there is no such folder here{beside}, {offline}one that is whole"
+    (problem,) = check_clip(name)
+    assert problem == f"--clip_model={name}: there is no such folder here{beside}, {offline}another"
 
 
 def test_private_models_are_reached_by_the_token(tiny_pipeline, tiny_pipeline_v, tmp_path, fake_hub, monkeypatch):
@@ -78,18 +100,19 @@ def test_a_token_is_not_saved_with_a_tokenizer(tiny_pipeline, tmp_path):
     assert not [path for path, content in files_of(tmp_path / "model").items() if b"hf_other" in content]
 
 
-def test_a_mistyped_folder_is_looked_for_on_the_hub_and_said(tmp_path, monkeypatch):
+def test_a_mistyped_folder_is_looked_for_on_the_hub_and_said(tmp_path, monkeypatch, fake_hub):
     """Where a folder lies that has the first part of the name; the base of a plan, which the Hub had, is warned of."""
     (tmp_path / "clients" / "acme-1").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     for name, meant in (("clients/acme", " (did you mean clients/acme-1?)"), ("clients/other", "")):
         told = f"there is no such folder here{meant}; "
         looked = f"{told}looked for a model of that name on the Hub too, which cannot be loaded ("
-        (problem,) = check_model(flags(name))
+        with reaching(fake_hub, monkeypatch):
+            (problem,) = check_model(flags(name))
+            with pytest.raises(InputError) as error:
+                read_configs("MODEL", name)
         assert problem.startswith(f"{name}: {looked}")
         assert problem.endswith("); name one that is whole")
-        with pytest.raises(InputError) as error:
-            read_configs("MODEL", name)
         assert str(error.value).startswith(f"MODEL={name}: {looked}")
         flag = f"--pretrained_model_name_or_path={name}"
         assert warn_of_name(flags(name)) == [f"{flag}: {told}it is the Hub's model of that name"]

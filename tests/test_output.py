@@ -20,15 +20,14 @@ def problems(output_dir, *words, foreign_result=LORA_FILE):
 
 def test_a_folder_in_use_is_not_written_over(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    message = problems(tmp_path)
-    assert f"--output_dir={tmp_path}: is in use; name another" in message
-    assert "--resume_from_checkpoint=latest" in message
-    assert "--overwrite_output_dir" in message
+    used = f"--output_dir={tmp_path}: is in use; name another"
+    assert problems(tmp_path) == f"{used} (it holds no run of this script)"
     # No run of ours is there to be written over, so that flag does not help.
     told = "holds no run of this script, which alone --overwrite_output_dir writes over; name another folder"
     assert problems(tmp_path, "--overwrite_output_dir") == f"--output_dir={tmp_path}: {told}"
     (tmp_path / "args.json").write_text("{}")
-    assert "is in use" in problems(tmp_path)
+    told = "go on with its run by --resume_from_checkpoint=latest, or use --overwrite_output_dir"
+    assert problems(tmp_path) == f"{used}, {told}"
     assert problems(tmp_path, "--overwrite_output_dir") == ""
 
 
@@ -58,6 +57,8 @@ def test_a_result_of_another_kind_is_not_written_over(tmp_path, foreign_result):
     (tmp_path / "args.json").write_text("{}")
     assert problems(tmp_path, "--overwrite_output_dir", foreign_result=foreign_result) == ""
     (tmp_path / foreign_result).write_text("{}")
+    told = "is in use; name another (it holds no run of this script)"
+    assert problems(tmp_path, foreign_result=foreign_result) == f"--output_dir={tmp_path}: {told}"
     assert "holds no run of this script" in problems(tmp_path, "--overwrite_output_dir", foreign_result=foreign_result)
 
 

@@ -140,6 +140,28 @@ def test_a_warm_up_that_is_not_shorter_than_the_run_is_warned_of(warmup, last_st
 
 
 @pytest.mark.parametrize(
+    "first_step, last_step, done",
+    [(60, 60, "all of 60 steps are"), (1, 1, "the one step is"), (59, 60, None), (0, 1, None)],
+)
+def test_a_run_without_a_step_left_is_warned_of(first_step, last_step, done):
+    run = SimpleNamespace(progress={"global_step": first_step}, counts=SimpleNamespace(last_step=last_step))
+    told = f"{done} done, and only the result is written again; raise --max_train_steps to train on"
+    assert plan.warn_of_no_step(run) == ([told] if done else [])
+
+
+@pytest.mark.parametrize(
+    "num_images, num_held_out, is_short", [(3, 10, True), (10, 10, True), (11, 10, False), (1, 0, False)]
+)
+def test_more_images_held_out_than_trained_on_are_warned_of(num_images, num_held_out, is_short):
+    args = parse(f"--num_validation_samples={num_held_out}")
+    told = f"--num_validation_samples={num_held_out}: leaves {num_images} to train on, no more than are held out; "
+    told += "use fewer, or more images"
+    counts = SimpleNamespace(num_images=num_images)
+    assert plan.warn_of_held_out(args, counts, num_held_out) == ([told] if is_short else [])
+    assert plan.warn_of_held_out(args, SimpleNamespace(num_images=None), num_held_out) == []  # of a stream
+
+
+@pytest.mark.parametrize(
     "words, first_step, number",
     [
         (["--checkpointing_steps=4"], 0, 3),  # at 4, 8 and the last
@@ -186,8 +208,13 @@ def test_the_plan_ends_with_its_warnings(train_script, tiny_pipeline, images, tm
     ]
     assert [line.split()[0] for line in said[-3:-1]] == ["time", "memory"]
     assert said[-1] == "Nothing was trained; the settings are fine."
-    settings["lr_warmup_steps"] = 2
+    settings |= {"lr_warmup_steps": 2, "num_validation_samples": 1}
     monkeypatch.setattr(train_script, "warn_of_precision", lambda accelerator: [])
+    assert train(train_script, tiny_pipeline, images, tmp_path / "out", **settings) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert told.count("warning") == 1
+    assert "warning --num_validation_samples=1: leaves 1 to train on, no more than are held out; use fewer, " in told
+    del settings["num_validation_samples"]
     assert train(train_script, tiny_pipeline, images, tmp_path / "out", **settings) == 0
     assert "warning" not in capsys.readouterr().out
 
@@ -259,6 +286,15 @@ def test_the_time_of_all_steps(monkeypatch, capsys, num_samples, seconds, num_st
     lines = capsys.readouterr().out.splitlines()
     assert lines == [f"  time       {told}", "  memory     1 GB of a, 2 GB of b at most"]
     assert max(map(len, lines)) <= 105
+
+
+def test_the_time_of_a_step_is_that_of_the_mean_step(monkeypatch, capsys):
+    """Of 13 images in steps of 4 that is 3.25 / 4 of the step that was measured: 1,000 such steps take as long."""
+    monkeypatch.setattr(plan, "peak_memory", lambda device: ["1 GB of a"])
+    counts = SimpleNamespace(num_images=13, steps_per_epoch=4)
+    plan.tell_cost(counts, None, 4, 0.8, 1000, datetime.datetime(2026, 11, 27, 23, 0))
+    told = "  time       0.65 s per step, 5 images/s; 1,000 steps take 0:10:50, until 2026-11-27 23:10"
+    assert capsys.readouterr().out.splitlines()[0] == told
 
 
 def test_the_memory_of_device_and_process(monkeypatch):

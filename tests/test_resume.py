@@ -123,6 +123,17 @@ def test_a_checkpoint_beyond_the_last_step_is_refused(run, resume):
     assert [step for step, _ in rows_of(run, "loss")] == [1, 2]
 
 
+@pytest.mark.parametrize("is_trial", [False, True])
+def test_a_run_that_is_done_writes_its_result_again_and_says_that_no_step_is_left(run, resume, is_trial):
+    (run / "model_index.json").unlink()
+    status, said = resume(max_train_steps=2, dry_run=is_trial)
+    assert status == 0
+    told = "all of 2 steps are done, and only the result is written again; raise --max_train_steps to train on"
+    assert f"warning {told}" in " ".join(said.split())
+    assert (run / "model_index.json").is_file() != is_trial
+    assert [step for step, _ in rows_of(run, "loss")] == [1, 2]
+
+
 def test_settings_that_leave_the_result_alone_may_change(run, resume):
     shutil.rmtree(run / "checkpoint-2")
     status, said = resume(

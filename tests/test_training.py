@@ -483,6 +483,15 @@ def test_plan_gives_the_numbers_of_the_run(train_script, tiny_pipeline, images, 
     assert snapshot(images) == before
 
 
+def test_a_step_of_more_images_than_there_are_is_told_with_those(train_script, tiny_pipeline, tmp_path, capsys):
+    """In the plan and on the card: three images in steps of 4, and one, of which no step has more."""
+    for number, images, each in ((3, "3 images at most", "3 images each"), (1, "1 image at most", "1 image each")):
+        data, folder = write_image_folder(tmp_path / f"{number}", number), tmp_path / f"out_{number}"
+        assert train(train_script, tiny_pipeline, data, folder, train_batch_size=4, max_train_steps=2) == 0
+        assert f"  per step   {images}: 4 a pass x 1 pass x 1 rank\n" in capsys.readouterr().out
+        assert f"- For 2 steps of {each}, which is 2 epochs, at " in (folder / "README.md").read_text()
+
+
 def test_epochs_are_whole(fit):
     """Six images in steps of four: an epoch is a step of 4 and one of 2."""
     folder = fit(max_train_steps=None, num_train_epochs=3, train_batch_size=4)

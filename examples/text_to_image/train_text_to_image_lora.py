@@ -369,6 +369,15 @@ FIRST_FLAGS = """
     train_batch_size learning_rate max_train_steps mixed_precision rank validation_prompts dataset_name
 """.split()
 
+
+class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that ends, of each flag that has a default, with that."""
+
+    def _get_help_string(self, action):
+        text = super()._get_help_string(action)
+        return text.removesuffix(" (default: %(default)s)") if action.default is None else text
+
+
 TEXT = "text"  # the kinds of metadata; this one is all that no viewer obeys
 PROFILE = "profile"
 EXIF = "exif"
@@ -890,6 +899,10 @@ AVERAGED = "_ema"  # ends the names of averaged weights in a checkpoint
 # What settings are digests of, or dictionaries of digests.
 DIGESTED = {"captioned_images": "images or captions", "class_data": "class images", "photos": "images or captions"}
 WHOLE_WEIGHT = 0.999  # of the samples of a step in all, which is 1 but for rounding
+# Flags that choose images and captions, of which only the outcome is compared.
+CHOOSE_IMAGES = """
+    num_validation_samples max_train_samples skip_bad_images dataset_config_name image_column caption_column
+""".split()
 MAX_NAMED = 5  # of what differs in a setting
 REMEDY_FOR_SHARDING = (
     "use the accelerate config of there, under ZeRO with as many processes (accelerate launch --num_processes=N), or "
@@ -1428,6 +1441,7 @@ def make_accelerator(args):
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # else every gradient is there twice
             ],
         )
+    check_company(accelerator)
     set_up_sharding(accelerator)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
@@ -1439,6 +1453,18 @@ def make_accelerator(args):
     if accelerator.num_processes > 1 and not args.dry_run:  # which writes nothing
         check_shared_output(accelerator, args.output_dir)
     return accelerator
+
+
+def check_company(accelerator):
+    """Raises `InputError` where a launcher started several processes, but accelerate leaves each alone, as it does
+    without a GPU: all would train the same, and write into one output folder."""
+    number = get_int_from_env(["WORLD_SIZE"], 1)
+    if number > 1 and accelerator.num_processes == 1:
+        raise InputError(
+            f"{number} processes were started (WORLD_SIZE), but PyTorch {torch.__version__} finds no GPUs for them, "
+            "and each would train alone; use `python` for one process, install a PyTorch that knows your GPUs, or set "
+            "ACCELERATE_USE_CPU=true to share CPUs"
+        )
 
 
 def keep_freed_memory():
@@ -1729,8 +1755,6 @@ def try_steps(args, accelerator, run, work):
             if accelerator.device.type != "cpu":
                 torch.accelerator.synchronize()
             num_samples, seconds = step_samples, time.perf_counter() - started
-    if not num_steps:
-        accelerator.print("  time       no step is left; --max_train_steps says how many there are")
     if seconds and accelerator.is_main_process:
         tell_cost(run.counts, accelerator.device, num_samples, seconds, num_steps, datetime.datetime.now())
         if (args.cache_latents or args.cache_text_embeddings) and not work.loader.dataset.cache:
@@ -1880,6 +1904,14 @@ def mean_samples_per_step(counts):
     if counts.num_images is None:
         return counts.samples_per_step
     return counts.num_images / counts.steps_per_epoch
+
+
+def max_samples_per_step(counts):
+    """How many samples a step has at most: of fewer images than it could take, all of them or of a bucket."""
+    if counts.num_images is None:
+        return counts.samples_per_step
+    largest = counts.num_images if counts.buckets is None else int(np.bincount(counts.buckets).max())
+    return min(counts.samples_per_step, largest)
 
 
 def number_buckets(sizes):
@@ -2902,6 +2934,10 @@ def compare_settings(run, checkpoint, before, free, fixed):
         is_new = name not in before and value in (None, False, "adamw")
         if name not in free and not is_new and before.get(name) != value:
             changed[name] = tell_difference(name, before.get(name), value)
+    if changed.keys() & {"learning_rate", "samples_per_step", "scale_lr"}:
+        changed.pop("peak_learning_rate", None)  # which follows from these
+    if is_digest(settings.get("captioned_images")) and "captioned_images" in changed:
+        changed["captioned_images"] += tell_choice(before, settings)
     if "sharding" in changed:
         changed["sharding"] += f"; {REMEDY_FOR_SHARDING}"
     cannot_change = changed.keys() & fixed
@@ -2910,8 +2946,16 @@ def compare_settings(run, checkpoint, before, free, fixed):
         remedy = "use those" if cannot_change else "use those, or add --allow_changed_resume"
         raise InputError("\n  ".join([f"--resume_from_checkpoint: {told}; {remedy}", *changed.values()]))
     if changed:
-        print("\n  ".join([f"{told}; from here on those of now hold (--allow_changed_resume)", *changed.values()]))
+        lines = [f"{told}; from here on those of now hold (--allow_changed_resume)", *changed.values()]
+        print(fitted("\n  ".join(lines)))
     return changed.keys()
+
+
+def tell_choice(before, settings):
+    """Says which flags choose other images than they did `before`, in brackets; "" where none does."""
+    flags = [name for name in CHOOSE_IMAGES if settings.get(name) != before.get(name)]
+    told = [f"--{tell_difference(name, before.get(name), settings.get(name))}" for name in flags]
+    return f" ({'; '.join(told)})" if told else ""
 
 
 def tell_difference(name, first, second, first_place="there", second_place="now"):
@@ -3218,7 +3262,7 @@ def remedy_for_missing(path):
     for made in (place, *place.parents):
         if maker := MAKERS.get(made.as_posix()):
             return f"run `{maker}` in the folder of the repository, which makes it"
-    if place.parts[0] in ("miniature", "examples"):
+    if place.parts[0] in ("miniature", "examples") and not os.path.isdir(place.parts[0]):
         return "start in the folder of the repository, which it comes with"
     return ""
 
@@ -3495,7 +3539,7 @@ def new_parser(description, usage):
         description=description.split("\n")[0],
         allow_abbrev=False,
         exit_on_error=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpWithDefaults,
     )
 
 
@@ -4016,9 +4060,12 @@ def nearest(name, names):
     likely.sort(key=lambda known: (known not in MOST_USED, len(known)))
     words = wanted.split("_")
     for is_like in (operator.eq, is_begun_by, is_alike):
-        for known in likely:
-            if has_in_order(known.split("_"), words, is_like):
-                return plain[known]
+        fitting = [known for known in likely if has_in_order(known.split("_"), words, is_like)]
+        of_as_many = [known for known in fitting if len(known.split("_")) == len(words)]
+        if of_as_many:  # a misspelling of one of these, of the one with the most of its letters
+            return plain[max(of_as_many, key=lambda known: difflib.SequenceMatcher(None, wanted, known).ratio())]
+        if fitting:
+            return plain[fitting[0]]
     for known in sorted(likely, key=len, reverse=True):
         if has_in_order(words, known.split("_"), operator.eq):
             return plain[known]
@@ -4091,10 +4138,12 @@ def read_config(path, sections):
         if not all(isinstance(recipe[name], dict) for name in sections & recipe.keys()):
             raise TypeError("a section holds something else")
         return recipe, []
+    except FileNotFoundError:
+        told = f"there is no such file{nearest_beside(path)}"
+        return {}, [f"--config={path}: {told}; {remedy_for_missing(path) or 'name one'}"]
     except (OSError, ValueError, yaml.YAMLError, TypeError, RecursionError) as error:
         told = " ".join(str(error).split())[:300]
-        remedy = remedy_for_missing(path) or "write `flag: value`, a line each"
-        return {}, [f"--config={path}: is no YAML file of flags ({told}); {remedy}"]
+        return {}, [f"--config={path}: is no YAML file of flags ({told}); write `flag: value`, a line each"]
 
 
 def setting_words(settings, defaults):
@@ -4595,10 +4644,33 @@ def check_model(args):
 
 def tell_no_pipeline(source, error):
     """What is wrong with a folder or Hub id whose configs cannot be read, for an exception."""
-    told = "no whole pipeline, no name of one on the Hub, or no connection"
-    if missing := missing_here(source):
-        told = f"{missing}; looked for a model of that name on the Hub too, which cannot be loaded"
-    return f"{told} ({last_line(error)}); name one that is whole"
+    return tell_unread("whole pipeline", source, error, "name one that is whole")
+
+
+def tell_unread(what, source, error, remedy="name another"):
+    """What is wrong with a folder or Hub id that should be a `what` and cannot be read, for an exception. Libraries
+    speak of a connection where a path is wrong, too, and where nobody wants one."""
+    if os.path.exists(source):
+        return f"no {what} ({last_line(error)}); {remedy}"
+    told = f"there is no such folder here{nearest_beside(source)}"
+    if not is_repo_name(source):
+        return f"{told}; {remedy}"
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return f"{told}, no whole copy in the Hub's cache, and HF_HUB_OFFLINE=1 is set; drop that, or {remedy}"
+    if missing_here(source):
+        told += "; looked for a model of that name on the Hub too, which cannot be loaded"
+    else:
+        told = f"no {what}, no name of one on the Hub, or no connection"
+    return f"{told} ({last_line(error)}); {remedy}"
+
+
+def is_repo_name(source):
+    """Whether the Hub can have a repository of that name, with or without an owner."""
+    try:
+        huggingface_hub.utils.validate_repo_id(source)
+    except ValueError:
+        return False
+    return True
 
 
 def foreign_code(parts):
@@ -4663,8 +4735,7 @@ def check_tokenizer(args, text_config):
     try:
         highest = max(load_named_tokenizer(args).get_vocab().values())
     except Exception as error:  # every format has its own way of being broken
-        told = "no folder of a tokenizer, no name of one on the Hub, or no connection"
-        return [*problems, f"{name}: {told} ({last_line(error)}); name another"]
+        return [*problems, f"{name}: {tell_unread('folder of a tokenizer', args.tokenizer_name, error)}"]
     if highest >= text_config.vocab_size:
         told = (
             f"has {highest + 1:,} tokens, the text encoder knows {text_config.vocab_size:,}; use the one that it had"
@@ -6277,10 +6348,12 @@ def check_output(args, foreign_result):
         told = "holds no run of this script, which alone --overwrite_output_dir writes over; name another folder"
         problems.append(f"--output_dir={args.output_dir}: {told}")
     elif is_used and not is_own and not args.overwrite_output_dir:
-        problems.append(
-            f"--output_dir={args.output_dir}: is in use; name another, go on with its run by "
-            "--resume_from_checkpoint=latest, or, if of this kind, use --overwrite_output_dir"
-        )
+        remedy = "name another (it holds no run of this script)"
+        if is_run:
+            remedy = (
+                "name another, go on with its run by --resume_from_checkpoint=latest, or use --overwrite_output_dir"
+            )
+        problems.append(f"--output_dir={args.output_dir}: is in use; {remedy}")
     kind = kind_of_checkpoint(checkpoint) if checkpoint else None
     if kind not in (None, "LoRA adapters" if foreign_result == "model_index.json" else "whole models"):
         remedy = "use the script that wrote it, or another checkpoint"
@@ -6670,7 +6743,7 @@ def print_plan(args, run, num_held_out, num_trained, about):
         "images": "\n".join([images + about.get("images", ""), *about.get("kinds", []), *buckets]),
         "stream": about.get("stream"),
         "steps": f"{first_step:,} to {counts.last_step:,}{epochs}",
-        "per step": f"{counted(counts.samples_per_step, 'image')}: {passes}",
+        "per step": f"{tell_images_of_step(counts)}: {passes}",
         "trained": f"{about['trained']}, {num_trained:,} parameters in {about.get('weights', 'float32')}, passes in "
         f"{PASSES_IN[precision]}; frozen: {about['frozen']}",
         "optimizer": f"{about['optimizer']} at {run.settings['peak_learning_rate']:g}{about.get('other_rate', '')}, "
@@ -6686,12 +6759,20 @@ def print_plan(args, run, num_held_out, num_trained, about):
         warn_of_name(args)
         + about["warnings"]
         + warn_of_start(args)
+        + warn_of_no_step(run)
+        + warn_of_held_out(args, counts, num_held_out)
         + warn_of_warm_up(args, counts)
         + warn_of_disk(args, run)
     )
     warnings = [as_row("warning", text) for text in warned]
     # At once: who is killed for what the first step takes has told it.
     print("\n".join(["Plan", *lines, *warnings]), flush=True)
+
+
+def tell_images_of_step(counts):
+    """How many images a step has, as a text: no more than there are."""
+    most = max_samples_per_step(counts)
+    return counted(most, "image") + (" at most" if most < counts.samples_per_step else "")
 
 
 def as_row(name, text):
@@ -6752,10 +6833,11 @@ def tell_disk(args, run, result_bytes):
 
 
 def tell_cost(counts, device, num_samples, seconds, num_steps, now):
-    """Prints what was measured of a step of `num_samples`, which took so many seconds: the time that the samples of
-    `num_steps` steps take from `now` on, and the peak of the memory so far."""
+    """Prints what was measured of a step of `num_samples`, which took so many seconds: the time of a step that has as
+    many as the mean, and of `num_steps` from `now` on, and the peak of the memory so far."""
     rate = num_samples / seconds
-    duration = datetime.timedelta(seconds=round(num_steps * mean_samples_per_step(counts) / rate))
+    seconds = mean_samples_per_step(counts) / rate  # those at the end of an epoch, or of a bucket, may be short
+    duration = datetime.timedelta(seconds=round(num_steps * seconds))
     print(
         f"  time       {seconds:.3g} s per step, {rate:.4g} images/s; "
         f"{counted(num_steps, 'step takes', 'steps take')} {duration}, until {now + duration:%Y-%m-%d %H:%M}"
@@ -6796,6 +6878,23 @@ def warn_of_start(args):
     if args.resume_from_checkpoint != "latest" or list_checkpoints(args.output_dir):
         return []
     return [f"--resume_from_checkpoint=latest: {args.output_dir} holds NO CHECKPOINT; this run starts from step 0"]
+
+
+def warn_of_no_step(run):
+    """Lists whether nothing is left to train of a run that is gone on with."""
+    last_step = run.counts.last_step
+    if run.progress["global_step"] < last_step:
+        return []
+    done = "the one step is" if last_step == 1 else f"all of {last_step:,} steps are"
+    return [f"{done} done, and only the result is written again; raise --max_train_steps to train on"]
+
+
+def warn_of_held_out(args, counts, num_held_out):
+    """Lists whether no more images are left to train on than are held out."""
+    if counts.num_images is None or num_held_out < counts.num_images:
+        return []
+    told = f"leaves {counts.num_images:,} to train on, no more than are held out; use fewer, or more images"
+    return [f"--num_validation_samples={args.num_validation_samples}: {told}"]
 
 
 def warn_of_warm_up(args, counts):
@@ -7020,7 +7119,8 @@ def use_of_adapters(args, pipeline, noise_scheduler, file, repo_id):
         notes=["`scale` is the strength of the adapters: 1 as trained, less for less of them, 0 for the base."],
     )
     if args.output_kohya_format:
-        usage.notes.append(f"The other file beside `{file}` holds the same adapters for A1111, Forge and ComfyUI.")
+        other = plain(f"{kohya_name(args)}.safetensors")
+        usage.notes.append(f"Beside `{file}` *{other}* holds the same adapters for A1111, Forge and ComfyUI.")
     base, trained = pipeline.scheduler.config, noise_scheduler.config
     kind, changes = "type(pipe.scheduler)", {}
     if trained.prediction_type != base.get("prediction_type", "epsilon"):
@@ -7080,7 +7180,7 @@ def code_of(usage, prompt):
 def describe_steps(args, run):
     """How long a run was, as it was: one that was resumed counts its steps from the first one."""
     counts, steps = run.counts, run.progress["global_step"]
-    text = f"{counted(steps, 'step')} of {counted(counts.samples_per_step, 'image')} each"
+    text = f"{counted(steps, 'step')} of {counted(max_samples_per_step(counts), 'image')} each"
     if counts.steps_per_epoch:
         epochs = f"{steps / counts.steps_per_epoch:,.1f}".removesuffix(".0")
         text += f", which is {epochs} {'epoch' if epochs == '1' else 'epochs'}"
@@ -7123,7 +7223,7 @@ def list_settings(args, parser, run):
         is_private = is_place(flag) or flag.dest in NOT_ON_CARD
         is_file = isinstance(value, str) and os.path.exists(value)
         if flag.dest in used and value != default and not is_private and not is_file:
-            rows.append(f"| `--{flag.dest}` | {plain(value)} | {'' if default is None else plain(default)} |")
+            rows.append(f"| `--{flag.dest}` | {plain(value)} | {'-' if default is None else plain(default)} |")
     return rows if len(rows) > 4 else ["All settings are the script's defaults."]
 
 
@@ -8092,16 +8192,15 @@ def describe_cache(plan):
         return None, []
     needed = sum(bytes_of(entry) for entry in plan.missing)
     free = shutil.disk_usage(existing_place(plan.cache.folder)).free
+    size = f", {tell_size(needed)}" if needed else ""
     row = (
-        f"{plan.num_entries:,} entries, {plan.num_bytes / 1e6:,.2f} MB; {len(plan.missing):,} to be made, "
-        f"{needed / 1e6:,.2f} MB of {free / 1e6:,.2f} that are free, in\n             {plan.cache.folder}"
+        f"{counted(plan.num_entries, 'entry', 'entries')}, {tell_size(plan.num_bytes)}, in {plan.cache.folder}\n"
+        f"{len(plan.missing):,} to be made{size}; {tell_size(free)} are free"
     )
     if needed <= free:
         return row, []
-    return row, [
-        f"the cache takes {needed / 1e6:,.2f} MB more, where {free / 1e6:,.2f} are free; make room, or name another "
-        "--cache_dir"
-    ]
+    told = f"the cache takes {tell_size(needed)} more, where {tell_size(free)} are free"
+    return row, [f"{told}; make room, or name another --cache_dir"]
 
 
 @torch.no_grad()

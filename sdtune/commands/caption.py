@@ -53,7 +53,7 @@ from sdtune.images import (
     read_image,
     still_readable,
 )
-from sdtune.models import DTYPES, foreign_kernel
+from sdtune.models import DTYPES, foreign_kernel, tell_unread
 
 PROGRAM = "sdtune caption"
 JOURNAL = ".caption_images.jsonl"
@@ -130,7 +130,7 @@ def check_args(args):
             args.model, trust_remote_code=False, revision=args.revision, cache_dir=args.cache_dir
         )
     except (OSError, ValueError) as error:
-        told = f"no model's folder, no name of one on the Hub, or no connection ({last_line(error)}); name another"
+        told = tell_unread("model's folder", args.model, error)
         problems.append(f"--model={args.model}: {told}")
     else:
         if strange := foreign_kernel(config.to_dict() | {"_attn_implementation": config._attn_implementation}):

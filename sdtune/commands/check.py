@@ -26,10 +26,10 @@ from tqdm.auto import tqdm
 from sdtune.arguments import SWITCH, checked, new_parser, parse_flags, positive_int
 from sdtune.counts import count_sizes, count_words, statistics
 from sdtune.dataset import foreign_pictures, list_files, name_of, tell_foreign_pictures
-from sdtune.errors import InputError, counted, last_line, raise_problems, told_to_user
+from sdtune.errors import InputError, counted, raise_problems, told_to_user
 from sdtune.files import is_writable, write_text
 from sdtune.images import check_images, path_of_findings
-from sdtune.models import load_tokenizer
+from sdtune.models import load_tokenizer, tell_unread
 from sdtune.named_dataset import (
     add_named_dataset_arguments,
     check_dataset_is_named,
@@ -137,10 +137,8 @@ def load_clip_tokenizer(args):
         if len(tokenizer) < 256:  # transformers makes one of two tokens where there is none
             raise OSError("there is no tokenizer")
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"--pretrained_model_name_or_path={source}: no pipeline with a tokenizer and a text encoder, "
-            f"no name of one on the Hub, or no connection ({last_line(error)}); name another"
-        ) from None
+        told = tell_unread("pipeline with a tokenizer and a text encoder", source, error)
+        raise InputError(f"--pretrained_model_name_or_path={source}: {told}") from None
     return tokenizer
 
 

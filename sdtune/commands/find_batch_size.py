@@ -22,7 +22,9 @@ LACK_OF_MEMORY = re.compile(
     r"lack\s+of\s+memory|out\s+of\s+memory|can('t|not)\s+allocate\s+memory|MemoryError|bad_alloc|SIGKILL",
     re.IGNORECASE,
 )
-PER_STEP = re.compile(r"^ +per step +[\d,]+ images: (\d+) a pass x (\d+) passes x (\d+) ", re.MULTILINE)
+PER_STEP = re.compile(
+    r"^ +per step +[\d,]+ images?(?: at most)?: (\d+) a pass x (\d+) pass(?:es)? x (\d+) ", re.MULTILINE
+)
 COST = re.compile(r"^ +time +(.+? images/s);.*\n +memory +(.+)$", re.MULTILINE)
 
 

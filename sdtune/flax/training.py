@@ -20,6 +20,7 @@ import numpy as np
 from accelerate import Accelerator
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tqdm.auto import tqdm
 
 from sdtune.arguments import changed_flags
 from sdtune.batches import micro_batches, step_sizes
@@ -302,6 +303,8 @@ def train_steps(args, accelerator, run, write_state, stop, mesh, batches, traini
     # A run that was stopped has not had the look at its last step.
     if first_step % validation_steps == 0 or first_step == counts.last_step:
         look_and_keep(args, accelerator, run, stop, look, write_state)
+    if first_step < counts.last_step:
+        print("Compiling the step, which may take minutes.", flush=True)
     bar, recent = start_bar(run, is_first)
     sizes = step_sizes(counts, args.seed, first_step)
     reader = ThreadPoolExecutor(1)  # makes the next batch while the devices work
@@ -333,8 +336,10 @@ def train_steps(args, accelerator, run, write_state, stop, mesh, batches, traini
         done = run.progress["global_step"]
 
         # Log
+        seconds = time.perf_counter() - started
+        if step == first_step:
+            tqdm.write(f"Compiled: the first step took {seconds:.1f} s.")
         if not is_broken:
-            seconds = time.perf_counter() - started
             images_per_second = num_samples / seconds
             recent.append((loss, num_samples, None if step == first_step else seconds))
             tell_step(args, bar, run, accelerator.device, recent)
