@@ -39,7 +39,8 @@ def main(argv=None):
         try:
             return run(sys.argv[1:] if argv is None else list(argv))
         finally:
-            sys.stdout.flush()
+            if sys.stdout:  # None where it is closed
+                sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain as it ends
         return 141  # 128 + SIGPIPE, as of other programs

@@ -1,6 +1,7 @@
 """The flags that several scripts share, their types, and `--config`."""
 
 import argparse
+import contextlib
 import difflib
 import math
 import operator
@@ -288,7 +289,9 @@ def nearest_beside(name):
     if os.path.exists(name):
         return ""
     folder, own_name = os.path.split(str(name).rstrip("/"))
-    there = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
+    there = []
+    with contextlib.suppress(OSError):  # it is not there either, or closed to us
+        there = os.listdir(folder or ".")
     alike = difflib.get_close_matches(own_name, sorted(there), 1)
     return f" (did you mean {os.path.join(folder, alike[0])}?)" if alike else ""
 

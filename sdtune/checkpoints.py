@@ -305,6 +305,8 @@ def compare_settings(run, checkpoint, before, free, fixed):
     if "sharding" in changed:
         changed["sharding"] += f"; {REMEDY_FOR_SHARDING}"
     cannot_change = changed.keys() & fixed
+    if "text_encoder_lr" in changed:
+        changed.pop("text_encoder_apart", None)  # which follows from it
     told = f"{checkpoint} was made under other settings"
     if cannot_change or (changed and not settings["allow_changed_resume"]):
         remedy = "use those" if cannot_change else "use those, or add --allow_changed_resume"

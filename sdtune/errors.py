@@ -72,18 +72,21 @@ def without_secrets(text):
     return re.sub(r"\bhf_[A-Za-z0-9]{20,}", "hf_***", text)
 
 
+def broken(line):
+    """The lines that one line makes in a terminal as wide as it is, or of 100 columns where there is none."""
+    own = line[: len(line) - len(line.lstrip())]
+    margins = {"initial_indent": own, "subsequent_indent": max(own + "  ", "    ")}
+    words = {"break_long_words": False, "break_on_hyphens": False}  # paths and flags
+    width = shutil.get_terminal_size((100, 24)).columns
+    lines = textwrap.wrap(line.lstrip(), width, **margins, **words) or [""]
+    lines[-1] += line[len(line.rstrip()) :]  # of a program's name, before a list
+    return lines
+
+
 def fitted(text):
     """A message as it is shown: in lines as wide as the terminal, or of 100 columns where there is none, at most 12 of
     them; of a list that is longer the end is cut. Nothing in it is a secret, or moves what a terminal shows."""
-    width = shutil.get_terminal_size((100, 24)).columns
-    parts = []  # lines of each line
-    for line in printable(without_secrets(text)).split("\n"):
-        own = line[: len(line) - len(line.lstrip())]
-        margins = {"initial_indent": own, "subsequent_indent": max(own + "  ", "    ")}
-        words = {"break_long_words": False, "break_on_hyphens": False}  # paths and flags
-        part = textwrap.wrap(line.lstrip(), width, **margins, **words) or [""]
-        part[-1] += line[len(line.rstrip()) :]  # of a program's name, before a list
-        parts.append(part)
+    parts = [broken(line) for line in printable(without_secrets(text)).split("\n")]
     end = [] if len(parts) == 1 or parts[-1][0].startswith(" ") else [parts.pop()]  # the remedy for all of a list
     num_cut = 0
     while len(parts) > 1 and sum(map(len, parts + end)) + bool(num_cut) > MAX_LINES:
@@ -96,14 +99,14 @@ def fitted(text):
 
 @contextlib.contextmanager
 def told_in_lines():
-    """Prints what is printed inside as `fitted` breaks each line of it, at the end."""
+    """Prints what is printed inside at the end, all of it, in lines as wide as those of `fitted`."""
     told = io.StringIO()
     try:
         with contextlib.redirect_stdout(told):
             yield
     finally:
         for line in told.getvalue().splitlines():
-            print(fitted(line))
+            print("\n".join(broken(printable(without_secrets(line)))))
 
 
 def last_line(error):

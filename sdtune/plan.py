@@ -97,7 +97,7 @@ def describe_device(device):
     if device.type == "cpu":
         number = torch.get_num_threads()
         # On a busy machine many wait for each other: a step may take a hundred times as long as by one.
-        told = f"{counted(number, 'thread')}{' (set by OMP_NUM_THREADS)' if number > 1 else ''}"
+        told = f"{counted(number, 'thread')}{' (OMP_NUM_THREADS sets fewer)' if number > 1 else ''}"
         told = f"CPU, {told}, {get_cpu_capability()}"
     elif is_cuda_available():
         told = f"{get_device_name(device)}, {get_device_properties(device).total_memory / 1e9:.3g} GB"
@@ -210,9 +210,12 @@ def warn_of_no_step(run):
 
 def warn_of_held_out(args, counts, num_held_out):
     """Lists whether no more images are left to train on than are held out."""
-    if counts.num_images is None or num_held_out < counts.num_images:
+    if counts.num_images is None:
         return []
-    told = f"leaves {counts.num_images:,} to train on, no more than are held out; use fewer, or more images"
+    number = counts.num_images // getattr(args, "repeats", 1)
+    if num_held_out < number:
+        return []
+    told = f"leaves {number:,} to train on, no more than are held out; use fewer, or more images"
     return [f"--num_validation_samples={args.num_validation_samples}: {told}"]
 
 

@@ -151,12 +151,14 @@ def judge(run):
         return f"{told}. --num_validation_samples holds some out.", "open"
     last, number = looks[-1], run.settings.get("num_validation_samples")
     of_images = f"The loss on {counted(number, 'image')}" if number else "The loss on images"
+    verb = "was" if number == 1 else "were"
     loss, gain, margin = last["held_out_loss"], last["held_out_gain"], INTERVAL * last["gain_error"]
     if last["step"] == 0:
-        return f"{of_images} that are held out was {loss:.3f} before training, and not measured since.", "open"
+        is_held = "is held out" if number == 1 else "are held out"
+        return f"{of_images} that {is_held} was {loss:.3f} before training, and not measured since.", "open"
     digits = 3 if margin == 0 or margin >= 0.002 else 5
     went = f"{'rose' if gain < 0 else 'fell'} from {loss + gain:.{digits}f} to {loss:.{digits}f}"
-    told = f"{of_images} that were not trained on {went} after step {last['step']:,}, by {abs(gain):.{digits}f}"
+    told = f"{of_images} that {verb} not trained on {went} after step {last['step']:,}, by {abs(gain):.{digits}f}"
     if not run.has_interval():
         few = "these are too few to say how sure that is" if number else "how many is not known, nor how sure that is"
         return f"{told}; {few}.", "open"

@@ -443,7 +443,9 @@ def read_first_rows(args, stream):
     everything = itertools.chain.from_iterable(map(stream.read_rows, range(len(stream.shard_names))))
     rows = list(itertools.islice(everything, number + 1))
     if len(rows) <= number:
-        raise InputError(f"--num_validation_samples={number}: must leave some of {len(rows)} images")
+        raise InputError(
+            f"--num_validation_samples={number}: must leave some of {counted(len(rows), 'image')}; use fewer"
+        )
     image = rows[0].image or {}
     if image.get("bytes") is None and image.get("path"):
         raise InputError(

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from tqdm.auto import tqdm
 
-from sdtune.dataset import METADATA_NAMES, CheckedRows, check_rows, fingerprint_of, read_rows, warn
+from sdtune.dataset import METADATA_NAMES, CheckedRows, check_rows, fingerprint_of, read_rows, texts_by_name, warn
 from sdtune.errors import InputError, counted, last_line
 from sdtune.files import existing_place
 from sdtune.images import IMAGE_SUFFIXES, is_hidden, is_image_file, path_of_findings
@@ -65,9 +65,11 @@ def class_prompts_of(args):
 
 def has_captions(folder):
     """Whether a folder holds captions in some place, be they of all images or not."""
-    for path in Path(folder).rglob("*"):
-        beside_image = path.suffix.lower() in IMAGE_SUFFIXES and path.with_suffix(".txt").is_file()
-        if not is_hidden(path, folder) and (path.name in METADATA_NAMES or beside_image):
+    files = [path for path in Path(folder).rglob("*") if not is_hidden(path, folder)]
+    texts = texts_by_name(files)
+    for path in files:
+        beside_image = path.suffix.lower() in IMAGE_SUFFIXES and path.with_suffix("") in texts
+        if path.name in METADATA_NAMES or beside_image:
             return True
     return False
 

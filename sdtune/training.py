@@ -178,12 +178,18 @@ def check_company(accelerator):
     """Raises `InputError` where a launcher started several processes, but accelerate leaves each alone, as it does
     without a GPU: all would train the same, and write into one output folder."""
     number = get_int_from_env(["WORLD_SIZE"], 1)
-    if number > 1 and accelerator.num_processes == 1:
+    if number == 1 or accelerator.num_processes > 1:
+        return
+    if "LOCAL_RANK" not in os.environ:
         raise InputError(
-            f"{number} processes were started (WORLD_SIZE), but PyTorch {torch.__version__} finds no GPUs for them, "
-            "and each would train alone; use `python` for one process, install a PyTorch that knows your GPUs, or set "
-            "ACCELERATE_USE_CPU=true to share CPUs"
+            f"WORLD_SIZE={number}, but LOCAL_RANK is not set, and each process would train alone; start them by "
+            "`accelerate launch` or torchrun, or unset WORLD_SIZE"
         )
+    raise InputError(
+        f"{number} processes were started (WORLD_SIZE), but PyTorch {torch.__version__} finds no GPUs for them, and "
+        "each would train alone; use `python` for one process, install a PyTorch that knows your GPUs, or set "
+        "ACCELERATE_USE_CPU=true to share CPUs"
+    )
 
 
 def keep_freed_memory():

@@ -479,11 +479,11 @@ def test_a_folder_in_use_is_not_written_over(refused, command, tmp_path):
     out.mkdir()
     (out / "notes.txt").write_text("mine")
     message = refused(command())
-    assert str(out) in message
-    assert "--resume_from_checkpoint=latest" in message
-    assert "--overwrite_output_dir" in message
+    assert f"--output_dir={out}: is in use; name another (it holds no run of this script)" in message
     assert (out / "notes.txt").read_text() == "mine"
-    # No run of ours is there to be written over, so that flag does not help.
+    # No run of ours is there to go on with or to be written over, so those flags do not help.
+    assert "--resume_from_checkpoint" not in message
+    assert "--overwrite_output_dir" not in message
     assert str(out) in refused(command("--overwrite_output_dir"))
 
 

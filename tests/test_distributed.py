@@ -28,6 +28,8 @@ from running import REPO
 from training import checkpoint_state, draws, losses, read_log, same, train, unet, words
 
 from sdtune.diffusion import diffusion_losses
+from sdtune.errors import InputError
+from sdtune.training import check_company
 
 # Six images a step: two processes with three each, one with six, three with two. Of eight images the second step of an
 # epoch has two, so that some processes have none. A large epsilon keeps AdamW from blowing up the rounding of
@@ -525,3 +527,15 @@ def test_machines_may_know_folders_and_the_model_by_other_paths(
     statuses, said = run_machines(train_script, [first + more, second + more], tmp_path / "said")
     assert statuses == [0, 0], said
     assert len(losses(tmp_path / "real" / "out")) == 3
+
+
+def test_it_is_told_why_each_process_would_train_alone(monkeypatch):
+    alone, together = SimpleNamespace(num_processes=1), SimpleNamespace(num_processes=4)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(InputError, match=r"^WORLD_SIZE=4, but LOCAL_RANK is not set"):
+        check_company(alone)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(InputError, match=r"^4 processes were started .* finds no GPUs"):
+        check_company(alone)
+    check_company(together)

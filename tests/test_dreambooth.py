@@ -849,7 +849,7 @@ def test_prior_preservation_keeps_the_class_plain(tmp_path):
         "resolution": 64,
         "train_text_encoder": True,
         "train_batch_size": 5,
-        "max_train_steps": 200,
+        "max_train_steps": 240,
         "learning_rate": 1e-3,
         "lr_scheduler": "cosine",
         "lr_warmup_steps": 20,
@@ -858,9 +858,10 @@ def test_prior_preservation_keeps_the_class_plain(tmp_path):
     preservation = {
         "with_prior_preservation": True,
         "class_data_dir": tmp_path / "stars",
-        "class_prompt": "a star",
-        "num_class_images": 25,
-        "sample_batch_size": 25,
+        "class_prompts": ["a star", *(f"a {colour} star" for colour in measure.render.COLOURS)],
+        "num_class_images": 36,
+        "sample_batch_size": 36,
+        "prior_loss_weight": 0.5,
     }
     learnt, marked = {}, {}
     for name, more in (("with", preservation), ("without", {})):

@@ -454,20 +454,24 @@ def check_what_is_told(told):
     }
     assert (
         "\nA gain above 0 is for the better, except in the line “to the nearest image”: there 1 is a copy.\n"
-        "Of fewer than 30 images, such as 4, KID may be further off than it says here.\n"
+        "Of fewer than 30 images or pictures, such as 4, KID may be further off than it says here.\n"
     ) in told[place:]
     assert re.search(r"^CLIP score +higher +[\d.]+ \xb1 [\d.e-]+ +[\d.]+ \xb1 ", told, re.M)
     assert "+-" not in told
 
 
-@pytest.mark.parametrize("numbers, told", [((30, 29), "such as 29"), ((8, 9), "such as 8"), ((30, 31), None)])
-def test_kid_of_few_images_is_said_to_be_uncertain(numbers, told, capsys):
+@pytest.mark.parametrize(
+    "numbers, pictures, told",
+    [((30, 29), 30, "such as 29"), ((8, 9), 30, "such as 8"), ((30, 31), 30, None), ((30, 31), 3, "such as 3")],
+)
+def test_kid_of_few_images_or_pictures_is_said_to_be_uncertain(numbers, pictures, told, capsys):
     figures = {name: {} for name in ("clip_score", "clip_image_similarity", "held_out_loss", "nearest_similarity")}
     kid = {"model": {"mean": 1.0, "standard_error": 0.1}}
-    verdict = {"limit": 0.1, "verdict": "none"}
+    share = {"copies": 0, "pictures": pictures, "share": 0.0, "low": 0.0, "high": 0.1}
+    verdict = {"limit": 0.1, "verdict": "none", "model": share}
     evaluate.print_table({**figures, "kid": kid, "kid_held_out": kid, "memorisation": verdict}, *numbers)
     said = capsys.readouterr().out
-    assert ("Of fewer than 30 images" in said) == bool(told)
+    assert ("Of fewer than 30 images or pictures" in said) == bool(told)
     assert not told or f"{told}, KID may be further off" in said
 
 

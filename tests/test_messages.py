@@ -16,7 +16,8 @@ from shards import make_rows, write_tar
 from training import train, words
 
 from sdtune import __main__ as sdtune
-from sdtune.errors import MAKERS, InputError, counted, fitted, raise_problems, remedy_for_missing
+from sdtune.arguments import nearest_beside
+from sdtune.errors import MAKERS, InputError, counted, fitted, raise_problems, remedy_for_missing, told_in_lines
 from sdtune.images import NO_CAPTION, leave_out
 
 MAX_LINES, COLUMNS = 12, 100  # the second one is what conftest.py sets
@@ -778,3 +779,26 @@ def test_many_mistakes_are_cut_too():
         raise_problems([f"--flag_{number}: is wrong; drop it" for number in range(20)])
     lines = fitted(f"train.py: {caught.value}").split("\n")
     assert lines == ["train.py: ", *[f"  --flag_{number}: is wrong; drop it" for number in range(10)], "  and 10 more"]
+
+
+def test_all_that_a_command_prints_is_shown_however_much(capsys):
+    """Unlike a message, of which twelve lines are."""
+    names = [f"samples/step-{number:06}.png" for number in range(60)]
+    with told_in_lines():
+        print("Would send", *names)
+        print("and a card")
+    lines = capsys.readouterr().out.splitlines()
+    assert " ".join(" ".join(lines[:-1]).split()) == " ".join(["Would send", *names])
+    assert lines[-1] == "and a card"
+    assert max(map(len, lines)) <= COLUMNS
+
+
+def test_no_name_is_suggested_out_of_a_folder_that_is_closed(tmp_path, monkeypatch):
+    (tmp_path / "my_pictures").mkdir()
+    assert nearest_beside(str(tmp_path / "my_pictres")) == f" (did you mean {tmp_path / 'my_pictures'}?)"
+
+    def refuse(folder):
+        raise PermissionError(folder)
+
+    monkeypatch.setattr("os.listdir", refuse)
+    assert nearest_beside(str(tmp_path / "my_pictres")) == ""

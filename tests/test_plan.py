@@ -59,7 +59,7 @@ def test_bf16_on_a_cpu_without_instructions_for_it_is_warned_of(
 def test_the_plan_names_the_device(monkeypatch):
     version = torch.__version__
     monkeypatch.setattr(plan, "get_cpu_capability", lambda: "AVX2")
-    for number, told in ((1, "CPU, 1 thread, AVX2"), (6, "CPU, 6 threads (set by OMP_NUM_THREADS), AVX2")):
+    for number, told in ((1, "CPU, 1 thread, AVX2"), (6, "CPU, 6 threads (OMP_NUM_THREADS sets fewer), AVX2")):
         monkeypatch.setattr(plan.torch, "get_num_threads", lambda number=number: number)
         assert plan.describe_device(torch.device("cpu")) == f"{told}, by PyTorch {version}"
     assert plan.describe_device(torch.device("mps")) == f"mps, by PyTorch {version}"

@@ -119,6 +119,7 @@ def test_what_is_pushed_can_be_trained_on(fake_hub, push, folder, tmp_path, monk
     photos = tmp_path / "photos"
     photos.mkdir()
     make_image(20).save(photos / "a.png")
+    (photos / "a.txt").write_bytes(b"caf\xe9")  # which is not sent
     assert push(photos, "--without_captions", name="photos") == 0
     assert set(fake_hub.repos[f"{USER}/photos"].files) == {"a.png", "README.md"}
     assert not fake_hub.repos[f"{USER}/photos"].private

@@ -628,7 +628,7 @@ def look(step, loss, gain, error):
             [look(3, 0.4, 0.1, 0.0)],
             {"num_validation_samples": 1},
             "open",
-            "The loss on 1 image that were not trained on fell from 0.500 to 0.400 after step 3, by 0.100; these "
+            "The loss on 1 image that was not trained on fell from 0.500 to 0.400 after step 3, by 0.100; these "
             "are too few to say how sure that is.",
         ),
         (

@@ -273,7 +273,7 @@ def test_the_dataset_stays_as_it_is_and_bad_images_are_left_out(messy_folder, tm
     folder = messy_folder(3).path
     before = snapshot(folder)
     show(folder, tmp_path)
-    told = "Left out, since training cannot use them: 4 unreadable or too small, 1 without a caption"
+    told = "Left out, since training cannot use them: 4 unusable, 1 without a caption"
     said = " ".join(capsys.readouterr().out.split())
     assert f"{told} (`sdtune caption {folder}` writes them, or give one for all by --instance_prompt)" in said
     assert "; `sdtune check` names them. Wrote " in said

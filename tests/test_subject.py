@@ -178,3 +178,10 @@ def test_captions_in_hidden_folders_are_none(tmp_path):
     (tmp_path / "a.png").touch()
     (tmp_path / "a.txt").touch()
     assert has_captions(tmp_path)
+
+
+@pytest.mark.parametrize("name, found", [("a.TXT", True), ("a.txt", True), ("b.txt", False), (".a.txt", False)])
+def test_captions_beside_photos_are_found_whatever_the_case_of_their_ending(name, found, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"")
+    (tmp_path / name).write_text("a dog")
+    assert has_captions(tmp_path) == found

@@ -337,7 +337,7 @@ def test_a_bomb_is_named_or_left_out_by_every_command(
     assert status_of(main, folder, *more) == status
     said = capsys.readouterr()
     if name == "show":
-        assert "cannot use them: 1 unreadable or too small; `sdtune check` names them" in said.out
+        assert "cannot use them: 1 unusable; `sdtune check` names them" in said.out
     else:
         assert "2,500,000,000 pixels" in " ".join((said.out + said.err).split())
 

@@ -1313,12 +1313,18 @@ def check_company(accelerator):
     """Raises `InputError` where a launcher started several processes, but accelerate leaves each alone, as it does
     without a GPU: all would train the same, and write into one output folder."""
     number = get_int_from_env(["WORLD_SIZE"], 1)
-    if number > 1 and accelerator.num_processes == 1:
+    if number == 1 or accelerator.num_processes > 1:
+        return
+    if "LOCAL_RANK" not in os.environ:
         raise InputError(
-            f"{number} processes were started (WORLD_SIZE), but PyTorch {torch.__version__} finds no GPUs for them, "
-            "and each would train alone; use `python` for one process, install a PyTorch that knows your GPUs, or set "
-            "ACCELERATE_USE_CPU=true to share CPUs"
+            f"WORLD_SIZE={number}, but LOCAL_RANK is not set, and each process would train alone; start them by "
+            "`accelerate launch` or torchrun, or unset WORLD_SIZE"
         )
+    raise InputError(
+        f"{number} processes were started (WORLD_SIZE), but PyTorch {torch.__version__} finds no GPUs for them, and "
+        "each would train alone; use `python` for one process, install a PyTorch that knows your GPUs, or set "
+        "ACCELERATE_USE_CPU=true to share CPUs"
+    )
 
 
 def keep_freed_memory():
@@ -2776,6 +2782,8 @@ def compare_settings(run, checkpoint, before, free, fixed):
     if "sharding" in changed:
         changed["sharding"] += f"; {REMEDY_FOR_SHARDING}"
     cannot_change = changed.keys() & fixed
+    if "text_encoder_lr" in changed:
+        changed.pop("text_encoder_apart", None)  # which follows from it
     told = f"{checkpoint} was made under other settings"
     if cannot_change or (changed and not settings["allow_changed_resume"]):
         remedy = "use those" if cannot_change else "use those, or add --allow_changed_resume"
@@ -3052,18 +3060,21 @@ def without_secrets(text):
     return re.sub(r"\bhf_[A-Za-z0-9]{20,}", "hf_***", text)
 
 
+def broken(line):
+    """The lines that one line makes in a terminal as wide as it is, or of 100 columns where there is none."""
+    own = line[: len(line) - len(line.lstrip())]
+    margins = {"initial_indent": own, "subsequent_indent": max(own + "  ", "    ")}
+    words = {"break_long_words": False, "break_on_hyphens": False}  # paths and flags
+    width = shutil.get_terminal_size((100, 24)).columns
+    lines = textwrap.wrap(line.lstrip(), width, **margins, **words) or [""]
+    lines[-1] += line[len(line.rstrip()) :]  # of a program's name, before a list
+    return lines
+
+
 def fitted(text):
     """A message as it is shown: in lines as wide as the terminal, or of 100 columns where there is none, at most 12 of
     them; of a list that is longer the end is cut. Nothing in it is a secret, or moves what a terminal shows."""
-    width = shutil.get_terminal_size((100, 24)).columns
-    parts = []  # lines of each line
-    for line in printable(without_secrets(text)).split("\n"):
-        own = line[: len(line) - len(line.lstrip())]
-        margins = {"initial_indent": own, "subsequent_indent": max(own + "  ", "    ")}
-        words = {"break_long_words": False, "break_on_hyphens": False}  # paths and flags
-        part = textwrap.wrap(line.lstrip(), width, **margins, **words) or [""]
-        part[-1] += line[len(line.rstrip()) :]  # of a program's name, before a list
-        parts.append(part)
+    parts = [broken(line) for line in printable(without_secrets(text)).split("\n")]
     end = [] if len(parts) == 1 or parts[-1][0].startswith(" ") else [parts.pop()]  # the remedy for all of a list
     num_cut = 0
     while len(parts) > 1 and sum(map(len, parts + end)) + bool(num_cut) > MAX_LINES:
@@ -3350,7 +3361,9 @@ def nearest_beside(name):
     if os.path.exists(name):
         return ""
     folder, own_name = os.path.split(str(name).rstrip("/"))
-    there = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
+    there = []
+    with contextlib.suppress(OSError):  # it is not there either, or closed to us
+        there = os.listdir(folder or ".")
     alike = difflib.get_close_matches(own_name, sorted(there), 1)
     return f" (did you mean {os.path.join(folder, alike[0])}?)" if alike else ""
 
@@ -5199,9 +5212,11 @@ def class_prompts_of(args):
 
 def has_captions(folder):
     """Whether a folder holds captions in some place, be they of all images or not."""
-    for path in Path(folder).rglob("*"):
-        beside_image = path.suffix.lower() in IMAGE_SUFFIXES and path.with_suffix(".txt").is_file()
-        if not is_hidden(path, folder) and (path.name in METADATA_NAMES or beside_image):
+    files = [path for path in Path(folder).rglob("*") if not is_hidden(path, folder)]
+    texts = texts_by_name(files)
+    for path in files:
+        beside_image = path.suffix.lower() in IMAGE_SUFFIXES and path.with_suffix("") in texts
+        if path.name in METADATA_NAMES or beside_image:
             return True
     return False
 
@@ -6462,12 +6477,14 @@ def judge(run):
         return f"{told}. --num_validation_samples holds some out.", "open"
     last, number = looks[-1], run.settings.get("num_validation_samples")
     of_images = f"The loss on {counted(number, 'image')}" if number else "The loss on images"
+    verb = "was" if number == 1 else "were"
     loss, gain, margin = last["held_out_loss"], last["held_out_gain"], INTERVAL * last["gain_error"]
     if last["step"] == 0:
-        return f"{of_images} that are held out was {loss:.3f} before training, and not measured since.", "open"
+        is_held = "is held out" if number == 1 else "are held out"
+        return f"{of_images} that {is_held} was {loss:.3f} before training, and not measured since.", "open"
     digits = 3 if margin == 0 or margin >= 0.002 else 5
     went = f"{'rose' if gain < 0 else 'fell'} from {loss + gain:.{digits}f} to {loss:.{digits}f}"
-    told = f"{of_images} that were not trained on {went} after step {last['step']:,}, by {abs(gain):.{digits}f}"
+    told = f"{of_images} that {verb} not trained on {went} after step {last['step']:,}, by {abs(gain):.{digits}f}"
     if not run.has_interval():
         few = "these are too few to say how sure that is" if number else "how many is not known, nor how sure that is"
         return f"{told}; {few}.", "open"
@@ -6555,7 +6572,7 @@ def describe_device(device):
     if device.type == "cpu":
         number = torch.get_num_threads()
         # On a busy machine many wait for each other: a step may take a hundred times as long as by one.
-        told = f"{counted(number, 'thread')}{' (set by OMP_NUM_THREADS)' if number > 1 else ''}"
+        told = f"{counted(number, 'thread')}{' (OMP_NUM_THREADS sets fewer)' if number > 1 else ''}"
         told = f"CPU, {told}, {get_cpu_capability()}"
     elif is_cuda_available():
         told = f"{get_device_name(device)}, {get_device_properties(device).total_memory / 1e9:.3g} GB"
@@ -6668,9 +6685,12 @@ def warn_of_no_step(run):
 
 def warn_of_held_out(args, counts, num_held_out):
     """Lists whether no more images are left to train on than are held out."""
-    if counts.num_images is None or num_held_out < counts.num_images:
+    if counts.num_images is None:
         return []
-    told = f"leaves {counts.num_images:,} to train on, no more than are held out; use fewer, or more images"
+    number = counts.num_images // getattr(args, "repeats", 1)
+    if num_held_out < number:
+        return []
+    told = f"leaves {number:,} to train on, no more than are held out; use fewer, or more images"
     return [f"--num_validation_samples={args.num_validation_samples}: {told}"]
 
 

@@ -2808,6 +2808,8 @@ def compare_settings(run, checkpoint, before, free, fixed):
     if "sharding" in changed:
         changed["sharding"] += f"; {REMEDY_FOR_SHARDING}"
     cannot_change = changed.keys() & fixed
+    if "text_encoder_lr" in changed:
+        changed.pop("text_encoder_apart", None)  # which follows from it
     told = f"{checkpoint} was made under other settings"
     if cannot_change or (changed and not settings["allow_changed_resume"]):
         remedy = "use those" if cannot_change else "use those, or add --allow_changed_resume"
@@ -2945,18 +2947,21 @@ def without_secrets(text):
     return re.sub(r"\bhf_[A-Za-z0-9]{20,}", "hf_***", text)
 
 
+def broken(line):
+    """The lines that one line makes in a terminal as wide as it is, or of 100 columns where there is none."""
+    own = line[: len(line) - len(line.lstrip())]
+    margins = {"initial_indent": own, "subsequent_indent": max(own + "  ", "    ")}
+    words = {"break_long_words": False, "break_on_hyphens": False}  # paths and flags
+    width = shutil.get_terminal_size((100, 24)).columns
+    lines = textwrap.wrap(line.lstrip(), width, **margins, **words) or [""]
+    lines[-1] += line[len(line.rstrip()) :]  # of a program's name, before a list
+    return lines
+
+
 def fitted(text):
     """A message as it is shown: in lines as wide as the terminal, or of 100 columns where there is none, at most 12 of
     them; of a list that is longer the end is cut. Nothing in it is a secret, or moves what a terminal shows."""
-    width = shutil.get_terminal_size((100, 24)).columns
-    parts = []  # lines of each line
-    for line in printable(without_secrets(text)).split("\n"):
-        own = line[: len(line) - len(line.lstrip())]
-        margins = {"initial_indent": own, "subsequent_indent": max(own + "  ", "    ")}
-        words = {"break_long_words": False, "break_on_hyphens": False}  # paths and flags
-        part = textwrap.wrap(line.lstrip(), width, **margins, **words) or [""]
-        part[-1] += line[len(line.rstrip()) :]  # of a program's name, before a list
-        parts.append(part)
+    parts = [broken(line) for line in printable(without_secrets(text)).split("\n")]
     end = [] if len(parts) == 1 or parts[-1][0].startswith(" ") else [parts.pop()]  # the remedy for all of a list
     num_cut = 0
     while len(parts) > 1 and sum(map(len, parts + end)) + bool(num_cut) > MAX_LINES:
@@ -3243,7 +3248,9 @@ def nearest_beside(name):
     if os.path.exists(name):
         return ""
     folder, own_name = os.path.split(str(name).rstrip("/"))
-    there = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
+    there = []
+    with contextlib.suppress(OSError):  # it is not there either, or closed to us
+        there = os.listdir(folder or ".")
     alike = difflib.get_close_matches(own_name, sorted(there), 1)
     return f" (did you mean {os.path.join(folder, alike[0])}?)" if alike else ""
 
@@ -4862,7 +4869,9 @@ def read_first_rows(args, stream):
     everything = itertools.chain.from_iterable(map(stream.read_rows, range(len(stream.shard_names))))
     rows = list(itertools.islice(everything, number + 1))
     if len(rows) <= number:
-        raise InputError(f"--num_validation_samples={number}: must leave some of {len(rows)} images")
+        raise InputError(
+            f"--num_validation_samples={number}: must leave some of {counted(len(rows), 'image')}; use fewer"
+        )
     image = rows[0].image or {}
     if image.get("bytes") is None and image.get("path"):
         raise InputError(
@@ -5458,12 +5467,14 @@ def judge(run):
         return f"{told}. --num_validation_samples holds some out.", "open"
     last, number = looks[-1], run.settings.get("num_validation_samples")
     of_images = f"The loss on {counted(number, 'image')}" if number else "The loss on images"
+    verb = "was" if number == 1 else "were"
     loss, gain, margin = last["held_out_loss"], last["held_out_gain"], INTERVAL * last["gain_error"]
     if last["step"] == 0:
-        return f"{of_images} that are held out was {loss:.3f} before training, and not measured since.", "open"
+        is_held = "is held out" if number == 1 else "are held out"
+        return f"{of_images} that {is_held} was {loss:.3f} before training, and not measured since.", "open"
     digits = 3 if margin == 0 or margin >= 0.002 else 5
     went = f"{'rose' if gain < 0 else 'fell'} from {loss + gain:.{digits}f} to {loss:.{digits}f}"
-    told = f"{of_images} that were not trained on {went} after step {last['step']:,}, by {abs(gain):.{digits}f}"
+    told = f"{of_images} that {verb} not trained on {went} after step {last['step']:,}, by {abs(gain):.{digits}f}"
     if not run.has_interval():
         few = "these are too few to say how sure that is" if number else "how many is not known, nor how sure that is"
         return f"{told}; {few}.", "open"
@@ -5625,9 +5636,12 @@ def warn_of_no_step(run):
 
 def warn_of_held_out(args, counts, num_held_out):
     """Lists whether no more images are left to train on than are held out."""
-    if counts.num_images is None or num_held_out < counts.num_images:
+    if counts.num_images is None:
         return []
-    told = f"leaves {counts.num_images:,} to train on, no more than are held out; use fewer, or more images"
+    number = counts.num_images // getattr(args, "repeats", 1)
+    if num_held_out < number:
+        return []
+    told = f"leaves {number:,} to train on, no more than are held out; use fewer, or more images"
     return [f"--num_validation_samples={args.num_validation_samples}: {told}"]
 
 

@@ -471,9 +471,11 @@ def print_table(figures, num_images, num_held_out):
             print(f"{label:22} {better:7}{cells[0]:17} {cells[1]:17} {cells[2]}")
     print("A gain above 0 is for the better, except in the line “to the nearest image”: there 1 is a copy.")
     of_kid = {num_images: figures["kid"], num_held_out: figures["kid_held_out"]}
+    if "model" in figures["memorisation"]:
+        of_kid[figures["memorisation"]["model"]["pictures"]] = figures["kid"]
     if few := [number for number, found in of_kid.items() if found and number < MIN_FOR_KID]:
-        told = f"Of fewer than {MIN_FOR_KID} images, such as {min(few)}, KID may be further off than it says here."
-        print(told)
+        told = f"Of fewer than {MIN_FOR_KID} images or pictures, such as {min(few)}, KID may be further off"
+        print(f"{told} than it says here.")
     verdict = figures["memorisation"]
     for name in ("model", "base"):
         if name in verdict:

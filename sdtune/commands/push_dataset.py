@@ -73,6 +73,8 @@ def usable_rows(folder, caption_column, without_captions, cache_dir, skip_bad_im
     """{name on the Hub: captions} of the images that training can use. Raises one `InputError` that names all others,
     unless `skip_bad_images`."""
     rows = read_folder(folder, caption_column, follows_links=follows_links)
+    if without_captions and "problem" in rows.column_names:
+        rows = rows.remove_columns("problem")  # of captions that are not sent
     findings = check_images(rows, path_of_findings(folder, cache_dir))
     good, bad = {}, []
     for row, (_, _, _, problem) in zip(rows, findings):
@@ -227,7 +229,7 @@ def push_folder(args):
     if not args.without_captions:
         columns = other_columns(folder, column, follows_links)
         metadata = make_metadata(captions, columns, args.caption_column)
-        if any((folder / name).with_suffix(".txt").is_file() for name in captions.keys() - columns):
+        if captions.keys() - columns.keys():
             print(f"Captions in .txt files go into {METADATA} on the Hub; {folder} stays as it is.")
     if args.dry_run:
         also = f", {METADATA}" if metadata else ""

@@ -145,10 +145,10 @@ def load_images(args):
 
 
 def describe_left_out(num_broken, num_without):
-    """What is left out, by kind: images that cannot be opened or are too small, and those without a caption."""
+    """What is left out, by kind: images that cannot be used, and those without a caption."""
     kinds = []
     if num_broken:
-        kinds.append(f"{num_broken} unreadable or too small")
+        kinds.append(f"{num_broken} unusable")
     if num_without:
         kinds.append(f"{num_without} without a caption")
     return ", ".join(kinds)
