@@ -77,7 +77,7 @@ SUBJECT_REPLACED_FLAGS = {
 }
 
 # What is said of words, keys and files that cannot be read as flags.
-NOT_UNDERSTOOD = re.compile(": (is no flag|unknown key|is no YAML file)")
+NOT_UNDERSTOOD = re.compile(": (is no flag|unknown key|is no YAML file)|^--config=.*: there is no such file")
 
 # Flags that do nothing without another one.
 DATASET_REQUIRES = {"dataset_config_name": "dataset_name"}

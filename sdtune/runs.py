@@ -68,6 +68,8 @@ def read_run(folder, name):
     """Reads what a run left in its folder. Raises `InputError` if that holds no run."""
     folder = Path(folder)
     log, settings = folder / "log.jsonl", folder / "args.json"
+    if not log.is_file() and (folder / "progress.json").is_file():
+        raise InputError(f"{folder}: is a checkpoint of a run; name {folder.absolute().parent}")
     if not log.is_file() and not settings.is_file():
         told = "is no folder" if folder.exists() else f"there is no such folder{nearest_beside(folder)}"
         told = "holds no log.jsonl of a training" if folder.is_dir() else told

@@ -149,6 +149,15 @@ def test_text_files_count_whatever_the_case_of_their_suffix(images, tiny_caption
     assert seen_by_training(images)[str(images / "03.png")] == ["mine"]
 
 
+def test_captions_under_other_names_are_not_overruled(images, tiny_captioner, capsys):
+    (images / "03.png.txt").write_text("mine")
+    before = snapshot(images)
+    assert run(images, tiny_captioner) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "holds 1 .txt that is not read, such as 03.png.txt; call it 03.txt, or move it away" in said
+    assert snapshot(images) == before
+
+
 def test_existing_metadata_is_kept(images, tiny_captioner):
     """Its rows and columns, to the byte where nothing is added, and its order; captions from elsewhere count too."""
     first = '{"file_name":"00.png",  "text": "mine", "score": 1.50}'

@@ -254,6 +254,15 @@ def test_a_mistyped_path_in_the_repository_is_corrected(
     said = re.sub(r"\n {4,}", " ", capsys.readouterr().err)
     assert f"{name}: there is no such {'file' if flag == 'config' else 'folder here'} (did you mean {meant}?)" in said
     assert "start in the folder" not in said
+    if flag == "config":  # which may have held all that there is not
+        assert said.count("\n") == 1
+
+
+def test_nothing_is_missing_where_the_settings_file_is_not_there(scripts, tmp_path, capsys):
+    assert status_of(scripts[TRAIN_TEXT_TO_IMAGE].main, f"--config={tmp_path}/a.yaml") == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "a.yaml: there is no such file" in said
+    assert "is missing" not in said
 
 
 @pytest.mark.parametrize("path", ["demo/creature", "my/demo/creatures", "demo", "miniatures/pipeline", "", None])

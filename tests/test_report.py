@@ -532,6 +532,14 @@ def test_a_folder_that_is_no_run(whole, tmp_path, capsys):
     assert f"{tmp_path}/empty: holds no log.jsonl of a training; name the --output_dir of a run" in message
     assert f"{tmp_path}/gone: there is no such folder; name the --output_dir of a run" in message
     assert not (tmp_path / "page.html").exists()
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    checkpoint.mkdir(parents=True)
+    for name in ("args.json", "progress.json"):
+        (checkpoint / name).write_text("{}")
+    assert f"{checkpoint}: is a checkpoint of a run; name {tmp_path}/run" in " ".join(
+        errors(capsys, checkpoint).split()
+    )
+    assert not (checkpoint / "report.html").exists()
     message = " ".join(errors(capsys, whole / "log.jsonl").split())
     assert message == f"sdtune report: {whole}/log.jsonl: is no folder; name the --output_dir of a run"
     message = " ".join(errors(capsys, whole, f"{whole}/../{whole.name}").split())

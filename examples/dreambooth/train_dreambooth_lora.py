@@ -281,7 +281,7 @@ SUBJECT_REPLACED_FLAGS = {
 }
 
 # What is said of words, keys and files that cannot be read as flags.
-NOT_UNDERSTOOD = re.compile(": (is no flag|unknown key|is no YAML file)")
+NOT_UNDERSTOOD = re.compile(": (is no flag|unknown key|is no YAML file)|^--config=.*: there is no such file")
 
 # Flags that do nothing without another one.
 DATASET_REQUIRES = {"dataset_config_name": "dataset_name"}
@@ -6400,6 +6400,8 @@ def read_run(folder, name):
     """Reads what a run left in its folder. Raises `InputError` if that holds no run."""
     folder = Path(folder)
     log, settings = folder / "log.jsonl", folder / "args.json"
+    if not log.is_file() and (folder / "progress.json").is_file():
+        raise InputError(f"{folder}: is a checkpoint of a run; name {folder.absolute().parent}")
     if not log.is_file() and not settings.is_file():
         told = "is no folder" if folder.exists() else f"there is no such folder{nearest_beside(folder)}"
         told = "holds no log.jsonl of a training" if folder.is_dir() else told

@@ -160,6 +160,15 @@ def read_captions(folder, caption_column, overwrite, form, follows_links=False):
     if foreign := foreign_pictures(names, folder):
         print(f"Left aside in {folder}: {tell_foreign_pictures(foreign)}.")
 
+    if misnamed := [path for path in files if path.suffix.lower() == ".txt" and path.with_suffix("") in images]:
+        some = in_one_line(misnamed[0].relative_to(folder))
+        name = in_one_line(Path(misnamed[0].stem).with_suffix(".txt"))
+        told = f"holds {counted(len(misnamed), '.txt that is', '.txt that are')} not read, such as {some}"
+        raise InputError(
+            f"{folder}: {told}; call it {name}, or move it away, since a caption that is written now would take its "
+            "place"
+        )
+
     own_metadata = folder / "metadata.jsonl"
     for path in [path for path in files if path.name in METADATA_NAMES]:
         rows = read_metadata(path, caption_column, folder, follows_links)
