@@ -484,6 +484,9 @@ def read_metadata(path, caption_column, folder, follows_links=False):
         else:
             rows = csv.DictReader(io.StringIO(text), strict=True)
         for row in rows:
+            if isinstance(row, dict) and "file_name" not in row:
+                names = in_one_line(", ".join(map(str, row)))[:80]
+                raise InputError(f"has no column file_name but {names}; name it so, and part columns by commas")
             file = locate(row["file_name"], path, folder, follows_links, places, parents)
             captions = all_captions(row.get(caption_column))
             if None in row:

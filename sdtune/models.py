@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import re
+import shlex
 import warnings
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from safetensors import safe_open
 
 from sdtune.arguments import missing_here, nearest_beside
 from sdtune.errors import InputError, last_line, remedy_for_missing
+from sdtune.lora_layouts import LORA_FILE
 
 LIBRARIES = (None, "diffusers", "transformers", "stable_diffusion")  # of a pipeline's parts; the last is diffusers'
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -123,6 +125,12 @@ def check_model(args):
 
 def tell_no_pipeline(source, error):
     """What is wrong with a folder or Hub id whose configs cannot be read, for an exception."""
+    if Path(source, "progress.json").is_file():
+        return (
+            f"is a checkpoint of a training; make a model of it by `sdtune export {shlex.quote(str(source))} OUTPUT`"
+        )
+    if Path(source, LORA_FILE).is_file():
+        return "holds LoRA weights; name the model that they were trained on"
     return tell_unread("whole pipeline", source, error, "name one that is whole")
 
 

@@ -147,7 +147,9 @@ def tell_disk(args, run, result_bytes):
         return None
     number, one = count_checkpoints(args, run), checkpoint_bytes(run)
     free = shutil.disk_usage(existing_place(args.output_dir)).free
-    checkpoints = f"{number} checkpoint{'s at once' if number > 1 else ''}: {tell_size(number * one)}"
+    checkpoints = f"{counted(number, 'checkpoint', 'checkpoints at once')}: {tell_size(number * one)}"
+    if not number:
+        checkpoints = "no checkpoint"
     return f"{checkpoints}, result: {tell_size(result_bytes)}; {tell_size(free)} are free"
 
 

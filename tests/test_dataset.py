@@ -128,7 +128,20 @@ def test_metadata_of_another_form_is_named(image_folder, line):
         file.write(line + "\n")
     with pytest.raises(InputError, match="file_name") as caught:
         read_folder(folder, "text")
-    assert f"{folder / 'metadata.jsonl'}: row 3 is not" in str(caught.value)
+    assert re.search(
+        rf"{folder / 'metadata.jsonl'}: row 3( is not|: has no column file_name but text)", str(caught.value)
+    )
+
+
+@pytest.mark.parametrize("heading, named", [("filename,text", "filename, text"), ("file_name;text", "file_name;text")])
+def test_a_table_without_names_of_images_is_told_by_its_columns(heading, named, image_folder):
+    folder = image_folder(1, name="photos")
+    (folder / "metadata.jsonl").unlink()
+    (folder / "metadata.csv").write_text(f"{heading}\n00.png{heading[-5]}a dog\n")
+    with pytest.raises(InputError) as caught:
+        read_folder(folder, "text")
+    told = f"row 1: has no column file_name but {named}; name it so, and part columns by commas"
+    assert str(caught.value) == f"{folder / 'metadata.csv'}: {told}"
 
 
 @pytest.mark.parametrize("caption, told", [(5, "5"), (0.5, "0.5"), (True, "True"), ([7, None], "7")])

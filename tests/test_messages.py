@@ -811,3 +811,19 @@ def test_no_name_is_suggested_out_of_a_folder_that_is_closed(tmp_path, monkeypat
 
     monkeypatch.setattr("os.listdir", refuse)
     assert nearest_beside(str(tmp_path / "my_pictres")) == ""
+
+
+@pytest.mark.parametrize(
+    "file, told",
+    [
+        ("progress.json", "is a checkpoint of a training; make a model of it by `sdtune export {} OUTPUT`"),
+        ("pytorch_lora_weights.safetensors", "holds LoRA weights; name the model that they were trained on"),
+    ],
+)
+@every_script
+def test_what_a_training_left_is_no_base(path, file, told, scripts, images, tmp_path, capsys):
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / file).write_text("{}")
+    assert run(scripts, path, base, images, tmp_path / "out") == 2
+    assert f"{base}: {told.format(base)}" in " ".join(capsys.readouterr().err.split())

@@ -18,8 +18,8 @@ from pathlib import Path
 
 # The modules of sdtune in the order of a script; each imports only from those before it.
 MODULES = """
-    errors randomness files arguments metadata images models entries shards dataset batches streaming buckets
-    lora_layouts lora diffusion subject optimization full_bf16 deepspeed sharding digests checkpoints states output
+    errors randomness files arguments metadata images lora_layouts models entries shards dataset batches streaming
+    buckets lora diffusion subject optimization full_bf16 deepspeed sharding digests checkpoints states output
     runs plan progress model_card endings hub validation signals failures script training cache
     flax.networks flax.weights flax.encoding flax.diffusion flax.optimization flax.checkpoints flax.validation
     flax.training

@@ -411,6 +411,8 @@ ORIENTATIONS = {
     8: Image.Transpose.ROTATE_90,
 }
 
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
 LIBRARIES = (None, "diffusers", "transformers", "stable_diffusion")  # of a pipeline's parts; the last is diffusers'
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -595,8 +597,6 @@ class BucketRule:
     largest: int
     upscale: bool  # whether a picture that is smaller than its bucket is enlarged
 
-
-LORA_FILE = "pytorch_lora_weights.safetensors"
 
 CLASS_RECORD = "class_image"  # the name of the text, in a PNG, that tells what drew it
 CLASS_STEPS = 25
@@ -2145,6 +2145,9 @@ def read_metadata(path, caption_column, folder, follows_links=False):
         else:
             rows = csv.DictReader(io.StringIO(text), strict=True)
         for row in rows:
+            if isinstance(row, dict) and "file_name" not in row:
+                names = in_one_line(", ".join(map(str, row)))[:80]
+                raise InputError(f"has no column file_name but {names}; name it so, and part columns by commas")
             file = locate(row["file_name"], path, folder, follows_links, places, parents)
             captions = all_captions(row.get(caption_column))
             if None in row:
@@ -4496,6 +4499,12 @@ def check_model(args):
 
 def tell_no_pipeline(source, error):
     """What is wrong with a folder or Hub id whose configs cannot be read, for an exception."""
+    if Path(source, "progress.json").is_file():
+        return (
+            f"is a checkpoint of a training; make a model of it by `sdtune export {shlex.quote(str(source))} OUTPUT`"
+        )
+    if Path(source, LORA_FILE).is_file():
+        return "holds LoRA weights; name the model that they were trained on"
     return tell_unread("whole pipeline", source, error, "name one that is whole")
 
 
@@ -6624,7 +6633,9 @@ def tell_disk(args, run, result_bytes):
         return None
     number, one = count_checkpoints(args, run), checkpoint_bytes(run)
     free = shutil.disk_usage(existing_place(args.output_dir)).free
-    checkpoints = f"{number} checkpoint{'s at once' if number > 1 else ''}: {tell_size(number * one)}"
+    checkpoints = f"{counted(number, 'checkpoint', 'checkpoints at once')}: {tell_size(number * one)}"
+    if not number:
+        checkpoints = "no checkpoint"
     return f"{checkpoints}, result: {tell_size(result_bytes)}; {tell_size(free)} are free"
 
 

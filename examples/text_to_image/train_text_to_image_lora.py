@@ -33,12 +33,12 @@ Papers: LoRA (arXiv 2106.09685), rsLoRA (2312.03732), DoRA (2402.09353), latent 
 #   arguments      The flags that several scripts share, their types, and `--config`
 #   metadata       Leave metadata out of image files, which may be broken where the pixels are whole
 #   images         Decode images as a viewer shows them, and check every one before training
+#   lora_layouts   LoRA files in diffusers' and kohya's layouts: read, renamed, written; tensors keep their bits
 #   models         Check and load the models of a Stable Diffusion pipeline
 #   entries        Entries of the cache: a file per encoded image or caption, named by a digest of what made it
 #   shards         Read shards: parquet, and tar files as WebDataset has them, whose samples are files of one name
 #   streaming      Train on a dataset that is read while training, shard by shard, and may be larger than the disk
 #   buckets        Aspect-ratio buckets: pictures keep about their shape, in sizes of about the same area
-#   lora_layouts   LoRA files in diffusers' and kohya's layouts: read, renamed, written; tensors keep their bits
 #   lora           Add adapters to models, go on from those in a file, and save what was trained
 #   optimization   The optimizer, its learning rate, and the average of the weights
 #   deepspeed      DeepSpeed's ZeRO: processes share out gradients, the optimizer's state, in stage 3 weights
@@ -401,6 +401,8 @@ ORIENTATIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
 
 LIBRARIES = (None, "diffusers", "transformers", "stable_diffusion")  # of a pipeline's parts; the last is diffusers'
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -850,8 +852,6 @@ class BucketRule:
     largest: int
     upscale: bool  # whether a picture that is smaller than its bucket is enlarged
 
-
-LORA_FILE = "pytorch_lora_weights.safetensors"
 
 # Names of layers, of the UNet and of the text encoder.
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj"]
@@ -2310,6 +2310,9 @@ def read_metadata(path, caption_column, folder, follows_links=False):
         else:
             rows = csv.DictReader(io.StringIO(text), strict=True)
         for row in rows:
+            if isinstance(row, dict) and "file_name" not in row:
+                names = in_one_line(", ".join(map(str, row)))[:80]
+                raise InputError(f"has no column file_name but {names}; name it so, and part columns by commas")
             file = locate(row["file_name"], path, folder, follows_links, places, parents)
             captions = all_captions(row.get(caption_column))
             if None in row:
@@ -4553,6 +4556,40 @@ def leave_out(bad, num_images, may_leave_out, remedy="", are_of_stream=False):
     print(f"Left out {why}: {unusable}")
 
 
+# -------------------------------------------------------------------------------------------------------- lora_layouts
+def to_kohya(weights, alphas):
+    """Renames adapters to kohya's layout: lora_unet_ or lora_te_text_model_, the layer's name with underscores, and
+    .lora_down.weight (rank, in, ...), .lora_up.weight (out, rank, ...), .alpha, with DoRA .dora_scale (out, 1, ...).
+    A layer's effect is lora_up @ lora_down * alpha / rank, with its alpha in `alphas`, {layer: alpha}."""
+    renamed = {}
+    for key, weight in weights.items():
+        layer, kind = split_weight_name(key)
+        name = layer.replace("text_encoder.", "lora_te_text_model.", 1).replace("unet.", "lora_unet.", 1)
+        name = name.replace(".", "_")
+        if kind == "lora_magnitude_vector":
+            ones = [1] * (weights[f"{layer}.lora_A.weight"].ndim - 1)
+            renamed[f"{name}.dora_scale"] = weight.reshape(-1, *ones).contiguous()
+            continue
+        side = "lora_down" if kind == "lora_A" else "lora_up"
+        renamed[f"{name}.{side}.weight"] = weight.contiguous()
+        exact = torch.tensor(float(alphas[layer]))
+        short = exact.to(weight.dtype)
+        renamed[f"{name}.alpha"] = short if short == exact else exact  # half precision rounds what rsLoRA needs
+    return renamed
+
+
+def split_weight_name(key):
+    """The layer, and which of its tensors, of a name that `lora_weights` gives: lora_A, lora_B or
+    lora_magnitude_vector."""
+    return re.fullmatch(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?", key).groups()
+
+
+def published_names(weights):
+    """Adapters by the names of published files, text_encoder.text_model.encoder and so on, which libraries before
+    transformers 5 need; later ones read both."""
+    return {re.sub(r"^text_encoder\.", "text_encoder.text_model.", key): value for key, value in weights.items()}
+
+
 # -------------------------------------------------------------------------------------------------------------- models
 def quiet_libraries():
     """Turns off the bars and remarks of libraries, which would drown ours."""
@@ -4657,6 +4694,12 @@ def check_model(args):
 
 def tell_no_pipeline(source, error):
     """What is wrong with a folder or Hub id whose configs cannot be read, for an exception."""
+    if Path(source, "progress.json").is_file():
+        return (
+            f"is a checkpoint of a training; make a model of it by `sdtune export {shlex.quote(str(source))} OUTPUT`"
+        )
+    if Path(source, LORA_FILE).is_file():
+        return "holds LoRA weights; name the model that they were trained on"
     return tell_unread("whole pipeline", source, error, "name one that is whole")
 
 
@@ -5536,40 +5579,6 @@ def warn_of_short_steps(counts):
     num_small = int((numbers < counts.samples_per_step).sum())
     told = f"{num_small} of {len(numbers)} buckets; a larger --bucket_step makes fewer"
     return [f"too few images for a whole step in {told}"] if num_small else []
-
-
-# -------------------------------------------------------------------------------------------------------- lora_layouts
-def to_kohya(weights, alphas):
-    """Renames adapters to kohya's layout: lora_unet_ or lora_te_text_model_, the layer's name with underscores, and
-    .lora_down.weight (rank, in, ...), .lora_up.weight (out, rank, ...), .alpha, with DoRA .dora_scale (out, 1, ...).
-    A layer's effect is lora_up @ lora_down * alpha / rank, with its alpha in `alphas`, {layer: alpha}."""
-    renamed = {}
-    for key, weight in weights.items():
-        layer, kind = split_weight_name(key)
-        name = layer.replace("text_encoder.", "lora_te_text_model.", 1).replace("unet.", "lora_unet.", 1)
-        name = name.replace(".", "_")
-        if kind == "lora_magnitude_vector":
-            ones = [1] * (weights[f"{layer}.lora_A.weight"].ndim - 1)
-            renamed[f"{name}.dora_scale"] = weight.reshape(-1, *ones).contiguous()
-            continue
-        side = "lora_down" if kind == "lora_A" else "lora_up"
-        renamed[f"{name}.{side}.weight"] = weight.contiguous()
-        exact = torch.tensor(float(alphas[layer]))
-        short = exact.to(weight.dtype)
-        renamed[f"{name}.alpha"] = short if short == exact else exact  # half precision rounds what rsLoRA needs
-    return renamed
-
-
-def split_weight_name(key):
-    """The layer, and which of its tensors, of a name that `lora_weights` gives: lora_A, lora_B or
-    lora_magnitude_vector."""
-    return re.fullmatch(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?", key).groups()
-
-
-def published_names(weights):
-    """Adapters by the names of published files, text_encoder.text_model.encoder and so on, which libraries before
-    transformers 5 need; later ones read both."""
-    return {re.sub(r"^text_encoder\.", "text_encoder.text_model.", key): value for key, value in weights.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------- lora
@@ -6847,7 +6856,9 @@ def tell_disk(args, run, result_bytes):
         return None
     number, one = count_checkpoints(args, run), checkpoint_bytes(run)
     free = shutil.disk_usage(existing_place(args.output_dir)).free
-    checkpoints = f"{number} checkpoint{'s at once' if number > 1 else ''}: {tell_size(number * one)}"
+    checkpoints = f"{counted(number, 'checkpoint', 'checkpoints at once')}: {tell_size(number * one)}"
+    if not number:
+        checkpoints = "no checkpoint"
     return f"{checkpoints}, result: {tell_size(result_bytes)}; {tell_size(free)} are free"
 
 
