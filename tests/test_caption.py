@@ -421,7 +421,7 @@ def test_wrong_flag_is_refused(images, tiny_captioner, capsys, flag):
     "name, text, flags, message",
     [
         ("metadata.jsonl", '{"file_name": "00.png"}\nno row', [], "row 2 is not a file_name and a caption"),
-        ("metadata.jsonl", '{"text": "a"}', [], "row 1 is not"),
+        ("metadata.jsonl", '{"text": "a"}', [], "row 1: has no column file_name but text"),
         ("metadata.csv", "file_name,text\n00.png,a\n", ["--overwrite"], "would stay in use"),
         ("metadata.jsonl", '{"file_name": "00.png", "text": "a"}', ["--overwrite", "--format=txt"], "would stay"),
         ("below/metadata.jsonl", '{"file_name": "07.png", "text": "a"}', ["--overwrite"], "would stay in use"),
