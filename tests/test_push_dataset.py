@@ -246,7 +246,7 @@ def test_names_that_are_not_read_back(image_folder, capsys, name, problem):
             "columns n hold values of several kinds",
         ),
         ([{"file_name": "00.png"}], "has no 'text'"),
-        ([{"text": "a"}], "row 1 is not a file_name"),
+        ([{"text": "a"}], "row 1: has no column file_name but text"),
     ],
 )
 def test_metadata_that_is_not_read_back(image_folder, capsys, rows, problem):
