@@ -2,7 +2,6 @@
 
 import os
 import re
-import shlex
 import sys
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from sdtune.arguments import check_keys, nearest_beside, parse_words, path_name,
 from sdtune.errors import InputError, is_utf8, last_line, remedy_for_missing
 from sdtune.files import existing_place
 from sdtune.lora_layouts import LORA_FILE
-from sdtune.models import foreign_code, reason_of, refuse_foreign_code, tell_no_pipeline
+from sdtune.models import foreign_code, reason_of, refuse_foreign_code, tell_checkpoint, tell_no_pipeline
 
 # The section `evaluation:` of a recipe is for two commands. These are the flags that one of them alone has.
 GENERATE_KEYS = {"height", "negative_prompt", "scheduler", "seeds", "width"}
@@ -166,9 +165,8 @@ def read_configs(flag, source, token=None):
     if Path(source, LORA_FILE).is_file() and not Path(source, "model_index.json").is_file():
         remedy = f"give the model that they were trained on, and --lora={source}"
         raise InputError(f"{name}: holds LoRA weights; {remedy}")
-    if Path(source, "progress.json").is_file():
-        remedy = f"make a model of it by `sdtune export {shlex.quote(str(source))} OUTPUT`"
-        raise InputError(f"{name}: is a checkpoint of a training; {remedy}")
+    if told := tell_checkpoint(source):
+        raise InputError(f"{name}: {told}")
     try:
         parts = diffusers.StableDiffusionPipeline.load_config(source, token=token)
         vae = diffusers.AutoencoderKL.load_config(source, subfolder="vae", token=token)

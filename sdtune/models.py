@@ -125,13 +125,18 @@ def check_model(args):
 
 def tell_no_pipeline(source, error):
     """What is wrong with a folder or Hub id whose configs cannot be read, for an exception."""
-    if Path(source, "progress.json").is_file():
-        return (
-            f"is a checkpoint of a training; make a model of it by `sdtune export {shlex.quote(str(source))} OUTPUT`"
-        )
+    if told := tell_checkpoint(source):
+        return told
     if Path(source, LORA_FILE).is_file():
         return "holds LoRA weights; name the model that they were trained on"
     return tell_unread("whole pipeline", source, error, "name one that is whole")
+
+
+def tell_checkpoint(source):
+    """What to do with a folder that is a checkpoint of a training, where a model is wanted; "" if it is none."""
+    if not Path(source, "progress.json").is_file():
+        return ""
+    return f"is a checkpoint of a training; make a model of it by `sdtune export {shlex.quote(str(source))} OUTPUT`"
 
 
 def tell_unread(what, source, error, remedy="name another"):

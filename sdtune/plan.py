@@ -147,9 +147,9 @@ def tell_disk(args, run, result_bytes):
         return None
     number, one = count_checkpoints(args, run), checkpoint_bytes(run)
     free = shutil.disk_usage(existing_place(args.output_dir)).free
-    checkpoints = f"{counted(number, 'checkpoint', 'checkpoints at once')}: {tell_size(number * one)}"
-    if not number:
-        checkpoints = "no checkpoint"
+    checkpoints = "no checkpoint"
+    if number:
+        checkpoints = f"{counted(number, 'checkpoint', 'checkpoints at once')}: {tell_size(number * one)}"
     return f"{checkpoints}, result: {tell_size(result_bytes)}; {tell_size(free)} are free"
 
 
@@ -189,9 +189,9 @@ def warn_of_name(args):
     """Lists whether the base came from the Hub, though its name looks like that of a folder here, mistyped."""
     name = args.pretrained_model_name_or_path
     missing = missing_here(name)
-    return (
-        [f"--pretrained_model_name_or_path={name}: {missing}; it is the Hub's model of that name"] if missing else []
-    )
+    if not missing:
+        return []
+    return [f"--pretrained_model_name_or_path={name}: {missing}; it is the Hub's model of that name"]
 
 
 def warn_of_start(args):

@@ -4694,13 +4694,18 @@ def check_model(args):
 
 def tell_no_pipeline(source, error):
     """What is wrong with a folder or Hub id whose configs cannot be read, for an exception."""
-    if Path(source, "progress.json").is_file():
-        return (
-            f"is a checkpoint of a training; make a model of it by `sdtune export {shlex.quote(str(source))} OUTPUT`"
-        )
+    if told := tell_checkpoint(source):
+        return told
     if Path(source, LORA_FILE).is_file():
         return "holds LoRA weights; name the model that they were trained on"
     return tell_unread("whole pipeline", source, error, "name one that is whole")
+
+
+def tell_checkpoint(source):
+    """What to do with a folder that is a checkpoint of a training, where a model is wanted; "" if it is none."""
+    if not Path(source, "progress.json").is_file():
+        return ""
+    return f"is a checkpoint of a training; make a model of it by `sdtune export {shlex.quote(str(source))} OUTPUT`"
 
 
 def tell_unread(what, source, error, remedy="name another"):
@@ -6856,9 +6861,9 @@ def tell_disk(args, run, result_bytes):
         return None
     number, one = count_checkpoints(args, run), checkpoint_bytes(run)
     free = shutil.disk_usage(existing_place(args.output_dir)).free
-    checkpoints = f"{counted(number, 'checkpoint', 'checkpoints at once')}: {tell_size(number * one)}"
-    if not number:
-        checkpoints = "no checkpoint"
+    checkpoints = "no checkpoint"
+    if number:
+        checkpoints = f"{counted(number, 'checkpoint', 'checkpoints at once')}: {tell_size(number * one)}"
     return f"{checkpoints}, result: {tell_size(result_bytes)}; {tell_size(free)} are free"
 
 
@@ -6898,9 +6903,9 @@ def warn_of_name(args):
     """Lists whether the base came from the Hub, though its name looks like that of a folder here, mistyped."""
     name = args.pretrained_model_name_or_path
     missing = missing_here(name)
-    return (
-        [f"--pretrained_model_name_or_path={name}: {missing}; it is the Hub's model of that name"] if missing else []
-    )
+    if not missing:
+        return []
+    return [f"--pretrained_model_name_or_path={name}: {missing}; it is the Hub's model of that name"]
 
 
 def warn_of_start(args):

@@ -25,7 +25,7 @@ from sdtune.arguments import SWITCH, nearest_beside, new_parser, parse_flags, pa
 from sdtune.errors import InputError, counted, raise_problems, remedy_for_missing, told_to_user
 from sdtune.files import beside, read_json
 from sdtune.lora_layouts import LORA_FILE
-from sdtune.models import DTYPES, quiet_libraries, write_text_encoder
+from sdtune.models import DTYPES, quiet_libraries, tell_checkpoint, write_text_encoder
 from sdtune.pipeline_folder import PARTS, check_folder, check_place, class_of, read_models, read_weights
 from sdtune.single_file import (
     POSITIONS,
@@ -88,8 +88,8 @@ def check_kind(source):
         return []
     if (source / LORA_FILE).is_file():
         return [f"{source}: holds LoRA weights; use `sdtune convert-lora {name} OUTPUT.safetensors --to=kohya`"]
-    if (source / "progress.json").is_file():
-        return [f"{source}: is a checkpoint of a training; make a model of it by `sdtune export {name} OUTPUT`"]
+    if told := tell_checkpoint(source):
+        return [f"{source}: {told}"]
     return []
 
 
