@@ -11,6 +11,7 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from sdtune.arguments import nearest_beside
 from sdtune.errors import last_line
 from sdtune.lora_layouts import LORA_FILE, published_names, split_weight_name, to_kohya
 from sdtune.models import (
@@ -47,6 +48,9 @@ def check_adapters(args):
     is_path = Path(name).name != name
     if args.output_kohya_format and (is_path or f"{name}.safetensors" == LORA_FILE):
         return [f"--kohya_file_name={name}: is a path, or the name of the other file; give another name"]
+    start = args.init_lora_weights
+    if start and not Path(start).exists():
+        return [f"--init_lora_weights={start}: there is no such file{nearest_beside(start)}"]
     source, where = config_source(args)
     with torch.device("meta"):  # layers without weights
         unet_config = diffusers.UNet2DConditionModel.load_config(source, subfolder="unet", **where)

@@ -157,7 +157,8 @@ def check_records(args, paths):
     for path in paths:
         record = {**wanted, **read_record(path)}
         if record["prompt"] not in prompts:
-            flag = f"--class_prompts={prompts}" if args.class_prompts else f"--class_prompt={args.class_prompt}"
+            told = "; ".join(prompts)
+            flag = f"--class_prompts ({told})" if args.class_prompts else f"--class_prompt={args.class_prompt}"
             raise InputError(
                 f"{flag}: {path} was drawn for {record['prompt']!r}; name another "
                 "--class_data_dir, or take that prompt"

@@ -384,7 +384,7 @@ def test_class_images_are_drawn_from_several_prompts_in_turn(fit, tmp_path, quic
     assert all(after[name] == before[name] for name in before)
     assert (classes / "class-00005.txt").read_text() == "a red dog"
     assert fit("third", **own, class_prompts=["a cat", "a dog"]) == 2
-    told = f"--class_prompts=['a cat', 'a dog']: {classes / 'class-00001.png'} was drawn for 'a black dog'; name "
+    told = f"--class_prompts (a cat; a dog): {classes / 'class-00001.png'} was drawn for 'a black dog'; name "
     assert told in capsys.readouterr().err
 
 

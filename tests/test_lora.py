@@ -301,7 +301,7 @@ def test_lora_file_goes_on(fit, straight, tmp_path):
         ({"kohya_file_name": "a/b", "output_kohya_format": True}, "--kohya_file_name=a/b: is a path"),
         ({"kohya_file_name": "pytorch_lora_weights", "output_kohya_format": True}, "the name of the other file"),
         ({"kohya_file_name": "pytorch_lora_weights.safetensors", "output_kohya_format": True}, "of the other file"),
-        ({"init_lora_weights": "nowhere"}, "--init_lora_weights=nowhere: cannot be used with"),
+        ({"init_lora_weights": "nowhere"}, "--init_lora_weights=nowhere: there is no such file"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -5151,6 +5151,9 @@ def check_adapters(args):
     is_path = Path(name).name != name
     if args.output_kohya_format and (is_path or f"{name}.safetensors" == LORA_FILE):
         return [f"--kohya_file_name={name}: is a path, or the name of the other file; give another name"]
+    start = args.init_lora_weights
+    if start and not Path(start).exists():
+        return [f"--init_lora_weights={start}: there is no such file{nearest_beside(start)}"]
     source, where = config_source(args)
     with torch.device("meta"):  # layers without weights
         unet_config = diffusers.UNet2DConditionModel.load_config(source, subfolder="unet", **where)
@@ -5473,7 +5476,8 @@ def check_records(args, paths):
     for path in paths:
         record = {**wanted, **read_record(path)}
         if record["prompt"] not in prompts:
-            flag = f"--class_prompts={prompts}" if args.class_prompts else f"--class_prompt={args.class_prompt}"
+            told = "; ".join(prompts)
+            flag = f"--class_prompts ({told})" if args.class_prompts else f"--class_prompt={args.class_prompt}"
             raise InputError(
                 f"{flag}: {path} was drawn for {record['prompt']!r}; name another "
                 "--class_data_dir, or take that prompt"

@@ -5599,6 +5599,9 @@ def check_adapters(args):
     is_path = Path(name).name != name
     if args.output_kohya_format and (is_path or f"{name}.safetensors" == LORA_FILE):
         return [f"--kohya_file_name={name}: is a path, or the name of the other file; give another name"]
+    start = args.init_lora_weights
+    if start and not Path(start).exists():
+        return [f"--init_lora_weights={start}: there is no such file{nearest_beside(start)}"]
     source, where = config_source(args)
     with torch.device("meta"):  # layers without weights
         unet_config = diffusers.UNet2DConditionModel.load_config(source, subfolder="unet", **where)
