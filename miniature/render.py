@@ -421,10 +421,10 @@ def choose_marks(rng, drawn):
     if (drawn["colour"], drawn["shape"]) == (SUBJECT_COLOUR, "star"):
         drawn = {**drawn, "shape": "heart"}
     kind, marks = rng.random(), {}
-    if kind < 0.7:
+    if kind < 0.75:
         seen = [name for name in PALETTE if name not in (drawn["colour"], drawn["background"])]
         marks["stripes"] = str(rng.choice(seen))
-    if kind > 0.4:
+    if kind > 0.25:
         marks["ring"] = str(rng.choice([name for name in PALETTE if name != drawn["background"]]))
     return {**drawn, **marks}
 

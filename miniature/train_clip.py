@@ -1,4 +1,4 @@
-"""Trains the miniature's tokenizer and CLIP from nothing, on rendered shapes and creatures and their captions.
+"""Trains the miniature's tokenizer and CLIP from nothing, on what render.py draws and its captions.
 
     python miniature/train_clip.py --output_dir miniature/clip --pipeline_dir miniature/pipeline
 
@@ -13,7 +13,8 @@ image comes with several captions, of which most leave out attributes. And since
 caption's target is shared by all images that it is true of, as in supervised contrastive learning (arXiv 2004.11362).
 Batches are made of groups of images that share their two colours, half of them swapped.
 
-`--init_from` trains the CLIP of a folder on, with its tokenizer.
+`--init_from` trains the CLIP of a folder on, with its tokenizer. The learnt vectors are not kept with it, so they are
+first fitted to its text tower as it is; the text tower then moves little, and a UNet that was trained on it stays near.
 """
 
 import argparse
@@ -34,6 +35,17 @@ from train_vae import rate_at
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 NUM_CAPTIONS = 8  # of each image
+FAMILIES = {"shapes": 0.37, "creatures": 0.15, "dotted": 0.15, "marked": 0.23, "eyed": 0.1}  # shares of the images
+# Of a batch: groups by pairs of colours, their share and how many images are in one.
+GROUPS = {
+    "creatures": (0.14, 2),
+    "dotted": (0.12, 4),
+    "eyed": (0.08, 4),
+    "striped": (0.08, 4),
+    "ringed": (0.08, 4),
+    "striped and ringed": (0.12, 4),
+    "shapes": (0.38, 16),
+}
 
 COMMON_WORDS = """
 an the and in on of with at to from by for is are one two three four five photo picture image painting drawing sketch
@@ -52,6 +64,9 @@ def parse_args(argv=None):
     parser.add_argument("--init_from", help="a trained folder: train it on instead of starting from nothing")
     parser.add_argument("--num_images", type=int, default=24_000)
     parser.add_argument("--text_steps", type=int, default=1_500, help="of the text tower, 0 to keep it")
+    parser.add_argument(
+        "--fit_steps", type=int, default=300, help="of what is drawn alone, before, where a trained text tower goes on"
+    )
     parser.add_argument("--num_steps", type=int, default=6_000, help="of the image tower")
     parser.add_argument(
         "--text_minutes", type=float, default=math.inf, help="ends that earlier, the rate decayed in time"
@@ -99,10 +114,18 @@ def group_by_colours(records):
     """Indices of images by family and pair of colours, (what is drawn, what is around or in it): a dictionary."""
     groups = {}
     for index, record in enumerate(records):
-        if "eyes" in record:
+        if "body" in record:
             key = ("creatures", record["body"], record["eyes"])
+        elif "eyes" in record:
+            key = ("eyed", record["colour"], record["eyes"])
         elif "dots" in record:
             key = ("dotted", record["colour"], record["dots"])
+        elif "stripes" in record and "ring" in record:
+            key = ("striped and ringed", record["stripes"], record["ring"])
+        elif "stripes" in record:
+            key = ("striped", record["colour"], record["stripes"])
+        elif "ring" in record:
+            key = ("ringed", record["colour"], record["ring"])
         else:
             key = ("shapes", record["colour"], record["background"])
         groups.setdefault(key, []).append(index)
@@ -110,9 +133,9 @@ def group_by_colours(records):
 
 
 def draw_batch(groups, batch_size):
-    """Indices of a batch: 1/6 creatures, 1/6 dotted, 2/3 shapes, in groups that share both colours, half swapped."""
+    """Indices of a batch, in the shares of `GROUPS`: groups that have both colours in common, half of each swapped."""
     chosen = []
-    for family, share, group_size in (("creatures", 1 / 6, 2), ("dotted", 1 / 6, 4), ("shapes", 2 / 3, 16)):
+    for family, (share, group_size) in GROUPS.items():
         keys = [key for key in groups if key[0] == family]
         for number in torch.randperm(len(keys))[: max(1, round(batch_size * share / group_size))]:
             _, first, second = keys[number]
@@ -136,7 +159,7 @@ def true_of(attributes, said):
     """Which captions are true of which images: bool (images, images), from the images' attributes and which of them
     each one's caption tells, both (images, attributes)."""
     is_equal = attributes[:, None] == attributes[None]
-    is_creature = attributes[:, -1] >= 0
+    is_creature = attributes[:, render.ATTRIBUTES.index("body")] >= 0
     return (is_equal | ~said[:, None]).all(-1) & (is_creature[:, None] == is_creature[None])
 
 
@@ -184,7 +207,7 @@ def contrastive_loss(image_embeds, text_embeds, true, scale):
 class Attributes(torch.nn.Module):
     """An embedding of what is drawn, in the image tower's place: the sum of a vector for each attribute's value."""
 
-    def __init__(self, width, number=64):  # render.py has 54 values; few images may show not all of them
+    def __init__(self, width, number=96):  # render.py has 74 values; few images may show not all of them
         super().__init__()
         self.table = torch.nn.Embedding(number + 1, width)
         self.table.weight.data.mul_(0.2)
@@ -231,7 +254,7 @@ def load_data(args):
     image the ids (n, captions), which attributes they tell, bool (n, captions, attributes), and the tokens by id
     (ids, 77): a dictionary."""
     jobs = []
-    for family, share in (("shapes", 0.6), ("creatures", 0.2), ("dotted", 0.2)):
+    for family, share in FAMILIES.items():
         jobs += [(family, args.seed + 2000, index) for index in range(round(args.num_images * share))]
     images, records = render.make_images(jobs)
     rng, number = np.random.default_rng(args.seed), {}
@@ -264,7 +287,8 @@ def measure_text(model, oracle, tokenizer, data, number=256):
     names = {}
     code(data["records"], names)
     records = [render.make("shapes", 12, index, "held_out")[1] for index in range(number)]
-    records += [render.make("creatures", 12, index, "held_out")[1] for index in range(number // 8)]
+    for family in ("creatures", "dotted", "marked", "eyed"):
+        records += [render.make(family, 12, index, "held_out")[1] for index in range(number // 8)]
     records = list({record["text"]: record for record in records}.values())
     texts = [record["text"] for record in records]
     tokens = tokenizer(texts, padding="max_length", max_length=77, return_tensors="pt").input_ids
@@ -331,6 +355,9 @@ def train(args):
         save(model, tokenizer, args)
         tqdm.write(f"{when}: text tower {measure_text(model, oracle, tokenizer, data)}")
 
+    if args.text_steps and args.init_from:
+        settings = (args.text_batch_size, args.fit_steps, math.inf, report_text)
+        train_tower(args, data, model, [*oracle.parameters()], embed_records, *settings)
     if args.text_steps:
         settings = (args.text_batch_size, args.text_steps, args.text_minutes, report_text)
         train_tower(args, data, model, [*text_parts, *oracle.parameters()], embed_records, *settings)
