@@ -31,7 +31,7 @@ from sdtune.lora_layouts import LORA_FILE
 from sdtune.models import quiet_libraries
 
 HERE = Path(__file__).resolve().parent
-GUIDANCE = {"base": 5.0, "creatures": 2.0, "subject": 2.0}  # a fine-tuned model needs little push
+GUIDANCE = {"base": 5.0, "creatures": 2.0, "subject": 3.0}  # a fine-tuned model needs less push
 
 
 def shape_records(number=200, seed=0):
