@@ -14,7 +14,7 @@ caption's target is shared by all images that it is true of, as in supervised co
 Batches are made of groups of images that share their two colours, half of them swapped.
 
 `--init_from` trains the CLIP of a folder on, with its tokenizer. The learnt vectors are not kept with it, so they are
-first fitted to its text tower as it is; the text tower then moves little, and a UNet that was trained on it stays near.
+first fitted to its text tower as it is: that then moves little, and a UNet that was trained on it stays near.
 """
 
 import argparse
