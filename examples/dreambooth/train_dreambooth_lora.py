@@ -5151,9 +5151,12 @@ def check_adapters(args):
     is_path = Path(name).name != name
     if args.output_kohya_format and (is_path or f"{name}.safetensors" == LORA_FILE):
         return [f"--kohya_file_name={name}: is a path, or the name of the other file; give another name"]
-    start = args.init_lora_weights
-    if start and not Path(start).exists():
-        return [f"--init_lora_weights={start}: there is no such file{nearest_beside(start)}"]
+    adapters = args.init_lora_weights
+    if adapters and not os.path.exists(adapters):
+        told = (
+            f"there is no such file{nearest_beside(adapters)}; name a LoRA file, or a folder that these scripts wrote"
+        )
+        return [f"--init_lora_weights={adapters}: {told}"]
     source, where = config_source(args)
     with torch.device("meta"):  # layers without weights
         unet_config = diffusers.UNet2DConditionModel.load_config(source, subfolder="unet", **where)
