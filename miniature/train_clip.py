@@ -36,7 +36,8 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextM
 
 NUM_CAPTIONS = 8  # of each image
 FAMILIES = {"shapes": 0.37, "creatures": 0.15, "dotted": 0.15, "marked": 0.23, "eyed": 0.1}  # shares of the images
-# Of a batch: groups by pairs of colours, their share and how many images are in one.
+# What a batch is made of: groups of images that share a pair of colours. By what the pair is of, the share of such
+# images in the batch, and how many are in a group.
 GROUPS = {
     "creatures": (0.14, 2),
     "dotted": (0.12, 4),
@@ -65,7 +66,7 @@ def parse_args(argv=None):
     parser.add_argument("--num_images", type=int, default=24_000)
     parser.add_argument("--text_steps", type=int, default=1_500, help="of the text tower, 0 to keep it")
     parser.add_argument(
-        "--fit_steps", type=int, default=300, help="of what is drawn alone, before, where a trained text tower goes on"
+        "--fit_steps", type=int, default=300, help="of the learnt vectors alone, before a trained text tower goes on"
     )
     parser.add_argument("--num_steps", type=int, default=6_000, help="of the image tower")
     parser.add_argument(
@@ -355,12 +356,13 @@ def train(args):
         save(model, tokenizer, args)
         tqdm.write(f"{when}: text tower {measure_text(model, oracle, tokenizer, data)}")
 
-    if args.text_steps and args.init_from:
-        settings = (args.text_batch_size, args.fit_steps, math.inf, report_text)
-        train_tower(args, data, model, [*oracle.parameters()], embed_records, *settings)
     if args.text_steps:
+        vectors = list(oracle.parameters())
+        if args.init_from:
+            settings = (args.text_batch_size, args.fit_steps, math.inf, report_text)
+            train_tower(args, data, model, vectors, embed_records, *settings)
         settings = (args.text_batch_size, args.text_steps, args.text_minutes, report_text)
-        train_tower(args, data, model, [*text_parts, *oracle.parameters()], embed_records, *settings)
+        train_tower(args, data, model, [*text_parts, *vectors], embed_records, *settings)
     with torch.no_grad():
         text_table = torch.cat([embed_captions(model, chunk) for chunk in tokens.split(500)])
 

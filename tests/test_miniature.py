@@ -260,6 +260,57 @@ def test_clip_finds_the_right_caption(measure):
     assert scores["text_to_image"] >= 0.9
 
 
+def test_clip_knows_which_mark_has_which_colour():
+    """Of an image with stripes and a ring the caption scores higher than the one with both colours swapped."""
+    import torch
+    from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+
+    images, texts = [], []
+    for index in range(200):
+        image, record = render.make("marked", 21, index, "held_out")
+        if "stripes" in record and "ring" in record and record["stripes"] != record["ring"]:
+            images.append(Image.fromarray(image))
+            swapped = {**record, "stripes": record["ring"], "ring": record["stripes"]}
+            texts += [record["text"], render.caption(swapped)]
+    assert len(images) >= 64
+    model = CLIPModel.from_pretrained(MINIATURE / "clip")
+    tokens = CLIPTokenizer.from_pretrained(MINIATURE / "clip")(texts, padding=True, return_tensors="pt")
+    pixels = CLIPImageProcessorPil.from_pretrained(MINIATURE / "clip")(images, return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**pixels, input_ids=tokens.input_ids).logits_per_image
+    rows = torch.arange(len(images))
+    is_right = logits[rows, 2 * rows] > logits[rows, 2 * rows + 1]
+    assert is_right.float().mean() >= 0.85
+
+
+def test_captions_are_true_of_what_they_tell(measure, monkeypatch):
+    """A caption of one creature's eyes is true of another one with such eyes, but of no shape with eyes."""
+    import torch
+
+    monkeypatch.syspath_prepend(str(MINIATURE))
+    train_clip = load("train_clip")
+    drawn = [
+        {"body": "red", "eyes": "blue"},
+        {"body": "green", "eyes": "blue"},
+        {"colour": "red", "shape": "heart", "background": "pink", "eyes": "blue"},
+        {"colour": "red", "shape": "heart", "background": "pink", "stripes": "blue", "ring": "black"},
+        {"colour": "cyan", "shape": "star", "background": "pink", "stripes": "black", "ring": "blue"},
+    ]
+    groups = train_clip.group_by_colours(drawn)
+    assert list(groups) == [
+        ("creatures", "red", "blue"),
+        ("creatures", "green", "blue"),
+        ("eyed", "red", "blue"),
+        ("striped and ringed", "blue", "black"),
+        ("striped and ringed", "black", "blue"),
+    ]
+    attributes = train_clip.code(drawn, {})
+    tells_eyes = torch.tensor([key == "eyes" for key in render.ATTRIBUTES]).expand(len(drawn), -1)
+    is_true = train_clip.true_of(attributes, tells_eyes)
+    assert is_true[0].tolist() == [True, True, False, False, False]
+    assert is_true[2].tolist() == [False, False, True, False, False]
+
+
 def test_text_tower_of_clip_and_pipeline_are_one():
     import torch
     from transformers import CLIPModel, CLIPTextModel
