@@ -336,7 +336,7 @@ def test_images_without_captions_are_those_of_a_subject(render, tmp_path):
 def test_recipes_are_for_both_commands(tmp_path, monkeypatch):
     args = parse("model", "images", "--config", REPO / "examples" / "configs" / "dreambooth.yaml")
     assert evaluate.read_given_prompts(args)[1] == "a sks star on a pink background"
-    assert (args.seed, args.num_inference_steps, args.guidance_scale) == (0, 25, 2)
+    assert (args.seed, args.num_inference_steps, args.guidance_scale) == (0, 25, 3)
     own = tmp_path / "own.yaml"
     own.write_text(
         "training: {seed: 7}\nevaluation: {seed: 5, seeds: [1, 2], num_images: 9, scheduler: euler, "

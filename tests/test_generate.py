@@ -242,7 +242,7 @@ def test_recipes(tmp_path, monkeypatch):
     recipe = REPO / "examples" / "configs" / "dreambooth.yaml"
     args = parse("model", "--config", recipe)
     assert args.prompts[1] == "a sks star on a pink background"
-    assert (args.seeds, args.num_inference_steps, args.guidance_scale) == ([0], [25], [2.0])
+    assert (args.seeds, args.num_inference_steps, args.guidance_scale) == ([0], [25], [3.0])
     args = parse("model", "--config", recipe, "--seeds", 1, 2, "--prompts", CAT)
     assert (args.seeds, args.prompts, args.num_inference_steps) == ([1, 2], [CAT], [25])
     (tmp_path / "prompts.txt").write_text(f"{CAT}\n\n  {DOG} \n{CAT}\n", encoding="utf-8")
