@@ -3,10 +3,9 @@
 import difflib
 import importlib
 import logging
-import os
 import sys
 
-from sdtune.errors import is_utf8, print_any_character, told_to_user
+from sdtune.errors import end_unread, is_utf8, print_any_character, told_to_user
 
 COMMANDS = {
     "caption": "write a caption for every image of a folder",
@@ -42,8 +41,8 @@ def main(argv=None):
             if sys.stdout:  # None where it is closed
                 sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain as it ends
-        return 141  # 128 + SIGPIPE, as of other programs
+        end_unread()
+        raise
 
 
 def run(argv):

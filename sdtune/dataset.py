@@ -24,6 +24,7 @@ from sdtune.entries import Cache, path_of_caption, path_of_image, read_whole_ent
 from sdtune.errors import InputError, counted, in_one_line, is_utf8, last_line, remedy_for_missing
 from sdtune.files import read_json
 from sdtune.images import (
+    FOREIGN_SUFFIXES,
     IMAGE_SUFFIXES,
     NO_CAPTION,
     check_images,
@@ -48,8 +49,6 @@ from sdtune.shards import (
 )
 
 MAX_CAPTION_BYTES = 2**20  # of a .txt; a tokenizer takes a few hundred
-# Of pictures from phones and cameras, and for programs, that Pillow does not read or not as they are seen.
-FOREIGN_SUFFIXES = set(".arw .cr2 .cr3 .dng .heic .heif .jxl .nef .orf .psd .raf .rw2 .svg".split())
 METADATA_NAMES = {"metadata.jsonl", "metadata.csv"}
 SAVED_NAMES = {"state.json", "dataset_dict.json"}  # that tell of `save_to_disk`
 NO_DATA_NAMES = {*METADATA_NAMES, *SAVED_NAMES, "config.json", "dataset_info.json", "dataset_infos.json"}

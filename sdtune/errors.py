@@ -164,6 +164,16 @@ def gathered(problems):
         problems.append(str(error))
 
 
+def end_unread():
+    """Ends the process without a word, with the status that SIGPIPE gives other programs, if nobody reads its output
+    any more, as of `head`."""
+    try:
+        os.write(1, b"\n")
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would complain as it ends
+        sys.exit(128 + signal.SIGPIPE)
+
+
 @contextlib.contextmanager
 def told_to_user(program, speaks=True, errors=InputError, stopped=None, patience=0):
     """Ends the process with status 2 and the message after an `InputError`, or the class or classes `errors`; after
@@ -174,7 +184,8 @@ def told_to_user(program, speaks=True, errors=InputError, stopped=None, patience
         try:
             with contextlib.redirect_stdout(sys.stdout if speaks else io.StringIO()):
                 yield
-        except BrokenPipeError:  # nobody reads what is printed, which is no mistake
+        except BrokenPipeError:
+            end_unread()
             raise
         except errors as error:
             time.sleep(patience)  # in which the launcher's signal may come

@@ -22,6 +22,8 @@ from sdtune.metadata import EXIF, PROFILE, TEXT, without_metadata
 
 IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 # What is looked for in a file, whatever its suffix. Pillow knows more, and runs Ghostscript for some.
+# Of pictures from phones and cameras, and for programs, that Pillow does not read or not as they are seen.
+FOREIGN_SUFFIXES = set(".arw .cr2 .cr3 .dng .heic .heif .jxl .nef .orf .psd .raf .rw2 .svg".split())
 FORMATS = ["AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP"]
 NO_CAPTION = "has no caption, in metadata or a .txt beside it"
 HOW_TO_CAPTION = "`sdtune caption FOLDER` writes captions"
@@ -187,6 +189,8 @@ def check_image(image, known):
         problem = "the row holds no image"
     except UnidentifiedImageError:
         problem = "no image that Pillow knows"
+        if Path(image["path"] or "").suffix.lower() in FOREIGN_SUFFIXES:
+            problem += "; convert it to JPEG or PNG"
     except Image.DecompressionBombError as error:
         pixels, limit = [int(number) for number in re.findall(r"\d+", str(error))]
         problem = f"{pixels:,} pixels, more than the {limit:,} that are opened; shrink it"

@@ -8,7 +8,7 @@ from importlib import import_module
 
 import pytest
 from image_data import write_image_folder
-from running import REPO, run_command, status_of
+from running import REPO, TRAIN_TEXT_TO_IMAGE, run_command, status_of
 
 from sdtune import __main__ as sdtune
 from sdtune.errors import told_to_user
@@ -99,11 +99,16 @@ def test_words_and_status_are_passed_on(tmp_path):
     assert "Traceback" not in ran.stderr
 
 
-@pytest.mark.parametrize("words", [["--help"], ["check", "data", "--cache_dir=cache"]])
-def test_a_reader_that_has_gone_ends_it_without_a_word(words, tmp_path):
+DRY_RUN = [TRAIN_TEXT_TO_IMAGE, "--train_data_dir=data", "--resolution=32", "--dry_run"]
+
+
+@pytest.mark.parametrize("words", [["-m", "sdtune", "--help"], ["-m", "sdtune", "check", "data"], DRY_RUN])
+def test_a_reader_that_has_gone_ends_it_without_a_word(words, tiny_pipeline, tmp_path):
     """As `head` does."""
     write_image_folder(tmp_path / "data", 2, 64)
-    command = [sys.executable, "-m", "sdtune", *words]
+    command = [sys.executable, *words]
+    if "--help" not in words:
+        command += [f"--pretrained_model_name_or_path={tiny_pipeline}", "--cache_dir=cache"]
     job = subprocess.Popen(
         command,
         cwd=tmp_path,
@@ -116,6 +121,10 @@ def test_a_reader_that_has_gone_ends_it_without_a_word(words, tmp_path):
     said, status = job.stderr.read(), job.wait()
     job.stderr.close()
     assert (said, status) == ("", 141)
+
+
+def test_a_pipe_that_broke_elsewhere_is_no_end_of_the_reader():
+    """Such as that to a process of the program's own."""
     with pytest.raises(BrokenPipeError), told_to_user("sdtune check", errors=OSError):
         raise BrokenPipeError
 

@@ -227,6 +227,27 @@ def test_text_files_in_other_encodings_are_named_together_with_all_else(tmp_path
     assert read_folder(folder, "text").column_names == ["image", "captions"]
 
 
+def test_a_photo_of_another_kind_that_metadata_names_is_to_be_converted(tmp_path):
+    """Beside others a phone's photos are left aside, but whoever names one wants it."""
+    folder = write_images(tmp_path / "images", "a.png")
+    (folder / "b.HEIC").write_bytes(b"x")
+    (folder / "c.jpg").write_bytes(b"x")
+    lines = [json.dumps({"file_name": name, "text": "a cat"}) for name in ("a.png", "b.HEIC", "c.jpg")]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    args = parse(f"--train_data_dir={folder}")
+    with pytest.raises(InputError) as caught:
+        check_rows(
+            read_rows(args, folder, None),
+            memory=tmp_path / "a.json",
+            tokenizer=make_tokenizer(),
+            resolution=32,
+            skip_bad_images=False,
+        )
+    lines = [line.replace(f"{folder}{os.sep}", "") for line in str(caught.value).splitlines()]
+    assert "  b.HEIC: no image that Pillow knows; convert it to JPEG or PNG" in lines
+    assert "  c.jpg: no image that Pillow knows" in lines
+
+
 def test_folder_is_found_however_it_is_written(image_folder, monkeypatch):
     folder = image_folder(2, captions=["one", "two"])
     monkeypatch.chdir(folder.parent)

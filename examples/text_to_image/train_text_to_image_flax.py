@@ -349,6 +349,8 @@ TIFF_KINDS = {34665: EXIF, 34853: EXIF, 34675: PROFILE}
 
 IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 # What is looked for in a file, whatever its suffix. Pillow knows more, and runs Ghostscript for some.
+# Of pictures from phones and cameras, and for programs, that Pillow does not read or not as they are seen.
+FOREIGN_SUFFIXES = set(".arw .cr2 .cr3 .dng .heic .heif .jxl .nef .orf .psd .raf .rw2 .svg".split())
 FORMATS = ["AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP"]
 NO_CAPTION = "has no caption, in metadata or a .txt beside it"
 HOW_TO_CAPTION = "`sdtune caption FOLDER` writes captions"
@@ -390,8 +392,6 @@ ROW_FEATURES = {
 }
 
 MAX_CAPTION_BYTES = 2**20  # of a .txt; a tokenizer takes a few hundred
-# Of pictures from phones and cameras, and for programs, that Pillow does not read or not as they are seen.
-FOREIGN_SUFFIXES = set(".arw .cr2 .cr3 .dng .heic .heif .jxl .nef .orf .psd .raf .rw2 .svg".split())
 METADATA_NAMES = {"metadata.jsonl", "metadata.csv"}
 SAVED_NAMES = {"state.json", "dataset_dict.json"}  # that tell of `save_to_disk`
 NO_DATA_NAMES = {*METADATA_NAMES, *SAVED_NAMES, "config.json", "dataset_info.json", "dataset_infos.json"}
@@ -3030,6 +3030,16 @@ def gathered(problems):
         problems.append(str(error))
 
 
+def end_unread():
+    """Ends the process without a word, with the status that SIGPIPE gives other programs, if nobody reads its output
+    any more, as of `head`."""
+    try:
+        os.write(1, b"\n")
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would complain as it ends
+        sys.exit(128 + signal.SIGPIPE)
+
+
 @contextlib.contextmanager
 def told_to_user(program, speaks=True, errors=InputError, stopped=None, patience=0):
     """Ends the process with status 2 and the message after an `InputError`, or the class or classes `errors`; after
@@ -3040,7 +3050,8 @@ def told_to_user(program, speaks=True, errors=InputError, stopped=None, patience
         try:
             with contextlib.redirect_stdout(sys.stdout if speaks else io.StringIO()):
                 yield
-        except BrokenPipeError:  # nobody reads what is printed, which is no mistake
+        except BrokenPipeError:
+            end_unread()
             raise
         except errors as error:
             time.sleep(patience)  # in which the launcher's signal may come
@@ -4096,6 +4107,8 @@ def check_image(image, known):
         problem = "the row holds no image"
     except UnidentifiedImageError:
         problem = "no image that Pillow knows"
+        if Path(image["path"] or "").suffix.lower() in FOREIGN_SUFFIXES:
+            problem += "; convert it to JPEG or PNG"
     except Image.DecompressionBombError as error:
         pixels, limit = [int(number) for number in re.findall(r"\d+", str(error))]
         problem = f"{pixels:,} pixels, more than the {limit:,} that are opened; shrink it"
