@@ -551,7 +551,8 @@ def read_dataset(args, name, default_caption=None):
             raise InputError(f"--dataset_name={name}: holds images; drop --dataset_config_name and --image_column")
         return read_folder(name, args.caption_column, takes_train=True, follows_links=args.follow_symlinks)
     saved = [path for path in files if path.name in SAVED_NAMES]
-    if foreign_pictures(files, name) and not (pictures or data_files or saved):
+    is_empty = os.path.isdir(name) and not files
+    if is_empty or (foreign_pictures(files, name) and not (pictures or data_files or saved)):
         raise InputError(tell_no_images(name, files))
     check_data_files([*data_files, *saved], name, args.follow_symlinks)
     whole = without_empty(data_files, name)

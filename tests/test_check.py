@@ -525,6 +525,12 @@ def test_a_folder_of_photos_of_another_kind_alone(name, kind, tmp_path, capsys):
     assert said == f"sdtune check: the folder {tmp_path / 'photos'} holds no images but {told}\n"
 
 
+def test_an_empty_folder_holds_no_images(tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    said = " ".join(errors(capsys, tmp_path / "photos").split())
+    assert said.startswith(f"sdtune check: the folder {tmp_path / 'photos'} holds no images (.avif, .bmp, ")
+
+
 def test_what_cannot_be_a_name_on_the_hub_is_not_looked_for_there(tmp_path, monkeypatch, capsys):
     (tmp_path / "photos").mkdir()
     monkeypatch.chdir(tmp_path)
