@@ -66,7 +66,8 @@ demo-emoji: $(INSTALLED) demo/emoji/train/metadata.jsonl  ## teach the miniature
 			--output_dir demo/emoji_evaluation/$${split%% *} --overwrite || exit; \
 	done
 
-demo/subject/metadata.jsonl: miniature/render.py | $(INSTALLED)
+# The stars in demo/stars are drawn by the miniature, and are to be those of the one that is here.
+demo/subject/metadata.jsonl: miniature/render.py $(wildcard miniature/pipeline/*/*.safetensors) | $(INSTALLED)
 	rm -rf demo/subject demo/stars
 	$(BIN)/python miniature/render.py subject --output_dir demo/subject --num_images 5 --seed 0
 
