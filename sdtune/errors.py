@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import sys
 import textwrap
 import time
@@ -168,8 +169,9 @@ def end_unread():
     """Ends the process without a word, with the status that SIGPIPE gives other programs, if nobody reads its output
     any more, as of `head`."""
     try:
-        os.write(1, b"\n")
-    except OSError:
+        if sys.stdout and stat.S_ISFIFO(os.fstat(1).st_mode):  # another pipe may be what broke
+            os.write(1, b"\n")
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would complain as it ends
         sys.exit(128 + signal.SIGPIPE)
 

@@ -21,9 +21,9 @@ from sdtune.files import beside
 from sdtune.metadata import EXIF, PROFILE, TEXT, without_metadata
 
 IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-# What is looked for in a file, whatever its suffix. Pillow knows more, and runs Ghostscript for some.
 # Of pictures from phones and cameras, and for programs, that Pillow does not read or not as they are seen.
 FOREIGN_SUFFIXES = set(".arw .cr2 .cr3 .dng .heic .heif .jxl .nef .orf .psd .raf .rw2 .svg".split())
+# What is looked for in a file, whatever its suffix. Pillow knows more, and runs Ghostscript for some.
 FORMATS = ["AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP"]
 NO_CAPTION = "has no caption, in metadata or a .txt beside it"
 HOW_TO_CAPTION = "`sdtune caption FOLDER` writes captions"

@@ -123,10 +123,11 @@ def test_a_reader_that_has_gone_ends_it_without_a_word(words, tiny_pipeline, tmp
     assert (said, status) == ("", 141)
 
 
-def test_a_pipe_that_broke_elsewhere_is_no_end_of_the_reader():
+def test_a_pipe_that_broke_elsewhere_is_no_end_of_the_reader(capfd):
     """Such as that to a process of the program's own."""
     with pytest.raises(BrokenPipeError), told_to_user("sdtune check", errors=OSError):
         raise BrokenPipeError
+    assert capfd.readouterr() == ("", "")
 
 
 def test_the_installed_command_is_this_one():

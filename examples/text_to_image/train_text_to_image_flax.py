@@ -348,9 +348,9 @@ TIFF_TEXT = {269, 270, 271, 272, 285, 305, 306, 315, 316, 330}  # names, dates, 
 TIFF_KINDS = {34665: EXIF, 34853: EXIF, 34675: PROFILE}
 
 IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-# What is looked for in a file, whatever its suffix. Pillow knows more, and runs Ghostscript for some.
 # Of pictures from phones and cameras, and for programs, that Pillow does not read or not as they are seen.
 FOREIGN_SUFFIXES = set(".arw .cr2 .cr3 .dng .heic .heif .jxl .nef .orf .psd .raf .rw2 .svg".split())
+# What is looked for in a file, whatever its suffix. Pillow knows more, and runs Ghostscript for some.
 FORMATS = ["AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP"]
 NO_CAPTION = "has no caption, in metadata or a .txt beside it"
 HOW_TO_CAPTION = "`sdtune caption FOLDER` writes captions"
@@ -3035,8 +3035,9 @@ def end_unread():
     """Ends the process without a word, with the status that SIGPIPE gives other programs, if nobody reads its output
     any more, as of `head`."""
     try:
-        os.write(1, b"\n")
-    except OSError:
+        if sys.stdout and stat.S_ISFIFO(os.fstat(1).st_mode):  # another pipe may be what broke
+            os.write(1, b"\n")
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would complain as it ends
         sys.exit(128 + signal.SIGPIPE)
 
