@@ -2,8 +2,8 @@
 
     python miniature/compare.py --base miniature/pipeline --model demo/model --output demo/base_above_result.png
 
-The captions are pairs of body and eye colour that `render.py creatures` keeps out of the training set; `--prompts`
-replaces them.
+The captions are pairs of body and eye colour that `render.py creatures` keeps out of the training set; `--prompts`, or
+those of a `--recipe`, replace them. `--photos` sets the training images in a row above.
 """
 
 import argparse
@@ -28,6 +28,7 @@ LABEL_WIDTH = 90
 FONT_SIZE = 15
 LINE_HEIGHT = round(FONT_SIZE * 1.4)
 MAX_LINES = 99  # no caption is cut
+DEFAULTS = {"prompts": None, "seed": 0, "num_inference_steps": 25, "guidance_scale": measure.GUIDANCE["creatures"]}
 
 
 def held_out_captions(number):
@@ -90,12 +91,15 @@ def parse_args(argv=None):
     parser.add_argument("--model", required=True, help="pipeline or LoRA folder, drawn in the lower row")
     parser.add_argument("--output", required=True, help="PNG to write")
     parser.add_argument("--prompts", nargs="+", help="captions, instead of held-out creatures")
-    parser.add_argument("--recipe", help="YAML file with `prompts`, steps, guidance and seed under `evaluation:`")
+    parser.add_argument(
+        "--recipe",
+        help="YAML file with `prompts`, steps, guidance and seed under `evaluation:`; the command line wins",
+    )
     parser.add_argument("--photos", help="folder of images for a row above")
     parser.add_argument("--num_images", type=int, default=8, help="columns, where --prompts is not given")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num_inference_steps", type=int, default=25)
-    parser.add_argument("--guidance_scale", type=float, default=measure.GUIDANCE["creatures"])
+    parser.add_argument("--seed", type=int, help="default: 0")
+    parser.add_argument("--num_inference_steps", type=int, help="default: 25")
+    parser.add_argument("--guidance_scale", type=float, help=f"default: {DEFAULTS['guidance_scale']:g}")
     return parser.parse_args(argv)
 
 
@@ -103,16 +107,15 @@ def main(argv=None):
     """Draws and writes the grid that the command line asks for."""
     args = parse_args(argv)
     quiet_libraries()
-    settings = {
-        "prompts": args.prompts,
-        "seed": args.seed,
-        "num_inference_steps": args.num_inference_steps,
-        "guidance_scale": args.guidance_scale,
-    }
+    settings = dict(DEFAULTS)
     if args.recipe:
         recipe = yaml.safe_load(Path(args.recipe).read_text(encoding="utf-8"))["evaluation"]
         settings |= {name: value for name, value in recipe.items() if name in settings}
-    settings["prompts"] = settings["prompts"] or held_out_captions(args.num_images)
+    settings |= {name: value for name, value in vars(args).items() if name in settings and value is not None}
+    of_what = ""
+    if not settings["prompts"]:
+        settings["prompts"] = held_out_captions(args.num_images)
+        of_what = ", for prompts that no training image has"
     rows = {
         "base": draw(measure.load_pipeline(args.base), **settings),
         "fine-tuned": draw(measure.load_pipeline(args.model, args.base), **settings),
@@ -122,7 +125,7 @@ def main(argv=None):
         grid = add_photos(grid, args.photos)
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     grid.save(args.output)
-    print(f"Base above result, for prompts that no training image has: {args.output}", flush=True)
+    print(f"Base above result{of_what}: {args.output}", flush=True)
 
 
 if __name__ == "__main__":
