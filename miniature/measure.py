@@ -243,6 +243,28 @@ def measure_clip(folder, number=64, seed=11):
     }
 
 
+@torch.no_grad()
+def measure_marks(folder, number=200, seed=21):
+    """Of held-out shapes with stripes and a ring in two colours, among `number` marked ones: how many, and the share
+    whose own caption scores higher than the one with both colours swapped."""
+    model = transformers.CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
+    processor = transformers.CLIPImageProcessorPil.from_pretrained(folder)
+    images, texts = [], []
+    for index in range(number):
+        image, record = render.make("marked", seed, index, "held_out")
+        if "stripes" in record and "ring" in record and record["stripes"] != record["ring"]:
+            images.append(Image.fromarray(image))
+            swapped = {**record, "stripes": record["ring"], "ring": record["stripes"]}
+            texts += [record["text"], render.caption(swapped)]
+    pixels = processor(images, return_tensors="pt")
+    tokens = tokenizer(texts, padding=True, return_tensors="pt")
+    logits = model(**pixels, input_ids=tokens.input_ids).logits_per_image
+    rows = torch.arange(len(images))
+    is_right = logits[rows, 2 * rows] > logits[rows, 2 * rows + 1]
+    return {"pictures": len(images), "own_above_swapped": share(is_right.numpy())}
+
+
 def grid(images, columns=12):
     """Tiles uint8 (n, 64, 64, 3) into one PIL image."""
     rows = math.ceil(len(images) / columns)
@@ -272,6 +294,7 @@ def measure_base(args, settings):
         "a_star": {"pictures": len(stars), **variety(stars)},
         "vae": measure_vae(Path(args.model) / "vae"),
         "clip": measure_clip(args.clip),
+        "clip_of_marks": measure_marks(args.clip),
     }
     return result, images
 

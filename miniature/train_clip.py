@@ -73,8 +73,8 @@ def parse_args(argv=None):
         "--text_minutes", type=float, default=math.inf, help="ends that earlier, the rate decayed in time"
     )
     parser.add_argument("--max_minutes", type=float, default=math.inf, help="the same of the image tower")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--text_batch_size", type=int, default=192)
+    parser.add_argument("--batch_size", type=int, default=64, help="images of a step, or some more: groups are whole")
+    parser.add_argument("--text_batch_size", type=int, default=192, help="captions of a step, or some more")
     parser.add_argument("--captions_per_image", type=int, default=4)
     parser.add_argument("--learning_rate", type=float, default=1.5e-3)
     parser.add_argument("--save_steps", type=int, default=300)

@@ -3,7 +3,7 @@
     python miniature/train_vae.py --output_dir miniature/pipeline/vae
     python miniature/train_vae.py --output_dir miniature/pipeline/vae --decoder_of miniature/pipeline/vae
 
-It sees every family of render.py (of shapes and creatures only the combinations of the training split). The loss is
+It sees shapes, creatures (of both only the combinations of the training split) and patterned shapes. The loss is
 L1 + MSE + differences of neighbouring pixels at two scales, for crisp edges, + KL (Rombach et al. 2022,
 arXiv 2112.10752, section 3.1, without the adversarial and perceptual terms). Weights are saved in float16 every
 `--save_steps`, so that an interrupted run leaves a result; the scaling factor in the config is measured.
