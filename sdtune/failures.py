@@ -34,8 +34,10 @@ def nothing_lost(args, accelerator, run, stop, write_state, end=sys.exit):
             yield
             note_end(accelerator, run, "finished")
         except Exception as error:  # of the data, the disk, the memory, a library
-            drop_lost_output()  # which may be what failed
+            is_unread = drop_lost_output()  # which may be what failed
             reason, remedy = explain(args, error)
+            if is_unread and isinstance(error, BrokenPipeError):
+                reason = "the end of the program that read its output"
             told_as = name_of_process(accelerator)
             if not reason:
                 traceback.print_exception(error)

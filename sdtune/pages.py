@@ -39,14 +39,14 @@ def is_own_page(path, program):
         return f'<meta name="generator" content="{program}">'.encode() in file.read(500)
 
 
-def printable(text):
+def as_one_line(text):
     """A text without line ends, nor what could steer a terminal."""
     return "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in " ".join(text.split()))
 
 
 def escaped(text):
     """A text of somebody else's as HTML that shows it."""
-    return html.escape(printable(text))
+    return html.escape(as_one_line(text))
 
 
 def open_row(rows, index):

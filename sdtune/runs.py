@@ -99,7 +99,7 @@ def read_rows_of(path, notes):
             row = json.loads(line)
             if type(row["step"]) is not int:
                 raise ValueError
-            rows.append({name: None if is_infinite(value) else value for name, value in row.items()})
+            rows.append({name: None if is_not_finite(value) else value for name, value in row.items()})
         except (ValueError, TypeError, KeyError):
             num_broken += 1
     if num_broken:
@@ -128,7 +128,7 @@ def is_of_kind(name, value):
     return name not in LISTS or (isinstance(value, list) and all(isinstance(item, str) for item in value))
 
 
-def is_infinite(value):
+def is_not_finite(value):
     """Whether a value is a number that JSON, and a plot, have no place for."""
     return isinstance(value, float) and not math.isfinite(value)
 
@@ -144,10 +144,11 @@ def judge(run):
     """Whether the run learnt, as a sentence, and how that is: "good", "bad" or "open"."""
     looks, losses = run.with_number("held_out_loss", "held_out_gain", "gain_error"), run.with_number("loss")
     if not run.rows:
-        return "Nothing was logged yet.", "open"
+        is_over = run.history and run.history[-1].get("event") in ("finished", "stopped")
+        return f"Nothing was logged{'' if is_over else ' yet'}.", "open"
     if not looks:
         told = "No images were held out, so that nothing can be said about learning"
-        if len(losses) > 1:
+        if len(losses) > 2:  # the means of two are the same
             means = smoothed([row["loss"] for row in losses])
             told += f"; the loss in training, smoothed, went from {means[0]:.3f} to {means[-1]:.3f}"
         return f"{told}. --num_validation_samples holds some out.", "open"
@@ -158,7 +159,8 @@ def judge(run):
     if last["step"] == 0:
         is_held = "is held out" if number == 1 else "are held out"
         return f"{of_images} that {is_held} was {loss:.3f} before training, and not measured since.", "open"
-    digits = 3 if margin == 0 or margin >= 0.002 else 5
+    size = margin or abs(gain)
+    digits = 3 if size == 0 or size >= 0.002 else 5
     went = f"{'rose' if gain < 0 else 'fell'} from {loss + gain:.{digits}f} to {loss:.{digits}f}"
     told = f"{of_images} that {verb} not trained on {went} after step {last['step']:,}, by {abs(gain):.{digits}f}"
     if not run.has_interval():

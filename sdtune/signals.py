@@ -157,11 +157,14 @@ def say(text):
 
 
 def drop_lost_output():
-    """Sends standard output and errors nowhere if nobody is there any more to read them."""
+    """Sends standard output and errors nowhere if nobody is there to read them any more; returns whether so."""
+    is_lost = False
     for descriptor in (1, 2):
         try:
             os.write(descriptor, b"\n")
         except OSError:
+            is_lost = True
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, descriptor)
             os.close(nowhere)
+    return is_lost

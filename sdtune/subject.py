@@ -108,11 +108,27 @@ def load_class_images(args):
     missing = [name for name in wanted if name not in there]
     print(f"Class images in {folder}: {len(missing)} to be drawn, for {number} at least; a pass has one per photo")
     if not there:
+        warn_of_prompts(args, [], missing)
         return ClassImages(None, None, missing)
     rows = with_recorded_prompts(read_rows(args, args.class_data_dir, args.class_prompt))
     memory = path_of_findings(args.class_data_dir, args.cache_dir)
     checked = check_rows(rows, memory, args.skip_bad_images, load_tokenizer(args), args.resolution)
+    warn_of_prompts(args, rows["captions"], missing)
     return ClassImages(checked, fingerprint_of(0, checked.digests), missing)
+
+
+def prompt_of(args, name):
+    """What a class image of that name, such as class-00000.png, is drawn from: the prompts take turns."""
+    prompts = class_prompts_of(args)
+    return prompts[int(name.removeprefix("class-").removesuffix(".png")) % len(prompts)]
+
+
+def warn_of_prompts(args, captions, missing):
+    """Warns of prompts that no class image has as one of its `captions`, and none of the `missing` ones will have."""
+    shown = {prompt_of(args, name) for name in missing}.union(*captions)
+    lacking = [prompt for prompt in args.class_prompts or [] if prompt not in shown]
+    remedy = "no class image; use a larger --num_class_images or another --class_data_dir"
+    warn(f"of --class_prompts has {remedy}", f"of --class_prompts have {remedy}", lacking)
 
 
 def record_of(args, prompt):
@@ -225,14 +241,13 @@ def draw_class_images(args, accelerator, names):
     enable_memory_savers(args, pipeline.unet, accelerator.device, dtype)
     pipeline.to(accelerator.device, dtype).set_progress_bar_config(disable=True)
     pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
-    prompts = class_prompts_of(args)
     size = args.sample_batch_size or 4
     for start in tqdm(
         range(0, len(mine), size), "Class images", disable=None if accelerator.is_main_process else True
     ):
         batch = mine[start : start + size]
         numbers = [int(name.removeprefix("class-").removesuffix(".png")) for name in batch]
-        batch_prompts = [prompts[number % len(prompts)] for number in numbers]
+        batch_prompts = [prompt_of(args, name) for name in batch]
         seeds = [random_numbers(args.seed, CLASS, 0, number).integers(2**63) for number in numbers]
         drawn = pipeline(
             batch_prompts,

@@ -525,8 +525,11 @@ def test_a_folder_of_photos_of_another_kind_alone(name, kind, tmp_path, capsys):
     assert said == f"sdtune check: the folder {tmp_path / 'photos'} holds no images but {told}\n"
 
 
-def test_an_empty_folder_holds_no_images(tmp_path, capsys):
+@pytest.mark.parametrize("names", [[], [".DS_Store"], ["a.txt", "b.TXT"], ["metadata.jsonl"]])
+def test_a_folder_without_images_is_told(names, tmp_path, capsys):
     (tmp_path / "photos").mkdir()
+    for name in names:
+        (tmp_path / "photos" / name).write_bytes(b"")
     said = " ".join(errors(capsys, tmp_path / "photos").split())
     assert said.startswith(f"sdtune check: the folder {tmp_path / 'photos'} holds no images (.avif, .bmp, ")
 

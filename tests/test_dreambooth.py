@@ -406,6 +406,9 @@ def test_class_images_of_one_prompt_go_on_with_several(fit, tmp_path, quick_draw
     assert after.keys() - before.keys() == {
         f"class-0000{number}.{kind}" for number in (3, 4) for kind in ("png", "txt")
     }
+    assert fit("all", classes=classes, class_prompts=["a black dog", "a dog", "a red dog"], **own) == 0
+    told = "Warning: 1 of --class_prompts has no class image; use a larger --num_class_images or another "
+    assert f"{told}--class_data_dir, such as a red dog" in unbroken(capsys.readouterr().out)
     make_image(12).save(classes / "mine.png")  # of which nobody knows what it shows
     assert fit("third", classes=classes, class_prompts=["a black dog", "a dog"], **own) == 2
     assert f"{classes / 'mine.png'}: has no caption" in capsys.readouterr().err
@@ -497,10 +500,12 @@ def test_class_images_are_drawn_in_the_precision_asked_for(fit, tmp_path):
 
 
 def test_class_images_are_the_bases(tiny_pipeline, photos, tmp_path):
-    """Drawn without the adapters that training goes on from."""
+    """Drawn without the adapters that training goes on from, far as those are from nothing."""
     script = load_script(TRAIN_DREAMBOOTH_LORA)
     settings = {"instance_data_dir": photos, "instance_prompt": PROMPT, "max_train_steps": 1, "learning_rate": 1}
     assert train(script, tiny_pipeline, None, tmp_path / "first", **settings) == 0
+    trained = load_file(tmp_path / "first" / "pytorch_lora_weights.safetensors")
+    assert min(abs(weight).max() for name, weight in trained.items() if "lora_B" in name) > 0.5
     settings |= {"with_prior_preservation": True, "class_prompt": CLASS_PROMPT, "num_class_images": 1}
     for name, start in (("base", None), ("adapted", tmp_path / "first")):
         places = {"class_data_dir": tmp_path / f"classes_{name}", "init_lora_weights": start}
@@ -813,7 +818,9 @@ def test_a_file_as_class_folder(refused, tmp_path):
 
 def test_class_folder_that_cannot_be_made(refused, tmp_path):
     (tmp_path / "file").write_text("no folder")
-    assert "--class_data_dir=" in refused(classes=tmp_path / "file" / "classes")
+    classes = tmp_path / "file" / "classes"
+    told = f"--class_data_dir={classes}: is a file or lies below one; name another"
+    assert unbroken(told) in unbroken(refused(classes=classes))
 
 
 def test_output_among_the_class_images_is_refused(refused, tmp_path):
@@ -826,7 +833,8 @@ def test_an_empty_folder(refused, tmp_path):
 
 
 def test_no_captions_and_no_prompt_names_the_flag(refused):
-    assert "--instance_prompt" in refused(instance_prompt=None)
+    told = "--instance_prompt: give a rare word and the class, such as a photo of sks dog, for photos that have no"
+    assert told in unbroken(refused(instance_prompt=None))
 
 
 def test_a_broken_class_image_is_listed(refused, tmp_path):

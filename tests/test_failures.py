@@ -5,6 +5,7 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import threading
 from datetime import datetime
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from accelerate.tracking import TensorBoardTracker
 from conftest import load_script
 from copies import end_of, run_machines, start_copy
 from image_data import snapshot, write_image_folder
-from running import TRAIN_TEXT_TO_IMAGE_LORA
+from running import TRAIN_TEXT_TO_IMAGE_LORA, command_for, environment
 from training import checkpoint_state, losses, parse, read_log, same, train, trains_into, unet, words
 
 from sdtune.diffusion import diffusion_losses
@@ -152,6 +153,24 @@ def test_what_only_a_developer_understands_comes_with_its_traceback(
     assert "Traceback" in message
     assert "Stopped after step 2 by division by zero. " in message.splitlines()[-1]
     assert_gone_on_with(fit, tmp_path, straight)
+
+
+def test_a_reader_that_leaves_is_named_as_the_reason(tiny_pipeline, images, tmp_path):
+    """As `head` does."""
+    out = tmp_path / "out"
+    command, _ = command_for(words(tiny_pipeline, images, out, max_train_steps=500, logging_steps=1))
+    job = subprocess.Popen(command, env=environment({}), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert any(line.startswith("Step 1 ") for line in job.stdout)
+    job.stdout.close()
+    said, status = " ".join(job.stderr.read().split()), job.wait()
+    job.stderr.close()
+    (step,) = [int(path.name.removeprefix("checkpoint-")) for path in out.glob("checkpoint-*")]
+    why = "the end of the program that read its output"
+    assert 0 < step < 500
+    assert said.startswith(f"Stopped after step {step} by {why}. ")
+    assert status == 1
+    last = json.loads((out / "history.jsonl").read_text().splitlines()[-1])
+    assert (last["event"], last["step"], last["why"]) == ("stopped", step, why)
 
 
 def test_a_half_done_optimizer_step_is_not_saved(train_script, fit, tmp_path, monkeypatch, capsys):

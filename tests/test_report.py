@@ -460,6 +460,10 @@ def test_one_step_and_nothing_logged_yet(tmp_path):
     text = text_of(page_of(nothing))
     assert "nothing 0 steps. Nothing was logged yet." in text
     assert text.count("Nothing of this is in the log.") == 6
+    (nothing / "history.jsonl").write_text(
+        json.dumps({"time": "2026-01-01T00:00:00+00:00", "event": "stopped", "step": 0})
+    )
+    assert "Nothing was logged. " in text_of(page_of(nothing))
 
 
 def test_losses_that_are_no_numbers(tmp_path):
@@ -665,6 +669,20 @@ def look(step, loss, gain, error):
             "open",
             "No images were held out, so that nothing can be said about learning; the loss in training, smoothed, "
             "went from 2.000 to 1.500. --num_validation_samples holds some out.",
+        ),
+        (
+            [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 1.0}],
+            {},
+            "open",
+            "No images were held out, so that nothing can be said about learning. --num_validation_samples holds some "
+            "out.",
+        ),
+        (
+            [look(1, 0.87432, 0.00031, 0.0)],
+            {"num_validation_samples": 1},
+            "open",
+            "The loss on 1 image that was not trained on fell from 0.87463 to 0.87432 after step 1, by 0.00031; these "
+            "are too few to say how sure that is.",
         ),
     ],
 )

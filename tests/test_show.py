@@ -106,6 +106,16 @@ def test_pictures_of_one_name_are_told_apart_by_their_folders(image_folder, tmp_
     assert sorted(names[5:]) == ["00.png", "01.png"]
 
 
+def test_a_name_with_a_line_end_is_drawn_in_one_line(image_folder, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(command, "shorten", lambda text, *_: drawn.append(text) or text)
+    folder = image_folder(1, 64)
+    (folder / "00.png").rename(folder / "new\nline.png")
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "new\nline.png", "text": "a cat"}))
+    show(folder, tmp_path)
+    assert drawn == ["new\\nline.png"[::-1]]
+
+
 @pytest.mark.parametrize("flags", [[], ["--bucket_no_upscale", "--random_flip", "--num_validation_samples=2"]])
 def test_images_in_buckets_have_their_shapes(tiny_pipeline, odd_images, tmp_path, flags, capsys, monkeypatch):
     """In the order of a run with as many images a step, each at the top left of its cell in six times its size."""

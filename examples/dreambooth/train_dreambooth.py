@@ -2213,8 +2213,9 @@ def read_dataset(args, name, default_caption=None):
             raise InputError(f"--dataset_name={name}: holds images; drop --dataset_config_name and --image_column")
         return read_folder(name, args.caption_column, takes_train=True, follows_links=args.follow_symlinks)
     saved = [path for path in files if path.name in SAVED_NAMES]
-    is_empty = os.path.isdir(name) and not files
-    if is_empty or (foreign_pictures(files, name) and not (pictures or data_files or saved)):
+    texts = [path for path in files if path.suffix.lower() == ".txt" or path.name in METADATA_NAMES]
+    is_empty = os.path.isdir(name) and all(path in texts or is_hidden(path, name) for path in files)
+    if (is_empty or foreign_pictures(files, name)) and not (pictures or data_files or saved):
         raise InputError(tell_no_images(name, files))
     check_data_files([*data_files, *saved], name, args.follow_symlinks)
     whole = without_empty(data_files, name)
@@ -5284,11 +5285,27 @@ def load_class_images(args):
     missing = [name for name in wanted if name not in there]
     print(f"Class images in {folder}: {len(missing)} to be drawn, for {number} at least; a pass has one per photo")
     if not there:
+        warn_of_prompts(args, [], missing)
         return ClassImages(None, None, missing)
     rows = with_recorded_prompts(read_rows(args, args.class_data_dir, args.class_prompt))
     memory = path_of_findings(args.class_data_dir, args.cache_dir)
     checked = check_rows(rows, memory, args.skip_bad_images, load_tokenizer(args), args.resolution)
+    warn_of_prompts(args, rows["captions"], missing)
     return ClassImages(checked, fingerprint_of(0, checked.digests), missing)
+
+
+def prompt_of(args, name):
+    """What a class image of that name, such as class-00000.png, is drawn from: the prompts take turns."""
+    prompts = class_prompts_of(args)
+    return prompts[int(name.removeprefix("class-").removesuffix(".png")) % len(prompts)]
+
+
+def warn_of_prompts(args, captions, missing):
+    """Warns of prompts that no class image has as one of its `captions`, and none of the `missing` ones will have."""
+    shown = {prompt_of(args, name) for name in missing}.union(*captions)
+    lacking = [prompt for prompt in args.class_prompts or [] if prompt not in shown]
+    remedy = "no class image; use a larger --num_class_images or another --class_data_dir"
+    warn(f"of --class_prompts has {remedy}", f"of --class_prompts have {remedy}", lacking)
 
 
 def record_of(args, prompt):
@@ -5401,14 +5418,13 @@ def draw_class_images(args, accelerator, names):
     enable_memory_savers(args, pipeline.unet, accelerator.device, dtype)
     pipeline.to(accelerator.device, dtype).set_progress_bar_config(disable=True)
     pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
-    prompts = class_prompts_of(args)
     size = args.sample_batch_size or 4
     for start in tqdm(
         range(0, len(mine), size), "Class images", disable=None if accelerator.is_main_process else True
     ):
         batch = mine[start : start + size]
         numbers = [int(name.removeprefix("class-").removesuffix(".png")) for name in batch]
-        batch_prompts = [prompts[number % len(prompts)] for number in numbers]
+        batch_prompts = [prompt_of(args, name) for name in batch]
         seeds = [random_numbers(args.seed, CLASS, 0, number).integers(2**63) for number in numbers]
         drawn = pipeline(
             batch_prompts,
@@ -6455,7 +6471,7 @@ def read_rows_of(path, notes):
             row = json.loads(line)
             if type(row["step"]) is not int:
                 raise ValueError
-            rows.append({name: None if is_infinite(value) else value for name, value in row.items()})
+            rows.append({name: None if is_not_finite(value) else value for name, value in row.items()})
         except (ValueError, TypeError, KeyError):
             num_broken += 1
     if num_broken:
@@ -6484,7 +6500,7 @@ def is_of_kind(name, value):
     return name not in LISTS or (isinstance(value, list) and all(isinstance(item, str) for item in value))
 
 
-def is_infinite(value):
+def is_not_finite(value):
     """Whether a value is a number that JSON, and a plot, have no place for."""
     return isinstance(value, float) and not math.isfinite(value)
 
@@ -6500,10 +6516,11 @@ def judge(run):
     """Whether the run learnt, as a sentence, and how that is: "good", "bad" or "open"."""
     looks, losses = run.with_number("held_out_loss", "held_out_gain", "gain_error"), run.with_number("loss")
     if not run.rows:
-        return "Nothing was logged yet.", "open"
+        is_over = run.history and run.history[-1].get("event") in ("finished", "stopped")
+        return f"Nothing was logged{'' if is_over else ' yet'}.", "open"
     if not looks:
         told = "No images were held out, so that nothing can be said about learning"
-        if len(losses) > 1:
+        if len(losses) > 2:  # the means of two are the same
             means = smoothed([row["loss"] for row in losses])
             told += f"; the loss in training, smoothed, went from {means[0]:.3f} to {means[-1]:.3f}"
         return f"{told}. --num_validation_samples holds some out.", "open"
@@ -6514,7 +6531,8 @@ def judge(run):
     if last["step"] == 0:
         is_held = "is held out" if number == 1 else "are held out"
         return f"{of_images} that {is_held} was {loss:.3f} before training, and not measured since.", "open"
-    digits = 3 if margin == 0 or margin >= 0.002 else 5
+    size = margin or abs(gain)
+    digits = 3 if size == 0 or size >= 0.002 else 5
     went = f"{'rose' if gain < 0 else 'fell'} from {loss + gain:.{digits}f} to {loss:.{digits}f}"
     told = f"{of_images} that {verb} not trained on {went} after step {last['step']:,}, by {abs(gain):.{digits}f}"
     if not run.has_interval():
@@ -7654,14 +7672,17 @@ def say(text):
 
 
 def drop_lost_output():
-    """Sends standard output and errors nowhere if nobody is there any more to read them."""
+    """Sends standard output and errors nowhere if nobody is there to read them any more; returns whether so."""
+    is_lost = False
     for descriptor in (1, 2):
         try:
             os.write(descriptor, b"\n")
         except OSError:
+            is_lost = True
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, descriptor)
             os.close(nowhere)
+    return is_lost
 
 
 # ------------------------------------------------------------------------------------------------------------ failures
@@ -7675,8 +7696,10 @@ def nothing_lost(args, accelerator, run, stop, write_state, end=sys.exit):
             yield
             note_end(accelerator, run, "finished")
         except Exception as error:  # of the data, the disk, the memory, a library
-            drop_lost_output()  # which may be what failed
+            is_unread = drop_lost_output()  # which may be what failed
             reason, remedy = explain(args, error)
+            if is_unread and isinstance(error, BrokenPipeError):
+                reason = "the end of the program that read its output"
             told_as = name_of_process(accelerator)
             if not reason:
                 traceback.print_exception(error)

@@ -2433,8 +2433,9 @@ def read_dataset(args, name, default_caption=None):
             raise InputError(f"--dataset_name={name}: holds images; drop --dataset_config_name and --image_column")
         return read_folder(name, args.caption_column, takes_train=True, follows_links=args.follow_symlinks)
     saved = [path for path in files if path.name in SAVED_NAMES]
-    is_empty = os.path.isdir(name) and not files
-    if is_empty or (foreign_pictures(files, name) and not (pictures or data_files or saved)):
+    texts = [path for path in files if path.suffix.lower() == ".txt" or path.name in METADATA_NAMES]
+    is_empty = os.path.isdir(name) and all(path in texts or is_hidden(path, name) for path in files)
+    if (is_empty or foreign_pictures(files, name)) and not (pictures or data_files or saved):
         raise InputError(tell_no_images(name, files))
     check_data_files([*data_files, *saved], name, args.follow_symlinks)
     whole = without_empty(data_files, name)
@@ -6642,7 +6643,7 @@ def read_rows_of(path, notes):
             row = json.loads(line)
             if type(row["step"]) is not int:
                 raise ValueError
-            rows.append({name: None if is_infinite(value) else value for name, value in row.items()})
+            rows.append({name: None if is_not_finite(value) else value for name, value in row.items()})
         except (ValueError, TypeError, KeyError):
             num_broken += 1
     if num_broken:
@@ -6671,7 +6672,7 @@ def is_of_kind(name, value):
     return name not in LISTS or (isinstance(value, list) and all(isinstance(item, str) for item in value))
 
 
-def is_infinite(value):
+def is_not_finite(value):
     """Whether a value is a number that JSON, and a plot, have no place for."""
     return isinstance(value, float) and not math.isfinite(value)
 
@@ -6687,10 +6688,11 @@ def judge(run):
     """Whether the run learnt, as a sentence, and how that is: "good", "bad" or "open"."""
     looks, losses = run.with_number("held_out_loss", "held_out_gain", "gain_error"), run.with_number("loss")
     if not run.rows:
-        return "Nothing was logged yet.", "open"
+        is_over = run.history and run.history[-1].get("event") in ("finished", "stopped")
+        return f"Nothing was logged{'' if is_over else ' yet'}.", "open"
     if not looks:
         told = "No images were held out, so that nothing can be said about learning"
-        if len(losses) > 1:
+        if len(losses) > 2:  # the means of two are the same
             means = smoothed([row["loss"] for row in losses])
             told += f"; the loss in training, smoothed, went from {means[0]:.3f} to {means[-1]:.3f}"
         return f"{told}. --num_validation_samples holds some out.", "open"
@@ -6701,7 +6703,8 @@ def judge(run):
     if last["step"] == 0:
         is_held = "is held out" if number == 1 else "are held out"
         return f"{of_images} that {is_held} was {loss:.3f} before training, and not measured since.", "open"
-    digits = 3 if margin == 0 or margin >= 0.002 else 5
+    size = margin or abs(gain)
+    digits = 3 if size == 0 or size >= 0.002 else 5
     went = f"{'rose' if gain < 0 else 'fell'} from {loss + gain:.{digits}f} to {loss:.{digits}f}"
     told = f"{of_images} that {verb} not trained on {went} after step {last['step']:,}, by {abs(gain):.{digits}f}"
     if not run.has_interval():
@@ -7830,14 +7833,17 @@ def say(text):
 
 
 def drop_lost_output():
-    """Sends standard output and errors nowhere if nobody is there any more to read them."""
+    """Sends standard output and errors nowhere if nobody is there to read them any more; returns whether so."""
+    is_lost = False
     for descriptor in (1, 2):
         try:
             os.write(descriptor, b"\n")
         except OSError:
+            is_lost = True
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, descriptor)
             os.close(nowhere)
+    return is_lost
 
 
 # ------------------------------------------------------------------------------------------------------------ failures
@@ -7851,8 +7857,10 @@ def nothing_lost(args, accelerator, run, stop, write_state, end=sys.exit):
             yield
             note_end(accelerator, run, "finished")
         except Exception as error:  # of the data, the disk, the memory, a library
-            drop_lost_output()  # which may be what failed
+            is_unread = drop_lost_output()  # which may be what failed
             reason, remedy = explain(args, error)
+            if is_unread and isinstance(error, BrokenPipeError):
+                reason = "the end of the program that read its output"
             told_as = name_of_process(accelerator)
             if not reason:
                 traceback.print_exception(error)

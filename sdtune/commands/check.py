@@ -38,7 +38,7 @@ from sdtune.named_dataset import (
     read_named_rows,
     remedy_for_captions,
 )
-from sdtune.pages import CARD_STYLE, THUMBNAIL, card, escaped, is_own_page, open_row, page_head, printable
+from sdtune.pages import CARD_STYLE, THUMBNAIL, as_one_line, card, escaped, is_own_page, open_row, page_head
 
 PROGRAM = "sdtune check"
 # A hash is of grey shapes alone, and drawings on a plain ground have the same: near duplicates need alike small
@@ -392,7 +392,7 @@ def filled(line):
     """A line, which may be indented, as lines of at most 100 columns."""
     margin = line[: len(line) - len(line.lstrip())]
     margins = {"initial_indent": margin, "subsequent_indent": margin + " " * 4}
-    return textwrap.fill(printable(line), COLUMNS, **margins, break_on_hyphens=False)  # in paths and flags
+    return textwrap.fill(as_one_line(line), COLUMNS, **margins, break_on_hyphens=False)  # in paths and flags
 
 
 def list_names(findings):

@@ -77,7 +77,6 @@ READ_AS = {  # where an older run had no such flag
     "dataset_config_name": None,
     "follow_symlinks": False,
     "cache_dir": None,
-    "hub_token": None,
 }
 OF_IMAGES = ("train_data_dir", "instance_data_dir", "dataset_name")  # flags that say where they are
 ON_HUB = {"pretrained_model_name_or_path", "single_file_config", "tokenizer_name", "dataset_name", "hub_model_id"}
@@ -208,7 +207,8 @@ def check_args(args):
         problems.append(f"--port={args.port}: does nothing without --watch; add that or drop this")
     if args.watch and (args.output or args.overwrite):
         problems.append("--watch: writes no file; drop --output and --overwrite, or this")
-    if args.watch or (not args.output and not all(place.is_dir() for place in places)):  # which is told of them
+    # Of a folder that is not there another message tells.
+    if args.watch or (not args.output and not all(place.is_dir() for place in places)):
         return problems
     if output.is_dir() or not is_writable(output):
         problems.append(f"--output={output}: is a folder, or cannot be written to; name a file elsewhere")

@@ -29,7 +29,7 @@ from sdtune.arguments import (
 from sdtune.batches import StepCounts, number_buckets, steps_of_epoch
 from sdtune.buckets import check_bucket_rule, describe_buckets, fit_of
 from sdtune.dataset import CaptionedImages, choose_rows, split_rows
-from sdtune.errors import InputError, counted, fitted, raise_problems, told_to_user
+from sdtune.errors import InputError, counted, fitted, in_one_line, raise_problems, told_to_user
 from sdtune.files import beside, is_writable
 from sdtune.fonts import load_font, shorten, wrap
 from sdtune.images import check_images, path_of_findings, still_readable
@@ -226,7 +226,7 @@ def draw_sheet(seen, font_path, resolution, columns, caption_lines):
             sheet.paste(image.resize((image_width, image_height), Image.Resampling.NEAREST), (left, top))
             # White grounds have no edge of their own.
             draw.rectangle((left - 1, top - 1, left + image_width, top + image_height), outline=FRAME)
-            end_of_name = shorten(name[::-1], small_font, width)[::-1]  # by which names differ
+            end_of_name = shorten(in_one_line(name)[::-1], small_font, width)[::-1]  # by which names differ
             draw.text((left, below), end_of_name, FAINT, small_font)
             for number, line in enumerate(texts[index], 1):
                 draw.text((left, below + number * line_height), line, INK if caption else FAINT, font)
