@@ -6,7 +6,7 @@
 `fetch` gets the npm package @iconify-json/noto. `render` draws the emoji that are chosen here at 64 x 64 pixels over
 white: those to train on, each in a few sizes and places, into OUTPUT_DIR/train, and those held out into
 OUTPUT_DIR/held_out. Captions are their names: "an emoji of a blue heart". Rendering needs `requirements_emoji.txt`.
-`read_colour`, `read_thing` and `read_ground` tell what a picture shows; `measure_emoji.py` uses them.
+`read_colour`, `read_thing` and `has_white_ground` tell what a picture shows; `measure_emoji.py` uses them.
 """
 
 import argparse
@@ -283,7 +283,7 @@ def outline_of(image):
     return render.normalised(weight) if weight.sum() >= 40 else None
 
 
-def read_ground(image):
+def has_white_ground(image):
     """Whether the ground is white."""
     return bool((render.distance(render.frame(image), render.WHITE) < 50).mean() >= 0.95)
 
@@ -292,7 +292,7 @@ def read_colour(image):
     """The name of the ink nearest to most pixels that are not ground, or None if these are fewer than 40 or the ground
     is not white: a model may paint it in the colour that the thing should have."""
     pixels = image[render.distance(image, render.WHITE) > 60].astype(float)
-    if len(pixels) < 40 or not read_ground(image):
+    if len(pixels) < 40 or not has_white_ground(image):
         return None
     table = np.array([rgb for _, rgb in INKS], dtype=float)
     nearest = np.square(pixels[:, None] - table).sum(-1).argmin(1)

@@ -125,7 +125,7 @@ def score_names(pictures, views):
         "copies": measure.share(is_copy),
         "apart_by_name": round(np.mean([mean_difference(flat[:, seed]) for seed in range(flat.shape[1])]), 1),
         "apart_by_seed": round(np.mean([mean_difference(drawn) for drawn in flat]), 1),
-        "white_ground": measure.share([emoji.read_ground(image) for drawn in pictures for image in drawn]),
+        "white_ground": measure.share([emoji.has_white_ground(image) for drawn in pictures for image in drawn]),
     }
 
 

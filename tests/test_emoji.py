@@ -289,10 +289,10 @@ def test_nothing_is_read_where_nothing_is():
     blank = np.full((64, 64, 3), 250, np.uint8)
     assert emoji.read_colour(blank) is None
     assert emoji.read_thing(blank, [("circle", np.ones((24, 24)))]) is None
-    assert emoji.read_ground(blank)
-    assert emoji.read_ground(drawn("star", (66, 66, 66)))
+    assert emoji.has_white_ground(blank)
+    assert emoji.has_white_ground(drawn("star", (66, 66, 66)))
     on_pink = drawn("star", (244, 67, 54), ground=(245, 150, 190))
-    assert not emoji.read_ground(on_pink)
+    assert not emoji.has_white_ground(on_pink)
     assert emoji.read_colour(on_pink) is None
 
 
