@@ -718,7 +718,7 @@ def test_what_commands_say_is_broken_too(
     for number in range(20):
         Path("model", f"{number}note.md").write_text("x")
     Path("run").mkdir()
-    rows = [json.dumps({"step": number, "loss": 0.5}) for number in (1, 2)]
+    rows = [json.dumps({"step": number, "loss": 0.5}) for number in (1, 2, 3)]
     Path("run", "log.jsonl").write_text("\n".join(rows))
     argv, told = SAYS_MUCH[case]
     assert status_of(sdtune.main, *[word.format(captioner=tiny_captioner) for word in argv]) == 0
