@@ -551,8 +551,9 @@ def read_dataset(args, name, default_caption=None):
             raise InputError(f"--dataset_name={name}: holds images; drop --dataset_config_name and --image_column")
         return read_folder(name, args.caption_column, takes_train=True, follows_links=args.follow_symlinks)
     saved = [path for path in files if path.name in SAVED_NAMES]
-    texts = [path for path in files if path.suffix.lower() == ".txt" or path.name in METADATA_NAMES]
-    is_empty = os.path.isdir(name) and all(path in texts or is_hidden(path, name) for path in files)
+    seen = [path for path in files if not is_hidden(path, name)]
+    others = [path for path in seen if path.suffix.lower() != ".txt" and path.name not in METADATA_NAMES]
+    is_empty = os.path.isdir(name) and not others  # captions at most
     if (is_empty or foreign_pictures(files, name)) and not (pictures or data_files or saved):
         raise InputError(tell_no_images(name, files))
     check_data_files([*data_files, *saved], name, args.follow_symlinks)

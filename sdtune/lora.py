@@ -51,10 +51,8 @@ def check_adapters(args):
         return [f"--kohya_file_name={name}: is a path, or the name of the other file; give another name"]
     adapters = args.init_lora_weights
     if adapters and not os.path.exists(adapters):
-        told = (
-            f"there is no such file{nearest_beside(adapters)}; name a LoRA file, or a folder that these scripts wrote"
-        )
-        return [f"--init_lora_weights={adapters}: {told}"]
+        told = f"--init_lora_weights={adapters}: there is no such file{nearest_beside(adapters)}"
+        return [f"{told}; name a LoRA file, or a folder that these scripts wrote"]
     source, where = config_source(args)
     with torch.device("meta"):  # layers without weights
         unet_config = diffusers.UNet2DConditionModel.load_config(source, subfolder="unet", **where)

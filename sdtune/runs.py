@@ -159,8 +159,8 @@ def judge(run):
     if last["step"] == 0:
         is_held = "is held out" if number == 1 else "are held out"
         return f"{of_images} that {is_held} was {loss:.3f} before training, and not measured since.", "open"
-    size = margin or abs(gain)
-    digits = 3 if size == 0 or size >= 0.002 else 5
+    smallest = abs(gain) if margin == 0 else margin  # of what is told
+    digits = 5 if 0 < smallest < 0.002 else 3
     went = f"{'rose' if gain < 0 else 'fell'} from {loss + gain:.{digits}f} to {loss:.{digits}f}"
     told = f"{of_images} that {verb} not trained on {went} after step {last['step']:,}, by {abs(gain):.{digits}f}"
     if not run.has_interval():

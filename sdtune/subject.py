@@ -117,15 +117,22 @@ def load_class_images(args):
     return ClassImages(checked, fingerprint_of(0, checked.digests), missing)
 
 
+def number_of(name):
+    """The number of a class image by its name: 7 of class-00007.png."""
+    return int(name.removeprefix("class-").removesuffix(".png"))
+
+
 def prompt_of(args, name):
-    """What a class image of that name, such as class-00000.png, is drawn from: the prompts take turns."""
+    """What a class image of that name is drawn from: the prompts take turns."""
     prompts = class_prompts_of(args)
-    return prompts[int(name.removeprefix("class-").removesuffix(".png")) % len(prompts)]
+    return prompts[number_of(name) % len(prompts)]
 
 
 def warn_of_prompts(args, captions, missing):
     """Warns of prompts that no class image has as one of its `captions`, and none of the `missing` ones will have."""
-    shown = {prompt_of(args, name) for name in missing}.union(*captions)
+    shown = {prompt_of(args, name) for name in missing}
+    for of_one_image in captions:
+        shown.update(of_one_image)
     lacking = [prompt for prompt in args.class_prompts or [] if prompt not in shown]
     remedy = "no class image; use a larger --num_class_images or another --class_data_dir"
     warn(f"of --class_prompts has {remedy}", f"of --class_prompts have {remedy}", lacking)
@@ -246,9 +253,8 @@ def draw_class_images(args, accelerator, names):
         range(0, len(mine), size), "Class images", disable=None if accelerator.is_main_process else True
     ):
         batch = mine[start : start + size]
-        numbers = [int(name.removeprefix("class-").removesuffix(".png")) for name in batch]
         batch_prompts = [prompt_of(args, name) for name in batch]
-        seeds = [random_numbers(args.seed, CLASS, 0, number).integers(2**63) for number in numbers]
+        seeds = [random_numbers(args.seed, CLASS, 0, number_of(name)).integers(2**63) for name in batch]
         drawn = pipeline(
             batch_prompts,
             height=args.resolution,

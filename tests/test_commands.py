@@ -102,9 +102,10 @@ def test_words_and_status_are_passed_on(tmp_path):
 DRY_RUN = [TRAIN_TEXT_TO_IMAGE, "--train_data_dir=data", "--resolution=32", "--dry_run"]
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("words", [["-m", "sdtune", "--help"], ["-m", "sdtune", "check", "data"], DRY_RUN])
-def test_a_reader_that_has_gone_ends_it_without_a_word(words, tiny_pipeline, tmp_path):
-    """As `head` does."""
+def test_a_reader_that_has_gone_ends_it_without_a_word(words, unbuffered, tiny_pipeline, tmp_path):
+    """As `head` does; and where Python writes at once, as in containers."""
     write_image_folder(tmp_path / "data", 2, 64)
     command = [sys.executable, *words]
     if "--help" not in words:
@@ -112,7 +113,7 @@ def test_a_reader_that_has_gone_ends_it_without_a_word(words, tiny_pipeline, tmp
     job = subprocess.Popen(
         command,
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(REPO)},
+        env=os.environ | {"PYTHONPATH": str(REPO), "PYTHONUNBUFFERED": unbuffered},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

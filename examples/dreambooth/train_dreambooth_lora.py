@@ -2139,8 +2139,9 @@ def read_dataset(args, name, default_caption=None):
             raise InputError(f"--dataset_name={name}: holds images; drop --dataset_config_name and --image_column")
         return read_folder(name, args.caption_column, takes_train=True, follows_links=args.follow_symlinks)
     saved = [path for path in files if path.name in SAVED_NAMES]
-    texts = [path for path in files if path.suffix.lower() == ".txt" or path.name in METADATA_NAMES]
-    is_empty = os.path.isdir(name) and all(path in texts or is_hidden(path, name) for path in files)
+    seen = [path for path in files if not is_hidden(path, name)]
+    others = [path for path in seen if path.suffix.lower() != ".txt" and path.name not in METADATA_NAMES]
+    is_empty = os.path.isdir(name) and not others  # captions at most
     if (is_empty or foreign_pictures(files, name)) and not (pictures or data_files or saved):
         raise InputError(tell_no_images(name, files))
     check_data_files([*data_files, *saved], name, args.follow_symlinks)
@@ -5169,10 +5170,8 @@ def check_adapters(args):
         return [f"--kohya_file_name={name}: is a path, or the name of the other file; give another name"]
     adapters = args.init_lora_weights
     if adapters and not os.path.exists(adapters):
-        told = (
-            f"there is no such file{nearest_beside(adapters)}; name a LoRA file, or a folder that these scripts wrote"
-        )
-        return [f"--init_lora_weights={adapters}: {told}"]
+        told = f"--init_lora_weights={adapters}: there is no such file{nearest_beside(adapters)}"
+        return [f"{told}; name a LoRA file, or a folder that these scripts wrote"]
     source, where = config_source(args)
     with torch.device("meta"):  # layers without weights
         unet_config = diffusers.UNet2DConditionModel.load_config(source, subfolder="unet", **where)
@@ -5455,15 +5454,22 @@ def load_class_images(args):
     return ClassImages(checked, fingerprint_of(0, checked.digests), missing)
 
 
+def number_of(name):
+    """The number of a class image by its name: 7 of class-00007.png."""
+    return int(name.removeprefix("class-").removesuffix(".png"))
+
+
 def prompt_of(args, name):
-    """What a class image of that name, such as class-00000.png, is drawn from: the prompts take turns."""
+    """What a class image of that name is drawn from: the prompts take turns."""
     prompts = class_prompts_of(args)
-    return prompts[int(name.removeprefix("class-").removesuffix(".png")) % len(prompts)]
+    return prompts[number_of(name) % len(prompts)]
 
 
 def warn_of_prompts(args, captions, missing):
     """Warns of prompts that no class image has as one of its `captions`, and none of the `missing` ones will have."""
-    shown = {prompt_of(args, name) for name in missing}.union(*captions)
+    shown = {prompt_of(args, name) for name in missing}
+    for of_one_image in captions:
+        shown.update(of_one_image)
     lacking = [prompt for prompt in args.class_prompts or [] if prompt not in shown]
     remedy = "no class image; use a larger --num_class_images or another --class_data_dir"
     warn(f"of --class_prompts has {remedy}", f"of --class_prompts have {remedy}", lacking)
@@ -5584,9 +5590,8 @@ def draw_class_images(args, accelerator, names):
         range(0, len(mine), size), "Class images", disable=None if accelerator.is_main_process else True
     ):
         batch = mine[start : start + size]
-        numbers = [int(name.removeprefix("class-").removesuffix(".png")) for name in batch]
         batch_prompts = [prompt_of(args, name) for name in batch]
-        seeds = [random_numbers(args.seed, CLASS, 0, number).integers(2**63) for number in numbers]
+        seeds = [random_numbers(args.seed, CLASS, 0, number_of(name)).integers(2**63) for name in batch]
         drawn = pipeline(
             batch_prompts,
             height=args.resolution,
@@ -6543,8 +6548,8 @@ def judge(run):
     if last["step"] == 0:
         is_held = "is held out" if number == 1 else "are held out"
         return f"{of_images} that {is_held} was {loss:.3f} before training, and not measured since.", "open"
-    size = margin or abs(gain)
-    digits = 3 if size == 0 or size >= 0.002 else 5
+    smallest = abs(gain) if margin == 0 else margin  # of what is told
+    digits = 5 if 0 < smallest < 0.002 else 3
     went = f"{'rose' if gain < 0 else 'fell'} from {loss + gain:.{digits}f} to {loss:.{digits}f}"
     told = f"{of_images} that {verb} not trained on {went} after step {last['step']:,}, by {abs(gain):.{digits}f}"
     if not run.has_interval():

@@ -2378,8 +2378,9 @@ def read_dataset(args, name, default_caption=None):
             raise InputError(f"--dataset_name={name}: holds images; drop --dataset_config_name and --image_column")
         return read_folder(name, args.caption_column, takes_train=True, follows_links=args.follow_symlinks)
     saved = [path for path in files if path.name in SAVED_NAMES]
-    texts = [path for path in files if path.suffix.lower() == ".txt" or path.name in METADATA_NAMES]
-    is_empty = os.path.isdir(name) and all(path in texts or is_hidden(path, name) for path in files)
+    seen = [path for path in files if not is_hidden(path, name)]
+    others = [path for path in seen if path.suffix.lower() != ".txt" and path.name not in METADATA_NAMES]
+    is_empty = os.path.isdir(name) and not others  # captions at most
     if (is_empty or foreign_pictures(files, name)) and not (pictures or data_files or saved):
         raise InputError(tell_no_images(name, files))
     check_data_files([*data_files, *saved], name, args.follow_symlinks)
@@ -5617,10 +5618,8 @@ def check_adapters(args):
         return [f"--kohya_file_name={name}: is a path, or the name of the other file; give another name"]
     adapters = args.init_lora_weights
     if adapters and not os.path.exists(adapters):
-        told = (
-            f"there is no such file{nearest_beside(adapters)}; name a LoRA file, or a folder that these scripts wrote"
-        )
-        return [f"--init_lora_weights={adapters}: {told}"]
+        told = f"--init_lora_weights={adapters}: there is no such file{nearest_beside(adapters)}"
+        return [f"{told}; name a LoRA file, or a folder that these scripts wrote"]
     source, where = config_source(args)
     with torch.device("meta"):  # layers without weights
         unet_config = diffusers.UNet2DConditionModel.load_config(source, subfolder="unet", **where)
@@ -6756,8 +6755,8 @@ def judge(run):
     if last["step"] == 0:
         is_held = "is held out" if number == 1 else "are held out"
         return f"{of_images} that {is_held} was {loss:.3f} before training, and not measured since.", "open"
-    size = margin or abs(gain)
-    digits = 3 if size == 0 or size >= 0.002 else 5
+    smallest = abs(gain) if margin == 0 else margin  # of what is told
+    digits = 5 if 0 < smallest < 0.002 else 3
     went = f"{'rose' if gain < 0 else 'fell'} from {loss + gain:.{digits}f} to {loss:.{digits}f}"
     told = f"{of_images} that {verb} not trained on {went} after step {last['step']:,}, by {abs(gain):.{digits}f}"
     if not run.has_interval():
